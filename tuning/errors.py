@@ -1,0 +1,156 @@
+"""Every error a person can meet.
+
+TuningError
+├── UsageError         2   the command line is wrong                                   USE-nnn
+├── DataError         10   the data is unusable                                        DATA-nnn
+├── SpecError         11   the spec or config is wrong, or nothing fits the GPU        SPEC- PLAN- MODEL-
+├── RefusedError      12   a registry, hub or data host refused                        FETCH- HUB- REG-
+├── DivergedError     13   loss, gradient or weight became non-finite                  TRAIN-nnn
+├── OutOfMemoryError  14   out of memory after the automatic fallbacks                 TRAIN-nnn
+├── TransientError    20   network, 5xx, disk full, run directory locked, hang         any room's
+└── Stopped           75   SIGTERM or SIGINT, with the state saved                     RUN-nnn
+
+An error carries one or more problems, because a person wants to see all of them in one pass:
+
+    raise SpecError.at("SPEC-104", "tuning.method", 'is "lorra"', 'use "lora" or "qlora"')
+
+prints as `SPEC-104 tuning.method: is "lorra". Change: use "lora" or "qlora".`
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Self
+
+SHOWN_PER_CODE = 20
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong: a stable code, the place, what is wrong there, what to change."""
+
+    code: str
+    where: str
+    what: str
+    change: str
+
+    def __str__(self) -> str:
+        what, change = self.what.rstrip(" ."), self.change.rstrip(" .")
+        where = f" {self.where}" if self.where else ""
+        return redact(f"{self.code}{where}: {what}. Change: {change}.")
+
+
+class TuningError(Exception):
+    """Base of the tree: catch it at an entry point, print it, leave with `exit_code`."""
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems = tuple(problems)
+        super().__init__(str(self))
+
+    @classmethod
+    def at(cls, code: str, where: str, what: str, change: str) -> Self:
+        """The error of a single problem."""
+        return cls([Problem(code, where, what, change)])
+
+    def __str__(self) -> str:
+        lines, counts = [], dict.fromkeys((p.code for p in self.problems), 0)
+        for problem in self.problems:
+            counts[problem.code] += 1
+            if counts[problem.code] <= SHOWN_PER_CODE:
+                lines.append(str(problem))
+        hidden = {code: n - SHOWN_PER_CODE for code, n in counts.items() if n > SHOWN_PER_CODE}
+        lines += [f"{code}: the same in {n} more places." for code, n in hidden.items()]
+        return "\n".join(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        """For a child process's result file; `from_json` is the way back."""
+        return {"exit_code": self.exit_code, "problems": [asdict(p) for p in self.problems]}
+
+
+class UsageError(TuningError):
+    """The command line is wrong."""
+
+    exit_code = 2
+
+
+class DataError(TuningError):
+    """The data is unusable: the same data will fail again."""
+
+    exit_code = 10
+
+
+class SpecError(TuningError):
+    """The spec or config is wrong, or nothing fits the GPU."""
+
+    exit_code = 11
+
+
+class RefusedError(TuningError):
+    """A registry, hub or data host said no, and would say it again."""
+
+    exit_code = 12
+
+
+class DivergedError(TuningError):
+    """Training produced a non-finite loss, gradient or weight."""
+
+    exit_code = 13
+
+
+class OutOfMemoryError(TuningError):
+    """Out of memory although everything that saves memory was tried."""
+
+    exit_code = 14
+
+
+class TransientError(TuningError):
+    """Worth another try: network, server errors, a full disk, a locked run directory, a hang."""
+
+    exit_code = 20
+
+
+class Stopped(TuningError):
+    """Stopped by a signal, state saved: the same command goes on."""
+
+    exit_code = 75
+
+
+_BY_EXIT_CODE: dict[int, type[TuningError]] = {
+    kind.exit_code: kind
+    for kind in (
+        UsageError,
+        DataError,
+        SpecError,
+        RefusedError,
+        DivergedError,
+        OutOfMemoryError,
+        TransientError,
+        Stopped,
+    )
+}
+
+
+def from_json(record: dict[str, Any]) -> TuningError:
+    """The error that a child process wrote with `to_json`."""
+    kind = _BY_EXIT_CODE.get(record["exit_code"], TuningError)
+    return kind(Problem(**problem) for problem in record["problems"])
+
+
+_URL = re.compile(
+    r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)(?P<userinfo>[^\s/@'\"<>]*@)?"
+    r"(?P<rest>[^\s?#'\"<>]*)(?P<query>\?[^\s#'\"<>]*)?"
+)
+
+
+def redact(text: str) -> str:
+    """`text` with the user info and the query of every URL in it taken out."""
+
+    def clean(match: re.Match[str]) -> str:
+        query = "?<redacted>" if match["query"] else ""
+        return f"{match['scheme']}{match['rest']}{query}"
+
+    return _URL.sub(clean, text)

@@ -1,0 +1,90 @@
+"""Files that survive a crash: atomic writes, canonical JSON, hashes.
+
+Every write that matters goes to a temporary name in the same folder, is fsynced, renamed, and the
+folder is fsynced, so that after a crash a reader sees the old file or the new one, never a part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+CHUNK = 1 << 20
+
+
+def canonical(value: Any) -> bytes:
+    """`value` as JSON bytes that depend on nothing but the value: sorted keys, no spaces, UTF-8."""
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    ).encode()
+
+
+def digest(data: bytes) -> str:
+    """The sha256 of `data` as 64 hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def digest_file(path: Path) -> str:
+    """The sha256 of the file at `path`, read in pieces of 1 MiB."""
+    whole = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(CHUNK):
+            whole.update(piece)
+    return whole.hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in `folder` durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_file(path: Path) -> None:
+    """Make the bytes of the file at `path` durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write(path: Path, data: bytes | str) -> None:
+    """Write `data` to `path`: the whole of it is there afterwards, or nothing has changed."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with scratch.open("wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as readable JSON (sorted keys, two spaces, a final newline), atomically."""
+    write(path, json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value in the file at `path`."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def replace_folder(scratch: Path, target: Path) -> None:
+    """Put the finished folder `scratch` in the place of `target`, which must be empty or absent."""
+    for path in sorted(scratch.rglob("*")):
+        if path.is_file():
+            sync_file(path)
+    for path in [*(p for p in scratch.rglob("*") if p.is_dir()), scratch]:
+        sync_folder(path)
+    scratch.replace(target)
+    sync_folder(target.parent)

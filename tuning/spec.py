@@ -1,0 +1,119 @@
+"""Workspace and ConfigMap documents -> typed spec."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+Method = Literal["lora", "qlora"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user set in the ConfigMap's sections; None means unset, so that the plan decides.
+
+    A value equal to KAITO's template default is unset, too.
+    """
+
+    # ModelConfig
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    revision: str | None = None
+    chat_template: str | None = None  # Jinja text (a path is read by load())
+    attention: str | None = None
+    # QuantizationConfig
+    quant_type: Literal["nf4", "fp4"] | None = None
+    double_quant: bool | None = None
+    compute_dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    # LoraConfig
+    rank: int | None = None
+    alpha: float | None = None
+    dropout: float | None = None
+    target_modules: tuple[str, ...] | None = None
+    exclude_modules: tuple[str, ...] | None = None
+    rslora: bool | None = None
+    dora: bool | None = None
+    layers: tuple[int, ...] | None = None  # layers_to_transform
+    # TrainingArguments
+    learning_rate: float | None = None
+    epochs: float | None = None
+    max_steps: int | None = None
+    micro_batch: int | None = None
+    accumulation: int | None = None
+    warmup: float | int | None = None  # an int counts steps, a float below 1 is a share of them
+    schedule: str | None = None
+    weight_decay: float | None = None
+    beta1: float | None = None
+    beta2: float | None = None
+    epsilon: float | None = None
+    max_grad_norm: float | None = None
+    optimizer: str | None = None
+    seed: int | None = None
+    max_length: int | None = None
+    packing: bool | None = None
+    train_on: Literal["assistant", "all"] | None = None
+    checkpointing: bool | None = None
+    log_steps: int | None = None
+    save_steps: int | None = None
+    eval_steps: int | None = None
+    neftune_alpha: float | None = None
+    report_to: tuple[str, ...] = ()
+    # DatasetConfig
+    shuffle: bool | None = None
+    shuffle_seed: int | None = None
+    train_share: float | None = None  # train_test_split; 1 means no held-out rows
+    messages_column: str | None = None
+    context_column: str | None = None
+    response_column: str | None = None
+    dataset_path: str | None = None
+    dataset_extension: str | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the data comes from: exactly one of the four is set."""
+
+    urls: tuple[str, ...] = ()
+    image: str | None = None
+    pull_secrets: tuple[str, ...] = ()
+    folder: Path | None = None  # volumeSource as the engine sees it: /data in the Job, hostPath locally
+    files: tuple[Path, ...] = ()  # --data FILE
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where the adapter goes; at least one of image, folder and layout is set."""
+
+    image: str | None = None
+    push_secret: str | None = None  # the name of the Secret; its file comes from the command line
+    folder: Path | None = None  # volumeSource: /output in the Job, hostPath locally
+    layout: Path | None = None  # --output oci:DIR
+    on_tag_exists: Literal["refuse", "overwrite"] = "refuse"
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """What the command line says beside the file."""
+
+    base_model: str | None = None  # a preset, org/model or a folder
+    data: tuple[str, ...] = ()  # files or URLs
+    instance: str | None = None
+    output: str | None = None  # oci:DIR, an image reference, or a folder (dir:DIR)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One Workspace, its ConfigMap resolved and the command line applied."""
+
+    name: str
+    preset: str  # tuning.preset.name, as the preset table spells it; or org/model
+    method: Method
+    source: Source
+    destination: Destination
+    base_model: str | None = None  # --base-model, if given; it replaces the preset's weights
+    instance: str | None = None
+    namespace: str | None = None
+    hub_secret: str | None = None  # presetOptions.modelAccessSecret
+    settings: Settings = field(default_factory=Settings)
+    notes: tuple[str, ...] = ()  # one line for each key that was translated or ignored, with its reason
+    document: dict[str, Any] = field(default_factory=dict)  # normalised Workspace, config inlined

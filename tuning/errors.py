@@ -1,14 +1,14 @@
 """Every error a person can meet.
 
 TuningError
-├── UsageError         2   the command line is wrong                                   USE-nnn
-├── DataError         10   the data is unusable                                        DATA-nnn
-├── SpecError         11   the spec or config is wrong, or nothing fits the GPU        SPEC- PLAN- MODEL-
-├── RefusedError      12   a registry, hub or data host refused                        FETCH- HUB- REG-
-├── DivergedError     13   loss, gradient or weight became non-finite                  TRAIN-nnn
-├── OutOfMemoryError  14   out of memory after the automatic fallbacks                 TRAIN-nnn
-├── TransientError    20   network, 5xx, disk full, run directory locked, hang         any room's
-└── Stopped           75   SIGTERM or SIGINT, with the state saved                     RUN-nnn
+├── UsageError         2   the command line is wrong                             USE-nnn
+├── DataError         10   the data is unusable                                  DATA-nnn
+├── SpecError         11   the spec or config is wrong, or nothing fits the GPU  SPEC-, PLAN-, MODEL-
+├── RefusedError      12   a registry, hub or data host refused                  FETCH-, HUB-, REG-
+├── DivergedError     13   loss, gradient or weight became non-finite            TRAIN-nnn
+├── OutOfMemoryError  14   out of memory after the automatic fallbacks           TRAIN-nnn
+├── TransientError    20   network, 5xx, disk full, run directory locked, hang   any room's
+└── Stopped           75   SIGTERM or SIGINT, with the state saved               RUN-nnn
 
 An error carries one or more problems, because a person wants to see all of them in one pass:
 

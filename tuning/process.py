@@ -8,12 +8,18 @@ A launcher may lose an exit code and a log may be cut, so the file alone is the 
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
+import stat
 import subprocess
 import sys
+import threading
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from tuning import files
@@ -41,6 +47,8 @@ def serve(work: Callable[[dict[str, Any]], dict[str, Any]]) -> int:
     """
     request = Path(sys.argv[1])
     answer = result_path(request)
+    if stat.S_ISFIFO(os.fstat(0).st_mode):
+        _follow_parent()
     try:
         files.write_json(answer, {"ok": work(files.read_json(request))})
         return 0
@@ -67,3 +75,93 @@ def disk_full(error: BaseException) -> TransientError | None:
             "free some space and run the same command again; it goes on where it stopped",
         )
     return None
+
+
+def run(
+    room: str,
+    request: Path,
+    value: dict[str, Any],
+    *,
+    log: Path,
+    keep_open: tuple[int, ...] = (),
+    stop_asked: Callable[[], bool] = lambda: False,
+    tick: Callable[[], None] = lambda: None,
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> dict[str, Any]:
+    """Run `tuning.<room>` on `value` as a child process and return its answer.
+
+    `log` takes what the child prints. `keep_open` are file descriptors it inherits: the run
+    directory's lock, so that the lock holds as long as any process may write. `tick` is called
+    about ten times a second. When `stop_asked` turns true the child gets SIGTERM, once, and is
+    waited for. Raises the child's own error, or ChildDied.
+    """
+    answer = result_path(request)
+    answer.unlink(missing_ok=True)
+    files.write_json(request, value)
+    with log.open("ab") as sink:
+        child = subprocess.Popen(
+            [sys.executable, "-m", f"tuning.{room}", str(request)],
+            stdin=subprocess.PIPE,  # closes when this process dies, see _follow_parent
+            stdout=sink,
+            stderr=sink,
+            env=clean_environment() | dict(environment),
+            pass_fds=keep_open,
+            start_new_session=True,  # Ctrl-C reaches the child once, through us
+        )
+        try:
+            told = False
+            while child.poll() is None:
+                if stop_asked() and not told:
+                    child.terminate()
+                    told = True
+                tick()
+                time.sleep(0.1)
+        finally:
+            if child.poll() is None:
+                child.kill()
+            child.wait()
+            if child.stdin:
+                child.stdin.close()
+    tick()
+    try:
+        reply = files.read_json(answer)
+    except FileNotFoundError:
+        raise ChildDied(room, child.returncode) from None
+    if "error" in reply:
+        raise from_json(reply["error"])
+    if "bug" in reply:
+        raise ChildDied(room, 1)
+    result: dict[str, Any] = reply["ok"]
+    return result
+
+
+def clean_environment() -> dict[str, str]:
+    """The environment of a child: ours without secrets, offline, with fixed hash seed.
+
+    A child reads local files only; the parent has fetched everything and keeps every credential.
+    """
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not any(word in name.upper() for word in ("TOKEN", "SECRET", "PASSWORD", "CREDENTIAL"))
+    }
+    return kept | {
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "PYTHONHASHSEED": "0",
+        "TOKENIZERS_PARALLELISM": "true",
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def _follow_parent() -> None:
+    """End this child when its parent is gone: an orphan would hold GPU and lock."""
+
+    def watch() -> None:
+        with contextlib.suppress(OSError, ValueError):
+            while os.read(0, 1):
+                pass
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()

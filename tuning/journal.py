@@ -1,0 +1,128 @@
+"""The run directory: its lock, what is done, what comes next.
+
+    spec.yaml plan.json journal.jsonl metrics.jsonl data/ checkpoints/ adapter/ image/ report.html
+
+`journal.jsonl` holds one JSON object a line: `{"at", "phase", "event", "key", ...}` with event
+`start`, `end` (and the phase's `value`) or `fail`. A phase is done when an `end` with its key is
+there; the key is a hash of everything the phase depends on, so that a changed spec redoes exactly
+what it changes. Each line is fsynced. A crash may cut the last line; such a line is dropped when the
+journal is opened.
+"""
+
+from __future__ import annotations
+
+import datetime
+import fcntl
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tuning import files
+from tuning.errors import SpecError, TransientError
+
+Value = dict[str, Any]
+
+
+class Journal:
+    """An open, locked run directory. Make one with `opened`."""
+
+    def __init__(self, folder: Path, lock: int) -> None:
+        self.folder = folder
+        self.lock = lock
+        self.path = folder / "journal.jsonl"
+        self.records = _read(self.path)
+
+    def append(self, phase: str, event: str, key: str = "", **more: Any) -> None:
+        """Add one durable line."""
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
+        record = {"at": now, "phase": phase, "event": event, "key": key} | more
+        with self.path.open("ab") as file:
+            file.write(files.canonical(record) + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.records.append(record)
+
+    def done(self, phase: str, key: str) -> Value | None:
+        """What `phase` returned when it ended under `key`, or None."""
+        for record in reversed(self.records):
+            if (record["phase"], record["event"], record["key"]) == (phase, "end", key):
+                value: Value = record["value"]
+                return value
+        return None
+
+    def do(self, phase: str, key: str, work: Callable[[], Value]) -> Value:
+        """The value of `phase` under `key`: remembered, or worked out now and remembered."""
+        value = self.done(phase, key)
+        if value is None:
+            self.append(phase, "start", key)
+            value = work()
+            self.append(phase, "end", key, value=value)
+        return value
+
+    def values(self, phase: str) -> list[Value]:
+        """Everything `phase` ever returned here, under any key, oldest first."""
+        return [r["value"] for r in self.records if (r["phase"], r["event"]) == (phase, "end")]
+
+
+@contextmanager
+def opened(folder: Path) -> Iterator[Journal]:
+    """Open the run directory at `folder`, made if absent, and hold its lock.
+
+    The lock is the kernel's (flock): it goes when its holders are gone, however they went. Raises
+    TransientError when another process holds it, naming that process, and SpecError when the folder
+    holds something else than a run.
+    """
+    _refuse_foreign(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.pread(lock, 200, 0).decode(errors="replace").strip() or "another process"
+            raise TransientError.at(
+                "RUN-101",
+                str(folder),
+                f"another run is using this run directory ({owner})",
+                "wait for it, stop it, or name another folder with --run-dir",
+            ) from None
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"pid {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
+        yield Journal(folder, lock)
+    finally:
+        os.close(lock)
+
+
+def _refuse_foreign(folder: Path) -> None:
+    ours = {".lock", "journal.jsonl", "spec.yaml"}
+    if folder.exists() and not folder.is_dir():
+        what = "is a file, not a folder"
+    elif folder.is_dir() and (names := {p.name for p in folder.iterdir()}) and not names & ours:
+        if names <= {"lost+found"}:  # a fresh volume
+            return
+        what = f"is not empty and no run directory (it holds {sorted(names)[0]})"
+    else:
+        return
+    raise SpecError.at("RUN-102", str(folder), what, "name a new or empty folder with --run-dir")
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    whole = path.read_bytes()
+    lines = whole.split(b"\n")
+    records, good = [], 0
+    for line in lines[:-1]:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+        good += len(line) + 1
+    if good < len(whole):
+        with path.open("r+b") as file:
+            file.truncate(good)
+            os.fsync(file.fileno())
+    return records

@@ -1,0 +1,108 @@
+"""What a run says of itself: progress, outcome, termination message. Read by the cluster side too.
+
+Progress is `metrics.jsonl` in the run directory, one object a log step: `step, steps, epoch, loss,
+lr, grad_norm, tokens, tokens_per_second, eta_seconds, memory_bytes`. The termination message is at
+most 4096 bytes of JSON: `phase, code, reason, message, hint, retryable, step, steps, loss, digest,
+peakMemoryBytes`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tuning import files
+from tuning.errors import TuningError
+
+TERMINATION_LIMIT = 4096
+
+REASONS = {
+    0: "Succeeded",
+    1: "InternalError",
+    2: "UsageError",
+    10: "DataUnusable",
+    11: "SpecInvalid",
+    12: "AccessRefused",
+    13: "TrainingDiverged",
+    14: "OutOfMemory",
+    20: "TransientFailure",
+    75: "Stopped",
+}
+RETRYABLE = frozenset({20, 75})
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended; `code` is the exit code of the process."""
+
+    phase: str
+    code: int
+    message: str = ""
+    hint: str = ""
+    step: int | None = None
+    steps: int | None = None
+    loss: float | None = None
+    digest: str | None = None
+    peak_memory_bytes: int | None = None
+
+    @property
+    def reason(self) -> str:
+        """One CamelCase word for a condition's reason."""
+        return REASONS.get(self.code, "Killed")
+
+    def termination_message(self) -> str:
+        """The JSON object for the termination log, cut to fit where a message is too long."""
+        record: dict[str, Any] = {
+            "phase": self.phase,
+            "code": self.code,
+            "reason": self.reason,
+            "message": self.message,
+            "hint": self.hint,
+            "retryable": self.code in RETRYABLE or self.code > 128,
+            "step": self.step,
+            "steps": self.steps,
+            "loss": self.loss,
+            "digest": self.digest,
+            "peakMemoryBytes": self.peak_memory_bytes,
+        }
+        record = {name: value for name, value in record.items() if value not in (None, "")}
+        for field in ("hint", "message"):
+            excess = len(files.canonical(record)) - TERMINATION_LIMIT
+            if excess > 0:
+                # a character is at least as long in JSON as in UTF-8, so this cuts enough
+                kept = max(0, len(record[field].encode()) - excess - 4)
+                record[field] = record[field].encode()[:kept].decode(errors="ignore") + "…"
+        return files.canonical(record).decode()
+
+
+def failed(phase: str, error: TuningError, progress: dict[str, Any] | None) -> Outcome:
+    """The outcome of a run that `error` ended in `phase`."""
+    hints = " ".join(dict.fromkeys(problem.change.rstrip(" .") + "." for problem in error.problems))
+    return Outcome(
+        phase=phase,
+        code=error.exit_code,
+        message=str(error),
+        hint=hints,
+        **({k: progress.get(k) for k in ("step", "steps", "loss")} if progress else {}),
+    )
+
+
+def progress(run: Path) -> dict[str, Any] | None:
+    """The last complete progress record of the run directory `run`, or None before the first."""
+    try:
+        with (run / "metrics.jsonl").open("rb") as file:
+            file.seek(0, 2)
+            file.seek(max(0, file.tell() - 4096))
+            lines = file.read().split(b"\n")[:-1]
+    except FileNotFoundError:
+        return None
+    for line in reversed(lines):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and "step" in record:
+            return record
+    return None

@@ -27,3 +27,42 @@ $(VENV)/.installed: pyproject.toml constraints.txt Makefile
 	@$(BIN)/python tools/install_torch.py $(TORCH) $(TORCH_INDEX)
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
+
+system:  ## what tests need from the system: docker-registry, htpasswd, skopeo
+	@missing=""; for tool in docker-registry htpasswd skopeo; do \
+	  command -v $$tool >/dev/null 2>&1 || missing="$$missing $$tool"; done; \
+	test -z "$$missing" && exit 0; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then \
+	  echo "Installing$$missing with apt ..."; \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+	    apt-get install -y -qq --no-install-recommends $(APT_PACKAGES) >/dev/null; \
+	else \
+	  echo "The tests need$$missing: sudo apt-get install $(APT_PACKAGES)"; exit 1; \
+	fi
+
+demo: install  ## set-up and the main job on the bundled model, no GPU and no account needed
+	$(BIN)/python -m tuning run -f examples/workspace-demo.yaml \
+	  --base-model examples/tiny-model --data examples/data/demo.jsonl --run-dir runs/demo
+
+test: install system  ## set-up and every test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST)
+
+lint: install  ## ruff, mypy --strict, import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+fix: install  ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lock:  ## refresh constraints.txt: newest versions that pyproject.toml allows
+	rm -rf build/lock && $(PYTHON) -m venv build/lock
+	build/lock/bin/python tools/install_torch.py $(TORCH) cpu
+	build/lock/bin/pip install --quiet -e '.[train,serve,cluster,dev]'
+	build/lock/bin/pip freeze --exclude-editable | sed 's/+cpu//' > constraints.txt
+	rm -rf build/lock
+
+clean:  ## remove the environment and everything built
+	rm -rf $(VENV) build dist runs

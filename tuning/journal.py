@@ -5,8 +5,8 @@
 `journal.jsonl` holds one JSON object a line: `{"at", "phase", "event", "key", ...}` with event
 `start`, `end` (and the phase's `value`) or `fail`. A phase is done when an `end` with its key is
 there; the key is a hash of everything the phase depends on, so that a changed spec redoes exactly
-what it changes. Each line is fsynced. A crash may cut the last line; such a line is dropped when the
-journal is opened.
+what it changes. Each line is fsynced. A crash may cut the last line; such a line is dropped when
+the journal is opened.
 """
 
 from __future__ import annotations

@@ -31,7 +31,9 @@ class Console:
         self._out.print(rich.text.Text(redact(text), style=style), soft_wrap=True)
 
     @contextmanager
-    def work(self, title: str, *, unit: str = "", lines_every: float = LINE_EVERY) -> Iterator[Report]:
+    def work(
+        self, title: str, *, unit: str = "", lines_every: float = LINE_EVERY
+    ) -> Iterator[Report]:
         """Show the progress of one piece of work for as long as the block runs."""
         if self._out.is_terminal:
             yield from self._bar(title, unit)

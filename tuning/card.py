@@ -1,0 +1,121 @@
+"""Run directory -> what travels with the adapter: `tuning.json` and the model card `README.md`.
+
+Both are functions of the recipe and of what training measured that depends on the recipe alone: no
+clock, host, path, speed or placement, because the image's digest covers them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tuning import files
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+CURVE_WIDTH = 60
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the card tells beside the recipe."""
+
+    preset: str
+    licence: str | None  # of the base model
+    rows: int
+    trained_tokens: int
+    trainable: int  # parameters
+    total: int  # parameters of base and adapter
+    loss_by_step: Sequence[tuple[int, float]]
+    loss_before: float | None = None  # on the held-out rows, base alone
+    loss_after: float | None = None
+
+
+def write(adapter: Path, *, recipe: dict[str, Any], run_id: str, facts: Facts) -> None:
+    """Put `tuning.json` and `README.md` into the adapter folder."""
+    files.write_json(adapter / "tuning.json", provenance(recipe, run_id=run_id, facts=facts))
+    files.write(adapter / "README.md", card(recipe, run_id=run_id, facts=facts))
+
+
+def provenance(recipe: dict[str, Any], *, run_id: str, facts: Facts) -> dict[str, Any]:
+    """The content of `tuning.json`."""
+    return {
+        "schema": "tuning.kaito.sh/v1",
+        "run_id": run_id,
+        "recipe": recipe,
+        "preset": facts.preset,
+        "base_licence": facts.licence,
+        "rows": facts.rows,
+        "trained_tokens": facts.trained_tokens,
+        "trainable_parameters": facts.trainable,
+        "total_parameters": facts.total,
+        "loss_by_step": [[step, loss] for step, loss in facts.loss_by_step],
+        "evaluation": {"loss_before": facts.loss_before, "loss_after": facts.loss_after},
+    }
+
+
+def card(recipe: dict[str, Any], *, run_id: str, facts: Facts) -> str:
+    """The model card as Markdown with the metadata block that model hubs read."""
+    base = recipe["base_model"]
+    losses = [loss for _, loss in facts.loss_by_step]
+    share = 100 * facts.trainable / facts.total
+    rows = [
+        ("base model", f"`{base}` at `{recipe['base_revision']}`"),
+        ("method", f"{recipe['method']}, rank {recipe['rank']}, alpha {recipe['alpha']:g}"),
+        ("trained", f"{facts.trainable:,} parameters, {share:.2f} % of the model"),
+        ("data", f"{facts.rows:,} rows, {facts.trained_tokens:,} trained tokens an epoch"),
+        ("steps", f"{recipe['steps']:,} of {recipe['global_batch']} x {recipe['max_length']} tokens"),
+        ("learning rate", f"{recipe['learning_rate']:g}, {recipe['schedule']}"),
+        ("precision", recipe["precision"]),
+        ("run", f"`{run_id}`"),
+    ]
+    if losses:
+        rows.insert(5, ("loss", f"{losses[0]:.4g} -> {losses[-1]:.4g}"))
+    if facts.loss_before is not None and facts.loss_after is not None:
+        held_out = f"{facts.loss_before:.4g} -> {facts.loss_after:.4g}"
+        rows.insert(6, ("loss on held-out rows", held_out))
+    licence = f"license: {facts.licence}\n" if facts.licence else ""
+    data = "\n".join(f"- `sha256:{digest}`" for digest in recipe["data"])
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    versions = ", ".join(f"{name} {number}" for name, number in sorted(recipe["versions"].items()))
+    return f"""---
+base_model: {base}
+library_name: peft
+{licence}tags:
+- lora
+- {recipe["method"]}
+---
+
+# Adapter for {base}
+
+| | |
+|---|---|
+{table}
+
+Loss by step: `{curve(losses)}`
+
+Use it with `PeftModel.from_pretrained(base_model, folder)`, or mount this image's `/data` folder
+and name it to a server that loads LoRA adapters. `tuning.json` holds the whole recipe.
+
+## Data
+
+{data}
+
+## Made with
+
+{versions}
+"""
+
+
+def curve(values: Sequence[float]) -> str:
+    """`values` as one line of block characters, averaged down to at most 60."""
+    if not values:
+        return ""
+    width = min(CURVE_WIDTH, len(values))
+    edges = [round(i * len(values) / width) for i in range(width + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
+    low, high = min(means), max(means)
+    scale = (len(BLOCKS) - 1) / (high - low) if high > low else 0.0
+    return "".join(BLOCKS[round((mean - low) * scale)] for mean in means)

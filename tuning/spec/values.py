@@ -1,4 +1,4 @@
-"""Workspace and ConfigMap documents -> typed spec."""
+"""What a spec is, once it has been read: plain values that the other rooms pass each other."""
 
 from __future__ import annotations
 
@@ -76,7 +76,8 @@ class Source:
     urls: tuple[str, ...] = ()
     image: str | None = None
     pull_secrets: tuple[str, ...] = ()
-    folder: Path | None = None  # volumeSource as the engine sees it: /data in the Job, hostPath locally
+    # volumeSource as the engine sees it: /data in the Job, hostPath locally
+    folder: Path | None = None
     files: tuple[Path, ...] = ()  # --data FILE
 
 
@@ -96,9 +97,10 @@ class Overrides:
     """What the command line says beside the file."""
 
     base_model: str | None = None  # a preset, org/model or a folder
-    data: tuple[str, ...] = ()  # files or URLs
+    data: tuple[str, ...] = ()  # files, one folder, or URLs
     instance: str | None = None
     output: str | None = None  # oci:DIR, an image reference, or a folder (dir:DIR)
+    allow_hosts: tuple[str, ...] = ()  # hosts of URLs that may be private or local
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ class Spec:
     """One Workspace, its ConfigMap resolved and the command line applied."""
 
     name: str
-    preset: str  # tuning.preset.name, as the preset table spells it; or org/model
+    preset: str  # tuning.preset.name as written: a preset's name or org/model
     method: Method
     source: Source
     destination: Destination
@@ -115,5 +117,7 @@ class Spec:
     namespace: str | None = None
     hub_secret: str | None = None  # presetOptions.modelAccessSecret
     settings: Settings = field(default_factory=Settings)
-    notes: tuple[str, ...] = ()  # one line for each key that was translated or ignored, with its reason
-    document: dict[str, Any] = field(default_factory=dict)  # normalised Workspace, config inlined
+    notes: tuple[str, ...] = ()  # one line for each key that was translated or ignored, with why
+    document: dict[str, Any] = field(default_factory=dict)  # the Workspace as written, normalised
+    config: dict[str, Any] | None = None  # the ConfigMap that tuning.config names, normalised
+    overrides: Overrides = field(default_factory=Overrides)  # what the command line said

@@ -1,0 +1,69 @@
+"""Errors: one line each, all of them, nothing secret."""
+
+import pytest
+
+from tuning import errors
+from tuning.errors import DataError, Problem, SpecError, TuningError
+
+
+def test_a_problem_reads_as_code_place_fault_and_remedy():
+    """The text is `CODE-nnn where: what. Change: what to do.` with one full stop each."""
+    error = SpecError.at("SPEC-104", "tuning.method", 'is "lorra".', 'use "lora" or "qlora"')
+
+    assert str(error) == 'SPEC-104 tuning.method: is "lorra". Change: use "lora" or "qlora".'
+
+
+def test_many_problems_of_one_code_are_counted_after_twenty():
+    """Twenty of a code are shown, the rest counted; other codes are not pushed out."""
+    problems = [Problem("DATA-201", f"line {n}", "is bad", "mend it") for n in range(33)]
+    error = DataError([*problems, Problem("DATA-202", "file", "is bad", "mend it")])
+
+    lines = str(error).splitlines()
+
+    assert len(lines) == 22
+    assert lines[-1] == "DATA-201: the same in 13 more places."
+    assert any(line.startswith("DATA-202") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "clean"),
+    [
+        (
+            "GET https://acct.blob.example/d/t.parquet?sv=1&sig=SECRET failed",
+            "GET https://acct.blob.example/d/t.parquet?<redacted> failed",
+        ),
+        ("https://user:SECRET@host.example/a", "https://host.example/a"),
+        ("s3://key:SECRET@bucket/x?token=SECRET#f", "s3://bucket/x?<redacted>#f"),
+        ("no link, 1 < 2 ? yes", "no link, 1 < 2 ? yes"),
+    ],
+)
+def test_urls_lose_their_secrets(text, clean):
+    """User info and query go, scheme, host and path stay."""
+    assert clean == errors.redact(text)
+    assert "SECRET" not in str(SpecError.at("SPEC-1", text, text, text))
+
+
+@pytest.mark.parametrize("kind", TuningError.__subclasses__())
+def test_an_error_survives_the_way_through_a_result_file(kind):
+    """Kind, exit code and problems come back as they went."""
+    error = kind.at("X-1", "here", "broken", "mend")
+
+    back = errors.from_json(error.to_json())
+
+    assert (type(error), error.problems) == (type(back), back.problems)
+
+
+def test_exit_codes_are_the_published_ones():
+    """Other people's tools rely on these numbers."""
+    codes = {kind.__name__: kind.exit_code for kind in TuningError.__subclasses__()}
+
+    assert codes == {
+        "UsageError": 2,
+        "DataError": 10,
+        "SpecError": 11,
+        "RefusedError": 12,
+        "DivergedError": 13,
+        "OutOfMemoryError": 14,
+        "TransientError": 20,
+        "Stopped": 75,
+    }

@@ -1,0 +1,50 @@
+"""Files that survive a crash."""
+
+import os
+
+import pytest
+
+from tuning import files
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_scratch(tmp_path, monkeypatch):
+    """When the disk is full in mid-write the old content stays and nothing half-written is left."""
+    target = tmp_path / "plan.json"
+    files.write(target, "old")
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        files.write(target, "new")
+
+    assert target.read_text() == "old"
+    assert [target] == list(tmp_path.iterdir())
+
+
+def test_canonical_json_depends_on_the_value_alone():
+    """Key order, spaces and non-ASCII text do not change the bytes; NaN is no JSON."""
+    assert files.canonical({"z": "é", "a": [1, 2.5]}) == b'{"a":[1,2.5],"z":"\xc3\xa9"}'
+    with pytest.raises(ValueError, match="JSON compliant"):
+        files.canonical(float("nan"))
+
+
+def test_digest_of_a_file_is_that_of_its_bytes(tmp_path):
+    """Read in pieces or at once, the sha256 is the same."""
+    data = os.urandom(files.CHUNK + 17)
+    (tmp_path / "x").write_bytes(data)
+
+    assert files.digest(data) == files.digest_file(tmp_path / "x")
+
+
+def test_a_finished_folder_takes_its_place(tmp_path):
+    """The scratch folder becomes the target with all it holds."""
+    scratch = tmp_path / "tmp.1"
+    (scratch / "sub").mkdir(parents=True)
+    files.write_json(scratch / "sub" / "x.json", {"n": 1})
+
+    files.replace_folder(scratch, tmp_path / "done")
+
+    assert files.read_json(tmp_path / "done" / "sub" / "x.json") == {"n": 1}
+    assert not scratch.exists()

@@ -1,0 +1,167 @@
+"""Children that answer by a file, whatever happens to them."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from tuning import files, process
+from tuning.errors import DataError, Stopped, TransientError
+
+
+@pytest.fixture
+def room(tmp_path, monkeypatch):
+    """Write a module `tuning.<name>` that a child can run; gives back a function that runs it."""
+    package = tmp_path / "more"
+    package.mkdir()
+
+    def start(body, value=None, **options):
+        source = "import sys\nfrom tuning import process\n" + textwrap.dedent(body)
+        (package / "probe_room.py").write_text(
+            source + "\nif __name__ == '__main__':\n    sys.exit(process.serve(work))\n"
+        )
+        launcher = f"import tuning; tuning.__path__.append({str(package)!r})\n"
+        (package / "sitecustomize.py").write_text(launcher)
+        monkeypatch.setenv("PYTHONPATH", str(package))
+        return process.run(
+            "probe_room",
+            tmp_path / "request.json",
+            value or {},
+            log=tmp_path / "log",
+            **options,
+        )
+
+    return start
+
+
+def test_the_answer_comes_back(room):
+    """The child gets the request's value and its return value is the answer."""
+    assert room("def work(r): return {'twice': 2 * r['n']}", {"n": 21}) == {"twice": 42}
+
+
+def test_an_error_for_people_keeps_kind_and_text(room):
+    """A DataError raised in the child is that DataError here."""
+    with pytest.raises(DataError, match=r"DATA-201 line 3: is bad. Change: mend it."):
+        room(
+            """
+            from tuning.errors import DataError
+            def work(r): raise DataError.at("DATA-201", "line 3", "is bad", "mend it")
+            """
+        )
+
+
+def test_a_bug_is_told_from_an_answer_and_its_traceback_kept(room, tmp_path):
+    """Any other exception is status 1; the log has the traceback."""
+    with pytest.raises(process.ChildDied) as caught:
+        room("def work(r): return {}['missing']")
+
+    assert caught.value.status == 1
+    assert "KeyError: 'missing'" in (tmp_path / "log").read_text()
+
+
+def test_a_full_disk_is_transient_and_names_the_file(room):
+    """ENOSPC anywhere in the child is exit 20, not a bug."""
+    with pytest.raises(TransientError, match="RUN-120 /data/x: no space left"):
+        room("def work(r): raise OSError(28, 'No space left on device', '/data/x')")
+
+
+def test_a_killed_child_leaves_no_answer_even_if_an_old_one_was_there(room, tmp_path):
+    """SIGKILL is seen as such; the answer of an earlier child is not taken for this one's."""
+    files.write_json(tmp_path / "request.result.json", {"ok": {"stale": True}})
+
+    with pytest.raises(process.ChildDied) as caught:
+        room("import os, signal\ndef work(r): os.kill(os.getpid(), signal.SIGKILL)")
+
+    assert caught.value.status == -signal.SIGKILL
+
+
+def test_a_stop_is_passed_on_and_the_child_tells_how_it_ended(room, tmp_path):
+    """SIGTERM goes to the child once; its own Stopped comes back."""
+    asked = threading.Event()
+    body = f"""
+    import signal, threading
+    from pathlib import Path
+    from tuning.errors import Stopped
+    def work(r):
+        got = threading.Event()
+        signal.signal(signal.SIGTERM, lambda *_: got.set())
+        Path({str(tmp_path / "ready")!r}).touch()
+        while not got.wait(0.05): pass
+        raise Stopped.at("RUN-110", "train", "stopped", "run again")
+    """
+
+    def tick():
+        if (tmp_path / "ready").exists():
+            asked.set()
+
+    with pytest.raises(Stopped):
+        room(body, stop_asked=asked.is_set, tick=tick)
+
+
+def test_children_see_no_secret_of_the_environment(room, monkeypatch):
+    """Variables that carry credentials stay in the parent."""
+    monkeypatch.setenv("HF_TOKEN", "canary")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "canary")
+
+    seen = room("import os\ndef work(r): return {'env': list(os.environ.values())}")
+
+    assert "canary" not in seen["env"]
+
+
+def test_a_child_does_not_outlive_its_parent(tmp_path):
+    """When the parent is killed the child goes too, and with it the lock it inherited."""
+    body = textwrap.dedent(
+        f"""
+        import sys, time
+        sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
+        from pathlib import Path
+        from tuning import process
+        def work(r):
+            Path({str(tmp_path / "pid")!r}).write_text(str(__import__("os").getpid()))
+            time.sleep(60)
+            return {{}}
+        if __name__ == "__main__":
+            sys.exit(process.serve(work))
+        """
+    )
+    (tmp_path / "child.py").write_text(body)
+    files.write_json(tmp_path / "r.json", {})
+    parent = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import subprocess, sys, time; p = subprocess.Popen([sys.executable, *sys.argv[1:]], "
+            "stdin=subprocess.PIPE); time.sleep(60)",
+            str(tmp_path / "child.py"),
+            str(tmp_path / "r.json"),
+        ]
+    )
+    wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+    child = int((tmp_path / "pid").read_text())
+
+    parent.kill()
+    parent.wait()
+
+    wait_until(lambda: not alive(child))
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    status = Path(f"/proc/{pid}/stat")
+    return not status.exists() or status.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def wait_until(condition, seconds=20):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)

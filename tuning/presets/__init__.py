@@ -1,0 +1,46 @@
+"""What we know of base models, GPUs and cloud machines, read from the tables in `configs/`.
+
+Imports neither torch nor pydantic: planning and the cluster side ask here. Tables are read when
+first asked for, and once.
+"""
+
+from tuning.presets.architecture import Facts, Linear
+from tuning.presets.config import facts
+from tuning.presets.hardware import (
+    Engine,
+    Gpu,
+    Instance,
+    engine_build,
+    engines,
+    gpu,
+    gpus,
+    instance,
+    instances,
+)
+from tuning.presets.load import CONFIGS
+from tuning.presets.models import Preset, all, find
+from tuning.presets.page import markdown
+from tuning.presets.support import Support, gpu_support, support
+
+__all__ = [
+    "CONFIGS",
+    "Engine",
+    "Facts",
+    "Gpu",
+    "Instance",
+    "Linear",
+    "Preset",
+    "Support",
+    "all",
+    "engine_build",
+    "engines",
+    "facts",
+    "find",
+    "gpu",
+    "gpu_support",
+    "gpus",
+    "instance",
+    "instances",
+    "markdown",
+    "support",
+]

@@ -1,0 +1,203 @@
+"""GPUs, the cloud machines that hold them, and the builds of torch that run on them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from tuning.errors import SpecError
+from tuning.presets.load import CONFIGS, record, table
+from tuning.presets.models import nearest
+
+MIB = 1 << 20
+GIB = 1 << 30
+Capability = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One kind of accelerator. Rates are the datasheet's, dense (without sparsity)."""
+
+    name: str
+    nominal_gib: float  # what is printed on the box
+    memory_bytes: int  # what a CUDA program finds of it
+    capability: Capability | None  # compute capability; None: no CUDA
+    bf16: bool  # native bfloat16 arithmetic
+    fp16_flops: float | None  # operations a second, float16 with float32 sums
+    bf16_flops: float | None  # the same in bfloat16; None where there is none
+    bandwidth: float | None  # bytes a second of its memory
+    note: str  # what a reader should know, or ""
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One machine type of a cloud. A vGPU slice is a GPU of its own kind."""
+
+    name: str
+    cloud: str  # "azure", "aws", "gcp" or "arc"
+    gpu: Gpu
+    gpus: int
+    vcpus: int | None
+    ram_bytes: int | None
+    retired: bool  # the cloud no longer starts new ones; named by old files only
+    kaito: bool  # in the table of KAITO v0.12
+    aliases: tuple[str, ...]
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of memory of each GPU."""
+        return self.gpu.memory_bytes
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One CUDA build of torch that the image is offered with."""
+
+    name: str  # "cu126": also the last part of torch's package index
+    driver: str  # lowest driver version
+    compiled: tuple[Capability, ...]  # compute capabilities that its kernels are compiled for
+    four_bit: Capability  # lowest one on which bitsandbytes' 4-bit kernels run
+
+    def runs_on(self, capability: Capability) -> bool:
+        """CUDA's rule: code for X.y runs on every X.z with z >= y, and on no other X."""
+        major, minor = capability
+        return any(major == have[0] and minor >= have[1] for have in self.compiled)
+
+
+@cache
+def gpus() -> tuple[Gpu, ...]:
+    """Every kind of GPU, oldest first."""
+    return tuple(_gpu(name, value) for name, value in table(CONFIGS / "gpus.yaml").items())
+
+
+@cache
+def instances() -> tuple[Instance, ...]:
+    """Every machine type, by cloud and then as its file orders them."""
+    return tuple(
+        _instance(name, value, cloud=path.stem)
+        for path in sorted((CONFIGS / "instances").glob("*.yaml"))
+        for name, value in table(path).items()
+    )
+
+
+@cache
+def engines() -> tuple[Engine, ...]:
+    """Every build of torch that we use, oldest CUDA first."""
+    return tuple(_engine(name, value) for name, value in table(CONFIGS / "engines.yaml").items())
+
+
+def gpu(name: str) -> Gpu:
+    """The GPU of this name, in any case. Raises SpecError for one that is not in the table."""
+    by_name = {g.name.lower(): g for g in gpus()}
+    if found := by_name.get(name.strip().lower()):
+        return found
+    raise SpecError.at(
+        "SPEC-306",
+        "gpu",
+        f'"{name}" is not in the table',
+        f"{nearest(name, (g.name for g in gpus()))}use one of {', '.join(g.name for g in gpus())}",
+    )
+
+
+def instance(name: str, *, where: str = "resource.instanceType") -> Instance:
+    """The machine type of this name, in any case, Azure's with or without `Standard_`.
+
+    Raises SpecError for one that is not in the table, with the nearest name.
+    """
+    wanted = name.strip().lower()
+    found = _by_name().get(wanted)
+    if found is not None:
+        return found
+    raise SpecError.at(
+        "SPEC-304",
+        where,
+        f'Unsupported instance type "{name}"',
+        f"{nearest(wanted, (m.name for m in instances()))}use one that `presets` lists",
+    )
+
+
+def engine_build(capability: Capability) -> str | None:
+    """The newest build of torch that has kernels for `capability`; None where no build has."""
+    fitting = [engine.name for engine in engines() if engine.runs_on(capability)]
+    return fitting[-1] if fitting else None
+
+
+@cache
+def _by_name() -> Mapping[str, Instance]:
+    names = {
+        key.lower(): machine for machine in instances() for key in (machine.name, *machine.aliases)
+    }
+    short = {key.removeprefix("standard_"): machine for key, machine in names.items()}
+    return {**short, **names}
+
+
+def _gpu(name: str, value: Any) -> Gpu:
+    fields = record(
+        value,
+        where=f"gpus.yaml: {name}",
+        required={"gib": float, "mib": int},
+        optional={
+            "capability": str,
+            "fp16_tflops": float,
+            "bf16_tflops": float,
+            "bandwidth_gb": float,
+            "note": str,
+        },
+    )
+    capability = _capability(fields["capability"]) if fields["capability"] else None
+    return Gpu(
+        name=name,
+        nominal_gib=fields["gib"],
+        memory_bytes=fields["mib"] * MIB,
+        capability=capability,
+        bf16=capability is not None and capability >= (8, 0),
+        fp16_flops=_scaled(fields["fp16_tflops"], 1e12),
+        bf16_flops=_scaled(fields["bf16_tflops"], 1e12),
+        bandwidth=_scaled(fields["bandwidth_gb"], 1e9),
+        note=fields["note"] or "",
+    )
+
+
+def _instance(name: str, value: Any, *, cloud: str) -> Instance:
+    fields = record(
+        value,
+        where=f"{cloud}.yaml: {name}",
+        required={"gpu": str, "gpus": int},
+        optional={"vcpus": int, "ram": int, "retired": bool, "kaito": bool, "aliases": list},
+    )
+    return Instance(
+        name=name,
+        cloud=cloud,
+        gpu=gpu(fields["gpu"]),
+        gpus=fields["gpus"],
+        vcpus=fields["vcpus"],
+        ram_bytes=fields["ram"] * GIB if fields["ram"] else None,
+        retired=bool(fields["retired"]),
+        kaito=bool(fields["kaito"]),
+        aliases=tuple(fields["aliases"] or ()),
+    )
+
+
+def _engine(name: str, value: Any) -> Engine:
+    fields = record(
+        value,
+        where=f"engines.yaml: {name}",
+        required={"driver": str, "compiled": list, "four_bit": str},
+    )
+    return Engine(
+        name=name,
+        driver=fields["driver"],
+        compiled=tuple(_capability(text) for text in fields["compiled"]),
+        four_bit=_capability(fields["four_bit"]),
+    )
+
+
+def _capability(text: str) -> Capability:
+    major, minor = text.split(".")
+    return int(major), int(minor)
+
+
+def _scaled(value: float | None, unit: float) -> float | None:
+    return None if value is None else value * unit

@@ -1,0 +1,137 @@
+"""The base models we know by name: where they are, under which licence, and their shape."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from tuning.errors import SpecError
+from tuning.presets.architecture import Facts
+from tuning.presets.config import KEYS, facts
+from tuning.presets.load import CONFIGS, record, table
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.A)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One base model of `configs/presets`, pinned to a commit of the hub."""
+
+    name: str
+    hub_id: str
+    revision: str  # commit, 40 hexadecimal digits
+    licence: str
+    gated: bool  # the hub wants a token of an account that accepted the licence
+    kaito_tunes: bool  # KAITO lists it for tuning, not only for inference
+    published_gib: float | None  # size of the published 16-bit weights, as KAITO's docs give it
+    aliases: tuple[str, ...]
+    facts: Facts
+
+    @property
+    def architecture(self) -> str:
+        """The class that the published config.json names."""
+        return self.facts.wrapper or self.facts.architecture
+
+    @property
+    def model_type(self) -> str:
+        """`model_type` of the text model."""
+        return self.facts.model_type
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the text model's weights in 16 bits."""
+        return self.facts.weight_bytes
+
+    @property
+    def packing_safe(self) -> bool:
+        """Packed rows do not see each other."""
+        return self.facts.packing_safe
+
+
+@cache
+def all() -> tuple[Preset, ...]:
+    """Every preset, by file and then as the file orders them."""
+    return tuple(
+        _preset(value, where=f"{path.name}[{index}]")
+        for path in sorted((CONFIGS / "presets").glob("*.yaml"))
+        for index, value in enumerate(table(path))
+    )
+
+
+def find(name: str, *, where: str = "tuning.preset.name") -> Preset | None:
+    """The preset of this name, alias or hub id, in any case.
+
+    None for any other `org/model`: the hub decides whether it exists. Raises SpecError for a name
+    that is neither, with the nearest one; `where` is the place that the error names.
+    """
+    wanted = name.strip().lower()
+    by_name = _by_name()
+    if wanted in by_name:
+        return by_name[wanted]
+    if reason := _not_offered().get(wanted):
+        raise SpecError.at(
+            "SPEC-303", where, f'"{name}" {reason}; no job here can tune it', f"use {_choices()}"
+        )
+    if _HUB_ID.fullmatch(name.strip()) and ".." not in name:
+        return None
+    raise SpecError.at(
+        "SPEC-302",
+        where,
+        f'Unsupported tuning preset name "{name}"',
+        f"{nearest(wanted, by_name)}use {_choices()}; or an org/model of the hub, or a folder",
+    )
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`did you mean "x"? Or ` for the known name next to `name`; nothing where none is near."""
+    spelled = {one.lower(): one for one in known}
+    near = difflib.get_close_matches(name.lower(), spelled, n=1, cutoff=0.6)
+    return f'did you mean "{spelled[near[0]]}"? Or ' if near else ""
+
+
+@cache
+def _by_name() -> dict[str, Preset]:
+    return {
+        key.lower(): preset
+        for preset in all()
+        for key in (preset.name, preset.hub_id, *preset.aliases)
+    }
+
+
+@cache
+def _not_offered() -> dict[str, str]:
+    return dict(table(CONFIGS / "not_offered.yaml"))
+
+
+def _choices() -> str:
+    return "one of " + ", ".join(preset.name for preset in all())
+
+
+def _preset(value: Any, *, where: str) -> Preset:
+    fields = record(
+        value,
+        where=where,
+        required={"name": str, "hub_id": str, "revision": str, "licence": str, "config": dict},
+        optional={"gated": bool, "kaito_tunes": bool, "published_gib": float, "aliases": list},
+    )
+    config = fields.pop("config")
+    for part in (config, config.get("text_config") or {}):
+        if unknown := part.keys() - KEYS:
+            names = ", ".join(sorted(unknown))
+            raise SpecError.at("SPEC-301", where, f"config holds {names}", "leave that out")
+    shape = facts(config)
+    if shape is None:
+        raise SpecError.at(
+            "SPEC-301",
+            where,
+            f"has model_type {config['model_type']}",
+            "add it to architectures.yaml",
+        )
+    fields["gated"] = bool(fields["gated"])
+    fields["kaito_tunes"] = bool(fields["kaito_tunes"])
+    fields["aliases"] = tuple(fields["aliases"] or ())
+    return Preset(**fields, facts=shape)

@@ -1,0 +1,86 @@
+"""What we promise: which model by which method, which method on which GPU, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tuning.presets.architecture import Facts
+from tuning.presets.hardware import Gpu, engine_build, engines
+from tuning.presets.models import Preset
+
+if TYPE_CHECKING:  # the spec brings pydantic, which asking for a preset should not
+    from tuning.spec import Method
+
+
+@dataclass(frozen=True)
+class Support:
+    """Yes or no, why, and what to do instead."""
+
+    supported: bool
+    reason: str
+    change: str = ""  # empty when supported
+
+
+def support(model: Preset | Facts, method: Method) -> Support:
+    """Whether a job can tune `model` by `method`, before any question of memory."""
+    facts = model.facts if isinstance(model, Preset) else model
+    if facts.experts:
+        return _experts(facts, method)
+    if facts.stored != "16-bit":
+        return _packed(model, facts)
+    if facts.wrapper:
+        tower = f"the vision tower ({facts.tower / 1e6:.0f} million parameters) stays as it is"
+        return Support(True, f"its text model is adapted, {tower}")
+    if facts.layout == "falcon" and method == "qlora":
+        return Support(True, "its linear layers are made plain ones first, or none would be packed")
+    return Support(True, "every attention and MLP projection is a plain linear layer")
+
+
+def _experts(facts: Facts, method: Method) -> Support:
+    share = sum(linear.parameters for linear in facts.linears) / facts.layer_parameters
+    stored = "" if facts.stored == "16-bit" else f" and are published in {facts.stored}"
+    what = (
+        f"of each layer LoRA would adapt the {share:.1%} that is attention, over weights that take "
+        f"{facts.weight_bytes / 2**30:.0f} GiB unpacked"
+        if method == "lora"
+        else "bitsandbytes packs linear layers only, so that nearly all of it would stay in 16 bits"
+    )
+    return Support(
+        False,
+        f"its {facts.experts} experts a layer are no linear layers{stored}: {what}",
+        "use a dense model, such as phi-4 or qwen2.5-coder-7b-instruct",
+    )
+
+
+def _packed(model: Preset | Facts, facts: Facts) -> Support:
+    name = f"{model.hub_id}-BF16" if isinstance(model, Preset) else "the 16-bit checkpoint"
+    return Support(
+        False,
+        f"its checkpoint holds {facts.stored} weights; training needs them in 16 bits",
+        f"pass the same model in 16 bits: --base-model {name}",
+    )
+
+
+def gpu_support(gpu: Gpu, method: Method) -> Support:
+    """Whether any engine build runs `method` on `gpu`, before any question of memory."""
+    if gpu.capability is None:
+        return Support(False, f"{gpu.name} has no CUDA", "use a machine with an NVIDIA GPU")
+    major, minor = gpu.capability
+    build = engine_build(gpu.capability)
+    if build is None:
+        return Support(
+            False,
+            f"no build of torch has kernels for {gpu.name} (compute capability {major}.{minor})",
+            "use a GPU of compute capability 7.0 or newer",
+        )
+    lowest = next(engine.four_bit for engine in engines() if engine.name == build)
+    if method == "qlora" and gpu.capability < lowest:
+        return Support(
+            False,
+            f"bitsandbytes packs from compute capability {lowest[0]}.{lowest[1]} on, "
+            f"{gpu.name} has {major}.{minor}",
+            "use method lora, or a newer GPU",
+        )
+    precision = "bfloat16" if gpu.bf16 else "float16 with loss scaling (it has no bfloat16)"
+    return Support(True, f"with the {build} build of torch, in {precision}")

@@ -28,7 +28,6 @@ KEYS = frozenset(
         "num_local_experts", "num_experts_per_tok", "spatial_merge_size",
     }
 )  # fmt: skip
-)
 
 _TOWERS: dict[str, dict[str, Any]] = {  # what a vision_config may leave out
     "siglip": {

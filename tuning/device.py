@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from tuning.presets import Gpu
+
 FIELDS = "name,memory.total,memory.free,compute_cap"
 MIB = 1 << 20
 
@@ -29,6 +31,7 @@ class Device:
     bf16: bool  # native bfloat16 arithmetic
     capability: tuple[int, int] | None = None
     origin: str = "found on this machine"
+    gpu: Gpu | None = None  # its row in the table of GPUs, where it comes from there
 
     def __str__(self) -> str:
         size = f"{self.memory_bytes / 2**30:.1f} GiB free"

@@ -1,16 +1,26 @@
-"""spec + model + GPU + lengths -> Plan: recipe, placement, reasons."""
+"""spec + model + device + lengths -> Plan: recipe, placement, reasons.
+
+The recipe decides the adapter's bytes and is frozen once complete; the placement says how one
+machine carries it out and is derived again at each start. Each number carries its reason.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
-from tuning import files
+from tuning import files, presets
+from tuning.device import Device
+from tuning.errors import Problem, SpecError
+from tuning.spec import Settings, Spec
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides the adapter's bytes. Its hash is the run id. No path, host or clock."""
+    """Everything that decides the adapter's bytes; its hash is the run id. No path, host, clock."""
 
     base_model: str  # hub id, preset's hub id, or "local"
     base_revision: str  # commit of the hub, or "sha256:..." of a local folder's files
@@ -47,7 +57,9 @@ class Recipe:
     steps: int
     seed: int
     eval_steps: int | None
-    versions: dict[str, str] = field(default_factory=dict)  # torch, transformers, trl, peft, bitsandbytes
+    versions: dict[str, str] = field(
+        default_factory=dict
+    )  # torch, transformers, trl, peft, bitsandbytes
 
     @property
     def run_id(self) -> str:
@@ -66,3 +78,351 @@ class Placement:
     checkpointing: bool
     attention: str
     threads: int | None = None  # intra-op threads on a CPU; None leaves torch's choice
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """What tokenising found, in tokens a row."""
+
+    rows: int
+    tokens: int
+    longest: int
+
+    @property
+    def mean(self) -> float:
+        """Mean tokens of a row."""
+        return self.tokens / max(1, self.rows)
+
+
+@dataclass(frozen=True)
+class Base:
+    """What the plan must know of the base model; `facts` is None for an unknown family."""
+
+    name: str  # hub id, or "local"
+    revision: str
+    facts: presets.Facts | None
+    config: dict[str, Any] = field(default_factory=dict)  # config.json, where there are no facts
+
+    @property
+    def context(self) -> int:
+        """The longest sequence it reads, in tokens."""
+        if self.facts:
+            return self.facts.context
+        return int(self.config.get("max_position_embeddings", DRAFT_LENGTH))
+
+    @property
+    def packing(self) -> tuple[bool, str]:
+        """Whether packed rows stay apart, and why."""
+        if self.facts:
+            return self.facts.packing_safe, self.facts.packing_reason
+        return False, "nobody has checked that this family keeps packed rows apart"
+
+
+def base_from_config(name: str, revision: str, config: dict[str, Any]) -> Base:
+    """The base whose parsed `config.json` is `config`. Raises SpecError for an impossible one."""
+    return Base(name, revision, presets.facts(config), config)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe, a placement, and the reason of each number.
+
+    Made from the spec alone it is a draft (`rows` is None): lengths are upper bounds and the number
+    of steps is not known. `freeze` completes it.
+    """
+
+    recipe: Recipe
+    placement: Placement
+    device: Device
+    reasons: dict[str, str]
+    lengths: Lengths | None = None
+    rows: int | None = None  # training rows after packing
+
+    def to_json(self) -> dict[str, Any]:
+        """For `plan.json` and `plan --json`."""
+        return {
+            "run_id": self.recipe.run_id if self.rows is not None else None,
+            "recipe": asdict(self.recipe),
+            "placement": asdict(self.placement),
+            "device": asdict(self.device),
+            "reasons": self.reasons,
+            "lengths": asdict(self.lengths) if self.lengths else None,
+            "rows": self.rows,
+        }
+
+
+def recipe_from_json(record: dict[str, Any]) -> Recipe:
+    """The recipe that `dataclasses.asdict` and JSON made a dictionary of."""
+    tuples = ("data", "targets", "exclude", "layers", "betas")
+    fixed = {k: tuple(record[k]) for k in tuples if record[k] is not None}
+    return Recipe(**(record | fixed))
+
+
+# Defaults that suit LoRA; KAITO's and trl's (rank 8, learning rate 2e-5) suit full fine-tuning.
+RANK = 16
+LEARNING_RATE = 2e-4
+EPOCHS = 3.0
+BATCH_ROWS = 16  # conversations an optimizer step
+WARMUP_SHARE = 0.03
+SMALLEST_PACK, LARGEST_PACK = 256, 8192  # tokens of a packed row, unless a row is longer
+DRAFT_LENGTH = 2048  # before the data was read
+
+
+class _Choices:
+    """Chosen values and why: what the user set wins, and the reason says so."""
+
+    def __init__(self) -> None:
+        self.reasons: dict[str, str] = {}
+
+    def pick(self, name: str, user: Any, value: Any, reason: str) -> Any:
+        self.reasons[name] = "set in the config" if user is not None else reason
+        return value if user is None else user
+
+
+def make(
+    spec: Spec, base: Base, device: Device, *, lengths: Lengths | None, versions: dict[str, str]
+) -> Plan:
+    """Decide everything that can be decided before packing; steps come with `freeze`.
+
+    Raises SpecError for what cannot work together. `lengths` None makes a draft.
+    """
+    refuse_unsupported(spec, base, device)
+    s, choices = spec.settings, _Choices()
+    pick = choices.pick
+    precision = pick("precision", s.dtype, *_precision(device))
+    packing = _packing(s.packing, base, pick)
+    max_length = pick("max_length", s.max_length, *_max_length(base, lengths, packing))
+    if max_length > base.context:
+        raise SpecError.at(
+            "PLAN-103",
+            "TrainingArguments.max_length",
+            f"is {max_length}, but {base.name} reads at most {base.context} tokens",
+            f"set it to {base.context} or less, or leave it out",
+        )
+    user_batch = None
+    if s.micro_batch or s.accumulation:
+        user_batch = (s.micro_batch or 1) * (s.accumulation or 1)
+    recipe = Recipe(
+        base_model=base.name,
+        base_revision=base.revision,
+        data=(),
+        method=spec.method,
+        precision=precision,
+        quantisation=_quantisation(spec, precision, pick),
+        rank=pick("rank", s.rank, RANK, "enough for most tasks at 1 % of the weights"),
+        alpha=pick("alpha", s.alpha, 2.0 * (s.rank or RANK), "twice the rank"),
+        dropout=pick("dropout", s.dropout, 0.0, "dropout costs a third of the speed"),
+        targets=pick("targets", s.target_modules, None, "every attention and MLP projection"),
+        exclude=s.exclude_modules or (),
+        layers=s.layers,
+        rslora=bool(s.rslora),
+        dora=bool(s.dora),
+        optimizer=pick("optimizer", s.optimizer, "adamw_torch_fused", "AdamW in one kernel"),
+        learning_rate=pick(
+            "learning_rate", s.learning_rate, LEARNING_RATE, "ten times that of full fine-tuning"
+        ),
+        schedule=pick("schedule", s.schedule, "cosine", "ends near zero, forgives a high start"),
+        warmup_steps=0,
+        weight_decay=pick("weight_decay", s.weight_decay, 0.0, "a low rank is restraint enough"),
+        betas=(_or(s.beta1, 0.9), _or(s.beta2, 0.999)),
+        epsilon=_or(s.epsilon, 1e-8),
+        max_grad_norm=pick("max_grad_norm", s.max_grad_norm, 1.0, "the usual guard"),
+        neftune_alpha=s.neftune_alpha,
+        max_length=max_length,
+        packing=packing,
+        train_on=pick("train_on", s.train_on, "assistant", "the answers are what should change"),
+        chat_template=files.digest(s.chat_template.encode()) if s.chat_template else None,
+        columns={
+            name: value
+            for name in ("messages_column", "context_column", "response_column")
+            if (value := getattr(s, name)) is not None
+        },
+        shuffle=_or(s.shuffle, True),
+        train_share=_or(s.train_share, 1.0),
+        global_batch=pick("global_batch", user_batch, *_batch(lengths, max_length, packing)),
+        epochs=pick("epochs", s.epochs, EPOCHS, "three looks at each row"),
+        steps=0,
+        seed=_or(s.seed, 42),
+        eval_steps=s.eval_steps,
+        versions=versions,
+    )
+    placement = place(recipe, base, device, settings=s, reasons=choices.reasons)
+    return Plan(recipe, placement, device, choices.reasons, lengths)
+
+
+def freeze(plan: Plan, spec: Spec, *, rows: int, data: tuple[str, ...]) -> Plan:
+    """The complete plan, now that the data is packed into `rows` training rows.
+
+    `data` holds the sha256 of each file, in order. From here on the run id is fixed.
+    """
+    recipe, reasons = plan.recipe, dict(plan.reasons)
+    per_epoch = math.ceil(rows / recipe.global_batch)
+    steps = spec.settings.max_steps or max(1, math.ceil(per_epoch * recipe.epochs))
+    reasons["steps"] = (
+        "set in the config"
+        if spec.settings.max_steps
+        else f"{rows:,} rows / {recipe.global_batch} a step x {recipe.epochs:g} epochs"
+    )
+    warmup = _or(spec.settings.warmup, WARMUP_SHARE)
+    warmup_steps = math.ceil(warmup * steps) if isinstance(warmup, float) and warmup < 1 else warmup
+    if spec.settings.warmup is None:
+        reasons["warmup_steps"] = f"{WARMUP_SHARE:.0%} of the steps, so that Adam finds its scale"
+    recipe = replace(recipe, steps=steps, warmup_steps=int(warmup_steps), data=data)
+    return replace(plan, recipe=recipe, reasons=reasons, rows=rows)
+
+
+def place(
+    recipe: Recipe, base: Base, device: Device, *, settings: Settings, reasons: dict[str, str]
+) -> Placement:
+    """How `device` carries out `recipe`: never changes the run id, may differ at each start."""
+    micro_batch = settings.micro_batch if settings.micro_batch else 1
+    if settings.micro_batch is None and not recipe.packing:
+        micro_batch = _divisor(recipe.global_batch, 4)
+    if recipe.global_batch % micro_batch:
+        micro_batch = _divisor(recipe.global_batch, micro_batch)
+    return Placement(
+        device=device.kind,
+        ranks=1,
+        micro_batch=micro_batch,
+        accumulation=recipe.global_batch // micro_batch,
+        checkpointing=bool(settings.checkpointing),
+        attention=settings.attention or "sdpa",
+    )
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+def _divisor(number: int, at_most: int) -> int:
+    """The largest divisor of `number` that is not above `at_most`."""
+    return next(n for n in range(min(number, max(1, at_most)), 0, -1) if number % n == 0)
+
+
+def _precision(device: Device) -> tuple[str, str]:
+    if device.bf16:
+        return "bfloat16", f"{device.name} computes in bfloat16"
+    if device.kind == "cuda":
+        return "float16", f"{device.name} has no bfloat16 (compute capability below 8.0)"
+    return "float32", "this processor has no bfloat16 instructions"
+
+
+def _quantisation(spec: Spec, precision: str, pick: Callable[..., Any]) -> dict[str, Any] | None:
+    if spec.method != "qlora":
+        return None
+    s = spec.settings
+    return {
+        "type": pick("quant_type", s.quant_type, "nf4", "fits normally distributed weights best"),
+        "double": pick("double_quant", s.double_quant, True, "saves 0.37 bits a weight"),
+        "compute": s.compute_dtype or precision,
+    }
+
+
+def _packing(user: bool | None, base: Base, pick: Callable[..., Any]) -> bool:
+    safe, reason = base.packing
+    if user and not safe:
+        raise SpecError.at(
+            "PLAN-104",
+            "TrainingArguments.packing",
+            f"is true, but packed rows may see each other: {reason}",
+            "set it to false, or leave it out",
+        )
+    if safe:
+        return bool(pick("packing", user, True, "no padding: short rows cost what they hold"))
+    return bool(pick("packing", user, False, reason))
+
+
+def _max_length(base: Base, lengths: Lengths | None, packing: bool) -> tuple[int, str]:
+    context = base.context
+    if lengths is None:
+        return min(DRAFT_LENGTH, context), "the data has not been read yet"
+    if not packing:
+        return min(lengths.longest, context), f"the longest row has {lengths.longest:,} tokens"
+    pack = min(LARGEST_PACK, max(SMALLEST_PACK, BATCH_ROWS * lengths.mean))
+    wanted = 1 << math.ceil(math.log2(max(lengths.longest, pack)))
+    if wanted > context:
+        return context, f"all the model reads; the longest row has {lengths.longest:,} tokens"
+    return wanted, f"holds the longest row ({lengths.longest:,} tokens) and some of mean length"
+
+
+def _batch(lengths: Lengths | None, max_length: int, packing: bool) -> tuple[int, str]:
+    if lengths is None or not packing:
+        return BATCH_ROWS, f"{BATCH_ROWS} rows a step are the usual for LoRA"
+    packed = max(1, round(BATCH_ROWS * lengths.mean / max_length))
+    rows = packed * max_length / lengths.mean
+    return packed, f"about {rows:.0f} rows of mean length ({lengths.mean:.0f} tokens) a step"
+
+
+LARGEST_ON_CPU = 10**9  # parameters; a step of a larger model takes minutes without a GPU
+
+
+def refuse_unsupported(spec: Spec, base: Base, device: Device) -> None:
+    """Raise SpecError, with all reasons, for model, method and device that do not go together."""
+    problems = []
+    if base.facts and not (answer := presets.support(base.facts, spec.method)).supported:
+        problems.append(Problem("PLAN-101", base.name, answer.reason, answer.change))
+    if device.kind == "cpu" and base.facts and base.facts.parameters > LARGEST_ON_CPU:
+        billions = base.facts.parameters / 1e9
+        problems.append(
+            Problem(
+                "PLAN-102",
+                base.name,
+                f"has {billions:.1f} billion parameters and needs a GPU; there is none here",
+                "run on a machine with an NVIDIA GPU and its driver (nvidia-smi must answer), or "
+                "plan for one with --instance",
+            )
+        )
+    if device.gpu and not (answer := presets.gpu_support(device.gpu, spec.method)).supported:
+        problems.append(Problem("PLAN-106", device.origin, answer.reason, answer.change))
+    if problems:
+        raise SpecError(problems)
+
+
+def draft(spec: Spec, *, here: Device) -> Plan:
+    """The plan that the spec alone allows: no data, no weights, no network.
+
+    Sized for the spec's machine type if it names one, else for the device `here`. Raises SpecError,
+    with code PLAN-107 for a hub model that is not among the presets: its shape is not known here.
+    """
+    device = device_of(spec.instance) if spec.instance else here
+    return make(spec, known_base(spec), device, lengths=None, versions={})
+
+
+def known_base(spec: Spec) -> Base:
+    """The base model as far as it is known without the network."""
+    name = spec.base_model or spec.preset
+    folder = Path(name)
+    if spec.base_model and folder.is_dir():
+        try:
+            config = files.read_json(folder / "config.json")
+        except (OSError, ValueError) as error:
+            raise SpecError.at(
+                "PLAN-108",
+                str(folder / "config.json"),
+                f"cannot be read ({error.__class__.__name__})",
+                "name a folder with config.json, *.safetensors and a tokenizer",
+            ) from None
+        return base_from_config(spec.preset, "local", config)
+    if preset := presets.find(name):
+        return Base(preset.hub_id, spec.settings.revision or preset.revision, preset.facts)
+    raise SpecError.at(
+        "PLAN-107",
+        name,
+        "is not among the presets, so its shape is not known without the network",
+        "plan with --base-model FOLDER, or let `run` fetch its config first",
+    )
+
+
+def device_of(instance: str) -> Device:
+    """The device that a machine type has. Raises SpecError for an unknown one."""
+    machine = presets.instance(instance)
+    return Device(
+        kind="cuda",
+        name=machine.gpu.name,
+        count=machine.gpus,
+        memory_bytes=machine.memory_bytes,
+        bf16=machine.gpu.bf16,
+        capability=machine.gpu.capability,
+        origin=machine.name,
+        gpu=machine.gpu,
+    )

@@ -29,6 +29,7 @@ class Gpu:
     bf16_flops: float | None  # the same in bfloat16; None where there is none
     bandwidth: float | None  # bytes a second of its memory
     note: str  # what a reader should know, or ""
+    products: tuple[str, ...] = ()  # further names that the driver gives it
 
 
 @dataclass(frozen=True)
@@ -89,9 +90,11 @@ def engines() -> tuple[Engine, ...]:
 
 
 def gpu(name: str) -> Gpu:
-    """The GPU of this name, in any case. Raises SpecError for one that is not in the table."""
-    by_name = {g.name.lower(): g for g in gpus()}
-    if found := by_name.get(name.strip().lower()):
+    """The GPU of this name, ours or the driver's ("NVIDIA H200", "Tesla-T4"), in any case.
+
+    Raises SpecError for one that is not in the table.
+    """
+    if found := _products().get(_product(name)):
         return found
     raise SpecError.at(
         "SPEC-306",
@@ -114,7 +117,7 @@ def instance(name: str, *, where: str = "resource.instanceType") -> Instance:
         "SPEC-304",
         where,
         f'Unsupported instance type "{name}"',
-        f"{nearest(wanted, (m.name for m in instances()))}use one that `presets` lists",
+        f"{nearest(wanted, _spellings())}use one that `python -m tuning presets` lists",
     )
 
 
@@ -122,6 +125,22 @@ def engine_build(capability: Capability) -> str | None:
     """The newest build of torch that has kernels for `capability`; None where no build has."""
     fitting = [engine.name for engine in engines() if engine.runs_on(capability)]
     return fitting[-1] if fitting else None
+
+
+def _product(name: str) -> str:
+    plain = "-".join(name.lower().replace("_", " ").replace("-", " ").split())
+    return plain.removeprefix("nvidia-").removeprefix("tesla-")
+
+
+@cache
+def _products() -> Mapping[str, Gpu]:
+    return {_product(name): g for g in gpus() for name in (g.name, *g.products)}
+
+
+def _spellings() -> list[str]:
+    """Every name, Azure's with and without its prefix, as people write it."""
+    names = [name for machine in instances() for name in (machine.name, *machine.aliases)]
+    return [*names, *(name.removeprefix("Standard_") for name in names)]
 
 
 @cache
@@ -144,6 +163,7 @@ def _gpu(name: str, value: Any) -> Gpu:
             "bf16_tflops": float,
             "bandwidth_gb": float,
             "note": str,
+            "products": list,
         },
     )
     capability = _capability(fields["capability"]) if fields["capability"] else None
@@ -157,6 +177,7 @@ def _gpu(name: str, value: Any) -> Gpu:
         bf16_flops=_scaled(fields["bf16_tflops"], 1e12),
         bandwidth=_scaled(fields["bandwidth_gb"], 1e9),
         note=fields["note"] or "",
+        products=tuple(fields["products"] or ()),
     )
 
 

@@ -170,8 +170,11 @@ def test_a_model_with_a_vision_tower_is_its_text_model(model_type: str) -> None:
 def test_an_unknown_architecture_is_none_and_a_broken_config_is_an_error() -> None:
     """None means: simulate. A file without model_type, or with impossible sizes, is refused."""
     assert presets.facts({"model_type": "hyena"}) is None
+    assert presets.facts({"model_type": "llava", "text_config": {"model_type": "llama"}}) is None
     with pytest.raises(SpecError, match=r"SPEC-305 config\.json: has no model_type"):
         presets.facts({})
+    with pytest.raises(SpecError, match="is no mapping"):
+        presets.facts({"model_type": "gemma3", "text_config": "x"})
     with pytest.raises(SpecError) as caught:
         presets.facts({"model_type": "llama", "hidden_size": 0, "vocab_size": "many"})
     assert ["config.json: hidden_size", "config.json: vocab_size"] == [

@@ -29,6 +29,9 @@ KEYS = frozenset(
     }
 )  # fmt: skip
 
+# Classes of a text and a vision model, with the text model that their files may leave unsaid.
+_WRAPPERS = {"gemma3": "gemma3_text", "mistral3": "mistral"}
+
 _TOWERS: dict[str, dict[str, Any]] = {  # what a vision_config may leave out
     "siglip": {
         "hidden_size": 768,
@@ -87,12 +90,17 @@ def facts(config: Mapping[str, Any]) -> Facts | None:
             "has no model_type",
             "point to the folder of a Hugging Face model, with the config.json that came with it",
         )
-    text = config.get("text_config")
-    if isinstance(text, Mapping) and isinstance(text.get("model_type"), str):
-        return _read(text, config)
-    if config["model_type"] == "gemma3":  # its files leave the text model's type to the class
-        return _read({"model_type": "gemma3_text", **(text or {})}, config)
-    return _read(config, config)
+    if (text_type := _WRAPPERS.get(config["model_type"])) is None:
+        return _read(config, config)
+    text = config.get("text_config") or {}
+    if not isinstance(text, Mapping) or not isinstance(config.get("vision_config") or {}, Mapping):
+        raise SpecError.at(
+            "SPEC-305",
+            "config.json",
+            "text_config or vision_config is no mapping",
+            "download the file again",
+        )
+    return _read({"model_type": text_type, **text}, config)
 
 
 def _read(text: Mapping[str, Any], whole: Mapping[str, Any]) -> Facts | None:
@@ -105,9 +113,10 @@ def _read(text: Mapping[str, Any], whole: Mapping[str, Any]) -> Facts | None:
     _check(merged)
     shape = _falcon_shape(merged) if family["layout"] == "falcon" else _shape(merged, family)
     window, windowed = _windows(merged, family["windows"])
-    rope = merged.get("rope_parameters") or {}
-    rotary = merged.get("partial_rotary_factor") or rope.get("partial_rotary_factor")
-    quantised = whole.get("quantization_config") or {}
+    rotary = merged.get("partial_rotary_factor") or _part(merged, "rope_parameters").get(
+        "partial_rotary_factor"
+    )
+    quantised = _part(whole, "quantization_config")
     wrapped = text is not whole
     return Facts(
         model_type=merged["model_type"],
@@ -135,6 +144,11 @@ def _read(text: Mapping[str, Any], whole: Mapping[str, Any]) -> Facts | None:
         packing_reason=family["packing_reason"],
         **shape,
     )
+
+
+def _part(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = config.get(key)
+    return value if isinstance(value, Mapping) else {}
 
 
 def _shape(config: Mapping[str, Any], family: Mapping[str, Any]) -> dict[str, Any]:

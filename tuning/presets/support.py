@@ -54,11 +54,11 @@ def _experts(facts: Facts, method: Method) -> Support:
 
 
 def _packed(model: Preset | Facts, facts: Facts) -> Support:
-    name = f"{model.hub_id}-BF16" if isinstance(model, Preset) else "the 16-bit checkpoint"
+    where = f" {model.hub_id}-BF16" if isinstance(model, Preset) else ""
     return Support(
         False,
         f"its checkpoint holds {facts.stored} weights; training needs them in 16 bits",
-        f"pass the same model in 16 bits: --base-model {name}",
+        f"pass the same model in 16 bits with --base-model{where}",
     )
 
 

@@ -57,6 +57,9 @@ fix: install  ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: install  ## write the files that are generated from the code
+	$(BIN)/python tools/write_docs.py
+
 lock:  ## refresh constraints.txt: newest versions that pyproject.toml allows
 	rm -rf build/lock && $(PYTHON) -m venv build/lock
 	build/lock/bin/python tools/install_torch.py $(TORCH) cpu

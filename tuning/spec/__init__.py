@@ -1,5 +1,25 @@
-"""Workspace and ConfigMap documents -> typed spec."""
+"""Workspace and ConfigMap documents -> typed spec.
 
+`load` reads a file and `parse` a text; both refuse with one SpecError that lists every problem, its
+place and what to change. `rules` says what a Workspace must obey, `keys` what becomes of each key
+of the ConfigMap, `workspace` holds the models from which the CRD and the JSON schema are made.
+"""
+
+from tuning.spec.reader import load, parse
+from tuning.spec.schema import json_schema
 from tuning.spec.values import Destination, Method, Overrides, Settings, Source, Spec
+from tuning.spec.writer import digest, dump
 
-__all__ = ["Destination", "Method", "Overrides", "Settings", "Source", "Spec"]
+__all__ = [
+    "Destination",
+    "Method",
+    "Overrides",
+    "Settings",
+    "Source",
+    "Spec",
+    "digest",
+    "dump",
+    "json_schema",
+    "load",
+    "parse",
+]

@@ -1,0 +1,25 @@
+"""Write the files that are generated from the code. Run by `make docs`; tests compare them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tuning import files, spec
+from tuning.spec import keys
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def generated() -> dict[Path, str]:
+    """Every generated file and its text."""
+    return {
+        ROOT / "docs" / "config-keys.md": keys.page(),
+        ROOT / "configs" / "workspace.schema.json": json.dumps(spec.json_schema(), indent=2) + "\n",
+    }
+
+
+if __name__ == "__main__":
+    for path, text in generated().items():
+        path.parent.mkdir(exist_ok=True)
+        files.write(path, text)

@@ -1,0 +1,67 @@
+"""Rules for `inference`, in KAITO's words; those that KAITO applies on update only hold always."""
+
+from __future__ import annotations
+
+import math
+
+from tuning.spec import fields
+from tuning.spec.findings import Findings, Path, shown
+from tuning.spec.workspace import SUBDOMAIN, Adapter, Inference
+
+
+def check(inference: Inference, found: Findings) -> None:
+    """All rules for what is to be served."""
+    path: Path = ("inference",)
+    if inference.preset is None and inference.template is None:
+        what = "Preset or Template must be specified"
+        found.add("SPEC-112", path, what, 'add "preset" with the name of the base model')
+    if inference.preset and inference.template is not None:
+        what = "Preset and Template cannot be set at the same time"
+        found.add("SPEC-116", path, what, "keep one of the two")
+    if inference.preset:
+        fields.check_preset(inference.preset, (*path, "preset"), found)
+    adapters = inference.adapters or []
+    if len(adapters) > 10:
+        what = "Number of Adapters exceeds the maximum limit, maximum of 10 allowed"
+        found.add("SPEC-104", (*path, "adapters"), what, "keep ten")
+    seen: set[str] = set()
+    for i, adapter in enumerate(adapters):
+        _check_adapter(adapter, (*path, "adapters", i), found, seen)
+
+
+def _check_adapter(adapter: Adapter, path: Path, found: Findings, seen: set[str]) -> None:
+    source, at = adapter.source, (*path, "source")
+    if source is None or (source.image is None) == (source.volume_source is None):
+        what = "Either Image or Volume must be specified for adapter source"
+        found.add("SPEC-116", at, what, "add one of image and volumeSource")
+    if source is None:
+        return
+    if source.urls:
+        what = "URLs are not supported as adapter source"
+        found.add("SPEC-118", (*at, "urls"), what, "use image or volumeSource")
+    if not source.name:
+        what = "Name of Adapter field must be specified"
+        found.add("SPEC-112", (*at, "name"), what, "name the adapter; requests choose it by name")
+    else:
+        fields.check_name(source.name, SUBDOMAIN, 253, (*at, "name"), found, "adapter")
+        if source.name in seen:
+            what = f"Duplicate adapter source name found: {shown(source.name)}"
+            found.add("SPEC-104", (*at, "name"), what, "give each adapter a name of its own")
+        seen.add(source.name)
+    if source.image is not None:
+        fields.check_image(source.image, (*at, "image"), found, "adapter")
+    if adapter.strength is not None:
+        _check_strength(adapter.strength, source.name or "", (*path, "strength"), found)
+
+
+def _check_strength(text: str, name: str, path: Path, found: Findings) -> None:
+    try:
+        strength = float(text)
+    except ValueError:
+        strength = math.nan
+    if math.isnan(strength):
+        what = f"Invalid strength value for Adapter '{name[:60]}': {shown(text)}"
+        found.add("SPEC-104", path, what, 'write a number in quotes, such as "0.5"')
+    elif not 0 <= strength <= 1:
+        what = f"Strength value for Adapter '{name[:60]}' must be between 0 and 1"
+        found.add("SPEC-104", path, what, 'write a number in quotes, such as "0.5"')

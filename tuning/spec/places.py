@@ -1,0 +1,108 @@
+"""Where data comes from and where the adapter goes: the file's word and the command line's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tuning.spec import fields
+from tuning.spec.findings import Findings, shorten, shown
+from tuning.spec.values import Destination, Overrides, Source
+from tuning.spec.workspace import ANNOTATION, DataDestination, DataSource
+
+_INPUT_MOUNT, _OUTPUT_MOUNT = Path("/data"), Path("/output")  # of volumes, in the Job
+
+
+def check(overrides: Overrides, found: Findings) -> None:
+    """What the command line says, each with the name of its flag."""
+    for i, item in enumerate(overrides.data):
+        if is_url(item):
+            fields.check_url(item, ("--data", i), found, overrides.allow_hosts)
+        elif not item or not item.isprintable():
+            found.add(
+                "SPEC-109", ("--data", i), "is no file name", "name a file, a folder or a URL"
+            )
+    kinds = {
+        "URLs" if is_url(d) else "folder" if Path(d).is_dir() else "files" for d in overrides.data
+    }
+    if len(kinds) > 1 or (kinds == {"folder"} and len(overrides.data) > 1):
+        what = f"names {len(overrides.data)} things of different kinds, or several folders"
+        found.add("SPEC-109", ("--data",), what, "give files, or URLs, or one folder")
+    output = overrides.output
+    if output is not None and not output.startswith(("oci:", "dir:")):
+        if output.startswith(("/", ".", "~")) or not output:
+            what = f"{shown(output)} is no image reference"
+            folder = shorten(output) or "FOLDER"
+            change = f"write dir:{folder} for a plain folder, oci:{folder} for an image layout"
+            found.add("SPEC-109", ("--output",), what, change)
+        else:
+            fields.check_image(output, ("--output",), found, "output")
+    elif output is not None and (not output[4:] or not output.isprintable()):
+        found.add("SPEC-109", ("--output",), "names no folder", f"write {output[:4]}FOLDER")
+    for name in ("base_model", "instance"):
+        if getattr(overrides, name) == "":
+            flag = f"--{name.replace('_', '-')}"
+            found.add("SPEC-109", (flag,), "is empty", "give a value, or leave it out")
+
+
+def is_url(text: str) -> bool:
+    """True for what --data takes as a URL."""
+    return "://" in text
+
+
+def source_of(data: tuple[str, ...]) -> Source:
+    """What --data names."""
+    if is_url(data[0]):
+        return Source(urls=data)
+    if Path(data[0]).is_dir():
+        return Source(folder=Path(data[0]))
+    return Source(files=tuple(map(Path, data)))
+
+
+def source(given: DataSource | None, notes: list[str]) -> Source:
+    """What tuning.input names."""
+    assert given is not None
+    if given.urls:
+        return Source(urls=tuple(given.urls))
+    if given.image is not None:
+        return Source(image=given.image, pull_secrets=tuple(given.image_pull_secrets or ()))
+    assert given.volume_source is not None
+    return Source(folder=_folder(given.volume_source, _INPUT_MOUNT, "input", notes))
+
+
+def destination(
+    given: DataDestination | None,
+    output: str | None,
+    notes: list[str],
+    annotations: dict[str, str],
+) -> Destination:
+    """What --output names, or else tuning.output."""
+    overwrite = annotations.get(f"{ANNOTATION}on-tag-exists") == "overwrite"
+    on_tag_exists: Any = "overwrite" if overwrite else "refuse"
+    if output is not None:
+        kind, _, folder = output.partition(":")
+        if kind == "oci":
+            return Destination(layout=Path(folder), on_tag_exists=on_tag_exists)
+        if kind == "dir":
+            return Destination(folder=Path(folder), on_tag_exists=on_tag_exists)
+        return Destination(image=output, on_tag_exists=on_tag_exists)
+    assert given is not None
+    volume = given.volume_source
+    return Destination(
+        image=given.image,
+        push_secret=given.image_push_secret,
+        folder=_folder(volume, _OUTPUT_MOUNT, "output", notes) if volume else None,
+        on_tag_exists=on_tag_exists,
+    )
+
+
+def _folder(volume: dict[str, Any], mount: Path, role: str, notes: list[str]) -> Path:
+    """Where the engine finds a volume: a host path as it is, any other at the Job's mount."""
+    if "hostPath" in volume:
+        return Path(volume["hostPath"]["path"])
+    flag = "--data FOLDER" if role == "input" else "--output dir:FOLDER"
+    notes.append(
+        f"tuning.{role}.volumeSource: {shown(next(iter(volume)))} is at {mount}, where the Job "
+        f"mounts it; on your own machine give {flag}"
+    )
+    return mount

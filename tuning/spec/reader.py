@@ -1,0 +1,165 @@
+"""A file -> Spec: the story of reading, from text to values, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from tuning.errors import Problem, SpecError
+from tuning.spec import configmap, documents, places, rules, shape, writer
+from tuning.spec.configmap import ConfigMap
+from tuning.spec.documents import Document
+from tuning.spec.findings import Findings, nearest, shown
+from tuning.spec.values import Overrides, Spec
+from tuning.spec.workspace import Workspace
+
+
+def load(path: Path, *, overrides: Overrides = Overrides()) -> Spec:  # noqa: B008 it is frozen
+    """The Workspace in the file at `path`, with its ConfigMap, as the command line changes it.
+
+    Raises SpecError with all problems of the file.
+    """
+    try:
+        if path.stat().st_size > documents.MAX_BYTES:
+            raise documents.too_large(path.name)
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise SpecError([_unreadable(path, error)]) from None
+    return _read(text, path.name, overrides, lambda name: _read_beside(path, name))
+
+
+def parse(text: str, *, origin: str, overrides: Overrides = Overrides()) -> Spec:  # noqa: B008
+    """The Workspace in `text`; `origin` names it in errors. No file is read.
+
+    Raises SpecError with all problems of the text.
+    """
+    return _read(text, origin, overrides, lambda name: None)
+
+
+def _read(
+    text: str, origin: str, overrides: Overrides, read_template: Callable[[str], str | None]
+) -> Spec:
+    everything = documents.read(text, origin=origin)
+    document = _the_workspace(everything, origin)
+    found = document.findings
+    command_line = Findings({})
+    places.check(overrides, command_line)
+    workspace = shape.read(document)
+    if workspace:
+        rules.check(
+            workspace,
+            found,
+            own_input=bool(overrides.data),
+            own_output=overrides.output is not None,
+            allow_hosts=overrides.allow_hosts,
+        )
+    config = configmap.read(everything, document, origin=origin, read_template=read_template)
+    problems = [p for each in (command_line, found, *config.found) for p in each.in_order()]
+    if workspace is None or problems:
+        raise SpecError(problems)
+    if workspace.tuning is None:
+        _refuse_inference(origin)
+    notes = _notes_on_others([d for d in everything if d not in (document, config.document)])
+    notes += [n for each in (command_line, found, *config.found) for n in each.notes]
+    return _spec(workspace, document, config, overrides, notes)
+
+
+def _the_workspace(everything: list[Document], origin: str) -> Document:
+    found = [d for d in everything if d.at("kind") == "Workspace"]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        lines = " and ".join(str(d.lines.get((), 0)) for d in found)
+        _refuse_file(origin, f"holds {len(found)} Workspaces, in lines {lines}", "keep one a file")
+    kinds = [str(d.at("kind") or "no kind") for d in everything]
+    if len(everything) == 1 and isinstance(everything[0].value, dict):
+        close = not everything[0].at("kind") or nearest(kinds[0], ["Workspace"])
+        if close and kinds[0] not in ("ConfigMap", "Secret"):
+            return everything[0]  # the models say what is wrong with it
+    holds = f"holds {', '.join(map(shown, kinds))}" if kinds else "is empty"
+    change = "write a document with apiVersion: kaito.sh/v1beta1 and kind: Workspace"
+    _refuse_file(origin, f"{holds}, but no Workspace", change)
+
+
+def _refuse_inference(origin: str) -> NoReturn:
+    what = 'the Workspace has no "tuning", so there is nothing to tune'
+    _refuse_file(origin, what, 'add "tuning" with preset, method, input and output')
+
+
+def _refuse_file(origin: str, what: str, change: str) -> NoReturn:
+    raise SpecError.at("SPEC-103", origin, what, change)
+
+
+def _notes_on_others(others: list[Document]) -> list[str]:
+    """What else stands in the file, and that it has no effect here."""
+    notes = []
+    for each in others:
+        kind, name = each.at("kind"), each.at("metadata", "name")
+        if kind == "Secret":
+            notes.append("Secret: not read; a local run takes logins from --push-secret FILE")
+        elif kind == "ConfigMap":
+            notes.append(f"ConfigMap {shown(name)}: ignored, tuning.config does not name it")
+        else:
+            notes.append(f"document of kind {shown(kind)}: ignored")
+    return notes
+
+
+def _read_beside(spec_file: Path, name: str) -> str | None:
+    """A chat template's text, seen from the folder of the YAML."""
+    try:
+        path = spec_file.parent / name
+        if path.stat().st_size > documents.MAX_BYTES:
+            return None
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError, ValueError):
+        return None
+
+
+def _unreadable(path: Path, error: Exception) -> Problem:
+    if isinstance(error, FileNotFoundError):
+        return Problem("SPEC-101", str(path), "there is no such file", "check the path after -f")
+    if isinstance(error, OSError):
+        what = (error.strerror or "cannot be read").lower()
+        return Problem(
+            "SPEC-101", str(path), f"cannot be read: {what}", "give a YAML file after -f"
+        )
+    return Problem("SPEC-102", str(path), "holds bytes that are no UTF-8", "save it as UTF-8")
+
+
+def _spec(
+    workspace: Workspace,
+    document: Document,
+    config: ConfigMap,
+    overrides: Overrides,
+    notes: list[str],
+) -> Spec:
+    tuning = workspace.tuning
+    assert tuning is not None
+    method = rules.method(tuning.method, document.findings)
+    assert method is not None
+    options = tuning.preset.preset_options
+    annotations = workspace.metadata.annotations or {}
+    if workspace.inference:
+        notes.append("inference: no part of a tuning run")
+    source = (
+        places.source_of(overrides.data) if overrides.data else places.source(tuning.input, notes)
+    )
+    destination = places.destination(tuning.output, overrides.output, notes, annotations)
+    yaml_instance = workspace.resource.instance_type if workspace.resource else None
+    return Spec(
+        name=workspace.metadata.name,
+        preset=tuning.preset.name,
+        method=method,
+        source=source,
+        destination=destination,
+        base_model=overrides.base_model,
+        instance=overrides.instance or yaml_instance,
+        namespace=workspace.metadata.namespace,
+        hub_secret=options.model_access_secret if options else None,
+        settings=config.settings,
+        notes=tuple(notes),
+        document=writer.normalised(document.value, method),
+        config=writer.normalised_config(config),
+        overrides=overrides,
+    )

@@ -1,0 +1,146 @@
+"""The shape of a Workspace: known keys, right types. Pydantic's findings in words for people."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from tuning.spec.documents import Document
+from tuning.spec.findings import Findings, Path, did_you_mean, nearest, shown, spelled
+from tuning.spec.workspace import Workspace
+
+_HINTS = {  # slips that no spelling distance finds
+    "spec": 'a Workspace has no "spec": move what is under it to the top level',
+    "volume": 'write "volumeSource"',
+    "url": 'write "urls", a list',
+    "data": "a Workspace has no data; a ConfigMap is a document of its own, after a line ---",
+    "model": 'write "preset", with the name of the model below it',
+}
+_MISSING: dict[Path, str] = {  # KAITO's names of what is missing
+    ("tuning", "preset"): "missing field(s): tuning.Preset",
+    ("tuning", "method"): "missing field(s): tuning.Method",
+}
+_WANTED = {
+    "string_type": "a text",
+    "int_type": "a whole number",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+    "model_attributes_type": "a mapping",
+}
+
+
+# Stands in for what is missing or wrong, so that the rules can go on and find the rest.
+_FILL: dict[str, Any] = {
+    "apiVersion": "kaito.sh/v1beta1",
+    "kind": "Workspace",
+    "metadata": {"name": "x"},
+    "preset": {"name": "x"},
+    "name": "x",
+    "method": "lora",
+    "key": "x",
+    "operator": "In",
+}
+_ROUNDS = 8
+
+
+def read(document: Document) -> Workspace | None:
+    """The Workspace in `document`; problems go to its findings.
+
+    Where there are problems it is a mended copy, good only for finding more of them, or None.
+    """
+    document.value = without_nulls(document.value)
+    value, found = document.value, document.findings
+    for round_ in range(_ROUNDS):
+        try:
+            return Workspace.model_validate(value)
+        except ValidationError as error:
+            value = copy.deepcopy(value)
+            errors = error.errors(include_url=False, include_context=False)
+        for each in errors:
+            path = tuple(each["loc"])
+            if round_ == 0 or not (found.blames(path) or found.blamed_above(path)):
+                _explain(each["type"], path, each.get("input"), found)
+        # From the end, so that taking an item out of a list leaves the others in their place.
+        for each in reversed(errors):
+            _mend(value, tuple(each["loc"]), each["type"], found)
+    return None
+
+
+def _mend(value: Any, path: Path, kind: str, found: Findings) -> None:
+    """Take out what is wrong at `path`, put in what is missing, or correct a misspelt key."""
+    *above, last = path
+    for part in above:
+        value = value[part]
+    if kind == "missing":
+        value[last] = copy.deepcopy(_FILL.get(str(last)))
+        return
+    content = value.pop(last)
+    if kind == "extra_forbidden":
+        meant = nearest(str(last), _known_keys(path[:-1]))
+        if meant and meant not in value:
+            value[meant] = content
+            found.rename(path, (*above, meant))
+
+
+def without_nulls(value: Any) -> Any:
+    """`value` without the keys that hold null, which Kubernetes takes for absent."""
+    if isinstance(value, dict):
+        return {key: without_nulls(each) for key, each in value.items() if each is not None}
+    return [without_nulls(each) for each in value] if isinstance(value, list) else value
+
+
+def _explain(kind: str, path: Path, value: Any, found: Findings) -> None:
+    """One of pydantic's errors, for people."""
+    name = str(path[-1]) if path else ""
+    if kind == "extra_forbidden":
+        change = _HINTS.get(name) or did_you_mean(name, _known_keys(path[:-1]))
+        found.add("SPEC-111", path, "unknown key", change)
+    elif kind == "missing":
+        what = _MISSING.get(path, f"missing field(s): {spelled(path)}")
+        found.add("SPEC-112", path, what, f'add "{name}"')
+    elif kind == "literal_error":
+        options = _literals(path)
+        hint = nearest(value, options) if isinstance(value, str) else None
+        change = f"use {' or '.join(options)}" + (f"; did you mean {hint}?" if hint else "")
+        found.add("SPEC-104", path, f"is {shown(value)}", change)
+    elif kind == "greater_than_equal":
+        found.add("SPEC-104", path, f"is {shown(value)}", "write a number of at least 1")
+    else:
+        wanted = _WANTED.get(kind, "something else")
+        quotes = ", in quotes" if wanted == "a text" and not isinstance(value, (list, dict)) else ""
+        found.add(
+            "SPEC-113", path, f"is {shown(value)}, expected {wanted}", f"write {wanted}{quotes}"
+        )
+
+
+def _model_at(path: Path) -> type[BaseModel] | None:
+    """The model that describes what stands at `path`."""
+    model: type[BaseModel] | None = Workspace
+    for part in path:
+        if isinstance(part, int):
+            continue
+        fields = {f.alias: f.annotation for f in model.model_fields.values()} if model else {}
+        model = _model_in(fields.get(part))
+    return model
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    inside = (_model_in(each) for each in get_args(annotation))
+    return next((each for each in inside if each is not None), None)
+
+
+def _known_keys(path: Path) -> list[str]:
+    model = _model_at(path)
+    return [f.alias or name for name, f in model.model_fields.items()] if model else []
+
+
+def _literals(path: Path) -> list[str]:
+    model = _model_at(path[:-1])
+    fields = {f.alias: f.annotation for f in model.model_fields.values()} if model else {}
+    return [str(option) for option in get_args(fields.get(str(path[-1])))]

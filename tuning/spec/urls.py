@@ -1,0 +1,91 @@
+"""Which URLs may be asked for, judged by their text alone.
+
+This is the first gate, the same at admission, on update and on the command line, so that a mistake
+is told at once. The fetcher checks again what the name resolves to, on every redirect.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+import socket
+from collections.abc import Collection
+from urllib.parse import urlsplit
+
+INVALID = "invalid data source URL"
+NOT_HTTP = "data source URL must use HTTP or HTTPS"
+LOCAL_NAME = "data source URL must not target a local or metadata endpoint"
+LOCAL_ADDRESS = "data source URL must not target a loopback, private, or link-local address"
+
+MAX_LENGTH = 8192
+_METADATA_NAMES = ("metadata.google.internal", "metadata.google", "instance-data.ec2.internal")
+# Addresses of clouds' own services that look public.
+_METADATA_ADDRESSES = ("168.63.129.16", "100.100.100.200", "192.0.0.192")
+_NAT64 = (ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network("64:ff9b:1::/48"))
+_HOST = re.compile(
+    r"(?:[a-z0-9_](?:[a-z0-9_-]*[a-z0-9_])?\.)*[a-z0-9_](?:[a-z0-9_-]*[a-z0-9_])?\.?"
+)
+
+
+def refusal(url: str, *, allow_hosts: Collection[str] = ()) -> str | None:
+    """KAITO's sentence for what is wrong with `url`, or None if it may be asked for.
+
+    `allow_hosts` are hosts, or host:port, that somebody answers for though they are private.
+    """
+    if not url or len(url) > MAX_LENGTH or not url.isascii() or not url.isprintable():
+        return INVALID
+    if " " in url or "\\" in url:
+        return INVALID
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        return INVALID
+    if parts.scheme.lower() not in ("http", "https"):
+        return NOT_HTTP if parts.scheme else INVALID
+    if not host or "@" in parts.netloc or port == 0 or _climbs(parts.path):
+        return INVALID
+    if host in allow_hosts or (port and f"{host}:{port}" in allow_hosts):
+        return None
+    return _host_refusal(host)
+
+
+def _climbs(path: str) -> bool:
+    plain = re.sub("%2e", ".", path, flags=re.IGNORECASE)
+    plain = re.sub("%(2f|5c)", "/", plain, flags=re.IGNORECASE)
+    return ".." in plain.split("/") or "%00" in plain
+
+
+def _host_refusal(host: str) -> str | None:
+    try:
+        return None if is_public(ipaddress.ip_address(host)) else LOCAL_ADDRESS
+    except ValueError:
+        pass
+    if not _HOST.fullmatch(host) or len(host) > 254:
+        return INVALID
+    name = host.rstrip(".")
+    if name == "localhost" or name.endswith(".localhost") or name in _METADATA_NAMES:
+        return LOCAL_NAME
+    if _is_number(name.rpartition(".")[2]):  # 2130706433, 0x7f.1, 127.1: addresses in disguise
+        try:
+            address = ipaddress.ip_address(socket.inet_aton(name))
+        except OSError:
+            return INVALID
+        return INVALID if is_public(address) else LOCAL_ADDRESS
+    return None
+
+
+def _is_number(label: str) -> bool:
+    return label.isdigit() or re.fullmatch("0x[0-9a-f]*", label) is not None
+
+
+def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """True for an address of the public internet, also when it hides one inside (4-in-6, NAT64)."""
+    if str(address) in _METADATA_ADDRESSES or address.is_multicast:
+        return False
+    if isinstance(address, ipaddress.IPv6Address):
+        if address.ipv4_mapped or address.sixtofour or address.teredo or address.scope_id:
+            return False
+        if any(address in network for network in _NAT64) or int(address) >> 32 == 0:
+            return False
+    return address.is_global

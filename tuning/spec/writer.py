@@ -1,0 +1,102 @@
+"""Spec -> text: the normal form of a file, and what of it decides the adapter."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tuning import files
+from tuning.spec import config
+from tuning.spec.configmap import ConfigMap
+from tuning.spec.values import Method, Spec
+
+_KUBECTL = "kubectl.kubernetes.io/last-applied-configuration"
+_METADATA = ("name", "namespace", "labels", "annotations")  # the rest is the cluster's
+_TEMPLATE_KEYS = (("ModelConfig", "chat_template"), ("TrainingArguments", "chat_template_path"))
+
+
+def dump(spec: Spec) -> str:
+    """`spec` as a YAML file: the Workspace, and the ConfigMap if there is one.
+
+    With the same overrides it reads back as the same spec. It holds no Secret, but the data URLs
+    with their queries: write it where only the user can read it.
+    """
+    said = [f"{name}={value!r}" for name, value in asdict(spec.overrides).items() if value]
+    head = f"# the command line also said: {', '.join(said)}\n" if said else ""
+    parts = [spec.document] if spec.config is None else [spec.document, spec.config]
+    return head + yaml.dump_all(
+        parts, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1 << 20
+    )
+
+
+def digest(spec: Spec) -> str:
+    """sha256 of what decides the adapter, as far as the spec knows: no name, resource, output."""
+    decides = {
+        "preset": spec.preset,
+        "base_model": spec.base_model,
+        "method": spec.method,
+        "source": asdict(spec.source),
+        "settings": asdict(spec.settings),
+    }
+    return files.digest(files.canonical(_plain(decides)))
+
+
+class _Dumper(yaml.SafeDumper):
+    """Texts of several lines as blocks, so that a person can read a ConfigMap."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    style = "|" if "\n" in text else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def normalised(value: dict[str, Any], method: Method) -> dict[str, Any]:
+    """The Workspace in a fixed order, without status and what the cluster filled in."""
+    metadata = {k: v for k, v in value["metadata"].items() if k in _METADATA}
+    if _KUBECTL in metadata.get("annotations", {}):
+        kept = {k: v for k, v in metadata["annotations"].items() if k != _KUBECTL}
+        metadata["annotations"] = kept
+    normal = {"apiVersion": value["apiVersion"], "kind": "Workspace", "metadata": metadata}
+    normal |= {k: value[k] for k in ("resource", "tuning", "inference") if k in value}
+    normal["tuning"] = value["tuning"] | {"method": method}
+    return normal
+
+
+def normalised_config(config_map: ConfigMap) -> dict[str, Any] | None:
+    """The ConfigMap with nothing but what is read from it; a template's file becomes its text."""
+    document = config_map.document
+    if document is None:
+        return None
+    text, template = document.at("data", config.FILE), config_map.settings.chat_template
+    if template is not None:
+        content = copy.deepcopy(config_map.content)
+        sections = content[config.ROOT]
+        for section, name in _TEMPLATE_KEYS:
+            if (sections.get(section) or {}).get(name) is not None:
+                sections[section][name] = template
+        text = yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    metadata = {k: document.at("metadata", k) for k in ("name", "namespace")}
+    return {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {k: v for k, v in metadata.items() if v is not None},
+        "data": {config.FILE: text},
+    }

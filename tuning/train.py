@@ -1,0 +1,317 @@
+"""One training rank: tokenised rows, a base model and a recipe -> an adapter.
+
+Run as `python -m tuning.train REQUEST.json`, a child that answers by file. trl's SFTTrainer trains;
+what is ours keeps its promises: state goes to our own checkpoints and comes back bit for bit, a
+signal stops between two micro-batches with the state saved, a loss or gradient that is not finite
+stops before the weights change, and only a finished, finite adapter is put in place.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import datasets
+import pyarrow.compute
+import torch
+import transformers
+from peft import get_peft_model_state_dict
+from trl import SFTConfig
+
+from tuning import adapter, chat, checkpoint, model, process, trainer
+from tuning.errors import DataError, OutOfMemoryError, Stopped
+from tuning.plan import Placement, Recipe, recipe_from_json
+
+logger = logging.getLogger(__name__)
+
+ANSWER_TOKENS = 64
+DISK_DTYPE = model.DTYPES  # an adapter is stored in the recipe's precision
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the parent asks for."""
+
+    run: Path  # run directory: checkpoints/ and metrics.jsonl are ours
+    base: Path  # folder of base weights
+    recipe: Recipe
+    placement: Placement
+    dataset: Path  # with train/ and perhaps eval/: input_ids, labels, seq_lengths when packed
+    adapter: Path  # where the finished adapter goes
+    base_name: str = "local"
+    base_revision: str | None = None
+    preset: str | None = None
+    questions: tuple[str, ...] = ()  # answered before and after, for the run directory only
+    chat_template: str | None = None  # the user's, as text
+    save_seconds: float = 600.0  # lost work stays under this
+    save_steps: int | None = None
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> Request:
+        """The request in a JSON file; keys that are null count as absent."""
+        known = {field.name for field in fields(cls)}
+        given = {k: v for k, v in record.items() if k in known and v is not None}
+        paths = {k: Path(given[k]) for k in ("run", "base", "dataset", "adapter")}
+        made = {
+            "recipe": recipe_from_json(record["recipe"]),
+            "placement": Placement(**record["placement"]),
+            "questions": tuple(record.get("questions") or ()),
+        }
+        return cls(**given | paths | made)
+
+
+class Interruption:
+    """SIGTERM and SIGINT: stop at once, or at the next safe point while there is state to save."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.patient = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Interruption:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        again, self.asked = self.asked, True
+        if not again and not self.patient:
+            self.check()
+
+    def check(self) -> None:
+        """Raise Stopped if a signal came."""
+        if self.asked:
+            what = "stopped by a signal; what was done is saved"
+            raise Stopped.at("RUN-130", "training", what, "run the same command again to go on")
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Let a signal wait, and raise Stopped for it at the end."""
+        self.patient = True
+        try:
+            yield
+        finally:
+            self.patient = False
+        self.check()
+
+
+def work(record: dict[str, Any], stop: Interruption | None = None) -> dict[str, Any]:
+    """Train what the request asks for and put the adapter in place; the child's whole work.
+
+    Returns the result record. Raises DataError, SpecError, DivergedError, OutOfMemoryError or
+    Stopped; after each of them the same request goes on from the newest checkpoint.
+    """
+    if stop is None:
+        with Interruption() as own:
+            return work(record, own)
+    request = Request.from_json(record)
+    try:
+        return _run(request, stop)
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        placement = request.placement
+        raise OutOfMemoryError.at(
+            "TRAIN-140",
+            placement.device,
+            f"out of memory with {placement.micro_batch} rows of at most "
+            f"{request.recipe.max_length} tokens at once",
+            "lower per_device_train_batch_size or max_length, or turn on checkpointing",
+        ) from error
+    finally:
+        stop.patient = True  # what is left is to write the answer
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error)
+    return "can't allocate memory" in text or "CUDA error: out of memory" in text
+
+
+def _run(request: Request, stop: Interruption) -> dict[str, Any]:
+    recipe, placement = request.recipe, request.placement
+    if placement.threads:
+        torch.set_num_threads(placement.threads)
+    rows, held_out = read_rows(request.dataset / "train"), read_rows(request.dataset / "eval")
+    if rows is None:
+        raise AssertionError(f"no rows in {request.dataset / 'train'}")
+    refuse_unlearnable(rows)
+    resumed = checkpoint.newest(request.run / "checkpoints", run_id=recipe.run_id)
+    checkpoint.truncate_lines(request.run / "metrics.jsonl", step=resumed.step if resumed else 0)
+
+    tuned, tokenizer, coverage = model.load(
+        request.base, recipe=recipe, placement=placement, chat_template=request.chat_template
+    )
+    loop = trainer.Exact(
+        tuned,
+        tokenizer,
+        rows=rows,
+        held_out=held_out,
+        recipe=recipe,
+        arguments=arguments(recipe, placement, request.run),
+        metrics=request.run / "metrics.jsonl",
+        saves=trainer.Saves(
+            request.run / "checkpoints",
+            seconds=request.save_seconds,
+            steps=request.save_steps,
+            asked=lambda: stop.asked,
+        ),
+    )
+    with stop.held():
+        loop.fit(resumed)
+    disk = round_adapter(tuned, DISK_DTYPE[recipe.precision])
+    loss_after = loop.held_out_loss()
+    answers = ask(tuned, tokenizer, request.questions)
+    with stop.held():
+        done = adapter.finish(
+            request.adapter,
+            tensors=disk,
+            config=adapter.config_of(
+                tuned.peft_config["default"].to_dict(),
+                base_name=request.base_name,
+                base_revision=request.base_revision,
+            ),
+            save_tokenizer=model.load_tokenizer(
+                request.base, chat_template=request.chat_template
+            ).save_pretrained,
+            step=loop.state.global_step,
+            steps=recipe.steps,
+        )
+    losses = loop.losses()
+    return {
+        "steps": recipe.steps,
+        "loss_first": losses[0] if losses else None,
+        "loss_last": losses[-1] if losses else None,
+        "loss_by_step": losses,
+        "eval_loss_before": loop.progress.held_out_before,
+        "eval_loss_after": loss_after,
+        "tokens": loop.progress.tokens,
+        "tokens_per_second": loop.progress.tokens / max(loop.progress.seconds, 1e-9),
+        "seconds": loop.progress.seconds,
+        "trainable": coverage.trainable,
+        "total": coverage.total,
+        "covered": coverage.to_json(),
+        "adapter_sha256": done.sha256,
+        "peak_memory_bytes": trainer.peak_memory(placement.device),
+        "answers": answers,
+        "resumed_from": resumed.step if resumed else None,
+    }
+
+
+def read_rows(folder: Path) -> datasets.Dataset | None:
+    """The tokenised rows saved in `folder` (`save_to_disk`, or *.parquet); None if it is absent."""
+    if not folder.is_dir():
+        return None
+    if (folder / "dataset_info.json").exists():
+        rows = datasets.load_from_disk(str(folder))
+    else:
+        paths = sorted(str(path) for path in folder.glob("*.parquet"))
+        rows = datasets.Dataset.from_parquet(paths, cache_dir=str(folder / ".cache"))
+    return rows if len(rows) else None
+
+
+def refuse_unlearnable(rows: datasets.Dataset) -> None:
+    """Raise DataError if no row has a token to learn: training would change nothing."""
+    for chunk in rows.data.column("labels").chunks:
+        if pyarrow.compute.any(pyarrow.compute.not_equal(chunk.flatten(), -100)).as_py():
+            return
+    raise DataError.at(
+        "TRAIN-101",
+        "data",
+        "every label of every row is masked, so there is nothing to learn",
+        "check that the rows have assistant turns, and that max_length does not cut them off",
+    )
+
+
+def arguments(recipe: Recipe, placement: Placement, run: Path) -> SFTConfig:
+    """trl's settings for this recipe and placement. Mixed fp16 is ours: see trainer.Exact."""
+    known = {field.name for field in fields(SFTConfig)}
+    checkpointing = "activation_checkpointing"
+    if checkpointing not in known:  # transformers before 5.18
+        checkpointing = "gradient_checkpointing"
+    return SFTConfig(
+        output_dir=str(run),
+        use_cpu=placement.device == "cpu",
+        bf16=recipe.precision == "bfloat16",
+        fp16=False,
+        seed=recipe.seed,
+        data_seed=recipe.seed,
+        max_steps=recipe.steps,
+        num_train_epochs=recipe.epochs,
+        per_device_train_batch_size=placement.micro_batch,
+        per_device_eval_batch_size=placement.micro_batch,
+        gradient_accumulation_steps=placement.accumulation,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type=recipe.schedule,
+        warmup_steps=recipe.warmup_steps,
+        optim=recipe.optimizer,
+        weight_decay=recipe.weight_decay,
+        adam_beta1=recipe.betas[0],
+        adam_beta2=recipe.betas[1],
+        adam_epsilon=recipe.epsilon,
+        max_grad_norm=recipe.max_grad_norm,
+        neftune_noise_alpha=recipe.neftune_alpha,
+        train_sampling_strategy="random" if recipe.shuffle else "sequential",
+        packing=recipe.packing,
+        packing_strategy="bfd",
+        max_length=recipe.max_length if recipe.packing else None,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        dataloader_pin_memory=placement.device == "cuda",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        report_to="none",
+        disable_tqdm=True,
+        save_strategy="no",
+        eval_strategy="steps" if recipe.eval_steps else "no",
+        eval_steps=recipe.eval_steps,
+        **{checkpointing: placement.checkpointing},
+    )
+
+
+def round_adapter(tuned: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The adapter's tensors as they go to disk, in `dtype`, by PEFT's names.
+
+    The model gets the rounded values, too: what is measured and asked afterwards is what ships.
+    """
+    tuned.eval()
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(parameter.to(dtype))
+    return {
+        name: tensor.detach().to("cpu", dtype)
+        for name, tensor in get_peft_model_state_dict(tuned).items()
+    }
+
+
+def ask(tuned: Any, tokenizer: Any, questions: tuple[str, ...]) -> list[dict[str, str]]:
+    """Each question, answered by the base and by the tuned model."""
+    answers = []
+    for question in questions:
+        turns = [{"role": "user", "content": question}]
+        with tuned.disable_adapter():
+            base = chat.reply(tuned, tokenizer, turns, max_new_tokens=ANSWER_TOKENS)
+        reply = chat.reply(tuned, tokenizer, turns, max_new_tokens=ANSWER_TOKENS)
+        answers.append({"question": question, "base": base, "tuned": reply})
+    return answers
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    with Interruption() as stopping:
+        sys.exit(process.serve(partial(work, stop=stopping)))

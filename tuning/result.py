@@ -68,7 +68,7 @@ class Outcome:
             "peakMemoryBytes": self.peak_memory_bytes,
         }
         record = {name: value for name, value in record.items() if value not in (None, "")}
-        for field in ("hint", "message"):
+        for field in ("message", "hint"):
             excess = len(files.canonical(record)) - TERMINATION_LIMIT
             if excess > 0:
                 # a character is at least as long in JSON as in UTF-8, so this cuts enough

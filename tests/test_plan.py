@@ -1,0 +1,170 @@
+"""The plan: what is decided, what the user's word changes, and what never moves the run id."""
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+
+from tuning import plan, presets
+from tuning.device import Device
+from tuning.errors import SpecError
+from tuning.plan import Base, Lengths
+from tuning.spec import Destination, Settings, Source, Spec
+
+H100 = Device("cuda", "H100", 1, 80 * 2**30, True, (9, 0))
+CPU = Device("cpu", "CPU", 1, 16 * 2**30, True)
+PHI = presets.find("phi-3-mini-128k-instruct")
+BASE = Base(PHI.hub_id, PHI.revision, PHI.facts)
+CHAT = Lengths(rows=10_000, tokens=2_000_000, longest=1_500)
+
+
+def spec(method="lora", preset="phi-3-mini-128k-instruct", **settings):
+    return Spec(
+        name="t",
+        preset=preset,
+        method=method,
+        source=Source(urls=("https://h.example/d",)),
+        destination=Destination(image="r.example/x:1"),
+        settings=Settings(**settings),
+    )
+
+
+def make(job, *, base=BASE, device=H100, lengths=CHAT):
+    return plan.make(job, base, device, lengths=lengths, versions={"torch": "2.13.0"})
+
+
+def test_every_decided_number_has_its_reason():
+    """What the table shows has a reason, also once the data is packed."""
+    decided = plan.freeze(make(spec()), spec(), rows=500, data=("d",))
+
+    for name in ("precision", "rank", "alpha", "learning_rate", "max_length", "packing", "steps"):
+        assert decided.reasons[name]
+    assert "500 rows / 1 a step x 3 epochs" == decided.reasons["steps"]
+    assert 1500 == decided.recipe.steps
+
+
+def test_what_the_user_sets_wins():
+    """A set value is taken as it is and says so."""
+    decided = make(spec(rank=8, learning_rate=1e-3, max_length=4096, packing=False, seed=7))
+
+    assert (8, 1e-3, 4096, False, 7) == (
+        decided.recipe.rank,
+        decided.recipe.learning_rate,
+        decided.recipe.max_length,
+        decided.recipe.packing,
+        decided.recipe.seed,
+    )
+    assert 16.0 == decided.recipe.alpha  # still twice the rank
+    assert "set in the config" == decided.reasons["rank"]
+
+
+def test_packed_rows_hold_the_longest_row():
+    """The packed length is a power of two that no row exceeds, within what the model reads."""
+    assert 4096 == make(spec()).recipe.max_length  # 16 rows of 200 tokens, longest 1,500
+    long = replace(CHAT, longest=9_000)
+    assert 16_384 == make(spec(), lengths=long).recipe.max_length
+    short = Base(BASE.name, BASE.revision, presets.find("phi-3-mini-4k-instruct").facts)
+    assert 4096 == make(spec(), base=short, lengths=long).recipe.max_length
+
+
+def test_a_small_dataset_still_takes_many_steps():
+    """Few short rows are not packed into a handful of steps."""
+    decided = plan.freeze(
+        make(spec(), lengths=Lengths(rows=300, tokens=12_000, longest=60)),
+        spec(),
+        rows=24,  # 12,000 tokens in rows of 512
+        data=("d",),
+    )
+
+    assert 512 + 512 == decided.recipe.max_length
+    assert 72 == decided.recipe.steps
+
+
+def test_precision_follows_the_hardware():
+    """bfloat16 where it is native, else float16 on a GPU and float32 on a CPU."""
+    v100 = Device("cuda", "V100", 1, 16 * 2**30, False, (7, 0))
+    old_cpu = replace(CPU, bf16=False)
+    tiny = base_of(1000)
+
+    assert "bfloat16" == make(spec()).recipe.precision
+    assert "float16" == make(spec(), device=v100).recipe.precision
+    assert "float32" == make(spec(), base=tiny, device=old_cpu).recipe.precision
+
+
+def base_of(hidden, **more):
+    facts = replace(PHI.facts, hidden=hidden, layers=2, vocab=1000, **more)
+    return Base("tiny", "r", facts)
+
+
+def test_the_run_id_is_the_recipe_and_nothing_else():
+    """Another device or micro-batch keeps it; data, seed, base revision or a library change it."""
+
+    def frozen(job, device=H100, data=("d",), base=BASE):
+        return plan.freeze(make(job, base=base, device=device), job, rows=500, data=data)
+
+    same = frozen(spec())
+
+    assert same.recipe.run_id == frozen(spec(), device=replace(H100, name="H200")).recipe.run_id
+    assert same.recipe.run_id == frozen(replace(spec(), name="other")).recipe.run_id
+    others = [
+        frozen(spec(seed=1)),
+        frozen(spec(), data=("e",)),
+        frozen(spec(), base=replace(BASE, revision="b")),
+        frozen(spec(method="qlora")),
+    ]
+    assert 5 == len({same.recipe.run_id, *(other.recipe.run_id for other in others)})
+
+
+def test_a_recipe_survives_json():
+    """What plan.json holds gives the same run id back."""
+    recipe = plan.freeze(make(spec("qlora")), spec("qlora"), rows=9, data=("d",)).recipe
+
+    back = plan.recipe_from_json(json.loads(json.dumps(asdict(recipe))))
+
+    assert (recipe, recipe.run_id) == (back, back.run_id)
+
+
+def test_packing_that_would_mix_rows_is_refused():
+    """Falcon's attention sees across packed rows: no packing by default, an error if asked for."""
+    falcon = presets.find("falcon-7b")
+    base = Base(falcon.hub_id, falcon.revision, falcon.facts)
+
+    assert not make(spec(), base=base).recipe.packing
+    with pytest.raises(SpecError, match="PLAN-104"):
+        make(spec(packing=True), base=base)
+
+
+def test_what_cannot_work_together_is_refused_with_every_reason():
+    """Model, method and device are judged in one pass."""
+    with pytest.raises(SpecError, match="PLAN-102 .* needs a GPU"):
+        make(spec(), device=CPU)
+    gpt = presets.find("gpt-oss-20b")
+    with pytest.raises(SpecError, match="PLAN-101 .*experts") as caught:
+        make(spec(), base=Base(gpt.hub_id, gpt.revision, gpt.facts), device=CPU)
+    assert ["PLAN-101", "PLAN-102"] == [p.code for p in caught.value.problems]
+
+
+def test_a_longer_length_than_the_model_reads_is_refused():
+    """max_length beyond the context names both numbers."""
+    with pytest.raises(SpecError, match="is 200000, but .* at most 131072 tokens"):
+        make(spec(max_length=200_000))
+
+
+def test_a_draft_needs_neither_data_nor_network():
+    """The spec alone gives a plan for the machine type it names; an unknown hub model says why not."""
+    draft = plan.draft(replace(spec("qlora"), instance="standard_nc6s_v3"), here=CPU)
+
+    assert ("float16", None) == (draft.recipe.precision, draft.to_json()["run_id"])
+    with pytest.raises(SpecError, match="PLAN-107 someone/model"):
+        plan.draft(spec(preset="someone/model"), here=H100)
+
+
+def test_a_batch_that_the_user_set_is_kept_by_placement():
+    """4 rows at once, 8 times, are 32 rows a step."""
+    decided = make(spec(micro_batch=4, accumulation=8))
+
+    assert (32, 4, 8) == (
+        decided.recipe.global_batch,
+        decided.placement.micro_batch,
+        decided.placement.accumulation,
+    )

@@ -136,22 +136,22 @@ def test_packing_that_would_mix_rows_is_refused():
 
 def test_what_cannot_work_together_is_refused_with_every_reason():
     """Model, method and device are judged in one pass."""
-    with pytest.raises(SpecError, match="PLAN-102 .* needs a GPU"):
+    with pytest.raises(SpecError, match=r"PLAN-102 .* needs a GPU"):
         make(spec(), device=CPU)
     gpt = presets.find("gpt-oss-20b")
-    with pytest.raises(SpecError, match="PLAN-101 .*experts") as caught:
+    with pytest.raises(SpecError, match=r"PLAN-101 .*experts") as caught:
         make(spec(), base=Base(gpt.hub_id, gpt.revision, gpt.facts), device=CPU)
     assert ["PLAN-101", "PLAN-102"] == [p.code for p in caught.value.problems]
 
 
 def test_a_longer_length_than_the_model_reads_is_refused():
     """max_length beyond the context names both numbers."""
-    with pytest.raises(SpecError, match="is 200000, but .* at most 131072 tokens"):
+    with pytest.raises(SpecError, match=r"is 200000, but .* at most 131072 tokens"):
         make(spec(max_length=200_000))
 
 
 def test_a_draft_needs_neither_data_nor_network():
-    """The spec alone gives a plan for the machine type it names; an unknown hub model says why not."""
+    """The spec alone gives a plan for its machine type; an unknown hub model says why not."""
     draft = plan.draft(replace(spec("qlora"), instance="standard_nc6s_v3"), here=CPU)
 
     assert ("float16", None) == (draft.recipe.precision, draft.to_json()["run_id"])

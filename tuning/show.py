@@ -2,25 +2,137 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import platform
 import shlex
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import rich.box
+import rich.console
 import rich.table
+import rich.text
 
+from tuning import device, presets
 from tuning.console import duration, size
+from tuning.errors import SpecError
 
 if TYPE_CHECKING:
     from tuning.pipeline import Summary
     from tuning.plan import Plan
+    from tuning.spec import Spec
+
+
+def plan_heading(spec: Spec, plan: Plan) -> str:
+    """What is planned, for what."""
+    state = "draft, before the data is read" if plan.rows is None else plan.recipe.run_id[:12]
+    return f"{spec.name}: {plan.recipe.base_model} on {plan.device} ({state})"
+
+
+def catalogue(name: str | None, *, instances: bool) -> list[dict[str, Any]]:
+    """Presets (or instance types) as records; of one name, if given.
+
+    Raises SpecError for a name that is neither.
+    """
+    if name is not None:
+        if instances or name.lower() in {m.name.lower() for m in presets.instances()}:
+            return [_instance(presets.instance(name))]
+        preset = presets.find(name)
+        if preset is None:
+            raise SpecError.at(
+                "SPEC-302", "", f'"{name}" is not among the presets', "see the list: `presets`"
+            )
+        return [_preset(preset)]
+    if instances:
+        return [_instance(machine) for machine in presets.instances()]
+    return [_preset(preset) for preset in presets.all()]
+
+
+def _preset(preset: presets.Preset) -> dict[str, Any]:
+    methods = [m for m in ("lora", "qlora") if presets.support(preset, m).supported]
+    return {
+        "name": preset.name,
+        "hub": preset.hub_id,
+        "billion": round(preset.facts.parameters / 1e9, 2),
+        "weights_gib": round(preset.weight_bytes / 2**30, 2),
+        "context": preset.facts.context,
+        "licence": preset.licence,
+        "gated": preset.gated,
+        "methods": methods,
+        "note": "" if methods else presets.support(preset, "lora").reason,
+    }
+
+
+def _instance(machine: presets.Instance) -> dict[str, Any]:
+    answer = presets.gpu_support(machine.gpu, "qlora")
+    return {
+        "name": machine.name,
+        "cloud": machine.cloud,
+        "gpu": machine.gpu.name,
+        "gpus": machine.gpus,
+        "gib_each": round(machine.memory_bytes / 2**30, 1),
+        "retired": machine.retired,
+        "note": answer.reason,
+    }
+
+
+def catalogue_table(records: Sequence[dict[str, Any]]) -> rich.table.Table:
+    """The records of `catalogue`, one a row."""
+
+    def cell(value: Any) -> str:
+        if isinstance(value, bool):
+            return "yes" if value else ""
+        if isinstance(value, list):
+            return ", ".join(value)
+        return f"{value:,}" if isinstance(value, int) else str(value)
+
+    shown = [{k: v for k, v in record.items() if k != "hub"} for record in records]
+    headings = [name.replace("_", " ") for name in shown[0]]
+    return table(headings, ([cell(value) for value in record.values()] for record in shown))
+
+
+def display(drawn: rich.table.Table) -> None:
+    """Print a table on stdout: as wide as the terminal, or as wide as it needs in a pipe."""
+    width = None if sys.stdout.isatty() else 160
+    rich.console.Console(width=width, highlight=False).print(drawn)
+
+
+def questions() -> Iterator[str]:
+    """Lines that a person types (or pipes in), until the end of input."""
+    prompt = "> " if sys.stdin.isatty() else ""
+    while True:
+        try:
+            line = input(prompt).strip()
+        except EOFError:
+            return
+        if line:
+            yield line
+
+
+def answers(question: str, tuned: str, base: str | None) -> str:
+    """One question's answers, the base model's first if it was asked, too."""
+    if base is None:
+        return tuned
+    return f"{question}\n  base:  {one_line(base)}\n  tuned: {one_line(tuned)}"
+
+
+def environment() -> list[str]:
+    """Versions and device, one a line, for a bug report."""
+    found = [f"python {platform.python_version()} on {platform.platform()}"]
+    for name in ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "oras"):
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            found.append(f"{name} is not installed")
+    return [*found, f"device: {device.detect()}"]
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> rich.table.Table:
     """A plain table whose text is never taken for markup."""
     drawn = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
-    for heading in headings:
-        drawn.add_column(heading, overflow="fold")
+    for index, heading in enumerate(headings):
+        drawn.add_column(heading, overflow="fold", no_wrap=index == 0)
     for row in rows:
         drawn.add_row(*(rich.text.Text(cell) for cell in row))
     return drawn

@@ -1,0 +1,299 @@
+"""The command line: parse, call, print; no logic.
+
+stdout is data, stderr is talk. Rooms are imported by the command that needs them, so that `--help`,
+`presets` and `plan` start at once.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import tuning
+from tuning.errors import Stopped, TuningError, UsageError
+
+app = typer.Typer(
+    name="tuning",
+    help="""Fine-tune a language model from one YAML, and get the adapter as one OCI image.
+
+    \b
+    python -m tuning plan -f workspace.yaml     what would be done, and why
+    python -m tuning run  -f workspace.yaml     do it; the same command again goes on
+    python -m tuning chat --base MODEL --adapter IMAGE --compare
+    """,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+File = Annotated[
+    Path, typer.Option("-f", "--file", metavar="FILE", help="Workspace YAML (kaito.sh).")
+]
+BaseModel = Annotated[
+    str | None,
+    typer.Option(metavar="MODEL", help="Preset, org/model or folder instead of the file's."),
+]
+Data = Annotated[
+    list[str] | None,
+    typer.Option(metavar="FILE|URL", help="Data instead of the file's; may be repeated."),
+]
+Instance = Annotated[
+    str | None, typer.Option(metavar="TYPE", help="Size for this machine type, not for this one.")
+]
+Output = Annotated[
+    str | None,
+    typer.Option(metavar="WHERE", help="oci:DIR, dir:DIR or an image, instead of the file's."),
+]
+RunDir = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Run directory [default: runs/<name>].")
+]
+PushSecret = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="dockerconfigjson for the push [default: docker's own]."),
+]
+PullSecret = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="dockerconfigjson for the pull [default: docker's own]."),
+]
+HubToken = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="File with a token for gated models.")
+]
+AllowHost = Annotated[
+    list[str] | None,
+    typer.Option(metavar="HOST", help="A private host that data may come from; repeatable."),
+]
+PolicyFile = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="The administrator's policy file.")
+]
+CaFile = Annotated[
+    Path | None, typer.Option("--ca", metavar="FILE", help="CA certificates to trust (PEM).")
+]
+Insecure = Annotated[bool, typer.Option(help="Talk plain http to the registry.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+
+
+@app.command()
+def run(
+    file: File,
+    run_dir: RunDir = None,
+    base_model: BaseModel = None,
+    data: Data = None,
+    instance: Instance = None,
+    output: Output = None,
+    push_secret: PushSecret = None,
+    pull_secret: PullSecret = None,
+    hub_token_file: HubToken = None,
+    secrets: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder with push/, pull/, hub/ and data/ secrets."),
+    ] = None,
+    allow_host: AllowHost = None,
+    policy: PolicyFile = None,
+    ca: CaFile = None,
+    insecure: Insecure = False,
+    ask: Annotated[
+        list[str] | None,
+        typer.Option(metavar="QUESTION", help="Ask base and tuned model at the end; repeatable."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Tune: check, fetch, plan, train, package, push. The same command again goes on."""
+    from tuning import pipeline, show
+    from tuning.console import Console
+
+    spec = _spec(file, base_model, data, instance, output)
+    options = pipeline.options(
+        spec,
+        run_dir=run_dir,
+        push_secret=push_secret,
+        pull_secret=pull_secret,
+        hub_token_file=hub_token_file,
+        secrets=secrets,
+        allow_hosts=tuple(allow_host or ()),
+        policy_file=policy,
+        ca=ca,
+        insecure=insecure,
+        questions=tuple(ask or ()),
+    )
+    summary = pipeline.run(spec, options, Console())
+    if as_json:
+        print(json.dumps(summary.to_json(), indent=2, sort_keys=True))
+    else:
+        print("\n".join(show.summary_lines(summary)))
+
+
+@app.command()
+def plan(
+    file: File,
+    base_model: BaseModel = None,
+    data: Data = None,
+    instance: Instance = None,
+    output: Output = None,
+    as_json: Json = False,
+) -> None:
+    """Show what a run would do, and why, without weights, GPU or network."""
+    from tuning import device, show
+    from tuning import plan as plans
+
+    spec = _spec(file, base_model, data, instance, output)
+    decided = plans.draft(spec, here=device.detect())
+    if as_json:
+        print(json.dumps(decided.to_json(), indent=2, sort_keys=True))
+        return
+    print(show.plan_heading(spec, decided))
+    show.display(show.plan_table(decided))
+    print("\n".join(f"note: {note}" for note in spec.notes), end="")
+
+
+@app.command()
+def check(
+    file: File,
+    base_model: BaseModel = None,
+    data: Data = None,
+    instance: Instance = None,
+    output: Output = None,
+    push_secret: PushSecret = None,
+    pull_secret: PullSecret = None,
+    hub_token_file: HubToken = None,
+    allow_host: AllowHost = None,
+    policy: PolicyFile = None,
+    ca: CaFile = None,
+    insecure: Insecure = False,
+) -> None:
+    """Check spec, base access, data and push rights in seconds; nothing is downloaded or left."""
+    from tuning import pipeline
+
+    spec = _spec(file, base_model, data, instance, output)
+    options = pipeline.options(
+        spec,
+        push_secret=push_secret,
+        pull_secret=pull_secret,
+        hub_token_file=hub_token_file,
+        allow_hosts=tuple(allow_host or ()),
+        policy_file=policy,
+        ca=ca,
+        insecure=insecure,
+    )
+    for line in pipeline.check(spec, options):
+        print(line)
+
+
+@app.command()
+def presets(
+    name: Annotated[str | None, typer.Argument(help="One preset or instance type.")] = None,
+    instances: Annotated[bool, typer.Option(help="List instance types instead.")] = False,
+    as_json: Json = False,
+) -> None:
+    """List the base models and machine types that are known by name."""
+    from tuning import show
+
+    records = show.catalogue(name, instances=instances)
+    if as_json:
+        print(json.dumps(records, indent=2, sort_keys=True))
+    else:
+        show.display(show.catalogue_table(records))
+
+
+@app.command()
+def pull(
+    image: Annotated[str, typer.Argument(help="Image by tag or digest, or oci:DIR.")],
+    folder: Annotated[Path, typer.Argument(help="New folder for the adapter.")],
+    pull_secret: PullSecret = None,
+    ca: CaFile = None,
+    insecure: Insecure = False,
+) -> None:
+    """Fetch an adapter image, verify it, and lay the PEFT folder down."""
+    from tuning import delivery
+    from tuning.console import Console
+
+    access = delivery.Access(pull_secret=pull_secret, ca=ca, insecure=insecure)
+    print(f"{delivery.pull(image, folder, access=access, console=Console())} {folder}")
+
+
+@app.command()
+def chat(
+    base: Annotated[str, typer.Option(metavar="MODEL", help="Preset, org/model or folder.")],
+    adapter: Annotated[
+        str | None, typer.Option(metavar="IMAGE|DIR", help="Adapter image, oci:DIR or folder.")
+    ] = None,
+    compare: Annotated[bool, typer.Option(help="Show the base model's answer, too.")] = False,
+    question: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="Ask this and leave; repeatable."),
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, max=4096)] = 256,
+    pull_secret: PullSecret = None,
+    hub_token_file: HubToken = None,
+    ca: CaFile = None,
+    insecure: Insecure = False,
+) -> None:
+    """Talk to a base model, with an adapter or with both side by side."""
+    from tuning import delivery, pipeline, show
+    from tuning.chat import Session
+    from tuning.console import Console
+
+    console = Console()
+    access = delivery.Access(pull_secret=pull_secret, ca=ca, insecure=insecure)
+    weights = pipeline.base_folder(base, token_file=hub_token_file, console=console)
+    with delivery.at_hand(adapter, access=access, console=console) as folder:
+        session = Session(weights, folder, max_new_tokens=max_tokens)
+    history: list[dict[str, str]] = []
+    for asked in question or show.questions():
+        answer, plain = session.ask(asked, history=history, compare=compare)
+        print(show.answers(asked, answer, plain))
+        if not question:
+            history += [{"role": "user", "content": asked}]
+            history += [{"role": "assistant", "content": answer}]
+
+
+@app.command()
+def version(
+    verbose: Annotated[bool, typer.Option(help="Libraries and devices, for bug reports.")] = False,
+) -> None:
+    """Print the version."""
+    from tuning import show
+
+    print(tuning.__version__)
+    if verbose:
+        print("\n".join(show.environment()))
+
+
+def _spec(
+    file: Path,
+    base_model: str | None,
+    data: list[str] | None,
+    instance: str | None,
+    output: str | None,
+) -> tuning.spec.Spec:
+    from tuning import spec as specs
+
+    overrides = specs.Overrides(
+        base_model=base_model, data=tuple(data or ()), instance=instance, output=output
+    )
+    return specs.load(file, overrides=overrides)
+
+
+def main() -> int:
+    """Run the command line and return its exit code (docs/errors.md)."""
+    try:
+        app(standalone_mode=False)
+    except TuningError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    except typer.Exit as leave:
+        return leave.exit_code
+    except typer.TyperException as error:
+        usage = UsageError.at("USE-101", "", error.format_message(), "see --help")
+        print(usage, file=sys.stderr)
+        return usage.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        return Stopped.exit_code
+    except BrokenPipeError:  # the reader of our output has seen enough
+        sys.stderr.close()
+        return 0
+    return 0

@@ -1,0 +1,40 @@
+"""Files -> a tokenised, masked and packed dataset.
+
+`python -m tuning.data REQUEST.json` is a child process (tuning/process.py) with two steps, because
+the plan is made with the lengths in between. Paths are strings; every count is an int.
+
+Step "tokenise" reads every file, refuses what cannot be trained (DataError with all problems in one
+pass, exit 10) and writes `rows.arrow`, `preview.json` and `tokenised.json` into `out`:
+
+    {"step": "tokenise",
+     "files": [{"path": str, "shown": str, ...}],      as fetch.File; further keys are ignored
+     "base": str,                                      folder with the base model's tokenizer
+     "out": str,                                       RUN/data/tokenised; made if absent
+     "settings": {"messages_column", "context_column", "response_column", "dataset_extension",
+                  "chat_template", "train_on"}}        each may be null or absent
+ -> {"rows": int, "rows_per_file": {shown: int},
+     "files": [{"shown", "format", "compression": str | null, "rows", "shape", "reason"}],
+     "shape": {"name": str, "reason": str}, "rendering": str,
+     "tokens": int, "trained_tokens": int,
+     "lengths": {"mean": float, "p50", "p95", "max", "counts": [[length, rows], ...]},
+     "dropped": {reason: rows}, "notes": [str]}
+
+`lengths.counts` is exact; `tuning.data.bins.packed_rows(counts, max_length=...)` turns it into
+packed rows without loading anything heavy.
+
+Step "pack" splits off the held-out rows, applies the over-length policy and packs:
+
+    {"step": "pack", "tokenised": str, "out": str, "max_length": int, "packing": bool,
+     "over_length": "auto" | "split" | "truncate" | "drop" | "refuse",   default auto
+     "shuffle": bool, "seed": int, "shuffle_seed": int | null, "train_share": float,
+     "batch": int | null}                              a global batch the user insists on
+ -> {"train": PART, "eval": PART | null, "max_length": int, "packing": bool,
+     "over_length": {"policy", "rows", "truncated", "split", "dropped", "lost_tokens"},
+     "dropped": {reason: rows}, "notes": [str]}
+    PART = {"path": str, "rows": int, "documents": int, "tokens": int, "trained_tokens": int,
+            "efficiency": float}
+
+`path` is an Arrow stream for `datasets.Dataset.from_file` with the int32 lists `input_ids`,
+`labels` (-100 where there is no loss) and `seq_lengths` (the documents of a row). Labels are never
+made from padding, so a pad token that equals the end-of-sequence token costs nothing.
+"""

@@ -1,0 +1,72 @@
+"""What becomes of a row that is longer than max_length.
+
+    split      into equal parts; no token is lost (running text)
+    truncate   the answer is kept: first by leaving out whole turns at the end, else by cutting the
+               prompt from the left, and only an answer that is too long by itself loses its end
+    drop       left out
+    refuse     an error
+    auto       split where every token is trained, truncate elsewhere
+
+Whatever happens is counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal, get_args
+
+Policy = Literal["auto", "split", "truncate", "drop", "refuse"]
+POLICIES: tuple[str, ...] = get_args(Policy)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The tokens [start, end) of a row, behind its first `lead` tokens.
+
+    Trained ranges that begin before `start` are clipped in a split text, and not trained at all in
+    a cut conversation: half an answer without its question teaches nothing.
+    """
+
+    row: int
+    start: int
+    end: int
+    lead: int = 0
+    clip: bool = True
+
+
+def pieces(
+    row: int, trained: Sequence[int], *, length: int, max_length: int, policy: Policy, lead: int
+) -> list[Piece]:
+    """The pieces of a row of `length` > `max_length` tokens; none if it is dropped.
+
+    `trained` holds flat [start, end) pairs; the first `lead` tokens open every sequence (BOS).
+    """
+    whole = list(trained) == [0, length]
+    if policy == "drop":
+        return []
+    if policy == "split" or (policy == "auto" and whole):
+        return _split(row, length, max_length)
+    return [_truncate(row, trained, max_length, lead)]
+
+
+def _split(row: int, length: int, max_length: int) -> list[Piece]:
+    number = -(-length // max_length)
+    cuts = [length * part // number for part in range(number + 1)]
+    return [Piece(row, a, b) for a, b in pairwise(cuts)]
+
+
+def _truncate(row: int, trained: Sequence[int], max_length: int, lead: int) -> Piece:
+    whole_turns = [end for end in trained[1::2] if end <= max_length]
+    if whole_turns:
+        return Piece(row, 0, whole_turns[-1])
+    start, end = trained[-2:]
+    room = max_length - lead
+    prompt = min(start, max_length // 4)
+    if end - start + prompt <= room:
+        return Piece(row, end - room, end, lead, clip=False)
+    first = start - prompt
+    if first <= lead:
+        return Piece(row, 0, max_length)
+    return Piece(row, first, first + room, lead, clip=False)

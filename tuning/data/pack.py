@@ -1,0 +1,351 @@
+"""The step "pack": tokenised rows -> train.arrow and eval.arrow, in the order of training."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.ipc
+
+from tuning import files
+from tuning.data import bins
+from tuning.data.over_length import Piece, pieces
+from tuning.errors import DataError
+
+IGNORED = -100
+WRITTEN_TOGETHER = 256
+SCHEMA = pa.schema(
+    [(name, pa.list_(pa.int32())) for name in ("input_ids", "labels", "seq_lengths")]
+)
+PIECE = np.dtype(
+    [("row", "i4"), ("start", "i4"), ("end", "i4"), ("lead", "i4"), ("clip", "?")]
+)  # over_length.Piece
+Ints = np.ndarray[Any, np.dtype[np.int32]]
+
+
+def run(request: dict[str, Any]) -> dict[str, Any]:
+    """Carry out the request; see the package's docstring. Raises DataError."""
+    out = Path(request["out"])
+    out.mkdir(parents=True, exist_ok=True)
+    source = Path(request["tokenised"])
+    with pa.memory_map(str(source / "rows.arrow")) as mapped, pa.ipc.open_file(mapped) as reader:
+        rows = Rows(reader)
+        told = files.read_json(source / "tokenised.json")
+        names = [file["shown"] for file in told["files"]]
+        job = _Job(request, rows, names)
+        train, held_out = job.split()
+        parts = {"train": job.part(train, out / "train.arrow"), "eval": None}
+        if len(held_out):
+            parts["eval"] = job.part(held_out, out / "eval.arrow")
+        else:
+            (out / "eval.arrow").unlink(missing_ok=True)
+    files.sync_folder(out)
+    job.check(parts["train"])
+    result = {
+        **parts,
+        "max_length": request["max_length"],
+        "packing": request["packing"],
+        "over_length": {"policy": job.policy, **job.counts},
+        "dropped": dict(job.dropped),
+        "notes": job.notes(),
+    }
+    files.write_json(out / "packed.json", result)
+    return result
+
+
+class Rows:
+    """The tokenised rows, mapped into memory, each reachable by its number."""
+
+    def __init__(self, reader: Any) -> None:
+        starts, lengths = [0], []
+        self._batches: list[tuple[Ints, Ints, Ints, Ints, Any, Any]] = []
+        for number in range(reader.num_record_batches):
+            batch = reader.get_batch(number)
+            ids, trained = batch.column(0), batch.column(1)
+            ends = ids.offsets.to_numpy()
+            self._batches.append(
+                (
+                    ends,
+                    ids.values.to_numpy(),
+                    trained.offsets.to_numpy(),
+                    trained.values.to_numpy(),
+                    batch.column(2).to_numpy(),
+                    batch.column(3).to_numpy(),
+                )
+            )
+            starts.append(starts[-1] + batch.num_rows)
+            lengths.append(np.diff(ends))
+        self._starts = np.array(starts)
+        self.lengths: Ints = np.concatenate(lengths)
+
+    def _find(self, row: int) -> tuple[int, int]:
+        number = int(np.searchsorted(self._starts, row, side="right")) - 1
+        return number, row - int(self._starts[number])
+
+    def get(self, row: int) -> tuple[Ints, Ints]:
+        """Ids and flat trained ranges of one row."""
+        number, at = self._find(row)
+        ends, ids, marked, marks, _, _ = self._batches[number]
+        return ids[ends[at] : ends[at + 1]], marks[marked[at] : marked[at + 1]]
+
+    def place(self, row: int) -> tuple[int, int]:
+        """The number of the file, and the line or row in it, that `row` came from."""
+        number, at = self._find(row)
+        return int(self._batches[number][4][at]), int(self._batches[number][5][at])
+
+
+@dataclass
+class _Job:
+    """One packing, and what it counts."""
+
+    request: dict[str, Any]
+    rows: Rows
+    names: list[str]
+    counts: dict[str, int] = field(
+        default_factory=lambda: dict.fromkeys(
+            ("rows", "truncated", "split", "dropped", "lost_tokens"), 0
+        )
+    )
+    dropped: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def policy(self) -> Any:
+        return self.request.get("over_length") or "auto"
+
+    @property
+    def seed(self) -> int:
+        return int(self.request.get("shuffle_seed") or self.request["seed"])
+
+    def split(self) -> tuple[Ints, Ints]:
+        """The rows to train on and those held out, by a seeded draw."""
+        total = len(self.rows.lengths)
+        share = self.request.get("train_share") or 1
+        if share >= 1:
+            return np.arange(total, dtype=np.int32), np.arange(0, dtype=np.int32)
+        kept = round(total * share)
+        if not 0 < kept < total:
+            raise DataError.at(
+                "DATA-236",
+                "DatasetConfig.train_test_split",
+                f"{share} of {total} rows leaves {kept} to train on and {total - kept} held out",
+                "change the share so that both have rows, or set it to 1",
+            )
+        drawn = np.random.RandomState(self.seed).permutation(total).astype(np.int32)
+        return np.sort(drawn[:kept]), np.sort(drawn[kept:])
+
+    def part(self, chosen: Ints, path: Path) -> dict[str, Any]:
+        """Write the rows `chosen` to `path`."""
+        max_length = self.request["max_length"]
+        found = self._pieces(chosen)
+        sizes = found["end"] - found["start"] + found["lead"]
+        if self.request["packing"]:
+            members, ends = assign(sizes, size=max_length, seed=self.seed)
+        else:
+            members, ends = np.arange(len(found)), np.arange(1, len(found) + 1)
+        order = self._order(members, ends)
+        trained = self._write(path, found, members, ends, order)
+        tokens = int(sizes.sum())
+        return {
+            "path": str(path),
+            "rows": len(ends),
+            "documents": len(found),
+            "tokens": tokens,
+            "trained_tokens": trained,
+            "efficiency": round(tokens / (len(ends) * max_length), 4),
+        }
+
+    def _order(self, members: Any, ends: Any) -> Any:
+        if self.request.get("shuffle", True):
+            return np.random.RandomState(self.request["seed"]).permutation(len(ends))
+        first = np.minimum.reduceat(members, np.concatenate(([0], ends[:-1])))
+        return np.argsort(first, kind="stable")
+
+    def _pieces(self, chosen: Ints) -> Any:
+        """The pieces of the rows `chosen` as an array of PIECE, in the order of the rows."""
+        lengths = self.rows.lengths[chosen]
+        fits = lengths <= self.request["max_length"]
+        whole = np.zeros(int(fits.sum()), dtype=PIECE)
+        whole["row"], whole["end"], whole["clip"] = chosen[fits], lengths[fits], True
+        if fits.all():
+            return whole
+        too_long = chosen[~fits]
+        self._refuse_long(chosen, too_long)
+        made = [piece for row in too_long.tolist() for piece in self._cut(row)]
+        cut = np.array([astuple(piece) for piece in made], dtype=PIECE)
+        found = np.concatenate((whole, cut))
+        if not len(found):
+            raise self._all_too_long(len(chosen))
+        return found[np.lexsort((found["start"], found["row"]))]
+
+    def _cut(self, row: int) -> list[Piece]:
+        max_length, length = self.request["max_length"], int(self.rows.lengths[row])
+        ids, trained = self.rows.get(row)
+        made = pieces(
+            row,
+            trained.tolist(),
+            length=length,
+            max_length=max_length,
+            policy=self.policy,
+            lead=self._lead(ids),
+        )
+        self.counts["rows"] += 1
+        self.counts["dropped"] += not made
+        self.counts["split"] += len(made) > 1
+        self.counts["truncated"] += len(made) == 1
+        self.counts["lost_tokens"] += length - sum(p.end - p.start + p.lead for p in made)
+        kept = [piece for piece in made if _labels(piece, ids, trained).max() != IGNORED]
+        self.dropped["no token to learn after cutting"] += len(made) - len(kept)
+        return kept
+
+    def _lead(self, ids: Ints) -> int:
+        """1 if rows begin with one and the same token, the beginning-of-sequence token."""
+        second = self.rows.get(min(1, len(self.rows.lengths) - 1))[0]
+        return int(ids[0] == self.rows.get(0)[0][0] == second[0])
+
+    def _refuse_long(self, chosen: Ints, too_long: Ints) -> None:
+        if not len(too_long):
+            return
+        if self.policy == "refuse":
+            places = [self.rows.place(int(row)) for row in too_long[:20]]
+            shown = ", ".join(f"{self.names[file]} {place}" for file, place in places)
+            what = f"{len(too_long)} rows are longer than {self.request['max_length']} tokens"
+            change = "shorten them, raise max_length, or choose split, truncate or drop"
+            raise DataError.at("DATA-229", "data", f"{what}: {shown}", change)
+        whole = self.policy == "split" or (
+            self.policy == "auto" and any(self._is_text(int(row)) for row in too_long[:100])
+        )
+        if len(too_long) == len(chosen) and not whole:
+            raise self._all_too_long(len(chosen))
+
+    def _is_text(self, row: int) -> bool:
+        ids, trained = self.rows.get(row)
+        return bool(trained.tolist() == [0, len(ids)])
+
+    def _all_too_long(self, number: int) -> DataError:
+        return DataError.at(
+            "DATA-228",
+            "data",
+            f"all {number} rows are longer than max_length {self.request['max_length']}; the "
+            f"shortest has {int(self.rows.lengths.min())} tokens",
+            "raise TrainingArguments.max_length, or shorten the rows",
+        )
+
+    def _write(self, path: Path, found: Any, members: Any, ends: Any, order: Any) -> int:
+        """Write the bins in `order`; returns the number of trained tokens."""
+        starts = np.concatenate(([0], ends[:-1]))
+        scratch = path.with_name(f".{path.name}.tmp")
+        trained = 0
+        try:
+            with pa.OSFile(str(scratch), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
+                for begin in range(0, len(order), WRITTEN_TOGETHER):
+                    rows = [
+                        [Piece(*found[piece].item()) for piece in members[starts[bin] : ends[bin]]]
+                        for bin in order[begin : begin + WRITTEN_TOGETHER]
+                    ]
+                    record = self._record(rows)
+                    trained += int((record.column(1).values.to_numpy() != IGNORED).sum())
+                    writer.write_batch(record)
+            files.sync_file(scratch)
+            scratch.replace(path)
+        finally:
+            scratch.unlink(missing_ok=True)
+        return trained
+
+    def _record(self, rows: Sequence[Sequence[Piece]]) -> pa.RecordBatch:
+        ids: list[Ints] = []
+        labels: list[Ints] = []
+        sizes: list[int] = []
+        for row in rows:
+            for piece in row:
+                all_ids, trained = self.rows.get(piece.row)
+                kept = all_ids[piece.start : piece.end]
+                ids.append(np.concatenate((all_ids[: piece.lead], kept)) if piece.lead else kept)
+                labels.append(_labels(piece, all_ids, trained))
+                sizes.append(len(ids[-1]))
+        per_row = [len(row) for row in rows]
+        document_ends = np.cumsum(per_row)
+        token_ends = np.cumsum(sizes)[document_ends - 1]
+        return pa.record_batch(
+            [
+                _lists(np.concatenate(ids), token_ends),
+                _lists(np.concatenate(labels), token_ends),
+                _lists(np.array(sizes, dtype=np.int32), document_ends),
+            ],
+            schema=SCHEMA,
+        )
+
+    def check(self, train: Any) -> None:
+        """Raise DataError if the user's batch is larger than what there is to train on."""
+        batch = self.request.get("batch")
+        if batch and train["rows"] < batch:
+            kind = "packed rows" if self.request["packing"] else "rows"
+            raise DataError.at(
+                "DATA-235",
+                "data",
+                f"there are {train['rows']} {kind}, fewer than one batch of {batch}",
+                "lower per_device_train_batch_size or gradient_accumulation_steps, or add rows",
+            )
+
+    def notes(self) -> list[str]:
+        """What happened to over-long rows, in words."""
+        counts, limit = self.counts, self.request["max_length"]
+        words = {
+            "split": "split into parts, no token lost",
+            "truncated": "cut so that the answer stays",
+            "dropped": "left out",
+        }
+        made = [
+            f"{counts[key]} rows longer than {limit} tokens {text}"
+            for key, text in words.items()
+            if counts[key]
+        ]
+        return made + [f"{n} rows left out: {why}" for why, n in self.dropped.items() if n]
+
+
+def assign(sizes: Any, *, size: int, seed: int) -> tuple[Any, Any]:
+    """Which pieces share a bin: the pieces in the order of bins, and where each bin ends.
+
+    Pieces of equal length are interchangeable to the packing; a seeded draw decides among them, so
+    that documents which stood together in the file are not always packed together.
+    """
+    found, counts = np.unique(sizes, return_counts=True)
+    patterns = bins.pack(zip(found.tolist(), counts.tolist(), strict=True), size=size)
+    drawn = np.random.RandomState(seed).permutation(len(sizes))
+    by_length = drawn[np.argsort(sizes[drawn], kind="stable")]
+    ends = np.cumsum(counts)
+    nexts = dict(zip(found.tolist(), (ends - counts).tolist(), strict=True))
+    members: list[Any] = []
+    widths: list[Any] = []
+    for pattern, number in patterns:
+        columns = []
+        for length in pattern:
+            at = nexts[length]
+            columns.append(by_length[at : at + number])
+            nexts[length] = at + number
+        members.append(np.stack(columns, axis=1).ravel())
+        widths.append(np.full(number, len(pattern)))
+    return np.concatenate(members), np.cumsum(np.concatenate(widths))
+
+
+def _labels(piece: Piece, ids: Ints, trained: Ints) -> Ints:
+    """The labels of `piece`; its first token has none, since nothing before it predicts it."""
+    labels = np.full(piece.lead + piece.end - piece.start, IGNORED, dtype=np.int32)
+    shift = piece.lead - piece.start
+    for start, end in zip(trained[::2].tolist(), trained[1::2].tolist(), strict=True):
+        if start < piece.start and not piece.clip:
+            continue
+        start, end = max(start, piece.start), min(end, piece.end)
+        if start < end:
+            labels[start + shift : end + shift] = ids[start:end]
+    labels[0] = IGNORED
+    return labels
+
+
+def _lists(values: Ints, ends: Any) -> pa.ListArray:
+    offsets = np.concatenate(([0], ends)).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))

@@ -1,0 +1,33 @@
+"""All that is wrong with the data, collected in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from tuning.errors import DataError, Problem
+
+LIMIT = 10_000
+
+
+class Problems:
+    """Collects problems until the data is read, or until there are so many that reading stops."""
+
+    def __init__(self) -> None:
+        self._found: list[Problem] = []
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def add(self, code: str, where: str, what: str, change: str) -> None:
+        """Note one problem. Raises DataError with all of them once there are LIMIT."""
+        self._found.append(Problem(code, where, what, change))
+        if len(self._found) >= LIMIT:
+            what = f"stopped reading after {LIMIT} problems"
+            self._found.append(Problem("DATA-299", where, what, "repair these first"))
+            self.raise_all()
+
+    def raise_all(self, more: Iterable[Problem] = ()) -> None:
+        """Raise DataError if there is any problem."""
+        self._found += more
+        if self._found:
+            raise DataError(self._found)

@@ -66,7 +66,7 @@ def card(recipe: dict[str, Any], *, run_id: str, facts: Facts) -> str:
         ("method", f"{recipe['method']}, rank {recipe['rank']}, alpha {recipe['alpha']:g}"),
         ("trained", f"{facts.trainable:,} parameters, {share:.2f} % of the model"),
         ("data", f"{facts.rows:,} rows, {facts.trained_tokens:,} trained tokens an epoch"),
-        ("steps", f"{recipe['steps']:,} of {recipe['global_batch']} x {recipe['max_length']} tokens"),
+        ("steps", f"{recipe['steps']:,} of {recipe['global_batch']} x {recipe['max_length']}"),
         ("learning rate", f"{recipe['learning_rate']:g}, {recipe['schedule']}"),
         ("precision", recipe["precision"]),
         ("run", f"`{run_id}`"),

@@ -31,7 +31,7 @@ _SCALARS = SafeConstructor()
 _EXPONENT = re.compile(r"[-+]?[0-9][0-9_]*(?:\.[0-9]*)?[eE][-+]?[0-9]+")  # a number in YAML 1.2
 
 
-@dataclass
+@dataclass(eq=False)
 class Document:
     """One YAML document: its value, and where each path and each block of text begins."""
 

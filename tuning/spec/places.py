@@ -23,7 +23,7 @@ def check(overrides: Overrides, found: Findings) -> None:
                 "SPEC-109", ("--data", i), "is no file name", "name a file, a folder or a URL"
             )
     kinds = {
-        "URLs" if is_url(d) else "folder" if Path(d).is_dir() else "files" for d in overrides.data
+        "URLs" if is_url(d) else "folder" if _is_folder(d) else "files" for d in overrides.data
     }
     if len(kinds) > 1 or (kinds == {"folder"} and len(overrides.data) > 1):
         what = f"names {len(overrides.data)} things of different kinds, or several folders"
@@ -50,11 +50,18 @@ def is_url(text: str) -> bool:
     return "://" in text
 
 
+def _is_folder(name: str) -> bool:
+    try:
+        return Path(name).is_dir()
+    except OSError:  # too long for a name
+        return False
+
+
 def source_of(data: tuple[str, ...]) -> Source:
     """What --data names."""
     if is_url(data[0]):
         return Source(urls=data)
-    if Path(data[0]).is_dir():
+    if _is_folder(data[0]):
         return Source(folder=Path(data[0]))
     return Source(files=tuple(map(Path, data)))
 

@@ -14,22 +14,22 @@ from tuning.spec.findings import Findings, nearest, shown
 from tuning.spec.values import Overrides, Spec
 from tuning.spec.workspace import Workspace
 
+_NO_OVERRIDES = Overrides()
 
-def load(path: Path, *, overrides: Overrides = Overrides()) -> Spec:  # noqa: B008 it is frozen
+
+def load(path: Path, *, overrides: Overrides = _NO_OVERRIDES) -> Spec:
     """The Workspace in the file at `path`, with its ConfigMap, as the command line changes it.
 
     Raises SpecError with all problems of the file.
     """
     try:
-        if path.stat().st_size > documents.MAX_BYTES:
-            raise documents.too_large(path.name)
-        text = path.read_text(encoding="utf-8")
+        text = _read_text(path)
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise SpecError([_unreadable(path, error)]) from None
     return _read(text, path.name, overrides, lambda name: _read_beside(path, name))
 
 
-def parse(text: str, *, origin: str, overrides: Overrides = Overrides()) -> Spec:  # noqa: B008
+def parse(text: str, *, origin: str, overrides: Overrides = _NO_OVERRIDES) -> Spec:
     """The Workspace in `text`; `origin` names it in errors. No file is read.
 
     Raises SpecError with all problems of the text.
@@ -72,14 +72,22 @@ def _the_workspace(everything: list[Document], origin: str) -> Document:
     if found:
         lines = " and ".join(str(d.lines.get((), 0)) for d in found)
         _refuse_file(origin, f"holds {len(found)} Workspaces, in lines {lines}", "keep one a file")
+    close = [d for d in everything if _could_be_meant(d, alone=len(everything) == 1)]
+    if len(close) == 1:
+        return close[0]  # the models say what is wrong with it
     kinds = [str(d.at("kind") or "no kind") for d in everything]
-    if len(everything) == 1 and isinstance(everything[0].value, dict):
-        close = not everything[0].at("kind") or nearest(kinds[0], ["Workspace"])
-        if close and kinds[0] not in ("ConfigMap", "Secret"):
-            return everything[0]  # the models say what is wrong with it
     holds = f"holds {', '.join(map(shown, kinds))}" if kinds else "is empty"
     change = "write a document with apiVersion: kaito.sh/v1beta1 and kind: Workspace"
     _refuse_file(origin, f"{holds}, but no Workspace", change)
+
+
+def _could_be_meant(document: Document, *, alone: bool) -> bool:
+    """True for what its author may have meant as a Workspace."""
+    kind, version = document.at("kind"), document.at("apiVersion")
+    if not isinstance(kind, str):
+        return alone and isinstance(document.value, dict)
+    ours = isinstance(version, str) and version.startswith("kaito.sh/")
+    return kind not in ("ConfigMap", "Secret") and (ours or bool(nearest(kind, ["Workspace"])))
 
 
 def _refuse_inference(origin: str) -> NoReturn:
@@ -105,14 +113,20 @@ def _notes_on_others(others: list[Document]) -> list[str]:
     return notes
 
 
+def _read_text(path: Path) -> str:
+    """The text of a file, or as much of it as shows that it is too large."""
+    with path.open("rb") as file:
+        data = file.read(documents.MAX_BYTES + 1)
+    if len(data) > documents.MAX_BYTES:
+        raise documents.too_large(path.name)
+    return data.decode()
+
+
 def _read_beside(spec_file: Path, name: str) -> str | None:
     """A chat template's text, seen from the folder of the YAML."""
     try:
-        path = spec_file.parent / name
-        if path.stat().st_size > documents.MAX_BYTES:
-            return None
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError, ValueError):
+        return _read_text(spec_file.parent / name)
+    except (OSError, UnicodeDecodeError, ValueError, SpecError):
         return None
 
 

@@ -30,7 +30,8 @@ _HOST = re.compile(
 def refusal(url: str, *, allow_hosts: Collection[str] = ()) -> str | None:
     """KAITO's sentence for what is wrong with `url`, or None if it may be asked for.
 
-    `allow_hosts` are hosts, or host:port, that somebody answers for though they are private.
+    `allow_hosts` are what somebody answers for though it is private: hosts, host:port, *.domain,
+    or networks such as 10.0.0.0/8.
     """
     if not url or len(url) > MAX_LENGTH or not url.isascii() or not url.isprintable():
         return INVALID
@@ -45,9 +46,25 @@ def refusal(url: str, *, allow_hosts: Collection[str] = ()) -> str | None:
         return NOT_HTTP if parts.scheme else INVALID
     if not host or "@" in parts.netloc or port == 0 or _climbs(parts.path):
         return INVALID
-    if host in allow_hosts or (port and f"{host}:{port}" in allow_hosts):
-        return None
-    return _host_refusal(host)
+    default = 443 if parts.scheme.lower() == "https" else 80
+    return None if is_listed(host, port or default, allow_hosts) else _host_refusal(host)
+
+
+def is_listed(host: str, port: int, entries: Collection[str]) -> bool:
+    """True if one of `entries` names `host`: as host, host:port, *.domain, or network."""
+    host = host.lower().rstrip(".").strip("[]")
+    spelled = f"[{host}]" if ":" in host else host
+    for entry in map(str.lower, entries):
+        if entry in (host, spelled, f"{spelled}:{port}"):
+            return True
+        if entry.startswith("*.") and host.endswith(entry[1:]):
+            return True
+        try:
+            if ipaddress.ip_address(host) in ipaddress.ip_network(entry, strict=False):
+                return True
+        except ValueError:
+            continue
+    return False
 
 
 def _climbs(path: str) -> bool:

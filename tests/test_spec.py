@@ -538,6 +538,13 @@ def test_a_private_host_can_be_opened(allowed: str) -> None:
     assert (url,) == read(WORKSPACE, overrides=data).source.urls
 
 
+def test_no_message_shows_what_stands_for_a_secrets_name() -> None:
+    """Somebody may have put the token itself there."""
+    options = {"tuning__preset__presetOptions": {"modelAccessSecret": "hf_Hunter2"}}
+
+    assert "unter2" not in "".join(refusals(with_changes(**options)))
+
+
 def test_no_message_shows_a_url() -> None:
     """Its query may be a key."""
     bad = ["http://10.0.0.1/a?sig=hunter2", "https://me:hunter2@a.com/", "ftp://a/hunter2"]
@@ -557,6 +564,11 @@ def test_a_copy_of_kaitos_template_sets_nothing(method: str, template: str) -> N
 
     assert Settings() == actual.settings
     assert () == actual.notes
+
+
+def test_an_empty_config_is_none() -> None:
+    """As in KAITO: the defaults of the method."""
+    assert read(WORKSPACE).settings == read(with_changes(tuning__config="")).settings
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])

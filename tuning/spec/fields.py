@@ -21,8 +21,10 @@ def check_name(
 ) -> None:
     """`name` as the name of a `what`, which Kubernetes would refuse otherwise."""
     if len(name) > longest or not re.fullmatch(pattern, name, re.A):
+        # In the place of a Secret's name somebody may have put the secret.
+        given = "this" if what == "Secret" else shown(name)
         change = f'use lower-case letters, digits and "-", {longest} at most'
-        found.add("SPEC-107", path, f"{shown(name)} cannot be the name of a {what}", change)
+        found.add("SPEC-107", path, f"{given} cannot be the name of a {what}", change)
 
 
 def check_secret(name: str, path: Path, found: Findings) -> None:

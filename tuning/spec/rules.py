@@ -48,7 +48,7 @@ def check(
     if tuning := workspace.tuning:
         method(tuning.method, found)
         fields.check_preset(tuning.preset, ("tuning", "preset"), found)
-        if tuning.config is not None:
+        if tuning.config:
             fields.check_name(
                 tuning.config, SUBDOMAIN, 253, ("tuning", "config"), found, "ConfigMap"
             )

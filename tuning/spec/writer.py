@@ -34,7 +34,10 @@ def dump(spec: Spec) -> str:
 
 
 def digest(spec: Spec) -> str:
-    """sha256 of what decides the adapter, as far as the spec knows: no name, resource, output."""
+    """sha256 of all in `spec` that may decide the adapter: not its name, resource and output.
+
+    It keys what is done before the recipe is complete; from then on the recipe's own hash does.
+    """
     decides = {
         "preset": spec.preset,
         "base_model": spec.base_model,

@@ -119,3 +119,21 @@ def curve(values: Sequence[float]) -> str:
     low, high = min(means), max(means)
     scale = (len(BLOCKS) - 1) / (high - low) if high > low else 0.0
     return "".join(BLOCKS[round((mean - low) * scale)] for mean in means)
+
+
+def annotations(recipe: dict[str, Any], *, facts: Facts) -> dict[str, str]:
+    """What the image's annotations and labels tell, beside what every image of ours has."""
+    base = recipe["base_model"]
+    found = {
+        "org.opencontainers.image.title": f"LoRA adapter for {base}",
+        "org.opencontainers.image.description": f"{recipe['method']} adapter for {base}",
+        "tuning.kaito.sh/base-model": base,
+        "tuning.kaito.sh/base-revision": recipe["base_revision"],
+        "tuning.kaito.sh/method": recipe["method"],
+        "tuning.kaito.sh/data": ",".join(f"sha256:{digest}" for digest in recipe["data"]),
+    }
+    if facts.licence:
+        found["org.opencontainers.image.licenses"] = facts.licence
+    if facts.loss_by_step:
+        found["tuning.kaito.sh/final-loss"] = f"{facts.loss_by_step[-1][1]:.6g}"
+    return found

@@ -9,12 +9,15 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 import tuning
 from tuning.errors import Stopped, TuningError, UsageError
+
+if TYPE_CHECKING:
+    from tuning.spec import Spec
 
 app = typer.Typer(
     name="tuning",
@@ -269,11 +272,16 @@ def _spec(
     data: list[str] | None,
     instance: str | None,
     output: str | None,
-) -> tuning.spec.Spec:
+    allow_hosts: tuple[str, ...] = (),
+) -> Spec:
     from tuning import spec as specs
 
     overrides = specs.Overrides(
-        base_model=base_model, data=tuple(data or ()), instance=instance, output=output
+        base_model=base_model,
+        data=tuple(data or ()),
+        instance=instance,
+        output=output,
+        allow_hosts=allow_hosts,
     )
     return specs.load(file, overrides=overrides)
 

@@ -8,7 +8,8 @@ TuningError
 ├── DivergedError     13   loss, gradient or weight became non-finite            TRAIN-nnn
 ├── OutOfMemoryError  14   out of memory after the automatic fallbacks           TRAIN-nnn
 ├── TransientError    20   network, 5xx, disk full, run directory locked, hang   any room's
-└── Stopped           75   SIGTERM or SIGINT, with the state saved               RUN-nnn
+├── Stopped           75   SIGTERM or SIGINT, with the state saved               RUN-nnn
+└── Killed           128+  a child was killed from outside, by that signal       RUN-nnn
 
 An error carries one or more problems, because a person wants to see all of them in one pass:
 
@@ -22,7 +23,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 SHOWN_PER_CODE = 20
 
@@ -45,7 +46,7 @@ class Problem:
 class TuningError(Exception):
     """Base of the tree: catch it at an entry point, print it, leave with `exit_code`."""
 
-    exit_code: ClassVar[int] = 1
+    exit_code: int = 1
 
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems = tuple(problems)
@@ -117,6 +118,14 @@ class Stopped(TuningError):
     """Stopped by a signal, state saved: the same command goes on."""
 
     exit_code = 75
+
+
+class Killed(TuningError):
+    """A child process was killed from outside; the code is the shell's, 128 + signal."""
+
+    def __init__(self, problems: Iterable[Problem], *, signal: int = 9) -> None:
+        super().__init__(problems)
+        self.exit_code = 128 + signal
 
 
 _BY_EXIT_CODE: dict[int, type[TuningError]] = {

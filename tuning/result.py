@@ -77,6 +77,15 @@ class Outcome:
         return files.canonical(record).decode()
 
 
+TERMINATION_LOG = Path("/dev/termination-log")
+
+
+def write_termination(outcome: Outcome, *, path: Path = TERMINATION_LOG) -> None:
+    """Leave the outcome where the kubelet looks for it, if there is such a place."""
+    if path.is_file():  # made by the kubelet; opened in place, since it is a mount
+        path.write_text(outcome.termination_message())
+
+
 def failed(phase: str, error: TuningError, progress: dict[str, Any] | None) -> Outcome:
     """The outcome of a run that `error` ended in `phase`."""
     hints = " ".join(dict.fromkeys(problem.change.rstrip(" .") + "." for problem in error.problems))

@@ -1,0 +1,548 @@
+"""The story of a run, and the torch-free parent process that lives it.
+
+Every phase is remembered in the journal under a key of what it depends on, so the same command
+again goes on where it stopped, and a changed spec redoes what it changes. Signals only set a flag:
+a phase that can stop stops at its next safe point and the run ends with exit code 75.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tuning import (
+    base,
+    card,
+    delivery,
+    device,
+    fetch,
+    files,
+    image,
+    journal,
+    live,
+    plan,
+    presets,
+    process,
+    result,
+)
+from tuning import spec as specs
+from tuning.console import Console, Report
+from tuning.delivery import Access
+from tuning.errors import Killed, Problem, Stopped, TuningError
+from tuning.plan import Plan, Recipe
+from tuning.spec import Spec
+
+log = logging.getLogger(__name__)
+
+Value = dict[str, Any]
+RECIPE_LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes")
+DATA_SETTINGS = (
+    "messages_column",
+    "context_column",
+    "response_column",
+    "dataset_extension",
+    "chat_template",
+    "train_on",
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says about this machine; nothing in it changes the adapter."""
+
+    run_dir: Path
+    access: Access = field(default_factory=Access)
+    policy: fetch.Policy = field(default_factory=fetch.Policy)
+    hub_token_file: Path | None = None
+    data_secrets: Path | None = None  # folder of headers for private URLs, by host
+    cache: Path | None = None  # base weights; the hub's usual cache folder if not given
+    questions: tuple[str, ...] = ()
+    port: int | None = None
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a finished run tells: journaled, so that a repeated command tells it again."""
+
+    name: str
+    run_id: str
+    digest: str
+    references: tuple[str, ...]  # where the image can be had
+    adapter: str
+    adapter_bytes: int
+    base: str  # what to give to `chat --base`
+    training: Value  # the training child's answer
+
+    def to_json(self) -> Value:
+        """For `run --json` and the journal."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, record: Value) -> Summary:
+        """The summary that `to_json` wrote down."""
+        return cls(**record | {"references": tuple(record["references"])})
+
+
+def run(spec: Spec, options: Options, console: Console) -> Summary:
+    """Live the whole story of `spec` in `options.run_dir`, from where the journal says it stands.
+
+    Raises the error that ended it, after the journal and the termination log have it, too.
+    """
+    with (
+        _stop_asked() as stop,
+        journal.opened(options.run_dir) as book,
+        live.served(options.run_dir, name=spec.name, port=options.port),
+    ):
+        story = _Story(spec, options, console, book, stop)
+        try:
+            summary = story.live()
+        except Exception as error:
+            raise story.told(error) from error
+        result.write_termination(story.outcome(summary))
+        return summary
+
+
+@contextmanager
+def _stop_asked() -> Iterator[threading.Event]:
+    """SIGTERM and SIGINT set the event that this yields; a second signal changes nothing."""
+    asked = threading.Event()
+    signals = (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, lambda *_: asked.set()) for number in signals}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@dataclass
+class _Story:
+    spec: Spec
+    options: Options
+    console: Console
+    book: journal.Journal
+    stop: threading.Event
+    phase: str = "start"
+
+    def live(self) -> Summary:
+        """One screen: what happens, in order."""
+        inputs = self._inputs()
+        if (done := self.book.done("finish", inputs)) is not None:
+            self.console.say("Already finished; nothing was done.")
+            return Summary.from_json(done)
+        files.write(self.folder / "spec.yaml", specs.dump(self.spec), mode=0o600)  # URLs' tokens
+        for note in self.spec.notes:
+            self.console.say(f"  {note}", style="dim")
+
+        model = self._base()
+        self._check(model)
+        data = self._fetch()
+        weights = self._weights(model)
+        rows = self._tokenise(data, weights, model)
+        decided, packed = self._plan(rows, data, weights, model)
+        training = self._train(decided, packed, weights, model)
+        digest = self._package(decided, training, packed, model)
+        references = self._deliver(decided, digest)
+        return self._finish(inputs, decided, training, digest, references)
+
+    # What goes wrong, told once: to the journal, to the termination log, to the caller.
+
+    def told(self, error: Exception) -> TuningError:
+        """Record how the story ended, and give the error that a person should see."""
+        known = error if isinstance(error, TuningError) else process.disk_full(error)
+        if known is None:
+            path = self.folder / "traceback.txt"
+            path.write_text("".join(traceback.format_exception(error)))
+            known = TuningError.at(
+                "RUN-199",
+                self.phase,
+                f"internal error, {type(error).__name__}; the traceback is in {path}",
+                "report it with that file",
+            )
+        outcome = result.failed(self.phase, known, result.progress(self.folder))
+        self.book.append(self.phase, "fail", code=outcome.code, message=outcome.message)
+        result.write_termination(outcome)
+        return known
+
+    def outcome(self, summary: Summary) -> result.Outcome:
+        """A finished run's outcome."""
+        training = summary.training
+        return result.Outcome(
+            phase="finish",
+            code=0,
+            step=training["steps"],
+            steps=training["steps"],
+            loss=training["loss_last"],
+            digest=summary.digest,
+            peak_memory_bytes=training["peak_memory_bytes"],
+        )
+
+    # Small things that every phase needs.
+
+    @property
+    def folder(self) -> Path:
+        return self.options.run_dir
+
+    def _begin(self, phase: str, title: str = "") -> None:
+        """Enter a phase; a stop that was asked for since the last one takes effect here."""
+        if self.stop.is_set():
+            raise _stopped(self.phase)
+        self.phase = phase
+        if title:
+            self.console.say(title)
+
+    def _child(
+        self, room: str, request: Value, *, tick: Callable[[], None] = lambda: None
+    ) -> Value:
+        """The answer of a child process; its request, answer and output are kept in `log/`."""
+        logs = self.folder / "log"
+        logs.mkdir(exist_ok=True)
+        output = logs / f"{self.phase}.log"
+        try:
+            return process.run(
+                room,
+                logs / f"{self.phase}.json",
+                request,
+                log=output,
+                keep_open=(self.book.lock,),
+                stop_asked=self.stop.is_set,
+                tick=tick,
+            )
+        except process.ChildDied as died:
+            if self.stop.is_set():
+                raise _stopped(self.phase) from None
+            raise _death(died, self.phase, output) from None
+
+    def _token(self) -> str | None:
+        path = self.options.hub_token_file
+        return path.read_text(encoding="utf-8").strip() if path else None
+
+    # Each phase of the story, in its order.
+
+    def _inputs(self) -> str:
+        """What a finished run depends on, without the network: the spec and the local files."""
+        local = list(self.spec.source.files)
+        if self.spec.base_model and (folder := Path(self.spec.base_model)).is_dir():
+            local += sorted(path for path in folder.iterdir() if path.is_file())
+        found = [(path, path.stat()) for path in local if path.exists()]
+        stats = [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in found]
+        return _key(asdict(self.spec), stats, self.options.questions)
+
+    def _base(self) -> base.Base:
+        self._begin("base")
+        name, revision = base_reference(self.spec)
+        if Path(name).is_dir():  # a folder may have changed: looked at afresh at every start
+            return base.resolve(name, revision=None, token=None)
+
+        def work() -> Value:
+            return base.resolve(name, revision=revision, token=self._token()).to_json()
+
+        return base.Base.from_json(self.book.do("base", _key(name, revision), work))
+
+    def _check(self, model: base.Base) -> None:
+        """What can be refused in seconds is refused here, all of it in one pass."""
+        self._begin("check", "Checking model, machine and destination ...")
+        here = device.detect()
+        if self.spec.instance and plan.device_of(self.spec.instance).name != here.name:
+            self.console.say(f"  {self.spec.instance} is named, but this is {here}", style="dim")
+        together(
+            lambda: plan.refuse_unsupported(self.spec, self._known(model, model.config), here),
+            lambda: base.check(model, token=self._token()),
+            lambda: delivery.check(self.spec.destination, self.options.access),
+        )
+
+    def _known(self, model: base.Base, config: Value) -> plan.Base:
+        return plan.base_from_config(declared_name(self.spec), model.revision, config)
+
+    def _fetch(self) -> list[Value]:
+        self._begin("fetch")
+        source = self.spec.source
+
+        def work() -> Value:
+            with self.console.work("Fetching data", unit="bytes") as report:
+                found = fetch.fetch(
+                    source,
+                    self.folder / "data" / "files",
+                    policy=self.options.policy,
+                    credentials=self._credentials(),
+                    pull_image=self.options.access.pull_data,
+                    progress=report,
+                    stop=self.stop.is_set,
+                )
+            return {"files": [file.to_json() for file in found]}
+
+        if source.files or source.folder:  # may have changed: hashed at every start
+            done = work()
+        else:
+            done = self.book.do("fetch", _key(asdict(source)), work)
+        found: list[Value] = done["files"]
+        return found
+
+    def _credentials(self) -> fetch.Headers | None:
+        folder = self.options.data_secrets
+        return fetch.load_headers(folder) if folder else None
+
+    def _weights(self, model: base.Base) -> Path:
+        self._begin("weights")
+        if model.folder is not None:
+            return model.folder
+        with self.console.work(f"Fetching {model.name}", unit="bytes") as report:
+            return base.fetch(model, cache=self.options.cache, token=self._token(), progress=report)
+
+    def _tokenise(self, data: list[Value], weights: Path, model: base.Base) -> Value:
+        self._begin("tokenise", "Reading and tokenising the data ...")
+        settings = self.spec.settings
+        request = {
+            "step": "tokenise",
+            "files": data,
+            "base": str(weights),
+            "out": str(self.folder / "data" / "tokenised"),
+            "settings": {name: getattr(settings, name) for name in DATA_SETTINGS},
+        }
+        key = _key([file["sha256"] for file in data], model.revision, request["settings"])
+        done = self.book.do("tokenise", key, lambda: self._child("data", request) | {"key": key})
+        self.console.say(
+            f"  {done['rows']:,} rows, {done['tokens']:,} tokens, "
+            f"{done['trained_tokens'] / done['tokens']:.0%} of them trained: "
+            f"{done['shape']['name']} ({done['shape']['reason']})"
+        )
+        self._dim(done["notes"])
+        return done
+
+    def _dim(self, notes: list[str]) -> None:
+        for note in notes:
+            self.console.say(f"  {note}", style="dim")
+
+    def _plan(
+        self, rows: Value, data: list[Value], weights: Path, model: base.Base
+    ) -> tuple[Plan, Value]:
+        """The plan with real lengths, and the packed rows.
+
+        The recipe is frozen the first time; a later start keeps it and only places it anew.
+        """
+        self._begin("plan")
+        known = self._known(model, base.verify(weights))
+        versions = {name: importlib.metadata.version(name) for name in RECIPE_LIBRARIES}
+        lengths = plan.Lengths(rows["rows"], rows["tokens"], rows["lengths"]["max"])
+        here = device.detect()
+        decided = plan.make(self.spec, known, here, lengths=lengths, versions=versions)
+        key = _key(rows["key"], self.spec.method, asdict(self.spec.settings), versions)
+        kept = self.book.done("plan", key)
+        recipe = plan.recipe_from_json(kept["recipe"]) if kept else decided.recipe
+        packed = self._pack(rows, recipe)
+        count = packed["train"]["rows"]
+        if kept:
+            decided = plan.again(decided, recipe, known, self.spec, rows=count)
+        else:
+            hashes = tuple(file["sha256"] for file in data)
+            decided = plan.freeze(decided, self.spec, rows=count, data=hashes)
+            self.book.do("plan", key, lambda: {"recipe": asdict(decided.recipe)})
+        files.write_json(self.folder / "plan.json", decided.to_json())
+        return decided, packed
+
+    def _pack(self, rows: Value, recipe: Recipe) -> Value:
+        self._begin("pack")
+        settings = self.spec.settings
+        request = {
+            "step": "pack",
+            "tokenised": str(self.folder / "data" / "tokenised"),
+            "out": str(self.folder / "data" / "packed"),
+            "max_length": recipe.max_length,
+            "packing": recipe.packing,
+            "shuffle": recipe.shuffle,
+            "seed": recipe.seed,
+            "shuffle_seed": settings.shuffle_seed,
+            "train_share": recipe.train_share,
+            "batch": settings.micro_batch,
+        }
+        key = _key(rows["key"], request)
+        done = self.book.do("pack", key, lambda: self._child("data", request))
+        self._dim(done["notes"])
+        return done
+
+    def _train(self, decided: Plan, packed: Value, weights: Path, model: base.Base) -> Value:
+        recipe = decided.recipe
+        size = f"{recipe.global_batch} x {recipe.max_length} tokens"
+        self._begin("train", f"Training {recipe.steps:,} steps of {size} on {decided.device} ...")
+        request = {
+            "run": str(self.folder),
+            "base": str(weights),
+            "base_name": recipe.base_model,
+            "base_revision": model.revision,
+            "preset": self.spec.preset,
+            "recipe": asdict(recipe),
+            "placement": asdict(decided.placement),
+            "train": packed["train"]["path"],
+            "eval": packed["eval"]["path"] if packed["eval"] else None,
+            "adapter": str(self.folder / "adapter"),
+            "questions": list(self.options.questions),
+            "chat_template": self.spec.settings.chat_template,
+            "save_steps": self.spec.settings.save_steps,
+        }
+
+        def work() -> Value:
+            with self.console.work("Training", unit="steps") as report:
+                return self._child("train", request, tick=lambda: self._report_step(report))
+
+        return self.book.do("train", _key(recipe.run_id, self.options.questions), work)
+
+    def _report_step(self, report: Report) -> None:
+        now = result.progress(self.folder)
+        if now is not None:
+            note = f"loss {now['loss']:.3f}  {now['tokens_per_second']:,.0f} tokens/s"
+            report(now["step"], now["steps"], note)
+
+    def _package(self, decided: Plan, training: Value, packed: Value, model: base.Base) -> str:
+        """The adapter folder gets its card and becomes an image; gives the image's digest."""
+        self._begin("package", "Building the image ...")
+        recipe = decided.recipe
+        facts = card.Facts(
+            preset=self.spec.preset,
+            licence=model.licence,
+            rows=packed["train"]["documents"],
+            trained_tokens=packed["train"]["trained_tokens"],
+            trainable=training["trainable"],
+            total=training["total"],
+            loss_by_step=list(enumerate(training["loss_by_step"], 1)),
+            loss_before=training["eval_loss_before"],
+            loss_after=training["eval_loss_after"],
+        )
+
+        def work() -> Value:
+            folder = self.folder / "adapter"
+            card.write(folder, recipe=asdict(recipe), run_id=recipe.run_id, facts=facts)
+            built = image.build(
+                folder,
+                self.folder / "image",
+                preset=self.spec.preset,
+                run_id=recipe.run_id,
+                annotations=card.annotations(asdict(recipe), facts=facts),
+            )
+            return {"digest": built.digest}
+
+        key = _key(recipe.run_id, training["adapter_sha256"])
+        digest: str = self.book.do("package", key, work)["digest"]
+        return digest
+
+    def _deliver(self, decided: Plan, digest: str) -> tuple[str, ...]:
+        self._begin("push")
+        own = tuple(value["digest"] for value in self.book.values("package"))
+
+        def work() -> Value:
+            with self.console.work("Pushing", unit="bytes") as report:
+                references = delivery.deliver(
+                    self.spec.destination,
+                    self.options.access,
+                    layout=self.folder / "image",
+                    adapter=self.folder / "adapter",
+                    digest=digest,
+                    run_id=decided.recipe.run_id,
+                    own=own,
+                    progress=report,
+                )
+            return {"references": references}
+
+        key = _key(digest, asdict(self.spec.destination))
+        return tuple(self.book.do("push", key, work)["references"])
+
+    def _finish(
+        self, inputs: str, decided: Plan, training: Value, digest: str, references: tuple[str, ...]
+    ) -> Summary:
+        self._begin("finish")
+        adapter = self.folder / "adapter"
+        summary = Summary(
+            name=self.spec.name,
+            run_id=decided.recipe.run_id,
+            digest=digest,
+            references=references or (f"oci:{self.folder / 'image'}",),
+            adapter=str(adapter),
+            adapter_bytes=(adapter / "adapter_model.safetensors").stat().st_size,
+            base=self.spec.base_model or self.spec.preset,
+            training=training,
+        )
+        self.book.do("finish", inputs, summary.to_json)
+        return summary
+
+
+def together(*checks: Callable[[], object]) -> None:
+    """Run every check; raise one error with the problems of all, of the first one's kind."""
+    errors: list[TuningError] = []
+    for check in checks:
+        try:
+            check()
+        except TuningError as error:
+            errors.append(error)
+    if errors:
+        raise type(errors[0])(problem for error in errors for problem in error.problems)
+
+
+def base_reference(spec: Spec) -> tuple[str, str | None]:
+    """Where the base weights are: a folder, or a hub id and the revision to take."""
+    return _reference(spec.base_model or spec.preset, spec.settings.revision)
+
+
+def _reference(name: str, revision: str | None) -> tuple[str, str | None]:
+    if Path(name).is_dir():
+        return name, None
+    preset = presets.find(name)
+    return (preset.hub_id, revision or preset.revision) if preset else (name, revision)
+
+
+def declared_name(spec: Spec) -> str:
+    """What the adapter calls its base: the hub id that the spec names, also for a folder."""
+    preset = presets.find(spec.preset)
+    return preset.hub_id if preset else spec.preset
+
+
+def base_folder(name: str, *, token_file: Path | None, console: Console) -> Path:
+    """The weights of a preset, hub model or folder, fetched if they are not here yet."""
+    where, revision = _reference(name, None)
+    token = token_file.read_text(encoding="utf-8").strip() if token_file else None
+    found = base.resolve(where, revision=revision, token=token)
+    if found.folder is not None:
+        return found.folder
+    with console.work(f"Fetching {found.name}", unit="bytes") as report:
+        return base.fetch(found, cache=None, token=token, progress=report)
+
+
+def _key(*parts: Any) -> str:
+    """A short hash of plain values; paths count as their text."""
+    return files.digest(files.canonical(_plain(parts)))[:16]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _stopped(phase: str) -> Stopped:
+    return Stopped.at(
+        "RUN-110", phase, "stopped by a signal, state saved", "run the same command again to go on"
+    )
+
+
+def _death(died: process.ChildDied, phase: str, output: Path) -> TuningError:
+    if died.status >= 0:
+        what = f"internal error; the traceback is in {output}"
+        return TuningError.at("RUN-198", phase, what, "report it with that file")
+    number = -died.status
+    name = signal.Signals(number).name
+    why = " (mostly the kernel, out of memory)" if number == signal.SIGKILL else ""
+    problem = Problem(
+        "RUN-111",
+        phase,
+        f"the process was killed by {name}{why}",
+        f"give it more memory, or run the same command again to go on; see {output}",
+    )
+    return Killed([problem], signal=number)

@@ -1,0 +1,384 @@
+"""URLs, images and folders -> verified local files, in the order the user gave them.
+
+URLs are downloaded side by side under names of our own (`0000`, `0001`, ...): a server's name for a
+file decides nothing, and two URLs that end alike are two files. Local files stay where they are. A
+fetch that was finished does nothing when it is run again; a broken one goes on where it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import re
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from urllib3 import BaseHTTPResponse
+
+from tuning import files, process
+from tuning.download import Enough, Meter, Report, download
+from tuning.errors import DataError, Problem, RefusedError, SpecError, TransientError, TuningError
+from tuning.network import Headers, Policy, Resolver, load_headers, lookup, place
+from tuning.spec import Source
+from tuning.web import Again, Item, Patience, Web, empty, judge
+
+__all__ = ["File", "Patience", "Policy", "check", "fetch", "load_headers"]
+
+log = logging.getLogger(__name__)
+
+PullImage = Callable[[str, Path], object]  # image reference, empty folder for its /data files
+
+SIDE_BY_SIDE = 6
+LAST_WORDS = 2.0  # seconds that downloads get to save their state when a run is stopped
+# Companions of data in published folders; whoever means them names them with --data.
+_NO_DATA = re.compile(r"(readme|license|licence|notice|changelog)(\..*)?|.*\.md", re.IGNORECASE)
+_CHECKSUM = re.compile(r"sha256=([0-9a-fA-F]{64})")
+
+
+@dataclass(frozen=True)
+class File:
+    """One verified file of the data."""
+
+    path: Path
+    shown: str  # what messages call it: the URL without its query, or the path as given
+    sha256: str
+    size: int  # bytes
+
+    def to_json(self) -> dict[str, Any]:
+        """For the journal and for requests to child processes; `from_json` is the way back."""
+        return {
+            "path": str(self.path),
+            "shown": self.shown,
+            "sha256": self.sha256,
+            "size": self.size,
+        }
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> File:
+        """The file that `to_json` wrote down."""
+        return cls(Path(record["path"]), record["shown"], record["sha256"], record["size"])
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a URL answers before it is downloaded."""
+
+    shown: str
+    size: int | None  # bytes, if the server says so
+    head: bytes  # its first bytes, as sent
+
+
+def fetch(
+    source: Source,
+    folder: Path,
+    *,
+    policy: Policy,
+    credentials: Headers | None = None,
+    pull_image: PullImage | None = None,
+    progress: Report = lambda done, total, note: None,
+    stop: Callable[[], bool] = lambda: False,
+    patience: Patience | None = None,
+    resolve: Resolver = lookup,
+) -> tuple[File, ...]:
+    """The files of `source`, downloaded into `folder` or, if they are local, where they are.
+
+    `credentials` holds headers by host; `pull_image` lays the files under /data of an OCI image
+    into a folder. Raises one error with the problems of all files: SpecError, RefusedError or
+    DataError if any of them is final, otherwise TransientError; Stopped when `stop` turns true.
+    """
+    if source.files:
+        return _hashed([(path, str(path)) for path in source.files])
+    if source.folder:
+        return _hashed(listed(source.folder))
+    if source.image:
+        return _from_image(source.image, folder, pull_image)
+    items = _items(source.urls, policy)
+    web = Web(policy, credentials or {}, patience or Patience(), resolve)
+    folder.mkdir(parents=True, exist_ok=True)
+    _forget_others(folder, len(items))
+    meter = Meter(folder, web.patience, progress, stop)
+    return _all_of(items, folder, web, meter, stop)
+
+
+def check(
+    source: Source,
+    *,
+    policy: Policy,
+    credentials: Headers | None = None,
+    patience: Patience | None = None,
+    resolve: Resolver = lookup,
+    head: int = 64 << 10,
+) -> tuple[Seen, ...]:
+    """Look at every URL without downloading it: access, size in bytes, first `head` bytes.
+
+    Raises as `fetch` does, after one try.
+    """
+    web = Web(policy, credentials or {}, patience or Patience(tries=1), resolve)
+    seen: list[Seen] = []
+    problems: list[TuningError] = []
+    for item in _items(source.urls, policy):
+        try:
+            seen.append(_look(item, web, head))
+        except Again as again:
+            problems.append(again.final([again.problem]))
+        except TuningError as error:
+            problems.append(error)
+    if problems:
+        raise _together(problems)
+    return tuple(seen)
+
+
+def _look(item: Item, web: Web, head: int) -> Seen:
+    response = web.get(item, {"Range": f"bytes=0-{head - 1}"})
+    try:
+        judge(item, response)
+        first = b""
+        while response.status != 416 and len(first) < head and (piece := response.read1(head - len(first))):
+            first += piece
+    finally:
+        response.close()
+    if not first:
+        raise empty(item)
+    return Seen(item.shown, _size(response), first)
+
+
+def _size(response: BaseHTTPResponse) -> int | None:
+    """Bytes of the whole file, if the answer says so."""
+    of_range = response.headers.get("content-range", "").rpartition("/")[2]
+    whole = response.headers.get("content-length", "") if response.status == 200 else of_range
+    return int(whole) if whole.isdigit() else None
+
+
+# -- URLs ---------------------------------------------------------------------------------------
+
+
+def _items(urls: tuple[str, ...], policy: Policy) -> list[Item]:
+    """The URLs taken apart and judged by their text. Raises SpecError with all problems."""
+    items: list[Item] = []
+    problems: list[Problem] = []
+    seen: dict[str, int] = {}
+    for index, text in enumerate(urls):
+        url, _, fragment = text.partition("#")
+        checksum = _CHECKSUM.fullmatch(fragment)
+        item = Item(index, url, checksum[1].lower() if checksum else None)
+        first = seen.setdefault(_same(url), index)
+        if refusal := policy.refusal(url):
+            where = f"input.urls[{index}]"  # not the URL: who knows what is in it
+            change = "write a public address; --allow-host HOST opens a private one"
+            problems.append(Problem("FETCH-101", where, refusal, change))
+        elif first != index:
+            what = f"is the same as urls[{first}], so that its rows would count twice"
+            problems.append(Problem("FETCH-102", item.where, what, "remove one of the two"))
+        elif fragment and not checksum:
+            what = "ends in a # with something else than a checksum"
+            change = "write #sha256= and 64 hexadecimal digits, or nothing"
+            problems.append(Problem("FETCH-103", item.where, what, change))
+        elif policy.require_checksums and not checksum:
+            what = "has no checksum, which the policy asks for"
+            problems.append(Problem("FETCH-105", item.where, what, "add #sha256=<64 digits>"))
+        else:
+            items.append(item)
+    if problems:
+        raise SpecError(problems)
+    return items
+
+
+def _same(url: str) -> str:
+    """`url` with what does not tell two files apart spelled one way."""
+    try:
+        scheme, host, port = place(url)
+    except ValueError:
+        return url
+    rest = url.partition("://")[2]
+    return f"{scheme}://{host}:{port}{rest[rest.find('/') :] if '/' in rest else '/'}"
+
+
+def _all_of(
+    items: list[Item], folder: Path, web: Web, meter: Meter, stop: Callable[[], bool]
+) -> tuple[File, ...]:
+    """Download all `items` side by side; what one of them raises does not hide the others."""
+    outcomes: dict[int, File | BaseException] = {}
+    waiting: queue.SimpleQueue[Item] = queue.SimpleQueue()
+    for item in items:
+        meter.expect(item.index)
+        waiting.put(item)
+
+    def work() -> None:
+        with contextlib.suppress(queue.Empty):
+            while True:
+                item = waiting.get_nowait()
+                try:
+                    outcomes[item.index] = _one(item, folder, web, meter)
+                except BaseException as error:
+                    outcomes[item.index] = error
+                    if not isinstance(error, TransientError):
+                        meter.doomed.set()
+
+    # Daemons, because a socket that says nothing must not keep a stopped run from ending.
+    workers = [
+        threading.Thread(target=work, name=f"download-{n}", daemon=True)
+        for n in range(min(SIDE_BY_SIDE, len(items)))
+    ]
+    for worker in workers:
+        worker.start()
+    while any(worker.is_alive() for worker in workers):
+        if stop():
+            for worker in workers:
+                worker.join(LAST_WORDS)
+            meter.look()
+        for worker in workers:
+            worker.join(0.05)
+    errors = [outcome for _, outcome in sorted(outcomes.items()) if not isinstance(outcome, File)]
+    if errors:
+        raise _together(errors)
+    return tuple(outcomes[item.index] for item in items)  # type: ignore[misc]
+
+
+def _one(item: Item, folder: Path, web: Web, meter: Meter) -> File:
+    """One finished file: the one that is there, or a new one."""
+    target = folder / f"{item.index:04}"
+    record = target.with_name(target.name + ".json")
+    known = _finished(item, target, record)
+    if known is None:
+        meter.look()
+        record.unlink(missing_ok=True)
+        sha256, size = download(item, target, web, meter)
+        known = File(target, item.shown, sha256, size)
+        stamp = target.stat().st_mtime_ns
+        files.write_json(
+            record, {"url": item.key, "sha256": sha256, "size": size, "mtime_ns": stamp}
+        )
+        log.info("%s: %d bytes, sha256 %s", item.where, size, sha256)
+    meter.expect(item.index, known.size)
+    meter.have(item.index, known.size)
+    return known
+
+
+def _finished(item: Item, target: Path, record: Path) -> File | None:
+    """The file of an earlier run, if it is still the one that was verified then."""
+    try:
+        known, stat = files.read_json(record), target.stat()
+    except (OSError, ValueError):
+        return None
+    if known["url"] != item.key or known["size"] != stat.st_size:
+        return None
+    if item.sha256 not in (None, known["sha256"]):
+        return None
+    if known["mtime_ns"] != stat.st_mtime_ns and files.digest_file(target) != known["sha256"]:
+        return None
+    return File(target, item.shown, known["sha256"], known["size"])
+
+
+def _forget_others(folder: Path, count: int) -> None:
+    """Remove what an earlier spec with more URLs left."""
+    for path in folder.iterdir():
+        number = path.name[:4]
+        if number.isdigit() and int(number) >= count and path.is_file():
+            path.unlink()
+
+
+def _together(errors: list[Any]) -> BaseException:
+    """One error with all problems; a final one beats a transient one, a bug beats both."""
+    known: list[TuningError] = []
+    for error in errors:
+        full = process.disk_full(error)
+        if full is not None:
+            known.append(full)
+        elif isinstance(error, TuningError):
+            known.append(error)
+        elif not isinstance(error, Enough):
+            return error  # type: ignore[no-any-return]
+    problems = [problem for error in known for problem in error.problems]
+    for kind in (SpecError, RefusedError, DataError):
+        if any(isinstance(error, kind) for error in known):
+            return kind(problems)
+    return type(known[0])(dict.fromkeys(problems))
+
+
+# -- what is local ------------------------------------------------------------------------------
+
+
+def listed(folder: Path) -> list[tuple[Path, str]]:
+    """The data files below `folder`, sorted by name: each its path and what to call it.
+
+    Hidden files and companions such as README.md are left out. Raises DataError if there is
+    nothing, or a link that leads out of the folder.
+    """
+    if not folder.is_dir():
+        what = "is no folder" if folder.exists() else "does not exist"
+        raise DataError.at("FETCH-123", str(folder), what, "name the folder that holds the data")
+    root = folder.resolve()
+    found, problems = [], []
+    for path in _walk(folder):
+        name = path.relative_to(folder).as_posix()
+        if not path.resolve().is_relative_to(root):
+            what = "is a link that leads out of the folder"
+            change = "put the file itself there"
+            problems.append(Problem("FETCH-125", f"{folder}/{name}", what, change))
+        elif not path.is_file():
+            log.info("%s: not a regular file, left out", path)
+        elif _NO_DATA.fullmatch(path.name):
+            log.info("%s: not data by its name, left out", path)
+        else:
+            found.append((path, f"{folder}/{name}"))
+    if problems:
+        raise DataError(problems)
+    if not found:
+        raise DataError.at("FETCH-124", str(folder), "holds no data file", "put the data there")
+    return found
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Everything below `folder` that is not hidden and no folder, by name; no link is descended."""
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.name.startswith(".") or entry.name == "lost+found":
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            yield from _walk(Path(entry.path))
+        else:
+            yield Path(entry.path)
+
+
+def _hashed(named: list[tuple[Path, str]]) -> tuple[File, ...]:
+    """Local files, hashed where they are. Raises DataError with all problems."""
+    found, problems = [], []
+    for path, shown in named:
+        try:
+            size = path.stat().st_size
+            if not path.is_file():
+                problems.append(Problem("FETCH-123", shown, "is no file", "name a file"))
+            elif size == 0:
+                problems.append(Problem("FETCH-120", shown, "is empty", "name a file with rows"))
+            else:
+                found.append(File(path.resolve(), shown, files.digest_file(path), size))
+        except OSError as error:
+            what = "does not exist" if error.errno == 2 else f"cannot be read: {error.strerror}"
+            problems.append(Problem("FETCH-123", shown, what, "check its name and rights"))
+    if problems:
+        raise DataError(problems)
+    return tuple(found)
+
+
+def _from_image(reference: str, folder: Path, pull_image: PullImage | None) -> tuple[File, ...]:
+    """The files under /data of an image, pulled once."""
+    if pull_image is None:
+        raise ValueError("a source that is an image needs pull_image")
+    target, record = folder / "image", folder / "image.json"
+    known = files.read_json(record) if record.exists() else None
+    if not known or known["image"] != reference or not target.is_dir():
+        scratch = folder / "image.tmp"
+        for old in (scratch, target):
+            shutil.rmtree(old, ignore_errors=True)
+        record.unlink(missing_ok=True)
+        scratch.mkdir(parents=True)
+        pull_image(reference, scratch)
+        files.replace_folder(scratch, target)
+        files.write_json(record, {"image": reference})
+    found = [(path, f"{reference}:/data/{path.relative_to(target)}") for path, _ in listed(target)]
+    return _hashed(found)

@@ -1,7 +1,7 @@
 """Tiny random models of the real classes, made without a network.
 
-Each is an ordinary `save_pretrained` folder with a trained tokenizer and a chat template, written in
-about a second, so that tests load, quantise, train, save and merge real model classes on a CPU.
+Each is an ordinary `save_pretrained` folder with a trained tokenizer and a chat template, written
+in a moment, so that tests load, quantise, train, save and reload real model classes on a CPU.
 """
 
 from __future__ import annotations
@@ -44,11 +44,9 @@ STYLES = {  # name -> (bos, eos, further special tokens, chat template)
 }
 PAD = "<|pad|>"
 
-WORDS = (
-    "the a cat dog tree runs sees likes big small red blue one two three four five six seven eight "
-    "nine ten plus minus is equals what colour how many answer question hello world model train "
-    "data loss job node pod"
-).split()
+COUNT = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+THINGS = ["cat", "dog", "tree", "runs", "sees", "likes", "big", "small", "red", "blue"]
+WORDS = [*THINGS, *COUNT, "the", "a", "plus", "minus", "is", "equals", "what", "how", "hello"]
 
 
 def dense(**changes: Any) -> dict[str, Any]:
@@ -202,7 +200,10 @@ def build(
         "pad_token_id": tokenizer.pad_token_id,
     }
     if vision is None:
-        kind, config = transformers.AutoModelForCausalLM, getattr(transformers, config_class)(**shape)
+        kind, config = (
+            transformers.AutoModelForCausalLM,
+            getattr(transformers, config_class)(**shape),
+        )
     else:
         kind = transformers.AutoModelForImageTextToText
         text = getattr(transformers, text_class)(**shape)

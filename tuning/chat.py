@@ -109,13 +109,17 @@ def attach(base: Any, adapter: adapters.Adapter) -> PeftModel:
         if k not in {"peft_type", "peft_version", "base_model_name_or_path", "revision"}
     }
     config = LoraConfig(**known | {"inference_mode": True})
+    change = f"use it with its own base model, {adapter.base_model}"
+    found = set(model.projections(base))
+    if missing := sorted(set(adapter.modules) - found):  # PEFT would leave these out in silence
+        what = f"does not fit the base model, which has no {missing[0]}"
+        raise SpecError.at("MODEL-210", str(adapter.folder), what, change)
     try:
         return PeftModel.from_pretrained(
             base, adapter.folder, config=config, use_safetensors=True, low_cpu_mem_usage=True
         )
     except (RuntimeError, ValueError, KeyError) as error:
         what = f"does not fit the base model: {str(error).splitlines()[0]}"
-        change = f"use it with its own base model, {adapter.base_model}"
         raise SpecError.at("MODEL-210", str(adapter.folder), what, change) from error
 
 

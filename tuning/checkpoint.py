@@ -188,30 +188,38 @@ def pack_json(value: Any) -> bytes:
 
 
 def split_optimizer(state: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """An optimizer's `state_dict` as tensors and as JSON values."""
+    """An optimizer's `state_dict` as tensors, by their path in it, and as JSON values."""
     import torch
 
     tensors: dict[str, torch.Tensor] = {}
-    values: dict[str, dict[str, Any]] = {}
-    for index, entries in state["state"].items():
-        for key, value in entries.items():
-            if torch.is_tensor(value):
-                tensors[f"{index}.{key}"] = value
-            else:
-                values.setdefault(str(index), {})[key] = value
+    values: dict[str, Any] = {}
+    for path, leaf in _leaves(state["state"], ""):
+        if torch.is_tensor(leaf):
+            tensors[path] = leaf
+        else:
+            values[path] = leaf
     return tensors, {"values": values, "param_groups": state["param_groups"]}
+
+
+def _leaves(tree: Mapping[Any, Any], above: str) -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value
 
 
 def join_optimizer(
     tensors: Mapping[str, torch.Tensor], record: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The `state_dict` that `split_optimizer` took apart."""
-    state: dict[int, dict[str, Any]] = {}
-    for name, tensor in tensors.items():
-        index, _, key = name.partition(".")
-        state.setdefault(int(index), {})[key] = tensor
-    for index, entries in record["values"].items():
-        state.setdefault(int(index), {}).update(entries)
+    state: dict[int, Any] = {}
+    for path, leaf in {**tensors, **record["values"]}.items():
+        index, *between, last = path.split(".")
+        place = state.setdefault(int(index), {})
+        for key in between:
+            place = place.setdefault(key, {})
+        place[last] = leaf
     groups = [
         {k: tuple(v) if k == "betas" else v for k, v in group.items()}
         for group in record["param_groups"]

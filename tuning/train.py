@@ -219,6 +219,8 @@ def read_rows(folder: Path) -> datasets.Dataset | None:
         rows = datasets.load_from_disk(str(folder))
     else:
         paths = sorted(str(path) for path in folder.glob("*.parquet"))
+        if not paths:
+            return None
         rows = datasets.Dataset.from_parquet(paths, cache_dir=str(folder / ".cache"))
     return rows if len(rows) else None
 

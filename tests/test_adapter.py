@@ -1,0 +1,218 @@
+"""An adapter is read strictly and put in place only when it is whole."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_runs
+import torch
+from peft import LoraConfig, PeftModel
+from safetensors.torch import save_file
+
+from tuning import adapter, chat, model, train
+from tuning.errors import DivergedError, SpecError, TuningError
+
+Base = Callable[..., Path]
+
+CONFIG: dict[str, Any] = {
+    "peft_type": "LORA",
+    "task_type": "CAUSAL_LM",
+    "base_model_name_or_path": "org/base",
+    "r": 4,
+    "lora_alpha": 8,
+    "target_modules": ["q_proj", "up_proj"],
+}
+
+
+def tensors(rank: int = 4, **changes: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    made: dict[str, torch.Tensor | None] = {}
+    for module, width in (("self_attn.q_proj", 64), ("mlp.up_proj", 128)):
+        name = f"base_model.model.model.layers.3.{module}"
+        made[f"{name}.lora_A.weight"] = torch.ones(rank, 64)
+        made[f"{name}.lora_B.weight"] = torch.ones(width, rank)
+    return {k: v for k, v in (made | changes).items() if v is not None}
+
+
+def finish(target: Path, **changes: Any) -> adapter.Adapter:
+    values: dict[str, Any] = {
+        "tensors": tensors(),
+        "config": CONFIG,
+        "save_tokenizer": lambda folder: (folder / "tokenizer.json").write_text("{}"),
+        "step": 8,
+        "steps": 8,
+    }
+    return adapter.finish(target, **values | changes)
+
+
+def test_a_finished_adapter_reads_back(tmp_path: Path) -> None:
+    """What was put in place says what it is."""
+    made = finish(tmp_path / "adapter")
+
+    assert 4 == made.rank
+    assert "org/base" == made.base_model
+    assert ("q_proj", "up_proj") == made.targets
+    assert 2 * 4 * 64 + 64 * 4 + 128 * 4 == made.parameters
+    assert made.bytes == (tmp_path / "adapter" / adapter.WEIGHTS).stat().st_size
+    assert ["adapter"] == [p.name for p in tmp_path.iterdir()]
+
+
+def test_finishing_again_gives_the_same_bytes(tmp_path: Path) -> None:
+    """The same tensors and config, the same digest; the older folder is replaced."""
+    first = finish(tmp_path / "adapter").sha256
+
+    assert first == finish(tmp_path / "adapter").sha256
+
+
+NAN = torch.full((4, 64), float("nan"))
+ODD = "base_model.model.model.layers.3.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "expected"),
+    [
+        ({"step": 7}, TuningError, "TRAIN-150 adapter: training ended at step 7 of 8"),
+        (
+            {"tensors": tensors(**{f"{ODD}.lora_A.weight": NAN})},
+            DivergedError,
+            "TRAIN-132 adapter: 1 of 4 tensors are not finite",
+        ),
+        (
+            {"tensors": {k: v * ("lora_A" in k) for k, v in tensors().items()}},
+            DivergedError,
+            "TRAIN-133 adapter: every lora_B is zero",
+        ),
+        ({"tensors": tensors(rank=3)}, SpecError, "do not fit rank 4"),
+        ({"tensors": tensors(**{f"{ODD}.lora_B.weight": None})}, SpecError, "MODEL-205"),
+        (
+            {"tensors": tensors(**{"lm_head.weight": torch.ones(1, 2)})},
+            SpecError,
+            "is no LoRA tensor",
+        ),
+        ({"config": CONFIG | {"target_modules": ["q_proj"]}}, SpecError, "not among target_mod"),
+    ],
+)
+def test_an_unfinished_adapter_is_not_put_in_place(
+    changes: dict[str, Any], kind: type[TuningError], expected: str, tmp_path: Path
+) -> None:
+    """The finish gate: the reason is told, and nothing is there."""
+    with pytest.raises(kind, match=expected):
+        finish(tmp_path / "adapter", **changes)
+
+    assert [] == list(tmp_path.iterdir())
+
+
+def test_peft_s_own_config_is_accepted() -> None:
+    """What PEFT writes for a plain LoRA passes, with its defaults left out."""
+    record = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj"]).to_dict()
+    record = json.loads(json.dumps(record | {"target_modules": ["q_proj"]}))
+
+    config = adapter.parse(json.dumps(record).encode())
+
+    assert {"r": 8, "lora_alpha": 16.0, "target_modules": ["q_proj"]}.items() <= config.items()
+    assert "megatron_core" not in config or config["megatron_core"] == "megatron.core"
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"auto_mapping": {"base_model_class": "X", "parent_library": "evil"}}, "auto_mapping"),
+        ({"megatron_config": {"a": 1}, "megatron_core": "evil.module"}, "megatron_core"),
+        ({"megatron_core": "evil.module"}, "megatron_core"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"never_heard_of": 1}, "never_heard_of"),
+        ({"peft_type": "PREFIX_TUNING"}, "peft_type"),
+        ({"r": 0}, "r"),
+        ({"r": "8"}, "r"),
+        ({"lora_alpha": float("inf")}, "lora_alpha"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+    ],
+)
+def test_a_config_that_asks_for_more_is_refused(change: dict[str, Any], key: str) -> None:
+    """Keys that import code, that we do not support, or that are wrong: each is named."""
+    with pytest.raises(SpecError) as error:
+        adapter.parse(json.dumps(CONFIG | change).encode())
+
+    assert f"{adapter.CONFIG} {key}" in {problem.where for problem in error.value.problems}
+
+
+def test_all_that_is_wrong_with_a_config_is_told_at_once() -> None:
+    """Three problems, three lines."""
+    record = {"peft_type": "LORA", "r": -1, "nonsense": True, "lora_alpha": 1}
+
+    with pytest.raises(SpecError) as error:
+        adapter.parse(json.dumps(record).encode())
+
+    assert ["nonsense", "r", "target_modules"] == sorted(
+        problem.where.split()[-1] for problem in error.value.problems
+    )
+
+
+@pytest.mark.parametrize("data", [b"", b"[]", b"{", b'"x"'])
+def test_what_is_no_config_is_refused(data: bytes) -> None:
+    with pytest.raises(SpecError, match="MODEL-202"):
+        adapter.parse(data)
+
+
+def test_damaged_weights_are_refused(tmp_path: Path) -> None:
+    """Cut files, absurd headers and headers that lie are found without reading weights."""
+    path = tmp_path / "w.safetensors"
+    save_file(tensors(), path)
+    whole = path.read_bytes()
+    cases = [whole[:-1], whole[:5], b"", struct.pack("<Q", 1 << 60) + b"{}", whole + b"x"]
+    for data in cases:
+        path.write_bytes(data)
+        with pytest.raises(SpecError, match="MODEL-204"):
+            adapter.header(path)
+
+
+def test_a_folder_without_the_files_is_refused(tmp_path: Path) -> None:
+    """Both missing files are named; a pickled adapter is none."""
+    (tmp_path / "adapter_model.bin").write_bytes(b"not even looked at")
+
+    with pytest.raises(SpecError) as error:
+        adapter.inspect(tmp_path)
+
+    assert 2 == len(error.value.problems)
+
+
+def test_an_adapter_of_another_base_is_told_apart(tmp_path: Path) -> None:
+    """Width and number of layers are compared with the base's config."""
+    made = finish(tmp_path / "adapter")
+
+    assert [] == adapter.misfits(made, {"hidden_size": 64, "num_hidden_layers": 4})
+    wrong = adapter.misfits(made, {"text_config": {"hidden_size": 96, "num_hidden_layers": 3}})
+
+    text = "\n".join(map(str, wrong))
+    assert "is in layer 3; the base model has 3" in text
+    assert "is made for width 64; the base model has 96" in text
+    assert "use the adapter with its own base model, org/base" in text
+
+
+@pytest.mark.parametrize("changes", [{}, {"dora": True}, {"rslora": True, "layers": (1,)}])
+def test_what_was_trained_is_what_peft_loads(
+    changes: dict[str, Any], tiny_base: Base, tmp_path: Path
+) -> None:
+    """PEFT itself and our own loader give the answers of the model that was trained."""
+    base = tiny_base("llama")
+    recipe = tiny_runs.recipe(dropout=0.0, **changes)
+    asked = tiny_runs.request(tmp_path, base, recipe, tiny_runs.placement())
+    train.work(asked)
+    ids = torch.arange(5, 25)[None]
+
+    def logits(load: Callable[[Any], Any]) -> torch.Tensor:
+        loaded = model.load_base(base, precision="bfloat16", quantisation=None, device="cpu")
+        with torch.no_grad():
+            result: torch.Tensor = load(loaded).eval()(input_ids=ids).logits
+        return result
+
+    folder = tmp_path / "adapter"
+    theirs = logits(lambda loaded: PeftModel.from_pretrained(loaded, str(folder)))
+    ours = logits(lambda loaded: chat.attach(loaded, adapter.inspect(folder)))
+
+    assert torch.equal(theirs, ours)
+    assert not torch.equal(ours, logits(lambda loaded: loaded))

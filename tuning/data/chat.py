@@ -62,6 +62,8 @@ class Template:
         self._folding: set[Any] = set()
         self._twin: Template | None = None
         self.notes: dict[str, int] = {}
+        if markers and not self._marked and self._rewrites():
+            self._prefer_twin()
 
     def render(self, conversations: Sequence[Conversation]) -> list[Rendered | Fault]:
         """Text and trained spans of each conversation, or why there are none."""
@@ -89,7 +91,7 @@ class Template:
         if isinstance(found, Fault):
             return found
         if key in self._folding:
-            self._note("the template has no system role: its text opens the first user turn")
+            self._note("the template leaves the system message out: it opens the first user turn")
             conversation = _folded(conversation)
         return conversation, found
 
@@ -172,6 +174,20 @@ class Template:
         spans = found.place(text, conversation.messages)
         _check_words(text, spans, conversation)
         return self._closed(text, spans, conversation, found.ended)
+
+    def _rewrites(self) -> bool:
+        try:
+            return skeleton.rewrites(lambda turns, ask: self._text_of(turns, None, ask=ask))
+        except (Refused, Unplaced):
+            return False
+
+    def _prefer_twin(self) -> None:
+        """Train earlier answers as they were given, not as they look in hindsight."""
+        note = "the template shows earlier answers otherwise than the one that is asked for"
+        if text := _training_variant(self._source):
+            self._text = text
+            note += "; trl's training variant of it is used"
+        self.notes[note] = 0
 
     def _twin_template(self) -> Template | None:
         if self._twin is None and (text := _training_variant(self._source)):

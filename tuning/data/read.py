@@ -189,9 +189,10 @@ def _json_problem(error: ValueError, *, cut: bool) -> tuple[str, str, str]:
         what = f"byte {error.start} of it (0x{error.object[error.start]:02x}) is not UTF-8"
         return "DATA-205", what, "save the file as UTF-8"
     if isinstance(error, json.JSONDecodeError):
-        if cut:
-            what = f"the last line is cut: {error.msg} at character {error.pos + 1}"
-            return "DATA-203", what, "download or write the file again, or remove the line"
+        at_end = error.pos >= len(error.doc.rstrip()) or error.msg.startswith("Unterminated")
+        if cut and at_end:
+            what = f"the file is cut in the middle of it: {error.msg}"
+            return "DATA-203", what, "download or write the file again"
         what = f"is not JSON: {error.msg} at character {error.pos + 1}"
         return "DATA-202", what, "repair the line"
     return "DATA-202", f"is not JSON: {quoted(str(error))}", "repair the line"

@@ -125,6 +125,18 @@ def learn(
     return cut(full.text, full.ends, spans, ended)
 
 
+def rewrites(render: Render) -> bool:
+    """Whether an answer that is history looks different from the answer that is asked for.
+
+    Templates of reasoning models put empty reasoning before the last answer only.
+    """
+    turns = [{"role": role, "content": role} for role in ("user", "assistant") * 2]
+    blanks = blanked(turns)
+    asked, whole = render(blanks[:2], False), render(blanks, False)
+    one, two = (find_placeholders(asked, blanks[:2]), find_placeholders(whole, blanks))
+    return asked[one[0] : one[1]] != whole[two[0] : two[1]]
+
+
 def blanked(messages: Sequence[Message]) -> list[Message]:
     """`messages` with a placeholder for every content that is not empty."""
     return [
@@ -193,17 +205,12 @@ def _start(render: Render, messages: list[Message], index: int, full: _Full) -> 
         if own is None:
             raise Unplaced(f"message {index}")
         return own
-    asking, silent = render(messages[:index], True), render(messages[:index], False)
-    if asking == silent:  # the template never asks: the words themselves are all we know
-        if own is None:
-            raise Unplaced(f"message {index}")
-        return own
-    after = asking
+    after = render(messages[:index], True)
     if before is not None:
         word = placeholder(before)
-        if word not in asking:
+        if word not in after:
             raise Unplaced(f"message {before}")
-        after = asking[asking.index(word) + len(word) :]
+        after = after[after.index(word) + len(word) :]
     start = anchor + common_prefix(full.text[anchor:], after)
     for first, last in full.markers:  # a marker that both begin alike belongs to the answer
         if first < start < last:

@@ -134,7 +134,6 @@ class _Job:
     dropped: Counter[str] = dataclasses.field(default_factory=Counter)
     files: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     samples: list[tuple[str, Encoded]] = dataclasses.field(default_factory=list)
-    notes: list[str] = dataclasses.field(default_factory=list)
 
     def take(self, number: int, file: dict[str, Any], extension: str | None, writer: Any) -> None:
         """Read file `number` and write its rows."""
@@ -252,7 +251,7 @@ class _Job:
     def result(self, template: Template | None) -> dict[str, Any]:
         """The answer to the request."""
         assert self.shape is not None
-        notes = [*self.notes, *(f"{text} ({n} rows)" for text, n in _counted(template))]
+        notes = [f"{text} ({n} rows)" if n else text for text, n in _counted(template)]
         if self.dropped:
             notes += [f"{n} rows left out: {why}" for why, n in sorted(self.dropped.items())]
         rows_per_file: Counter[str] = Counter()

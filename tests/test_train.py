@@ -298,13 +298,9 @@ def test_an_adapter_that_learned_nothing_is_no_success(tiny_base: Base, tmp_path
 
 def test_rows_without_labels_are_refused(tiny_base: Base, tmp_path: Path) -> None:
     """All labels masked: exit 10 before the model is loaded."""
-    import datasets
-
     asked = request(tmp_path / "run", tiny_base, "lora")
-    shutil.rmtree(tmp_path / "run" / "data")
     masked = [{"input_ids": [5, 6, 7], "labels": [-100] * 3, "seq_lengths": [3]}] * 9
-    datasets.Dataset.from_list(masked).save_to_disk(str(tmp_path / "run" / "data" / "train"))
-    (tmp_path / "run" / "data" / "eval").mkdir(exist_ok=True)
+    tiny_runs.write_rows(Path(asked["train"]), masked)
 
     with pytest.raises(DataError, match="TRAIN-101"):
         train.work(asked | {"base": "/nowhere"})

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import datasets
+import pyarrow
 import tiny_models
 import transformers
 
@@ -98,6 +98,14 @@ def rows(base: Path, count: int, *, packing: bool = False, seed: int = 1) -> lis
     ]
 
 
+def write_rows(path: Path, made: list[dict[str, Any]]) -> None:
+    """`made` as an Arrow stream of int32 lists, as the data room writes it."""
+    schema = pyarrow.schema([(name, pyarrow.list_(pyarrow.int32())) for name in made[0]])
+    table = pyarrow.Table.from_pylist(made, schema=schema)
+    with pyarrow.ipc.new_stream(path, schema) as stream:
+        stream.write_table(table, max_chunksize=7)
+
+
 def request(
     run: Path,
     base: Path,
@@ -110,16 +118,18 @@ def request(
 ) -> dict[str, Any]:
     """A request for tuning.train, with its dataset written under `run`."""
     if not (run / "data").exists():
+        (run / "data").mkdir(parents=True)
         for name, number, seed in (("train", count, 1), ("eval", held_out, 2)):
             if number:
                 made = rows(base, number, packing=recipe.packing, seed=seed)
-                datasets.Dataset.from_list(made).save_to_disk(str(run / "data" / name))
+                write_rows(run / "data" / f"{name}.arrow", made)
     return {
         "run": str(run),
         "base": str(base),
         "recipe": asdict(recipe),
         "placement": asdict(placement),
-        "dataset": str(run / "data"),
+        "train": str(run / "data" / "train.arrow"),
+        "eval": str(run / "data" / "eval.arrow") if held_out else None,
         "adapter": str(run / "adapter"),
         "questions": [],
         "base_name": "org/base",

@@ -44,8 +44,9 @@ class Request:
     base: Path  # folder of base weights
     recipe: Recipe
     placement: Placement
-    dataset: Path  # with train/ and perhaps eval/: input_ids, labels, seq_lengths when packed
+    train: Path  # tokenised rows: input_ids, labels, and seq_lengths when packed
     adapter: Path  # where the finished adapter goes
+    eval: Path | None = None  # held-out rows
     base_name: str = "local"
     base_revision: str | None = None
     preset: str | None = None
@@ -59,7 +60,8 @@ class Request:
         """The request in a JSON file; keys that are null count as absent."""
         known = {field.name for field in fields(cls)}
         given = {k: v for k, v in record.items() if k in known and v is not None}
-        paths = {k: Path(given[k]) for k in ("run", "base", "dataset", "adapter")}
+        names = ("run", "base", "train", "adapter", "eval")
+        paths = {k: Path(given[k]) for k in names if k in given}
         made = {
             "recipe": recipe_from_json(record["recipe"]),
             "placement": Placement(**record["placement"]),
@@ -145,9 +147,7 @@ def _run(request: Request, stop: Interruption) -> dict[str, Any]:
     recipe, placement = request.recipe, request.placement
     if placement.threads:
         torch.set_num_threads(placement.threads)
-    rows, held_out = read_rows(request.dataset / "train"), read_rows(request.dataset / "eval")
-    if rows is None:
-        raise AssertionError(f"no rows in {request.dataset / 'train'}")
+    rows = read_rows(request.train)
     refuse_unlearnable(rows)
     resumed = checkpoint.newest(request.run / "checkpoints", run_id=recipe.run_id)
     checkpoint.truncate_lines(request.run / "metrics.jsonl", step=resumed.step if resumed else 0)
@@ -159,7 +159,7 @@ def _run(request: Request, stop: Interruption) -> dict[str, Any]:
         tuned,
         tokenizer,
         rows=rows,
-        held_out=held_out,
+        held_out=read_rows(request.eval) if request.eval else None,
         recipe=recipe,
         arguments=arguments(recipe, placement, request.run),
         metrics=request.run / "metrics.jsonl",
@@ -211,18 +211,11 @@ def _run(request: Request, stop: Interruption) -> dict[str, Any]:
     }
 
 
-def read_rows(folder: Path) -> datasets.Dataset | None:
-    """The tokenised rows saved in `folder` (`save_to_disk`, or *.parquet); None if it is absent."""
-    if not folder.is_dir():
-        return None
-    if (folder / "dataset_info.json").exists():
-        rows = datasets.load_from_disk(str(folder))
-    else:
-        paths = sorted(str(path) for path in folder.glob("*.parquet"))
-        if not paths:
-            return None
-        rows = datasets.Dataset.from_parquet(paths, cache_dir=str(folder / ".cache"))
-    return rows if len(rows) else None
+def read_rows(path: Path) -> datasets.Dataset:
+    """The tokenised rows in an Arrow stream file, or in a folder made by `save_to_disk`."""
+    if path.is_dir():
+        return datasets.load_from_disk(str(path))
+    return datasets.Dataset.from_file(str(path))
 
 
 def refuse_unlearnable(rows: datasets.Dataset) -> None:

@@ -24,6 +24,7 @@ import pytest
 import zstandard
 from datasets import Dataset
 
+from tuning import process
 from tuning.data import bins, pack, tokenise
 from tuning.data.__main__ import work
 from tuning.data.over_length import pieces
@@ -212,7 +213,7 @@ BAD = {
     ),
     "C25 no assistant turn": Bad(lines(turns(Q)), "DATA-223", "line 1", "no assistant turn"),
     "C26 last turn not assistant": Bad(
-        lines(turns(Q, A, Q)), "DATA-224", "line 1", "messages[2], the last message, is of role user"
+        lines(turns(Q, A, Q)), "DATA-224", "line 1", "messages[2], the last message, is"
     ),
     "C27 empty assistant text": Bad(
         lines(turns(Q, ("assistant", " "))), "DATA-225", "line 1", "of the assistant is empty"
@@ -268,7 +269,7 @@ BAD = {
         gzip.compress(gzip.compress(GOOD)), "DATA-241", "train.jsonl", "compressed twice"
     ),
     "C42 bomb": Bad(
-        gzip.compress(b'{"text": "' + b"a" * (1 << 20) + b'"}\n' + b"\n" * (70 << 20)),
+        gzip.compress(b" " * (70 << 20)),
         "DATA-243",
         "train.jsonl",
         "200 times its size",
@@ -323,6 +324,28 @@ def test_all_problems_in_one_pass(run: Callable[..., Any]) -> None:
     counts = Counter(problem.code for problem in error.value.problems)
     assert {"DATA-223": 25, "DATA-207": 1, "DATA-221": 1, "DATA-202": 1, "DATA-242": 1} == counts
     assert "DATA-223: the same in 5 more places." in str(error.value)
+
+
+def test_as_a_child_process(base: Path, tmp_path: Path) -> None:
+    """The parent gets the answer, or the error with its exit code, through a file."""
+    request = {
+        "step": "tokenise",
+        "files": [{"path": str(tmp_path / "a"), "shown": "a.jsonl"}],
+        "base": str(base),
+        "out": str(tmp_path / "out"),
+        "settings": {},
+    }
+    log = tmp_path / "log"
+
+    (tmp_path / "a").write_bytes(GOOD)
+    answer = process.run("data", tmp_path / "one.json", request, log=log)
+    (tmp_path / "a").write_bytes(lines(turns(("user", "SECRET " * 50))))
+    with pytest.raises(DataError) as error:
+        process.run("data", tmp_path / "two.json", request, log=log)
+
+    assert 1 == answer["rows"]
+    assert ["DATA-223"] == [problem.code for problem in error.value.problems]
+    assert "SECRET" not in log.read_text() + str(error.value)
 
 
 def test_too_many_problems(run: Callable[..., Any]) -> None:

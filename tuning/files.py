@@ -88,3 +88,18 @@ def replace_folder(scratch: Path, target: Path) -> None:
         sync_folder(path)
     scratch.replace(target)
     sync_folder(target.parent)
+
+
+def parse_json(data: bytes) -> Any:
+    """The JSON value of `data`; NaN, Infinity and duplicate names are errors (ValueError)."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError("duplicate name")
+        return found
+
+    def no_constant(name: str) -> None:
+        raise ValueError(f"{name} is no JSON")
+
+    return json.loads(data, object_pairs_hook=unique, parse_constant=no_constant)

@@ -19,6 +19,7 @@ from tuning.data import read, sniff
 from tuning.data.chat import Template
 from tuning.data.encode import Encoded, Encoder
 from tuning.data.problems import Problems
+from tuning.data.source import Batch, Source
 from tuning.errors import DataError, SpecError
 from tuning.formats import BadRow, Columns, Example, Fault, Shape, detect, to_example
 
@@ -145,7 +146,7 @@ class _Job:
                 self.problems.add(problem.code, problem.where, problem.what, problem.change)
             return
         before, seen, rows = len(self.problems), 0, 0
-        source = read.Source(path, shown, kind, self.problems, self.out, self._wanted())
+        source = Source(path, shown, kind, self.problems, self.out, self._wanted())
         shape: Shape | None = None
         for batch in read.batches(source):
             if not seen:
@@ -172,7 +173,7 @@ class _Job:
         named = (self.columns.messages, self.columns.context, self.columns.response)
         return frozenset(name for name in named if name)
 
-    def _shape(self, number: int, shown: str, batch: read.Batch) -> Shape | None:
+    def _shape(self, number: int, shown: str, batch: Batch) -> Shape | None:
         """The shape of a file, from its first row; None, and a problem, if it cannot be used."""
         where = f"{shown} {batch.unit} {batch.places[0]}"
         try:
@@ -199,7 +200,7 @@ class _Job:
                 what += f" ({self.began})"
             self.problems.add(fault.code, where, what, fault.change)
 
-    def _write(self, number: int, shown: str, shape: Shape, batch: read.Batch, writer: Any) -> int:
+    def _write(self, number: int, shown: str, shape: Shape, batch: Batch, writer: Any) -> int:
         places: list[int] = []
         examples: list[Example] = []
         for place, row in zip(batch.places, batch.rows, strict=True):

@@ -1,0 +1,248 @@
+"""Rows of JSON files: one object a line, an array, or an array wrapped in an object."""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from tuning.data.source import MAX_LINE, ROWS, Batch, Source, lines, text_bytes
+from tuning.formats import quoted, type_name
+
+MAX_DEPTH = 100
+
+
+class _NotJson(ValueError):
+    """Valid to Python's parser, but no JSON that we take: `args` are code, what, change."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise _NotJson("DATA-208", f"the key {quoted(twice)} stands twice", "keep one of the two")
+    return made
+
+
+def _constant(name: str) -> Any:
+    raise _NotJson("DATA-206", f"{name} is no JSON value", "write null, or a number")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_constant)
+
+
+def _parse(line: str) -> dict[str, Any]:
+    """The object that `line` holds. Raises ValueError, of which _NotJson says more."""
+    try:
+        value = _DECODER.decode(line)
+    except RecursionError:
+        raise _too_deep() from None
+    if not isinstance(value, dict):
+        what = f"is {type_name(value)}, not an object"
+        raise _NotJson("DATA-209", what, 'write one object a row: {"messages": [...]}')
+    if line.count("[") + line.count("{") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
+        raise _too_deep()
+    return value
+
+
+def _too_deep() -> _NotJson:
+    return _NotJson("DATA-210", f"is nested more than {MAX_DEPTH} levels deep", "write it flat")
+
+
+def _depth(value: Any) -> int:
+    level, depth = [value], 0
+    while level and depth <= MAX_DEPTH:
+        depth += 1
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, (dict, list))
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    return depth
+
+
+def _decoded(lines: list[bytes]) -> list[str] | None:
+    """All of `lines` as text, or None if one of them is not UTF-8."""
+    try:
+        return b"\n".join(lines).decode().split("\n")
+    except UnicodeDecodeError:
+        return None
+
+
+def one_a_line(source: Source) -> Iterator[Batch]:
+    """The rows of a file with one object a line."""
+    number, offset = 0, 0
+    for raw, unended in lines(text_bytes(source)):
+        texts = _decoded(raw)
+        places: list[int] = []
+        rows: list[dict[str, Any]] = []
+        for index, line in enumerate(raw):
+            number += 1
+            try:
+                text = texts[index] if texts is not None else line.decode()
+                if text and not text.isspace():
+                    if len(line) > MAX_LINE:
+                        raise _NotJson(
+                            "DATA-211",
+                            f"is longer than {MAX_LINE >> 20} MiB",
+                            "split the row, or check that the file has one row a line",
+                        )
+                    rows.append(_parse(text))
+                    places.append(number)
+            except ValueError as error:
+                cut = unended and index == len(raw) - 1
+                place = f"line {number} (byte {offset})"
+                source.bad(place, *_json_problem(error, cut=cut))
+            offset += len(line) + 1
+        for start in range(0, len(rows), ROWS):
+            yield Batch("line", places[start : start + ROWS], rows[start : start + ROWS])
+
+
+def _json_problem(error: ValueError, *, cut: bool) -> tuple[str, str, str]:
+    if isinstance(error, _NotJson):
+        code, what, change = error.args
+        return code, what, change
+    if isinstance(error, UnicodeDecodeError):
+        what = f"byte {error.start} of it (0x{error.object[error.start]:02x}) is not UTF-8"
+        return "DATA-205", what, "save the file as UTF-8"
+    if isinstance(error, json.JSONDecodeError):
+        at_end = error.pos >= len(error.doc.rstrip()) or error.msg.startswith("Unterminated")
+        if cut and at_end:
+            what = f"the file is cut in the middle of it: {error.msg}"
+            return "DATA-203", what, "download or write the file again"
+        what = f"is not JSON: {error.msg} at character {error.pos + 1}"
+        return "DATA-202", what, "repair the line"
+    return "DATA-202", f"is not JSON: {quoted(str(error))}", "repair the line"
+
+
+class _Scanner:
+    """Reads one JSON value after the other from a text that arrives in pieces."""
+
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self._pieces = pieces
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._text = ""
+        self._at = 0
+        self.ended = False
+
+    def _more(self) -> None:
+        piece = next(self._pieces, None)
+        self.ended = piece is None
+        text = self._decoder.decode(piece or b"", final=self.ended)
+        self._text = self._text[self._at :] + text
+        self._at = 0
+
+    def peek(self) -> str:
+        """The next character that is no white space; "" at the end."""
+        while True:
+            while self._at < len(self._text):
+                if not self._text[self._at].isspace():
+                    return self._text[self._at]
+                self._at += 1
+            if self.ended:
+                return ""
+            self._more()
+
+    def skip(self, wanted: str) -> bool:
+        """Whether the next character is `wanted`, which is then passed."""
+        found = self.peek() == wanted
+        self._at += found
+        return found
+
+    def value(self) -> Any:
+        """The next value. Raises ValueError."""
+        self.peek()
+        while True:
+            try:
+                value, end = _DECODER.raw_decode(self._text, self._at)
+                if end < len(self._text) or self.ended or isinstance(value, (dict, list, str)):
+                    self._at = end
+                    return value
+            except RecursionError:
+                raise _too_deep() from None
+            except json.JSONDecodeError:
+                if self.ended:
+                    raise
+                if len(self._text) - self._at > MAX_LINE:
+                    raise _NotJson(
+                        "DATA-211", f"is longer than {MAX_LINE >> 20} MiB, or damaged", "repair it"
+                    ) from None
+            self._more()
+
+
+def values(source: Source) -> Iterator[Batch]:
+    """The rows of an array, of an array inside an object, or of objects one after the other."""
+    scanner = _Scanner(text_bytes(source))
+    places: list[int] = []
+    rows: list[dict[str, Any]] = []
+    number = 0
+    try:
+        for value in _elements(scanner):
+            number += 1
+            if isinstance(value, dict) and _depth(value) <= MAX_DEPTH:
+                rows.append(value)
+                places.append(number)
+            elif isinstance(value, dict):
+                source.bad(f"row {number}", *_too_deep().args)
+            else:
+                what = f"is {type_name(value)}, not an object"
+                source.bad(f"row {number}", "DATA-209", what, "write one object a row")
+            if len(rows) == ROWS:
+                yield Batch("row", places, rows)
+                places, rows = [], []
+    except UnicodeDecodeError as error:
+        what = f"near it a byte (0x{error.object[error.start]:02x}) is not UTF-8"
+        source.bad(f"row {number + 1}", "DATA-205", what, "save the file as UTF-8")
+    except ValueError as error:
+        source.bad(f"row {number + 1}", *_json_problem(error, cut=scanner.ended))
+    if rows:
+        yield Batch("row", places, rows)
+
+
+def _elements(scanner: _Scanner) -> Iterator[Any]:
+    if scanner.skip("["):
+        yield from _array(scanner)
+    elif scanner.peek() == "{":
+        yield from _wrapped(scanner)
+    if scanner.peek():
+        raise _NotJson("DATA-202", "more follows after the end of the rows", "remove it")
+
+
+def _array(scanner: _Scanner) -> Iterator[Any]:
+    if scanner.skip("]"):
+        return
+    while True:
+        yield scanner.value()
+        if scanner.skip("]"):
+            return
+        if not scanner.skip(","):
+            if scanner.ended and not scanner.peek():
+                raise _NotJson("DATA-203", "the file ends in the middle", "download it again")
+            raise _NotJson("DATA-202", "is not followed by a comma or ]", "repair the array")
+
+
+def _wrapped(scanner: _Scanner) -> Iterator[Any]:
+    """The rows of `{"data": [...]}`; an object that wraps none is a row itself."""
+    scanner.skip("{")
+    rest: list[tuple[str, Any]] = []
+    found = False
+    while not scanner.skip("}"):
+        key = scanner.value()
+        if not isinstance(key, str) or not scanner.skip(":"):
+            raise _NotJson("DATA-202", "is not an object: a key is missing", "repair it")
+        if key in ("data", "rows", "train", "items", "records") and scanner.skip("["):
+            found = True
+            yield from _array(scanner)
+        else:
+            rest.append((key, scanner.value()))
+        if not scanner.skip(",") and scanner.peek() != "}":
+            if not scanner.peek():
+                raise _NotJson("DATA-203", "the file ends in the middle", "download it again")
+            raise _NotJson("DATA-202", "is not an object: a comma is missing", "repair it")
+    if not found:
+        yield _unique(rest)
+        while scanner.peek() == "{":  # objects over several lines each
+            yield scanner.value()

@@ -1,0 +1,69 @@
+"""A file that is being read: its bytes, its lines, its rows in batches."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tuning.data import sniff
+from tuning.data.problems import Problems
+
+ROWS = 1000
+MAX_LINE = 10 << 20
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some rows of one file; `places` are line numbers or row numbers, counted from 1."""
+
+    unit: str  # "line" or "row"
+    places: list[int]
+    rows: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file to read and where to note what is wrong with it."""
+
+    path: Path
+    shown: str
+    kind: sniff.Kind
+    problems: Problems
+    scratch: Path  # a folder for what cannot be read as a stream
+    wanted: frozenset[str] = frozenset()  # columns the user named, beside the known ones
+
+    def bad(self, place: str, code: str, what: str, change: str) -> None:
+        """Note a problem at `place`, such as "line 7"."""
+        self.problems.add(code, f"{self.shown} {place}".rstrip(), what, change)
+
+
+def lines(pieces: Iterable[bytes]) -> Iterator[tuple[list[bytes], bool]]:
+    """Whole lines without their ends, in bundles, and whether the last of them had no end.
+
+    A line longer than MAX_LINE comes as its first MAX_LINE + 1 bytes.
+    """
+    carry = b""
+    skipping = False
+    for piece in pieces:
+        first, newline, rest = piece.partition(b"\n")
+        if not skipping:
+            carry += first
+            if len(carry) > MAX_LINE:
+                carry, skipping = carry[: MAX_LINE + 1], True
+        if newline:
+            *whole, last = rest.split(b"\n")
+            yield [carry, *whole], False
+            carry, skipping = last, False
+    if carry:
+        yield [carry], True
+
+
+def text_bytes(source: Source) -> Iterator[bytes]:
+    """The decompressed bytes of a text file, without a byte order mark."""
+    pieces = sniff.chunks(source.path, source.kind.compression, source.shown)
+    first = next(pieces, b"")
+    yield first.removeprefix(codecs.BOM_UTF8)
+    yield from pieces

@@ -1,0 +1,131 @@
+"""A row of a known shape -> what is trained."""
+
+from __future__ import annotations
+
+from tuning.formats.detect import SYSTEM_COLUMNS, detect, missing_column
+from tuning.formats.messages import conversation, prompt_messages, text_of_parts
+from tuning.formats.values import (
+    BadRow,
+    Columns,
+    Example,
+    Fault,
+    Pair,
+    Row,
+    Shape,
+    Text,
+    Tokens,
+    quoted,
+    text_faults,
+    type_name,
+)
+
+
+def to_example(row: Row, shape: Shape) -> Example:
+    """What is trained of `row`, which is of `shape`. Raises BadRow with all faults of the row."""
+    for column in shape.required:
+        if column not in row:
+            raise BadRow([_lost_column(row, shape, column)])
+    if shape.name in ("messages", "sharegpt"):
+        column = shape.column("messages")
+        return conversation(row, column, sharegpt=shape.name == "sharegpt")
+    if shape.name == "text":
+        column = shape.column("text")
+        return Text(_filled(row, column, "DATA-227"))
+    if shape.name == "tokens":
+        return _tokens(row)
+    if shape.name == "prompt-completion" and not isinstance(row["prompt"], str):
+        return prompt_messages(row)
+    return _pair(row, shape)
+
+
+def _lost_column(row: Row, shape: Shape, column: str) -> Fault:
+    try:
+        other = detect(row, Columns())
+    except BadRow:
+        missing = missing_column(row, "this row has no", column)
+        assert missing is not None
+        return missing
+    return Fault(
+        "DATA-214",
+        f"the row is of shape {other.name} ({other.reason}), but the data began as {shape.name}",
+        "train on one shape at a time: give every row the same columns",
+    )
+
+
+def _pair(row: Row, shape: Shape) -> Pair:
+    uses = dict(shape.columns)
+    faults: list[Fault] = []
+    values: dict[str, str] = {}
+    for use, code in (("prompt", "DATA-221"), ("completion", "DATA-227")):
+        try:
+            values[use] = _filled(row, uses[use], code, empty=use == "prompt")
+        except BadRow as bad:
+            faults += bad.faults
+    extra = {}
+    for use, column in (
+        ("context", uses.get("context")),
+        ("system", next((c for c in SYSTEM_COLUMNS if row.get(c)), None)),
+    ):
+        value = row.get(column) if column else None
+        if isinstance(value, str) and value.strip():
+            faults += text_faults(value, str(column))
+            extra[use] = value
+    if faults:
+        raise BadRow(faults)
+    prompt, context, system = values["prompt"], extra.get("context"), extra.get("system", "")
+    if context:
+        prompt = f"{prompt}\n\n{context}"
+    if shape.name == "prompt-completion":
+        return Pair(prompt, values["completion"], prompt, system, raw=True)
+    return Pair(prompt, values["completion"], _bare(prompt, system), system)
+
+
+def _bare(prompt: str, system: str) -> str:
+    """The prompt as base models without a chat template have seen it most."""
+    head = f"{system}\n\n" if system else ""
+    return f"{head}### Instruction:\n{prompt}\n\n### Response:\n"
+
+
+def _filled(row: Row, column: str, code: str, *, empty: bool = False) -> str:
+    value = row[column]
+    if value is None:
+        raise BadRow.of("DATA-220", f"{column} is null", "write a text, or remove the row")
+    if isinstance(value, list):
+        value, faults = text_of_parts(value, column)
+        if faults:
+            raise BadRow(faults)
+    if not isinstance(value, str):
+        what = f"{column} is {type_name(value)}: {quoted(value)}"
+        raise BadRow.of("DATA-221", what, "write a text, in quotes")
+    if not empty and not value.strip():
+        raise BadRow.of(code, f"{column} is empty", "write it, or remove the row")
+    if faults := text_faults(value, column):
+        raise BadRow(faults)
+    return value
+
+
+def _tokens(row: Row) -> Tokens:
+    ids, labels = row["input_ids"], row.get("labels")
+    for name, value in (("input_ids", ids), ("labels", labels)):
+        if value is None and name == "labels":
+            continue
+        if not isinstance(value, list) or any(type(token) is not int for token in value):
+            what = f"{name} is {type_name(value)}, not a list of whole numbers"
+            raise BadRow.of("DATA-247", what, "write token ids, as the base model's tokenizer does")
+    if not ids:
+        raise BadRow.of("DATA-247", "input_ids is empty", "remove the row")
+    if labels is None:
+        return Tokens(ids, (0, len(ids)))
+    if len(labels) != len(ids):
+        what = f"labels has {len(labels)} entries and input_ids {len(ids)}"
+        raise BadRow.of("DATA-247", what, "give each token one label: itself, or -100 for no loss")
+    flat: list[int] = []
+    inside = False
+    for index, (token, label) in enumerate(zip(ids, labels, strict=True)):
+        if label not in (token, -100):
+            what = f"labels[{index}] is {label}, neither -100 nor the token {token}"
+            raise BadRow.of("DATA-247", what, "give each token one label: itself, or -100")
+        if (label != -100) != inside:
+            flat.append(index)
+            inside = not inside
+    return Tokens(ids, tuple([*flat, len(ids)] if inside else flat))

@@ -1,0 +1,162 @@
+"""The values of this room: shapes of rows, faults in them, and what is trained."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Name = Literal["tokens", "messages", "sharegpt", "prompt-completion", "alpaca", "pair", "text"]
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The column options of DatasetConfig; None means unset."""
+
+    messages: str | None = None
+    context: str | None = None
+    response: str | None = None
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the rows are: `columns` maps what a value is for to the column that holds it."""
+
+    name: Name
+    columns: tuple[tuple[str, str], ...]
+    reason: str
+    required: frozenset[str] = field(default_factory=frozenset)
+
+    def column(self, use: str) -> str:
+        """The column for `use`, one of messages, prompt, completion, context, text, input_ids."""
+        return dict(self.columns)[use]
+
+    def same_as(self, other: Shape) -> bool:
+        """Whether rows of both shapes are read the same way."""
+        return (self.name, self.columns) == (other.name, other.columns)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing wrong with a row or a set of columns; the reader adds the place."""
+
+    code: str
+    what: str
+    change: str
+
+
+class BadRow(Exception):
+    """A row that cannot be trained on, with everything that is wrong with it."""
+
+    def __init__(self, faults: Sequence[Fault]) -> None:
+        self.faults = tuple(faults)
+        super().__init__("; ".join(fault.what for fault in self.faults))
+
+    @classmethod
+    def of(cls, code: str, what: str, change: str) -> BadRow:
+        """A row with a single fault."""
+        return cls([Fault(code, what, change)])
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages for a chat template, and the indices of the assistant turns that are trained."""
+
+    messages: list[dict[str, Any]]
+    trained: tuple[int, ...]
+    tools: list[Any] | None = None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A prompt and the completion that is trained.
+
+    `bare` is the prompt for a model without a chat template. `raw` pairs were written as running
+    text by their author, so nothing may stand between the two.
+    """
+
+    prompt: str
+    completion: str
+    bare: str
+    system: str = ""
+    raw: bool = False
+
+    def as_conversation(self) -> Conversation:
+        """The pair as a user turn and an assistant turn."""
+        turns = [
+            {"role": "user", "content": self.prompt},
+            {"role": "assistant", "content": self.completion},
+        ]
+        if self.system:
+            turns.insert(0, {"role": "system", "content": self.system})
+        return Conversation(turns, (len(turns) - 1,))
+
+
+@dataclass(frozen=True)
+class Text:
+    """Running text; all of it is trained."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids made elsewhere; `trained` holds [start, end) index pairs, flat."""
+
+    input_ids: list[int]
+    trained: tuple[int, ...]
+
+
+Example = Conversation | Pair | Text | Tokens
+
+
+def quoted(value: Any) -> str:
+    """`value` for a message to a person: at most 80 characters, control characters escaped."""
+    text = value if isinstance(value, str) else json.dumps(value, default=type_name)
+    if len(text) > 80:
+        text = text[:77] + "..."
+    plain = "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)
+    return f'"{plain}"' if isinstance(value, str) else plain
+
+
+def type_name(value: Any) -> str:
+    """What a person calls the type of `value`."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true or false"
+    names: tuple[tuple[Any, str], ...] = (
+        (str, "a text"),
+        ((int, float), "a number"),
+        (Mapping, "an object"),
+        ((list, tuple), "a list"),
+        (bytes, "binary data"),
+    )
+    kind = type(value)
+    return next((name for of, name in names if isinstance(value, of)), f"a {kind.__name__}")
+
+
+def text_faults(text: str, where: str) -> list[Fault]:
+    """What is wrong with the characters of `text`, which stands at `where`."""
+    if "\0" in text:
+        what = f"{where} holds a NUL character at {text.index(chr(0))}"
+        return [Fault("DATA-234", what, "remove it")]
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            what = f"{where} holds half of a character (a lone surrogate) at {error.start}"
+            return [Fault("DATA-234", what, "write the whole character, or remove it")]
+    return []
+
+
+def from_json(value: Any) -> Any:
+    """`value`, or what it says if it is JSON written into a text, as CSV files have it."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value
+    return value

@@ -572,6 +572,19 @@ def test_a_checksum_stands_in_for_a_length(origin: Origin, tmp_path: Path) -> No
     assert 5000 == file.size
 
 
+def test_no_log_holds_a_query(
+    origin: Origin, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Not even where everything is logged: a signed URL is a key."""
+    caplog.set_level("DEBUG")
+    get(tmp_path / "a", origin.serve("/a", ROWS, cut_at=100) + f"?{SECRET}")
+    with pytest.raises(RefusedError):
+        get(tmp_path / "b", origin.answer("/b", 404) + f"?{SECRET}")
+
+    assert "input.urls[0]" in caplog.text
+    assert "s3cr3t" not in caplog.text
+
+
 def test_a_policy_may_ask_for_checksums(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"FETCH-105"):
         get(tmp_path, "http://127.0.0.1/a", policy=replace(LOOPBACK, require_checksums=True))

@@ -7,13 +7,10 @@ fetch that was finished does nothing when it is run again; a broken one goes on 
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import queue
 import re
 import shutil
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +23,7 @@ from tuning.download import Enough, Meter, Report, download
 from tuning.errors import DataError, Problem, RefusedError, SpecError, TransientError, TuningError
 from tuning.network import Headers, Policy, Resolver, load_headers, lookup, place
 from tuning.spec import Source
+from tuning.threads import side_by_side
 from tuning.web import Again, Item, Patience, Web, empty, judge
 
 __all__ = ["File", "Patience", "Policy", "check", "fetch", "load_headers"]
@@ -35,7 +33,6 @@ log = logging.getLogger(__name__)
 PullImage = Callable[[str, Path], object]  # image reference, empty folder for its /data files
 
 SIDE_BY_SIDE = 6
-LAST_WORDS = 2.0  # seconds that downloads get to save their state when a run is stopped
 # Companions of data in published folders; whoever means them names them with --data.
 _NO_DATA = re.compile(r"(readme|license|licence|notice|changelog)(\..*)?|.*\.md", re.IGNORECASE)
 _CHECKSUM = re.compile(r"sha256=([0-9a-fA-F]{64})")
@@ -139,7 +136,11 @@ def _look(item: Item, web: Web, head: int) -> Seen:
     try:
         judge(item, response)
         first = b""
-        while response.status != 416 and len(first) < head and (piece := response.read1(head - len(first))):
+        while (
+            response.status != 416
+            and len(first) < head
+            and (piece := response.read1(head - len(first)))
+        ):
             first += piece
     finally:
         response.close()
@@ -203,41 +204,28 @@ def _all_of(
     items: list[Item], folder: Path, web: Web, meter: Meter, stop: Callable[[], bool]
 ) -> tuple[File, ...]:
     """Download all `items` side by side; what one of them raises does not hide the others."""
-    outcomes: dict[int, File | BaseException] = {}
-    waiting: queue.SimpleQueue[Item] = queue.SimpleQueue()
     for item in items:
         meter.expect(item.index)
-        waiting.put(item)
 
-    def work() -> None:
-        with contextlib.suppress(queue.Empty):
-            while True:
-                item = waiting.get_nowait()
-                try:
-                    outcomes[item.index] = _one(item, folder, web, meter)
-                except BaseException as error:
-                    outcomes[item.index] = error
-                    if not isinstance(error, TransientError):
-                        meter.doomed.set()
+    def job(item: Item) -> Callable[[], File]:
+        def work() -> File:
+            try:
+                return _one(item, folder, web, meter)
+            except TransientError:
+                raise
+            except BaseException:
+                meter.doomed.set()
+                raise
 
-    # Daemons, because a socket that says nothing must not keep a stopped run from ending.
-    workers = [
-        threading.Thread(target=work, name=f"download-{n}", daemon=True)
-        for n in range(min(SIDE_BY_SIDE, len(items)))
-    ]
-    for worker in workers:
-        worker.start()
-    while any(worker.is_alive() for worker in workers):
-        if stop():
-            for worker in workers:
-                worker.join(LAST_WORDS)
-            meter.look()
-        for worker in workers:
-            worker.join(0.05)
-    errors = [outcome for _, outcome in sorted(outcomes.items()) if not isinstance(outcome, File)]
-    if errors:
-        raise _together(errors)
-    return tuple(outcomes[item.index] for item in items)  # type: ignore[misc]
+        return work
+
+    outcomes = side_by_side([job(item) for item in items], at_once=SIDE_BY_SIDE, stop=stop)
+    if stop():
+        meter.look()
+    found = [outcome for outcome in outcomes if isinstance(outcome, File)]
+    if len(found) < len(items):
+        raise _together([outcome for outcome in outcomes if not isinstance(outcome, File)])
+    return tuple(found)
 
 
 def _one(item: Item, folder: Path, web: Web, meter: Meter) -> File:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import http.client
 import ipaddress
+import logging
 import os
 import socket
 import ssl
@@ -329,6 +330,12 @@ def load_headers(folder: Path) -> dict[str, dict[str, str]]:
     if problems:
         raise SpecError(problems)
     return found
+
+
+def hush() -> None:
+    """Keep libraries from logging the URLs they ask for: a query may be a key."""
+    for name in ("urllib3", "httpx", "httpx2", "httpcore", "httpcore2"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def place(url: str) -> tuple[str, str, int]:

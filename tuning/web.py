@@ -19,7 +19,7 @@ from urllib3 import exceptions as web_errors
 import tuning
 from tuning import files
 from tuning.errors import DataError, Problem, RefusedError, SpecError, TransientError
-from tuning.network import Headers, NotAllowed, Policy, Resolver, lookup, opener, place
+from tuning.network import Headers, NotAllowed, Policy, Resolver, hush, lookup, opener, place
 from tuning.network import through_proxy as proxied
 
 MAX_REDIRECTS = 5
@@ -94,6 +94,7 @@ class Web:
     resolve: Resolver = lookup
 
     def __post_init__(self) -> None:
+        hush()
         self._direct = opener(self.policy, resolve=self.resolve)
         self._proxied = proxied(self.policy) if self.policy.proxy else self._direct
 

@@ -1,0 +1,236 @@
+"""A Hugging Face hub on loopback, as far as huggingface_hub asks it for models.
+
+    with FakeHub() as hub:
+        commit = hub.add("org/model", {"config.json": b"...", "model.safetensors": b"..."})
+        os.environ["HF_ENDPOINT"] = hub.url
+
+Speaks model info, tree, resolve (commit and ETag headers, git LFS files through a redirect to
+`/cdn/`), Range, gated and private repositories. `hub.requests` lists what was asked, in order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, Self
+from urllib.parse import unquote, urlsplit
+
+LFS_ENDINGS = (".safetensors", ".bin", ".model")
+
+
+@dataclass
+class Repository:
+    """One model at one commit."""
+
+    hub_id: str
+    files: dict[str, bytes]
+    commit: str
+    gated: bool = False
+    private: bool = False
+    licence: str | None = None
+
+
+@dataclass
+class FakeHub:
+    """The server; a context manager."""
+
+    token: str = "hf_good"  # may read everything
+    outsider: str = "hf_outsider"  # valid, but on no list
+    repositories: dict[str, Repository] = field(default_factory=dict)
+    requests: list[tuple[str, str, str | None]] = field(default_factory=list)  # verb, path, token
+    # Called for each request with its path and how often it came; a number answers it.
+    broken: Callable[[str, int], int | None] = lambda path, count: None
+    cut_at: int | None = None  # each file on the CDN breaks off here the first time
+
+    def __post_init__(self) -> None:
+        self._counts: dict[str, int] = {}
+        self._lock = threading.Lock()
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self._server.daemon_threads = True
+        port = self._server.server_address[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self.cdn_url = f"http://localhost:{port}"  # another host, as in the world
+
+    def __enter__(self) -> Self:
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True
+        )
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+    def add(self, hub_id: str, files: dict[str, bytes] | Path, **options: Any) -> str:
+        """A model with `files`, or with those of a folder; its commit."""
+        if isinstance(files, Path):
+            paths = [path for path in files.rglob("*") if path.is_file()]
+            files = {path.relative_to(files).as_posix(): path.read_bytes() for path in paths}
+        whole = hashlib.sha1()
+        for name, data in sorted(files.items()):
+            whole.update(name.encode() + b"\0" + data)
+        commit = whole.hexdigest()
+        self.repositories[hub_id] = Repository(hub_id, files, commit, **options)
+        return commit
+
+    def downloads(self) -> list[str]:
+        """The files whose bytes were asked for."""
+        return [path for verb, path, _ in self.requests if verb == "GET" and "/api/" not in path]
+
+    def _handler(self) -> type[BaseHTTPRequestHandler]:
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                _Exchange(hub, self).answer()
+
+            do_HEAD = do_GET
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        return Handler
+
+
+class _Exchange:
+    """One request and its answer."""
+
+    def __init__(self, hub: FakeHub, handler: BaseHTTPRequestHandler) -> None:
+        self.hub, self.handler = hub, handler
+        self.path = unquote(urlsplit(handler.path).path)
+        self.token = (handler.headers.get("authorization") or "").removeprefix("Bearer ") or None
+        with hub._lock:
+            hub.requests.append((handler.command, self.path, self.token))
+            key = f"{handler.command} {self.path}"
+            self.count = hub._counts[key] = hub._counts.get(key, 0) + 1
+
+    def answer(self) -> None:
+        if status := self.hub.broken(self.path, self.count):
+            self.send(status, b"broken on purpose")
+        elif match := re.fullmatch(r"/cdn/([0-9a-f]{64})", self.path):
+            self.cdn(match[1])
+        elif match := re.fullmatch(
+            r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/(.+))?", self.path
+        ):
+            self.api(match[1], match[2], match[3])
+        elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", self.path):
+            self.resolve(match[1], match[2], match[3])
+        else:
+            self.send(404)
+
+    def repository(self, hub_id: str, revision: str | None) -> Repository | None:
+        """The repository, or None after the refusal was sent."""
+        found = self.hub.repositories.get(hub_id)
+        if self.token not in (None, self.hub.token, self.hub.outsider):
+            message = "Invalid credentials in Authorization header"
+            self.send(401, X_Error_Message=message)
+        elif found is None or (found.private and self.token != self.hub.token):
+            self.send(404 if self.token else 401, X_Error_Code="RepoNotFound")
+        elif revision not in (None, "main", found.commit):
+            self.send(404, X_Error_Code="RevisionNotFound")
+        else:
+            return found
+        return None
+
+    def api(self, hub_id: str, what: str | None, revision: str | None) -> None:
+        found = self.repository(hub_id, revision)
+        if found is None:
+            return
+        if what == "tree":
+            self.json([{"type": "file", "path": n} | d for n, d in self.listing(found).items()])
+            return
+        self.json(
+            {
+                "id": hub_id,
+                "sha": found.commit,
+                "private": found.private,
+                "gated": "manual" if found.gated else False,
+                "cardData": {"license": found.licence} if found.licence else None,
+                "tags": [],
+                "siblings": [
+                    {"rfilename": n, "size": d["size"], "blobId": d["oid"], "lfs": d.get("lfs")}
+                    for n, d in self.listing(found).items()
+                ],
+            }
+        )
+
+    def listing(self, found: Repository) -> dict[str, dict[str, Any]]:
+        listed: dict[str, dict[str, Any]] = {}
+        for name, data in found.files.items():
+            listed[name] = {"size": len(data), "oid": _git_id(data)}
+            if name.endswith(LFS_ENDINGS):
+                sha256 = hashlib.sha256(data).hexdigest()
+                listed[name]["lfs"] = {
+                    "sha256": sha256, "oid": sha256, "size": len(data), "pointerSize": 130,
+                }  # fmt: skip
+        return listed
+
+    def resolve(self, hub_id: str, revision: str, name: str) -> None:
+        found = self.repository(hub_id, revision)
+        if found is None:
+            return
+        if found.gated and self.token != self.hub.token:
+            message = f"Access to model {hub_id} is restricted."
+            self.send(403 if self.token else 401, X_Error_Code="GatedRepo", X_Error_Message=message)
+            return
+        if name not in found.files:
+            self.send(404, X_Error_Code="EntryNotFound", X_Repo_Commit=found.commit)
+            return
+        data = found.files[name]
+        if not name.endswith(LFS_ENDINGS):
+            self.file(data, X_Repo_Commit=found.commit, ETag=f'"{_git_id(data)}"')
+            return
+        sha256 = hashlib.sha256(data).hexdigest()
+        self.send(
+            302,
+            Location=f"{self.hub.cdn_url}/cdn/{sha256}?Signature=s3cr3t-canary",
+            X_Repo_Commit=found.commit,
+            X_Linked_ETag=f'"{sha256}"',
+            X_Linked_Size=len(data),
+        )
+
+    def cdn(self, sha256: str) -> None:
+        for found in self.hub.repositories.values():
+            for data in found.files.values():
+                if hashlib.sha256(data).hexdigest() == sha256:
+                    self.file(data, cut_at=self.hub.cut_at if self.count == 1 else None)
+                    return
+        self.send(404)
+
+    def file(self, data: bytes, cut_at: int | None = None, **headers: Any) -> None:
+        match = re.fullmatch(r"bytes=(\d+)-", self.handler.headers.get("range") or "")
+        start = int(match[1]) if match else 0
+        if match:
+            headers["Content_Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+        headers["Accept_Ranges"] = "bytes"
+        self.send(206 if match else 200, data[start:], cut_at=cut_at, **headers)
+
+    def json(self, value: Any) -> None:
+        self.send(200, json.dumps(value).encode(), Content_Type="application/json")
+
+    def send(
+        self, status: int, body: bytes = b"", *, cut_at: int | None = None, **headers: Any
+    ) -> None:
+        self.handler.send_response(status)
+        for name, value in headers.items():
+            self.handler.send_header(name.replace("_", "-"), str(value))
+        self.handler.send_header("Content-Length", str(len(body)))
+        self.handler.end_headers()
+        if self.handler.command == "GET":
+            self.handler.wfile.write(body[:cut_at])
+            if cut_at is not None and cut_at < len(body):
+                self.handler.close_connection = True
+
+
+def _git_id(data: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()

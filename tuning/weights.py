@@ -1,0 +1,261 @@
+"""Is this folder a base model that can be trained? Judged from headers, without loading a tensor.
+
+A checkpoint that is incomplete, quantised, needs code of its own or holds only pickles is named
+before a GPU is paid for. safetensors files are parsed by hand: eight bytes of length, JSON, data.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import struct
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any
+
+from tuning import files
+from tuning.errors import Problem, SpecError
+from tuning.presets.config import families
+
+MAX_HEADER = 100_000_000  # bytes; the format's own limit
+MAX_JSON = 64 << 20
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+# What a model needs beside its weights, and nothing else: no README, no code, no second copy.
+COMPANIONS = frozenset(
+    {
+        "config.json", "generation_config.json", INDEX,
+        "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+        "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "spiece.model",
+        "sentencepiece.bpe.model", "tekken.json", "chat_template.jinja", "chat_template.json",
+    }
+)  # fmt: skip
+_TOKENIZERS = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
+    "sentencepiece.bpe.model", "tekken.json",
+)  # fmt: skip
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_OTHERS = {".gguf": "GGUF", ".h5": "TensorFlow", ".msgpack": "Flax", ".onnx": "ONNX"}
+_BITS = {
+    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
+    "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64, "C64": 64,
+    "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+}  # fmt: skip
+_LFS = b"version https://git-lfs"
+_WRAPPERS = ("gemma3", "mistral3")
+
+
+def needed(names: Iterable[str]) -> tuple[list[str], list[Problem]]:
+    """Of the files of a repository or folder, those that a training run reads; and what is wrong.
+
+    Prefers the sharded weights that an index names; never takes pickles, code, or a second copy of
+    the weights in another format (`consolidated.safetensors`, `original/`).
+    """
+    top = sorted(name for name in names if "/" not in name)
+    tensors = [name for name in top if name.endswith(".safetensors")]
+    if INDEX in top:
+        weights = [name for name in tensors if "-of-" in name] or tensors
+    elif SINGLE in tensors:
+        weights = [SINGLE]
+    else:
+        weights = [n for n in tensors if not n.startswith(("consolidated", "adapter_"))]
+    found = sorted({name for name in top if name in COMPANIONS} | set(weights))
+    problems = [] if weights else [_no_weights(top)]
+    if "config.json" not in top:
+        adapter = "adapter_config.json" in top
+        what = "is an adapter, not a base model" if adapter else "has no config.json"
+        change = "name the base model" if adapter else "name a Hugging Face model"
+        problems = [Problem("BASE-103", "", what, change)]
+    if not any(name in top for name in _TOKENIZERS):
+        what = "has no tokenizer (tokenizer.json or tokenizer.model)"
+        change = "add the tokenizer's files of the same model"
+        problems.append(Problem("BASE-107", "", what, change))
+    return found, problems
+
+
+def _no_weights(names: list[str]) -> Problem:
+    pickles = [name for name in names if name.endswith(_PICKLES)]
+    others = {kind for name in names for end, kind in _OTHERS.items() if name.endswith(end)}
+    if pickles:
+        what = f"has only pickled weights ({pickles[0]}), which can run code and are never loaded"
+        change = "convert them to safetensors, or use a revision that has them"
+        return Problem("BASE-101", "", what, change)
+    if others:
+        what = f"has weights as {' and '.join(sorted(others))} only"
+        return Problem("BASE-102", "", what, "use the model's safetensors repository")
+    return Problem("BASE-102", "", "has no *.safetensors", "name a folder that has the weights")
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """The parsed config.json of a base model in `folder`, if all of it can be trained on.
+
+    Raises SpecError with all problems.
+    """
+    if not folder.is_dir():
+        what = "is no folder" if folder.exists() else "does not exist"
+        change = "name a folder, a preset, or org/model of the hub"
+        raise SpecError.at("BASE-100", str(folder), what, change)
+    names, problems = needed(path.name for path in folder.iterdir())
+    config: dict[str, Any] = {}
+    try:
+        if "config.json" in names:
+            config = _json_object(folder / "config.json")
+            problems += config_problems(config)
+    except ValueError as error:
+        change = "download the file again"
+        problems.append(Problem("BASE-103", "config.json", str(error), change))
+    problems += _tensor_problems(folder, names)
+    if problems:
+        raise at(str(folder), problems)
+    return config
+
+
+def at(place: str, problems: Iterable[Problem]) -> SpecError:
+    """The error of `problems` at `place`."""
+    return SpecError(
+        Problem(p.code, f"{place} {p.where}".strip(), p.what, p.change) for p in problems
+    )
+
+
+def config_problems(config: dict[str, Any]) -> list[Problem]:
+    """What stands against training a model with this config.json."""
+    problems = []
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or not model_type:
+        change = "name a Hugging Face model"
+        problems.append(Problem("BASE-103", "config.json", "has no model_type", change))
+    elif config.get("auto_map") and not native(model_type):
+        what = f"needs code of its own (auto_map; {model_type} is not part of transformers)"
+        change = "use a model that transformers supports itself; no remote code is ever run"
+        problems.append(Problem("BASE-108", "config.json", what, change))
+    text = config.get("text_config")
+    inner = text if isinstance(text, dict) else {}
+    stored = config.get("quantization_config") or inner.get("quantization_config")
+    if stored:
+        method = stored.get("quant_method") if isinstance(stored, dict) else None
+        problems.append(_quantised(str(method or "an unknown method"), "config.json"))
+    return problems
+
+
+def _quantised(method: str, where: str) -> Problem:
+    what = f"the weights are quantised already ({method[:40]}), which cannot be trained on here"
+    return Problem("BASE-109", where, what, "use the 16-bit original; qlora quantises it itself")
+
+
+def native(model_type: str) -> bool:
+    """True if transformers has the class itself, found without importing it."""
+    if model_type in families() or model_type in _WRAPPERS:
+        return True
+    spec = importlib.util.find_spec("transformers")
+    if spec is None or not spec.submodule_search_locations:
+        return False
+    tables = Path(next(iter(spec.submodule_search_locations))) / "models" / "auto"
+    paths = (tables / "auto_mappings.py", tables / "configuration_auto.py")
+    return any(f'("{model_type}", ' in path.read_text() for path in paths if path.is_file())
+
+
+def _tensor_problems(folder: Path, names: Collection[str]) -> list[Problem]:
+    problems: list[Problem] = []
+    where: dict[str, str] = {}  # tensor -> file
+    kinds: set[str] = set()
+    for name in (name for name in names if name.endswith(".safetensors")):
+        try:
+            for tensor, kind in header(folder / name).items():
+                where[tensor] = name
+                kinds.add(kind)
+        except (OSError, ValueError) as error:
+            code = "BASE-104" if "LFS" in str(error) else "BASE-105"
+            what = (
+                str(error) if isinstance(error, ValueError) else f"cannot be read: {error.strerror}"
+            )
+            change = "git lfs pull" if code == "BASE-104" else "download the file again"
+            problems.append(Problem(code, name, what, change))
+    for kind in sorted(k for k in kinds if k.startswith(("F8", "F4", "F6"))):
+        problems.append(_quantised(kind.lower(), "*.safetensors"))
+    if INDEX in names and not problems:
+        problems += _index_problems(folder / INDEX, where, names)
+    return problems
+
+
+def _index_problems(path: Path, where: dict[str, str], names: Collection[str]) -> list[Problem]:
+    """Every tensor of the index must be in the file that the index says."""
+    try:
+        index = _json_object(path)["weight_map"]
+        if not isinstance(index, dict) or not all(isinstance(v, str) for v in index.values()):
+            raise ValueError("weight_map is no mapping of names to files")
+    except (KeyError, ValueError) as error:
+        what = "has no weight_map" if isinstance(error, KeyError) else str(error)
+        return [Problem("BASE-106", path.name, what, "download the file again")]
+    absent = sorted(set(index.values()) - set(names))
+    if absent:
+        what = f"{len(absent)} of {len(set(index.values()))} weight files are missing: {absent[0]}"
+        return [Problem("BASE-106", path.name, what, "download the model again, all of it")]
+    lost = [tensor for tensor, file in index.items() if where.get(tensor) != file]
+    if lost:
+        what = f"{len(lost)} tensors are not where it says, such as {lost[0][:80]}"
+        return [Problem("BASE-106", path.name, what, "download the model again, all of it")]
+    return []
+
+
+def header(path: Path) -> dict[str, str]:
+    """Tensor names and kinds of a safetensors file whose header and size agree.
+
+    Raises ValueError that says what is wrong: a pointer of git LFS, a cut file, an overlap.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(len(_LFS))
+        if start == _LFS:
+            raise ValueError("is a pointer of git LFS, not the file itself")
+        if size < 8:
+            raise ValueError("is cut: it has no header")
+        (length,) = struct.unpack("<Q", start[:8])
+        if not 2 <= length <= min(MAX_HEADER, size - 8):
+            raise ValueError(f"is cut or no safetensors file: its header claims {length} bytes")
+        file.seek(8)
+        text = file.read(length)
+    try:
+        tensors = json.loads(text)
+    except (ValueError, RecursionError):
+        raise ValueError("its header is no JSON") from None
+    if not isinstance(tensors, dict):
+        raise ValueError("its header is no JSON object")
+    tensors.pop("__metadata__", None)
+    spans = sorted((*_span(name, entry), name) for name, entry in tensors.items())
+    end = 0
+    for first, last, name in spans:
+        if first != end:
+            raise ValueError(f"tensor {name[:80]} overlaps another or leaves a hole")
+        end = last
+    if end != size - 8 - length:
+        raise ValueError(f"is cut: {size - 8 - length} bytes of tensors, its header says {end}")
+    return {name: entry["dtype"] for name, entry in tensors.items()}
+
+
+def _span(name: str, entry: Any) -> tuple[int, int]:
+    """First byte and end of a tensor, which its kind and shape agree with."""
+    try:
+        kind, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        whole = all(type(n) is int and n >= 0 for n in (*shape, first, last))
+        if whole and last - first == (math.prod(shape) * _BITS[kind] + 7) // 8:
+            return first, last
+    except (KeyError, TypeError, ValueError):
+        pass
+    raise ValueError(f"the header of tensor {name[:80]} is impossible")
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`. Raises ValueError that says what is wrong."""
+    if path.stat().st_size > MAX_JSON:
+        raise ValueError("is too large")
+    if path.read_bytes()[: len(_LFS)] == _LFS:
+        raise ValueError("is a pointer of git LFS, not the file itself; git lfs pull gets it")
+    try:
+        value = files.read_json(path)
+    except (ValueError, RecursionError):
+        raise ValueError("is no JSON") from None
+    if not isinstance(value, dict):
+        raise ValueError("is no JSON object")
+    return value

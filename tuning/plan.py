@@ -271,6 +271,12 @@ def freeze(plan: Plan, spec: Spec, *, rows: int, data: tuple[str, ...]) -> Plan:
     return replace(plan, recipe=recipe, reasons=reasons, rows=rows)
 
 
+def again(plan: Plan, recipe: Recipe, base: Base, spec: Spec, *, rows: int) -> Plan:
+    """A plan that keeps the frozen `recipe` and places it on the device of `plan`."""
+    placement = place(recipe, base, plan.device, settings=spec.settings, reasons=plan.reasons)
+    return replace(plan, recipe=recipe, placement=placement, rows=rows)
+
+
 def place(
     recipe: Recipe, base: Base, device: Device, *, settings: Settings, reasons: dict[str, str]
 ) -> Placement:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import tiny_runs
 import torch
+from trl import SFTTrainer
 
 from tuning import adapter, checkpoint, files, process, train, trainer
 from tuning.errors import DataError, DivergedError, OutOfMemoryError, Stopped
@@ -306,18 +307,78 @@ def test_rows_without_labels_are_refused(tiny_base: Base, tmp_path: Path) -> Non
         train.work(asked | {"base": "/nowhere"})
 
 
-def test_out_of_memory_has_its_own_error(
+def test_out_of_memory_loses_no_finished_step(
+    clean: Any, tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The parent learns that memory ran out and with what; the run goes on from the last step."""
+    expected = clean("lora")
+    original = SFTTrainer.training_step
+
+    def full(self: trainer.Exact, *args: Any, **kwargs: Any) -> Any:
+        loss = original(self, *args, **kwargs)
+        if self.state.global_step == 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return loss
+
+    asked = request(tmp_path / "run", tiny_base, "lora")
+    with monkeypatch.context() as patch:
+        patch.setattr(SFTTrainer, "training_step", full)
+        with pytest.raises(OutOfMemoryError, match="TRAIN-140 cpu: out of memory with 2 rows"):
+            train.work(asked)
+    result = train.work(asked)
+
+    assert 5 == result["resumed_from"]
+    assert expected["adapter_sha256"] == result["adapter_sha256"]
+
+
+def test_a_signal_while_loading_stops_at_once(
     tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The parent learns that memory ran out, and with what placement."""
+    """There is nothing to save yet: exit 75, and nothing is left behind."""
 
-    def full(*args: Any, **kwargs: Any) -> Any:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+    def told(*args: Any, **kwargs: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("went on")
 
-    monkeypatch.setattr(trainer.Exact, "training_step", full)
+    monkeypatch.setattr(train.model, "load", told)
 
-    with pytest.raises(OutOfMemoryError, match="TRAIN-140 cpu: out of memory with 2 rows"):
+    with pytest.raises(Stopped):
         train.work(request(tmp_path / "run", tiny_base, "lora"))
+
+    assert ["data"] == [p.name for p in (tmp_path / "run").iterdir()]
+    assert signal.SIG_DFL == signal.getsignal(signal.SIGTERM)
+
+
+def test_a_stop_during_an_evaluation_does_not_wait_for_its_end(
+    clean: Any, tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step before the evaluation is saved, and the rerun ends in the same adapter."""
+    expected = clean("padded")
+    original = trainer.Exact.prediction_step
+
+    def told(self: trainer.Exact, *args: Any, **kwargs: Any) -> Any:
+        if self.is_in_train and self.state.global_step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)  # a second signal changes nothing
+        return original(self, *args, **kwargs)
+
+    asked = request(tmp_path / "run", tiny_base, "padded")
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.Exact, "prediction_step", told)
+        with pytest.raises(Stopped):
+            train.work(asked)
+    result = train.work(asked)
+
+    assert 3 == result["resumed_from"]
+    assert expected["adapter_sha256"] == result["adapter_sha256"]
+
+
+def test_saving_often_changes_nothing(clean: Any, tiny_base: Base, tmp_path: Path) -> None:
+    """A checkpoint after every step by time, and the same adapter."""
+    asked = request(tmp_path / "run", tiny_base, "lora", save_seconds=0)
+
+    assert clean("lora")["adapter_sha256"] == train.work(asked)["adapter_sha256"]
+    assert 2 == len(list((tmp_path / "run" / "checkpoints").iterdir()))
 
 
 def test_fp16_keeps_lora_weights_in_float32(clean: Any, tiny_base: Base, tmp_path: Path) -> None:

@@ -140,7 +140,8 @@ def _out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     text = str(error)
-    return "can't allocate memory" in text or "CUDA error: out of memory" in text
+    signs = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return any(sign in text for sign in signs)
 
 
 def _run(request: Request, stop: Interruption) -> dict[str, Any]:
@@ -168,6 +169,7 @@ def _run(request: Request, stop: Interruption) -> dict[str, Any]:
             seconds=request.save_seconds,
             steps=request.save_steps,
             asked=lambda: stop.asked,
+            check=stop.check,
         ),
     )
     with stop.held():

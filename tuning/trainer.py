@@ -50,6 +50,7 @@ class Saves:
     seconds: float = 600.0
     steps: int | None = None
     asked: Callable[[], bool] = lambda: False
+    check: Callable[[], None] = lambda: None  # raises Stopped if asked
 
 
 class Exact(SFTTrainer):  # type: ignore[misc]
@@ -135,6 +136,11 @@ class Exact(SFTTrainer):  # type: ignore[misc]
         )
         self.saved_at = step
 
+    def save_last(self, random: Mapping[str, Any]) -> None:
+        """Save as `save` does, unless that step is saved already or nothing is done yet."""
+        if self.is_in_train and self.state.global_step > self.saved_at:
+            self.save(random)
+
     def _contents(self, random: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
         weights = self.trained()
         broken = sorted(name for name, p in weights.items() if not p.isfinite().all())
@@ -192,12 +198,19 @@ class Exact(SFTTrainer):  # type: ignore[misc]
         """Forward and backward of one micro-batch, with its rows, tokens and loss noted."""
         self.rows += inputs.pop("rows")
         self.tokens_so_far += inputs.pop("tokens")
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        try:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        except torch.OutOfMemoryError:
+            self.save_last(self.random)  # the weights are still those of the last step
+            raise
         self.loss_so_far = self.loss_so_far + loss
         return loss
 
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Loss of one batch of held-out rows."""
+        """Loss of one batch of held-out rows; an evaluation may be long, so a stop ends it."""
+        if self.saves.asked():
+            self.save_last(checkpoint.capture_random())
+            self.saves.check()
         kept = {name: value for name, value in inputs.items() if name not in ("rows", "tokens")}
         return super().prediction_step(model, kept, *args, **kwargs)
 
@@ -299,11 +312,9 @@ class Watch(transformers.TrainerCallback):  # type: ignore[misc]
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Asked to stop in the middle of a step: save the one before."""
-        trainer = self.trainer
-        if trainer.saves.asked():
+        if self.trainer.saves.asked():
             control.should_training_stop = True
-            if state.global_step > trainer.saved_at:
-                trainer.save(trainer.random)
+            self.trainer.save_last(self.trainer.random)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count what the step did; ask for a save when one is due."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,18 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> Any:
     """The JSON value in the file at `path`."""
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy the file `source` to `target`, whole or not at all."""
+    scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        shutil.copyfile(source, scratch)
+        sync_file(scratch)
+        scratch.replace(target)
+    finally:
+        scratch.unlink(missing_ok=True)
+    sync_folder(target.parent)
 
 
 def replace_folder(scratch: Path, target: Path) -> None:

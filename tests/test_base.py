@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -348,6 +349,30 @@ def test_a_stopped_fetch_ends_with_75_and_goes_on(fake: FakeHub, tmp_path: Path)
     assert 75 == caught.value.exit_code
     folder = base.fetch(found, cache=tmp_path)
     assert SHARDED == {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_progress_counts_once_where_the_library_reports_twice() -> None:
+    """The chunked protocol tells bytes on the wire and bytes on the disk to the same bar."""
+    from huggingface_hub.utils._xet_progress_reporting import XetDownloadProgressReporter
+
+    model = Base("m", "hub", "m", None, "c", (base.Entry("a", 100),))
+    told: list[float] = []
+    meter = base._Meter(model, 0, lambda done, total, note: told.append(done), lambda: False)
+    with XetDownloadProgressReporter(
+        reconstruction_desc="a", total=100, log_level=30, tqdm_class=meter.bar()
+    ) as reporter:
+        for count in (40, 100):
+            reporter.update_progress(
+                SimpleNamespace(
+                    total_bytes=100,
+                    total_bytes_completed=count,
+                    total_transfer_bytes_completed=count // 2,
+                    total_bytes_completion_rate=1.0,
+                    total_transfer_bytes_completion_rate=1.0,
+                )
+            )
+
+    assert [40, 100] == told
 
 
 def test_parts_of_killed_downloads_do_not_pile_up(fake: FakeHub, tmp_path: Path) -> None:

@@ -125,10 +125,10 @@ def check(base: Base, *, token: str | None, cache: Path | None = None) -> dict[s
 
     path = hub.ask(work, hub_id, base.revision)
     try:
-        config: dict[str, Any] = files.read_json(path)
-    except ValueError:
+        config = weights.json_object(path)
+    except ValueError as error:
         change = "tell the model's authors"
-        raise SpecError.at("BASE-103", f"{hub_id} config.json", "is no JSON", change) from None
+        raise SpecError.at("BASE-103", f"{hub_id} config.json", str(error), change) from None
     if problems := weights.config_problems(config):
         raise weights.at(hub_id, problems)
     return config
@@ -383,7 +383,12 @@ class _Meter:
             def update(self, n: float | None = 1) -> None:
                 add(n or 0)
 
+            # Bytes on the wire, which compression makes another number; without these two the
+            # library would make a second bar for them, and all would count twice.
             def update_transfer(self, n: float | None = 1) -> None:
-                """Bytes on the wire, which compression makes another number."""
+                pass
+
+            def set_transfer_postfix_str(self, text: str = "", refresh: bool = True) -> None:
+                pass
 
         return Bar

@@ -24,7 +24,7 @@ import urllib3
 from urllib3 import exceptions as web_errors
 
 from tuning import files
-from tuning.errors import DataError, Problem, RefusedError, Stopped, TransientError
+from tuning.errors import DataError, Problem, RefusedError, SpecError, Stopped, TransientError
 from tuning.network import Policy
 from tuning.web import Again, Item, Patience, Web, empty, judge
 
@@ -250,7 +250,7 @@ def _check_size(item: Item, part: _Part, policy: Policy, meter: Meter) -> None:
     if missing > free:
         what = f"{missing:,} bytes are still to come, {free:,} are free in {meter.folder}"
         change = "free some space, or use another run directory"
-        raise TransientError.at("FETCH-136", item.where, what, change)
+        raise SpecError.at("FETCH-136", item.where, what, change)
 
 
 def _check_cap(item: Item, size: int, policy: Policy) -> None:

@@ -282,11 +282,11 @@ def _together(errors: list[Any]) -> BaseException:
             known.append(error)
         elif not isinstance(error, Enough):
             return error  # type: ignore[no-any-return]
-    problems = [problem for error in known for problem in error.problems]
+    problems = list(dict.fromkeys(problem for error in known for problem in error.problems))
     for kind in (SpecError, RefusedError, DataError):
         if any(isinstance(error, kind) for error in known):
             return kind(problems)
-    return type(known[0])(dict.fromkeys(problems))
+    return type(known[0])(problems)
 
 
 # -- what is local ------------------------------------------------------------------------------

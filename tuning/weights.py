@@ -101,7 +101,7 @@ def verify(folder: Path) -> dict[str, Any]:
     config: dict[str, Any] = {}
     try:
         if "config.json" in names:
-            config = _json_object(folder / "config.json")
+            config = json_object(folder / "config.json")
             problems += config_problems(config)
     except ValueError as error:
         change = "download the file again"
@@ -182,7 +182,7 @@ def _tensor_problems(folder: Path, names: Collection[str]) -> list[Problem]:
 def _index_problems(path: Path, where: dict[str, str], names: Collection[str]) -> list[Problem]:
     """Every tensor of the index must be in the file that the index says."""
     try:
-        index = _json_object(path)["weight_map"]
+        index = json_object(path)["weight_map"]
         if not isinstance(index, dict) or not all(isinstance(v, str) for v in index.values()):
             raise ValueError("weight_map is no mapping of names to files")
     except (KeyError, ValueError) as error:
@@ -246,7 +246,7 @@ def _span(name: str, entry: Any) -> tuple[int, int]:
     raise ValueError(f"the header of tensor {name[:80]} is impossible")
 
 
-def _json_object(path: Path) -> dict[str, Any]:
+def json_object(path: Path) -> dict[str, Any]:
     """The JSON object in `path`. Raises ValueError that says what is wrong."""
     if path.stat().st_size > MAX_JSON:
         raise ValueError("is too large")

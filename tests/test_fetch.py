@@ -657,6 +657,16 @@ def test_sixty_four_addresses_are_forbidden() -> None:
     assert [] == [a for a in FORBIDDEN if network.is_public(ipaddress.ip_address(a))]
 
 
+def test_the_cluster_s_own_api_server_is_forbidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a cluster numbers its services as if they were public."""
+    address = ipaddress.ip_address("93.184.216.34")
+    assert network.is_public(address)
+
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", str(address))
+
+    assert not network.is_public(address)
+
+
 def test_no_literal_address_is_reached(listener: Listener, tmp_path: Path) -> None:
     for address in FORBIDDEN:
         with pytest.raises(SpecError, match=r"FETCH-101"):

@@ -337,7 +337,8 @@ def _job(
             if meter.stop():
                 raise _stopped(base)
             path = hub.ask(work, hub_id, base.revision, stop=meter.stop)
-            if path.stat().st_size == entry.size and entry.sha256 in (None, _digest(path, memory)):
+            same = entry.sha256 is None or entry.sha256 == _digest(path, memory)
+            if same and path.stat().st_size == entry.size:
                 return
             path.resolve().unlink(missing_ok=True)
             path.unlink(missing_ok=True)

@@ -26,7 +26,7 @@ from tuning.spec import Source
 from tuning.threads import side_by_side
 from tuning.web import Again, Item, Patience, Web, empty, judge
 
-__all__ = ["File", "Patience", "Policy", "check", "fetch", "load_headers"]
+__all__ = ["File", "Headers", "Patience", "Policy", "Seen", "check", "fetch", "load_headers"]
 
 log = logging.getLogger(__name__)
 

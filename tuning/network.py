@@ -70,7 +70,18 @@ class Policy:
 
     @classmethod
     def load(cls, path: Path) -> Policy:
-        """The section `data` of the policy file at `path`. Raises SpecError with all problems."""
+        """The section `data` of the policy file at `path`. Raises SpecError with all problems.
+
+        data:
+          allowHosts: [minio.corp:9000, "*.data.corp", 10.20.0.0/16]
+          plainHttp: false
+          proxy: http://proxy.corp:3128
+          noProxy: ["*.corp"]
+          caBundle: corp.pem           # beside the policy file
+          maxFileSize: 256GiB
+          maxTotalSize: 1TiB
+          requireChecksums: false
+        """
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:

@@ -110,6 +110,9 @@ def download(item: Item, target: Path, web: Web, meter: Meter) -> tuple[str, int
     while True:
         try:
             return _attempt(item, target, web, meter)
+        except OSError as error:  # a full disk does not say which
+            error.filename = error.filename or str(part)
+            raise
         except Again as again:
             size = part.stat().st_size if part.exists() else 0
             if size > best:  # it got further than ever: no reason to give up

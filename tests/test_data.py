@@ -622,7 +622,7 @@ def test_held_out_rows(run: Callable[..., Any], tmp_path: Path) -> None:
         ({"batch": 99, "packing": False}, "DATA-235", "20 rows, fewer than one batch of 99"),  # C36
         ({"max_length": 4}, "DATA-228", "all 20 rows are longer than max_length 4"),  # C30
         ({"max_length": 4, "over_length": "drop"}, "DATA-228", "all 20 rows are longer"),  # C30
-        ({"max_length": 20, "over_length": "refuse"}, "DATA-229", "a.jsonl "),  # C31
+        ({"max_length": 20, "over_length": "refuse"}, "DATA-229", "a.jsonl line "),  # C31
     ],
 )
 def test_bad_amounts(

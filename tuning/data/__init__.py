@@ -17,10 +17,12 @@ pass, exit 10) and writes `rows.arrow`, `preview.json` and `tokenised.json` into
      "shape": {"name": str, "reason": str}, "rendering": str,
      "tokens": int, "trained_tokens": int,
      "lengths": {"mean": float, "p50", "p95", "max", "counts": [[length, rows], ...]},
-     "dropped": {reason: rows}, "notes": [str]}
+     "dropped": {reason: rows}, "notes": [str], "bos": int | null}
 
-`lengths.counts` is exact; `tuning.data.bins.packed_rows(counts, max_length=...)` turns it into
-packed rows without loading anything heavy.
+`preview.json` holds three rows, `[{"where": str, "tokens": [[text, trained], ...]}]`: they stay in
+the run directory and are never logged. `lengths.counts` is exact;
+`tuning.data.bins.packed_rows(counts, max_length=...)` turns it into packed rows, and loads nothing
+heavy.
 
 Step "pack" splits off the held-out rows, applies the over-length policy and packs:
 

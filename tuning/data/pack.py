@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, field
@@ -33,17 +34,15 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
     out = Path(request["out"])
     out.mkdir(parents=True, exist_ok=True)
     source = Path(request["tokenised"])
-    with pa.memory_map(str(source / "rows.arrow")) as mapped, pa.ipc.open_file(mapped) as reader:
-        rows = Rows(reader)
-        told = files.read_json(source / "tokenised.json")
-        names = [file["shown"] for file in told["files"]]
-        job = _Job(request, rows, names)
-        train, held_out = job.split()
-        parts = {"train": job.part(train, out / "train.arrow"), "eval": None}
-        if len(held_out):
-            parts["eval"] = job.part(held_out, out / "eval.arrow")
-        else:
-            (out / "eval.arrow").unlink(missing_ok=True)
+    rows = Rows(source / "rows.arrow")
+    told = files.read_json(source / "tokenised.json")
+    job = _Job(request, rows, told)
+    train, held_out = job.split()
+    parts = {"train": job.part(train, out / "train.arrow"), "eval": None}
+    if len(held_out):
+        parts["eval"] = job.part(held_out, out / "eval.arrow")
+    else:
+        (out / "eval.arrow").unlink(missing_ok=True)
     files.sync_folder(out)
     job.check(parts["train"])
     result = {
@@ -61,7 +60,10 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
 class Rows:
     """The tokenised rows, mapped into memory, each reachable by its number."""
 
-    def __init__(self, reader: Any) -> None:
+    def __init__(self, path: Path) -> None:
+        with path.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        reader = pa.ipc.open_file(pa.BufferReader(pa.py_buffer(self._map)))
         starts, lengths = [0], []
         self._batches: list[tuple[Ints, Ints, Ints, Ints, Any, Any]] = []
         for number in range(reader.num_record_batches):
@@ -87,6 +89,10 @@ class Rows:
         number = int(np.searchsorted(self._starts, row, side="right")) - 1
         return number, row - int(self._starts[number])
 
+    def forget(self) -> None:
+        """Give back the memory of the rows read so far; the file stays mapped."""
+        self._map.madvise(mmap.MADV_DONTNEED)
+
     def get(self, row: int) -> tuple[Ints, Ints]:
         """Ids and flat trained ranges of one row."""
         number, at = self._find(row)
@@ -105,7 +111,7 @@ class _Job:
 
     request: dict[str, Any]
     rows: Rows
-    names: list[str]
+    told: dict[str, Any]  # the answer to "tokenise"
     counts: dict[str, int] = field(
         default_factory=lambda: dict.fromkeys(
             ("rows", "truncated", "split", "dropped", "lost_tokens"), 0
@@ -119,7 +125,8 @@ class _Job:
 
     @property
     def seed(self) -> int:
-        return int(self.request.get("shuffle_seed") or self.request["seed"])
+        drawn = self.request.get("shuffle_seed")
+        return int(self.request["seed"] if drawn is None else drawn)
 
     def split(self) -> tuple[Ints, Ints]:
         """The rows to train on and those held out, by a seeded draw."""
@@ -203,16 +210,14 @@ class _Job:
         return kept
 
     def _lead(self, ids: Ints) -> int:
-        """1 if rows begin with one and the same token, the beginning-of-sequence token."""
-        second = self.rows.get(min(1, len(self.rows.lengths) - 1))[0]
-        return int(ids[0] == self.rows.get(0)[0][0] == second[0])
+        """1 if the row opens with the beginning-of-sequence token."""
+        return int(self.told["bos"] is not None and ids[0] == self.told["bos"])
 
     def _refuse_long(self, chosen: Ints, too_long: Ints) -> None:
         if not len(too_long):
             return
         if self.policy == "refuse":
-            places = [self.rows.place(int(row)) for row in too_long[:20]]
-            shown = ", ".join(f"{self.names[file]} {place}" for file, place in places)
+            shown = ", ".join(self._where(int(row)) for row in too_long[:20])
             what = f"{len(too_long)} rows are longer than {self.request['max_length']} tokens"
             change = "shorten them, raise max_length, or choose split, truncate or drop"
             raise DataError.at("DATA-229", "data", f"{what}: {shown}", change)
@@ -221,6 +226,12 @@ class _Job:
         )
         if len(too_long) == len(chosen) and not whole:
             raise self._all_too_long(len(chosen))
+
+    def _where(self, row: int) -> str:
+        number, place = self.rows.place(row)
+        file = self.told["files"][number]
+        unit = "line" if file["format"] in ("jsonl", "csv", "tsv") else "row"
+        return f"{file['shown']} {unit} {place}"
 
     def _is_text(self, row: int) -> bool:
         ids, trained = self.rows.get(row)
@@ -250,6 +261,7 @@ class _Job:
                     record = self._record(rows)
                     trained += int((record.column(1).values.to_numpy() != IGNORED).sum())
                     writer.write_batch(record)
+                    self.rows.forget()
             files.sync_file(scratch)
             scratch.replace(path)
         finally:

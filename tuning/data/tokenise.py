@@ -25,7 +25,7 @@ from tuning.formats import BadRow, Columns, Example, Fault, Shape, detect, to_ex
 
 log = logging.getLogger(__name__)
 
-PREVIEWED = 3
+PREVIEWED, PREVIEWED_TOKENS = 3, 1000
 SCHEMA = pa.schema(
     [
         ("input_ids", pa.list_(pa.int32())),
@@ -63,7 +63,7 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
         scratch.unlink(missing_ok=True)
     files.sync_folder(out)
     files.write_json(out / "preview.json", job.preview(tokenizer))
-    result = job.result(template)
+    result = job.result(template) | {"bos": tokenizer.bos_token_id}
     files.write_json(out / "tokenised.json", result)
     return result
 
@@ -155,7 +155,7 @@ class _Job:
             if shape is None:
                 break
             rows += self._write(number, shown, shape, batch, writer)
-            log.info("tokenised %d rows of %s", seen, shown)
+            log.debug("tokenised %d rows of %s", seen, shown)
         if not seen and len(self.problems) == before:
             self.problems.add("DATA-201", shown, "holds no rows", "give a file with rows")
         self.files.append(
@@ -183,7 +183,7 @@ class _Job:
             return None
         if self.shape is None:
             self.shape, self.began, self.began_file = shape, where, number
-        elif not shape.same_as(self.shape):
+        elif shape.name != self.shape.name:
             what = (
                 f"is of shape {shape.name} ({shape.reason}), but {self.began} is of shape "
                 f"{self.shape.name} ({self.shape.reason})"
@@ -239,13 +239,7 @@ class _Job:
     def preview(self, tokenizer: Any) -> list[dict[str, Any]]:
         """The first rows, token by token, each token with whether it is trained."""
         return [
-            {
-                "where": where,
-                "tokens": [
-                    [tokenizer.decode([token]), trained]
-                    for token, trained in zip(encoded.ids, flags(encoded), strict=True)
-                ],
-            }
+            {"where": where, "tokens": spelled(tokenizer, encoded)}
             for where, encoded in self.samples
         ]
 
@@ -287,6 +281,19 @@ def flags(encoded: Encoded) -> list[bool]:
     made = [False] * len(encoded.ids)
     for start, end in _ranges(encoded.trained):
         made[start:end] = [True] * (end - start)
+    return made
+
+
+def spelled(tokenizer: Any, encoded: Encoded) -> list[list[Any]]:
+    """[text, trained] for each of the first tokens; those that share a character are joined."""
+    made: list[list[Any]] = []
+    run: list[int] = []
+    for token, trained in list(zip(encoded.ids, flags(encoded), strict=True))[:PREVIEWED_TOKENS]:
+        run.append(token)
+        text = tokenizer.decode(run, clean_up_tokenization_spaces=False)
+        if not text.endswith("\ufffd") or len(run) > 4:
+            made.append([text, trained])
+            run = []
     return made
 
 

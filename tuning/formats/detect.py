@@ -19,10 +19,11 @@ PAIR_COLUMNS = (
     ("user", "assistant"),
     ("human", "assistant"),
 )
+CONTEXT_COLUMNS = ("input", "context")
 SYSTEM_COLUMNS = ("system", "system_prompt")
 LEADING_COLUMNS = frozenset(MESSAGE_COLUMNS) | {name for pair in PAIR_COLUMNS for name in pair}
 LEADING_COLUMNS |= {"prompt", "completion", "instruction", "text", "input_ids"}
-KNOWN_COLUMNS = LEADING_COLUMNS | set(SYSTEM_COLUMNS) | {"context", "tools", "labels"}
+KNOWN_COLUMNS = LEADING_COLUMNS | {*SYSTEM_COLUMNS, *CONTEXT_COLUMNS, "tools", "labels"}
 
 
 def detect(row: Row, options: Columns) -> Shape:
@@ -42,7 +43,7 @@ def detect(row: Row, options: Columns) -> Shape:
     if "instruction" in row:
         for answer in ("output", "response"):
             if answer in row:
-                return _alpaca_shape(row, answer)
+                return _pair_shape("alpaca", "instruction", answer)
     for prompt, completion in PAIR_COLUMNS:
         if prompt in row and completion in row:
             return _pair_shape("pair", prompt, completion)
@@ -58,16 +59,6 @@ def _shape(name: Name, reason: str, **columns: str) -> Shape:
 def _pair_shape(name: Name, prompt: str, completion: str) -> Shape:
     reason = f'it has the columns "{prompt}" and "{completion}"'
     return _shape(name, reason, prompt=prompt, completion=completion)
-
-
-def _alpaca_shape(row: Row, answer: str) -> Shape:
-    context = next((column for column in ("input", "context") if column in row), None)
-    reason = f'it has the columns "instruction" and "{answer}"'
-    columns = {"prompt": "instruction", "completion": answer}
-    required = frozenset(columns.values())
-    if context:
-        columns["context"] = context
-    return Shape("alpaca", tuple(columns.items()), reason, required)
 
 
 def _is_chat(value: Any) -> bool:

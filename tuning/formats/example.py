@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from tuning.formats.detect import SYSTEM_COLUMNS, detect, missing_column
+from collections.abc import Sequence
+
+from tuning.formats.detect import CONTEXT_COLUMNS, SYSTEM_COLUMNS, detect, missing_column
 from tuning.formats.messages import conversation, prompt_messages, text_of_parts
 from tuning.formats.values import (
     BadRow,
@@ -63,8 +65,8 @@ def _pair(row: Row, shape: Shape) -> Pair:
             faults += bad.faults
     extra = {}
     for use, column in (
-        ("context", uses.get("context")),
-        ("system", next((c for c in SYSTEM_COLUMNS if row.get(c)), None)),
+        ("context", _first(row, CONTEXT_COLUMNS) if shape.name == "alpaca" else None),
+        ("system", _first(row, SYSTEM_COLUMNS)),
     ):
         value = row.get(column) if column else None
         if isinstance(value, str) and value.strip():
@@ -78,6 +80,11 @@ def _pair(row: Row, shape: Shape) -> Pair:
     if shape.name == "prompt-completion":
         return Pair(prompt, values["completion"], prompt, system, raw=True)
     return Pair(prompt, values["completion"], _bare(prompt, system), system)
+
+
+def _first(row: Row, columns: Sequence[str]) -> str | None:
+    """The first of `columns` that says something in this very row."""
+    return next((column for column in columns if row.get(column)), None)
 
 
 def _bare(prompt: str, system: str) -> str:

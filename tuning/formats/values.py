@@ -33,10 +33,6 @@ class Shape:
         """The column for `use`, one of messages, prompt, completion, context, text, input_ids."""
         return dict(self.columns)[use]
 
-    def same_as(self, other: Shape) -> bool:
-        """Whether rows of both shapes are read the same way."""
-        return (self.name, self.columns) == (other.name, other.columns)
-
 
 @dataclass(frozen=True)
 class Fault:

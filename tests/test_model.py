@@ -123,6 +123,13 @@ def test_chosen_layers_and_exclusions_are_kept(tiny_base: Build) -> None:
     assert [1] == config.layers_to_transform
 
 
+def test_all_linear_means_every_projection() -> None:
+    """PEFT's word for all is understood, and means what no targets mean."""
+    found = ["model.layers.0.mlp.up_proj", "model.layers.0.self_attn.q_proj"]
+
+    assert model.select(found, targets=None) == model.select(found, targets=("all-linear",))
+
+
 @pytest.mark.parametrize("family", sorted(set(PROJECTIONS) - LEAKY))
 def test_packed_documents_do_not_see_each_other(family: str, tiny_base: Build) -> None:
     """A packed row gives each document the logits that it has alone."""

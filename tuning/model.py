@@ -183,10 +183,11 @@ def select(
 ) -> tuple[str, ...]:
     """Those projections of `found` (full names) that the recipe asks for.
 
-    A target or exclusion is a name or the end of one, as for PEFT. Raises SpecError naming every
-    target, exclusion and layer that matches nothing.
+    A target or exclusion is a name or the end of one, as for PEFT; no targets, or `all-linear`, are
+    all. Raises SpecError naming every target, exclusion and layer that matches nothing.
     """
     found = tuple(found)
+    targets = _named(targets)
     names = ", ".join(sorted({name.rpartition(".")[2] for name in found}))
     numbers = sorted({_layer(name) for name in found})
     problems = []
@@ -212,6 +213,10 @@ def select(
     if problems:
         raise SpecError(problems)
     return chosen
+
+
+def _named(targets: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    return None if targets is None or "all-linear" in targets else targets
 
 
 def _ends(name: str, parts: Iterable[str]) -> bool:
@@ -284,7 +289,7 @@ def _refuse_unreachable(
     linear = {f"{name}.weight" for name in found}
     reached = sum(n for name, n in weights.items() if name in linear)
     share = reached / max(1, sum(weights.values()))
-    if share >= REACHED or (recipe.targets and not recipe.quantisation):
+    if share >= REACHED or (_named(recipe.targets) and not recipe.quantisation):
         return
     what = (
         f"keeps {1 - share:.1%} of its layers' weights outside linear layers (fused experts), "

@@ -33,7 +33,6 @@ from tuning.plan import Placement, Recipe, recipe_from_json
 logger = logging.getLogger(__name__)
 
 ANSWER_TOKENS = 64
-DISK_DTYPE = model.DTYPES  # an adapter is stored in the recipe's precision
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,6 @@ class Request:
     eval: Path | None = None  # held-out rows
     base_name: str = "local"
     base_revision: str | None = None
-    preset: str | None = None
     questions: tuple[str, ...] = ()  # answered before and after, for the run directory only
     chat_template: str | None = None  # the user's, as text
     save_seconds: float = 600.0  # lost work stays under this
@@ -174,7 +172,7 @@ def _run(request: Request, stop: Interruption) -> dict[str, Any]:
     )
     with stop.held():
         loop.fit(resumed)
-    disk = round_adapter(tuned, DISK_DTYPE[recipe.precision])
+    disk = round_adapter(tuned, model.DTYPES[recipe.precision])
     loss_after = loop.held_out_loss()
     answers = ask(tuned, tokenizer, request.questions)
     with stop.held():

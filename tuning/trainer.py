@@ -110,10 +110,10 @@ class Exact(SFTTrainer):  # type: ignore[misc]
             self.state = transformers.TrainerState.load_from_json(str(state))
 
     def held_out_loss(self) -> float | None:
-        """Mean loss on the eval rows; None if there are none."""
+        """Mean loss on the eval rows; None if there are none, or it is not finite."""
         if self.eval_dataset is None:
             return None
-        return float(self.evaluate()["eval_loss"])
+        return _finite(self.evaluate()["eval_loss"])
 
     def losses(self) -> list[float]:
         """The loss of each step, first to last."""
@@ -258,10 +258,7 @@ class Exact(SFTTrainer):  # type: ignore[misc]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Keep a log entry; a number that is not finite becomes None, so that JSON can hold it."""
-        clean: dict[str, Any] = {
-            name: value if math.isfinite(value) else None for name, value in logs.items()
-        }
-        super().log(clean, start_time)
+        super().log({name: _finite(value) for name, value in logs.items()}, start_time)
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["input_ids", "labels", "seq_lengths", ROW]
@@ -343,7 +340,7 @@ class Watch(transformers.TrainerCallback):  # type: ignore[misc]
         """Say the step's record again, with the loss on the held-out rows."""
         last = next((entry for entry in reversed(state.log_history) if "loss" in entry), None)
         if last is not None and self.trainer.is_in_train:
-            self._write(self._record(state, last) | {"eval_loss": metrics["eval_loss"]})
+            self._write(self._record(state, last) | {"eval_loss": _finite(metrics["eval_loss"])})
 
     def _record(self, state: Any, logs: dict[str, Any]) -> dict[str, Any]:
         progress = self.trainer.progress
@@ -365,6 +362,10 @@ class Watch(transformers.TrainerCallback):  # type: ignore[misc]
     def _write(self, record: dict[str, Any]) -> None:
         with self.trainer.metrics.open("ab") as file:
             file.write(checkpoint.pack_json(record) + b"\n")
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def peak_memory(device: str) -> int:

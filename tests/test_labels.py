@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import chats
@@ -130,6 +131,53 @@ def test_ids_are_the_templates(style: str) -> None:
     assert expected == encoded.ids
 
 
+LOW = [
+    *"abc xyz",
+    "\n",
+    "\n\n",
+    "  ",
+    "\t",
+    "é",
+    "🙂",
+    "日本",
+    "'",
+    "</",
+    "<b>",
+    "[x]",
+    "\r\n",
+    "user:",
+]
+UP = [word.upper() for word in LOW]
+
+
+@pytest.mark.parametrize("style", chats.STYLES)
+def test_every_word_of_an_answer_and_none_of_a_question(style: str) -> None:
+    """Answers in small letters and questions in capitals are told apart, whatever is in them."""
+    draw = random.Random(style)
+    tokenizer = chats.tokenizer(style)
+
+    def words(alphabet: list[str]) -> str:
+        text = "".join(draw.choice(alphabet) for _ in range(draw.randint(1, 25)))
+        return text if text.strip() else alphabet[0]
+
+    for _ in range(40):
+        messages = [{"role": "system", "content": words(UP)}] * draw.randint(0, 1)
+        for _ in range(draw.randint(1, 3)):
+            messages += [{"role": "user", "content": words(UP)}]
+            messages += [{"role": "assistant", "content": words(LOW)}]
+        answers = tuple(i for i, m in enumerate(messages) if m["role"] == "assistant")
+
+        (encoded,) = encoder(style).encode([Conversation(messages, answers)])
+
+        assert isinstance(encoded, Encoded)
+        trained = [t for t, flag in zip(encoded.ids, flags(encoded), strict=True) if flag]
+        text = tokenizer.decode(trained, clean_up_tokenization_spaces=False)
+        for marker in [*tokenizer.added_tokens_encoder, "final" if style == "gptoss" else "<s>"]:
+            text = text.replace(marker, "")
+        expected = "".join(messages[index]["content"] for index in answers)
+        assert "".join(expected.split()) == "".join(text.split())
+
+
 def test_reasoning_that_is_left_out_is_refused() -> None:
     """A template that drops words of a trained turn, and that trl does not know, is no good."""
     template = chats.tokenizer("qwen3").chat_template + " "
@@ -208,6 +256,12 @@ ALPACA = Pair("Add.\n\n2 + 2", "4", "### Instruction:\nAdd.\n\n2 + 2\n\n### Resp
     [
         ("llama3_1", None, Text("Two plus two"), "<|begin_of_text|>⟦Two plus two<|eot_id|>⟧"),
         ("llama3_1", None, PAIR, "<|begin_of_text|>2 + 2?⟦ 4<|eot_id|>⟧"),
+        (
+            "falcon_instruct",
+            None,
+            Pair("Answer: ", "four", "Answer: ", raw=True),
+            "Answer:⟦ four<|endoftext|>⟧",
+        ),
         ("falcon_instruct", None, PAIR, "2 + 2?⟦ 4<|endoftext|>⟧"),
         (
             "falcon_instruct",
@@ -220,7 +274,7 @@ ALPACA = Pair("Add.\n\n2 + 2", "4", "### Instruction:\nAdd.\n\n2 + 2\n\n### Resp
             "",
             PAIR,
             "<|im_start|>user<|im_sep|>2 + 2?<|im_end|><|im_start|>assistant"
-            "<|im_sep|>⟦ 4<|im_end|>⟧",
+            "<|im_sep|>⟦4<|im_end|>⟧",
         ),
         (
             "phi4",

@@ -1,7 +1,10 @@
 """Examples -> token ids and the ranges of them that are trained.
 
-A token is trained when it begins inside a trained span of the text. Offsets are the tokenizer's
-raw ones: its post-processor, which trims white space off them and adds special tokens, is left out.
+A token is trained when it holds characters of a trained span: no word of an answer goes untaught
+because a tokenizer joins its beginning to the end of the header ("Answer: " and "four" are ":" and
+" four"). Only markers that swallow the white space behind them, as Phi-3's do, stay what they are.
+Offsets are the tokenizer's raw ones: its post-processor, which trims white space off them and adds
+special tokens, is left out.
 """
 
 from __future__ import annotations
@@ -50,6 +53,7 @@ class Encoder:
         before = next((n for n in range(len(whole)) if whole[n : n + len(plain)] == plain), 0)
         self._before: list[int] = list(whole[:before])
         self._after: list[int] = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        self._added = set(tokenizer.added_tokens_decoder)
         self._special = set(tokenizer.all_special_tokens)
         self._raw_pairs: bool | None = None
 
@@ -123,7 +127,7 @@ class Encoder:
         ids: list[int] = encoding.ids
         trained: list[int] = []
         for start, end in job.spans:
-            first, last = _token_range(encoding, len(ids), start, end)
+            first, last = self._token_range(encoding, ids, start, end)
             if first < last:
                 if trained and trained[-1] >= first:
                     trained[-1] = last
@@ -139,20 +143,19 @@ class Encoder:
             trained[-1] += len(after)
         return Encoded(before + ids + after, trained)
 
-
-def _token_range(encoding: Any, count: int, start: int, end: int) -> tuple[int, int]:
-    """The tokens that begin in the characters [start, end)."""
-    at, first = start, None
-    while at < end and (first := encoding.char_to_token(at)) is None:
-        at += 1
-    if first is None:
-        return 0, 0
-    while first < count and encoding.token_to_chars(first)[0] < start:
-        first += 1
-    at, last = end - 1, None
-    while at >= start and (last := encoding.char_to_token(at)) is None:
-        at -= 1
-    assert last is not None
-    while last + 1 < count and encoding.token_to_chars(last + 1)[0] < end:
-        last += 1  # the bytes of one character are several tokens
-    return first, last + 1
+    def _token_range(self, encoding: Any, ids: list[int], start: int, end: int) -> tuple[int, int]:
+        """The tokens that hold characters of [start, end)."""
+        at, first = start, None
+        while at < end and (first := encoding.char_to_token(at)) is None:
+            at += 1
+        if first is None:
+            return 0, 0
+        if ids[first] in self._added and encoding.token_to_chars(first)[0] < start:
+            first += 1
+        at, last = end - 1, None
+        while at >= start and (last := encoding.char_to_token(at)) is None:
+            at -= 1
+        assert last is not None
+        while last + 1 < len(ids) and encoding.token_to_chars(last + 1)[0] < end:
+            last += 1  # the bytes of one character are several tokens
+        return first, last + 1

@@ -41,6 +41,8 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
     settings = request["settings"]
     out = Path(request["out"])
     out.mkdir(parents=True, exist_ok=True)
+    for name in ("rows.arrow", "preview.json", "tokenised.json"):
+        (out / name).unlink(missing_ok=True)
     tokenizer = load_tokenizer(Path(request["base"]))
     template = load_template(tokenizer, settings.get("chat_template"))
     encoder = Encoder(tokenizer, template, train_on=settings.get("train_on") or "assistant")

@@ -80,10 +80,16 @@ class Pair:
     raw: bool = False
 
     def as_conversation(self) -> Conversation:
-        """The pair as a user turn and an assistant turn."""
+        """The pair as a user turn and an assistant turn.
+
+        White space around running text joined the two, which the chat template does now.
+        """
+        prompt, completion = self.prompt, self.completion
+        if self.raw:
+            prompt, completion = prompt.strip(), completion.strip()
         turns = [
-            {"role": "user", "content": self.prompt},
-            {"role": "assistant", "content": self.completion},
+            {"role": "user", "content": prompt},
+            {"role": "assistant", "content": completion},
         ]
         if self.system:
             turns.insert(0, {"role": "system", "content": self.system})

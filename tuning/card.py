@@ -121,7 +121,7 @@ def curve(values: Sequence[float]) -> str:
     return "".join(BLOCKS[round((mean - low) * scale)] for mean in means)
 
 
-def annotations(recipe: dict[str, Any], *, facts: Facts) -> dict[str, str]:
+def labels(recipe: dict[str, Any], *, facts: Facts) -> dict[str, str]:
     """What the image's annotations and labels tell, beside what every image of ours has."""
     base = recipe["base_model"]
     found = {

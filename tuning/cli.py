@@ -103,13 +103,16 @@ def run(
         list[str] | None,
         typer.Option(metavar="QUESTION", help="Ask base and tuned model at the end; repeatable."),
     ] = None,
+    port: Annotated[
+        int | None, typer.Option(metavar="PORT", help="Serve progress on this port meanwhile.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Tune: check, fetch, plan, train, package, push. The same command again goes on."""
     from tuning import pipeline, show
     from tuning.console import Console
 
-    spec = _spec(file, base_model, data, instance, output)
+    spec = _spec(file, base_model, data, instance, output, _hosts(allow_host, policy))
     options = pipeline.options(
         spec,
         run_dir=run_dir,
@@ -122,6 +125,7 @@ def run(
         ca=ca,
         insecure=insecure,
         questions=tuple(ask or ()),
+        port=port,
     )
     summary = pipeline.run(spec, options, Console())
     if as_json:
@@ -171,7 +175,7 @@ def check(
     """Check spec, base access, data and push rights in seconds; nothing is downloaded or left."""
     from tuning import pipeline
 
-    spec = _spec(file, base_model, data, instance, output)
+    spec = _spec(file, base_model, data, instance, output, _hosts(allow_host, policy))
     options = pipeline.options(
         spec,
         push_secret=push_secret,
@@ -284,6 +288,12 @@ def _spec(
         allow_hosts=allow_hosts,
     )
     return specs.load(file, overrides=overrides)
+
+
+def _hosts(allowed: list[str] | None, policy: Path | None) -> tuple[str, ...]:
+    from tuning.fetch import Policy
+
+    return (*(allowed or ()), *(Policy.load(policy).allow_hosts if policy else ()))
 
 
 def main() -> int:

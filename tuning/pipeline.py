@@ -28,6 +28,7 @@ from tuning import (
     image,
     journal,
     live,
+    network,
     plan,
     presets,
     process,
@@ -36,13 +37,14 @@ from tuning import (
 from tuning import spec as specs
 from tuning.console import Console, Report
 from tuning.delivery import Access
-from tuning.errors import Killed, Problem, Stopped, TuningError
+from tuning.errors import Killed, Problem, SpecError, Stopped, TuningError
 from tuning.plan import Plan, Recipe
 from tuning.spec import Spec
 
 log = logging.getLogger(__name__)
 
 Value = dict[str, Any]
+JOB_SECRETS, JOB_MODELS = Path("/etc/tuning/secrets"), Path("/models")
 RECIPE_LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes")
 DATA_SETTINGS = (
     "messages_column",
@@ -148,6 +150,7 @@ class _Story:
         weights = self._weights(model)
         rows = self._tokenise(data, weights, model)
         decided, packed = self._plan(rows, data, weights, model)
+        self._claim(decided.recipe.run_id)
         training = self._train(decided, packed, weights, model)
         digest = self._package(decided, training, packed, model)
         references = self._deliver(decided, digest)
@@ -222,8 +225,7 @@ class _Story:
             raise _death(died, self.phase, output) from None
 
     def _token(self) -> str | None:
-        path = self.options.hub_token_file
-        return path.read_text(encoding="utf-8").strip() if path else None
+        return read_token(self.options.hub_token_file)
 
     # Each phase of the story, in its order.
 
@@ -243,7 +245,8 @@ class _Story:
             return base.resolve(name, revision=None, token=None)
 
         def work() -> Value:
-            return base.resolve(name, revision=revision, token=self._token()).to_json()
+            token, cache = self._token(), self.options.cache
+            return base.resolve(name, revision=revision, token=token, cache=cache).to_json()
 
         return base.Base.from_json(self.book.do("base", _key(name, revision), work))
 
@@ -253,11 +256,20 @@ class _Story:
         here = device.detect()
         if self.spec.instance and plan.device_of(self.spec.instance).name != here.name:
             self.console.say(f"  {self.spec.instance} is named, but this is {here}", style="dim")
+        destination, access, own = self.spec.destination, self.options.access, self._own()
         together(
-            lambda: plan.refuse_unsupported(self.spec, self._known(model, model.config), here),
-            lambda: base.check(model, token=self._token()),
-            lambda: delivery.check(self.spec.destination, self.options.access),
+            lambda: self._check_model(model, here),
+            lambda: delivery.check(destination, access),
+            lambda: delivery.claim(destination, access, run_id=None, own=own),
         )
+
+    def _check_model(self, model: base.Base, here: device.Device) -> None:
+        config = base.check(model, token=self._token(), cache=self.options.cache)
+        plan.refuse_unsupported(self.spec, self._known(model, config), here)
+
+    def _own(self) -> tuple[str, ...]:
+        """Digests that this run directory put out before."""
+        return tuple(value["digest"] for value in self.book.values("package"))
 
     def _known(self, model: base.Base, config: Value) -> plan.Base:
         return plan.base_from_config(declared_name(self.spec), model.revision, config)
@@ -286,7 +298,7 @@ class _Story:
         found: list[Value] = done["files"]
         return found
 
-    def _credentials(self) -> fetch.Headers | None:
+    def _credentials(self) -> network.Headers | None:
         folder = self.options.data_secrets
         return fetch.load_headers(folder) if folder else None
 
@@ -295,7 +307,13 @@ class _Story:
         if model.folder is not None:
             return model.folder
         with self.console.work(f"Fetching {model.name}", unit="bytes") as report:
-            return base.fetch(model, cache=self.options.cache, token=self._token(), progress=report)
+            return base.fetch(
+                model,
+                cache=self.options.cache,
+                token=self._token(),
+                progress=report,
+                stop=self.stop.is_set,
+            )
 
     def _tokenise(self, data: list[Value], weights: Path, model: base.Base) -> Value:
         self._begin("tokenise", "Reading and tokenising the data ...")
@@ -368,6 +386,11 @@ class _Story:
         self._dim(done["notes"])
         return done
 
+    def _claim(self, run_id: str) -> None:
+        """Look at the tag again, now that the run id is known: before the GPU is used."""
+        self._begin("tag")
+        delivery.claim(self.spec.destination, self.options.access, run_id=run_id, own=self._own())
+
     def _train(self, decided: Plan, packed: Value, weights: Path, model: base.Base) -> Value:
         recipe = decided.recipe
         size = f"{recipe.global_batch} x {recipe.max_length} tokens"
@@ -424,7 +447,7 @@ class _Story:
                 self.folder / "image",
                 preset=self.spec.preset,
                 run_id=recipe.run_id,
-                annotations=card.annotations(asdict(recipe), facts=facts),
+                annotations=card.labels(asdict(recipe), facts=facts),
             )
             return {"digest": built.digest}
 
@@ -434,7 +457,6 @@ class _Story:
 
     def _deliver(self, decided: Plan, digest: str) -> tuple[str, ...]:
         self._begin("push")
-        own = tuple(value["digest"] for value in self.book.values("package"))
 
         def work() -> Value:
             with self.console.work("Pushing", unit="bytes") as report:
@@ -443,9 +465,8 @@ class _Story:
                     self.options.access,
                     layout=self.folder / "image",
                     adapter=self.folder / "adapter",
-                    digest=digest,
                     run_id=decided.recipe.run_id,
-                    own=own,
+                    own=self._own(),
                     progress=report,
                 )
             return {"references": references}
@@ -502,15 +523,101 @@ def declared_name(spec: Spec) -> str:
     return preset.hub_id if preset else spec.preset
 
 
+def options(
+    spec: Spec,
+    *,
+    run_dir: Path | None = None,
+    push_secret: Path | None = None,
+    pull_secret: Path | None = None,
+    hub_token_file: Path | None = None,
+    secrets: Path | None = None,
+    allow_hosts: tuple[str, ...] = (),
+    policy_file: Path | None = None,
+    ca: Path | None = None,
+    insecure: bool = False,
+    questions: tuple[str, ...] = (),
+    port: int | None = None,
+) -> Options:
+    """The options of a command line: what was not named is looked for where a Job mounts it."""
+    mounted = secrets or JOB_SECRETS
+
+    def found(named: Path | None, name: str) -> Path | None:
+        place = mounted / name
+        return named if named is not None else place if place.is_dir() else None
+
+    policy = fetch.Policy.load(policy_file) if policy_file else fetch.Policy()
+    token = hub_token_file or found(None, "hub")
+    return Options(
+        run_dir=run_dir or Path("runs") / spec.name,
+        access=Access(
+            push_secret=found(push_secret, "push"),
+            pull_secret=found(pull_secret, "pull"),
+            ca=ca,
+            insecure=insecure,
+        ),
+        policy=policy.with_hosts(allow_hosts),
+        hub_token_file=token / "HF_TOKEN" if token and token.is_dir() else token,
+        data_secrets=found(None, "data"),
+        cache=JOB_MODELS if JOB_MODELS.is_dir() else None,
+        questions=questions,
+        port=port,
+    )
+
+
 def base_folder(name: str, *, token_file: Path | None, console: Console) -> Path:
     """The weights of a preset, hub model or folder, fetched if they are not here yet."""
     where, revision = _reference(name, None)
-    token = token_file.read_text(encoding="utf-8").strip() if token_file else None
+    token = read_token(token_file)
     found = base.resolve(where, revision=revision, token=token)
     if found.folder is not None:
         return found.folder
     with console.work(f"Fetching {found.name}", unit="bytes") as report:
         return base.fetch(found, cache=None, token=token, progress=report)
+
+
+def read_token(path: Path | None) -> str | None:
+    """The hub token in the file at `path`. Raises SpecError if it cannot be read."""
+    if path is None:
+        return None
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        what = f"cannot be read ({type(error).__name__})"
+        raise SpecError.at("HUB-101", str(path), what, "name a file with the token") from None
+
+
+def check(spec: Spec, options: Options) -> Iterator[str]:
+    """Everything that can be refused before a byte of weights moves; a line for each good thing."""
+    here = plan.device_of(spec.instance) if spec.instance else device.detect()
+    name, revision = base_reference(spec)
+    token = read_token(options.hub_token_file)
+    good: list[str] = []
+
+    def model() -> None:
+        found = base.resolve(name, revision=revision, token=token)
+        config = base.check(found, token=token)
+        known = plan.base_from_config(declared_name(spec), found.revision, config)
+        plan.refuse_unsupported(spec, known, here)
+        good.append(f"model: {name} at {found.revision[:19]}")
+
+    def data() -> None:
+        if spec.source.urls:
+            secrets = options.data_secrets
+            headers = fetch.load_headers(secrets) if secrets else None
+            for seen in fetch.check(spec.source, policy=options.policy, credentials=headers):
+                size = f"{seen.size:,} bytes" if seen.size is not None else "size unknown"
+                good.append(f"data: {seen.shown}, {size}")
+        elif spec.source.image is None:
+            for file in fetch.fetch(spec.source, Path(), policy=options.policy):
+                good.append(f"data: {file.shown}, {file.size:,} bytes")
+
+    def destination() -> None:
+        delivery.check(spec.destination, options.access)
+        delivery.claim(spec.destination, options.access, run_id=None, own=())
+        good.append(f"destination: {spec.destination.image or 'local'}")
+
+    together(model, data, destination)
+    yield from good
 
 
 def _key(*parts: Any) -> str:

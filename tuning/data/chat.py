@@ -22,6 +22,8 @@ from tuning.data.skeleton import Message, Skeleton, Spans, Unplaced, squeeze
 from tuning.formats import Conversation, Fault, quoted
 
 _PLAIN = {"role", "content"}
+_REASONS = re.compile("reasoning|thinking")
+_BY_TWIN = "the template leaves words out: trl's training variant of it is used"
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 # Some templates print today's date; a recipe has no clock, so the date is the one that llama's
 # templates themselves print where no clock is at hand.
@@ -146,24 +148,31 @@ class Template:
 
     def _alone(self, conversation: Conversation) -> Rendered | Fault:
         """A conversation with tools, reasoning or words that the template takes apart."""
+        twin = self._twin_template()
+        thinks = any("</think>" in message["content"] for message in conversation.messages)
+        if twin and thinks and not _REASONS.search(self._source):
+            # it knows no field for reasoning, so only the variant can show what an answer holds
+            rendered = twin.render([conversation])[0]
+            if isinstance(rendered, Rendered):
+                self._note(_BY_TWIN)
+                return rendered
         failed: Refused | Unplaced | None = None
         attempts = [(self, conversation)]
         if (split := _reasoning_apart(conversation)) is not conversation:
             attempts.append((self, split))
-        twin = self._twin_template()
         if twin:
             attempts += [(twin, tried) for _, tried in attempts]
         if _foldable(conversation):
             attempts.append((self, _folded(conversation)))
         for template, tried in attempts:
             try:
-                rendered = template._one(tried)
+                found = template._one(tried)
             except (Refused, Unplaced) as error:
                 failed = failed or error
                 continue
             if template is twin:
-                self._note("the template leaves words out: trl's training variant of it is used")
-            return rendered
+                self._note(_BY_TWIN)
+            return found
         assert failed is not None
         return _fault(failed)
 

@@ -1,9 +1,9 @@
 """Push, pull and verify images: the OCI distribution protocol, exactly once.
 
-`wire` speaks HTTP to one registry (login, retries, where a credential may go), `push` and `pull`
-are the protocols on top of it. oras parses the login challenges; its transport is not used, since
-it retries on any exception, sends tokens of too small a scope again, and holds whole blobs in
-memory.
+`wire` speaks HTTP to one repository, `auth` proves who we are, `answers` puts what comes back into
+words; `push`, `upload` and `pull` are the protocols on top. oras reads the login challenges; its
+transport is not used, since it retries on any exception and on few of the statuses that pass,
+sends a token of too small a scope again, never renews one, and holds whole blobs in memory.
 """
 
 from tuning.registry.pull import Pulled, pull

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import requests
+import urllib3.exceptions
 
 from tuning import files, image
-from tuning.errors import Problem
 from tuning.image import ADAPTER_FILES, Blob, Image
-from tuning.registry.push import CHUNK, INDEXES, Progress, manifest
-from tuning.registry.wire import Again, Remote
+from tuning.registry.push import Progress, digest_of, manifest, tag_of
+from tuning.registry.wire import Remote
+
+DEEPEST_INDEX = 3
 
 
 @dataclass(frozen=True)
@@ -40,65 +41,82 @@ def pull(
     Raises RefusedError for an image that is not there, damaged or hostile, TransientError when the
     registry stays away; then `target` is not made.
     """
-    digest, found = remote.persist(lambda: _resolve(remote))
+    digest, found = remote.persist(lambda: resolve(remote))
     target.parent.mkdir(parents=True, exist_ok=True)
     layout = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         (layout / "blobs" / "sha256").mkdir(parents=True)
-        blobs = (found.config, *found.layers)
-        total, done = sum(blob.size for blob in blobs), 0
-        for blob in blobs:
+        total, done = sum(blob.size for blob in found.blobs), 0
+        for blob in found.blobs:
 
             def report(count: int, before: int = done) -> None:
                 progress(before + count, total, "")
 
             remote.persist(partial(_download, remote, blob, layout, report))
             done += blob.size
-        names = image.unpack(found, layout, target, wanted=wanted)
+        names = image.unpack(found, layout, target, wanted=wanted, verified=True)
     finally:
         shutil.rmtree(layout, ignore_errors=True)
     return Pulled(digest, found, names)
 
 
-def _resolve(remote: Remote) -> tuple[str, Image]:
+def resolve(remote: Remote) -> tuple[str, Image]:
+    """The digest that the reference names, and the image that is meant by it, both checked."""
     where = str(remote.reference)
-    name = remote.reference.digest or remote.reference.tag or "latest"
-    data, media_type = _checked(remote, name)
-    digest = f"sha256:{files.digest(data)}"
-    if media_type in INDEXES:
-        chosen = image.choose(image.parse_json(data, where=where), where=where)
-        data, media_type = _checked(remote, chosen.digest)
-    return digest, image.parse_manifest(data, where=where)
+    name = tag_of(remote.reference)
+    data = _checked(remote, name)
+    digest = digest_of(data)
+    for _ in range(DEEPEST_INDEX):
+        record = image.parse_json(data, where=where)
+        if not image.is_index(record):
+            return digest, image.parse_manifest(data, where=where)
+        data = _checked(remote, image.choose(record, where=where).digest)
+    raise image.refused(where, "has indexes within indexes")
 
 
-def _checked(remote: Remote, name: str) -> tuple[bytes, str]:
-    found = manifest(remote, name)
-    if found is None:
+def _checked(remote: Remote, name: str) -> bytes:
+    data = manifest(remote, name)
+    if data is None:
         raise remote.refusal("REG-123", f"has no image {name}", "check the name and the tag")
-    if name.startswith("sha256:") and f"sha256:{files.digest(found[0])}" != name:
+    if name.startswith("sha256:") and digest_of(data) != name:
         raise remote.refusal("REG-143", f"sent a manifest that is not {name}", "push it again")
-    return found
+    return data
 
 
 def _download(remote: Remote, blob: Blob, layout: Path, report: Callable[[int], None]) -> None:
+    """Fetch one blob; it goes on where it broke off."""
     path = image.blob_path(layout, blob)
-    answer = remote.request("GET", f"/blobs/{blob.digest}", expect=(200,), stream=True)
-    seen, count = hashlib.sha256(), 0
+    have = path.stat().st_size if path.exists() else 0
+    headers = {"Range": f"bytes={have}-"} if have else {}
+    answer = remote.request(
+        "GET", f"/blobs/{blob.digest}", expect=(200, 206, 416), headers=headers, stream=True
+    )
+    begins = f"bytes {have}-"
+    if answer.status_code != 206 or not answer.headers.get("Content-Range", begins).startswith(
+        begins
+    ):
+        path.unlink(missing_ok=True)
+        have = 0
     try:
-        with answer, path.open("wb") as out:
-            for piece in answer.iter_content(CHUNK):
-                count += len(piece)
-                if count > blob.size:
+        with answer, path.open("ab") as out:
+            for piece in answer.raw.stream(files.CHUNK, decode_content=False):
+                have += len(piece)
+                if have > blob.size:
                     break
-                seen.update(piece)
                 out.write(piece)
-                report(count)
-    except requests.exceptions.RequestException as error:
-        what = f"broke off the blob {blob.digest} ({type(error).__name__})"
-        raise Again(Problem("REG-135", str(remote.reference), what, "try again")) from None
-    if count < blob.size:
-        what = f"sent {count:,} of {blob.size:,} bytes of {blob.digest}"
-        raise Again(Problem("REG-135", str(remote.reference), what, "try again"))
-    if f"sha256:{seen.hexdigest()}" != blob.digest:
-        what = f"sent bytes that are not {blob.digest}"
+                report(have)
+    except urllib3.exceptions.HTTPError as error:
+        raise remote.judge.unreachable(error) from None
+    change = "run the same command again"
+    if have < blob.size:
+        what = f"broke off {blob.digest}"
+        raise remote.judge.again("REG-135", what, change)
+    if have > blob.size or _digest(path) != blob.digest:
+        path.unlink()
+        what = f"sends bytes that are not {blob.digest}"
         raise remote.refusal("REG-143", what, "look after the registry's storage, push again")
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"

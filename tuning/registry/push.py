@@ -7,23 +7,25 @@ first, because each step is idempotent and blobs are named by their content.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Collection, Iterator
+import contextlib
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from tuning import image
-from tuning.errors import Problem, RefusedError
-from tuning.image import Blob, Image
+import urllib3.exceptions
+
+from tuning import files, image
+from tuning.errors import RefusedError
+from tuning.image import Image
 from tuning.reference import Reference
-from tuning.registry.wire import Again, Remote
+from tuning.registry import answers, upload
+from tuning.registry.answers import Again
+from tuning.registry.wire import Remote
 
 ACCEPT = ", ".join((image.MANIFEST, image.DOCKER_MANIFEST, image.INDEX, image.DOCKER_INDEX))
-INDEXES = frozenset({image.INDEX, image.DOCKER_INDEX})
-CHUNK = 1 << 20
 Progress = Callable[[float, float | None, str], None]
+OnTagExists = Literal["refuse", "overwrite"]
 
 
 @dataclass(frozen=True)
@@ -43,47 +45,55 @@ class Pushed:
     reused: int  # blobs that were there already
 
 
-def manifest(remote: Remote, name: str) -> tuple[bytes, str] | None:
-    """The manifest `name` (tag or digest) and its media type; None where there is none."""
+def manifest(remote: Remote, name: str) -> bytes | None:
+    """The manifest `name` (tag or digest), not yet checked; None where there is none."""
     answer = remote.request(
-        "GET", f"/manifests/{name}", expect=(200, 404), headers={"Accept": ACCEPT}
+        "GET", f"/manifests/{name}", expect=(200, 404), headers={"Accept": ACCEPT}, stream=True
     )
-    if answer.status_code == 404:
-        return None
-    if len(answer.content) > image.LARGEST_JSON:
+    with answer:
+        if answer.status_code == 404:
+            return None
+        try:
+            data: bytes = answer.raw.read(image.LARGEST_JSON + 1)
+        except urllib3.exceptions.HTTPError as error:
+            raise remote.judge.unreachable(error) from None
+    if len(data) > image.LARGEST_JSON:
         raise image.refused(str(remote.reference), "has a manifest of impossible size")
-    media_type = answer.headers.get("Content-Type", "").partition(";")[0].strip()
-    return answer.content, media_type
+    return data
+
+
+def digest_of(data: bytes) -> str:
+    """The digest of a manifest."""
+    return f"sha256:{files.digest(data)}"
+
+
+def tag_of(reference: Reference) -> str:
+    """What the reference names in its repository."""
+    return reference.digest or reference.tag or "latest"
 
 
 def look(remote: Remote) -> Found | None:
     """What the tag of the remote's reference points at now."""
 
     def work() -> Found | None:
-        found = manifest(remote, _tag(remote.reference))
-        if found is None:
+        data = manifest(remote, tag_of(remote.reference))
+        if data is None:
             return None
-        data, media_type = found
-        digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
-        if media_type in INDEXES:
-            inner = image.choose(image.parse_json(data, where=digest), where=digest)
-            found = manifest(remote, inner.digest)
-            data = found[0] if found else b"{}"
+        digest = digest_of(data)
         try:
-            run_id = image.parse_manifest(data, where=digest).run_id
+            record = image.parse_json(data, where=digest)
+            if image.is_index(record):
+                chosen = image.choose(record, where=digest)
+                data = manifest(remote, chosen.digest) or b""
+            return Found(digest, image.parse_manifest(data, where=digest).run_id)
         except RefusedError:  # an artifact of another kind: somebody else's
-            run_id = None
-        return Found(digest, run_id)
+            return Found(digest, None)
 
     return remote.persist(work)
 
 
 def claim(
-    remote: Remote,
-    *,
-    run_id: str | None,
-    own: Collection[str],
-    on_tag_exists: Literal["refuse", "overwrite"],
+    remote: Remote, *, run_id: str | None, own: Collection[str], on_tag_exists: OnTagExists
 ) -> Found | None:
     """Whether the tag may be written: what this very run left there, or None for a free way.
 
@@ -91,35 +101,40 @@ def claim(
     `run_id` None means not known yet; then an image of any run passes for now. Raises RefusedError
     for an image of somebody else, unless it is to be overwritten.
     """
-    found = look(remote)
+    return _judge(remote, look(remote), run_id=run_id, own=own, on_tag_exists=on_tag_exists)
+
+
+def _judge(
+    remote: Remote,
+    found: Found | None,
+    *,
+    run_id: str | None,
+    own: Collection[str],
+    on_tag_exists: OnTagExists,
+) -> Found | None:
     if found is None or found.digest in own:
         return None
     if found.run_id is not None and run_id in (None, found.run_id):
         return found if run_id else None
     if on_tag_exists == "overwrite":
         return None
-    raise _taken(remote, found, None)
+    raise _taken(remote, found.digest, None)
 
 
-def _taken(remote: Remote, found: Found, ours: str | None) -> RefusedError:
+def _taken(remote: Remote, theirs: str, ours: str | None) -> RefusedError:
     instead = f", this one is {ours}" if ours else ""
     return remote.refusal(
         "REG-140",
-        f"the tag already holds {found.digest}, which this run did not make{instead}",
+        f"the tag already holds {theirs}, which this run did not make{instead}",
         "choose another tag, or set the annotation tuning.kaito.sh/on-tag-exists: overwrite",
     )
 
 
 def check_push(remote: Remote) -> None:
     """Whether the login may push: an upload is begun and given up. Raises RefusedError."""
-
-    def work() -> None:
-        answer = remote.request("POST", "/blobs/uploads/", expect=(202,))
-        location = answer.headers.get("Location")
-        if location:
-            remote.request("DELETE", remote.absolute(location), expect=range(200, 500))
-
-    remote.persist(work)
+    url = remote.persist(lambda: upload.begin(remote))
+    with contextlib.suppress(Again, RefusedError):  # registries forget uploads that nobody ends
+        remote.request("DELETE", url, expect=range(200, 500))
 
 
 def push(
@@ -128,7 +143,7 @@ def push(
     *,
     run_id: str,
     own: Collection[str] = (),
-    on_tag_exists: Literal["refuse", "overwrite"] = "refuse",
+    on_tag_exists: OnTagExists = "refuse",
     progress: Progress = lambda done, total, note: None,
 ) -> Pushed:
     """Put the image of `layout` under the tag of the remote's reference, verified.
@@ -137,116 +152,70 @@ def push(
     RefusedError for a final no, TransientError when the registry stays away.
     """
     ours = image.read(layout)
-    claim(remote, run_id=run_id, own={*own, ours.digest}, on_tag_exists=on_tag_exists)
-    blobs = (ours.config, *ours.layers)
-    total, sent, reused = sum(blob.size for blob in blobs), 0, 0
-    done = 0
-    for blob in blobs:
+    data = image.blob_path(layout, ours.digest).read_bytes()
+    terms: dict[str, Any] = {
+        "run_id": run_id,
+        "own": {*own, ours.digest},
+        "on_tag_exists": on_tag_exists,
+    }
+    claim(remote, **terms)
 
-        def report(count: int, before: int = done) -> None:
-            progress(before + count, total, "")
+    def publish() -> tuple[int, int]:
+        counts = upload.blobs(remote, layout, ours.blobs, progress=progress)
+        _put(remote, ours.digest, data)
+        return counts
 
-        uploaded = remote.persist(partial(_blob, remote, layout, blob, report))
-        done += blob.size
-        sent, reused = sent + uploaded, reused + (uploaded == 0)
-        progress(done, total, "")
-    data = image.blob_path(layout, Blob(image.MANIFEST, ours.digest, 0)).read_bytes()
-    remote.persist(lambda: _put_manifest(remote, ours.digest, data))
-    tag = _tag(remote.reference)
-    found = look(remote)
-    if found is None or found.digest != ours.digest:
-        remote.persist(lambda: _put_manifest(remote, tag, data))
+    def point() -> None:
+        found = look(remote)
+        if found is None or found.digest != ours.digest:
+            _judge(remote, found, **terms)  # somebody may have come in between
+            _put(remote, tag_of(remote.reference), data)
+
+    sent, reused = remote.persist(publish)
+    remote.persist(point)
     remote.persist(lambda: verify(remote, ours))
     return Pushed(ours.digest, sent, reused)
 
 
-def _blob(remote: Remote, layout: Path, blob: Blob, report: Callable[[int], None]) -> int:
-    """Upload one blob unless it is there; gives the bytes sent. Safe to repeat from the start."""
-    if _has(remote, blob):
-        return 0
-    answer = remote.request("POST", "/blobs/uploads/", expect=(202, 201))
-    location = answer.headers.get("Location", "")
-    url = remote.absolute(location)
-    url += f"{'&' if '?' in url else '?'}digest={blob.digest}"
-    path = image.blob_path(layout, blob)
-    headers = {"Content-Type": "application/octet-stream", "Content-Length": str(blob.size)}
-    answer = remote.request(
-        "PUT",
-        url,
-        expect=(201, 204, 307, 308, 400, 404, 416),
-        body=lambda: _Body(path, blob.size, report),
-        headers=headers,
-    )
-    if answer.status_code in (307, 308):  # to a store that signed the way in its URL
-        remote.request(
-            "PUT",
-            remote.absolute(answer.headers.get("Location", "")),
-            expect=(200, 201, 204),
-            body=lambda: _Body(path, blob.size, report),
-            headers=headers,
-        )
-    if not _has(remote, blob):
-        status = answer.status_code
-        what = f"lost the upload of {blob.digest} (it answered {status})"
-        problem = Problem("REG-133", str(remote.reference), what, "try again later")
-        raise Again(problem, status=500 if status == 400 else status)
-    return blob.size
+_MAYBE_THERE = (400, 403, 404, 405, 409, 412, 422)  # how an immutable tag says that it is one
 
 
-class _Body:
-    """A file as a request's body: read as it is sent, with a length, and a report of how far."""
-
-    def __init__(self, path: Path, size: int, report: Callable[[int], None]) -> None:
-        self._path, self._size, self._report = path, size, report
-
-    def __len__(self) -> int:
-        return self._size
-
-    def __iter__(self) -> Iterator[bytes]:
-        sent = 0
-        with self._path.open("rb") as file:
-            while piece := file.read(CHUNK):
-                yield piece
-                sent += len(piece)
-                self._report(sent)
-
-
-def _has(remote: Remote, blob: Blob) -> bool:
-    answer = remote.request("HEAD", f"/blobs/{blob.digest}", expect=(200, 404))
-    return answer.status_code == 200
-
-
-def _put_manifest(remote: Remote, name: str, data: bytes) -> None:
+def _put(remote: Remote, name: str, data: bytes) -> None:
+    """PUT a manifest under a tag or its digest; where it is there already, no is no matter."""
     answer = remote.request(
         "PUT",
         f"/manifests/{name}",
-        expect=(200, 201, 202, 400, 409),
+        expect=(200, 201, 202, *_MAYBE_THERE),
         body=lambda: data,
         headers={"Content-Type": image.MANIFEST},
     )
-    if answer.status_code in (400, 409):  # an immutable tag answers so even for the same bytes
-        found = manifest(remote, name)
-        if found is None or found[0] != data:
-            status = answer.status_code
-            what = f"answered {status} to the manifest {name}"
-            change = "choose another tag: this one may be immutable"
-            raise remote.refusal("REG-141", what, change)
+    if answer.status_code not in _MAYBE_THERE or manifest(remote, name) == data:
+        return
+    code = answers.code(answer)
+    if code == "MANIFEST_BLOB_UNKNOWN":
+        what = "does not know a blob that it had taken"
+        raise remote.judge.again("REG-134", what, "run the same command again", tries=3)
+    if answer.status_code in (403, 404, 405):
+        raise remote.judge.status("PUT", answer)
+    said = f"{answer.status_code}{f' {code}' if code else ''}"
+    what = f"answered {said} to the manifest under {name}"
+    raise remote.refusal("REG-141", what, "choose another tag: this one may be immutable")
 
 
 def verify(remote: Remote, ours: Image) -> None:
     """Read the tag back and look for every blob. Raises RefusedError if anything differs."""
-    found = manifest(remote, _tag(remote.reference))
-    held = f"sha256:{hashlib.sha256(found[0]).hexdigest()}" if found else None
-    if held is None:
-        problem = Problem("REG-134", str(remote.reference), "does not show the tag", "try again")
-        raise Again(problem)
-    if held != ours.digest:
-        raise _taken(remote, Found(held, None), ours.digest)
-    for blob in (ours.config, *ours.layers):
-        if not _has(remote, blob):
-            what = f"lost the blob {blob.digest} after it took it"
-            raise remote.refusal("REG-142", what, "look after the registry's storage, push again")
-
-
-def _tag(reference: Reference) -> str:
-    return reference.digest or reference.tag or "latest"
+    data = manifest(remote, tag_of(remote.reference))
+    change = "run the same command again"
+    if data is None:
+        raise remote.judge.again("REG-134", "does not show the tag", change, tries=5)
+    if digest_of(data) != ours.digest:
+        found = look(remote)
+        held = found.digest if found else digest_of(data)
+        if held == digest_of(data):
+            raise _taken(remote, held, ours.digest)
+        what = f"shows the tag as {digest_of(data)}, not as {ours.digest}"
+        raise remote.refusal("REG-143", what, "look after the registry's storage")
+    for blob in ours.blobs:
+        if not upload.has(remote, blob):
+            what = f"does not show the blob {blob.digest}, which it took"
+            raise remote.judge.again("REG-134", what, change, tries=3)

@@ -144,6 +144,7 @@ class _Story:
         for note in self.spec.notes:
             self.console.say(f"  {note}", style="dim")
 
+        self._judge()
         model = self._base()
         self._check(model)
         data = self._fetch()
@@ -237,6 +238,15 @@ class _Story:
         found = [(path, path.stat()) for path in local if path.exists()]
         stats = [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in found]
         return _key(asdict(self.spec), stats, self.options.questions)
+
+    def _judge(self) -> None:
+        """Refuse at once what the spec alone shows to be impossible here, before any network."""
+        self._begin("judge")
+        try:
+            known = plan.known_base(self.spec)
+        except plan.Unknown:
+            return  # its config has to be fetched first
+        plan.refuse_unsupported(self.spec, known, device.detect())
 
     def _base(self) -> base.Base:
         self._begin("base")
@@ -502,7 +512,8 @@ def together(*checks: Callable[[], object]) -> None:
         except TuningError as error:
             errors.append(error)
     if errors:
-        raise type(errors[0])(problem for error in errors for problem in error.problems)
+        found = (problem for error in errors for problem in error.problems)
+        raise type(errors[0])(dict.fromkeys(found))
 
 
 def base_reference(spec: Spec) -> tuple[str, str | None]:

@@ -384,6 +384,10 @@ def refuse_unsupported(spec: Spec, base: Base, device: Device) -> None:
         raise SpecError(problems)
 
 
+class Unknown(SpecError):
+    """The base model's shape is not known without the network."""
+
+
 def draft(spec: Spec, *, here: Device) -> Plan:
     """The plan that the spec alone allows: no data, no weights, no network.
 
@@ -395,7 +399,7 @@ def draft(spec: Spec, *, here: Device) -> Plan:
 
 
 def known_base(spec: Spec) -> Base:
-    """The base model as far as it is known without the network."""
+    """The base model as far as it is known without the network. Raises Unknown, SpecError."""
     name = spec.base_model or spec.preset
     folder = Path(name)
     if spec.base_model and folder.is_dir():
@@ -411,7 +415,7 @@ def known_base(spec: Spec) -> Base:
         return base_from_config(spec.preset, "local", config)
     if preset := presets.find(name):
         return Base(preset.hub_id, spec.settings.revision or preset.revision, preset.facts)
-    raise SpecError.at(
+    raise Unknown.at(
         "PLAN-107",
         name,
         "is not among the presets, so its shape is not known without the network",

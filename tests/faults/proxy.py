@@ -116,8 +116,8 @@ class Turn:
         headers = [(k, v) for k, v in response.getheaders() if k.lower() not in HOP_BY_HOP]
         return Reply(response.status, headers, response)
 
-    def answer(self, reply: Reply, *, cut: int | None = None) -> None:
-        """Tell the client; with `cut`, break off with a RST after so many bytes of the body."""
+    def answer(self, reply: Reply, *, cut: int | None = None, reset: bool = True) -> None:
+        """Tell the client; with `cut`, break off after so many bytes of the body."""
         self.seen.status = reply.status
         handler = self.handler
         if self._body is None and self.seen.headers.get("content-length", "0") != "0":
@@ -136,7 +136,8 @@ class Turn:
         for piece in () if bodiless else reply.pieces():
             if cut is not None and len(piece) >= cut:
                 handler.wfile.write(piece[:cut])
-                return self.reset()
+                handler.close_connection = True
+                return self.reset() if reset else None
             cut = None if cut is None else cut - len(piece)
             handler.wfile.write(piece if sized else b"%x\r\n%b\r\n" % (len(piece), piece))
             handler.wfile.flush()
@@ -184,9 +185,9 @@ def reset_after(size: int) -> Fault:
     return fault
 
 
-def cut_reply(size: int) -> Fault:
-    """The connection breaks after `size` bytes of the answer's body."""
-    return lambda turn: turn.answer(turn.forward(), cut=size)
+def cut_reply(size: int, *, reset: bool = True) -> Fault:
+    """The connection ends after `size` bytes of the answer; a RST may lose some of them."""
+    return lambda turn: turn.answer(turn.forward(), cut=size, reset=reset)
 
 
 def status(code: int, body: bytes = b"", **headers: str | int) -> Fault:
@@ -288,6 +289,10 @@ class Proxy:
         """No more faults."""
         with self._lock:
             self._rules.clear()
+
+    def struck(self) -> bool:
+        """Whether every fault has had its turn."""
+        return all(rule.met >= rule.nth for rule in self._rules)
 
     def received(self) -> int:
         """Bytes of all requests' bodies."""

@@ -30,6 +30,7 @@ class Tokens:
     judge: Judge
     plain: bool  # the registry is reached by plain http
     ask: Callable[..., requests.Response]  # (method, url, **more): one request, as it comes
+    proven: bool = False  # the header was good for a request before
     _header: str = ""
     _challenge: oras.auth.utils.authHeader | None = None  # of a registry that wants tokens
     _actions: set[str] = field(default_factory=lambda: {"pull"})
@@ -52,9 +53,9 @@ class Tokens:
             self._challenge = wanted["bearer"]
             self._fetch(self._challenge)
         elif "basic" in wanted and login and not login.identity_token:
-            if self._header == login.basic:
+            if self._header == login.basic and not self.proven:
                 raise self.judge.unwelcome()
-            self._header = login.basic
+            self._header, self.proven = login.basic, False
         else:
             raise self.judge.unwelcome()
 

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import urllib3.exceptions
 
-from tuning import files, image
+from tuning import image
 from tuning.image import ADAPTER_FILES, Blob, Image
 from tuning.registry.push import Progress, digest_of, manifest, tag_of
 from tuning.registry.wire import Remote
 
 DEEPEST_INDEX = 3
+PIECE = 1 << 16  # bytes in one read: what is lost when a download breaks off
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def _download(remote: Remote, blob: Blob, layout: Path, report: Callable[[int], 
         have = 0
     try:
         with answer, path.open("ab") as out:
-            for piece in answer.raw.stream(files.CHUNK, decode_content=False):
+            for piece in answer.raw.stream(PIECE, decode_content=False):
                 have += len(piece)
                 if have > blob.size:
                     break

@@ -91,7 +91,10 @@ class Remote:
             if answer.status_code == 401 and ours and not renewed:
                 renewed = True  # one new token for each request
                 self._tokens.challenged(answer)
-            elif answer.status_code in (301, 302, 303, 307, 308) and redirects < MOST_REDIRECTS:
+                answer.close()
+                continue
+            self._tokens.proven |= ours
+            if answer.status_code in (301, 302, 303, 307, 308) and redirects < MOST_REDIRECTS:
                 redirects += 1
                 where = self._redirected(method, where, answer)
             elif answer.status_code in expect:

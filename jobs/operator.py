@@ -1,0 +1,165 @@
+"""The operator's life: watches fill a queue, workers empty it, a lease says who writes."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from jobs.cluster import WORKSPACE, ApiError, Cluster, NotLeader, Object
+from jobs.lease import Lease
+from jobs.options import Options
+from jobs.poll import Poll
+from jobs.reconcile import Context, reconcile
+from jobs.serve import Metrics
+from jobs.site import Site
+from jobs.watch import RESYNC, SOURCES, Key, Watch
+from jobs.work import Queue
+
+log = logging.getLogger(__name__)
+
+_STALE = 2 * RESYNC + 60  # seconds after which a watch that did not list is dead
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How this process takes part."""
+
+    identity: str
+    namespace: str = "tuning-system"  # of the lease
+    elect: bool = True
+    workers: int = 4
+    resync: int = RESYNC
+    lease_seconds: float = 15.0
+
+
+class Operator:
+    """One replica. `run` returns when `stop` is set or the lease is lost."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        options: Options,
+        setup: Setup,
+        *,
+        poll: Callable[[Object], dict[str, Any] | None] | None = None,
+    ) -> None:
+        self._setup, self._options = setup, options
+        self._lease = Lease(
+            cluster,
+            namespace=setup.namespace,
+            name="tuning-operator",
+            identity=setup.identity,
+            duration=setup.lease_seconds,
+        )
+        self._cluster = cluster.guarded(lambda: self._lease.held) if setup.elect else cluster
+        site = Site(self._cluster, options)
+        self._context = Context(self._cluster, options, site, poll or Poll())
+        self._watches: list[Watch] = []
+        self.metrics = Metrics()
+        self.queue: Queue[Key] = Queue()
+
+    @property
+    def ready(self) -> bool:
+        """Whether it could take over: the API server answers and knows Workspaces."""
+        try:
+            namespace = self._options.namespaces[0] if self._options.namespaces else None
+            self._cluster.find(WORKSPACE, namespace, fields="metadata.name=none")
+        except ApiError:
+            return False
+        return True
+
+    @property
+    def healthy(self) -> bool:
+        """False when a watch has not listed for so long that a restart is the better try."""
+        now = time.monotonic()
+        return all(w.listed is None or now - w.listed < _STALE for w in self._watches)
+
+    def run(self, stop: threading.Event) -> bool:
+        """Work until `stop`; False if the lease was lost, so that the process should end."""
+        if not self._setup.elect:
+            self._lead(stop)
+            return True
+        if not self._lease.acquire(stop):
+            return True
+        lost = threading.Event()
+
+        def keep() -> None:
+            self._lease.keep(stop)
+            if not stop.is_set():
+                lost.set()
+                stop.set()
+
+        keeper = threading.Thread(target=keep, name="lease", daemon=True)
+        keeper.start()
+        log.info("leading as %s", self._setup.identity)
+        self._lead(stop)
+        keeper.join()
+        if not lost.is_set():
+            self._lease.give_back()
+        return not lost.is_set()
+
+    def _lead(self, stop: threading.Event) -> None:
+        self.metrics.leading.set(1)
+        spaces: tuple[str | None, ...] = self._options.namespaces or (None,)
+        self._watches = [
+            Watch(
+                self._cluster,
+                kind,
+                space,
+                labels=labels,
+                key_of=key_of,
+                tell=self.queue.add,
+                resync=self._setup.resync,
+            )
+            for space in spaces
+            for kind, labels, key_of in SOURCES
+        ]
+        threads = [
+            threading.Thread(target=each.run, args=(stop,), daemon=True) for each in self._watches
+        ]
+        workers = [
+            threading.Thread(target=self._work, daemon=True) for _ in range(self._setup.workers)
+        ]
+        for thread in (*threads, *workers):
+            thread.start()
+        stop.wait()
+        self.queue.close()
+        for worker in workers:
+            worker.join()  # what was begun is ended; watches are left to their time limit
+        self.metrics.leading.set(0)
+
+    def _work(self) -> None:
+        while (key := self.queue.take()) is not None:
+            self.metrics.queued.set(len(self.queue))
+            place = {"namespace": key[0], "workspace": key[1]}
+            with self.metrics.seconds.time():
+                result = self._look(key, place)
+            self.metrics.reconciles.labels(result).inc()
+
+    def _look(self, key: Key, place: dict[str, str]) -> str:
+        try:
+            again = reconcile(self._context, *key)
+        except NotLeader:
+            self.queue.done(key)
+            return "not leading"
+        except ApiError as error:
+            delay = self.queue.failed(key)
+            usual = error.status == 409
+            log.log(
+                logging.DEBUG if usual else logging.WARNING,
+                "again in %.1f s: %s",
+                delay,
+                error,
+                extra=place,
+            )
+            return "conflict" if usual else "api error"
+        except Exception:
+            log.exception("reconcile failed", extra=place)
+            self.queue.failed(key)
+            return "error"
+        self.queue.done(key, again=again)
+        return "done"

@@ -1,0 +1,130 @@
+"""What the administrator decides for the whole cluster: one YAML file, every key optional."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.alias_generators import to_camel
+
+from tuning.errors import Problem, SpecError
+
+DAY = 24 * 3600
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        alias_generator=to_camel,
+        validate_by_name=True,
+        validate_by_alias=True,
+        use_attribute_docstrings=True,
+    )
+
+
+class NodeClass(_Part):
+    """Karpenter's class of the machines that are bought."""
+
+    group: str = "karpenter.azure.com"
+    """API group: karpenter.azure.com, karpenter.k8s.aws, kaito.sh, ..."""
+    kind: str = "AKSNodeClass"
+    """Kind: AKSNodeClass, EC2NodeClass, KaitoNodeClass, ..."""
+    name: str = "default"
+    """Name of the object."""
+
+
+class Nodes(_Part):
+    """Where Jobs run."""
+
+    provision: bool = False
+    """True: buy a machine for each Workspace with an instanceType (Karpenter's NodeClaim)."""
+    node_class: NodeClass = NodeClass()
+    """Class of the machines that are bought."""
+    launch_seconds: int = Field(300, ge=1)
+    """Time that the cloud has to launch a machine."""
+    register_seconds: int = Field(900, ge=1)
+    """Time that a launched machine has to become a ready node."""
+    attempts: int = Field(3, ge=1)
+    """How often a machine is asked for, before the Workspace fails with the cloud's message."""
+    tolerations: tuple[dict[str, str], ...] = ()
+    """Tolerations of the Job, beside those for GPU taints."""
+
+
+class Storage(_Part):
+    """Where the run directory and the base weights are kept."""
+
+    run_volume: Literal["auto", "claim", "ephemeral"] = "auto"
+    """auto: a claim where there is a storage class, else an emptyDir, which a new pod loses."""
+    storage_class: str | None = None
+    """Storage class of the claim; the cluster's default if not set."""
+    access_mode: Literal["ReadWriteOnce", "ReadWriteOncePod", "ReadWriteMany"] = "ReadWriteOnce"
+    """How the claim is mounted."""
+    cache_claim: str | None = None
+    """A claim, in every namespace that tunes, in which all Workspaces share base weights."""
+    cache_host_path: str | None = None
+    """A folder of the node for shared base weights; needs a namespace without restricted pods."""
+
+
+class Options(_Part):
+    """Everything that the operator is told."""
+
+    image: str = "tuning:latest"
+    """The engine's image, best by digest: what every Job runs."""
+    image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
+    """When it is pulled."""
+    image_pull_secrets: tuple[str, ...] = ()
+    """Secrets with which the engine's image is pulled, in the Workspaces' namespaces."""
+    namespaces: tuple[str, ...] = ()
+    """Namespaces to look after; all of them if empty."""
+    gpu_resource: str = "nvidia.com/gpu"
+    """What a GPU is called in a pod's resources."""
+    nodes: Nodes = Nodes()
+    """Where Jobs run."""
+    storage: Storage = Storage()
+    """Where the run directory and the base weights are kept."""
+    backoff_limit: int = Field(3, ge=0)
+    """Pods that may fail for a passing reason."""
+    deadline_seconds: int | None = Field(None, ge=1)
+    """Longest time of a Job."""
+    keep_seconds: int = Field(7 * DAY, ge=0)
+    """How long a finished Job and its log are kept. The status stays, and nothing runs again."""
+    stuck_seconds: int = Field(900, ge=1)
+    """How long a pod may wait for an image or a Secret before the Workspace fails."""
+    grace_seconds: int = Field(120, ge=10)
+    """Time a pod has to save its state when it is stopped."""
+    network_policy: bool = True
+    """Whether each Job gets a NetworkPolicy."""
+    egress_ports: tuple[int, ...] = ()
+    """Ports that Jobs may reach beside 443, DNS and those of their URLs and images."""
+    operator_namespace: str = "tuning-system"
+    """Where the operator runs: only its pods may ask a Job for its progress."""
+    allow_host_path: bool = False
+    """Whether a Workspace may name a folder of the node as its volume."""
+    user_id: int = Field(10001, ge=1)
+    """User and group of the Job."""
+    policy: str | None = None
+    """Text of the policy file that Jobs obey; filled in from --policy."""
+
+
+def load(path: Path | None) -> Options:
+    """The options in the YAML file at `path`; the defaults if there is none.
+
+    Raises SpecError with all problems of the file.
+    """
+    if path is None:
+        return Options()
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return Options.model_validate({} if document is None else document)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        what = f"cannot be read ({type(error).__name__})"
+        raise SpecError.at("JOB-101", str(path), what, "give a YAML file") from None
+    except ValidationError as error:
+        problems = [
+            Problem("JOB-102", ".".join(map(str, e["loc"])), e["msg"], f"mend {path.name}")
+            for e in error.errors(include_input=False, include_url=False)
+        ]
+        raise SpecError(problems) from None

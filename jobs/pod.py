@@ -1,0 +1,212 @@
+"""The pod of a Job: one container that runs the engine. Pure.
+
+It passes the *restricted* pod security standard, has no service-account token, and gets Secrets as
+read-only files in one projected volume, beside the document that it reads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jobs import names
+from jobs.cluster import Object
+from jobs.options import Options
+from jobs.wanted import GIB, Wanted
+from tuning.spec.workspace import ANNOTATION
+
+PORT = 8080
+CONTAINER = "tuning"
+SNAPSHOT, POLICY = f"{ANNOTATION}document", f"{ANNOTATION}policy"
+_DOCKER = ".dockerconfigjson"
+_HUB = "HF_TOKEN"
+_VOLUMES = (  # that a tenant may name: none of them reads another's data or a Secret
+    "azureFile",
+    "cephfs",
+    "configMap",
+    "csi",
+    "emptyDir",
+    "ephemeral",
+    "image",
+    "nfs",
+    "persistentVolumeClaim",
+)
+
+
+def forbidden_volume(workspace: Object, options: Options) -> tuple[str, str] | None:
+    """(field, kind) of a volume that a Workspace must not name."""
+    tuning = workspace.get("tuning") or {}
+    for field in ("input", "output"):
+        for kind in (tuning.get(field) or {}).get("volumeSource") or {}:
+            allowed = (*_VOLUMES, "hostPath") if options.allow_host_path else _VOLUMES
+            if kind not in allowed:
+                return f"tuning.{field}.volumeSource", kind
+    return None
+
+
+def spec(workspace: Object, wanted: Wanted, options: Options, *, claim: bool) -> Object:
+    """The pod's spec. `claim`: the run directory is on a claim, else in an emptyDir."""
+    assert wanted.spec is not None
+    mounts, volumes = _volumes(workspace, wanted, options, claim=claim)
+    command = ["python", "-m", "tuning", "run", "-f", "/etc/tuning/workspace.yaml"]
+    command += ["--run-dir", "/run/tuning", "--port", str(PORT)]
+    command += ["--secrets", "/etc/tuning/secrets"]
+    if options.policy:
+        command += ["--policy", "/etc/tuning/policy.yaml"]
+    container = {
+        "name": CONTAINER,
+        "image": options.image,
+        "imagePullPolicy": options.image_pull_policy,
+        "command": command,
+        "env": [
+            {"name": "HOME", "value": "/tmp"},  # noqa: S108 the pod's own
+            {"name": "HF_HOME", "value": "/models"},
+        ],
+        "ports": [{"name": "progress", "containerPort": PORT, "protocol": "TCP"}],
+        "resources": _resources(wanted, options, claim=claim),
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "capabilities": {"drop": ["ALL"]},
+            "readOnlyRootFilesystem": True,
+        },
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+        "volumeMounts": mounts,
+    }
+    user = options.user_id
+    pod: dict[str, Any] = {
+        "restartPolicy": "Never",
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "terminationGracePeriodSeconds": options.grace_seconds,
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": user,
+            "runAsGroup": user,
+            "fsGroup": user,
+            "fsGroupChangePolicy": "OnRootMismatch",
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+        "tolerations": _tolerations(options),
+        "containers": [container],
+        "volumes": volumes,
+    }
+    if options.image_pull_secrets:
+        pod["imagePullSecrets"] = [{"name": name} for name in options.image_pull_secrets]
+    if wanted_labels := node_labels(workspace, wanted, options):
+        terms = [
+            {"key": key, "operator": "In", "values": [value]}
+            for key, value in sorted(wanted_labels.items())
+        ]
+        selector = {"nodeSelectorTerms": [{"matchExpressions": terms}]}
+        pod["affinity"] = {
+            "nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": selector}
+        }
+    return pod
+
+
+def _resources(wanted: Wanted, options: Options, *, claim: bool) -> Object:
+    """Requests that leave room on the machine; no CPU limit, which would only slow the run."""
+    memory = size(wanted.memory_bytes)
+    run = 0 if claim else wanted.run_bytes  # an emptyDir counts as the pod's own disk
+    requests = {"cpu": "2", "memory": memory, "ephemeral-storage": size(2 * GIB + run)}
+    limits = {
+        "memory": size(2 * wanted.memory_bytes),
+        "ephemeral-storage": size(8 * GIB + run),
+    }
+    if wanted.instance and wanted.instance.ram_bytes:
+        limits["memory"] = size(int(0.9 * wanted.instance.ram_bytes))
+    if wanted.gpus:
+        requests[options.gpu_resource] = limits[options.gpu_resource] = str(wanted.gpus)
+    return {"requests": requests, "limits": limits}
+
+
+def _tolerations(options: Options) -> list[Object]:
+    usual: list[Object] = [
+        {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"},
+        {"key": "sku", "operator": "Equal", "value": "gpu", "effect": "NoSchedule"},
+        {"key": "gpu", "operator": "Exists", "effect": "NoSchedule"},
+        {"key": "kubernetes.azure.com/scalesetpriority", "operator": "Exists"},
+    ]
+    return usual + [dict(each) for each in options.nodes.tolerations]
+
+
+def node_labels(workspace: Object, wanted: Wanted, options: Options) -> dict[str, str]:
+    """Labels that a node must carry: the Workspace's, and ours on a machine that we bought."""
+    meta = workspace["metadata"]
+    ours = {names.WORKSPACE_LABEL: meta["name"], names.NAMESPACE_LABEL: meta["namespace"]}
+    return names.selected(workspace) | (ours if names.bought(wanted, options) else {})
+
+
+def _volumes(
+    workspace: Object, wanted: Wanted, options: Options, *, claim: bool
+) -> tuple[list[Object], list[Object]]:
+    """(mounts, volumes) of the pod."""
+    tuning, storage = workspace["tuning"], options.storage
+    run: Object = {"emptyDir": {"sizeLimit": size(wanted.run_bytes)}}
+    if claim:
+        run = {"persistentVolumeClaim": {"claimName": names.claim_name(workspace)}}
+    volumes: list[Object] = [
+        {"name": "files", "projected": {"defaultMode": 0o440, "sources": _files(wanted, options)}},
+        {"name": "run", **run},
+        {"name": "tmp", "emptyDir": {"sizeLimit": "4Gi"}},
+        {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "1Gi"}},
+    ]
+    mounts: list[Object] = [
+        {"name": "files", "mountPath": "/etc/tuning", "readOnly": True},
+        {"name": "run", "mountPath": "/run/tuning", "subPath": "run"},
+        {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108 the pod's own
+        {"name": "shm", "mountPath": "/dev/shm"},  # noqa: S108 the pod's own
+    ]
+    if storage.cache_claim:
+        volumes.append(
+            {"name": "models", "persistentVolumeClaim": {"claimName": storage.cache_claim}}
+        )
+    elif storage.cache_host_path:
+        folder = {"path": storage.cache_host_path, "type": "DirectoryOrCreate"}
+        volumes.append({"name": "models", "hostPath": folder})
+    if storage.cache_claim or storage.cache_host_path:
+        mounts.append({"name": "models", "mountPath": "/models"})
+    else:
+        mounts.append({"name": "run", "mountPath": "/models", "subPath": "models"})
+    if source := tuning["input"].get("volumeSource"):
+        volumes.append({"name": "data", **source})
+        path = _mount_path(source, "/data")
+        mounts.append({"name": "data", "mountPath": path, "readOnly": True})
+    if target := tuning["output"].get("volumeSource"):
+        volumes.append({"name": "output", **target})
+        mounts.append({"name": "output", "mountPath": _mount_path(target, "/output")})
+    return mounts, volumes
+
+
+def _mount_path(volume: Object, usual: str) -> str:
+    """Where the engine looks for a volume: a folder of the node has the same path in the pod."""
+    return str(volume["hostPath"]["path"]) if "hostPath" in volume else usual
+
+
+def _files(wanted: Wanted, options: Options) -> list[Object]:
+    """What stands below /etc/tuning: the document, the policy, and Secrets by their use."""
+    assert wanted.spec is not None
+    asked = wanted.spec
+    items = [_field(SNAPSHOT, "workspace.yaml")]
+    if options.policy:
+        items.append(_field(POLICY, "policy.yaml"))
+    sources: list[Object] = [{"downwardAPI": {"items": items}}]
+    if asked.destination.push_secret:
+        sources.append(_secret(asked.destination.push_secret, _DOCKER, "push"))
+    for i, name in enumerate(asked.source.pull_secrets):
+        sources.append(_secret(name, _DOCKER, "pull" if i == 0 else f"pull/{i}"))
+    if asked.hub_secret:
+        sources.append(_secret(asked.hub_secret, _HUB, "hub"))
+    return sources
+
+
+def _field(annotation_: str, path: str) -> Object:
+    return {"path": path, "fieldRef": {"fieldPath": f"metadata.annotations['{annotation_}']"}}
+
+
+def _secret(name: str, key: str, use: str) -> Object:
+    return {"secret": {"name": name, "items": [{"key": key, "path": f"secrets/{use}/{key}"}]}}
+
+
+def size(count: int) -> str:
+    """Bytes as a quantity, rounded up to whole GiB."""
+    return f"{-(-count // GIB)}Gi"

@@ -1,0 +1,293 @@
+"""One Workspace: observe, decide, act.
+
+Level-triggered: nothing is remembered between calls but what the API server stores, so that a
+replayed, dropped or stale event changes nothing, and a crash between any two writes is repaired by
+the next call. A Job's name is the hash of what it is for: there are never two of them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from typing import Any, Literal
+
+from jobs import children, manifests, names, wanted
+from jobs.children import Trouble
+from jobs.cluster import (
+    CLAIM,
+    CONFIG_MAP,
+    CORE_EVENT,
+    JOB,
+    NETWORK_POLICY,
+    NODE_CLAIM,
+    POD,
+    WORKSPACE,
+    ApiError,
+    Cluster,
+    Kind,
+    Object,
+)
+from jobs.options import Options
+from jobs.site import Site
+from jobs.stage import Seen, Stage, Word, attempts, judge
+from jobs.status import status
+
+log = logging.getLogger(__name__)
+
+_AGAIN: dict[Word, float] = {  # seconds until the next look, where no event would ask for one
+    "invalid": 30,
+    "replacing": 5,
+    "buying": 10,
+    "creating": 2,
+    "pending": 5,
+    "running": 15,
+    "refused": 60,
+    "conflict": 60,
+    "stuck": 1,
+    "succeeded": 1,
+    "failed": 1,
+    "unbought": 1,
+}
+_LONG_WAIT, _SLOW = (
+    timedelta(minutes=2),
+    30.0,
+)  # a pod that has waited this long is asked less often
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every reconcile shares."""
+
+    cluster: Cluster
+    options: Options
+    site: Site
+    poll: Callable[[Object], dict[str, Any] | None]  # pod -> its progress
+    now: Callable[[], datetime] = lambda: datetime.now(UTC)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is to be done, in this order: finalizers, deletions, creations, status."""
+
+    finalizers: list[str] | None = None
+    delete: tuple[tuple[Kind, Object], ...] = ()
+    create: tuple[tuple[Kind, Object], ...] = ()
+    status: Object | None = None
+    again: float | None = None  # seconds until the next look
+    stage: Stage = field(default_factory=lambda: Stage("finished"))
+
+
+def reconcile(context: Context, namespace: str, name: str) -> float | None:
+    """Bring one Workspace a step nearer to what it wants.
+
+    Returns the seconds after which to look again, or None to wait for an event. Raises ApiError.
+    """
+    seen = observe(context, namespace, name)
+    if seen is None:
+        return None  # gone; its children go by their owner references
+    decision = decide(seen, context.options)
+    act(context, seen, decision)
+    return decision.again
+
+
+def observe(context: Context, namespace: str, name: str) -> Seen | None:
+    """Everything about the Workspace, read now; None if it is gone."""
+    cluster, options = context.cluster, context.options
+    workspace = cluster.get(WORKSPACE, namespace, name)
+    if workspace is None:
+        return None
+    uid = workspace["metadata"]["uid"]
+    config = (workspace.get("tuning") or {}).get("config")
+    config_map = cluster.get(CONFIG_MAP, namespace, config) if config else None
+    device = context.site.device(names.selected(workspace)) if _own_nodes(workspace) else None
+    wish = wanted.read(workspace, config_map, device)
+    labelled = cluster.find(JOB, namespace, labels=f"{names.WORKSPACE_LABEL}={name}")
+    own = [job for job in labelled if names.owned(job, uid)]
+    job = next((j for j in own if names.revision_of(j) == wish.revision), None)
+    ended = workspace.get("status", {}).get("revision") == wish.revision
+    ended = ended and "completionTime" in workspace.get("status", {})
+    taken = None if job or ended else cluster.get(JOB, namespace, names.job_name(workspace, wish))
+    pods = _pods(cluster, namespace, job) if job and not ended else ()
+    last = children.newest(pods)
+    bought = options.nodes.provision
+    return Seen(
+        workspace=workspace,
+        wanted=wish,
+        now=context.now(),
+        job=job,
+        old=tuple(j for j in own if j is not job),
+        foreign=taken is not None and not names.owned(taken, uid),
+        pods=pods,
+        mount_warning=_mount_warning(cluster, last) if last else None,
+        machines=tuple(cluster.find(NODE_CLAIM, labels=f"{names.UID_LABEL}={uid}"))
+        if bought
+        else (),
+        progress=context.poll(last) if last and children.running(last) else None,
+        run_claim=cluster.get(CLAIM, namespace, names.claim_name(workspace)),
+        storage=context.site.storage(),
+    )
+
+
+def _own_nodes(workspace: Object) -> bool:
+    return not (workspace.get("resource") or {}).get("instanceType")
+
+
+def _pods(cluster: Cluster, namespace: str, job: Object) -> tuple[Object, ...]:
+    """The pods of this very Job, oldest first."""
+    found = cluster.find(POD, namespace, labels=f"job-name={job['metadata']['name']}")
+    own = [pod for pod in found if names.owned(pod, job["metadata"]["uid"])]
+    return tuple(sorted(own, key=lambda pod: str(pod["metadata"]["creationTimestamp"])))
+
+
+def _mount_warning(cluster: Cluster, pod: Object) -> str | None:
+    """Why a pod with a node still has no container: a Secret or volume is missing."""
+    if not children.scheduled(pod) or children.started(pod):
+        return None
+    meta = pod["metadata"]
+    fields = f"involvedObject.uid={meta['uid']},reason=FailedMount"
+    found = cluster.find(CORE_EVENT, meta["namespace"], fields=fields)
+    last = max(found, key=lambda e: str(e.get("lastTimestamp") or ""), default=None)
+    return last.get("message") if last else None
+
+
+def decide(seen: Seen, options: Options) -> Decision:
+    """What to do about what was seen. Pure."""
+    if seen.workspace["metadata"].get("deletionTimestamp"):
+        return _farewell(seen)
+    stage = judge(seen, options)
+    decision = Decision(status=status(seen, stage, options), again=_again(seen, stage), stage=stage)
+    match stage.word:
+        case "finished":
+            return replace(decision, **_cleanup(seen, options))
+        case "replacing":
+            return replace(decision, delete=tuple((JOB, job) for job in seen.old))
+        case "buying":
+            return replace(decision, **_buy(seen, options))
+        case "creating":
+            return replace(decision, create=_children(seen, options))
+    return decision
+
+
+def _again(seen: Seen, stage: Stage) -> float | None:
+    if stage.word == "pending" and seen.pods:
+        made = children.time(seen.pods[-1]["metadata"]["creationTimestamp"])
+        if seen.now - made > _LONG_WAIT:
+            return _SLOW
+    return _AGAIN.get(stage.word)
+
+
+def _children(seen: Seen, options: Options) -> tuple[tuple[Kind, Object], ...]:
+    """What a run needs, the Job last: when it is there, everything is."""
+    workspace, wish = seen.workspace, seen.wanted
+    claim = seen.storage and options.storage.run_volume != "ephemeral"
+    found: list[tuple[Kind, Object]] = []
+    if claim and not seen.run_claim:
+        found.append((CLAIM, manifests.run_claim(workspace, wish, options)))
+    if options.network_policy:
+        found.append((NETWORK_POLICY, manifests.network_policy(workspace, wish, options)))
+    earlier = tuple(seen.recorded.get("outputs") or ())
+    job = manifests.job(workspace, wish, options, claim=claim, earlier=earlier)
+    return (*found, (JOB, job))
+
+
+def _buy(seen: Seen, options: Options) -> dict[str, Any]:
+    """A machine, if none is on its way; one that failed is given back first."""
+    states = [(m, children.claim_state(m, options.nodes, seen.now)[0]) for m in seen.machines]
+    failed = tuple((NODE_CLAIM, machine) for machine, word in states if word == "failed")
+    if len(failed) < len(states):
+        return {"delete": failed}
+    number = attempts(seen) + 1
+    claim = manifests.node_claim(seen.workspace, seen.wanted, options, attempt=number)
+    return {
+        "finalizers": _with_finalizer(seen.workspace),
+        "delete": failed,
+        "create": ((NODE_CLAIM, claim),),
+    }
+
+
+def _with_finalizer(workspace: Object) -> list[str] | None:
+    """Machines are no children in Kubernetes' eyes: their end is ours to see to."""
+    have = workspace["metadata"].get("finalizers") or []
+    return None if names.FINALIZER in have else [*have, names.FINALIZER]
+
+
+def _cleanup(seen: Seen, options: Options) -> dict[str, Any]:
+    """After the end is recorded: machines and run volume go at once, the Job after a while."""
+    gone: list[tuple[Kind, Object]] = []
+    if names.annotation(seen.workspace, "keep-node") != "true":
+        gone += [(NODE_CLAIM, machine) for machine in seen.machines]
+    again = None
+    if seen.job:
+        over = children.job_state(seen.job) in ("complete", "failed")
+        until = children.time(seen.recorded["completionTime"])
+        until += timedelta(seconds=options.keep_seconds)
+        if not over or seen.now >= until:
+            gone.append((JOB, seen.job))
+        else:
+            again = (until - seen.now).total_seconds() + 1
+    if seen.run_claim and names.owned(seen.run_claim, seen.workspace["metadata"]["uid"]):
+        gone.append((CLAIM, seen.run_claim))
+    alive = tuple(
+        (kind, item) for kind, item in gone if not item["metadata"].get("deletionTimestamp")
+    )
+    return {"delete": alive, "again": again}
+
+
+def _farewell(seen: Seen) -> Decision:
+    """The Workspace is being deleted: stop the work, give machines back, then let it go."""
+    left: list[tuple[Kind, Object]] = [(JOB, job) for job in (seen.job, *seen.old) if job]
+    left += [(NODE_CLAIM, machine) for machine in seen.machines]
+    have = seen.workspace["metadata"].get("finalizers") or []
+    if left:
+        alive = tuple(
+            (kind, item) for kind, item in left if not item["metadata"].get("deletionTimestamp")
+        )
+        return Decision(delete=alive, again=2)
+    if names.FINALIZER in have:
+        return Decision(finalizers=[each for each in have if each != names.FINALIZER])
+    return Decision()
+
+
+def act(context: Context, seen: Seen, decision: Decision) -> None:
+    """Carry a decision out. A create that the server refuses for good becomes a condition."""
+    cluster, workspace, told = context.cluster, seen.workspace, decision.status
+    if decision.finalizers is not None:
+        cluster.set_finalizers(WORKSPACE, workspace, decision.finalizers)
+        workspace = cluster.get(WORKSPACE, *_key(workspace)) or workspace
+    for kind, item in decision.delete:
+        cluster.delete(kind, item)
+    try:
+        for kind, item in decision.create:
+            cluster.create(kind, item)
+    except ApiError as error:
+        if error.passing:
+            raise
+        refused = Stage("refused", Trouble(children.word(error.reason), error.message))
+        told = status(seen, refused, context.options)
+    if told is not None and told != seen.recorded:
+        stored = cluster.replace_status(WORKSPACE, workspace, told)
+        if stored is not None:
+            for kind_, reason, note in transitions(seen.recorded, told):
+                cluster.event(workspace, kind=kind_, reason=reason, note=note)
+
+
+def _key(item: Object) -> tuple[str, str]:
+    return item["metadata"]["namespace"], item["metadata"]["name"]
+
+
+def transitions(old: Object, new: Object) -> list[tuple[Literal["Normal", "Warning"], str, str]]:
+    """(kind, reason, note) of each condition that now says something else."""
+    before = {c["type"]: (c["status"], c["reason"]) for c in old.get("conditions") or []}
+    found: list[tuple[Literal["Normal", "Warning"], str, str]] = []
+    seen_notes = set()
+    for each in new.get("conditions") or []:
+        was, now = before.get(each["type"]), (each["status"], each["reason"])
+        usual = was is None and each["status"] == "False" and new.get("state") == "Pending"
+        if was == now or usual or each["message"] in seen_notes:
+            continue
+        seen_notes.add(each["message"])
+        bad = new.get("state") == "Failed" and each["status"] == "False"
+        found.append(("Warning" if bad else "Normal", each["reason"], each["message"]))
+    return found

@@ -1,0 +1,94 @@
+"""/healthz, /readyz and /metrics of the operator, and its log as JSON lines."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from tuning.errors import redact
+
+
+class Metrics:
+    """What the operator counts, with its own registry, so that two can live in one process."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.reconciles = Counter(
+            "tuning_operator_reconciles", "Reconciles by result", ["result"], registry=self.registry
+        )
+        self.seconds = Histogram(
+            "tuning_operator_reconcile_seconds", "Time of a reconcile", registry=self.registry
+        )
+        self.queued = Gauge(
+            "tuning_operator_queue_length", "Workspaces to look at", registry=self.registry
+        )
+        self.leading = Gauge(
+            "tuning_operator_leading", "1 for the replica that writes", registry=self.registry
+        )
+
+
+@contextmanager
+def serving(
+    port: int, *, healthy: Callable[[], bool], ready: Callable[[], bool], metrics: Metrics
+) -> Iterator[int]:
+    """Serve on `port` (0: any) until the block ends; yields the port."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            match self.path:
+                case "/healthz":
+                    self._answer(healthy())
+                case "/readyz":
+                    self._answer(ready())
+                case "/metrics":
+                    self._send(200, generate_latest(metrics.registry))
+                case _:
+                    self._send(404, b"not found\n")
+
+        def _answer(self, good: bool) -> None:
+            self._send(200 if good else 503, b"ok\n" if good else b"not ok\n")
+
+        def _send(self, code: int, body: bytes) -> None:
+            self.send_response(code)
+            self.send_header("Content-Type", "text/plain; charset=utf-8")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Probes come every few seconds: nothing to log."""
+
+    server = ThreadingHTTPServer(("", port), Handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True)
+    thread.start()
+    try:
+        yield server.server_address[1]
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line; `workspace` and `namespace` where a record has them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record as JSON, without secrets of URLs."""
+        found = {
+            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": redact(record.getMessage()),
+        }
+        for name in ("namespace", "workspace"):
+            if hasattr(record, name):
+                found[name] = getattr(record, name)
+        if record.exc_info:
+            found["exception"] = redact(self.formatException(record.exc_info))
+        return json.dumps(found, ensure_ascii=False)

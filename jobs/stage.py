@@ -1,0 +1,171 @@
+"""What was seen of a Workspace -> one word for where it stands, and why. Pure.
+
+`status` puts the word into KAITO's conditions and reasons, `reconcile` acts on it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any, Literal
+
+from jobs import children, names, pod
+from jobs.children import Trouble
+from jobs.cluster import Object
+from jobs.options import Options
+from jobs.wanted import Wanted, smallest_fit
+
+Word = Literal[
+    "finished",  # recorded for this revision: nothing runs again
+    "unserved",  # asks for inference only
+    "invalid",  # the spec, or what it names
+    "conflict",  # somebody else's Job has the name
+    "replacing",  # the Job of an earlier spec is stopping
+    "misfit",  # no GPU of the machine is large enough
+    "buying",  # a machine is on its way
+    "unbought",  # the cloud gave no machine
+    "creating",  # the Job is to be made
+    "refused",  # the API server refused what was to be made
+    "queued",  # Kueue holds the Job back
+    "pending",  # the pod has not started
+    "stuck",  # and will not
+    "running",
+    "succeeded",
+    "failed",
+]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Everything that was observed of one Workspace, at one time."""
+
+    workspace: Object
+    wanted: Wanted
+    now: datetime
+    job: Object | None = None  # of this revision
+    old: tuple[Object, ...] = ()  # Jobs of earlier revisions
+    foreign: bool = False  # somebody else's object has the Job's name
+    pods: tuple[Object, ...] = ()  # of `job`
+    mount_warning: str | None = None
+    machines: tuple[Object, ...] = ()  # NodeClaims of this Workspace
+    progress: dict[str, Any] | None = None
+    run_claim: Object | None = None
+    storage: bool = True  # a claim for the run directory can be bound
+
+    @property
+    def recorded(self) -> Object:
+        """The status as it is stored."""
+        found: Object = self.workspace.get("status") or {}
+        return found
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Where it stands, and why."""
+
+    word: Word
+    trouble: Trouble = field(default_factory=lambda: Trouble("", ""))
+
+
+def judge(seen: Seen, options: Options) -> Stage:
+    """The first of the words above that holds."""
+    wanted, recorded = seen.wanted, seen.recorded
+    if not seen.workspace.get("tuning"):
+        return Stage("unserved", Trouble("InferenceNotServed", "this operator tunes only"))
+    if recorded.get("completionTime") and recorded.get("revision") == wanted.revision:
+        return Stage("finished")
+    if seen.job:  # follow it, whatever became of the ConfigMap meanwhile
+        return _of_job(seen, seen.job, options)
+    if trouble := _invalid(seen, options):
+        return Stage("invalid", trouble)
+    if seen.old:
+        return Stage("replacing", Trouble("Replacing", "the Job of the earlier spec is stopping"))
+    if seen.foreign:
+        name = names.job_name(seen.workspace, wanted)
+        what = f"a Job {name} exists that does not belong to this Workspace"
+        return Stage("conflict", Trouble("NameConflict", what, "delete or rename that Job"))
+    if wanted.misfit:
+        return Stage("misfit", misfit(seen.wanted))
+    queued = names.queue(seen.workspace) is not None
+    if names.bought(wanted, options) and not queued:
+        return _of_machine(seen, options) or Stage("creating")
+    return Stage("creating")
+
+
+def _invalid(seen: Seen, options: Options) -> Trouble | None:
+    wanted = seen.wanted
+    if forbidden := pod.forbidden_volume(seen.workspace, options):
+        field_, kind = forbidden
+        what = f"{field_}: a volume of the kind {kind} is not allowed here"
+        return Trouble("VolumeForbidden", what, "use persistentVolumeClaim")
+    if wanted.missing_config is not None:
+        message = " ".join(str(problem) for problem in wanted.problems)
+        return Trouble("ConfigMapNotFound", message, "create the ConfigMap; it goes on by itself")
+    if wanted.spec is None:
+        return Trouble("SpecInvalid", " ".join(str(problem) for problem in wanted.problems))
+    return None
+
+
+def misfit(wanted: Wanted) -> Trouble:
+    """Why it does not fit, and the smallest machine on which it would."""
+    message = " ".join(str(problem) for problem in wanted.misfit)
+    cloud = wanted.instance.cloud if wanted.instance else "azure"
+    machine = smallest_fit(wanted.snapshot, cloud)
+    hint = f"the smallest machine that fits is {machine}" if machine else "no known machine fits"
+    return Trouble("DoesNotFit", f"{message} Here, {hint}.", hint)
+
+
+def _of_job(seen: Seen, job: Object, options: Options) -> Stage:
+    match children.job_state(job):
+        case "complete":
+            return Stage("succeeded")
+        case "failed":
+            return Stage("failed", children.failure(job, seen.pods))
+        case "suspended":
+            return Stage("queued", Trouble("Queued", "the Job waits in its queue"))
+    last = children.newest(tuple(p for p in seen.pods if not children.terminated(p)))
+    if last is not None and children.running(last):
+        return Stage("running")
+    if (
+        names.bought(seen.wanted, options)
+        and (last is None or not children.scheduled(last))
+        and (buying := _of_machine(seen, options))
+    ):
+        return buying
+    if last is None:
+        return Stage("pending", Trouble("PodPending", "the Job has made no pod yet"))
+    trouble = children.waiting(last, seen.mount_warning)
+    age = seen.now - children.time(last["metadata"]["creationTimestamp"])
+    hopeless = trouble is not None and trouble.reason != "Unschedulable"
+    if trouble and hopeless and age > timedelta(seconds=options.stuck_seconds):
+        return Stage("stuck", trouble)
+    return Stage("pending", trouble or Trouble("PodPending", "the pod is starting"))
+
+
+def _of_machine(seen: Seen, options: Options) -> Stage | None:
+    """None when a bought machine is ready."""
+    found = [children.claim_state(m, options.nodes, seen.now) for m in seen.machines]
+    if any(word == "ready" for word, _ in found):
+        return None
+    words = "; ".join(message for _, message in found)
+    usable = any(word == "waiting" for word, _ in found)
+    if not usable and attempts(seen) >= options.nodes.attempts:
+        said = words or last_message(seen, "NodeClaimReady")
+        what = f"no machine after {attempts(seen)} attempts: {said}"
+        return Stage("unbought", Trouble("NodeClaimNotReady", what, "try another instanceType"))
+    return Stage("buying", Trouble("NodeClaimNotReady", words or "a machine is asked for"))
+
+
+def attempts(seen: Seen) -> int:
+    """Machines asked for so far in this revision, whether or not the status could say it."""
+    recorded = seen.recorded.get("nodeAttempts") or 0
+    if seen.recorded.get("revision") != seen.wanted.revision:
+        recorded = 0
+    live = [int(m["metadata"]["name"].rpartition("-")[2]) for m in seen.machines]
+    return max([recorded, *live])
+
+
+def last_message(seen: Seen, kind: str) -> str:
+    """What the stored condition of this type says."""
+    found = children.condition(seen.workspace, kind)
+    return str(found["message"]) if found else ""

@@ -1,0 +1,102 @@
+"""List and watch -> keys of Workspaces, for ever.
+
+A key says only "look at this one": the reconciler reads everything anew, so that an event may come
+twice, late or never. Whatever ends a watch, a new list follows, and every `RESYNC` seconds at most.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable
+
+from jobs import names
+from jobs.cluster import JOB, WORKSPACE, ApiError, Cluster, Kind, Object
+
+log = logging.getLogger(__name__)
+
+Key = tuple[str, str]  # namespace, name
+RESYNC = 300  # seconds
+PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds between lists that fail
+
+
+def key_of_workspace(item: Object) -> Key | None:
+    """The key of a Workspace."""
+    return item["metadata"]["namespace"], item["metadata"]["name"]
+
+
+def key_of_job(item: Object) -> Key | None:
+    """The key of the Workspace that a Job belongs to."""
+    labels: dict[str, str] = item["metadata"].get("labels") or {}
+    name = labels.get(names.WORKSPACE_LABEL)
+    return (item["metadata"]["namespace"], name) if name else None
+
+
+SOURCES: tuple[tuple[Kind, str, Callable[[Object], Key | None]], ...] = (
+    (WORKSPACE, "", key_of_workspace),
+    (JOB, names.WORKSPACE_LABEL, key_of_job),
+)
+
+
+class Watch:
+    """One endless list-and-watch; `listed` is when the last list succeeded (monotonic)."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        kind: Kind,
+        namespace: str | None,
+        *,
+        labels: str,
+        key_of: Callable[[Object], Key | None],
+        tell: Callable[[Key], None],
+        resync: int = RESYNC,
+    ) -> None:
+        self._cluster, self._kind, self._namespace = cluster, kind, namespace
+        self._labels, self._key_of, self._tell, self._resync = labels, key_of, tell, resync
+        self.listed: float | None = None
+
+    def run(self, stop: threading.Event) -> None:
+        """Until `stop`: list, tell every key, watch, and from the start again."""
+        pause = PAUSE
+        while not stop.is_set():
+            try:
+                self._once(stop)
+                pause = PAUSE
+            except ApiError as error:
+                if error.status == 410:  # our version is too old: that is what lists are for
+                    continue
+                log.warning("watch of %s ended: %s", self._kind.plural, error)
+                stop.wait(pause * random.uniform(0.5, 1))  # noqa: S311 jitter, no secret
+                pause = min(LONGEST_PAUSE, 2 * pause)
+            except Exception:
+                log.exception("watch of %s failed", self._kind.plural)
+                stop.wait(LONGEST_PAUSE)
+
+    def _once(self, stop: threading.Event) -> None:
+        items, version = self._cluster.find_version(
+            self._kind, self._namespace, labels=self._labels
+        )
+        self.listed = time.monotonic()
+        for item in items:
+            self._pass_on(item)
+        del items
+        until = time.monotonic() + self._resync
+        while not stop.is_set() and (left := until - time.monotonic()) > 0:
+            for item in self._cluster.watch(
+                self._kind,
+                self._namespace,
+                labels=self._labels,
+                version=version,
+                seconds=max(1, int(left)),
+            ):
+                version = item["metadata"]["resourceVersion"]
+                self._pass_on(item)
+                if stop.is_set():
+                    return
+
+    def _pass_on(self, item: Object) -> None:
+        if key := self._key_of(item):
+            self._tell(key)

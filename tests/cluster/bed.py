@@ -1,0 +1,82 @@
+"""A real API server for tests: started on free ports, stopped and removed at the end."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+SCRIPTS = Path(__file__).parent
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tuning-kubernetes"
+BINARIES = CACHE / "bin"
+
+
+@dataclass(frozen=True)
+class Bed:
+    """A running API server."""
+
+    kubeconfig: Path
+    folder: Path
+    ports: dict[str, str]  # environment of the scripts
+
+    def script(self, name: str, *arguments: str) -> str:
+        """Run one of the scripts against this server; gives its output."""
+        return _run(name, *arguments, ports=self.ports)
+
+
+def missing(*programs: str) -> str | None:
+    """One line that says what the test bed lacks, or None."""
+    absent = [name for name in programs if not (BINARIES / name).exists()]
+    if not absent:
+        return None
+    return f"the Kubernetes test bed lacks {', '.join(absent)} in {BINARIES}: run `make test-bed`"
+
+
+@contextmanager
+def up(folder: Path, mode: str = "control-plane") -> Iterator[Bed]:
+    """A cluster in `folder`, for as long as the block lasts."""
+    if gap := missing("kube-apiserver", "kube-controller-manager"):
+        raise RuntimeError(gap)
+    ports = dict(zip(("APISERVER_PORT", "ETCD_PORT", "KCM_PORT", "EXT_PORT"), _free(), strict=True))
+    try:
+        told = _run("up.sh", mode, str(folder), ports=ports)
+        found = re.search(r"^export KUBECONFIG=(.*)$", told, re.M)
+        assert found, told
+        yield Bed(Path(found[1]), folder, ports)
+    finally:
+        subprocess.run([SCRIPTS / "down.sh", str(folder), "--purge"], check=False, timeout=120)
+
+
+def _run(name: str, *arguments: str, ports: dict[str, str]) -> str:
+    done = subprocess.run(
+        [SCRIPTS / name, *arguments],
+        env=os.environ | ports,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"{name} ended with {done.returncode}: {done.stderr[-2000:]}")
+    return done.stdout
+
+
+def _free() -> list[str]:
+    """Four free ports; etcd takes the one above its own, too."""
+    while True:
+        with ExitStack() as held:
+            sockets = [held.enter_context(socket.socket()) for _ in range(5)]
+            for each in sockets[:4]:
+                each.bind(("127.0.0.1", 0))
+            numbers = [each.getsockname()[1] for each in sockets[:4]]
+            try:
+                sockets[4].bind(("127.0.0.1", numbers[1] + 1))
+            except OSError:
+                continue
+        return [str(number) for number in numbers]

@@ -1,0 +1,485 @@
+"""The operator on a real API server: pods are played, everything else is real."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from cluster import bed
+from cluster.world import (
+    ACCOUNT,
+    CORE_EVENT,
+    CRD,
+    DIGEST,
+    NAMESPACE,
+    NODE_CLAIM_CRD,
+    SUCCESS,
+    World,
+    config_map,
+    workspace,
+)
+
+from jobs import cluster, crd, names
+from jobs.cluster import CLAIM, EVENT, JOB, POD, WORKSPACE, ApiError, Cluster
+from jobs.options import Nodes, Options, Storage
+
+pytestmark = pytest.mark.cluster
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[bed.Bed]:
+    if gap := bed.missing("kube-apiserver", "kube-controller-manager"):
+        pytest.fail(gap, pytrace=False)
+    with bed.up(tmp_path_factory.mktemp("bed")) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def api(server: bed.Bed) -> Cluster:
+    found = cluster.connect(str(server.kubeconfig), threads=8)
+    for definition in (crd.definition(), NODE_CLAIM_CRD):
+        found.create(CRD, definition)
+    for kind in (WORKSPACE, cluster.NODE_CLAIM):
+        _wait(lambda kind=kind: _served(found, kind))
+    return found
+
+
+def _served(api: Cluster, kind: cluster.Kind) -> bool:
+    try:
+        api.find(kind)
+    except ApiError as error:
+        assert error.status == 404
+        return False
+    return True
+
+
+def _wait(ready: Any, seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not ready():
+        assert time.monotonic() < end, "timed out"
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def world(api: Cluster) -> World:
+    return make_world(api)
+
+
+def make_world(api: Cluster, **options: Any) -> World:
+    name = f"t-{secrets.token_hex(4)}"
+    api.create(NAMESPACE, {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
+    _wait(lambda: (api.get(ACCOUNT, name, "default") or {}).get("secrets"))
+    return World(api, name, Options(**options))
+
+
+def test_a_workspace_lives_from_pending_to_succeeded(world: World) -> None:
+    """Pending, Running with progress, Succeeded with the digest; then the run volume is freed."""
+    world.options = Options(storage=Storage(storage_class="manual"))
+    world.apply(workspace("phi", world.namespace))
+    world.step("phi", times=2)
+    assert "Pending" == world.status("phi")["state"]
+    assert ("True", "SpecValid") == world.condition("phi", "SpecValid")
+    assert ("False", "WorkspaceTuningJobStatusPending") == world.condition("phi", "JobStarted")
+    assert 1 == len(world.api.find(CLAIM, world.namespace))
+    pod = world.pod("phi")
+    world.progress = {"step": 3, "steps": 24, "loss": 2.5, "eta_seconds": 70, "epoch": 0.1}
+    world.run(pod)
+    status = world.state("phi", "Running")
+    assert "3/24 (12%) 2m" == status["progress"]["text"]
+    assert ("True", "WorkspaceTuningJobStatusStarted") == world.condition("phi", "JobStarted")
+    assert ("True", "workspaceResourceStatusSuccess") == world.condition("phi", "ResourceReady")
+    world.end(pod, 0, SUCCESS)
+    status = world.state("phi", "Succeeded")
+    assert {"image": "registry.example.com/team/a:1", "digest": DIGEST} == status["output"]
+    assert [DIGEST] == status["outputs"]
+    assert 12345 == status["peakMemoryBytes"]
+    assert "True" == status["ready"]
+    assert "24/24 (100%)" == status["progress"]["text"]
+    assert ("True", "workspaceSucceeded") == world.condition("phi", "WorkspaceSucceeded")
+    before = world.status("phi")
+    world.step("phi", times=3)
+    claims = world.api.find(CLAIM, world.namespace)
+    assert all(claim["metadata"].get("deletionTimestamp") for claim in claims)
+    assert before == world.status("phi")
+    reasons = {event["reason"] for event in world.api.find(EVENT, world.namespace)}
+    assert {"WorkspaceTuningJobStatusStarted", "workspaceSucceeded"} <= reasons
+
+
+@pytest.mark.parametrize(
+    ("code", "message", "why", "reason", "hint"),
+    [
+        (10, {"reason": "DataUnusable", "message": "line 3", "hint": "mend", "code": 10}, "",
+         "DataUnusable", "mend"),
+        (137, None, "OOMKilled", "OutOfMemory", "max_length"),
+        (12, {"reason": "AccessRefused", "message": "401", "hint": "login"}, "",
+         "AccessRefused", "login"),
+        (1, "not json \x1b[31m <b>", "Error", "InternalError", "log"),
+    ],
+)  # fmt: skip
+def test_a_failed_job_tells_its_cause(
+    world: World, code: int, message: Any, why: str, reason: str, hint: str
+) -> None:
+    """The engine's own reason and hint, or the kubelet's, in failure and condition."""
+    world.options = Options(backoff_limit=0)
+    world.apply(workspace("phi", world.namespace))
+    pod = world.pod("phi")
+    world.end(pod, code, message, why)
+    status = world.state("phi", "Failed")
+    assert reason == status["failure"]["reason"]
+    assert hint in status["failure"]["hint"]
+    assert ("False", "workspaceFailed") == world.condition("phi", "WorkspaceSucceeded")
+    assert "\x1b" not in str(status)
+    world.step("phi", times=3)
+    assert 1 == len(world.jobs())
+
+
+def test_a_lost_pod_is_replaced_and_the_state_stays_running(world: World) -> None:
+    """A killed pod counts as a retry, never as the end: only the Job's conditions say that."""
+    world.apply(workspace("phi", world.namespace))
+    first = world.pod("phi")
+    world.run(first)
+    world.state("phi", "Running")
+    world.end(first, 137, None, "Error")
+    world.until("phi", lambda: world.status("phi").get("retries") == 1)
+    assert "Running" == world.status("phi")["state"]
+
+
+def test_an_edit_stops_the_old_job_first(world: World) -> None:
+    """A new output is a new revision: the old Job is gone before the new one is there."""
+    world.apply(workspace("phi", world.namespace))
+    world.run(world.pod("phi"))
+    world.state("phi", "Running")
+    old = world.jobs()[0]
+    edited = workspace("phi", world.namespace)
+    edited["tuning"]["output"]["image"] = "registry.example.com/team/a:2"
+    world.apply(edited)
+    for _ in range(200):
+        world.step("phi")
+        found = world.jobs()
+        assert len(found) <= 1
+        if found and found[0]["metadata"]["uid"] != old["metadata"]["uid"]:
+            break
+        time.sleep(0.05)
+    assert found[0]["metadata"]["name"] != old["metadata"]["name"]
+    assert "a:2" in str(found[0]["spec"]["template"]["metadata"]["annotations"])
+
+
+def test_an_earlier_output_is_told_to_the_next_run(world: World) -> None:
+    """A finished Workspace that is edited may replace the tag that it wrote itself."""
+    world.apply(workspace("phi", world.namespace))
+    world.end(world.pod("phi"), 0, SUCCESS)
+    world.state("phi", "Succeeded")
+    edited = workspace("phi", world.namespace, input={"urls": ["https://data.example.com/b.jsonl"]})
+    world.apply(edited)
+    world.until("phi", lambda: len(world.jobs()) == 1 and "b.jsonl" in str(world.jobs()))
+    annotations = world.jobs()[0]["spec"]["template"]["metadata"]["annotations"]
+    assert DIGEST in annotations["tuning.kaito.sh/document"]
+    assert "Pending" == world.status("phi")["state"]
+
+
+def test_a_finished_job_is_removed_later_and_nothing_runs_again(world: World) -> None:
+    """Neither the end of the keeping time nor a user who deletes the Job leads to a rerun."""
+    world.apply(workspace("phi", world.namespace))
+    world.end(world.pod("phi"), 0, SUCCESS)
+    world.state("phi", "Succeeded")
+    world.late = world.options.keep_seconds + 60
+    world.until("phi", lambda: not world.jobs(), "the Job's removal")
+    world.step("phi", times=3)
+    assert [] == world.jobs()
+    assert "Succeeded" == world.status("phi")["state"]
+
+
+def test_an_edited_config_map_only_says_so(world: World) -> None:
+    """ConfigChanged is set, nothing runs again; going back takes it away."""
+    text = "training_config:\n  TrainingArguments:\n    seed: 1\n"
+    world.apply(config_map("mine", world.namespace, text))
+    world.apply(workspace("phi", world.namespace, config="mine"))
+    world.end(world.pod("phi"), 0, SUCCESS)
+    world.state("phi", "Succeeded")
+    world.apply(config_map("mine", world.namespace, text.replace("1", "2")))
+    world.step("phi", times=2)
+    assert ("True", "ConfigMapEdited") == world.condition("phi", "ConfigChanged")
+    assert 1 == len(world.jobs())
+    world.apply(config_map("mine", world.namespace, text))
+    world.step("phi", times=2)
+    assert ("", "") == world.condition("phi", "ConfigChanged")
+
+
+def test_a_missing_config_map_is_waited_for(world: World) -> None:
+    """No Job before the ConfigMap is there; then the run starts by itself."""
+    world.apply(workspace("phi", world.namespace, config="late"))
+    world.step("phi", times=2)
+    assert ("False", "ConfigMapNotFound") == world.condition("phi", "SpecValid")
+    assert [] == world.jobs()
+    world.apply(config_map("late", world.namespace, "training_config: {}\n"))
+    world.until("phi", world.jobs, "a Job")
+    assert ("True", "SpecValid") == world.condition("phi", "SpecValid")
+
+
+def test_a_wrong_spec_makes_nothing(world: World) -> None:
+    """A server without CEL lets it in; the condition says what the rule would have said."""
+    world.apply(workspace("phi", world.namespace, input={"urls": ["https://127.0.0.1/x.jsonl"]}))
+    world.step("phi", times=2)
+    assert ("False", "SpecInvalid") == world.condition("phi", "SpecValid")
+    assert "Failed" == world.status("phi")["state"]
+    assert [] == world.jobs()
+    world.apply(workspace("phi", world.namespace))
+    world.until("phi", world.jobs, "a Job after the edit")
+    assert "Pending" == world.status("phi")["state"]
+
+
+def test_the_same_name_made_again_adopts_nothing(world: World) -> None:
+    """A new UID is a new Workspace: another Job name, another volume, no result."""
+    world.apply(workspace("phi", world.namespace))
+    world.end(world.pod("phi"), 0, SUCCESS)
+    world.state("phi", "Succeeded")
+    old = world.jobs()[0]
+    world.api.delete(WORKSPACE, world.get("phi"))
+    _wait(lambda: world.api.get(WORKSPACE, world.namespace, "phi") is None)
+    world.apply(workspace("phi", world.namespace))
+    job = world.until(
+        "phi",
+        lambda: [j for j in world.jobs() if j["metadata"]["uid"] != old["metadata"]["uid"]],
+        "a Job of its own",
+    )[0]
+    assert job["metadata"]["name"] != old["metadata"]["name"]
+    assert "outputs" not in world.status("phi")
+
+
+def test_a_foreign_job_of_the_name_is_left_alone(world: World) -> None:
+    """NameConflict, and the other's Job stays as it is."""
+    made = world.apply(workspace("phi", world.namespace))
+    name = names.short_name(made, names_revision(made))
+    foreign = {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {"name": name, "namespace": world.namespace},
+        "spec": {"template": {"spec": {"restartPolicy": "Never", "containers": [
+            {"name": "x", "image": "x"}]}}},
+    }  # fmt: skip
+    world.api.create(JOB, foreign)
+    world.step("phi", times=2)
+    assert ("False", "NameConflict") == world.condition("phi", "ResourceReady")
+    kept = world.api.get(JOB, world.namespace, name)
+    assert kept is not None and "ownerReferences" not in kept["metadata"]
+
+
+def names_revision(item: Any) -> str:
+    from jobs import wanted
+
+    return wanted.revision(item)
+
+
+def test_what_does_not_fit_buys_nothing(api: Cluster) -> None:
+    """DoesNotFit names the smallest machine that would do; neither machine nor Job is made."""
+    world = make_world(api, nodes=Nodes(provision=True))
+    item = workspace("big", world.namespace, preset={"name": "phi-4"})
+    item["resource"]["instanceType"] = "Standard_NC6"
+    world.apply(item)
+    before = len(world.machines())
+    world.step("big", times=3)
+    assert ("False", "DoesNotFit") == world.condition("big", "ResourceReady")
+    assert "Standard_" in world.status("big")["failure"]["hint"]
+    assert [] == world.jobs()
+    assert before == len(world.machines())
+
+
+def test_a_machine_is_bought_used_and_given_back(api: Cluster) -> None:
+    """NodeClaim first, then the Job; when the work ends the machine goes, and so can the object."""
+    world = make_world(api, nodes=Nodes(provision=True))
+    world.apply(workspace("phi", world.namespace))
+    world.step("phi", times=2)
+    mine = f"{names.UID_LABEL}={world.get('phi')['metadata']['uid']}"
+    assert 1 == len(api.find(cluster.NODE_CLAIM, labels=mine))
+    assert [] == world.jobs()
+    assert ("False", "NodeClaimNotReady") == world.condition("phi", "ResourceReady")
+    assert [names.FINALIZER] == world.get("phi")["metadata"]["finalizers"]
+    world.node_is_ready()
+    pod = world.pod("phi")
+    assert ("True", "NodeClaimsReady") == world.condition("phi", "NodeClaimReady")
+    world.run(pod)
+    world.state("phi", "Running")
+    world.end(pod, 0, SUCCESS)
+    world.state("phi", "Succeeded")
+    world.until("phi", lambda: not api.find(cluster.NODE_CLAIM, labels=mine), "machine's end")
+    api.delete(WORKSPACE, world.get("phi"))
+    world_gone(world, "phi")
+
+
+def world_gone(world: World, name: str) -> None:
+    def gone() -> bool:
+        world.step(name)
+        return world.api.get(WORKSPACE, world.namespace, name) is None
+
+    _wait(gone)
+
+
+def test_a_cloud_without_machines_is_asked_three_times(api: Cluster) -> None:
+    """Bounded attempts, the cloud's own words in the condition, nothing left behind."""
+    world = make_world(api, nodes=Nodes(provision=True, launch_seconds=100, attempts=3))
+    world.apply(workspace("phi", world.namespace))
+    world.step("phi")
+    mine = f"{names.UID_LABEL}={world.get('phi')['metadata']['uid']}"
+    names_seen = set()
+    for _ in range(20):
+        for machine in api.find(cluster.NODE_CLAIM, labels=mine):
+            names_seen.add(machine["metadata"]["name"])
+            world.patch_status(
+                cluster.NODE_CLAIM,
+                machine,
+                {"conditions": [{"type": "Launched", "status": "False", "message": "no quota"}]},
+            )
+        world.late += 101
+        world.step("phi")
+        if world.status("phi").get("state") == "Failed":
+            break
+    assert 3 == len(names_seen)
+    assert "no quota" in world.status("phi")["failure"]["message"]
+    world.until("phi", lambda: not api.find(cluster.NODE_CLAIM, labels=mine), "cleanup")
+
+
+def test_deletion_while_a_machine_runs_leaves_nothing(api: Cluster) -> None:
+    """The finalizer holds the object until Job and machine are gone."""
+    world = make_world(api, nodes=Nodes(provision=True))
+    world.apply(workspace("phi", world.namespace))
+    world.step("phi", times=2)
+    world.node_is_ready()
+    world.run(world.pod("phi"))
+    world.state("phi", "Running")
+    api.delete(WORKSPACE, world.get("phi"))
+    world_gone(world, "phi")
+    assert [] == world.jobs()
+
+
+def test_a_missing_secret_is_named(world: World) -> None:
+    """Without a right to read Secrets, the kubelet's event tells which one is missing."""
+    world.apply(workspace("phi", world.namespace))
+    pod = world.pod("phi")
+    world.patch_status(
+        POD, pod, {"phase": "Pending", "conditions": [{"type": "PodScheduled", "status": "True"}]}
+    )
+    meta = pod["metadata"]
+    world.api.create(
+        CORE_EVENT,
+        {
+            "apiVersion": "v1",
+            "kind": "Event",
+            "metadata": {"name": "mount.1", "namespace": world.namespace},
+            "involvedObject": {"kind": "Pod", "name": meta["name"], "uid": meta["uid"],
+                               "namespace": world.namespace},
+            "reason": "FailedMount",
+            "message": 'MountVolume.SetUp failed for volume "files" : secret "push" not found',
+            "lastTimestamp": "2026-01-01T00:00:00Z",
+            "type": "Warning",
+        },
+    )  # fmt: skip
+    world.step("phi")
+    assert ("False", "SecretNotFound") == world.condition("phi", "JobStarted")
+    assert "Pending" == world.status("phi")["state"]
+
+
+def test_an_image_that_cannot_be_pulled_fails_after_a_while(world: World) -> None:
+    """First the reason, then, after the set time, Failed, and the Job is stopped."""
+    world.apply(workspace("phi", world.namespace))
+    world.wait_for_image(world.pod("phi"), "ImagePullBackOff", "no such image x")
+    world.step("phi")
+    assert ("False", "ImagePullError") == world.condition("phi", "JobStarted")
+    world.late = world.options.stuck_seconds + 60
+    status = world.state("phi", "Failed")
+    assert "ImagePullError" == status["failure"]["reason"]
+    world.until("phi", lambda: not world.jobs(), "the Job's end")
+
+
+def test_a_deleted_job_is_made_again_and_resumes(world: World) -> None:
+    """Deleting the Job is no way to fail a Workspace; the run volume is kept meanwhile."""
+    world.options = Options(storage=Storage(storage_class="manual"))
+    world.apply(workspace("phi", world.namespace))
+    world.run(world.pod("phi"))
+    world.state("phi", "Running")
+    old, claim = world.jobs()[0], world.api.find(CLAIM, world.namespace)[0]
+    world.api.delete(JOB, old)
+    again = world.until(
+        "phi",
+        lambda: [j for j in world.jobs() if j["metadata"]["uid"] != old["metadata"]["uid"]],
+    )
+    assert 1 == len(again)
+    kept = world.api.find(CLAIM, world.namespace)
+    assert [claim["metadata"]["uid"]] == [c["metadata"]["uid"] for c in kept]
+
+
+def test_a_quota_is_told_in_its_own_words(world: World) -> None:
+    """What the API server refuses for good becomes a condition, not a crash loop."""
+    quota = cluster.Kind("", "v1", "resourcequotas", "ResourceQuota")
+    world.api.create(
+        quota,
+        {
+            "apiVersion": "v1",
+            "kind": "ResourceQuota",
+            "metadata": {"name": "none", "namespace": world.namespace},
+            "spec": {"hard": {"count/jobs.batch": "0"}},
+        },
+    )
+    _wait(
+        lambda: (world.api.get(quota, world.namespace, "none") or {}).get("status", {}).get("hard")
+    )
+    world.apply(workspace("phi", world.namespace))
+    world.step("phi", times=2)
+    found = world.condition("phi", "ResourceReady")
+    assert ("False", "Forbidden") == found
+    assert [] == world.jobs()
+
+
+class Crash(Exception):
+    """The operator dies here."""
+
+
+class Dying(Cluster):
+    """A client that dies before or after its n-th write."""
+
+    def __init__(self, inner: Cluster, number: int, *, after: bool) -> None:
+        super().__init__(inner._api)
+        self.left, self.after = number, after
+
+    def _open(self, method: str, path: str, **more: Any) -> Any:
+        if method == "GET":
+            return super()._open(method, path, **more)
+        self.left -= 1
+        if self.left == 0 and not self.after:
+            raise Crash
+        answer = super()._open(method, path, **more)
+        if self.left == 0:
+            raise Crash
+        return answer
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_a_crash_at_any_write_changes_nothing_in_the_end(api: Cluster, after: bool) -> None:
+    """Killed around its k-th write and started again: one Job, one machine, one end."""
+    for number in range(1, 13):
+        world = make_world(
+            api, nodes=Nodes(provision=True), storage=Storage(storage_class="manual")
+        )
+        world.apply(workspace("phi", world.namespace))
+        dying = Dying(api, number, after=after)
+
+        def life(through: Cluster | None, world: World = world) -> None:
+            world.step("phi", cluster=through, times=2)
+            world.node_is_ready()
+            world.step("phi", cluster=through, times=2)
+            if world.status("phi").get("state") != "Succeeded":
+                world.end(world.pod("phi"), 0, SUCCESS)
+            _wait(lambda: world.jobs()[0]["status"].get("succeeded"))
+            world.step("phi", cluster=through, times=3)
+
+        try:
+            life(dying)
+        except Crash:
+            life(None)
+        status = world.state("phi", "Succeeded")
+        assert DIGEST == status["output"]["digest"]
+        assert 1 == len(world.jobs())
+        mine = f"{names.UID_LABEL}={world.get('phi')['metadata']['uid']}"
+        world.until("phi", lambda w=mine: not api.find(cluster.NODE_CLAIM, labels=w))

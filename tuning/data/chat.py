@@ -8,6 +8,7 @@ ships for well-known templates; if its own words are still not there, it is refu
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import re
 from collections.abc import Sequence
@@ -355,6 +356,7 @@ def _calls(message: Message) -> list[dict[str, Any]]:
     return [call for call in calls if isinstance(call, dict)]
 
 
+@functools.cache
 def _training_variant(text: str) -> str | None:
     """trl's training variant of the template `text`, if trl knows it to the letter."""
     package = importlib.util.find_spec("trl")

@@ -56,8 +56,7 @@ def _run(name: str, *arguments: str, ports: dict[str, str]) -> str:
     done = subprocess.run(
         [SCRIPTS / name, *arguments],
         env=os.environ | ports,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
         timeout=300,
         check=False,

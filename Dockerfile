@@ -1,0 +1,46 @@
+# Two images from one tree:
+#   engine    what a Job runs (python -m tuning), with torch for CUDA        docker build --target engine .
+#   operator  what watches Workspaces (python -m jobs), without torch        docker build --target operator .
+#
+# BASE is any Debian with Python 3.11 or newer and pip; in production name it with its digest. Torch's
+# wheels bring CUDA's libraries along, so that the base needs none. TORCH_INDEX: cu130, cu126 or cpu.
+ARG BASE=docker.io/library/python:3.11-slim-bookworm
+
+FROM ${BASE} AS python
+ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    PATH=/opt/venv/bin:$PATH
+RUN python3 -m venv /opt/venv
+COPY constraints.txt pyproject.toml README.md CHANGELOG.md LICENSE /src/
+COPY tools /src/tools
+WORKDIR /src
+
+FROM python AS wheel
+COPY tuning /src/tuning
+COPY jobs /src/jobs
+COPY configs /src/configs
+RUN pip wheel --quiet --no-deps --wheel-dir /wheels .
+
+FROM python AS operator
+COPY --from=wheel /wheels /wheels
+RUN pip install --quiet -c constraints.txt "$(echo /wheels/tuning-*.whl)[cluster]" \
+    && pip check && python -m jobs --help >/dev/null && rm -rf /wheels
+WORKDIR /
+USER 10001:10001
+ENTRYPOINT ["python", "-m", "jobs"]
+CMD ["run"]
+
+FROM python AS engine
+ARG TORCH=2.13.0
+ARG TORCH_INDEX=cu130
+# Triton compiles its launchers when a kernel is first used.
+RUN command -v gcc >/dev/null || { apt-get update -qq \
+    && apt-get install -y -qq --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/*; }
+# Torch first and in a layer of its own: it is nine tenths of the image and changes least.
+RUN python tools/install_torch.py ${TORCH} ${TORCH_INDEX}
+COPY --from=wheel /wheels /wheels
+RUN pip install --quiet -c constraints.txt "$(echo /wheels/tuning-*.whl)[train,serve]" \
+    && pip check && python -m tuning --help >/dev/null && rm -rf /wheels
+WORKDIR /
+USER 10001:10001
+ENTRYPOINT ["python", "-m", "tuning"]

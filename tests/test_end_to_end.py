@@ -196,6 +196,7 @@ class TestRealInput:
             tool("skopeo"),
             "copy",
             "-q",
+            "--preserve-digests",
             "--src-tls-verify=false",
             "--src-creds=me:s3cret:word",
         ]

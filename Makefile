@@ -43,7 +43,7 @@ system:  ## what tests need from the system: docker-registry, htpasswd, skopeo
 demo: install  ## set-up and the main job on the bundled model, no GPU and no account needed
 	$(BIN)/python -m tuning run -f examples/workspace-demo.yaml \
 	  --base-model examples/tiny-model --data examples/data/demo.jsonl --run-dir runs/demo \
-	  --output oci:runs/demo-image
+	  --output oci:runs/demo-image --ask "What is Wilma Starling heard playing at concerts?"
 
 test: install system  ## set-up and every test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import platform
 import shlex
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import rich.box
@@ -182,7 +184,7 @@ def summary_lines(summary: Summary) -> list[str]:
     share = 100 * t["trainable"] / t["total"]
     answers = t.get("answers") or []
     folder = str(summary.adapter)
-    talk = ["python", "-m", "tuning", "chat", "--base", summary.base, "--adapter", folder]
+    talk = [python(), "-m", "tuning", "chat", "--base", summary.base, "--adapter", folder]
     lines = [
         ("loss", f"{t['loss_first']:.3f} -> {t['loss_last']:.3f} in {t['steps']:,} steps"),
         ("speed", f"{t['tokens_per_second']:,.0f} tokens/s, {duration(t['seconds'])} of training"),
@@ -196,6 +198,14 @@ def summary_lines(summary: Summary) -> list[str]:
         lines.append(("after", f"{first['question']} {one_line(first['tuned'])}"))
     lines.append(("talk to it", shlex.join([*talk, "--compare"])))
     return [f"{name:<11} {text}" for name, text in lines]
+
+
+def python() -> str:
+    """How a person starts this interpreter from here."""
+    here = Path(sys.executable)
+    with contextlib.suppress(ValueError):
+        return str(here.relative_to(Path.cwd()))
+    return str(here)
 
 
 def one_line(text: str, limit: int = 160) -> str:

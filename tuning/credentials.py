@@ -2,25 +2,38 @@
 
 Every valid form of a `dockerconfigjson` (and of docker's own config.json): `auths` entries with
 `auth`, with `username` and `password`, or with `identitytoken`, under a bare host, a host with port
-or path, a URL, or one of Docker Hub's old names. The most specific entry wins. Messages name the
-file and the key, never a value.
+or path, a URL, a pattern as kubelets know it (`*.azurecr.io`), or one of Docker Hub's old names.
+The most specific entry wins. Messages name the file and the key, never a value.
+
+A credential helper is run for docker's own configuration alone, as every docker client does: a
+Secret that came from elsewhere never decides what runs here.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import fnmatch
 import json
 import os
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tuning import files
 from tuning.errors import Problem, SpecError
 
 LARGEST = 1 << 20  # bytes; a Secret cannot hold more
 SECRET_KEYS = (".dockerconfigjson", "config.json", ".dockercfg")
 DOCKER_HUB = frozenset({"docker.io", "index.docker.io", "registry-1.docker.io"})
+DOCKER_HUB_KEY = "https://index.docker.io/v1/"
+TOKEN_USER = "<token>"  # noqa: S105 (what helpers put in the place of a user's name)
+HELPER_SECONDS = 60  # some ask a person, some a cloud
+_FORM = 'write {"auths": {"HOST": {"auth": base64 of "user:password"}}}'
 
 
 @dataclass(frozen=True)
@@ -48,18 +61,38 @@ def login(
     an entry for the registry must be in it. Otherwise docker's own configuration is asked: the
     folder `docker`, DOCKER_CONFIG or ~/.docker. Raises SpecError for an unusable file.
     """
-    if secret is not None:
-        path = _file_of(secret)
-        found = _find(_auths(path), registry, repository, path)
-        if found is None:
-            hosts = ", ".join(sorted(map(_host, _auths(path)))) or "nothing"
-            raise _refusal(
-                path, f"has no entry for {registry}, only for {hosts}", f"add {registry} to auths"
-            )
-        return found
-    folder = docker or Path(os.environ.get("DOCKER_CONFIG") or Path.home() / ".docker")
-    path = folder / "config.json"
-    return _find(_auths(path), registry, repository, path) if path.is_file() else None
+    if secret is None:
+        folder = docker or Path(os.environ.get("DOCKER_CONFIG") or Path.home() / ".docker")
+        path = folder / "config.json"
+        return _from_docker(path, registry, repository) if path.is_file() else None
+    path = _file_of(secret)
+    auths = _auths(_config(path), path)
+    key = _best(auths, registry, repository)
+    if key is None:
+        hosts = ", ".join(sorted({_host(key) for key in auths})) or "nothing"
+        what = f"has no entry for {registry}, only for {hosts[:300]}"
+        raise _refusal("REG-112", path, what, f"add {registry} to auths")
+    found = _read(auths[key], _origin(path, key))
+    if found is None:
+        what = "is empty: a login that a docker helper keeps is not in the file"
+        raise _refusal(
+            "REG-111", _origin(path, key), what, "fill in auth, or username and password"
+        )
+    return found
+
+
+def _from_docker(path: Path, registry: str, repository: str) -> Login | None:
+    """What docker itself would use: the host's own helper, an entry, the helper for all."""
+    config = _config(path)
+    helpers = config.get("credHelpers") or {}
+    if isinstance(helpers, dict) and (key := _best(helpers, registry, "")):
+        return _helped(helpers[key], registry, path)
+    auths = _auths(config, path, needed=False)
+    key = _best(auths, registry, repository)
+    found = _read(auths[key], _origin(path, key)) if key else None
+    if found is None and config.get("credsStore"):
+        found = _helped(config["credsStore"], registry, path)
+    return found
 
 
 def _file_of(secret: Path) -> Path:
@@ -67,83 +100,157 @@ def _file_of(secret: Path) -> Path:
         for name in SECRET_KEYS:
             if (secret / name).is_file():
                 return secret / name
+        keys = ", ".join(sorted(p.name for p in secret.iterdir() if not p.name.startswith("..")))
+        what = f"holds no key {SECRET_KEYS[0]}, only {keys[:300] or 'nothing'}"
         change = "use a Secret of type kubernetes.io/dockerconfigjson"
-        raise _refusal(secret, f"holds no key {SECRET_KEYS[0]}", change)
+        raise _refusal("REG-110", secret, what, change)
     if not secret.exists():
-        raise _refusal(secret, "there is no such file", "name a dockerconfigjson file")
+        raise _refusal("REG-110", secret, "there is no such file", "name a dockerconfigjson file")
     return secret
 
 
-def _auths(path: Path) -> dict[str, Any]:
-    """The `auths` mapping of a docker config, or the whole of the older .dockercfg form."""
+def _config(path: Path) -> dict[str, Any]:
+    """The JSON object in the file."""
     try:
-        size = path.stat().st_size
-        text = path.read_text(encoding="utf-8") if size <= LARGEST else None
+        with path.open("rb") as file:
+            data = file.read(LARGEST + 1)
+        text = data.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         what = f"cannot be read ({type(error).__name__})"
-        raise _refusal(path, what, "name a dockerconfigjson file") from None
-    if text is None:
-        raise _refusal(path, f"has {size:,} bytes", f"keep it under {LARGEST:,}")
+        raise _refusal("REG-110", path, what, "name a dockerconfigjson file") from None
+    if len(data) > LARGEST:
+        raise _refusal(
+            "REG-110", path, "is larger than a Secret can be", f"keep it under {LARGEST:,}"
+        )
     if not text.strip():
-        raise _refusal(path, "is empty", 'write {"auths": {"HOST": {"auth": "..."}}} into it')
+        raise _refusal("REG-110", path, "is empty", _FORM)
     try:
-        config = json.loads(text)
+        config = files.parse_json(text.encode())
     except (ValueError, RecursionError):
-        hint = "; it looks like base64: decode it first" if _is_base64(text) else ""
-        raise _refusal(path, f"is no JSON{hint}", "write a docker config into it") from None
+        what, change = "is no JSON", _FORM
+        if _is_base64(text):
+            what, change = "is base64, as `kubectl get -o yaml` shows it", "decode it: base64 -d"
+        elif re.search(r"^kind:\s*Secret", text, re.MULTILINE):
+            what, change = "is the Secret's manifest", "give what its key .dockerconfigjson holds"
+        raise _refusal("REG-110", path, what, change) from None
     if not isinstance(config, dict):
-        raise _refusal(path, "is no JSON object", "write a docker config into it")
-    auths = config.get("auths", config if path.name == ".dockercfg" else {})
+        raise _refusal("REG-110", path, "is no JSON object", _FORM)
+    if config.get("kind") == "Secret":
+        change = "give what its key .dockerconfigjson holds"
+        raise _refusal("REG-110", path, "is the Secret's manifest", change)
+    return config
+
+
+def _auths(config: dict[str, Any], path: Path, *, needed: bool = True) -> dict[str, Any]:
+    """The `auths` mapping, or the whole of the older .dockercfg form."""
+    old = path.name == ".dockercfg" or all(
+        isinstance(value, dict) and ("auth" in value or "username" in value)
+        for value in config.values()
+    )
+    auths = config.get("auths", config if old and config else None)
+    if auths is None and not needed:
+        return {}
     if not isinstance(auths, dict):
-        raise _refusal(path, "auths is no object", 'write {"auths": {"HOST": {...}}}')
+        what = "has no auths" if auths is None else "auths is no object"
+        raise _refusal("REG-110", path, what, _FORM)
     return auths
 
 
-def _find(auths: dict[str, Any], registry: str, repository: str, path: Path) -> Login | None:
-    """The entry whose key matches the longest part of registry/repository."""
+def _best(keys: Mapping[str, Any], registry: str, repository: str) -> str | None:
+    """The key that matches the longest part of registry/repository, plain ones before patterns."""
     wanted = _host(registry)
-    best: tuple[int, str] | None = None
-    for key in auths:
-        host, _, scope = _bare(key).partition("/")
-        if scope in ("v1", "v2"):
-            scope = ""
-        fits = _host(host) == wanted and (not scope or f"{repository}/".startswith(f"{scope}/"))
-        if fits and (best is None or len(scope) > best[0]):
-            best = len(scope), key
-    return _read(auths[best[1]], f"{path}: auths[{_bare(best[1])}]") if best else None
+    fitting = []
+    for key in keys:
+        host, (_, _, path) = _host(key), _bare(key).partition("/")
+        path = "" if path in ("v1", "v2") else path
+        if _matches(host, wanted) and (not path or f"{repository}/".startswith(f"{path}/")):
+            fitting.append((len(path), host == wanted, key))
+    return max(fitting)[2] if fitting else None
+
+
+def _matches(pattern: str, host: str) -> bool:
+    """As kubelets do it: a * stands for any text between two dots; ports must be equal."""
+    if "*" not in pattern:
+        return pattern == host
+    (name, _, port), (host_name, _, host_port) = pattern.partition(":"), host.partition(":")
+    parts, host_parts = name.split("."), host_name.split(".")
+    return (
+        port == host_port
+        and len(parts) == len(host_parts)
+        and all(map(fnmatch.fnmatchcase, host_parts, parts))
+    )
 
 
 def _read(entry: Any, origin: str) -> Login | None:
+    """The login in an entry of auths; None for an empty one, which docker leaves for helpers."""
     if not isinstance(entry, dict):
-        raise _refusal(origin, "is no object", 'write {"auth": base64 of user:password}')
+        raise _refusal("REG-111", origin, "is no object", _FORM)
     for key in ("auth", "username", "password", "identitytoken"):
         if not isinstance(entry.get(key, ""), str):
-            raise _refusal(f"{origin}.{key}", "is no text", "write it in quotes")
+            raise _refusal("REG-111", f"{origin}.{key}", "is no text", "write it in quotes")
     username, password = entry.get("username", ""), entry.get("password", "")
-    if token := entry.get("identitytoken"):
-        return Login(origin, username or "<token>", identity_token=token)
-    if packed := entry.get("auth"):
+    if packed := entry.get("auth", "").strip():
         try:
-            pair = base64.b64decode(packed.strip(), validate=True).decode()
+            pair = base64.b64decode(packed, validate=True).decode()
         except (binascii.Error, UnicodeDecodeError, ValueError):
-            raise _refusal(
-                f"{origin}.auth", "is no base64 of text", "write base64 of user:password"
-            ) from None
+            change = "write base64 of user:password"
+            raise _refusal("REG-111", f"{origin}.auth", "is no base64 of text", change) from None
         username, colon, password = pair.strip("\0\r\n").partition(":")
         if not colon:
-            raise _refusal(f"{origin}.auth", "has no colon", "write base64 of user:password")
+            what, change = "has no colon", "write base64 of user:password"
+            raise _refusal("REG-111", f"{origin}.auth", what, change)
+    if token := entry.get("identitytoken"):
+        return Login(origin, username or TOKEN_USER, identity_token=token)
     if not username and not password:
-        if not entry:
-            return None  # docker writes {} where a credential helper has the login
-        raise _refusal(origin, "has neither user nor password", "fill in auth, or both")
+        if not any(entry.get(key) for key in ("auth", "email")) and "username" not in entry:
+            return None
+        raise _refusal("REG-111", origin, "has neither user nor password", "fill in both")
     if not username or not password:
-        missing = "password" if username else "username"
-        raise _refusal(origin, f"has no {missing}", f"add the {missing}")
+        missing = "password" if username else "user"
+        raise _refusal("REG-111", origin, f"has no {missing}", f"add the {missing}")
+    if re.search(r"[\x00-\x1f\x7f]", username + password):
+        what = "holds a line break or another control character"
+        change = "make it without: echo -n, or printf %s"
+        raise _refusal("REG-111", origin, what, change)
     return Login(origin, username, password)
 
 
+def _helped(name: Any, registry: str, path: Path) -> Login | None:
+    """What a credential helper knows of the registry; None if it knows nothing."""
+    where = f"{path}: helper {str(name)[:60]!r}"
+    if not isinstance(name, str) or not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", name):
+        raise _refusal("REG-113", where, "is no name of a helper", "run `docker login` again")
+    program = shutil.which(f"docker-credential-{name}")
+    if program is None:
+        what, change = "is not installed", "install it, or give the login as a file"
+        raise _refusal("REG-113", where, what, change)
+    server = DOCKER_HUB_KEY if _host(registry) == "docker.io" else registry
+    try:
+        done = subprocess.run(
+            [program, "get"], input=server, capture_output=True, text=True, timeout=HELPER_SECONDS
+        )
+    except (OSError, UnicodeDecodeError, subprocess.TimeoutExpired) as error:
+        what = f"failed ({type(error).__name__})"
+        raise _refusal("REG-113", where, what, "give the login as a file") from None
+    if done.returncode:
+        return None  # they say "credentials not found" in many words
+    try:
+        record = json.loads(done.stdout)
+        user, word = str(record["Username"]), str(record["Secret"])
+    except (ValueError, KeyError, TypeError):
+        what = "answers what no helper should"
+        raise _refusal("REG-113", where, what, "give the login as a file") from None
+    if user == TOKEN_USER:
+        return Login(where, user, identity_token=word)
+    return Login(where, user, word)
+
+
+def _origin(path: Path, key: str) -> str:
+    return f"{path}: auths[{_bare(key)}]"
+
+
 def _bare(key: str) -> str:
-    return key.strip().removeprefix("https://").removeprefix("http://").rstrip("/")
+    return re.sub(r"^[a-z]+://", "", key.strip(), flags=re.IGNORECASE).rstrip("/")
 
 
 def _host(key: str) -> str:
@@ -153,10 +260,10 @@ def _host(key: str) -> str:
 
 def _is_base64(text: str) -> bool:
     try:
-        return base64.b64decode(text, validate=False)[:1] == b"{"
+        return base64.b64decode(text, validate=False).lstrip()[:1] == b"{"
     except (binascii.Error, ValueError):
         return False
 
 
-def _refusal(where: Path | str, what: str, change: str) -> SpecError:
-    return SpecError([Problem("REG-110", str(where), what, change)])
+def _refusal(code: str, where: Path | str, what: str, change: str) -> SpecError:
+    return SpecError([Problem(code, str(where), what, change)])

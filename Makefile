@@ -11,7 +11,7 @@ APT_PACKAGES := docker-registry apache2-utils skopeo
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint fix lock system clean docs
+.PHONY: help install demo test slow coefficients lint fix lock system clean docs
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 20
@@ -47,6 +47,12 @@ demo: install  ## set-up and the main job on the bundled model, no GPU and no ac
 
 test: install system  ## set-up and every test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST)
+
+slow: install  ## the tests that take minutes: the memory formula against simulation, everywhere
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow $(PYTEST)
+
+coefficients: install  ## simulate the memory of every preset again: configs/memory (half an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tuning.simulate --write
 
 lint: install  ## ruff, mypy --strict, import contracts
 	$(BIN)/ruff check .

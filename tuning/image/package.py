@@ -8,14 +8,13 @@ digest. Files lie in `/data`, and hard-linked under `/models` for the readers th
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 from tuning import files
 from tuning.errors import Problem, SpecError
@@ -38,6 +37,7 @@ TOKENIZER = (
 DOCUMENTS = ("LICENSE", "NOTICE", "README.md", "tuning.json")
 LAYERS = {"weights": WEIGHTS, "tokenizer": TOKENIZER, "documents": DOCUMENTS}
 ADAPTER_FILES = frozenset(name for names in LAYERS.values() for name in names)
+LARGEST_FILE = 8**11 - 1  # bytes that a USTAR header can count
 
 
 @dataclass(frozen=True)
@@ -134,61 +134,66 @@ def _refuse_strangers(adapter: Path) -> None:
         raise SpecError(problems)
 
 
-class _Hashed(io.RawIOBase):
-    """A file that knows the sha256 and the size of what was written to it."""
+class _Layer:
+    """A tar on its way to the disk, hashed as it is written: the bytes are read once."""
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("wb")
-        self._hash = hashlib.sha256()
-        self.size = 0
+    def __init__(self, out: BinaryIO) -> None:
+        self._out, self._hash, self.size = out, hashlib.sha256(), 0
 
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: Any) -> int:
+    def put(self, data: bytes | memoryview) -> None:
+        """Write the next bytes."""
         self._hash.update(data)
+        self._out.write(data)
         self.size += len(data)
-        return self._file.write(data)
 
-    @property
-    def digest(self) -> str:
+    def entry(self, name: str, kind: bytes, *, size: int = 0, target: str = "") -> None:
+        """Write a header; time and owner are 0 and the owner's name is empty by default."""
+        entry = tarfile.TarInfo(name)
+        entry.type, entry.size, entry.linkname = kind, size, target
+        entry.mode = 0o755 if kind == tarfile.DIRTYPE else 0o644
+        self.put(entry.tobuf(tarfile.USTAR_FORMAT))
+
+    def file(self, name: str, path: Path) -> None:
+        """Write a file's header and content."""
+        with path.open("rb", buffering=0) as content:
+            left = os.fstat(content.fileno()).st_size
+            if left > LARGEST_FILE:
+                what, change = "is larger than a tar can hold (8 GiB)", "train with a lower rank"
+                raise SpecError.at("IMAGE-107", str(path), what, change)
+            self.entry(name, tarfile.REGTYPE, size=left)
+            padding, piece = -left % tarfile.BLOCKSIZE, memoryview(bytearray(files.CHUNK))
+            while left:
+                count = content.readinto(piece[:left])
+                if not count:
+                    raise OSError(f"{path} became shorter while it was read")
+                self.put(piece[:count])
+                left -= count
+            self.put(bytes(padding))
+
+    def end(self) -> str:
+        """Write the end, padded as tar programs do; gives the digest."""
+        self.put(bytes(2 * tarfile.BLOCKSIZE))
+        self.put(bytes(-self.size % tarfile.RECORDSIZE))
         return f"sha256:{self._hash.hexdigest()}"
-
-    def close(self) -> None:
-        if not self._file.closed:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-        super().close()
 
 
 def _write_layer(adapter: Path, names: list[str], blobs: Path) -> Blob:
-    """One tar of `names` under data/, and of hard links to them under models/; one pass."""
+    """One tar of `names` under data/, and of hard links to them under models/."""
     scratch = blobs / f".{os.getpid()}.tmp"
-    with _Hashed(scratch) as out:
-        with tarfile.open(
-            fileobj=cast(BinaryIO, out), mode="w|", format=tarfile.USTAR_FORMAT
-        ) as tar:
-            tar.addfile(_entry("data", tarfile.DIRTYPE))
-            for name in names:
-                with (adapter / name).open("rb") as content:
-                    size = os.fstat(content.fileno()).st_size
-                    tar.addfile(_entry(f"data/{name}", tarfile.REGTYPE, size=size), content)
-            tar.addfile(_entry("models", tarfile.DIRTYPE))
-            for name in names:
-                tar.addfile(_entry(f"models/{name}", tarfile.LNKTYPE, target=f"data/{name}"))
-        out.close()
-        blob = Blob(LAYER, out.digest, out.size)
+    with scratch.open("wb") as out:
+        layer = _Layer(out)
+        layer.entry("data", tarfile.DIRTYPE)
+        for name in names:
+            layer.file(f"data/{name}", adapter / name)
+        layer.entry("models", tarfile.DIRTYPE)
+        for name in names:
+            layer.entry(f"models/{name}", tarfile.LNKTYPE, target=f"data/{name}")
+        blob = Blob(LAYER, layer.end(), layer.size)
+        out.flush()
+        os.fsync(out.fileno())
     scratch.replace(blobs / blob.digest.removeprefix("sha256:"))
     files.sync_folder(blobs)
     return blob
-
-
-def _entry(name: str, kind: bytes, *, size: int = 0, target: str = "") -> tarfile.TarInfo:
-    entry = tarfile.TarInfo(name)  # time 0, owner 0 and no owner's name by default
-    entry.type, entry.size, entry.linkname = kind, size, target
-    entry.mode = 0o755 if kind == tarfile.DIRTYPE else 0o644
-    return entry
 
 
 def _write_json(value: Any, media_type: str, blobs: Path) -> Blob:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import urllib3.exceptions
 
@@ -18,7 +19,7 @@ from tuning.registry.push import Progress, digest_of, manifest, tag_of
 from tuning.registry.wire import Remote
 
 DEEPEST_INDEX = 3
-PIECE = 1 << 16  # bytes in one read: what is lost when a download breaks off
+PIECE = 1 << 18  # bytes in one read: what is lost when a download breaks off
 
 
 @dataclass(frozen=True)
@@ -88,36 +89,41 @@ def _download(remote: Remote, blob: Blob, layout: Path, report: Callable[[int], 
     """Fetch one blob; it goes on where it broke off."""
     path = image.blob_path(layout, blob)
     have = path.stat().st_size if path.exists() else 0
-    headers = {"Range": f"bytes={have}-"} if have else {}
     answer = remote.request(
-        "GET", f"/blobs/{blob.digest}", expect=(200, 206, 416), headers=headers, stream=True
+        "GET",
+        f"/blobs/{blob.digest}",
+        expect=(200, 206, 416),
+        headers={"Range": f"bytes={have}-"} if have else {},
+        stream=True,
     )
-    begins = f"bytes {have}-"
-    if answer.status_code != 206 or not answer.headers.get("Content-Range", begins).startswith(
-        begins
-    ):
+    goes_on = answer.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+    if answer.status_code != 206 or not goes_on:
         path.unlink(missing_ok=True)
         have = 0
+    seen = _hash(path)
     try:
         with answer, path.open("ab") as out:
             for piece in answer.raw.stream(PIECE, decode_content=False):
                 have += len(piece)
                 if have > blob.size:
                     break
+                seen.update(piece)
                 out.write(piece)
                 report(have)
     except urllib3.exceptions.HTTPError as error:
         raise remote.judge.unreachable(error) from None
-    change = "run the same command again"
     if have < blob.size:
         what = f"broke off {blob.digest}"
-        raise remote.judge.again("REG-135", what, change)
-    if have > blob.size or _digest(path) != blob.digest:
+        raise remote.judge.again("REG-135", what, "run the same command again")
+    if f"sha256:{seen.hexdigest()}" != blob.digest:
         path.unlink()
         what = f"sends bytes that are not {blob.digest}"
         raise remote.refusal("REG-143", what, "look after the registry's storage, push again")
 
 
-def _digest(path: Path) -> str:
+def _hash(path: Path) -> Any:
+    """The sha256 of what is there of a file, to go on with."""
+    if not path.exists():
+        return hashlib.sha256()
     with path.open("rb") as file:
-        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+        return hashlib.file_digest(file, "sha256")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import secrets
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from jobs import children
@@ -105,8 +107,6 @@ class World:
         self.progress: dict[str, Any] | None = None
 
     def context(self, cluster: Cluster | None = None) -> Context:
-        from datetime import UTC, datetime, timedelta
-
         api = cluster or self.api
         return Context(
             api,
@@ -247,6 +247,23 @@ class World:
             kinds = ("Launched", "Registered", "Initialized", "Ready")
             conditions = [{"type": kind, "status": "True"} for kind in kinds]
             self.patch_status(NODE_CLAIM, machine, {"conditions": conditions})
+
+
+def wait(ready: Callable[[], Any], seconds: float = 60) -> Any:
+    """What `ready` answers, as soon as that is something."""
+    end = time.monotonic() + seconds
+    while not (found := ready()):
+        assert time.monotonic() < end, "timed out"
+        time.sleep(0.05)
+    return found
+
+
+def fresh(api: Cluster, **options: Any) -> World:
+    """A world in a namespace of its own."""
+    name = f"t-{secrets.token_hex(4)}"
+    api.create(NAMESPACE, {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
+    wait(lambda: (api.get(ACCOUNT, name, "default") or {}).get("secrets"))
+    return World(api, name, Options(**options))
 
 
 SUCCESS: Object = {

@@ -2,77 +2,24 @@
 
 from __future__ import annotations
 
-import secrets
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from cluster import bed
 from cluster.world import (
-    ACCOUNT,
     CORE_EVENT,
-    CRD,
     DIGEST,
-    NAMESPACE,
-    NODE_CLAIM_CRD,
     SUCCESS,
     World,
     config_map,
+    fresh,
+    wait,
     workspace,
 )
 
-from jobs import cluster, crd, names
-from jobs.cluster import CLAIM, EVENT, JOB, POD, WORKSPACE, ApiError, Cluster
+from jobs import cluster, names, wanted
+from jobs.cluster import CLAIM, EVENT, JOB, POD, WORKSPACE, Cluster
 from jobs.options import Nodes, Options, Storage
-
-pytestmark = pytest.mark.cluster
-
-
-@pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[bed.Bed]:
-    if gap := bed.missing("kube-apiserver", "kube-controller-manager"):
-        pytest.fail(gap, pytrace=False)
-    with bed.up(tmp_path_factory.mktemp("bed")) as found:
-        yield found
-
-
-@pytest.fixture(scope="session")
-def api(server: bed.Bed) -> Cluster:
-    found = cluster.connect(str(server.kubeconfig), threads=8)
-    for definition in (crd.definition(), NODE_CLAIM_CRD):
-        found.create(CRD, definition)
-    for kind in (WORKSPACE, cluster.NODE_CLAIM):
-        _wait(lambda kind=kind: _served(found, kind))
-    return found
-
-
-def _served(api: Cluster, kind: cluster.Kind) -> bool:
-    try:
-        api.find(kind)
-    except ApiError as error:
-        assert error.status == 404
-        return False
-    return True
-
-
-def _wait(ready: Any, seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not ready():
-        assert time.monotonic() < end, "timed out"
-        time.sleep(0.05)
-
-
-@pytest.fixture
-def world(api: Cluster) -> World:
-    return make_world(api)
-
-
-def make_world(api: Cluster, **options: Any) -> World:
-    name = f"t-{secrets.token_hex(4)}"
-    api.create(NAMESPACE, {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
-    _wait(lambda: (api.get(ACCOUNT, name, "default") or {}).get("secrets"))
-    return World(api, name, Options(**options))
 
 
 def test_a_workspace_lives_from_pending_to_succeeded(world: World) -> None:
@@ -238,7 +185,7 @@ def test_the_same_name_made_again_adopts_nothing(world: World) -> None:
     world.state("phi", "Succeeded")
     old = world.jobs()[0]
     world.api.delete(WORKSPACE, world.get("phi"))
-    _wait(lambda: world.api.get(WORKSPACE, world.namespace, "phi") is None)
+    wait(lambda: world.api.get(WORKSPACE, world.namespace, "phi") is None)
     world.apply(workspace("phi", world.namespace))
     job = world.until(
         "phi",
@@ -252,7 +199,7 @@ def test_the_same_name_made_again_adopts_nothing(world: World) -> None:
 def test_a_foreign_job_of_the_name_is_left_alone(world: World) -> None:
     """NameConflict, and the other's Job stays as it is."""
     made = world.apply(workspace("phi", world.namespace))
-    name = names.short_name(made, names_revision(made))
+    name = names.short_name(made, wanted.revision(made))
     foreign = {
         "apiVersion": "batch/v1",
         "kind": "Job",
@@ -267,15 +214,9 @@ def test_a_foreign_job_of_the_name_is_left_alone(world: World) -> None:
     assert kept is not None and "ownerReferences" not in kept["metadata"]
 
 
-def names_revision(item: Any) -> str:
-    from jobs import wanted
-
-    return wanted.revision(item)
-
-
 def test_what_does_not_fit_buys_nothing(api: Cluster) -> None:
     """DoesNotFit names the smallest machine that would do; neither machine nor Job is made."""
-    world = make_world(api, nodes=Nodes(provision=True))
+    world = fresh(api, nodes=Nodes(provision=True))
     item = workspace("big", world.namespace, preset={"name": "phi-4"})
     item["resource"]["instanceType"] = "Standard_NC6"
     world.apply(item)
@@ -289,7 +230,7 @@ def test_what_does_not_fit_buys_nothing(api: Cluster) -> None:
 
 def test_a_machine_is_bought_used_and_given_back(api: Cluster) -> None:
     """NodeClaim first, then the Job; when the work ends the machine goes, and so can the object."""
-    world = make_world(api, nodes=Nodes(provision=True))
+    world = fresh(api, nodes=Nodes(provision=True))
     world.apply(workspace("phi", world.namespace))
     world.step("phi", times=2)
     mine = f"{names.UID_LABEL}={world.get('phi')['metadata']['uid']}"
@@ -314,12 +255,12 @@ def world_gone(world: World, name: str) -> None:
         world.step(name)
         return world.api.get(WORKSPACE, world.namespace, name) is None
 
-    _wait(gone)
+    wait(gone)
 
 
 def test_a_cloud_without_machines_is_asked_three_times(api: Cluster) -> None:
     """Bounded attempts, the cloud's own words in the condition, nothing left behind."""
-    world = make_world(api, nodes=Nodes(provision=True, launch_seconds=100, attempts=3))
+    world = fresh(api, nodes=Nodes(provision=True, launch_seconds=100, attempts=3))
     world.apply(workspace("phi", world.namespace))
     world.step("phi")
     mine = f"{names.UID_LABEL}={world.get('phi')['metadata']['uid']}"
@@ -343,7 +284,7 @@ def test_a_cloud_without_machines_is_asked_three_times(api: Cluster) -> None:
 
 def test_deletion_while_a_machine_runs_leaves_nothing(api: Cluster) -> None:
     """The finalizer holds the object until Job and machine are gone."""
-    world = make_world(api, nodes=Nodes(provision=True))
+    world = fresh(api, nodes=Nodes(provision=True))
     world.apply(workspace("phi", world.namespace))
     world.step("phi", times=2)
     world.node_is_ready()
@@ -422,7 +363,7 @@ def test_a_quota_is_told_in_its_own_words(world: World) -> None:
             "spec": {"hard": {"count/jobs.batch": "0"}},
         },
     )
-    _wait(
+    wait(
         lambda: (world.api.get(quota, world.namespace, "none") or {}).get("status", {}).get("hard")
     )
     world.apply(workspace("phi", world.namespace))
@@ -459,9 +400,7 @@ class Dying(Cluster):
 def test_a_crash_at_any_write_changes_nothing_in_the_end(api: Cluster, after: bool) -> None:
     """Killed around its k-th write and started again: one Job, one machine, one end."""
     for number in range(1, 13):
-        world = make_world(
-            api, nodes=Nodes(provision=True), storage=Storage(storage_class="manual")
-        )
+        world = fresh(api, nodes=Nodes(provision=True), storage=Storage(storage_class="manual"))
         world.apply(workspace("phi", world.namespace))
         dying = Dying(api, number, after=after)
 
@@ -471,7 +410,7 @@ def test_a_crash_at_any_write_changes_nothing_in_the_end(api: Cluster, after: bo
             world.step("phi", cluster=through, times=2)
             if world.status("phi").get("state") != "Succeeded":
                 world.end(world.pod("phi"), 0, SUCCESS)
-            _wait(lambda: world.jobs()[0]["status"].get("succeeded"))
+            wait(lambda: world.jobs()[0]["status"].get("succeeded"))
             world.step("phi", cluster=through, times=3)
 
         try:

@@ -1,0 +1,52 @@
+"""A real API server for this folder's tests, one a test process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from cluster import bed
+from cluster.world import CRD, NODE_CLAIM_CRD, World, fresh, wait
+
+from jobs import cluster, crd
+from jobs.cluster import NODE_CLAIM, WORKSPACE, ApiError, Cluster, Kind
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "/tests/cluster/" in str(item.path):
+            item.add_marker(pytest.mark.cluster)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[bed.Bed]:
+    """The control plane: etcd, API server, controllers. Pods never run."""
+    if gap := bed.missing("kube-apiserver", "kube-controller-manager"):
+        pytest.fail(gap, pytrace=False)
+    with bed.up(tmp_path_factory.mktemp("bed")) as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def api(server: bed.Bed) -> Cluster:
+    """The administrator's access, with Workspaces and NodeClaims served."""
+    found = cluster.connect(str(server.kubeconfig), threads=16)
+    for definition in (crd.definition(), NODE_CLAIM_CRD):
+        found.create(CRD, definition)
+
+    def served(kind: Kind) -> bool:
+        try:
+            found.find(kind)
+        except ApiError as error:
+            assert error.status == 404
+            return False
+        return True
+
+    wait(lambda: served(WORKSPACE) and served(NODE_CLAIM))
+    return found
+
+
+@pytest.fixture
+def world(api: Cluster) -> World:
+    """A namespace of its own, and an operator that is called step by step."""
+    return fresh(api)

@@ -80,7 +80,8 @@ def schema(version: str) -> Schema:
     properties["tuning"]["required"] += ["input", "output"]
     properties["tuning"]["properties"]["method"]["maxLength"] = 8
     urls = properties["tuning"]["properties"]["input"]["properties"]["urls"]
-    urls |= {"minItems": 1, "items": {"type": "string", "maxLength": 4096}}
+    # 200 of 2048 characters: what the server's budget for a rule on each of them allows
+    urls |= {"minItems": 1, "maxItems": 200, "items": {"type": "string", "maxLength": 2048}}
     if version == "v1alpha1":  # as KAITO's; what was written for it means this machine
         instance = properties["resource"]["properties"]["instanceType"]
         instance["default"] = "Standard_NC24ads_A100_v4"

@@ -36,7 +36,7 @@ _LABEL = "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
 _LOCAL = (
     r"(?i)^https?://([^/?#]*@)?(localhost|[^/:?#]*[.]localhost|metadata[.]google([.]internal)?"
     r"|instance-data[.]ec2[.]internal|0[.]|10[.]|127[.]|169[.]254[.]|192[.]168[.]"
-    r"|172[.](1[6-9]|2[0-9]|3[01])[.]|\\[(::1?|::ffff:|f[cd]|fe[89ab])).*"
+    r"|172[.](1[6-9]|2[0-9]|3[01])[.]|[[](::1?|::ffff:|f[cd]|fe[89ab])).*"
 )
 
 RULES: dict[Path, tuple[Rule, ...]] = {

@@ -448,7 +448,7 @@ def test_a_piece_at_a_wrong_place_is_seen(proxied, open_registry, built, reposit
 
 
 def test_credentials_stay_with_the_registry(mortal, built, repository):
-    """An upload that goes on at another host goes there without a login, and arrives."""
+    """An upload that goes on at another host goes there without a login."""
     with Proxy(mortal.address) as near, Proxy(mortal.address) as far:
 
         def elsewhere(reply: Reply) -> None:

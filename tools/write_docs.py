@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tuning import files, spec
+from tuning import files, presets, sizing, spec
 from tuning.spec import keys
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -15,6 +15,8 @@ def generated() -> dict[Path, str]:
     """Every generated file and its text."""
     return {
         ROOT / "docs" / "config-keys.md": keys.page(),
+        ROOT / "docs" / "fit.md": sizing.markdown(),
+        ROOT / "docs" / "presets.md": presets.markdown(),
         ROOT / "configs" / "workspace.schema.json": json.dumps(spec.json_schema(), indent=2) + "\n",
     }
 

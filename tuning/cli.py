@@ -25,6 +25,7 @@ app = typer.Typer(
 
     \b
     python -m tuning plan -f workspace.yaml     what would be done, and why
+    python -m tuning preview -f workspace.yaml  what the data becomes, token by token
     python -m tuning run  -f workspace.yaml     do it; the same command again goes on
     python -m tuning chat --base MODEL --adapter IMAGE --compare
     """,
@@ -66,6 +67,10 @@ PullSecret = Annotated[
 HubToken = Annotated[
     Path | None, typer.Option(metavar="FILE", help="File with a token for gated models.")
 ]
+Secrets = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Folder with push/, pull/, hub/ and data/ secrets."),
+]
 AllowHost = Annotated[
     list[str] | None,
     typer.Option(metavar="HOST", help="A private host that data may come from; repeatable."),
@@ -91,10 +96,7 @@ def run(
     push_secret: PushSecret = None,
     pull_secret: PullSecret = None,
     hub_token_file: HubToken = None,
-    secrets: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Folder with push/, pull/, hub/ and data/ secrets."),
-    ] = None,
+    secrets: Secrets = None,
     allow_host: AllowHost = None,
     policy: PolicyFile = None,
     ca: CaFile = None,
@@ -154,6 +156,8 @@ def plan(
         return
     print(show.plan_heading(spec, decided))
     show.display(show.plan_table(decided))
+    if (memory := show.memory_table(decided)) is not None:
+        show.display(memory)
     print("\n".join(f"note: {note}" for note in spec.notes), end="")
 
 
@@ -188,6 +192,53 @@ def check(
     )
     for line in pipeline.check(spec, options):
         print(line)
+
+
+@app.command()
+def preview(
+    file: File,
+    run_dir: RunDir = None,
+    base_model: BaseModel = None,
+    data: Data = None,
+    instance: Instance = None,
+    output: Output = None,
+    push_secret: PushSecret = None,
+    pull_secret: PullSecret = None,
+    hub_token_file: HubToken = None,
+    secrets: Secrets = None,
+    allow_host: AllowHost = None,
+    policy: PolicyFile = None,
+    ca: CaFile = None,
+    insecure: Insecure = False,
+    rows: Annotated[int, typer.Option(min=0, max=20, help="Sample rows to show.")] = 3,
+    as_json: Json = False,
+) -> None:
+    """Show what the data becomes: shape, lengths, what is cut, which tokens are trained.
+
+    Fetches the data and the tokenizer, no weights; `run` in the same directory goes on from there.
+    """
+    from tuning import pipeline
+    from tuning import preview as previews
+    from tuning.console import Console
+
+    spec = _spec(file, base_model, data, instance, output, _hosts(allow_host, policy))
+    options = pipeline.options(
+        spec,
+        run_dir=run_dir,
+        push_secret=push_secret,
+        pull_secret=pull_secret,
+        hub_token_file=hub_token_file,
+        secrets=secrets,
+        allow_hosts=tuple(allow_host or ()),
+        policy_file=policy,
+        ca=ca,
+        insecure=insecure,
+    )
+    found = previews.report(pipeline.prepare(spec, options, Console()), rows=rows)
+    if as_json:
+        print(json.dumps(found, indent=2, sort_keys=True))
+    else:
+        previews.show(found)
 
 
 @app.command()

@@ -12,9 +12,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from tuning import files, presets
+from tuning import files, presets, sizing
 from tuning.device import Device
 from tuning.errors import Problem, SpecError
+from tuning.sizing import Fit
 from tuning.spec import Settings, Spec
 
 
@@ -137,6 +138,16 @@ class Plan:
     reasons: dict[str, str]
     lengths: Lengths | None = None
     rows: int | None = None  # training rows after packing
+    fit: Fit | None = None  # its memory and speed, where they can be foretold
+
+    @property
+    def seconds(self) -> float | None:
+        """Predicted seconds of training, once the steps are known."""
+        if self.rows is None or self.fit is None or self.fit.seconds_per_token is None:
+            return None
+        recipe = self.recipe
+        tokens = recipe.steps * recipe.global_batch * recipe.max_length
+        return tokens * self.fit.seconds_per_token / self.placement.ranks
 
     def to_json(self) -> dict[str, Any]:
         """For `plan.json` and `plan --json`."""
@@ -148,7 +159,21 @@ class Plan:
             "reasons": self.reasons,
             "lengths": asdict(self.lengths) if self.lengths else None,
             "rows": self.rows,
+            "memory": _memory_json(self.fit, self.device),
+            "seconds": self.seconds,
         }
+
+
+def _memory_json(fit: Fit | None, device: Device) -> dict[str, Any] | None:
+    if fit is None:
+        return None
+    return {
+        "terms": fit.ledger.terms,
+        "total": fit.ledger.total,
+        "free": device.memory_bytes,
+        "moment": fit.ledger.moment,
+        "tokens_per_second": fit.seconds_per_token and 1 / fit.seconds_per_token,
+    }
 
 
 def recipe_from_json(record: dict[str, Any]) -> Recipe:
@@ -166,6 +191,7 @@ BATCH_ROWS = 16  # conversations an optimizer step
 WARMUP_SHARE = 0.03
 SMALLEST_PACK, LARGEST_PACK = 256, 8192  # tokens of a packed row, unless a row is longer
 DRAFT_LENGTH = 2048  # before the data was read
+SHORTEST = 512  # tokens: rows are not made shorter than this to fit a GPU
 
 
 class _Choices:
@@ -190,15 +216,7 @@ def make(
     s, choices = spec.settings, _Choices()
     pick = choices.pick
     precision = pick("precision", s.dtype, *_precision(device))
-    packing = _packing(s.packing, base, pick)
-    max_length = pick("max_length", s.max_length, *_max_length(base, lengths, packing))
-    if max_length > base.context:
-        raise SpecError.at(
-            "PLAN-103",
-            "TrainingArguments.max_length",
-            f"is {max_length}, but {base.name} reads at most {base.context} tokens",
-            f"set it to {base.context} or less, or leave it out",
-        )
+    packing, max_length = _rows(spec, base, lengths, pick)
     user_batch = None
     if s.micro_batch or s.accumulation:
         user_batch = (s.micro_batch or 1) * (s.accumulation or 1)
@@ -246,8 +264,16 @@ def make(
         eval_steps=s.eval_steps,
         versions=versions,
     )
-    placement = place(recipe, base, device, settings=s, reasons=choices.reasons)
-    return Plan(recipe, placement, device, choices.reasons, lengths)
+    if s.max_length is None:
+        recipe = _shortened(recipe, base, device, spec, lengths, choices.reasons)
+    if device.capability:
+        major, minor = device.capability
+        reason = f"the newest build of torch for compute capability {major}.{minor}"
+        choices.reasons["engine"] = reason
+    placement, fit = place(
+        recipe, base, device, spec=spec, lengths=lengths, reasons=choices.reasons
+    )
+    return Plan(recipe, placement, device, choices.reasons, lengths, fit=fit)
 
 
 def freeze(plan: Plan, spec: Spec, *, rows: int, data: tuple[str, ...]) -> Plan:
@@ -273,26 +299,137 @@ def freeze(plan: Plan, spec: Spec, *, rows: int, data: tuple[str, ...]) -> Plan:
 
 def again(plan: Plan, recipe: Recipe, base: Base, spec: Spec, *, rows: int) -> Plan:
     """A plan that keeps the frozen `recipe` and places it on the device of `plan`."""
-    placement = place(recipe, base, plan.device, settings=spec.settings, reasons=plan.reasons)
-    return replace(plan, recipe=recipe, placement=placement, rows=rows)
+    placement, fit = place(
+        recipe, base, plan.device, spec=spec, lengths=plan.lengths, reasons=plan.reasons
+    )
+    return replace(plan, recipe=recipe, placement=placement, rows=rows, fit=fit)
 
 
 def place(
-    recipe: Recipe, base: Base, device: Device, *, settings: Settings, reasons: dict[str, str]
-) -> Placement:
-    """How `device` carries out `recipe`: never changes the run id, may differ at each start."""
-    micro_batch = settings.micro_batch if settings.micro_batch else 1
-    if settings.micro_batch is None and not recipe.packing:
-        micro_batch = _divisor(recipe.global_batch, 4)
-    if recipe.global_batch % micro_batch:
-        micro_batch = _divisor(recipe.global_batch, micro_batch)
-    return Placement(
+    recipe: Recipe,
+    base: Base,
+    device: Device,
+    *,
+    spec: Spec,
+    lengths: Lengths | None,
+    reasons: dict[str, str],
+) -> tuple[Placement, Fit | None]:
+    """How `device` carries out `recipe`: never changes the run id, may differ at each start.
+
+    On a GPU, for a model whose memory is known, the fastest placement that fits. Raises SpecError
+    (PLAN-120) when none does, with the smallest machine that would hold it.
+    """
+    settings = spec.settings
+    micro_batch, checkpointing, fit = _unsized(recipe, settings, reasons), False, None
+    attention = settings.attention or "sdpa"
+    model = sizing.model(base.facts) if device.kind == "cuda" else None
+    if model is not None:
+        demand = _demand(recipe, settings, lengths)
+        fit = sizing.best(model, demand, device.gpu, memory=device.memory_bytes)
+        if fit is None:
+            raise _does_not_fit(model, demand, base, device)
+        micro_batch, checkpointing = fit.micro_batch, fit.checkpointing
+        taken = f"{fit.ledger.total / 2**30:.1f} of {device.memory_bytes / 2**30:.1f} GiB"
+        reasons["micro_batch"] = f"the fastest that fits: {taken}"
+        why = "nothing smaller would fit" if checkpointing else "it fits without; saves a third"
+        reasons["checkpointing"] = why
+    elif device.kind == "cuda":
+        checkpointing = True
+        reasons["checkpointing"] = "nobody has sized this model: the careful way"
+    if settings.checkpointing is not None:
+        checkpointing = settings.checkpointing
+        reasons["checkpointing"] = "set in the config"
+    placement = Placement(
         device=device.kind,
         ranks=1,
         micro_batch=micro_batch,
         accumulation=recipe.global_batch // micro_batch,
-        checkpointing=bool(settings.checkpointing),
-        attention=settings.attention or "sdpa",
+        checkpointing=checkpointing,
+        attention=attention,
+    )
+    return placement, fit
+
+
+def _unsized(recipe: Recipe, settings: Settings, reasons: dict[str, str]) -> int:
+    """A micro-batch where memory is no question, or nobody knows the answer."""
+    if settings.micro_batch:
+        reasons["micro_batch"] = "set in the config"
+        return _divisor(recipe.global_batch, settings.micro_batch)
+    if recipe.packing:
+        reasons["micro_batch"] = "a packed row is full as it is"
+        return 1
+    reasons["micro_batch"] = "a few rows at once, with little padding"
+    return _divisor(recipe.global_batch, 4)
+
+
+def _demand(recipe: Recipe, settings: Settings, lengths: Lengths | None) -> sizing.Demand:
+    quantisation = recipe.quantisation or {}
+    return sizing.Demand(
+        method=recipe.method,
+        precision=recipe.precision,
+        rank=recipe.rank,
+        dropout=recipe.dropout,
+        optimizer=recipe.optimizer,
+        attention="sdpa",
+        double_quant=bool(quantisation.get("double", True)),
+        targets=recipe.targets,
+        length=recipe.max_length,
+        rows=recipe.global_batch,
+        packed=recipe.packing,
+        span=lengths.mean if lengths else float(recipe.max_length),
+        micro_batch=settings.micro_batch,
+        checkpointing=settings.checkpointing,
+    )
+
+
+def _shortened(
+    recipe: Recipe,
+    base: Base,
+    device: Device,
+    spec: Spec,
+    lengths: Lengths | None,
+    reasons: dict[str, str],
+) -> Recipe:
+    """The recipe with rows short enough for the GPU, where the user left their length to us."""
+    model = sizing.model(base.facts) if device.kind == "cuda" else None
+    if model is None:
+        return recipe
+    whole = recipe
+    while recipe.max_length > SHORTEST:
+        demand = _demand(recipe, spec.settings, lengths)
+        if sizing.smallest(model, demand, device.gpu).fits(device.memory_bytes):
+            return recipe
+        reasons["max_length"] = f"{whole.max_length} would not fit the memory of {device.name}"
+        recipe = replace(recipe, max_length=recipe.max_length // 2)
+        if spec.settings.micro_batch is None and spec.settings.accumulation is None:
+            batch, reasons["global_batch"] = _batch(lengths, recipe.max_length, recipe.packing)
+            recipe = replace(recipe, global_batch=batch)
+    return recipe
+
+
+def _does_not_fit(
+    model: sizing.Model, demand: sizing.Demand, base: Base, device: Device
+) -> SpecError:
+    least = sizing.smallest(model, demand, device.gpu).ledger
+    terms = sorted(least.terms.items(), key=lambda term: -term[1])[:2]
+    largest = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in terms)
+    free = device.memory_bytes / 2**30
+    cloud = next((m.cloud for m in presets.instances() if m.name == device.origin), None)
+    machine = sizing.smallest_machine(model, demand, cloud=cloud)
+    changes = []
+    if machine is not None:
+        changes.append(f"use {machine.name} ({machine.gpus} x {machine.gpu.name}) or larger")
+    smaller = replace(demand, method="qlora")
+    if demand.method == "lora" and sizing.smallest(model, smaller, device.gpu).fits(
+        device.memory_bytes
+    ):
+        changes.append("or method qlora, which fits here")
+    return SpecError.at(
+        "PLAN-120",
+        base.name,
+        f"does not fit {device.name}: {demand.method} with rows of {demand.length} tokens takes "
+        f"at least {least.total / 2**30:.1f} GiB ({largest}), and {free:.1f} GiB are there",
+        ", ".join(changes) or "choose a smaller model: no known machine holds this one on a GPU",
     )
 
 
@@ -322,6 +459,55 @@ def _quantisation(spec: Spec, precision: str, pick: Callable[..., Any]) -> dict[
         "double": pick("double_quant", s.double_quant, True, "saves 0.37 bits a weight"),
         "compute": s.compute_dtype or precision,
     }
+
+
+@dataclass(frozen=True)
+class Packing:
+    """What turns tokenised rows into training rows; no GPU has a say in it."""
+
+    packing: bool
+    max_length: int
+    shuffle: bool
+    seed: int
+    train_share: float
+    reasons: dict[str, str] = field(default_factory=dict, compare=False)
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Packing:
+        """That of a recipe."""
+        r = recipe
+        return cls(r.packing, r.max_length, r.shuffle, r.seed, r.train_share)
+
+
+def packing(spec: Spec, base: Base, lengths: Lengths) -> Packing:
+    """The packing that `make` would put into the recipe on any device. Raises SpecError."""
+    s, choices = spec.settings, _Choices()
+    packed, max_length = _rows(spec, base, lengths, choices.pick)
+    return Packing(
+        packed,
+        max_length,
+        _or(s.shuffle, True),
+        _or(s.seed, 42),
+        _or(s.train_share, 1.0),
+        choices.reasons,
+    )
+
+
+def _rows(
+    spec: Spec, base: Base, lengths: Lengths | None, pick: Callable[..., Any]
+) -> tuple[bool, int]:
+    """Whether rows are packed, and how many tokens a training row holds at most."""
+    packing = _packing(spec.settings.packing, base, pick)
+    user = spec.settings.max_length
+    max_length: int = pick("max_length", user, *_max_length(base, lengths, packing))
+    if max_length > base.context:
+        raise SpecError.at(
+            "PLAN-103",
+            "TrainingArguments.max_length",
+            f"is {max_length}, but {base.name} reads at most {base.context} tokens",
+            f"set it to {base.context} or less, or leave it out",
+        )
+    return packing, max_length
 
 
 def _packing(user: bool | None, base: Base, pick: Callable[..., Any]) -> bool:

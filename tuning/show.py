@@ -146,6 +146,7 @@ def plan_table(plan: Plan) -> rich.table.Table:
     values = {
         "method": recipe.method,
         "precision": recipe.precision,
+        "engine": plan.device.capability and presets.engine_build(plan.device.capability),
         "quant_type": (recipe.quantisation or {}).get("type"),
         "double_quant": (recipe.quantisation or {}).get("double"),
         "targets": ", ".join(recipe.targets) if recipe.targets else "all projections",
@@ -176,6 +177,17 @@ def plan_table(plan: Plan) -> rich.table.Table:
             if value is not None
         ],
     )
+
+
+def memory_table(plan: Plan) -> rich.table.Table | None:
+    """Where each byte of the GPU goes, largest first; None where nobody has sized the model."""
+    if plan.fit is None:
+        return None
+    terms = sorted(plan.fit.ledger.terms.items(), key=lambda term: -term[1])
+    rows = [(name, f"{count / 2**30:.2f}") for name, count in terms if count]
+    rows.append(("total", f"{plan.fit.ledger.total / 2**30:.2f}"))
+    rows.append(("free on the GPU", f"{plan.device.memory_bytes / 2**30:.2f}"))
+    return table(("memory at the peak", "GiB"), rows)
 
 
 def summary_lines(summary: Summary) -> list[str]:

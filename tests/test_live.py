@@ -38,6 +38,17 @@ def test_the_last_step_is_served_for_programs_and_for_people(get, tmp_path):
     assert "█▁" in page
 
 
+def test_the_report_of_a_finished_run_stays_as_it_is(tmp_path):
+    """It is the same page without the reload, and loads nothing from anywhere."""
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(STEP) + "\n")
+
+    kept = live.report(tmp_path, name="demo")
+
+    assert "step 3 of 12" in kept
+    assert "refresh" not in kept
+    assert "src=" not in kept
+
+
 def test_other_paths_are_not_found(get):
     """Nothing of the run directory is served as a file."""
     with pytest.raises(urllib.error.HTTPError, match="404"):

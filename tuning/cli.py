@@ -291,8 +291,13 @@ def chat(
     insecure: Insecure = False,
 ) -> None:
     """Talk to a base model, with an adapter or with both side by side."""
+    import warnings
+
     from tuning import delivery, pipeline, show
+
+    warnings.simplefilter("ignore")  # what libraries tell each other is no news to who chats
     from tuning.chat import Session
+
     from tuning.console import Console
 
     console = Console()

@@ -26,7 +26,8 @@ GAUGES = {
     "eta_seconds": "seconds until the last step",
     "memory_bytes": "peak memory of the training process",
 }
-PAGE = """<!doctype html><meta charset="utf-8"><meta http-equiv="refresh" content="5">
+EVERY_5_SECONDS = '<meta http-equiv="refresh" content="5">'
+PAGE = """<!doctype html><meta charset="utf-8">{reload}
 <title>{name}</title><body style="font: 16px/1.5 system-ui; max-width: 46em; margin: 2em auto">
 <h1>{name}</h1><p>{state}</p><p style="font-size: 2em; letter-spacing: -1px">{curve}</p>
 <table>{rows}</table>
@@ -99,7 +100,12 @@ def metrics(now: dict[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
-def page(run: Path, name: str, now: dict[str, Any] | None) -> str:
+def report(run: Path, *, name: str) -> str:
+    """The page of a finished run, to keep as `report.html`: one file, nothing loaded."""
+    return page(run, name, result.progress(run), reload="")
+
+
+def page(run: Path, name: str, now: dict[str, Any] | None, *, reload: str = EVERY_5_SECONDS) -> str:
     """A page for a person: how far, how fast, and the loss so far."""
     losses = [record["loss"] for record in _records(run) if isinstance(record.get("loss"), float)]
     state = f"step {now['step']:,} of {now['steps']:,}" if now else "not training yet"
@@ -108,7 +114,9 @@ def page(run: Path, name: str, now: dict[str, Any] | None) -> str:
         for key, meaning in GAUGES.items()
         if now and isinstance(now.get(key), int | float)
     )
-    return PAGE.format(name=html.escape(name), state=state, curve=card.curve(losses), rows=rows)
+    return PAGE.format(
+        reload=reload, name=html.escape(name), state=state, curve=card.curve(losses), rows=rows
+    )
 
 
 def _records(run: Path) -> list[dict[str, Any]]:

@@ -38,7 +38,7 @@ from tuning import spec as specs
 from tuning.console import Console, Report
 from tuning.delivery import Access
 from tuning.errors import Killed, Problem, SpecError, Stopped, TuningError
-from tuning.plan import Plan, Recipe
+from tuning.plan import Plan
 from tuning.spec import Spec
 
 log = logging.getLogger(__name__)
@@ -112,6 +112,30 @@ def run(spec: Spec, options: Options, console: Console) -> Summary:
         return summary
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """Data as a run would prepare it: the data child's answers, and the choice between them."""
+
+    tokenised: Value
+    packing: plan.Packing
+    packed: Value
+    samples: list[Value]  # first rows, token by token: preview.json
+
+
+def prepare(spec: Spec, options: Options, console: Console) -> Prepared:
+    """Fetch, tokenise and pack the data of `spec`, without weights, GPU or destination.
+
+    It is the first part of `run` in the same run directory, which does not do it again. Raises what
+    a run would.
+    """
+    with _stop_asked() as stop, journal.opened(options.run_dir) as book:
+        story = _Story(spec, options, console, book, stop)
+        try:
+            return story.prepare()
+        except Exception as error:
+            raise story.known(error) from error
+
+
 @contextmanager
 def _stop_asked() -> Iterator[threading.Event]:
     """SIGTERM and SIGINT set the event that this yields; a second signal changes nothing."""
@@ -137,7 +161,8 @@ class _Story:
     def live(self) -> Summary:
         """One screen: what happens, in order."""
         inputs = self._inputs()
-        if (done := self.book.done("finish", inputs)) is not None:
+        done = self.book.stands("finish", inputs, unless=("train", "package"))
+        if done is not None:
             self.console.say("Already finished; nothing was done.")
             return Summary.from_json(done)
         files.write(self.folder / "spec.yaml", specs.dump(self.spec), mode=0o600)  # URLs' tokens
@@ -157,10 +182,34 @@ class _Story:
         references = self._deliver(decided, digest)
         return self._finish(inputs, decided, training, digest, references)
 
+    def prepare(self) -> Prepared:
+        """The data part of the story alone."""
+        model = self._base()
+        config = base.check(model, token=self._token(), cache=self.options.cache)
+        known = self._known(model, config)
+        data = self._fetch()
+        self._begin("weights")
+        tokenizer = base.fetch_tokenizer(
+            model, cache=self.options.cache, token=self._token(), stop=self.stop.is_set
+        )
+        rows = self._tokenise(data, tokenizer, model)
+        chosen = plan.packing(self.spec, known, _lengths(rows))
+        packed = self._pack(rows, chosen)
+        samples = files.read_json(self.folder / "data" / "tokenised" / "preview.json")
+        return Prepared(rows, chosen, packed, samples)
+
     # What goes wrong, told once: to the journal, to the termination log, to the caller.
 
     def told(self, error: Exception) -> TuningError:
         """Record how the story ended, and give the error that a person should see."""
+        known = self.known(error)
+        outcome = result.failed(self.phase, known, result.progress(self.folder))
+        self.book.append(self.phase, "fail", code=outcome.code, message=outcome.message)
+        result.write_termination(outcome)
+        return known
+
+    def known(self, error: Exception) -> TuningError:
+        """`error` as one that a person can read; the traceback of a bug goes into a file."""
         known = error if isinstance(error, TuningError) else process.disk_full(error)
         if known is None:
             path = self.folder / "traceback.txt"
@@ -171,9 +220,6 @@ class _Story:
                 f"internal error, {type(error).__name__}; the traceback is in {path}",
                 "report it with that file",
             )
-        outcome = result.failed(self.phase, known, result.progress(self.folder))
-        self.book.append(self.phase, "fail", code=outcome.code, message=outcome.message)
-        result.write_termination(outcome)
         return known
 
     def outcome(self, summary: Summary) -> result.Outcome:
@@ -359,13 +405,12 @@ class _Story:
         self._begin("plan")
         known = self._known(model, base.verify(weights))
         versions = {name: importlib.metadata.version(name) for name in RECIPE_LIBRARIES}
-        lengths = plan.Lengths(rows["rows"], rows["tokens"], rows["lengths"]["max"])
         here = device.detect()
-        decided = plan.make(self.spec, known, here, lengths=lengths, versions=versions)
+        decided = plan.make(self.spec, known, here, lengths=_lengths(rows), versions=versions)
         key = _key(rows["key"], self.spec.method, asdict(self.spec.settings), versions)
         kept = self.book.done("plan", key)
         recipe = plan.recipe_from_json(kept["recipe"]) if kept else decided.recipe
-        packed = self._pack(rows, recipe)
+        packed = self._pack(rows, plan.Packing.of(recipe))
         count = packed["train"]["rows"]
         if kept:
             decided = plan.again(decided, recipe, known, self.spec, rows=count)
@@ -376,19 +421,19 @@ class _Story:
         files.write_json(self.folder / "plan.json", decided.to_json())
         return decided, packed
 
-    def _pack(self, rows: Value, recipe: Recipe) -> Value:
+    def _pack(self, rows: Value, chosen: plan.Packing) -> Value:
         self._begin("pack")
         settings = self.spec.settings
         request = {
             "step": "pack",
             "tokenised": str(self.folder / "data" / "tokenised"),
             "out": str(self.folder / "data" / "packed"),
-            "max_length": recipe.max_length,
-            "packing": recipe.packing,
-            "shuffle": recipe.shuffle,
-            "seed": recipe.seed,
+            "max_length": chosen.max_length,
+            "packing": chosen.packing,
+            "shuffle": chosen.shuffle,
+            "seed": chosen.seed,
             "shuffle_seed": settings.shuffle_seed,
-            "train_share": recipe.train_share,
+            "train_share": chosen.train_share,
             "batch": settings.micro_batch,
         }
         key = _key(rows["key"], request)
@@ -499,6 +544,7 @@ class _Story:
             base=self.spec.base_model or self.spec.preset,
             training=training,
         )
+        files.write(self.folder / "report.html", live.report(self.folder, name=self.spec.name))
         self.book.do("finish", inputs, summary.to_json)
         return summary
 
@@ -642,6 +688,10 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
+
+
+def _lengths(rows: Value) -> plan.Lengths:
+    return plan.Lengths(rows["rows"], rows["tokens"], rows["lengths"]["max"])
 
 
 def _stopped(phase: str) -> Stopped:

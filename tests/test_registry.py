@@ -373,6 +373,19 @@ def test_a_push_survives_each_fault_at_each_request(mortal, built, repository, r
     assert proxy.received() <= 2 * size(built)
 
 
+@pytest.mark.parametrize("nth", [1, 6, 12, 20])
+def test_a_registry_that_is_down_for_a_while_is_waited_for(
+    proxied, open_registry, built, repository, nth
+):
+    """Ten requests in a row find nobody; then it goes on, and nothing is sent twice in vain."""
+    proxied.spoil(fp.refuse, nth=nth, times=10)
+
+    pushed = push(remote(proxied.host, repository), built)
+
+    assert digest(built) == pushed.digest == held(open_registry, repository)
+    assert proxied.struck() and proxied.received() <= 2 * size(built)
+
+
 @pytest.mark.parametrize("status", [408, 425, 429, 500, 502, 503, 504, 522])
 def test_trouble_that_lasts_is_transient_and_names_the_request(proxied, built, repository, status):
     """Exit code 20 after patience, not 12, and the tag is untouched."""
@@ -776,6 +789,23 @@ def test_no_netrc_and_no_cookies(mortal, repository, tmp_path, monkeypatch):
         registry.check_push(remote(proxy.host, repository, login=ME))
 
     assert [] == [seen for seen in proxy.seen if "cookie" in seen.headers]
+
+
+def test_the_environments_proxy_is_used_but_never_for_loopback(
+    open_registry, proxied, repository, monkeypatch
+):
+    """HTTP_PROXY and NO_PROXY count as for every other program."""
+    for name, value in (("http_proxy", f"http://{proxied.host}"), ("no_proxy", "direct.invalid")):
+        monkeypatch.setenv(name, value)
+        monkeypatch.setenv(name.upper(), value)
+
+    assert registry.look(remote(open_registry.host, repository)) is None
+    assert registry.look(remote("registry.invalid", repository, insecure=True)) is None
+    with pytest.raises(TransientError, match="REG-131"):
+        registry.look(remote("direct.invalid", repository, insecure=True, patience=IMPATIENT))
+
+    shown = f"http://registry.invalid/v2/{repository}/manifests/1"
+    assert [shown] == [seen.path for seen in proxied.seen]
 
 
 def test_no_secret_is_shown(mortal, built, repository, caplog):

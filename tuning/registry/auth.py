@@ -10,13 +10,15 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-import oras.auth.utils
 import requests
 
 from tuning.registry.answers import AGAIN, Judge, retry_after
+
+if TYPE_CHECKING:
+    import oras.auth.utils
 
 RENEWED_BEFORE = 60.0  # seconds before a token runs out
 LIFETIME = 60.0  # seconds, where the token server does not say
@@ -113,6 +115,8 @@ class Tokens:
 
 def challenges(header: str) -> dict[str, oras.auth.utils.authHeader]:
     """The parts of a WWW-Authenticate header by scheme, in lower case; it may hold several."""
+    import oras.auth.utils  # late: it brings half a second of imports with it
+
     starts = list(re.finditer(r"(?:^|,)\s*(basic|bearer)(?:\s+|$)", header, re.IGNORECASE))
     ends = [match.start() for match in starts[1:]] + [len(header)]
     return {

@@ -56,12 +56,11 @@ class Remote:
     def __post_init__(self) -> None:
         registry = self.reference.registry
         self.host = "registry-1.docker.io" if registry == DOCKER_HUB else registry
-        loopback = urlsplit(f"//{self.host}").hostname in LOOPBACK
-        plain = self.insecure or (loopback and self.ca is None)
+        plain = self.insecure or (_is_loopback(f"//{self.host}") and self.ca is None)
         self.origin = f"{'http' if plain else 'https'}://{self.host}"
         self.base = f"{self.origin}/v2/{self.reference.repository}"
         self.judge = Judge(self.reference, self.login)
-        self.session = _session(self.ca, self.origin)
+        self.session = _session(self.ca)
         self._tokens = Tokens(self.judge, plain, self._ask)
 
     def request(
@@ -104,8 +103,11 @@ class Remote:
             answer.close()
 
     def _ask(self, method: str, url: str, **more: Any) -> requests.Response:
+        proxies = {} if _is_loopback(url) else requests.utils.get_environ_proxies(url)
         try:
-            return self.session.request(method, url, timeout=TIMEOUT, allow_redirects=False, **more)
+            return self.session.request(
+                method, url, timeout=TIMEOUT, allow_redirects=False, proxies=proxies, **more
+            )
         except (requests.exceptions.RequestException, OSError) as error:
             raise self.judge.unreachable(error) from None
 
@@ -183,10 +185,13 @@ class _Adapter(requests.adapters.HTTPAdapter):
         return super().proxy_manager_for(proxy, ssl_context=network.tls(self._ca), **more)
 
 
-def _session(ca: Path | None, origin: str) -> requests.Session:
+def _is_loopback(url: str) -> bool:
+    return urlsplit(url).hostname in LOOPBACK
+
+
+def _session(ca: Path | None) -> requests.Session:
     session = requests.Session()
     session.trust_env = False  # no .netrc: a login is only what we were given
-    session.proxies = requests.utils.get_environ_proxies(origin)
     session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))  # Harbor's lead to CSRF
     session.mount("https://", _Adapter(ca))
     return session

@@ -294,12 +294,10 @@ def chat(
     import warnings
 
     from tuning import delivery, pipeline, show
-
-    warnings.simplefilter("ignore")  # what libraries tell each other is no news to who chats
     from tuning.chat import Session
-
     from tuning.console import Console
 
+    warnings.simplefilter("ignore")  # what libraries tell each other is no news to who chats
     console = Console()
     access = delivery.Access(pull_secret=pull_secret, ca=ca, insecure=insecure)
     weights = pipeline.base_folder(base, token_file=hub_token_file, console=console)

@@ -172,15 +172,18 @@ def test_a_real_step_takes_what_was_simulated(
 # Formula against simulation.
 
 
-def deep(name: str, layers: int) -> dict[str, Any]:
-    """The config of a preset, cut to a depth that a test can run whole."""
+def deep(name: str, layers: int | None) -> dict[str, Any]:
+    """The config of a preset, if asked for cut to a depth that a test can run whole."""
     config: dict[str, Any] = json.loads(json.dumps(configs()[name]))
-    config.get("text_config", config)["num_hidden_layers"] = layers
+    if layers is not None:
+        config.get("text_config", config)["num_hidden_layers"] = layers
     return config
 
 
-def assert_agrees(config: dict[str, Any], variant: Variant, *, points: int, seed: int) -> None:
-    """At random points of `variant`, what the formula says a process takes is within 2 %."""
+def assert_agrees(
+    config: dict[str, Any], variant: Variant, *, points: int, seed: int, within: float = 0.02
+) -> None:
+    """At random points of `variant`, what the formula says of a step is that close."""
     found = coefficients(config, variants=[variant])
     draw = random.Random(seed)
     stages = {rank: Stage(config, variant=variant, rank=rank) for rank in (8, 64)}
@@ -203,7 +206,7 @@ def assert_agrees(config: dict[str, Any], variant: Variant, *, points: int, seed
             found, tokens=point.tokens, rows=point.rows, rank=rank, **options
         )
         said = predicted.step - (ledger.WORKSPACE_BYTES if variant.device == "cuda" else 0)
-        assert said == pytest.approx(step, rel=0.02), (variant, point)
+        assert said == pytest.approx(step, rel=within), (variant, point)
 
 
 QUICK = [
@@ -212,17 +215,32 @@ QUICK = [
     ("gemma-3-4b-instruct", Variant(method="qlora", dropout=True)),
     ("phi-4-mini-instruct", Variant(method="qlora", precision="float16", attention="sdpa")),
     ("falcon-7b", Variant(attention="sdpa", checkpointing=False)),
-    ("qwen2.5-coder-7b-instruct", Variant(attention="sdpa", device="cpu")),
+    ("phi-3-mini-4k-instruct", Variant(attention="sdpa", device="cpu")),
 ]
 
 
 @pytest.mark.parametrize(("name", "variant"), QUICK, ids=[f"{n}-{v.method}" for n, v in QUICK])
 def test_formula_agrees_with_simulation(name: str, variant: Variant) -> None:
     """The closed formula, from two and three layers, foretells four, at sizes it has not seen."""
-    assert_agrees(deep(name, 4), variant, points=4, seed=1)
+    assert_agrees(deep(name, 4), variant, points=3, seed=1)
 
 
 SHAPES = ("mistral-7b", "phi-3-mini-4k-instruct", "gemma-3-4b-instruct", "falcon-7b", "phi-2")
+
+
+def test_layers_are_foretold_to_any_depth() -> None:
+    """Two and three layers foretell 32: what is off by a little a layer would show here."""
+    variant = Variant(method="qlora", checkpointing=False)
+    assert_agrees(deep("phi-2", None), variant, points=2, seed=3, within=0.002)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama-3.3-70b-instruct", "gemma-3-27b-instruct", "falcon-40b"])
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_the_deepest_models_agree_too(name: str, checkpointing: bool) -> None:
+    """Sixty to eighty layers, run whole."""
+    variant = Variant(method="qlora", attention="sdpa", checkpointing=checkpointing)
+    assert_agrees(deep(name, None), variant, points=3, seed=4, within=0.005)
 
 
 @pytest.mark.slow
@@ -303,8 +321,11 @@ def test_files_match_the_presets() -> None:
             assert all(len(form) == len(SIZES) for m in shares for form in m.bytes.values())
 
 
-def test_a_folder_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_is_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`python -m tuning.simulate FOLDER` prints coefficients of any model's config.json."""
+    monkeypatch.setattr("tuning.simulate.__main__.variants", lambda _: (Variant(),))
     small = transformers.LlamaConfig(**(SHAPE | {"num_hidden_layers": 2, "hidden_size": 64}))
     small.save_pretrained(tmp_path)
     assert main([str(tmp_path)]) == 0

@@ -1,11 +1,10 @@
 """Traces of a few small steps -> the moments at which any step's memory can be highest.
 
 Steps of the same variant run the same operators, whatever their sizes, and a layer more adds the
-same operators once more. So the live bytes after each operator are linear in the sizes, and in the
-number of layers for an operator that keeps its distance from the start or the end of the forward or
-of the backward. Solving that for each operator, and keeping those that are highest somewhere, gives
-the closed formula; between the first and the last layer memory changes linearly, so that no instant
-in the middle can be higher than both ends.
+same operators once more. So the live bytes after each operator are linear in the sizes, and for an
+operator of the first or of the last layer in the number of layers, too. Solving that for each, and
+keeping those that are highest somewhere, gives the closed formula; between the first and the last
+layer memory changes linearly, so that no instant in the middle can be higher than both ends.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ from tuning import model as models
 from tuning.ledger import KINDS, SIZES, Coefficients, Moment, Variant, measures
 from tuning.simulate import standins
 from tuning.simulate.memory import COLUMNS
-from tuning.simulate.step import History, Point, Stage, build, read
+from tuning.simulate.step import Phase, Point, Stage, build, read
 
 SHALLOW, DEEPER = 2, 3  # layers from which all others follow
-TOLERANCE = 1e-3  # a moment that raises no peak by more than this share is dropped
+TOLERANCE = 3e-4  # a moment that raises no peak by more than this share is dropped
 RANK = 37  # no other dimension of any model: a tensor with it is one of the adapters'
 # Steps to run: one for each size that counts, and apart enough to tell them from each other.
 PACKED = tuple(Point(*shape, RANK) for shape in ((1, 2048), (2, 1024), (1, 4096)))
@@ -77,13 +76,17 @@ def coefficients(config: Any, *, variants: Iterable[Variant]) -> Coefficients:
 
 def _with_single_rows(config: Any, variants: Iterable[Variant]) -> Iterator[Variant]:
     """`variants`, and a second one for steps of one row where those run other operators."""
+    other: bool | None = None  # unknown
     for variant in variants:
         yield variant
-        if variant.attention != "varlen":
+        if variant.attention == "varlen":
+            continue
+        if other is None:
             stage = Stage(config, variant=variant, rank=RANK, layers=1)
-            lengths = [len(stage.run(Point(rows, 256, RANK)).forward) for rows in (1, 2)]
-            if lengths[0] != lengths[1]:
-                yield replace(variant, single_row=True)
+            one, two = (stage.run(Point(rows, 256, RANK)) for rows in (1, 2))
+            other = one.forward.operators != two.forward.operators
+        if other:
+            yield replace(variant, single_row=True)
 
 
 def uniform(model: torch.nn.Module) -> bool:
@@ -120,34 +123,30 @@ def _design(variant: Variant) -> tuple[tuple[Point, ...], tuple[str, ...]]:
     return PADDED, ("constant", "tokens", "pairs", "square")
 
 
-def _same_operators(runs: Mapping[Point, list[History]]) -> None:
-    if len({tuple(len(history) for history in run) for run in runs.values()}) != 1:
+def _same_operators(runs: Mapping[Point, list[Phase]]) -> None:
+    if len({tuple(phase.operators for phase in run) for run in runs.values()}) != 1:
         raise ValueError("steps of different sizes run different operators: no formula holds")
 
 
 def _windows(
-    runs: Mapping[Point, list[History]], depth: int, used: tuple[str, ...]
+    runs: Mapping[Point, list[Phase]], depth: int, used: tuple[str, ...]
 ) -> list[tuple[str, Forms]]:
     """Forms of the operators near either end of a phase, for all `depth` layers."""
-    first = next(iter(runs.values()))
-    if len(first) == 1:
-        return [("all", _solve({p: r[0].astype(float) for p, r in runs.items()}, used))]
-    shallow, deeper = (len(history) for history in first)
-    width = 2 * shallow - deeper  # without the operators of one layer
-    ends = {"first": slice(0, width), "last": slice(-width, None)}
-    return [
-        (
-            end,
-            _solve(
-                {
-                    p: low[window] + (depth - SHALLOW) * (high[window] - low[window]).astype(float)
-                    for p, (low, high) in runs.items()
-                },
-                used,
-            ),
-        )
-        for end, window in ends.items()
-    ]
+    phases = next(iter(runs.values()))
+    if len(phases) == 1:
+        return [("all", _solve({p: run[0].bytes.astype(float) for p, run in runs.items()}, used))]
+    shallow, deeper = phases
+    ends = {"first": slice(0, shallow.head), "last": slice(-shallow.tail, None)}
+    if any(shallow.operators[end] != deeper.operators[end] for end in ends.values()):
+        raise ValueError("a layer more runs other operators: no formula holds")
+    forms = []
+    for end, window in ends.items():
+        values = {}
+        for point, run in runs.items():
+            low, high = (phase.bytes[window] for phase in run)
+            values[point] = low + (depth - SHALLOW) * (high - low).astype(float)
+        forms.append((end, _solve(values, used)))
+    return forms
 
 
 def _solve(values: Mapping[Point, NDArray[np.float64]], used: tuple[str, ...]) -> Forms:

@@ -41,6 +41,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, ignored: Iterable[torch.Tensor], *, rank: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.history: list[tuple[int, ...]] = []
+        self.operators: list[str] = []  # the name of each
         self._rank = rank
         self._now = [0] * (2 * len(COLUMNS))
         self._ignored = {id(s): s for s in (t.untyped_storage() for t in ignored)}
@@ -66,6 +67,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if isinstance(leaf, torch.Tensor):
                 self._add(leaf)
         self.history.append(tuple(self._now))
+        self.operators.append(str(func))
         return out
 
     def _add(self, tensor: torch.Tensor) -> None:

@@ -43,19 +43,26 @@ class Point:
 
 
 @dataclass(frozen=True)
+class Phase:
+    """Live bytes above what stays (weights, adapters, optimizer) during a forward or a backward."""
+
+    operators: tuple[str, ...]
+    bytes: History  # after each: [operators, columns of `memory.LiveBytes.history`], int64
+    head: int  # so many operators, up to the end of the layer that is run first
+    tail: int  # so many, from the start of the layer that is run last
+
+
+@dataclass(frozen=True)
 class Trace:
-    """Live bytes above what stays (weights, adapters, optimizer), of each kind.
+    """One step."""
 
-    One row an operator, the columns of `memory.LiveBytes.history`: [operators, columns], int64.
-    """
-
-    forward: History
-    backward: History
+    forward: Phase
+    backward: Phase
 
     @property
     def peak(self) -> int:
         """Most bytes alive at once."""
-        return int(max(self.forward.sum(1).max(), self.backward.sum(1).max()))
+        return int(max(phase.bytes.sum(1).max() for phase in (self.forward, self.backward)))
 
 
 def read(config: Any) -> Any:
@@ -164,18 +171,58 @@ class Stage:
             resident = [*self.model.parameters(), *self.model.buffers()]
             live = LiveBytes(resident, rank=self.rank)
             hooks = [p.register_post_accumulate_grad_hook(_gradient_of(live)) for p in trained]
+            starts, grads, layer_hooks = _follow_layers(self.model, live)
             with live:
                 halves = step(self.model, inputs, self.variant)
                 next(halves)
                 middle = len(live.history)
+                for hook in layer_hooks:  # or they would see the layers run again
+                    hook.remove()
                 for _ in halves:
                     pass
             for hook in hooks:
                 hook.remove()
             for parameter in trained:
                 parameter.grad = None
-        history = np.array(live.history, dtype=np.int64)
-        return Trace(history[:middle], history[middle:])
+        history, names = np.array(live.history, dtype=np.int64), tuple(live.operators)
+        second = starts[1] if len(starts) > 1 else middle
+        below = grads[1] if len(grads) > 1 else len(names)
+        return Trace(
+            Phase(names[:middle], history[:middle], second, middle - starts[-1]),
+            Phase(names[middle:], history[middle:], below - middle, len(names) - grads[-1]),
+        )
+
+
+def _follow_layers(model: Any, live: LiveBytes) -> tuple[list[int], list[int], list[Any]]:
+    """Where in `live.history` each decoder layer starts, and its backward, in the order they run.
+
+    The lists fill while a step runs; the hooks are to be removed after the forward.
+    """
+    starts: list[int] = []
+    backwards: list[int] = []
+
+    def enter(*_: Any) -> None:
+        starts.append(len(live.history))
+
+    def leave(_: Any, __: Any, output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        hidden.register_hook(lambda _: backwards.append(len(live.history)))
+
+    hooks = []
+    for name in _layers(model):
+        layer = model.get_submodule(name)
+        hooks += [layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave)]
+    return starts, backwards, hooks
+
+
+def _layers(model: Any) -> list[str]:
+    """Names of the decoder layers: the repeated blocks that hold projections."""
+    names: dict[str, None] = {}
+    for name in models.projections(model):
+        match = models.REPEATED.search(name)
+        if match:
+            names[name[: match.end(1)]] = None
+    return list(names)
 
 
 def _gradient_of(live: LiveBytes) -> Any:

@@ -23,8 +23,32 @@ def test_a_phase_is_done_once_for_each_key(tmp_path):
         assert book.do("fetch", "a", work) == {"count": 1}
         assert book.do("fetch", "b", work) == {"count": 2}
     with journal.opened(tmp_path / "run") as book:
+        assert book.done("fetch", "a") == {"count": 1}
         assert book.done("fetch", "b") == {"count": 2}
+        assert book.stands("fetch", "a") is None
         assert book.values("fetch") == [{"count": 1}, {"count": 2}]
+
+
+def test_files_of_another_key_are_not_taken_for_those_of_this_one(tmp_path):
+    """A, then B in the same place, finished or not, then A again: A is worked out again."""
+    worked = []
+
+    def work(name):
+        worked.append(name)
+        return {"name": name}
+
+    with journal.opened(tmp_path / "run") as book:
+        for name in ("a", "b", "a", "a"):
+            book.do("tokenise", name, lambda name=name: work(name))
+        with pytest.raises(ZeroDivisionError):
+            book.do("tokenise", "b", lambda: {"x": 1 // 0})
+        book.do("tokenise", "a", lambda: work("a"))
+
+        assert book.stands("tokenise", "a", unless=("train",)) == {"name": "a"}
+        book.append("train", "start", "k")
+        assert book.stands("tokenise", "a", unless=("train",)) is None
+
+    assert ["a", "b", "a", "a"] == worked
 
 
 def test_a_phase_that_fails_is_not_done(tmp_path):

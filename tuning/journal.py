@@ -15,7 +15,7 @@ import datetime
 import fcntl
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -53,9 +53,23 @@ class Journal:
                 return value
         return None
 
+    def stands(self, phase: str, key: str, *, unless: Collection[str] = ()) -> Value | None:
+        """What `phase` returned under `key`, if nothing else began in its place since, or None.
+
+        For phases that leave files: those of one key replace those of another. A phase in `unless`
+        that began since counts as well.
+        """
+        for record in reversed(self.records):
+            if record["phase"] in unless and record["event"] == "start":
+                return None
+            if record["phase"] == phase and record["event"] in ("start", "end"):
+                same = (record["event"], record["key"]) == ("end", key)
+                return record["value"] if same else None
+        return None
+
     def do(self, phase: str, key: str, work: Callable[[], Value]) -> Value:
-        """The value of `phase` under `key`: remembered, or worked out now and remembered."""
-        value = self.done(phase, key)
+        """The value of `phase` under `key`: if it still stands, or worked out now and recorded."""
+        value = self.stands(phase, key)
         if value is None:
             self.append(phase, "start", key)
             value = work()

@@ -432,7 +432,7 @@ def test_dataset_extension_settles_a_wrong_name(run: Callable[..., Any]) -> None
 
 
 def test_result(run: Callable[..., Any], tmp_path: Path) -> None:
-    """The answer counts rows per file, tokens, trained tokens and lengths, and shows three rows."""
+    """The answer counts rows per file, tokens, trained tokens and lengths, and shows the first rows."""
     masked = turns(Q, A)
     masked["messages"][1]["weight"] = 0
 
@@ -448,7 +448,8 @@ def test_result(run: Callable[..., Any], tmp_path: Path) -> None:
     assert 4 == sum(rows for _, rows in counts)
     assert result["tokens"] == sum(length * rows for length, rows in counts)
     assert 0 < result["trained_tokens"] < result["tokens"]
-    assert ["a.jsonl line 1", "a.jsonl line 2", "a.jsonl line 3"] == [p["where"] for p in preview]
+    shown = ["a.jsonl line 1", "a.jsonl line 2", "a.jsonl line 3", "b.jsonl line 1"]
+    assert shown == [p["where"] for p in preview]
     assert "4<|im_end|>" == "".join(text for text, trained in preview[0]["tokens"] if trained)
 
 

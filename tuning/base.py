@@ -22,7 +22,7 @@ from tuning.errors import SpecError, Stopped, TransientError
 from tuning.threads import side_by_side
 from tuning.weights import verify
 
-__all__ = ["Base", "Entry", "check", "fetch", "resolve", "verify"]
+__all__ = ["Base", "Entry", "check", "fetch", "fetch_tokenizer", "resolve", "verify"]
 
 log = logging.getLogger(__name__)
 
@@ -151,6 +151,32 @@ def fetch(
     if base.folder is not None:
         verify(base.folder)
         return base.folder
+    folder = _download(base, cache, token, progress, stop)
+    verify(folder)
+    progress(base.needed_bytes, base.needed_bytes, "")
+    return folder
+
+
+def fetch_tokenizer(
+    base: Base,
+    *,
+    cache: Path | None = None,
+    token: str | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> Path:
+    """The folder with the model's tokenizer, configs and chat template; the weights may be absent.
+
+    Raises as `fetch` does; what was fetched here is not fetched again there.
+    """
+    if base.folder is not None:
+        return base.folder
+    light = tuple(entry for entry in base.files if entry.name in weights.COMPANIONS)
+    return _download(replace(base, files=light), cache, token, lambda done, total, note: None, stop)
+
+
+def _download(
+    base: Base, cache: Path | None, token: str | None, progress: Report, stop: Callable[[], bool]
+) -> Path:
     _sweep(base, cache)
     wanted = missing(base, cache)
     _check_room(base, wanted, _cache_folder(cache))
@@ -162,10 +188,7 @@ def fetch(
     for result in results:
         if isinstance(result, BaseException):
             raise result
-    folder = _snapshot(base, cache)
-    verify(folder)
-    progress(base.needed_bytes, base.needed_bytes, "")
-    return folder
+    return _snapshot(base, cache)
 
 
 def missing(base: Base, cache: Path | None) -> list[Entry]:

@@ -19,8 +19,9 @@ pass, exit 10) and writes `rows.arrow`, `preview.json` and `tokenised.json` into
      "lengths": {"mean": float, "p50", "p95", "max", "counts": [[length, rows], ...]},
      "dropped": {reason: rows}, "notes": [str], "bos": int | null}
 
-`preview.json` holds three rows, `[{"where": str, "tokens": [[text, trained], ...]}]`: they stay in
-the run directory and are never logged. `lengths.counts` is exact;
+`preview.json` holds the first rows, 20 at most,
+`[{"where": str, "tokens": [[text, trained], ...]}]`: they stay in the run directory and are never
+logged. `lengths.counts` is exact;
 `tuning.data.bins.packed_rows(counts, max_length=...)` turns it into packed rows, and loads nothing
 heavy.
 

@@ -27,7 +27,7 @@ from tuning.formats import BadRow, Columns, Example, Fault, Shape, detect, to_ex
 
 log = logging.getLogger(__name__)
 
-PREVIEWED, PREVIEWED_TOKENS = 3, 1000
+PREVIEWED, PREVIEWED_TOKENS = 20, 1000
 SCHEMA = pa.schema(
     [
         ("input_ids", pa.list_(pa.int32())),

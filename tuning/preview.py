@@ -1,0 +1,170 @@
+"""What the data becomes before a GPU is spent on it: counts for programs, a page for people.
+
+`report` turns what the data child answered into one JSON value; `page` draws that value. Trained
+tokens are coloured where there are colours, and stand in ⟦ ⟧ where there are none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+import rich.console
+from rich.text import Text
+
+from tuning.pipeline import Prepared
+
+Value = dict[str, Any]
+
+ROWS = 3
+BINS, BAR = 12, 40  # lines of the histogram at most, characters of its longest bar
+TRAINED, UNTRAINED = "bold green", "dim"
+OPEN, CLOSE = "⟦", "⟧"
+
+
+def report(prepared: Prepared, *, rows: int = ROWS) -> Value:
+    """Everything the page shows, with up to `rows` sample rows; lengths are in tokens."""
+    told, packed, chosen = prepared.tokenised, prepared.packed, prepared.packing
+    counts = told["lengths"]["counts"]
+    return {
+        "shape": told["shape"],
+        "rendering": told["rendering"],
+        "files": told["files"],
+        "rows": told["rows"],
+        "tokens": told["tokens"],
+        "trained_tokens": told["trained_tokens"],
+        "trained_share": told["trained_tokens"] / told["tokens"],
+        "lengths": told["lengths"] | {"histogram": histogram(counts)},
+        "max_length": chosen.max_length,
+        "max_length_reason": chosen.reasons["max_length"],
+        "longer_rows": sum(n for length, n in counts if length > chosen.max_length),
+        "over_length": packed["over_length"],
+        "packing": chosen.packing,
+        "train": _part(packed["train"]),
+        "eval": _part(packed["eval"]),
+        "dropped": _sum(told["dropped"], packed["dropped"]),
+        "notes": list(dict.fromkeys([*told["notes"], *packed["notes"]])),
+        "samples": prepared.samples[:rows],
+    }
+
+
+def _part(part: Value | None) -> Value | None:
+    return {name: value for name, value in part.items() if name != "path"} if part else None
+
+
+def _sum(*counts: dict[str, int]) -> dict[str, int]:
+    names = dict.fromkeys(name for found in counts for name in found)
+    sums = {name: sum(found.get(name, 0) for found in counts) for name in names}
+    return {name: count for name, count in sums.items() if count}
+
+
+def histogram(counts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """[[first, last, rows], ...]: bins of one round width that together hold every length.
+
+    `counts` are [length, rows] pairs.
+    """
+    low, high = min(n for n, _ in counts), max(n for n, _ in counts)
+    width = next(w for w in _round_numbers() if high // w - low // w < BINS)
+    bins = dict.fromkeys(range(low // width, high // width + 1), 0)
+    for length, rows in counts:
+        bins[length // width] += rows
+    return [[i * width, (i + 1) * width - 1, rows] for i, rows in bins.items()]
+
+
+def _round_numbers() -> Iterator[int]:
+    scale = 1
+    while True:
+        yield from (scale, 2 * scale, 5 * scale)
+        scale *= 10
+
+
+def page(found: Value, *, colours: bool) -> Iterator[Text]:
+    """The lines of the page."""
+    yield Text(f"{found['shape']['name']}: {found['shape']['reason']}", style="bold")
+    yield Text(f"learnt as {found['rendering']}")
+    yield Text("")
+    for file in found["files"]:
+        kind = " in ".join(part for part in (file["format"], file["compression"]) if part)
+        yield Text(f"{file['rows']:>10,} rows  {_visible(file['shown'])} ({kind})")
+    for reason, rows in found["dropped"].items():
+        yield Text(f"{rows:>10,} rows left out: {reason}", style="yellow")
+    yield Text("")
+    yield Text(
+        f"{found['tokens']:,} tokens, {found['trained_tokens']:,} of them trained "
+        f"({found['trained_share']:.1%})"
+    )
+    yield from _histogram(found)
+    yield from _lengths(found)
+    for note in found["notes"]:
+        yield Text(f"note: {note}", style="dim")
+    for sample in found["samples"]:
+        yield Text("")
+        yield Text(_visible(sample["where"]), style="underline")
+        yield tokens(sample["tokens"], colours=colours)
+    if found["samples"]:
+        marks = "green" if colours else f"in {OPEN} {CLOSE}"
+        yield Text(f"\nTokens {marks} are trained; the others are only read.", style="dim")
+
+
+def _histogram(found: Value) -> Iterator[Text]:
+    bins = found["lengths"]["histogram"]
+    most = max(rows for _, _, rows in bins)
+    digits = max(len(f"{last:,}") for _, last, _ in bins)
+    yield Text("tokens a row")
+    for first, last, rows in bins:
+        bar = "█" * max(1, round(BAR * rows / most)) if rows else ""
+        cut = " longer than max_length" if first > found["max_length"] else ""
+        style = "yellow" if cut else ""
+        name = f"{first:>{digits},}" + (f"-{last:<{digits},}" if last > first else "")
+        yield Text(f"  {name} {bar} {rows:,}{cut}", style=style)
+
+
+def _lengths(found: Value) -> Iterator[Text]:
+    lengths, over = found["lengths"], found["over_length"]
+    yield Text(
+        f"mean {lengths['mean']:,.0f}, median {lengths['p50']:,}, 95 % up to {lengths['p95']:,}, "
+        f"longest {lengths['max']:,}"
+    )
+    yield Text(f"max_length {found['max_length']:,}: {found['max_length_reason']}")
+    if over["rows"]:
+        done = ", ".join(f"{over[k]:,} {k}" for k in ("truncated", "split", "dropped") if over[k])
+        lost = f"{over['lost_tokens']:,} tokens lost"
+        text = f"{over['rows']:,} rows are longer ({over['policy']}): {done}; {lost}"
+        yield Text(text, style="yellow")
+    else:
+        yield Text("no row is longer, nothing is cut")
+    train, held_out = found["train"], found["eval"]
+    packed = f", packed, {train['efficiency']:.1%} full" if found["packing"] else ""
+    yield Text(f"{train['rows']:,} training rows of {train['documents']:,} documents{packed}")
+    if held_out:
+        yield Text(f"{held_out['documents']:,} rows held out to evaluate on")
+
+
+def tokens(spelled: Sequence[Sequence[Any]], *, colours: bool) -> Text:
+    """One row; `spelled` holds [text, trained] for each token."""
+    line = Text()
+    for trained, group in groupby(spelled, key=lambda token: bool(token[1])):
+        text = _visible("".join(token[0] for token in group))
+        if colours:
+            line.append(text, style=TRAINED if trained else UNTRAINED)
+        else:
+            line.append(f"{OPEN}{text}{CLOSE}" if trained else text)
+    return line
+
+
+def _visible(text: str) -> str:
+    """`text` without what could steer a terminal: such characters are spelled out."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+
+
+def has_colours(out: rich.console.Console) -> bool:
+    """Whether `out` shows colours: a terminal, unless NO_COLOR is set."""
+    return out.color_system is not None and not out.no_color
+
+
+def show(found: Value) -> None:
+    """Print the page on stdout, coloured if it is a terminal and NO_COLOR is not set."""
+    out = rich.console.Console(highlight=False)
+    for line in page(found, colours=has_colours(out)):
+        out.print(line, soft_wrap=True)

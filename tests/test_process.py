@@ -127,6 +127,7 @@ def test_a_child_does_not_outlive_its_parent(tmp_path):
             time.sleep(60)
             return {{}}
         if __name__ == "__main__":
+            process.follow_parent()
             sys.exit(process.serve(work))
         """
     )

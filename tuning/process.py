@@ -1,7 +1,7 @@
 """Child processes that answer by a file.
 
 The parent process owns signals, journal and exit code and never imports torch; the heavy phases run
-as `python -m tuning.<room> REQUEST`, a JSON file, and leave `<REQUEST stem>.result.json` beside it.
+as `python -m tuning.process ROOM REQUEST`, a JSON file, and leave `<REQUEST stem>.result.json` beside it.
 A launcher may lose an exit code and a log may be cut, so the file alone is the answer: either
 `{"ok": value}` or `{"error": {...}}`. No file means that the child was killed.
 """
@@ -9,7 +9,9 @@ A launcher may lose an exit code and a log may be cut, so the file alone is the 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
+import runpy
 import signal
 import stat
 import subprocess
@@ -47,8 +49,6 @@ def serve(work: Callable[[dict[str, Any]], dict[str, Any]]) -> int:
     """
     request = Path(sys.argv[1])
     answer = result_path(request)
-    if stat.S_ISFIFO(os.fstat(0).st_mode):
-        _follow_parent()
     try:
         files.write_json(answer, {"ok": work(files.read_json(request))})
         return 0
@@ -100,8 +100,8 @@ def run(
     files.write_json(request, value)
     with log.open("ab") as sink:
         child = subprocess.Popen(
-            [sys.executable, "-m", f"tuning.{room}", str(request)],
-            stdin=subprocess.PIPE,  # closes when this process dies, see _follow_parent
+            [sys.executable, "-m", "tuning.process", room, str(request)],
+            stdin=subprocess.PIPE,  # closes when this process dies, see follow_parent
             stdout=sink,
             stderr=sink,
             env=clean_environment() | dict(environment),
@@ -155,7 +155,20 @@ def clean_environment() -> dict[str, str]:
     }
 
 
-def _follow_parent() -> None:
+def launch() -> None:
+    """Become the room that the command line names, `ROOM REQUEST`.
+
+    What ties a child to its parent is in place before its imports, which take seconds: it ends when
+    the parent is gone, and on SIGUSR1 it writes where each of its threads stands to its log.
+    """
+    room = sys.argv.pop(1)
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    if stat.S_ISFIFO(os.fstat(0).st_mode):
+        follow_parent()
+    runpy.run_module(f"tuning.{room}", run_name="__main__", alter_sys=True)
+
+
+def follow_parent() -> None:
     """End this child when its parent is gone: an orphan would hold GPU and lock."""
 
     def watch() -> None:
@@ -165,3 +178,9 @@ def _follow_parent() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+if __name__ == "__main__":
+    from tuning import process  # the module that rooms import, not this copy of it
+
+    process.launch()

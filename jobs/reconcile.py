@@ -101,13 +101,18 @@ def observe(context: Context, namespace: str, name: str) -> Seen | None:
     uid = workspace["metadata"]["uid"]
     config = (workspace.get("tuning") or {}).get("config")
     config_map = cluster.get(CONFIG_MAP, namespace, config) if config else None
-    device = context.site.device(names.selected(workspace)) if _own_nodes(workspace) else None
-    wish = wanted.read(workspace, config_map, device)
     labelled = cluster.find(JOB, namespace, labels=f"{names.WORKSPACE_LABEL}={name}")
     own = [job for job in labelled if names.owned(job, uid)]
-    job = next((j for j in own if names.revision_of(j) == wish.revision), None)
-    ended = workspace.get("status", {}).get("revision") == wish.revision
-    ended = ended and "completionTime" in workspace.get("status", {})
+    recorded, revision = workspace.get("status") or {}, wanted.revision(workspace)
+    job = next((j for j in own if names.revision_of(j) == revision), None)
+    same = recorded.get("revision") == revision
+    ended = same and "completionTime" in recorded
+    if ended or (same and job and "plan" in recorded):
+        wish = wanted.glance(workspace, config_map)
+    else:
+        known = not _own_nodes(workspace)
+        device = None if known else context.site.device(names.selected(workspace))
+        wish = wanted.read(workspace, config_map, device)
     taken = None if job or ended else cluster.get(JOB, namespace, names.job_name(workspace, wish))
     pods = _pods(cluster, namespace, job) if job and not ended else ()
     last = children.newest(pods)

@@ -109,10 +109,12 @@ def _invalid(seen: Seen, options: Options) -> Trouble | None:
 def misfit(wanted: Wanted) -> Trouble:
     """Why it does not fit, and the smallest machine on which it would."""
     message = " ".join(str(problem) for problem in wanted.misfit)
+    if all(problem.code == "PLAN-120" for problem in wanted.misfit):  # it names the machine
+        return Trouble("DoesNotFit", message, "; ".join(p.change for p in wanted.misfit))
     cloud = wanted.instance.cloud if wanted.instance else "azure"
     machine = smallest_fit(wanted.snapshot, cloud)
-    hint = f"the smallest machine that fits is {machine}" if machine else "no known machine fits"
-    return Trouble("DoesNotFit", f"{message} Here, {hint}.", hint)
+    hint = f"use {machine} or larger" if machine else "no known machine fits"
+    return Trouble("DoesNotFit", message, hint)
 
 
 def _of_job(seen: Seen, job: Object, options: Options) -> Stage:

@@ -131,7 +131,7 @@ def _plan(seen: Seen) -> Object:
         "summary": _summary(wanted.plan),
         "baseModel": f"{recipe.base_model}@{recipe.base_revision}",
         "device": str(wanted.plan.device),
-        "peakMemoryBytes": getattr(wanted.plan, "peak_bytes", None),
+        "peakMemoryBytes": wanted.plan.fit.ledger.total if wanted.plan.fit else None,
         "runVolume": where,
     }
     return {key: value for key, value in found.items() if value}

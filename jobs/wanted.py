@@ -107,12 +107,26 @@ def read(workspace: Object, config_map: Object | None, device: Device | None) ->
     if config_map:
         documents.append(json.dumps(_config_document(config_map), sort_keys=True))
     name = (workspace.get("tuning") or {}).get("config")
-    read_ = _read("\n---\n".join(documents), device)
-    if read_.spec is None and config_map is None and name and "SPEC-117" in _codes(read_):
-        read_ = replace(read_, missing_config=name)
+    found = _read("\n---\n".join(documents), device)
+    if found.spec is None and config_map is None and name and "SPEC-117" in _codes(found):
+        found = replace(found, missing_config=name)
+    return replace(found, revision=revision(workspace), config_digest=_config_digest(config_map))
+
+
+def glance(workspace: Object, config_map: Object | None) -> Wanted:
+    """The same without reading the spec and planning: for a run that is on its way, or over."""
+    name = (workspace.get("resource") or {}).get("instanceType")
+    try:
+        machine = presets.instance(name) if name else None
+    except SpecError:
+        machine = None
+    digest = _config_digest(config_map)
+    return Wanted(revision(workspace), None, config_digest=digest, instance=machine)
+
+
+def _config_digest(config_map: Object | None) -> str:
     content = ((config_map or {}).get("data") or {}).get(CONFIG_KEY)
-    digest = files.digest(str(content).encode()) if content is not None else ""
-    return replace(read_, revision=revision(workspace), config_digest=digest)
+    return files.digest(str(content).encode()) if content is not None else ""
 
 
 def _codes(wanted: Wanted) -> list[str]:

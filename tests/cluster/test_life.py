@@ -214,16 +214,21 @@ def test_a_foreign_job_of_the_name_is_left_alone(world: World) -> None:
     assert kept is not None and "ownerReferences" not in kept["metadata"]
 
 
-def test_what_does_not_fit_buys_nothing(api: Cluster) -> None:
+@pytest.mark.parametrize(
+    ("model", "machine"),
+    [("phi-4", "Standard_NC6"), ("llama-3.3-70b-instruct", "Standard_NC24ads_A100_v4")],
+    ids=["too old", "too small"],
+)
+def test_what_does_not_fit_buys_nothing(api: Cluster, model: str, machine: str) -> None:
     """DoesNotFit names the smallest machine that would do; neither machine nor Job is made."""
     world = fresh(api, nodes=Nodes(provision=True))
-    item = workspace("big", world.namespace, preset={"name": "phi-4"})
-    item["resource"]["instanceType"] = "Standard_NC6"
+    item = workspace("big", world.namespace, preset={"name": model}, method="lora")
+    item["resource"]["instanceType"] = machine
     world.apply(item)
     before = len(world.machines())
     world.step("big", times=3)
     assert ("False", "DoesNotFit") == world.condition("big", "ResourceReady")
-    assert "Standard_" in world.status("big")["failure"]["hint"]
+    assert "use " in world.status("big")["failure"]["hint"]
     assert [] == world.jobs()
     assert before == len(world.machines())
 

@@ -1,0 +1,157 @@
+"""Speed, CPU and memory of the operator on a real API server (no pods run): `--help` says how.
+
+    .venv/bin/python benchmarks/operator.py --rate 20 --latency 200 --converge 1000 --memory 10000
+
+It starts its own control plane, so that all share this machine's cores with etcd and the API
+server: what is measured is an upper bound.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from cluster import bed  # noqa: E402
+from cluster.world import CRD, NAMESPACE, wait, workspace  # noqa: E402
+
+from jobs import cluster, crd, watch  # noqa: E402
+from jobs.cluster import JOB, WORKSPACE, ApiError, Cluster  # noqa: E402
+
+TICKS = os.sysconf("SC_CLK_TCK")
+
+
+def used(pid: int) -> tuple[float, int]:
+    """(seconds of CPU, bytes of memory) of a process."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1].split()
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return (int(fields[11]) + int(fields[12])) / TICKS, pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def latency(api: Cluster, count: int, rate: float) -> dict[str, Any]:
+    """Seconds from a Workspace's creation to its Job, as a watch sees it."""
+    seen: dict[str, float] = {}
+    made: dict[str, float] = {}
+    stop = threading.Event()
+
+    def look() -> None:
+        version = api.find_version(JOB, "speed")[1]
+        for job in api.watch(JOB, "speed", labels="", version=version, seconds=600):
+            key = watch.key_of_job(job)
+            if key:
+                seen.setdefault(key[1], time.perf_counter())
+            if stop.is_set() or len(seen) == count:
+                return
+
+    watcher = threading.Thread(target=look, daemon=True)
+    watcher.start()
+    start = time.perf_counter()
+    for i in range(count):
+        time.sleep(max(0.0, start + i / rate - time.perf_counter()))
+        made[f"l{i}"] = time.perf_counter()
+        api.create(WORKSPACE, workspace(f"l{i}", "speed"))
+    watcher.join(120)
+    times = sorted(1000 * (seen[name] - made[name]) for name in made)
+    return {
+        "count": count,
+        "rate": rate,
+        "p50_ms": round(statistics.median(times), 1),
+        "p99_ms": round(times[int(0.99 * (len(times) - 1))], 1),
+        "max_ms": round(times[-1], 1),
+    }
+
+
+def create(api: Cluster, prefix: str, count: int, namespace: str) -> None:
+    """Many Workspaces, from several threads."""
+    numbers = iter(range(count))
+    lock = threading.Lock()
+
+    def work() -> None:
+        while True:
+            with lock:
+                number = next(numbers, None)
+            if number is None:
+                return
+            api.create(WORKSPACE, workspace(f"{prefix}{number}", namespace))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def main() -> None:
+    """Measure and print one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rate", type=float, default=20)
+    parser.add_argument("--latency", type=int, default=200, help="Workspaces for latency")
+    parser.add_argument("--converge", type=int, default=1000, help="Workspaces at once")
+    parser.add_argument("--memory", type=int, default=0, help="Workspaces for memory, in all")
+    asked = parser.parse_args()
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder, bed.up(Path(folder) / "bed") as server:
+        api = cluster.connect(str(server.kubeconfig), threads=8)
+        api.create(CRD, crd.definition())
+        wait(lambda: _served(api))
+        for name in ("speed", "many", "tuning-system"):
+            meta = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}}
+            api.create(NAMESPACE, meta)
+        command = [sys.executable, "-m", "jobs", "run", "--kubeconfig", str(server.kubeconfig)]
+        log = Path(folder) / "operator.log"
+        with log.open("wb") as file:
+            operator = subprocess.Popen([*command, "--port", "0"], cwd=ROOT, stderr=file)
+            try:
+                wait(lambda: b"leading" in log.read_bytes())
+                found["start"] = dict(zip(("cpu_s", "bytes"), used(operator.pid), strict=True))
+                found["latency"] = latency(api, asked.latency, asked.rate)
+                found["converge"] = converge(api, operator.pid, "c", asked.converge)
+                if more := asked.memory - asked.converge - asked.latency:
+                    found["memory"] = converge(api, operator.pid, "m", max(0, more))
+            finally:
+                operator.terminate()
+                operator.wait(60)
+        found["exit"] = operator.returncode
+    print(json.dumps(found, indent=2))
+
+
+def converge(api: Cluster, pid: int, prefix: str, count: int) -> dict[str, Any]:
+    """CPU until each of `count` Workspaces that come at once has its Job and a status."""
+    before, start = used(pid)[0], time.perf_counter()
+    create(api, prefix, count, "many")
+
+    def done() -> bool:
+        items = api.find(WORKSPACE, "many")
+        return all("job" in (item.get("status") or {}) for item in items)
+
+    while not done():
+        time.sleep(0.5)
+    cpu, memory = used(pid)
+    return {
+        "count": count,
+        "cpu_s": round(cpu - before, 2),
+        "wall_s": round(time.perf_counter() - start, 1),
+        "bytes": memory,
+    }
+
+
+def _served(api: Cluster) -> bool:
+    try:
+        return api.find(WORKSPACE) == []
+    except ApiError:
+        return False
+
+
+if __name__ == "__main__":
+    main()

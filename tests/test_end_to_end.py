@@ -232,14 +232,34 @@ class TestRealInput:
     def test_another_run_directory_with_the_same_recipe_ends_in_the_same_digest(
         self, tmp_path, registry
     ):
-        """The digest is a function of the recipe, so the tag that holds it is welcome."""
+        """A tag that holds this very run is welcome: nothing is trained again."""
         running, secret = registry
         image = f"{running.host}/team/same:v1"
+        here = json.loads(good(push_tiny(tmp_path / "here", image, secret, seed=3)))
 
-        digests = [
-            json.loads(good(push_tiny(tmp_path / name, image, secret, seed=3)))["digest"]
+        second = push_tiny(tmp_path / "there", image, secret, seed=3)
+
+        there = json.loads(good(second))
+        assert "Nothing is trained" in second.stderr
+        assert (here["digest"], here["run_id"]) == (there["digest"], there["run_id"])
+        assert not (tmp_path / "there" / "run" / "checkpoints").exists()
+        files_of = [
+            {p.name: p.read_bytes() for p in (tmp_path / name / "run" / "adapter").iterdir()}
             for name in ("here", "there")
         ]
+        assert files_of[0] == files_of[1]
+
+    def test_another_machine_without_that_registry_ends_in_the_same_digest(self, tmp_path):
+        """The digest is a function of the recipe: two trainings, one image."""
+        digests = []
+        for name in ("one", "two"):
+            job = workspace(tmp_path / f"{name}.yaml", settings={"seed": 4})
+            done = tuning(
+                *("run", "-f", job, "--base-model", TINY, "--run-dir", tmp_path / name, "--json"),
+                *("--data", EXAMPLES / "data" / "demo.jsonl"),
+                *("--output", f"oci:{tmp_path / name}-image"),
+            )
+            digests.append(json.loads(good(done))["digest"])
 
         assert digests[0] == digests[1]
 

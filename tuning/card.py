@@ -56,6 +56,27 @@ def provenance(recipe: dict[str, Any], *, run_id: str, facts: Facts) -> dict[str
     }
 
 
+def training(record: dict[str, Any]) -> dict[str, Any]:
+    """What a training child would answer, from the `tuning.json` of a run done elsewhere."""
+    losses = [loss for _, loss in record["loss_by_step"]]
+    return {
+        "steps": record["recipe"]["steps"],
+        "loss_first": losses[0] if losses else None,
+        "loss_last": losses[-1] if losses else None,
+        "loss_by_step": losses,
+        "eval_loss_before": record["evaluation"]["loss_before"],
+        "eval_loss_after": record["evaluation"]["loss_after"],
+        "tokens": 0,  # none here
+        "tokens_per_second": 0.0,
+        "seconds": 0.0,
+        "trainable": record["trainable_parameters"],
+        "total": record["total_parameters"],
+        "peak_memory_bytes": None,
+        "answers": [],
+        "resumed_from": None,
+    }
+
+
 def card(recipe: dict[str, Any], *, run_id: str, facts: Facts) -> str:
     """The model card as Markdown with the metadata block that model hubs read."""
     base = recipe["base_model"]

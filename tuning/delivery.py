@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from tuning import adapter as adapters
 from tuning import credentials, files, image, reference, registry
 from tuning.console import Console, Report
 from tuning.errors import SpecError, UsageError
@@ -124,15 +125,26 @@ def copy(source: Path, target: Path, *, ours: str) -> None:
 
 
 def pull(name: str, target: Path, *, access: Access, console: Console) -> str:
-    """Lay the adapter that `name` names down in the new folder `target`; gives its digest."""
+    """Lay the adapter that `name` names down in the new folder `target`; gives its digest.
+
+    What came is read as strictly as an adapter is before it is used. Raises SpecError, RefusedError
+    or TransientError; then there is no `target`.
+    """
     if name.startswith("oci:"):
         layout = Path(name.removeprefix("oci:"))
         found = image.read(layout)
         image.unpack(found, layout, target)
-        return found.digest
-    remote = access.remote(name, secret=access.pull_secret)
-    with console.work(f"Pulling {name}", unit="bytes") as report:
-        return registry.pull(remote, target, progress=report).digest
+        digest = found.digest
+    else:
+        remote = access.remote(name, secret=access.pull_secret)
+        with console.work(f"Pulling {name}", unit="bytes") as report:
+            digest = registry.pull(remote, target, progress=report).digest
+    try:
+        adapters.inspect(target)
+    except Exception:
+        shutil.rmtree(target)
+        raise
+    return digest
 
 
 @contextmanager

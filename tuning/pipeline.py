@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+import shutil
 import signal
 import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -176,8 +177,8 @@ class _Story:
         weights = self._weights(model)
         rows = self._tokenise(data, weights, model)
         decided, packed = self._plan(rows, data, weights, model)
-        self._claim(decided.recipe.run_id)
-        training = self._train(decided, packed, weights, model)
+        held = self._claim(decided.recipe.run_id)
+        training = self._train(decided, packed, weights, model, held=held)
         digest = self._package(decided, training, packed, model)
         references = self._deliver(decided, digest)
         return self._finish(inputs, decided, training, digest, references)
@@ -441,13 +442,34 @@ class _Story:
         self._dim(done["notes"])
         return done
 
-    def _claim(self, run_id: str) -> None:
-        """Look at the tag again, now that the run id is known: before the GPU is used."""
-        self._begin("tag")
-        delivery.claim(self.spec.destination, self.options.access, run_id=run_id, own=self._own())
+    def _claim(self, run_id: str) -> str | None:
+        """Look at the tag again, now that the run id is known: before the GPU is used.
 
-    def _train(self, decided: Plan, packed: Value, weights: Path, model: base.Base) -> Value:
+        Gives the digest of this very run if another machine has pushed it already.
+        """
+        self._begin("tag")
+        destination, access = self.spec.destination, self.options.access
+        return delivery.claim(destination, access, run_id=run_id, own=self._own())
+
+    def _adopt(self, held: str) -> Value:
+        """Take the adapter of this very run from the registry instead of training it again."""
+        self.console.say(f"The registry holds this very run: {held}. Nothing is trained.")
+        adapter = self.folder / "adapter"
+        shutil.rmtree(adapter, ignore_errors=True)
+        name = f"{self.spec.destination.image}".partition("@")[0] + f"@{held}"
+        access = replace(self.options.access, pull_secret=self.options.access.push_secret)
+        delivery.pull(name, adapter, access=access, console=self.console)
+        weights = files.digest_file(adapter / "adapter_model.safetensors")
+        return card.training(files.read_json(adapter / "tuning.json")) | {"adapter_sha256": weights}
+
+    def _train(
+        self, decided: Plan, packed: Value, weights: Path, model: base.Base, *, held: str | None
+    ) -> Value:
         recipe = decided.recipe
+        key = _key(recipe.run_id, self.options.questions)
+        if held is not None and self.book.done("train", key) is None:
+            self._begin("train")
+            return self.book.do("train", key, lambda: self._adopt(held))
         size = f"{recipe.global_batch} x {recipe.max_length} tokens"
         self._begin("train", f"Training {recipe.steps:,} steps of {size} on {decided.device} ...")
         request = {
@@ -470,7 +492,7 @@ class _Story:
             with self.console.work("Training", unit="steps") as report:
                 return self._child("train", request, tick=lambda: self._report_step(report))
 
-        return self.book.do("train", _key(recipe.run_id, self.options.questions), work)
+        return self.book.do("train", key, work)
 
     def _report_step(self, report: Report) -> None:
         now = result.progress(self.folder)

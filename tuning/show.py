@@ -196,10 +196,11 @@ def summary_lines(summary: Summary) -> list[str]:
     share = 100 * t["trainable"] / t["total"]
     answers = t.get("answers") or []
     folder = str(summary.adapter)
+    speed = f"{t['tokens_per_second']:,.0f} tokens/s, {duration(t['seconds'])} of training"
     talk = [python(), "-m", "tuning", "chat", "--base", summary.base, "--adapter", folder]
     lines = [
         ("loss", f"{t['loss_first']:.3f} -> {t['loss_last']:.3f} in {t['steps']:,} steps"),
-        ("speed", f"{t['tokens_per_second']:,.0f} tokens/s, {duration(t['seconds'])} of training"),
+        ("speed", speed if t["seconds"] else "nothing was trained here: the registry had this run"),
         ("trained", f"{share:.2f} % of the weights ({t['trainable']:,} parameters)"),
         ("adapter", f"{size(summary.adapter_bytes)} in {folder}"),
         ("image", f"{summary.references[0]}@{summary.digest}"),

@@ -362,3 +362,32 @@ def test_the_cluster_side_loads_no_torch() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     )
     assert "False" == done.stdout.strip()
+
+
+def test_annotations_change_what_the_cluster_does() -> None:
+    """GPUs and deadline, checked by the spec: a wrong value never reaches a manifest."""
+    item = stored()
+    item["metadata"]["annotations"] = {
+        "tuning.kaito.sh/gpus": "0",
+        "tuning.kaito.sh/deadline-seconds": "3600",
+        "kubectl.kubernetes.io/last-applied-configuration": "{}",
+    }
+    found = job_of(item)
+    assert 3600 == found["spec"]["activeDeadlineSeconds"]
+    resources = found["spec"]["template"]["spec"]["containers"][0]["resources"]
+    assert "nvidia.com/gpu" not in resources["limits"]
+    assert "last-applied" not in str(found)
+    item["metadata"]["annotations"]["tuning.kaito.sh/deadline-seconds"] = "soon"
+    assert ["SPEC-104"] == [p.code for p in wanted.read(item, None, None).problems]
+
+
+def test_every_gpu_of_the_machine_or_as_many_as_the_plan_uses() -> None:
+    """A machine's count where there is no plan; the plan's ranks where there is one."""
+    item = stored(preset={"name": "org/some-model"})
+    item["resource"]["instanceType"] = "Standard_NC48ads_A100_v4"
+    wish = wanted.read(item, None, None)
+    assert wish.plan is None and "PLAN" not in wish.unknown and wish.unknown
+    assert 2 == wish.gpus
+    planned = wanted.read(stored(), None, None)
+    assert planned.plan is not None
+    assert planned.plan.placement.ranks == planned.gpus

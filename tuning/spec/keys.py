@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -44,6 +45,16 @@ class Annotation:
     values: tuple[str, ...]
     default: str
     text: str
+    pattern: str = ""  # in place of values: what the whole value must match
+
+    @property
+    def allowed(self) -> str:
+        """What it may be, for people."""
+        return " or ".join(self.values) or f"a value that matches {self.pattern}"
+
+    def allows(self, value: str) -> bool:
+        """Whether it may be `value`."""
+        return value in self.values if self.values else bool(re.fullmatch(self.pattern, value))
 
 
 def same(one: Any, other: Any) -> bool:
@@ -66,7 +77,9 @@ def sections() -> dict[str, dict[str, Key]]:
 def our_annotations() -> dict[str, Annotation]:
     """Our annotations by name, without the prefix."""
     return {
-        name: Annotation(name, tuple(row["values"]), row["default"], row["doc"])
+        name: Annotation(
+            name, tuple(row.get("values", ())), row["default"], row["doc"], row.get("pattern", "")
+        )
         for name, row in _table()["annotations"].items()
     }
 
@@ -140,7 +153,7 @@ def page() -> str:
     parts.append("cluster and the push. Every other `tuning.kaito.sh/` annotation is refused.\n")
     parts.append("| annotation | values | default | meaning |\n|---|---|---|---|")
     for a in our_annotations().values():
-        values = ", ".join(f"`{value}`" for value in a.values)
+        values = ", ".join(f"`{value}`" for value in a.values) or f"`{a.pattern}`"
         parts.append(f"| `tuning.kaito.sh/{a.name}` | {values} | `{a.default}` | {a.text} |")
     return "\n".join(parts) + "\n"
 

@@ -86,9 +86,8 @@ def _check_metadata(metadata: Metadata, found: Findings) -> None:
         known = keys.our_annotations()
         if name not in known:
             found.add("SPEC-111", path, "unknown annotation", did_you_mean(name, known))
-        elif value not in known[name].values:
-            change = f"use {' or '.join(known[name].values)}"
-            found.add("SPEC-104", path, f"is {shown(value)}", change)
+        elif not known[name].allows(value):
+            found.add("SPEC-104", path, f"is {shown(value)}", f"use {known[name].allowed}")
 
 
 def _check_version(part: BaseModel, path: Path, found: Findings, *, beta: bool) -> None:

@@ -80,6 +80,13 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def sweep(folder: Path) -> None:
+    """Remove from `folder` and below what killed writers left; nobody may be writing there now."""
+    for path in folder.rglob(".*.tmp"):
+        if path.is_file() and path.name.removesuffix(".tmp").rpartition(".")[2].isdigit():
+            path.unlink(missing_ok=True)
+
+
 def copy(source: Path, target: Path) -> None:
     """Copy the file `source` to `target`, whole or not at all."""
     scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")

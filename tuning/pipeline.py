@@ -12,6 +12,7 @@ import logging
 import shutil
 import signal
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,11 +35,21 @@ from tuning import (
     presets,
     process,
     result,
+    threads,
+    watchdog,
 )
 from tuning import spec as specs
 from tuning.console import Console, Report
 from tuning.delivery import Access
-from tuning.errors import Killed, Problem, SpecError, Stopped, TuningError
+from tuning.errors import (
+    Killed,
+    OutOfMemoryError,
+    Problem,
+    SpecError,
+    Stopped,
+    TransientError,
+    TuningError,
+)
 from tuning.plan import Plan
 from tuning.spec import Spec
 
@@ -47,6 +58,7 @@ log = logging.getLogger(__name__)
 Value = dict[str, Any]
 JOB_SECRETS, JOB_MODELS = Path("/etc/tuning/secrets"), Path("/models")
 RECIPE_LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes")
+LAST_SECONDS = 5.0  # of the grace period, for the parent's own last words
 DATA_SETTINGS = (
     "messages_column",
     "context_column",
@@ -69,6 +81,8 @@ class Options:
     cache: Path | None = None  # base weights; the hub's usual cache folder if not given
     questions: tuple[str, ...] = ()
     port: int | None = None
+    grace: float = 30.0  # seconds between SIGTERM and SIGKILL, as Kubernetes counts them
+    watchdog: Callable[[], watchdog.Watchdog] = watchdog.Watchdog  # one for each training child
 
 
 @dataclass(frozen=True)
@@ -166,6 +180,7 @@ class _Story:
         if done is not None:
             self.console.say("Already finished; nothing was done.")
             return Summary.from_json(done)
+        files.sweep(self.folder)
         files.write(self.folder / "spec.yaml", specs.dump(self.spec), mode=0o600)  # URLs' tokens
         for note in self.spec.notes:
             self.console.say(f"  {note}", style="dim")
@@ -266,11 +281,31 @@ class _Story:
                 keep_open=(self.book.lock,),
                 stop_asked=self.stop.is_set,
                 tick=tick,
+                grace=max(1.0, self.options.grace - LAST_SECONDS),
             )
+        except process.Hung as hung:
+            raise _hang(hung, self.phase, output) from None
         except process.ChildDied as died:
             if self.stop.is_set():
                 raise _stopped(self.phase) from None
             raise _death(died, self.phase, output) from None
+
+    def _unless_stopped(self, work: Callable[[], Value]) -> Value:
+        """What blocking `work` gives, or Stopped soon after a signal, whatever it waits for."""
+        (done,) = threads.side_by_side([work], at_once=1, stop=self.stop.is_set)
+        if isinstance(done, InterruptedError):
+            raise _stopped(self.phase)
+        if isinstance(done, BaseException):
+            raise done
+        return done
+
+    def _room(self, need: int) -> None:
+        """Refuse to begin what the disk is known to be too small for."""
+        free = shutil.disk_usage(self.folder).free
+        if free < need:
+            what = f"{self.phase} takes about {need:,} bytes here, where {free:,} are free"
+            change = "free some space, or name a larger disk with --run-dir"
+            raise SpecError.at("RUN-121", str(self.folder), what, change)
 
     def _token(self) -> str | None:
         return read_token(self.options.hub_token_file)
@@ -383,6 +418,8 @@ class _Story:
             "settings": {name: getattr(settings, name) for name in DATA_SETTINGS},
         }
         key = _key([file["sha256"] for file in data], model.revision, request["settings"])
+        if self.book.done("tokenise", key) is None:
+            self._room(sum(file["size"] for file in data))
         done = self.book.do("tokenise", key, lambda: self._child("data", request) | {"key": key})
         self.console.say(
             f"  {done['rows']:,} rows, {done['tokens']:,} tokens, "
@@ -420,6 +457,8 @@ class _Story:
             decided = plan.freeze(decided, self.spec, rows=count, data=hashes)
             self.book.do("plan", key, lambda: {"recipe": asdict(decided.recipe)})
         files.write_json(self.folder / "plan.json", decided.to_json())
+        if not (self.folder / "adapter").exists():
+            self._room(plan.disk_bytes(decided.recipe, known))
         return decided, packed
 
     def _pack(self, rows: Value, chosen: plan.Packing) -> Value:
@@ -490,9 +529,52 @@ class _Story:
 
         def work() -> Value:
             with self.console.work("Training", unit="steps") as report:
-                return self._child("train", request, tick=lambda: self._report_step(report))
+                return self._fitting(request, decided, report)
 
         return self.book.do("train", key, work)
+
+    def _fitting(self, request: Value, decided: Plan, report: Report) -> Value:
+        """Train; whenever memory runs out, go on from the last checkpoint with less at a time.
+
+        Out of memory is the child's own word or the kernel's SIGKILL. The journal remembers both,
+        so that a later start begins where this one had got to. The run id stays.
+        """
+        ways = plan.fallbacks(decided.placement)
+        key = _key(decided.recipe.run_id, asdict(ways[0]), decided.device.name)
+        known = sum((r["event"], r["key"]) == ("oom", key) for r in self.book.records)
+        first = min(known, len(ways) - 1)
+        for number, way in enumerate(ways[first:], first):
+            if number:
+                self.console.say(f"  out of memory before, so now {_way(way)}", style="yellow")
+            placed = request | {"placement": asdict(way)}
+            try:
+                return self._child("train", placed, tick=self._watched(report))
+            except (OutOfMemoryError, Killed) as error:
+                if error.exit_code not in (OutOfMemoryError.exit_code, 128 + signal.SIGKILL):
+                    raise
+                self.book.append("train", "oom", key, way=_way(way), message=str(error))
+        raise OutOfMemoryError.at(
+            "RUN-140",
+            decided.device.name,
+            f"out of memory with each of: {'; '.join(map(_way, ways))}",
+            "use a machine with more memory, a smaller model or method qlora, or lower max_length",
+        )
+
+    def _watched(self, report: Report) -> Callable[[], None]:
+        """A tick that reports each step, and raises Hung when the child is silent for too long."""
+        dog = self.options.watchdog()
+        names = ("metrics.jsonl", "checkpoints", "adapter", f"log/{self.phase}.log")
+        paths = [self.folder / name for name in names]
+
+        def tick() -> None:
+            self._report_step(report)
+            now, progress = time.monotonic(), result.progress(self.folder)
+            signs = [path.stat().st_mtime_ns for path in paths if path.exists()]
+            dog.hear(signs, step=progress["step"] if progress else None, now=now)
+            if (silence := dog.silence(now)) is not None:
+                raise process.Hung(silence)
+
+        return tick
 
     def _report_step(self, report: Report) -> None:
         now = result.progress(self.folder)
@@ -518,6 +600,7 @@ class _Story:
 
         def work() -> Value:
             folder = self.folder / "adapter"
+            self._room(2 * sum(path.stat().st_size for path in folder.iterdir()))
             card.write(folder, recipe=asdict(recipe), run_id=recipe.run_id, facts=facts)
             built = image.build(
                 folder,
@@ -536,7 +619,13 @@ class _Story:
         self._begin("push")
 
         def work() -> Value:
-            with self.console.work("Pushing", unit="bytes") as report:
+            with self.console.work("Pushing", unit="bytes") as show:
+
+                def report(done: float, total: float | None, note: str) -> None:
+                    if self.stop.is_set():
+                        raise InterruptedError
+                    show(done, total, note)
+
                 references = delivery.deliver(
                     self.spec.destination,
                     self.options.access,
@@ -549,7 +638,8 @@ class _Story:
             return {"references": references}
 
         key = _key(digest, asdict(self.spec.destination))
-        return tuple(self.book.do("push", key, work)["references"])
+        done = self.book.do("push", key, lambda: self._unless_stopped(work))
+        return tuple(done["references"])
 
     def _finish(
         self, inputs: str, decided: Plan, training: Value, digest: str, references: tuple[str, ...]
@@ -719,6 +809,21 @@ def _lengths(rows: Value) -> plan.Lengths:
 def _stopped(phase: str) -> Stopped:
     return Stopped.at(
         "RUN-110", phase, "stopped by a signal, state saved", "run the same command again to go on"
+    )
+
+
+def _way(placement: plan.Placement) -> str:
+    checkpointing = " with gradient checkpointing" if placement.checkpointing else ""
+    return f"{placement.micro_batch} x {placement.accumulation} rows{checkpointing}"
+
+
+def _hang(hung: process.Hung, phase: str, output: Path) -> TransientError:
+    return TransientError.at(
+        "RUN-112",
+        phase,
+        f"no sign of life for {hung.seconds:.0f} s, so the process was killed; where each of its "
+        f"threads stood is at the end of {output}",
+        "run the same command again; it goes on from the last checkpoint",
     )
 
 

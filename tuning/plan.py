@@ -350,6 +350,39 @@ def place(
     return placement, fit
 
 
+def fallbacks(placement: Placement) -> list[Placement]:
+    """`placement`, and what takes less memory, step by step: half the rows, then checkpointing.
+
+    The global batch stays what it is, and so does the run id.
+    """
+    found = [placement]
+    rows = placement.micro_batch * placement.accumulation
+    while (last := found[-1]).micro_batch > 1:
+        fewer = _divisor(rows, last.micro_batch // 2)
+        found.append(replace(last, micro_batch=fewer, accumulation=rows // fewer))
+    if not placement.checkpointing:
+        found.append(replace(found[-1], checkpointing=True))
+    return found
+
+
+def disk_bytes(recipe: Recipe, base: Base) -> int:
+    """Bytes that training leaves in the run directory at the most; 0 for an unknown family.
+
+    Three checkpoints (two are kept while one is written) of weights and two moments, the adapter
+    twice while it is put in place, and its image.
+    """
+    if base.facts is None:
+        return 0
+    chosen = [
+        linear
+        for linear in base.facts.linears
+        if recipe.targets is None or linear.name.rpartition(".")[2] in recipe.targets
+    ]
+    a_layer = recipe.rank * sum(linear.inputs + linear.outputs for linear in chosen)
+    layers = base.facts.layers if recipe.layers is None else len(recipe.layers)
+    return a_layer * layers * 4 * (3 * 3 + 2 + 1)
+
+
 def _unsized(recipe: Recipe, settings: Settings, reasons: dict[str, str]) -> int:
     """A micro-batch where memory is no question, or nobody knows the answer."""
     if settings.micro_batch:

@@ -1,9 +1,9 @@
 """Child processes that answer by a file.
 
 The parent process owns signals, journal and exit code and never imports torch; the heavy phases run
-as `python -m tuning.process ROOM REQUEST`, a JSON file, and leave `<REQUEST stem>.result.json` beside it.
-A launcher may lose an exit code and a log may be cut, so the file alone is the answer: either
-`{"ok": value}` or `{"error": {...}}`. No file means that the child was killed.
+as `python -m tuning.process ROOM REQUEST`, a JSON file, and leave `<REQUEST stem>.result.json`
+beside it. A launcher may lose an exit code and a log may be cut, so the file alone is the answer:
+either `{"ok": value}` or `{"error": {...}}`. No file means that the child was killed.
 """
 
 from __future__ import annotations
@@ -34,6 +34,14 @@ class ChildDied(Exception):
     def __init__(self, room: str, status: int) -> None:
         self.room, self.status = room, status
         super().__init__(f"tuning.{room} ended with status {status} and left no answer")
+
+
+class Hung(Exception):
+    """The child has been silent for `seconds`, which is too long. Raised by a `tick`."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        super().__init__(f"silent for {seconds:.0f} s")
 
 
 def result_path(request: Path) -> Path:
@@ -87,13 +95,15 @@ def run(
     stop_asked: Callable[[], bool] = lambda: False,
     tick: Callable[[], None] = lambda: None,
     environment: Mapping[str, str] = MappingProxyType({}),
+    grace: float = 25.0,
 ) -> dict[str, Any]:
     """Run `tuning.<room>` on `value` as a child process and return its answer.
 
     `log` takes what the child prints. `keep_open` are file descriptors it inherits: the run
     directory's lock, so that the lock holds as long as any process may write. `tick` is called
-    about ten times a second. When `stop_asked` turns true the child gets SIGTERM, once, and is
-    waited for. Raises the child's own error, or ChildDied.
+    about ten times a second; it may raise Hung, and then the child leaves its stacks in `log` and
+    is killed. When `stop_asked` turns true the child gets SIGTERM, once, and `grace` seconds to
+    end. Raises the child's own error, ChildDied, or what `tick` raises.
     """
     answer = result_path(request)
     answer.unlink(missing_ok=True)
@@ -109,13 +119,18 @@ def run(
             start_new_session=True,  # Ctrl-C reaches the child once, through us
         )
         try:
-            told = False
+            deadline: float | None = None
             while child.poll() is None:
-                if stop_asked() and not told:
+                if stop_asked() and deadline is None:
                     child.terminate()
-                    told = True
+                    deadline = time.monotonic() + grace
+                if deadline is not None and time.monotonic() > deadline:
+                    child.kill()  # its last checkpoint holds
                 tick()
                 time.sleep(0.1)
+        except Hung:
+            _dump_stacks(child, log)
+            raise
         finally:
             if child.poll() is None:
                 child.kill()
@@ -133,6 +148,17 @@ def run(
         raise ChildDied(room, 1)
     result: dict[str, Any] = reply["ok"]
     return result
+
+
+def _dump_stacks(child: subprocess.Popen[bytes], log: Path) -> None:
+    """Have the child write where its threads stand, and wait for that; a stopped one cannot."""
+    size = log.stat().st_size
+    child.send_signal(signal.SIGUSR1)
+    for _ in range(50):
+        time.sleep(0.1)
+        before, size = size, log.stat().st_size
+        if child.poll() is not None or size == before > 0:
+            return
 
 
 def clean_environment() -> dict[str, str]:

@@ -196,6 +196,7 @@ class Exact(SFTTrainer):  # type: ignore[misc]
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
         """Forward and backward of one micro-batch, with its rows, tokens and loss noted."""
+        self._live()
         self.rows += inputs.pop("rows")
         self.tokens_so_far += inputs.pop("tokens")
         try:
@@ -206,8 +207,13 @@ class Exact(SFTTrainer):  # type: ignore[misc]
         self.loss_so_far = self.loss_so_far + loss
         return loss
 
+    def _live(self) -> None:
+        """A sign of life at each micro-batch, for the watchdog in the parent."""
+        self.metrics.touch()
+
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Loss of one batch of held-out rows; an evaluation may be long, so a stop ends it."""
+        self._live()
         if self.saves.asked():
             self.save_last(checkpoint.capture_random())
             self.saves.check()

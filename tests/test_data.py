@@ -432,7 +432,7 @@ def test_dataset_extension_settles_a_wrong_name(run: Callable[..., Any]) -> None
 
 
 def test_result(run: Callable[..., Any], tmp_path: Path) -> None:
-    """The answer counts rows per file, tokens, trained tokens and lengths, and shows the first rows."""
+    """The answer counts rows per file, tokens, trained tokens and lengths, and shows rows."""
     masked = turns(Q, A)
     masked["messages"][1]["weight"] = 0
 

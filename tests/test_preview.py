@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from fake_hub import FakeHub
+from faults.web import Origin
 from test_end_to_end import good, tuning, workspace
 
 from tuning import preview
@@ -185,3 +186,44 @@ def test_the_histogram_holds_every_row_in_round_bins(counts, first, bins):
     assert first is None or first == made[0]
     assert sum(rows for _, rows in counts) == sum(rows for _, _, rows in made)
     assert 1 == len({last - low for low, last, _ in made})
+
+
+class TestCheck:
+    """`check` reads the first rows, locally and from the first bytes of URLs."""
+
+    @staticmethod
+    def checked(tmp_path, *data):
+        words = [word for name in data for word in ("--data", name)]
+        file = workspace(tmp_path / "check.yaml")
+        return tuning(
+            *("check", "-f", file, "--base-model", TINY, "--output", f"oci:{tmp_path / 'image'}"),
+            *("--allow-host", "127.0.0.1", *words),
+        )
+
+    def test_it_names_the_shape(self, tmp_path):
+        """Format, shape and reason stand behind each file's size."""
+        said = good(self.checked(tmp_path, DEMO))
+
+        size = f"{DEMO.stat().st_size:,} bytes"
+        reason = 'jsonl, messages: it has a column "messages" of role/content turns'
+        assert f"data: {DEMO}, {size}, {reason}" in said.splitlines()
+
+    def test_it_refuses_first_rows_that_cannot_be_trained(self, tmp_path):
+        """Every file's bad rows in one pass, with the codes that a run would give."""
+        (tmp_path / "a.csv").write_text("colour,taste\nred,sweet\n")
+        (tmp_path / "b.jsonl").write_text(line("yes") + "{broken\n")
+
+        done = self.checked(tmp_path, tmp_path / "a.csv", tmp_path / "b.jsonl")
+
+        assert (10, "") == (done.returncode, done.stdout)
+        assert "a.csv line 2" in done.stderr
+        assert "DATA-202" in done.stderr
+
+    def test_a_url_is_judged_by_its_first_bytes(self, tmp_path):
+        """A login page behind a link is told without downloading; good rows pass."""
+        with Origin() as web:
+            fine = self.checked(tmp_path, web.serve("/a.jsonl", (line("yes") * 3000).encode()))
+            bad = self.checked(tmp_path, web.serve("/in", b"<html>Log in"))
+
+        assert "jsonl, messages: " in good(fine)
+        assert (10, True) == (bad.returncode, "DATA-242" in bad.stderr)

@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from tuning import (
     device,
     fetch,
     files,
+    formats,
     image,
     journal,
     live,
@@ -40,6 +42,7 @@ from tuning import (
 )
 from tuning import spec as specs
 from tuning.console import Console, Report
+from tuning.data.glance import HEAD, glance
 from tuning.delivery import Access
 from tuning.errors import (
     Killed,
@@ -773,12 +776,23 @@ def check(spec: Spec, options: Options) -> Iterator[str]:
         if spec.source.urls:
             secrets = options.data_secrets
             headers = fetch.load_headers(secrets) if secrets else None
-            for seen in fetch.check(spec.source, policy=options.policy, credentials=headers):
-                size = f"{seen.size:,} bytes" if seen.size is not None else "size unknown"
-                good.append(f"data: {seen.shown}, {size}")
+            found = fetch.check(spec.source, policy=options.policy, credentials=headers)
+            firsts = [(seen.shown, seen.size, seen.head) for seen in found]
         elif spec.source.image is None:
-            for file in fetch.fetch(spec.source, Path(), policy=options.policy):
-                good.append(f"data: {file.shown}, {file.size:,} bytes")
+            local = fetch.fetch(spec.source, Path(), policy=options.policy)
+            firsts = [(file.shown, file.size, _head(file.path)) for file in local]
+        else:
+            return
+        together(*(partial(first_rows, *first) for first in firsts))
+
+    def first_rows(shown: str, size: int | None, head: bytes) -> None:
+        s = spec.settings
+        columns = formats.Columns(s.messages_column, s.context_column, s.response_column)
+        what = glance(
+            head, shown, whole=size == len(head), columns=columns, extension=s.dataset_extension
+        )
+        bytes_ = f"{size:,} bytes" if size is not None else "size unknown"
+        good.append(f"data: {shown}, {bytes_}, {what}")
 
     def destination() -> None:
         delivery.check(spec.destination, options.access)
@@ -787,6 +801,11 @@ def check(spec: Spec, options: Options) -> Iterator[str]:
 
     together(model, data, destination)
     yield from good
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(HEAD)
 
 
 def _key(*parts: Any) -> str:

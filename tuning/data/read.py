@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet as pq
 
-from tuning.data import json_rows, sniff
-from tuning.data.source import MAX_LINE, ROWS, Batch, Source, lines, text_bytes
+from tuning.data import json_rows, separated, sniff
+from tuning.data.source import ROWS, Batch, Source
 from tuning.errors import DataError
 from tuning.formats import KNOWN_COLUMNS, quoted
 
@@ -29,8 +27,8 @@ def batches(source: Source) -> Iterator[Batch]:
         "arrow-stream": _arrow,
         "jsonl": json_rows.one_a_line,
         "json": json_rows.values,
-        "csv": _separated,
-        "tsv": _separated,
+        "csv": separated.rows,
+        "tsv": separated.rows,
     }
     try:
         yield from readers[source.kind.format](source)
@@ -39,51 +37,6 @@ def batches(source: Source) -> Iterator[Batch]:
             raise
         for problem in error.problems:
             source.problems.add(problem.code, problem.where, problem.what, problem.change)
-
-
-def _separated(source: Source) -> Iterator[Batch]:
-    csv.field_size_limit(MAX_LINE)
-    delimiter = "," if source.kind.format == "csv" else "\t"
-    reader = csv.reader(_text_lines(source), delimiter=delimiter, strict=True)
-    header: list[str] = []
-    places: list[int] = []
-    rows: list[dict[str, Any]] = []
-    try:
-        header = [name.strip() for name in next(reader, [])]
-        if len(set(header)) < len(header):
-            twice = next(name for name in header if header.count(name) > 1)
-            what = f"the column {quoted(twice)} stands twice in the header"
-            source.bad("line 1", "DATA-208", what, "name each column once")
-            return
-        start = reader.line_num + 1
-        for fields in reader:
-            if len(fields) == len(header):
-                rows.append(dict(zip(header, fields, strict=True)))
-                places.append(start)
-            elif fields:
-                what = f"has {len(fields)} fields, the header has {len(header)}"
-                change = "put fields that hold a separator, a quote or a line end in quotes"
-                source.bad(f"line {start}", "DATA-240", what, change)
-            start = reader.line_num + 1
-            if len(rows) == ROWS:
-                yield Batch("line", places, rows)
-                places, rows = [], []
-    except csv.Error as error:
-        what = f"is not {source.kind.format.upper()}: {error}"
-        change = "put fields that hold a separator, a quote or a line end in quotes"
-        source.bad(f"line {reader.line_num}", "DATA-240", what, change)
-    except UnicodeDecodeError as error:
-        what = f"a byte (0x{error.object[error.start]:02x}) is not UTF-8"
-        source.bad(f"line {reader.line_num + 1}", "DATA-205", what, "save the file as UTF-8")
-    if rows:
-        yield Batch("line", places, rows)
-
-
-def _text_lines(source: Source) -> Iterator[str]:
-    for raw, unended in lines(text_bytes(source)):
-        last = len(raw) - 1
-        for index, line in enumerate(raw):
-            yield line.decode() + ("" if unended and index == last else "\n")
 
 
 def _parquet(source: Source) -> Iterator[Batch]:

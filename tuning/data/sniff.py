@@ -79,6 +79,11 @@ def sniff(path: Path, shown: str, extension: str | None) -> Kind:
     return Kind(_format(head, named, shown), compression)
 
 
+def format_of(head: bytes, name: str) -> Format:
+    """The format that `head`, a file's first bytes in the clear, shows. Raises DataError."""
+    return _format(head, _named(name), name)
+
+
 def _named(name: str) -> str:
     """The extension in `name`, without compression suffix, query or dot."""
     name = re.split(r"[?#]", name)[0].rstrip("/").rsplit("/", 1)[-1].lower()

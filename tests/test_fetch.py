@@ -1016,3 +1016,47 @@ def test_fetch_loads_no_torch_and_no_hub() -> None:
     )
 
     assert 0 == subprocess.run([sys.executable, "-c", code], check=False).returncode
+
+
+# -- the hub ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("url", "path"),
+    [
+        ("hf://datasets/org/rows/data/a.jsonl", "/datasets/org/rows/resolve/main/data/a.jsonl"),
+        ("hf://datasets/org/rows@v1.0/a.jsonl", "/datasets/org/rows/resolve/v1.0/a.jsonl"),
+        ("hf://datasets/org/rows@refs%2Fpr%2F1/a.csv", None),
+        ("hf://org/model/a.jsonl", "/org/model/resolve/main/a.jsonl"),
+    ],
+)
+def test_files_of_the_hub_come_through_its_resolve_addresses(
+    origin: Origin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str, path: str | None
+) -> None:
+    """hf:// is the hub's address spelled short: HF_ENDPOINT, checksums and policy hold as ever."""
+    path = path or "/datasets/org/rows/resolve/refs%2Fpr%2F1/a.csv"
+    served = origin.serve(path, b"x" * 100)
+    monkeypatch.setenv("HF_ENDPOINT", served.removesuffix(path))
+
+    (file,) = get(tmp_path, f"{url}#sha256={sha(b'x' * 100)}")
+
+    assert (served, 100) == (file.shown, file.size)
+    with pytest.raises(SpecError, match="FETCH-101"):
+        get(tmp_path / "b", url, policy=Policy())
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "hf://datasets/org/a.jsonl",
+        "hf://datasets/o/n/../../x",
+        "hf://datasets/o/n/%2e%2e/x",
+        "hf://datasets/o/n@..%2Fx/a",
+        "hf://u:p@h/o/n/a?b",
+        "hf://",
+    ],
+)
+def test_what_is_no_file_of_the_hub_is_refused(tmp_path: Path, url: str) -> None:
+    """Too few parts, climbing, a query: refused by its text, without a connection."""
+    with pytest.raises(SpecError, match="FETCH-101"):
+        get(tmp_path, url)

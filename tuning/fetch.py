@@ -18,11 +18,12 @@ from typing import Any
 
 from urllib3 import BaseHTTPResponse
 
-from tuning import files, process
+from tuning import files, hub, process
 from tuning.download import Enough, Meter, Report, download
 from tuning.errors import DataError, Problem, RefusedError, SpecError, TransientError, TuningError
 from tuning.network import Headers, Policy, Resolver, load_headers, lookup, place
 from tuning.spec import Source
+from tuning.spec.urls import on_hub
 from tuning.threads import side_by_side
 from tuning.web import Again, Item, Patience, Web, empty, judge
 
@@ -166,6 +167,7 @@ def _items(urls: tuple[str, ...], policy: Policy) -> list[Item]:
     seen: dict[str, int] = {}
     for index, text in enumerate(urls):
         url, _, fragment = text.partition("#")
+        url = on_hub(url, hub.endpoint()) or url
         checksum = _CHECKSUM.fullmatch(fragment)
         item = Item(index, url, checksum[1].lower() if checksum else None)
         first = seen.setdefault(_same(url), index)

@@ -10,7 +10,7 @@ import ipaddress
 import re
 import socket
 from collections.abc import Collection
-from urllib.parse import urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 INVALID = "invalid data source URL"
 NOT_HTTP = "data source URL must use HTTP or HTTPS"
@@ -26,6 +26,12 @@ _HOST = re.compile(
     r"(?:[a-z0-9_](?:[a-z0-9_-]*[a-z0-9_])?\.)*[a-z0-9_](?:[a-z0-9_-]*[a-z0-9_])?\.?"
 )
 
+_ON_HUB = re.compile(
+    r"hf://(?P<kind>datasets/)?(?P<repository>(?!(?:datasets|spaces)/)[\w-][\w.-]*/[\w-][\w.-]*)"
+    r"(@(?P<revision>[\w.%-]+))?/(?P<file>[^?#]+)(#.*)?",
+    re.ASCII | re.IGNORECASE,
+)
+
 
 def refusal(url: str, *, allow_hosts: Collection[str] = ()) -> str | None:
     """KAITO's sentence for what is wrong with `url`, or None if it may be asked for.
@@ -37,6 +43,8 @@ def refusal(url: str, *, allow_hosts: Collection[str] = ()) -> str | None:
         return INVALID
     if " " in url or "\\" in url:
         return INVALID
+    if url.lower().startswith("hf://"):
+        return None if on_hub(url, "https://hub") else INVALID
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
@@ -48,6 +56,18 @@ def refusal(url: str, *, allow_hosts: Collection[str] = ()) -> str | None:
         return INVALID
     default = 443 if parts.scheme.lower() == "https" else 80
     return None if is_listed(host, port or default, allow_hosts) else _host_refusal(host)
+
+
+def on_hub(url: str, endpoint: str) -> str | None:
+    """Where the hub at `endpoint` serves hf://datasets/ORG/NAME[@REVISION]/FILE; None if malformed.
+
+    Without datasets/ it is a model's repository, as in huggingface_hub.
+    """
+    match = _ON_HUB.fullmatch(url)
+    if match is None or _climbs(match["file"]) or _climbs(match["revision"] or ""):
+        return None
+    kind, revision = match["kind"] or "", quote(unquote(match["revision"] or "main"), safe="")
+    return f"{endpoint}/{kind}{match['repository']}/resolve/{revision}/{match['file']}"
 
 
 def is_listed(host: str, port: int, entries: Collection[str]) -> bool:

@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+N ?= 1
 TORCH := 2.13.0
 # Which build of torch: cpu, cu126 (Volta and older cards) or cu130. A machine without an NVIDIA
 # driver gets the CPU build, never gigabytes of CUDA by surprise.
@@ -11,7 +12,7 @@ APT_PACKAGES := docker-registry apache2-utils skopeo
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test slow coefficients lint fix lock system clean docs
+.PHONY: help install demo test slow soak coefficients lint fix lock system clean docs
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 20
@@ -24,8 +25,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt Makefile
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null \
 	  || { echo "Python's venv module is missing: apt-get install python3-venv"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(BIN)/python tools/install_torch.py $(TORCH) $(TORCH_INDEX)
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[$(EXTRAS)]'
+	@case ",$(EXTRAS)," in *,train,*) \
+	  $(BIN)/python tools/install_torch.py $(TORCH) $(TORCH_INDEX);; esac
+	$(BIN)/pip install --quiet -c constraints.txt -e '.$(if $(EXTRAS),[$(EXTRAS)])'
 	@touch $@
 
 system:  ## what tests need from the system: docker-registry, htpasswd, skopeo
@@ -50,6 +52,9 @@ test: install system  ## set-up and every test
 
 slow: install  ## the tests that take minutes: the memory formula against simulation, everywhere
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow $(PYTEST)
+
+soak: install system  ## kill a run N times at each boundary: make soak N=50 (hours)
+	SOAK=$(N) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak tests/test_kills.py $(PYTEST)
 
 coefficients: install  ## simulate the memory of every preset again: configs/memory (half an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tuning.simulate --write

@@ -363,6 +363,13 @@ def main() -> int:
         usage = UsageError.at("USE-101", "", error.format_message(), "see --help")
         print(usage, file=sys.stderr)
         return usage.exit_code
+    except ModuleNotFoundError as error:
+        if (error.name or "tuning").partition(".")[0] == "tuning":
+            raise
+        what = f"this needs {error.name}, which is not installed"
+        missing = UsageError.at("USE-102", "", what, "pip install 'tuning[train]', or make install")
+        print(missing, file=sys.stderr)
+        return missing.exit_code
     except (KeyboardInterrupt, typer.Abort):
         return Stopped.exit_code
     except BrokenPipeError:  # the reader of our output has seen enough

@@ -1,6 +1,7 @@
 """The preview as its users meet it: the command line, a tiny model, a page and JSON."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -101,6 +102,29 @@ def test_what_is_cut_held_out_and_dropped_is_counted(tmp_path):
     assert 2 == found["over_length"]["truncated"]
     assert found["over_length"]["lost_tokens"] > 0
     assert (8, 2) == (found["train"]["documents"], found["eval"]["documents"])
+
+
+def test_held_out_rows_are_evaluated_before_and_after(tmp_path):
+    """Loss and perplexity of base and adapter stand in the summary, the card and tuning.json."""
+    settings = {"max_steps": 10, "learning_rate": 0.002, "packing": False}
+    settings["per_device_train_batch_size"] = 8
+    file = workspace(tmp_path / "eval.yaml", settings=settings)
+    with_dataset(file, train_test_split=0.9)
+    command = ("-f", file, "--base-model", TINY, "--data", DEMO, "--run-dir", tmp_path / "run")
+    command += ("--output", f"oci:{tmp_path / 'image'}")
+
+    loss = good(tuning("run", *command)).splitlines()[0]
+
+    told = json.loads(good(tuning("run", *command, "--json")))["training"]
+    before, after = told["eval_loss_before"], told["eval_loss_after"]
+    assert 0 < after < before
+    ways = told["eval_perplexity_before"], told["eval_perplexity_after"]
+    assert pytest.approx((math.exp(before), math.exp(after))) == ways
+    assert f"on held-out rows {before:.3f} -> {after:.3f}, perplexity {ways[0]:,.2f} -> " in loss
+    card = (tmp_path / "run" / "adapter" / "README.md").read_text()
+    assert f"| perplexity on held-out rows | {ways[0]:.4g} -> {ways[1]:.4g} |" in card
+    record = json.loads((tmp_path / "run" / "adapter" / "tuning.json").read_text())
+    assert ways[1] == record["evaluation"]["perplexity_after"]
 
 
 def test_bad_files_are_told_row_by_row(tmp_path):

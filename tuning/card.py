@@ -7,6 +7,7 @@ clock, host, path, speed or placement, because the image's digest covers them.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,12 @@ def provenance(recipe: dict[str, Any], *, run_id: str, facts: Facts) -> dict[str
         "trainable_parameters": facts.trainable,
         "total_parameters": facts.total,
         "loss_by_step": [[step, loss] for step, loss in facts.loss_by_step],
-        "evaluation": {"loss_before": facts.loss_before, "loss_after": facts.loss_after},
+        "evaluation": {
+            "loss_before": facts.loss_before,
+            "loss_after": facts.loss_after,
+            "perplexity_before": perplexity(facts.loss_before),
+            "perplexity_after": perplexity(facts.loss_after),
+        },
     }
 
 
@@ -97,6 +103,8 @@ def card(recipe: dict[str, Any], *, run_id: str, facts: Facts) -> str:
     if facts.loss_before is not None and facts.loss_after is not None:
         held_out = f"{facts.loss_before:.4g} -> {facts.loss_after:.4g}"
         rows.insert(6, ("loss on held-out rows", held_out))
+        before, after = perplexity(facts.loss_before), perplexity(facts.loss_after)
+        rows.insert(7, ("perplexity on held-out rows", f"{before:.4g} -> {after:.4g}"))
     licence = f"license: {facts.licence}\n" if facts.licence else ""
     data = "\n".join(f"- `sha256:{digest}`" for digest in recipe["data"])
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
@@ -128,6 +136,11 @@ and name it to a server that loads LoRA adapters. `tuning.json` holds the whole 
 
 {versions}
 """
+
+
+def perplexity(loss: float | None) -> float | None:
+    """e to the mean loss of a token; 1 is certainty. None stays None."""
+    return None if loss is None else math.exp(min(loss, 700.0))
 
 
 def curve(values: Sequence[float]) -> str:

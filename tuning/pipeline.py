@@ -15,7 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -223,7 +223,8 @@ class _Story:
         """Record how the story ended, and give the error that a person should see."""
         known = self.known(error)
         outcome = result.failed(self.phase, known, result.progress(self.folder))
-        self.book.append(self.phase, "fail", code=outcome.code, message=outcome.message)
+        with suppress(OSError):  # a full disk is told all the same
+            self.book.append(self.phase, "fail", code=outcome.code, message=outcome.message)
         result.write_termination(outcome)
         return known
 
@@ -657,7 +658,11 @@ class _Story:
             adapter=str(adapter),
             adapter_bytes=(adapter / "adapter_model.safetensors").stat().st_size,
             base=self.spec.base_model or self.spec.preset,
-            training=training,
+            training=training
+            | {
+                f"eval_perplexity_{when}": card.perplexity(training[f"eval_loss_{when}"])
+                for when in ("before", "after")
+            },
         )
         files.write(self.folder / "report.html", live.report(self.folder, name=self.spec.name))
         self.book.do("finish", inputs, summary.to_json)

@@ -199,7 +199,10 @@ def summary_lines(summary: Summary) -> list[str]:
     speed = f"{t['tokens_per_second']:,.0f} tokens/s, {duration(t['seconds'])} of training"
     talk = [python(), "-m", "tuning", "chat", "--base", summary.base, "--adapter", folder]
     lines = [
-        ("loss", f"{t['loss_first']:.3f} -> {t['loss_last']:.3f} in {t['steps']:,} steps"),
+        (
+            "loss",
+            f"{t['loss_first']:.3f} -> {t['loss_last']:.3f} in {t['steps']:,} steps{_held_out(t)}",
+        ),
         ("speed", speed if t["seconds"] else "nothing was trained here: the registry had this run"),
         ("trained", f"{share:.2f} % of the weights ({t['trainable']:,} parameters)"),
         ("adapter", f"{size(summary.adapter_bytes)} in {folder}"),
@@ -211,6 +214,15 @@ def summary_lines(summary: Summary) -> list[str]:
         lines.append(("after", f"{first['question']} {one_line(first['tuned'])}"))
     lines.append(("talk to it", shlex.join([*talk, "--compare"])))
     return [f"{name:<11} {text}" for name, text in lines]
+
+
+def _held_out(training: dict[str, Any]) -> str:
+    """What base and adapter make of the rows that were held out."""
+    before, after = training.get("eval_loss_before"), training.get("eval_loss_after")
+    if before is None or after is None:
+        return ""
+    was, became = training["eval_perplexity_before"], training["eval_perplexity_after"]
+    return f"; on held-out rows {before:.3f} -> {after:.3f}, perplexity {was:,.2f} -> {became:,.2f}"
 
 
 def python() -> str:

@@ -106,9 +106,19 @@ class Cluster:
             raise
 
     def find(
-        self, kind: Kind, namespace: str | None = None, *, labels: str = "", fields: str = ""
+        self,
+        kind: Kind,
+        namespace: str | None = None,
+        *,
+        labels: str = "",
+        fields: str = "",
+        cached: bool = False,
     ) -> list[Object]:
-        """All objects that match the selectors."""
+        """All objects that match the selectors. `cached`: from the server's memory, perhaps a
+        moment old, but without reading every object of the namespace from its store."""
+        if cached:
+            query = {"labelSelector": labels, "fieldSelector": fields, "resourceVersion": "0"}
+            return self._call("GET", kind.path(namespace), query=query).get("items") or []
         return self.find_version(kind, namespace, labels=labels, fields=fields)[0]
 
     def find_version(

@@ -21,6 +21,7 @@ from jobs.work import Queue
 
 log = logging.getLogger(__name__)
 
+_TURN = 0.02  # seconds between looks that no event asked for, all Workspaces together
 _STALE = 2 * RESYNC + 60  # seconds after which a watch that did not list is dead
 
 
@@ -161,5 +162,7 @@ class Operator:
             log.exception("reconcile failed", extra=place)
             self.queue.failed(key)
             return "error"
+        if again is not None:  # many that wait are asked in turn, events still come at once
+            again = max(again, _TURN * len(self.queue))
         self.queue.done(key, again=again)
         return "done"

@@ -69,7 +69,7 @@ class Context:
 
 @dataclass(frozen=True)
 class Decision:
-    """What is to be done, in this order: finalizers, deletions, creations, status."""
+    """What is to be done, in this order: finalizers, deletions, status, creations."""
 
     finalizers: list[str] | None = None
     delete: tuple[tuple[Kind, Object], ...] = ()
@@ -101,10 +101,9 @@ def observe(context: Context, namespace: str, name: str) -> Seen | None:
     uid = workspace["metadata"]["uid"]
     config = (workspace.get("tuning") or {}).get("config")
     config_map = cluster.get(CONFIG_MAP, namespace, config) if config else None
-    labelled = cluster.find(JOB, namespace, labels=f"{names.WORKSPACE_LABEL}={name}")
-    own = [job for job in labelled if names.owned(job, uid)]
     recorded, revision = workspace.get("status") or {}, wanted.revision(workspace)
-    job = next((j for j in own if names.revision_of(j) == revision), None)
+    named = cluster.get(JOB, namespace, wanted.short_name(workspace, revision))
+    job = named if named and names.owned(named, uid) else None
     same = recorded.get("revision") == revision
     ended = same and "completionTime" in recorded
     if ended or (same and job and "plan" in recorded):
@@ -113,26 +112,38 @@ def observe(context: Context, namespace: str, name: str) -> Seen | None:
         known = not _own_nodes(workspace)
         device = None if known else context.site.device(names.selected(workspace))
         wish = wanted.read(workspace, config_map, device)
-    taken = None if job or ended else cluster.get(JOB, namespace, names.job_name(workspace, wish))
     pods = _pods(cluster, namespace, job) if job and not ended else ()
     last = children.newest(pods)
-    bought = options.nodes.provision
+    machines: list[Object] = []
+    if options.nodes.provision:
+        machines = cluster.find(NODE_CLAIM, labels=f"{names.UID_LABEL}={uid}")
+    on_its_way = job is not None and not ended
     return Seen(
         workspace=workspace,
         wanted=wish,
         now=context.now(),
         job=job,
-        old=tuple(j for j in own if j is not job),
-        foreign=taken is not None and not names.owned(taken, uid),
+        old=_earlier_job(cluster, workspace, named),
+        foreign=named is not None and job is None,
         pods=pods,
         mount_warning=_mount_warning(cluster, last) if last else None,
-        machines=tuple(cluster.find(NODE_CLAIM, labels=f"{names.UID_LABEL}={uid}"))
-        if bought
-        else (),
+        machines=tuple(machines),
         progress=context.poll(last) if last and children.running(last) else None,
-        run_claim=cluster.get(CLAIM, namespace, names.claim_name(workspace)),
+        run_claim=None
+        if on_its_way
+        else cluster.get(CLAIM, namespace, names.claim_name(workspace)),
         storage=context.site.storage(),
     )
+
+
+def _earlier_job(cluster: Cluster, workspace: Object, named: Object | None) -> Object | None:
+    """The Job of an earlier spec, if it is still there. Its name was recorded before it was made,
+    so that none is ever forgotten, and no list of all Jobs is needed to find it."""
+    meta, name = workspace["metadata"], (workspace.get("status") or {}).get("job")
+    if not name or (named and named["metadata"]["name"] == name):
+        return None
+    found = cluster.get(JOB, meta["namespace"], name)
+    return found if found and names.owned(found, meta["uid"]) else None
 
 
 def _own_nodes(workspace: Object) -> bool:
@@ -140,8 +151,10 @@ def _own_nodes(workspace: Object) -> bool:
 
 
 def _pods(cluster: Cluster, namespace: str, job: Object) -> tuple[Object, ...]:
-    """The pods of this very Job, oldest first."""
-    found = cluster.find(POD, namespace, labels=f"job-name={job['metadata']['name']}")
+    """The pods of this very Job, oldest first; the newest truth only where it is the last word."""
+    over = children.job_state(job) in ("complete", "failed")
+    label = f"job-name={job['metadata']['name']}"
+    found = cluster.find(POD, namespace, labels=label, cached=not over)
     own = [pod for pod in found if names.owned(pod, job["metadata"]["uid"])]
     return tuple(sorted(own, key=lambda pod: str(pod["metadata"]["creationTimestamp"])))
 
@@ -167,7 +180,7 @@ def decide(seen: Seen, options: Options) -> Decision:
         case "finished":
             return replace(decision, **_cleanup(seen, options))
         case "replacing":
-            return replace(decision, delete=tuple((JOB, job) for job in seen.old))
+            return replace(decision, delete=((JOB, seen.old),) if seen.old else ())
         case "buying":
             return replace(decision, **_buy(seen, options))
         case "creating":
@@ -176,17 +189,17 @@ def decide(seen: Seen, options: Options) -> Decision:
 
 
 def _again(seen: Seen, stage: Stage) -> float | None:
+    """A pod that has waited long is asked less often."""
     if stage.word == "pending" and seen.pods:
-        made = children.time(seen.pods[-1]["metadata"]["creationTimestamp"])
-        if seen.now - made > _LONG_WAIT:
-            return _SLOW
+        age = seen.now - children.time(seen.pods[-1]["metadata"]["creationTimestamp"])
+        return min(_SLOW, max(_AGAIN["pending"], age.total_seconds() / 4))
     return _AGAIN.get(stage.word)
 
 
 def _children(seen: Seen, options: Options) -> tuple[tuple[Kind, Object], ...]:
     """What a run needs, the Job last: when it is there, everything is."""
     workspace, wish = seen.workspace, seen.wanted
-    claim = seen.storage and options.storage.run_volume != "ephemeral"
+    claim = seen.storage
     found: list[tuple[Kind, Object]] = []
     if claim and not seen.run_claim:
         found.append((CLAIM, manifests.run_claim(workspace, wish, options)))
@@ -242,7 +255,7 @@ def _cleanup(seen: Seen, options: Options) -> dict[str, Any]:
 
 def _farewell(seen: Seen) -> Decision:
     """The Workspace is being deleted: stop the work, give machines back, then let it go."""
-    left: list[tuple[Kind, Object]] = [(JOB, job) for job in (seen.job, *seen.old) if job]
+    left: list[tuple[Kind, Object]] = [(JOB, job) for job in (seen.job, seen.old) if job]
     left += [(NODE_CLAIM, machine) for machine in seen.machines]
     have = seen.workspace["metadata"].get("finalizers") or []
     if left:
@@ -256,13 +269,19 @@ def _farewell(seen: Seen) -> Decision:
 
 
 def act(context: Context, seen: Seen, decision: Decision) -> None:
-    """Carry a decision out. A create that the server refuses for good becomes a condition."""
-    cluster, workspace, told = context.cluster, seen.workspace, decision.status
+    """Carry a decision out. The status comes before what is created, as a note of the intent and as
+    a lock: of two writers the slower one gets a conflict there, and creates nothing.
+
+    A creation that the server refuses for good becomes a condition.
+    """
+    cluster, workspace = context.cluster, seen.workspace
     if decision.finalizers is not None:
         cluster.set_finalizers(WORKSPACE, workspace, decision.finalizers)
         workspace = cluster.get(WORKSPACE, *_key(workspace)) or workspace
     for kind, item in decision.delete:
         cluster.delete(kind, item)
+    if decision.status is not None:
+        workspace = _tell(cluster, workspace, decision.status)
     try:
         for kind, item in decision.create:
             cluster.create(kind, item)
@@ -270,12 +289,21 @@ def act(context: Context, seen: Seen, decision: Decision) -> None:
         if error.passing:
             raise
         refused = Stage("refused", Trouble(children.word(error.reason), error.message))
-        told = status(seen, refused, context.options)
-    if told is not None and told != seen.recorded:
-        stored = cluster.replace_status(WORKSPACE, workspace, told)
-        if stored is not None:
-            for kind_, reason, note in transitions(seen.recorded, told):
-                cluster.event(workspace, kind=kind_, reason=reason, note=note)
+        now = replace(seen, workspace=workspace)
+        _tell(cluster, workspace, status(now, refused, context.options))
+
+
+def _tell(cluster: Cluster, workspace: Object, told: Object) -> Object:
+    """Write the status if it says something new, and events for its transitions."""
+    recorded = workspace.get("status") or {}
+    if told == recorded:
+        return workspace
+    stored = cluster.replace_status(WORKSPACE, workspace, told)
+    if stored is None:
+        return workspace
+    for kind, reason, note in transitions(recorded, told):
+        cluster.event(workspace, kind=kind, reason=reason, note=note)
+    return stored
 
 
 def _key(item: Object) -> tuple[str, str]:

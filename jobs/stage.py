@@ -43,7 +43,7 @@ class Seen:
     wanted: Wanted
     now: datetime
     job: Object | None = None  # of this revision
-    old: tuple[Object, ...] = ()  # Jobs of earlier revisions
+    old: Object | None = None  # the Job of an earlier revision
     foreign: bool = False  # somebody else's object has the Job's name
     pods: tuple[Object, ...] = ()  # of `job`
     mount_warning: str | None = None

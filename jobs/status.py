@@ -54,8 +54,11 @@ def status(seen: Seen, stage: Stage, options: Options) -> Object:
         "plan": _plan(seen),
         "progress": _progress(seen, old.get("progress") if same else None),
     }
+    if stage.word == "creating":
+        found["job"] = names.job_name(seen.workspace, seen.wanted)
+    elif kept := seen.job or seen.old:
+        found["job"] = kept["metadata"]["name"]
     if seen.job:
-        found["job"] = seen.job["metadata"]["name"]
         found["startTime"] = seen.job["metadata"]["creationTimestamp"]
         found["retries"] = (seen.job.get("status") or {}).get("failed")
         found["configDigest"] = names.config_of(seen.job)
@@ -117,8 +120,7 @@ def _result(seen: Seen, outputs: list[str]) -> Object:
 
 def _plan(seen: Seen) -> Object:
     """The plan in short, as far as there is one before the data is read."""
-    wanted, volume = seen.wanted, seen.run_claim
-    where = volume["metadata"]["name"] if volume else None
+    wanted, where = seen.wanted, names.claim_name(seen.workspace)
     if not seen.storage:
         where = "emptyDir: a new pod starts from the beginning"
     if wanted.spec is None:

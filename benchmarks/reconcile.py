@@ -1,6 +1,6 @@
 """Speed, CPU and memory of the operator on a real API server (no pods run): `--help` says how.
 
-    .venv/bin/python benchmarks/operator.py --rate 20 --latency 200 --converge 1000 --memory 10000
+    .venv/bin/python benchmarks/reconcile.py --rate 20 --latency 200 --converge 1000 --memory 10000
 
 It starts its own control plane, so that all share this machine's cores with etcd and the API
 server: what is measured is an upper bound.

@@ -48,3 +48,17 @@ def test_a_finished_folder_takes_its_place(tmp_path):
 
     assert files.read_json(tmp_path / "done" / "sub" / "x.json") == {"n": 1}
     assert not scratch.exists()
+
+
+def test_what_killed_writers_left_is_swept(tmp_path):
+    """Scratch files of any process go, at any depth; everything else stays."""
+    (tmp_path / "adapter").mkdir()
+    for name in (".plan.json.12.tmp", "adapter/.tuning.json.7.tmp"):
+        (tmp_path / name).write_text("half")
+    kept = {".lock", "a.tmp", ".mine.tmp"}
+    for name in kept:
+        (tmp_path / name).touch()
+
+    files.sweep(tmp_path)
+
+    assert kept == {path.name for path in tmp_path.rglob("*") if path.is_file()}

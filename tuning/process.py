@@ -66,7 +66,8 @@ def serve(work: Callable[[dict[str, Any]], dict[str, Any]]) -> int:
     except Exception as error:
         full = disk_full(error)
         if full is not None:
-            files.write_json(answer, {"error": full.to_json()})
+            with contextlib.suppress(OSError):  # there may be no room for the answer, either
+                files.write_json(answer, {"error": full.to_json()})
             return full.exit_code
         traceback.print_exc()
         files.write_json(answer, {"bug": traceback.format_exc()})
@@ -76,13 +77,17 @@ def serve(work: Callable[[dict[str, Any]], dict[str, Any]]) -> int:
 def disk_full(error: BaseException) -> TransientError | None:
     """`error` as the disk-full error, if the operating system said so."""
     if isinstance(error, OSError) and error.errno in (28, 122):  # ENOSPC, EDQUOT
-        return TransientError.at(
-            "RUN-120",
-            str(error.filename or "disk"),
-            "no space left on the device",
-            "free some space and run the same command again; it goes on where it stopped",
-        )
+        return _no_space(str(error.filename or "disk"))
     return None
+
+
+def _no_space(where: str) -> TransientError:
+    return TransientError.at(
+        "RUN-120",
+        where,
+        "no space left on the device",
+        "free some space and run the same command again; it goes on where it stopped",
+    )
 
 
 def run(
@@ -141,6 +146,8 @@ def run(
     try:
         reply = files.read_json(answer)
     except FileNotFoundError:
+        if child.returncode == TransientError.exit_code:  # it could not even write that
+            raise _no_space(str(answer.parent)) from None
         raise ChildDied(room, child.returncode) from None
     if "error" in reply:
         raise from_json(reply["error"])

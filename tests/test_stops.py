@@ -218,7 +218,9 @@ def test_a_child_killed_by_the_kernel_is_out_of_memory_and_remembered(world: Wor
     again = world.run("killed", **one)
 
     assert 14 == ended.status, ended
-    assert "out of memory with each of: 1 x " in ended.err
+    tried = len(journal(world, "killed", "oom"))
+    assert "out of memory with each of: " in ended.err
+    assert tried == len(re.findall(r"\d+ x \d+ rows", ended.err.rpartition("each of: ")[2]))
     assert "with gradient checkpointing. Change: " in ended.err
     assert "RUN-111" in journal(world, "killed", "oom")[0]["message"]
     assert "out of memory before, so now" in again.err

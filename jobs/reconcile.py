@@ -317,7 +317,8 @@ def transitions(old: Object, new: Object) -> list[tuple[Literal["Normal", "Warni
     seen_notes = set()
     for each in new.get("conditions") or []:
         was, now = before.get(each["type"]), (each["status"], each["reason"])
-        usual = was is None and each["status"] == "False" and new.get("state") == "Pending"
+        usual = was is None and (each["type"] == "SpecValid") == (each["status"] == "True")
+        usual = usual and new.get("state") == "Pending"
         if was == now or usual or each["message"] in seen_notes:
             continue
         seen_notes.add(each["message"])

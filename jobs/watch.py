@@ -34,6 +34,13 @@ def key_of_job(item: Object) -> Key | None:
     return (item["metadata"]["namespace"], name) if name else None
 
 
+def is_echo(item: Object) -> bool:
+    """Whether an event of a Workspace most likely tells of our own status: nothing new in it."""
+    meta, status = item["metadata"], item.get("status") or {}
+    seen = status.get("observedGeneration") == meta.get("generation")
+    return seen and not meta.get("deletionTimestamp")
+
+
 SOURCES: tuple[tuple[Kind, str, Callable[[Object], Key | None]], ...] = (
     (WORKSPACE, "", key_of_workspace),
     (JOB, names.WORKSPACE_LABEL, key_of_job),
@@ -93,7 +100,8 @@ class Watch:
                 seconds=max(1, int(left)),
             ):
                 version = item["metadata"]["resourceVersion"]
-                self._pass_on(item)
+                if not (self._kind == WORKSPACE and is_echo(item)):
+                    self._pass_on(item)
                 if stop.is_set():
                     return
 

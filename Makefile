@@ -8,11 +8,13 @@ TORCH := 2.13.0
 # driver gets the CPU build, never gigabytes of CUDA by surprise.
 TORCH_INDEX ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cu130 || echo cpu)
 EXTRAS ?= train,serve,cluster,dev
-APT_PACKAGES := docker-registry apache2-utils skopeo
+APT_PACKAGES := docker-registry apache2-utils skopeo kubernetes-client
+BED_PACKAGES := etcd-server containerd runc containernetworking-plugins busybox-static iptables \
+  iproute2 openssl curl kubernetes-client
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test slow soak coefficients lint fix lock system clean docs
+.PHONY: help install demo test test-bed test-cluster slow soak coefficients lint fix lock system clean docs
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 20
@@ -30,8 +32,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt Makefile
 	$(BIN)/pip install --quiet -c constraints.txt -e '.$(if $(EXTRAS),[$(EXTRAS)])'
 	@touch $@
 
-system:  ## what tests need from the system: docker-registry, htpasswd, skopeo
-	@missing=""; for tool in docker-registry htpasswd skopeo; do \
+system:  ## what tests need from the system: docker-registry, htpasswd, skopeo, kubectl
+	@missing=""; for tool in docker-registry htpasswd skopeo kubectl; do \
 	  command -v $$tool >/dev/null 2>&1 || missing="$$missing $$tool"; done; \
 	test -z "$$missing" && exit 0; \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then \
@@ -58,6 +60,15 @@ soak: install system  ## kill a run N times at each boundary: make soak N=50 (ho
 
 coefficients: install  ## simulate the memory of every preset again: configs/memory (half an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tuning.simulate --write
+
+test-bed:  ## build the API servers for the cluster tests, once, into ~/.cache (root, 10 minutes)
+	apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+	  apt-get install -y -qq --no-install-recommends $(BED_PACKAGES) >/dev/null
+	tests/cluster/build-k8s.sh
+	tests/cluster/build-crd-server.sh
+
+test-cluster: install system  ## the operator on a real API server, with real pods (after test-bed)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster tests/cluster $(PYTEST)
 
 lint: install  ## ruff, mypy --strict, import contracts
 	$(BIN)/ruff check .

@@ -187,3 +187,13 @@ def test_the_disk_must_hold_three_checkpoints_and_the_adapter_with_its_image():
 
     assert 25_165_824 * 12 * 4 == plan.disk_bytes(replace(recipe, rank=16, targets=None), BASE)
     assert 0 == plan.disk_bytes(recipe, replace(BASE, facts=None))
+
+
+def test_a_tiny_model_on_a_cpu_gets_one_thread_and_a_reason():
+    """More threads only wait for each other there; a GPU or a larger model is left to torch."""
+    tiny = make(spec(), base=base_of(64), device=CPU)
+
+    assert 1 == tiny.placement.threads
+    assert "wait" in tiny.reasons["threads"]
+    assert make(spec()).placement.threads is None
+    assert "threads" not in asdict(tiny.recipe)

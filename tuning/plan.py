@@ -191,6 +191,7 @@ BATCH_ROWS = 16  # conversations an optimizer step
 WARMUP_SHARE = 0.03
 SMALLEST_PACK, LARGEST_PACK = 256, 8192  # tokens of a packed row, unless a row is longer
 DRAFT_LENGTH = 2048  # before the data was read
+SMALL_ON_CPU = 50 * 10**6  # parameters
 SHORTEST = 512  # tokens: rows are not made shorter than this to fit a GPU
 
 
@@ -346,6 +347,7 @@ def place(
         accumulation=recipe.global_batch // micro_batch,
         checkpointing=checkpointing,
         attention=attention,
+        threads=_threads(base, device, reasons),
     )
     return placement, fit
 
@@ -381,6 +383,14 @@ def disk_bytes(recipe: Recipe, base: Base) -> int:
     a_layer = recipe.rank * sum(linear.inputs + linear.outputs for linear in chosen)
     layers = base.facts.layers if recipe.layers is None else len(recipe.layers)
     return a_layer * layers * 4 * (3 * 3 + 2 + 1)
+
+
+def _threads(base: Base, device: Device, reasons: dict[str, str]) -> int | None:
+    """Threads of one operator on a CPU; None leaves the choice to torch."""
+    if device.kind == "cuda" or base.facts is None or base.facts.parameters >= SMALL_ON_CPU:
+        return None
+    reasons["threads"] = "operators of a model this small wait longer for threads than they work"
+    return 1
 
 
 def _unsized(recipe: Recipe, settings: Settings, reasons: dict[str, str]) -> int:

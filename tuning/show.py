@@ -168,6 +168,7 @@ def plan_table(plan: Plan) -> rich.table.Table:
         "micro_batch": placement.micro_batch,
         "checkpointing": "on" if placement.checkpointing else "off",
         "attention": placement.attention,
+        "threads": placement.threads,
     }
     return table(
         ("what", "value", "why"),

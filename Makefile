@@ -8,9 +8,12 @@ TORCH := 2.13.0
 # driver gets the CPU build, never gigabytes of CUDA by surprise.
 TORCH_INDEX ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cu130 || echo cpu)
 EXTRAS ?= train,serve,cluster,dev
-APT_PACKAGES := docker-registry apache2-utils skopeo kubernetes-client
+# tool:package. Only what is missing is installed: kubectl, say, may come from another archive, whose
+# package and Debian's refuse to stand side by side.
+TEST_TOOLS := docker-registry:docker-registry htpasswd:apache2-utils skopeo:skopeo \
+  kubectl:kubernetes-client
 BED_PACKAGES := etcd-server containerd runc containernetworking-plugins busybox-static iptables \
-  iproute2 openssl curl kubernetes-client
+  iproute2 openssl curl
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
@@ -33,15 +36,15 @@ $(VENV)/.installed: pyproject.toml constraints.txt Makefile
 	@touch $@
 
 system:  ## what tests need from the system: docker-registry, htpasswd, skopeo, kubectl
-	@missing=""; for tool in docker-registry htpasswd skopeo kubectl; do \
-	  command -v $$tool >/dev/null 2>&1 || missing="$$missing $$tool"; done; \
+	@missing=""; for pair in $(TEST_TOOLS); do \
+	  command -v $${pair%:*} >/dev/null 2>&1 || missing="$$missing $${pair#*:}"; done; \
 	test -z "$$missing" && exit 0; \
 	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1; then \
 	  echo "Installing$$missing with apt ..."; \
 	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
-	    apt-get install -y -qq --no-install-recommends $(APT_PACKAGES) >/dev/null; \
+	    apt-get install -y -qq --no-install-recommends $$missing >/dev/null; \
 	else \
-	  echo "The tests need$$missing: sudo apt-get install $(APT_PACKAGES)"; exit 1; \
+	  echo "The tests need$$missing: sudo apt-get install$$missing"; exit 1; \
 	fi
 
 demo: install  ## set-up and the main job on the bundled model, no GPU and no account needed
@@ -61,7 +64,7 @@ soak: install system  ## kill a run N times at each boundary: make soak N=50 (ho
 coefficients: install  ## simulate the memory of every preset again: configs/memory (half an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tuning.simulate --write
 
-test-bed:  ## build the API servers for the cluster tests, once, into ~/.cache (root, 10 minutes)
+test-bed: system  ## build the API servers for the cluster tests, once, into ~/.cache (root, 10 minutes)
 	apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
 	  apt-get install -y -qq --no-install-recommends $(BED_PACKAGES) >/dev/null
 	tests/cluster/build-k8s.sh

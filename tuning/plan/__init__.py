@@ -1,0 +1,41 @@
+"""spec + model + device + lengths -> Plan: recipe, placement, reasons.
+
+The recipe decides the adapter's bytes and is frozen once complete; the placement says how one
+machine carries it out and is derived again at each start. Each number carries its reason.
+"""
+
+from tuning.plan.base import (
+    Base,
+    Unknown,
+    base_from_config,
+    device_of,
+    known_base,
+    refuse_unsupported,
+)
+from tuning.plan.choices import Packing, packing
+from tuning.plan.make import again, draft, freeze, make
+from tuning.plan.placing import disk_bytes, fallbacks, place
+from tuning.plan.values import Lengths, Placement, Plan, Recipe, recipe_from_json
+
+__all__ = [
+    "Base",
+    "Lengths",
+    "Packing",
+    "Placement",
+    "Plan",
+    "Recipe",
+    "Unknown",
+    "again",
+    "base_from_config",
+    "device_of",
+    "disk_bytes",
+    "draft",
+    "fallbacks",
+    "freeze",
+    "known_base",
+    "make",
+    "packing",
+    "place",
+    "recipe_from_json",
+    "refuse_unsupported",
+]

@@ -1,0 +1,111 @@
+"""What the plan must know of the base model, and what goes with no machine or method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tuning import files, presets
+from tuning.device import Device
+from tuning.errors import Problem, SpecError
+from tuning.spec import Spec
+
+DRAFT_LENGTH = 2048  # before the data was read
+
+LARGEST_ON_CPU = 10**9  # parameters; a step of a larger model takes minutes without a GPU
+
+
+@dataclass(frozen=True)
+class Base:
+    """What the plan must know of the base model; `facts` is None for an unknown family."""
+
+    name: str  # hub id, or "local"
+    revision: str
+    facts: presets.Facts | None
+    config: dict[str, Any] = field(default_factory=dict)  # config.json, where there are no facts
+
+    @property
+    def context(self) -> int:
+        """The longest sequence it reads, in tokens."""
+        if self.facts:
+            return self.facts.context
+        return int(self.config.get("max_position_embeddings", DRAFT_LENGTH))
+
+    @property
+    def packing(self) -> tuple[bool, str]:
+        """Whether packed rows stay apart, and why."""
+        if self.facts:
+            return self.facts.packing_safe, self.facts.packing_reason
+        return False, "nobody has checked that this family keeps packed rows apart"
+
+
+def base_from_config(name: str, revision: str, config: dict[str, Any]) -> Base:
+    """The base whose parsed `config.json` is `config`. Raises SpecError for an impossible one."""
+    return Base(name, revision, presets.facts(config), config)
+
+
+class Unknown(SpecError):
+    """The base model's shape is not known without the network."""
+
+
+def known_base(spec: Spec) -> Base:
+    """The base model as far as it is known without the network. Raises Unknown, SpecError."""
+    name = spec.base_model or spec.preset
+    folder = Path(name)
+    if spec.base_model and folder.is_dir():
+        try:
+            config = files.read_json(folder / "config.json")
+        except (OSError, ValueError) as error:
+            raise SpecError.at(
+                "PLAN-108",
+                str(folder / "config.json"),
+                f"cannot be read ({error.__class__.__name__})",
+                "name a folder with config.json, *.safetensors and a tokenizer",
+            ) from None
+        return base_from_config(spec.preset, "local", config)
+    if preset := presets.find(name):
+        return Base(preset.hub_id, spec.settings.revision or preset.revision, preset.facts)
+    raise Unknown.at(
+        "PLAN-107",
+        name,
+        "is not among the presets, so its shape is not known without the network",
+        "plan with --base-model FOLDER, or let `run` fetch its config first",
+    )
+
+
+def device_of(instance: str) -> Device:
+    """The device that a machine type has. Raises SpecError for an unknown one."""
+    machine = presets.instance(instance)
+    return Device(
+        kind="cuda",
+        name=machine.gpu.name,
+        count=machine.gpus,
+        memory_bytes=machine.memory_bytes,
+        bf16=machine.gpu.bf16,
+        capability=machine.gpu.capability,
+        origin=machine.name,
+        gpu=machine.gpu,
+    )
+
+
+def refuse_unsupported(spec: Spec, base: Base, device: Device) -> None:
+    """Raise SpecError, with all reasons, for model, method and device that do not go together."""
+    problems = []
+    if base.facts and not (answer := presets.support(base.facts, spec.method)).supported:
+        problems.append(Problem("PLAN-101", base.name, answer.reason, answer.change))
+    if device.kind == "cpu" and base.facts and base.facts.parameters > LARGEST_ON_CPU:
+        billions = base.facts.parameters / 1e9
+        problems.append(
+            Problem(
+                "PLAN-102",
+                base.name,
+                f"has {billions:.1f} billion parameters and needs a GPU; there is none here",
+                "run on a machine with an NVIDIA GPU and its driver (nvidia-smi must answer), or "
+                "plan for one with --instance",
+            )
+        )
+    if device.gpu and not (answer := presets.gpu_support(device.gpu, spec.method)).supported:
+        problems.append(Problem("PLAN-106", device.origin, answer.reason, answer.change))
+    if problems:
+        raise SpecError(problems)

@@ -1,0 +1,145 @@
+"""The recipe's numbers where the user set none, each with its reason."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from tuning.device import Device
+from tuning.errors import SpecError
+from tuning.plan.base import DRAFT_LENGTH, Base
+from tuning.plan.values import Lengths, Recipe
+from tuning.spec import Spec
+
+Pick = Callable[..., Any]
+
+# Defaults that suit LoRA; KAITO's and trl's (rank 8, learning rate 2e-5) suit full fine-tuning.
+RANK = 16
+LEARNING_RATE = 2e-4
+EPOCHS = 3.0
+BATCH_ROWS = 16  # conversations an optimizer step
+WARMUP_SHARE = 0.03
+SMALLEST_PACK, LARGEST_PACK = 256, 8192  # tokens of a packed row, unless a row is longer
+
+
+class Choices:
+    """Chosen values and why: what the user set wins, and the reason says so."""
+
+    def __init__(self) -> None:
+        self.reasons: dict[str, str] = {}
+
+    def pick(self, name: str, user: Any, value: Any, reason: str) -> Any:
+        """`value`, unless the user set one."""
+        self.reasons[name] = "set in the config" if user is not None else reason
+        return value if user is None else user
+
+
+def or_default(value: Any, default: Any) -> Any:
+    """`value`, or `default` where nothing is set; 0 and false are something."""
+    return default if value is None else value
+
+
+def precision(device: Device) -> tuple[str, str]:
+    """What `device` computes in, and why."""
+    if device.bf16:
+        return "bfloat16", f"{device.name} computes in bfloat16"
+    if device.kind == "cuda":
+        return "float16", f"{device.name} has no bfloat16 (compute capability below 8.0)"
+    return "float32", "this processor has no bfloat16 instructions"
+
+
+def quantisation(spec: Spec, precision: str, pick: Pick) -> dict[str, Any] | None:
+    """How the base is packed, or None for a 16-bit base."""
+    if spec.method != "qlora":
+        return None
+    s = spec.settings
+    return {
+        "type": pick("quant_type", s.quant_type, "nf4", "fits normally distributed weights best"),
+        "double": pick("double_quant", s.double_quant, True, "saves 0.37 bits a weight"),
+        "compute": s.compute_dtype or precision,
+    }
+
+
+@dataclass(frozen=True)
+class Packing:
+    """What turns tokenised rows into training rows; no GPU has a say in it."""
+
+    packing: bool
+    max_length: int
+    shuffle: bool
+    seed: int
+    train_share: float
+    reasons: dict[str, str] = field(default_factory=dict, compare=False)
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Packing:
+        """That of a recipe."""
+        r = recipe
+        return cls(r.packing, r.max_length, r.shuffle, r.seed, r.train_share)
+
+
+def packing(spec: Spec, base: Base, lengths: Lengths) -> Packing:
+    """The packing that `make` would put into the recipe on any device. Raises SpecError."""
+    s, choices = spec.settings, Choices()
+    packed, max_length = row_shape(spec, base, lengths, choices.pick)
+    return Packing(
+        packed,
+        max_length,
+        or_default(s.shuffle, True),
+        or_default(s.seed, 42),
+        or_default(s.train_share, 1.0),
+        choices.reasons,
+    )
+
+
+def row_shape(spec: Spec, base: Base, lengths: Lengths | None, pick: Pick) -> tuple[bool, int]:
+    """Whether rows are packed, and how many tokens a training row holds at most."""
+    packing = _packing(spec.settings.packing, base, pick)
+    user = spec.settings.max_length
+    max_length: int = pick("max_length", user, *_max_length(base, lengths, packing))
+    if max_length > base.context:
+        raise SpecError.at(
+            "PLAN-103",
+            "TrainingArguments.max_length",
+            f"is {max_length}, but {base.name} reads at most {base.context} tokens",
+            f"set it to {base.context} or less, or leave it out",
+        )
+    return packing, max_length
+
+
+def _packing(user: bool | None, base: Base, pick: Pick) -> bool:
+    safe, reason = base.packing
+    if user and not safe:
+        raise SpecError.at(
+            "PLAN-104",
+            "TrainingArguments.packing",
+            f"is true, but packed rows may see each other: {reason}",
+            "set it to false, or leave it out",
+        )
+    if safe:
+        return bool(pick("packing", user, True, "no padding: short rows cost what they hold"))
+    return bool(pick("packing", user, False, reason))
+
+
+def _max_length(base: Base, lengths: Lengths | None, packing: bool) -> tuple[int, str]:
+    context = base.context
+    if lengths is None:
+        return min(DRAFT_LENGTH, context), "the data has not been read yet"
+    if not packing:
+        return min(lengths.longest, context), f"the longest row has {lengths.longest:,} tokens"
+    pack = min(LARGEST_PACK, max(SMALLEST_PACK, BATCH_ROWS * lengths.mean))
+    wanted = 1 << math.ceil(math.log2(max(lengths.longest, pack)))
+    if wanted > context:
+        return context, f"all the model reads; the longest row has {lengths.longest:,} tokens"
+    return wanted, f"holds the longest row ({lengths.longest:,} tokens) and some of mean length"
+
+
+def batch(lengths: Lengths | None, max_length: int, packing: bool) -> tuple[int, str]:
+    """Training rows an optimizer step, and why."""
+    if lengths is None or not packing:
+        return BATCH_ROWS, f"{BATCH_ROWS} rows a step are the usual for LoRA"
+    packed = max(1, round(BATCH_ROWS * lengths.mean / max_length))
+    rows = packed * max_length / lengths.mean
+    return packed, f"about {rows:.0f} rows of mean length ({lengths.mean:.0f} tokens) a step"

@@ -1,0 +1,136 @@
+"""spec + base + device + lengths -> Plan."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from tuning import files
+from tuning.device import Device
+from tuning.plan import placing
+from tuning.plan.base import Base, device_of, known_base, refuse_unsupported
+from tuning.plan.choices import (
+    EPOCHS,
+    LEARNING_RATE,
+    RANK,
+    WARMUP_SHARE,
+    Choices,
+    batch,
+    or_default,
+    precision,
+    quantisation,
+    row_shape,
+)
+from tuning.plan.placing import place
+from tuning.plan.values import Lengths, Plan, Recipe
+from tuning.spec import Spec
+
+
+def make(
+    spec: Spec, base: Base, device: Device, *, lengths: Lengths | None, versions: dict[str, str]
+) -> Plan:
+    """Decide everything that can be decided before packing; steps come with `freeze`.
+
+    Raises SpecError for what cannot work together. `lengths` None makes a draft.
+    """
+    refuse_unsupported(spec, base, device)
+    s, choices = spec.settings, Choices()
+    pick = choices.pick
+    dtype = pick("precision", s.dtype, *precision(device))
+    packed, max_length = row_shape(spec, base, lengths, pick)
+    user_batch = None
+    if s.micro_batch or s.accumulation:
+        user_batch = (s.micro_batch or 1) * (s.accumulation or 1)
+    recipe = Recipe(
+        base_model=base.name,
+        base_revision=base.revision,
+        data=(),
+        method=spec.method,
+        precision=dtype,
+        quantisation=quantisation(spec, dtype, pick),
+        rank=pick("rank", s.rank, RANK, "enough for most tasks at 1 % of the weights"),
+        alpha=pick("alpha", s.alpha, 2.0 * (s.rank or RANK), "twice the rank"),
+        dropout=pick("dropout", s.dropout, 0.0, "dropout costs a third of the speed"),
+        targets=pick("targets", s.target_modules, None, "every attention and MLP projection"),
+        exclude=s.exclude_modules or (),
+        layers=s.layers,
+        rslora=bool(s.rslora),
+        dora=bool(s.dora),
+        optimizer=pick("optimizer", s.optimizer, "adamw_torch_fused", "AdamW in one kernel"),
+        learning_rate=pick(
+            "learning_rate", s.learning_rate, LEARNING_RATE, "ten times that of full fine-tuning"
+        ),
+        schedule=pick("schedule", s.schedule, "cosine", "ends near zero, forgives a high start"),
+        warmup_steps=0,
+        weight_decay=pick("weight_decay", s.weight_decay, 0.0, "a low rank is restraint enough"),
+        betas=(or_default(s.beta1, 0.9), or_default(s.beta2, 0.999)),
+        epsilon=or_default(s.epsilon, 1e-8),
+        max_grad_norm=pick("max_grad_norm", s.max_grad_norm, 1.0, "the usual guard"),
+        neftune_alpha=s.neftune_alpha,
+        max_length=max_length,
+        packing=packed,
+        train_on=pick("train_on", s.train_on, "assistant", "the answers are what should change"),
+        chat_template=files.digest(s.chat_template.encode()) if s.chat_template else None,
+        columns={
+            name: value
+            for name in ("messages_column", "context_column", "response_column")
+            if (value := getattr(s, name)) is not None
+        },
+        shuffle=or_default(s.shuffle, True),
+        train_share=or_default(s.train_share, 1.0),
+        global_batch=pick("global_batch", user_batch, *batch(lengths, max_length, packed)),
+        epochs=pick("epochs", s.epochs, EPOCHS, "three looks at each row"),
+        steps=0,
+        seed=or_default(s.seed, 42),
+        eval_steps=s.eval_steps,
+        versions=versions,
+    )
+    if s.max_length is None:
+        recipe = placing.shortened(recipe, base, device, spec, lengths, choices.reasons)
+    if device.capability:
+        major, minor = device.capability
+        reason = f"the newest build of torch for compute capability {major}.{minor}"
+        choices.reasons["engine"] = reason
+    placement, fit = place(
+        recipe, base, device, spec=spec, lengths=lengths, reasons=choices.reasons
+    )
+    return Plan(recipe, placement, device, choices.reasons, lengths, fit=fit)
+
+
+def freeze(plan: Plan, spec: Spec, *, rows: int, data: tuple[str, ...]) -> Plan:
+    """The complete plan, now that the data is packed into `rows` training rows.
+
+    `data` holds the sha256 of each file, in order. From here on the run id is fixed.
+    """
+    recipe, reasons = plan.recipe, dict(plan.reasons)
+    per_epoch = math.ceil(rows / recipe.global_batch)
+    steps = spec.settings.max_steps or max(1, math.ceil(per_epoch * recipe.epochs))
+    reasons["steps"] = (
+        "set in the config"
+        if spec.settings.max_steps
+        else f"{rows:,} rows / {recipe.global_batch} a step x {recipe.epochs:g} epochs"
+    )
+    warmup = or_default(spec.settings.warmup, WARMUP_SHARE)
+    warmup_steps = math.ceil(warmup * steps) if isinstance(warmup, float) and warmup < 1 else warmup
+    if spec.settings.warmup is None:
+        reasons["warmup_steps"] = f"{WARMUP_SHARE:.0%} of the steps, so that Adam finds its scale"
+    recipe = replace(recipe, steps=steps, warmup_steps=int(warmup_steps), data=data)
+    return replace(plan, recipe=recipe, reasons=reasons, rows=rows)
+
+
+def again(plan: Plan, recipe: Recipe, base: Base, spec: Spec, *, rows: int) -> Plan:
+    """A plan that keeps the frozen `recipe` and places it on the device of `plan`."""
+    placement, fit = place(
+        recipe, base, plan.device, spec=spec, lengths=plan.lengths, reasons=plan.reasons
+    )
+    return replace(plan, recipe=recipe, placement=placement, rows=rows, fit=fit)
+
+
+def draft(spec: Spec, *, here: Device) -> Plan:
+    """The plan that the spec alone allows: no data, no weights, no network.
+
+    Sized for the spec's machine type if it names one, else for the device `here`. Raises SpecError,
+    with code PLAN-107 for a hub model that is not among the presets: its shape is not known here.
+    """
+    device = device_of(spec.instance) if spec.instance else here
+    return make(spec, known_base(spec), device, lengths=None, versions={})

@@ -1,0 +1,193 @@
+"""How one machine carries a recipe out: never changes the run id, may differ at each start."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from tuning import presets, sizing
+from tuning.device import Device
+from tuning.errors import SpecError
+from tuning.plan.base import Base
+from tuning.plan.choices import batch
+from tuning.plan.values import Lengths, Placement, Recipe
+from tuning.sizing import Fit
+from tuning.spec import Settings, Spec
+
+SMALL_ON_CPU = 50 * 10**6  # parameters
+
+SHORTEST = 512  # tokens: rows are not made shorter than this to fit a GPU
+
+
+def place(
+    recipe: Recipe,
+    base: Base,
+    device: Device,
+    *,
+    spec: Spec,
+    lengths: Lengths | None,
+    reasons: dict[str, str],
+) -> tuple[Placement, Fit | None]:
+    """How `device` carries out `recipe`: never changes the run id, may differ at each start.
+
+    On a GPU, for a model whose memory is known, the fastest placement that fits. Raises SpecError
+    (PLAN-120) when none does, with the smallest machine that would hold it.
+    """
+    settings = spec.settings
+    micro_batch, checkpointing, fit = _unsized(recipe, settings, reasons), False, None
+    attention = settings.attention or "sdpa"
+    model = sizing.model(base.facts) if device.kind == "cuda" else None
+    if model is not None:
+        demand = _demand(recipe, settings, lengths)
+        fit = sizing.best(model, demand, device.gpu, memory=device.memory_bytes)
+        if fit is None:
+            raise _does_not_fit(model, demand, base, device)
+        micro_batch, checkpointing = fit.micro_batch, fit.checkpointing
+        taken = f"{fit.ledger.total / 2**30:.1f} of {device.memory_bytes / 2**30:.1f} GiB"
+        reasons["micro_batch"] = f"the fastest that fits: {taken}"
+        why = "nothing smaller would fit" if checkpointing else "it fits without; saves a third"
+        reasons["checkpointing"] = why
+    elif device.kind == "cuda":
+        checkpointing = True
+        reasons["checkpointing"] = "nobody has sized this model: the careful way"
+    if settings.checkpointing is not None:
+        checkpointing = settings.checkpointing
+        reasons["checkpointing"] = "set in the config"
+    placement = Placement(
+        device=device.kind,
+        ranks=1,
+        micro_batch=micro_batch,
+        accumulation=recipe.global_batch // micro_batch,
+        checkpointing=checkpointing,
+        attention=attention,
+        threads=_threads(base, device, reasons),
+    )
+    return placement, fit
+
+
+def fallbacks(placement: Placement) -> list[Placement]:
+    """`placement`, and what takes less memory, step by step: half the rows, then checkpointing.
+
+    The global batch stays what it is, and so does the run id.
+    """
+    found = [placement]
+    rows = placement.micro_batch * placement.accumulation
+    while (last := found[-1]).micro_batch > 1:
+        fewer = _divisor(rows, last.micro_batch // 2)
+        found.append(replace(last, micro_batch=fewer, accumulation=rows // fewer))
+    if not placement.checkpointing:
+        found.append(replace(found[-1], checkpointing=True))
+    return found
+
+
+def disk_bytes(recipe: Recipe, base: Base) -> int:
+    """Bytes that training leaves in the run directory at the most; 0 for an unknown family.
+
+    Three checkpoints (two are kept while one is written) of weights and two moments, the adapter
+    twice while it is put in place, and its image.
+    """
+    if base.facts is None:
+        return 0
+    chosen = [
+        linear
+        for linear in base.facts.linears
+        if recipe.targets is None or linear.name.rpartition(".")[2] in recipe.targets
+    ]
+    a_layer = recipe.rank * sum(linear.inputs + linear.outputs for linear in chosen)
+    layers = base.facts.layers if recipe.layers is None else len(recipe.layers)
+    return a_layer * layers * 4 * (3 * 3 + 2 + 1)
+
+
+def _threads(base: Base, device: Device, reasons: dict[str, str]) -> int | None:
+    """Threads of one operator on a CPU; None leaves the choice to torch."""
+    if device.kind == "cuda" or base.facts is None or base.facts.parameters >= SMALL_ON_CPU:
+        return None
+    reasons["threads"] = "operators of a model this small wait longer for threads than they work"
+    return 1
+
+
+def _unsized(recipe: Recipe, settings: Settings, reasons: dict[str, str]) -> int:
+    """A micro-batch where memory is no question, or nobody knows the answer."""
+    if settings.micro_batch:
+        reasons["micro_batch"] = "set in the config"
+        return _divisor(recipe.global_batch, settings.micro_batch)
+    if recipe.packing:
+        reasons["micro_batch"] = "a packed row is full as it is"
+        return 1
+    reasons["micro_batch"] = "a few rows at once, with little padding"
+    return _divisor(recipe.global_batch, 4)
+
+
+def _demand(recipe: Recipe, settings: Settings, lengths: Lengths | None) -> sizing.Demand:
+    quantisation = recipe.quantisation or {}
+    return sizing.Demand(
+        method=recipe.method,
+        precision=recipe.precision,
+        rank=recipe.rank,
+        dropout=recipe.dropout,
+        optimizer=recipe.optimizer,
+        attention="sdpa",
+        double_quant=bool(quantisation.get("double", True)),
+        targets=recipe.targets,
+        length=recipe.max_length,
+        rows=recipe.global_batch,
+        packed=recipe.packing,
+        span=lengths.mean if lengths else float(recipe.max_length),
+        micro_batch=settings.micro_batch,
+        checkpointing=settings.checkpointing,
+    )
+
+
+def shortened(
+    recipe: Recipe,
+    base: Base,
+    device: Device,
+    spec: Spec,
+    lengths: Lengths | None,
+    reasons: dict[str, str],
+) -> Recipe:
+    """The recipe with rows short enough for the GPU, where the user left their length to us."""
+    model = sizing.model(base.facts) if device.kind == "cuda" else None
+    if model is None:
+        return recipe
+    whole = recipe
+    while recipe.max_length > SHORTEST:
+        demand = _demand(recipe, spec.settings, lengths)
+        if sizing.smallest(model, demand, device.gpu).fits(device.memory_bytes):
+            return recipe
+        reasons["max_length"] = f"{whole.max_length} would not fit the memory of {device.name}"
+        recipe = replace(recipe, max_length=recipe.max_length // 2)
+        if spec.settings.micro_batch is None and spec.settings.accumulation is None:
+            rows, reasons["global_batch"] = batch(lengths, recipe.max_length, recipe.packing)
+            recipe = replace(recipe, global_batch=rows)
+    return recipe
+
+
+def _does_not_fit(
+    model: sizing.Model, demand: sizing.Demand, base: Base, device: Device
+) -> SpecError:
+    least = sizing.smallest(model, demand, device.gpu).ledger
+    terms = sorted(least.terms.items(), key=lambda term: -term[1])[:2]
+    largest = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in terms)
+    free = device.memory_bytes / 2**30
+    cloud = next((m.cloud for m in presets.instances() if m.name == device.origin), None)
+    machine = sizing.smallest_machine(model, demand, cloud=cloud)
+    changes = []
+    if machine is not None:
+        changes.append(f"use {machine.name} ({machine.gpus} x {machine.gpu.name}) or larger")
+    smaller = replace(demand, method="qlora")
+    if demand.method == "lora" and sizing.smallest(model, smaller, device.gpu).fits(
+        device.memory_bytes
+    ):
+        changes.append("or method qlora, which fits here")
+    return SpecError.at(
+        "PLAN-120",
+        base.name,
+        f"does not fit {device.name}: {demand.method} with rows of {demand.length} tokens takes "
+        f"at least {least.total / 2**30:.1f} GiB ({largest}), and {free:.1f} GiB are there",
+        ", ".join(changes) or "choose a smaller model: no known machine holds this one on a GPU",
+    )
+
+
+def _divisor(number: int, at_most: int) -> int:
+    """The largest divisor of `number` that is not above `at_most`."""
+    return next(n for n in range(min(number, max(1, at_most)), 0, -1) if number % n == 0)

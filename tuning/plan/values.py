@@ -1,0 +1,145 @@
+"""The values of a plan: recipe, placement, and what they were made from."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from tuning import files
+from tuning.device import Device
+from tuning.sizing import Fit
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the adapter's bytes; its hash is the run id. No path, host, clock."""
+
+    base_model: str  # hub id, preset's hub id, or "local"
+    base_revision: str  # commit of the hub, or "sha256:..." of a local folder's files
+    data: tuple[str, ...]  # sha256 of each file, in order
+    method: Literal["lora", "qlora"]
+    precision: Literal["bfloat16", "float16", "float32"]  # weights and compute
+    quantisation: dict[str, Any] | None  # {"type": "nf4", "double": true, "compute": "bfloat16"}
+    rank: int
+    alpha: float
+    dropout: float
+    targets: tuple[str, ...] | None  # None: every attention and MLP projection of the model
+    exclude: tuple[str, ...]
+    layers: tuple[int, ...] | None
+    rslora: bool
+    dora: bool
+    optimizer: str  # a name transformers knows: adamw_torch_fused, adamw_torch, ...
+    learning_rate: float
+    schedule: str
+    warmup_steps: int
+    weight_decay: float
+    betas: tuple[float, float]
+    epsilon: float
+    max_grad_norm: float
+    neftune_alpha: float | None
+    max_length: int
+    packing: bool
+    train_on: Literal["assistant", "all"]
+    chat_template: str | None  # sha256 of a user's template
+    columns: dict[str, str]  # messages_column, context_column, response_column as set
+    shuffle: bool
+    train_share: float
+    global_batch: int  # rows (packed rows when packing) an optimizer step
+    epochs: float
+    steps: int
+    seed: int
+    eval_steps: int | None
+    versions: dict[str, str] = field(
+        default_factory=dict
+    )  # torch, transformers, trl, peft, bitsandbytes
+
+    @property
+    def run_id(self) -> str:
+        """sha256 of the canonical recipe, 64 hexadecimal digits."""
+        return files.digest(files.canonical(asdict(self)))
+
+
+def recipe_from_json(record: dict[str, Any]) -> Recipe:
+    """The recipe that `dataclasses.asdict` and JSON made a dictionary of."""
+    tuples = ("data", "targets", "exclude", "layers", "betas")
+    fixed = {k: tuple(record[k]) for k in tuples if record[k] is not None}
+    return Recipe(**(record | fixed))
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How this machine carries the recipe out; derived again at will."""
+
+    device: Literal["cuda", "cpu"]
+    ranks: int
+    micro_batch: int  # rows at once on one rank
+    accumulation: int  # global_batch == micro_batch * accumulation * ranks
+    checkpointing: bool
+    attention: str
+    threads: int | None = None  # intra-op threads on a CPU; None leaves torch's choice
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """What tokenising found, in tokens a row."""
+
+    rows: int
+    tokens: int
+    longest: int
+
+    @property
+    def mean(self) -> float:
+        """Mean tokens of a row."""
+        return self.tokens / max(1, self.rows)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe, a placement, and the reason of each number.
+
+    Made from the spec alone it is a draft (`rows` is None): lengths are upper bounds and the number
+    of steps is not known. `freeze` completes it.
+    """
+
+    recipe: Recipe
+    placement: Placement
+    device: Device
+    reasons: dict[str, str]
+    lengths: Lengths | None = None
+    rows: int | None = None  # training rows after packing
+    fit: Fit | None = None  # its memory and speed, where they can be foretold
+
+    @property
+    def seconds(self) -> float | None:
+        """Predicted seconds of training, once the steps are known."""
+        if self.rows is None or self.fit is None or self.fit.seconds_per_token is None:
+            return None
+        recipe = self.recipe
+        tokens = recipe.steps * recipe.global_batch * recipe.max_length
+        return tokens * self.fit.seconds_per_token / self.placement.ranks
+
+    def to_json(self) -> dict[str, Any]:
+        """For `plan.json` and `plan --json`."""
+        return {
+            "run_id": self.recipe.run_id if self.rows is not None else None,
+            "recipe": asdict(self.recipe),
+            "placement": asdict(self.placement),
+            "device": asdict(self.device),
+            "reasons": self.reasons,
+            "lengths": asdict(self.lengths) if self.lengths else None,
+            "rows": self.rows,
+            "memory": _memory_json(self.fit, self.device),
+            "seconds": self.seconds,
+        }
+
+
+def _memory_json(fit: Fit | None, device: Device) -> dict[str, Any] | None:
+    if fit is None:
+        return None
+    return {
+        "terms": fit.ledger.terms,
+        "total": fit.ledger.total,
+        "free": device.memory_bytes,
+        "moment": fit.ledger.moment,
+        "tokens_per_second": fit.seconds_per_token and 1 / fit.seconds_per_token,
+    }

@@ -230,9 +230,10 @@ def test_a_child_killed_by_the_kernel_is_out_of_memory_and_remembered(world: Wor
 IMPATIENT = """
 import sys
 from functools import partial
-from tuning import cli, pipeline, watchdog
+from tuning import cli, watchdog
+from tuning.pipeline import options
 dog = partial(watchdog.Watchdog, floor=2.0, factor=1.0)
-pipeline.Options = partial(pipeline.Options, watchdog=dog)
+options.Options = partial(options.Options, watchdog=dog)
 sys.argv[0] = "tuning"
 sys.exit(cli.main())
 """

@@ -108,6 +108,9 @@ def run(
     port: Annotated[
         int | None, typer.Option(metavar="PORT", help="Serve progress on this port meanwhile.")
     ] = None,
+    grace: Annotated[
+        float, typer.Option(min=6, metavar="SECONDS", help="From SIGTERM to SIGKILL, here.")
+    ] = 30.0,
     as_json: Json = False,
 ) -> None:
     """Tune: check, fetch, plan, train, package, push. The same command again goes on."""
@@ -115,7 +118,7 @@ def run(
     from tuning.console import Console
 
     spec = _spec(file, base_model, data, instance, output, _hosts(allow_host, policy))
-    options = pipeline.options(
+    options = pipeline.gather(
         spec,
         run_dir=run_dir,
         push_secret=push_secret,
@@ -128,8 +131,9 @@ def run(
         insecure=insecure,
         questions=tuple(ask or ()),
         port=port,
+        grace=grace,
     )
-    summary = pipeline.run(spec, options, Console())
+    summary = pipeline.live(spec, options, Console())
     if as_json:
         print(json.dumps(summary.to_json(), indent=2, sort_keys=True))
     else:
@@ -180,7 +184,7 @@ def check(
     from tuning import pipeline
 
     spec = _spec(file, base_model, data, instance, output, _hosts(allow_host, policy))
-    options = pipeline.options(
+    options = pipeline.gather(
         spec,
         push_secret=push_secret,
         pull_secret=pull_secret,
@@ -222,7 +226,7 @@ def preview(
     from tuning.console import Console
 
     spec = _spec(file, base_model, data, instance, output, _hosts(allow_host, policy))
-    options = pipeline.options(
+    options = pipeline.gather(
         spec,
         run_dir=run_dir,
         push_secret=push_secret,

@@ -1,0 +1,63 @@
+"""`tuning check`: everything that can be refused before a byte of weights moves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+from tuning import base, delivery, device, fetch, formats, plan
+from tuning.data.glance import HEAD, glance
+from tuning.pipeline.endings import together
+from tuning.pipeline.options import Options, base_reference, declared_name, read_token
+from tuning.spec import Spec
+
+
+def check(spec: Spec, options: Options) -> Iterator[str]:
+    """Everything that can be refused before a byte of weights moves; a line for each good thing."""
+    here = plan.device_of(spec.instance) if spec.instance else device.detect()
+    name, revision = base_reference(spec)
+    token = read_token(options.hub_token_file)
+    good: list[str] = []
+
+    def model() -> None:
+        found = base.resolve(name, revision=revision, token=token)
+        config = base.check(found, token=token)
+        known = plan.base_from_config(declared_name(spec), found.revision, config)
+        plan.refuse_unsupported(spec, known, here)
+        good.append(f"model: {name} at {found.revision[:19]}")
+
+    def data() -> None:
+        if spec.source.urls:
+            secrets = options.data_secrets
+            headers = fetch.load_headers(secrets) if secrets else None
+            found = fetch.check(spec.source, policy=options.policy, credentials=headers)
+            firsts = [(seen.shown, seen.size, seen.head) for seen in found]
+        elif spec.source.image is None:
+            local = fetch.fetch(spec.source, Path(), policy=options.policy)
+            firsts = [(file.shown, file.size, _head(file.path)) for file in local]
+        else:
+            return
+        together(*(partial(first_rows, *first) for first in firsts))
+
+    def first_rows(shown: str, size: int | None, head: bytes) -> None:
+        s = spec.settings
+        columns = formats.Columns(s.messages_column, s.context_column, s.response_column)
+        what = glance(
+            head, shown, whole=size == len(head), columns=columns, extension=s.dataset_extension
+        )
+        bytes_ = f"{size:,} bytes" if size is not None else "size unknown"
+        good.append(f"data: {shown}, {bytes_}, {what}")
+
+    def destination() -> None:
+        delivery.check(spec.destination, options.access)
+        delivery.claim(spec.destination, options.access, run_id=None, own=())
+        good.append(f"destination: {spec.destination.image or 'local'}")
+
+    together(model, data, destination)
+    yield from good
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(HEAD)

@@ -1,0 +1,119 @@
+"""From a trained adapter to an image in its place, and the words that tell of it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+from tuning import base, card, delivery, files, image, live
+from tuning.pipeline.run import Run, Value, key_of
+from tuning.plan import Plan
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a finished run tells: journaled, so that a repeated command tells it again."""
+
+    name: str
+    run_id: str
+    digest: str
+    references: tuple[str, ...]  # where the image can be had
+    adapter: str
+    adapter_bytes: int
+    base: str  # what to give to `chat --base`
+    training: Value  # the training child's answer
+
+    def to_json(self) -> Value:
+        """For `run --json` and the journal."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, record: Value) -> Summary:
+        """The summary that `to_json` wrote down."""
+        return cls(**record | {"references": tuple(record["references"])})
+
+
+def package(run: Run, decided: Plan, training: Value, packed: Value, model: base.Base) -> str:
+    """The adapter folder gets its card and becomes an image; gives the image's digest."""
+    run.begin("package", "Building the image ...")
+    recipe = decided.recipe
+    facts = card.Facts(
+        preset=run.spec.preset,
+        licence=model.licence,
+        rows=packed["train"]["documents"],
+        trained_tokens=packed["train"]["trained_tokens"],
+        trainable=training["trainable"],
+        total=training["total"],
+        loss_by_step=list(enumerate(training["loss_by_step"], 1)),
+        loss_before=training["eval_loss_before"],
+        loss_after=training["eval_loss_after"],
+    )
+
+    def work() -> Value:
+        folder = run.folder / "adapter"
+        run.room(2 * sum(path.stat().st_size for path in folder.iterdir()))
+        card.write(folder, recipe=asdict(recipe), run_id=recipe.run_id, facts=facts)
+        built = image.build(
+            folder,
+            run.folder / "image",
+            preset=run.spec.preset,
+            run_id=recipe.run_id,
+            annotations=card.labels(asdict(recipe), facts=facts),
+        )
+        return {"digest": built.digest}
+
+    key = key_of(recipe.run_id, training["adapter_sha256"])
+    digest: str = run.book.do("package", key, work)["digest"]
+    return digest
+
+
+def deliver(run: Run, decided: Plan, digest: str) -> tuple[str, ...]:
+    """Put the image wherever it should be; gives the references under which it can be had."""
+    run.begin("push")
+
+    def work() -> Value:
+        with run.console.work("Pushing", unit="bytes") as show:
+
+            def report(done: float, total: float | None, note: str) -> None:
+                if run.stop.is_set():
+                    raise InterruptedError
+                show(done, total, note)
+
+            references = delivery.deliver(
+                run.spec.destination,
+                run.options.access,
+                layout=run.folder / "image",
+                adapter=run.folder / "adapter",
+                run_id=decided.recipe.run_id,
+                own=run.own(),
+                progress=report,
+            )
+        return {"references": references}
+
+    key = key_of(digest, asdict(run.spec.destination))
+    done = run.book.do("push", key, lambda: run.unless_stopped(work))
+    return tuple(done["references"])
+
+
+def finish(
+    run: Run, inputs: str, decided: Plan, training: Value, digest: str, references: tuple[str, ...]
+) -> Summary:
+    """Write the report, and the summary that a repeated command tells again."""
+    run.begin("finish")
+    adapter = run.folder / "adapter"
+    summary = Summary(
+        name=run.spec.name,
+        run_id=decided.recipe.run_id,
+        digest=digest,
+        references=references or (f"oci:{run.folder / 'image'}",),
+        adapter=str(adapter),
+        adapter_bytes=(adapter / "adapter_model.safetensors").stat().st_size,
+        base=run.spec.base_model or run.spec.preset,
+        training=training
+        | {
+            f"eval_perplexity_{when}": card.perplexity(training[f"eval_loss_{when}"])
+            for when in ("before", "after")
+        },
+    )
+    files.write(run.folder / "report.html", live.report(run.folder, name=run.spec.name))
+    run.book.do("finish", inputs, summary.to_json)
+    return summary

@@ -1,0 +1,103 @@
+"""What a command line says about this machine, and what it leaves to be found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tuning import fetch, presets, watchdog
+from tuning.delivery import Access
+from tuning.errors import SpecError
+from tuning.spec import Spec
+
+JOB_SECRETS, JOB_MODELS = Path("/etc/tuning/secrets"), Path("/models")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says about this machine; nothing in it changes the adapter."""
+
+    run_dir: Path
+    access: Access = field(default_factory=Access)
+    policy: fetch.Policy = field(default_factory=fetch.Policy)
+    hub_token_file: Path | None = None
+    data_secrets: Path | None = None  # folder of headers for private URLs, by host
+    cache: Path | None = None  # base weights; the hub's usual cache folder if not given
+    questions: tuple[str, ...] = ()
+    port: int | None = None
+    grace: float = 30.0  # seconds between SIGTERM and SIGKILL, as Kubernetes counts them
+    watchdog: Callable[[], watchdog.Watchdog] = watchdog.Watchdog  # one for each training child
+
+
+def gather(
+    spec: Spec,
+    *,
+    run_dir: Path | None = None,
+    push_secret: Path | None = None,
+    pull_secret: Path | None = None,
+    hub_token_file: Path | None = None,
+    secrets: Path | None = None,
+    allow_hosts: tuple[str, ...] = (),
+    policy_file: Path | None = None,
+    ca: Path | None = None,
+    insecure: bool = False,
+    questions: tuple[str, ...] = (),
+    port: int | None = None,
+    grace: float = 30.0,
+) -> Options:
+    """The options of a command line: what was not named is looked for where a Job mounts it."""
+    mounted = secrets or JOB_SECRETS
+
+    def found(named: Path | None, name: str) -> Path | None:
+        place = mounted / name
+        return named if named is not None else place if place.is_dir() else None
+
+    policy = fetch.Policy.load(policy_file) if policy_file else fetch.Policy()
+    token = hub_token_file or found(None, "hub")
+    return Options(
+        run_dir=run_dir or Path("runs") / spec.name,
+        access=Access(
+            push_secret=found(push_secret, "push"),
+            pull_secret=found(pull_secret, "pull"),
+            ca=ca,
+            insecure=insecure,
+        ),
+        policy=policy.with_hosts(allow_hosts),
+        hub_token_file=token / "HF_TOKEN" if token and token.is_dir() else token,
+        data_secrets=found(None, "data"),
+        cache=JOB_MODELS if JOB_MODELS.is_dir() else None,
+        questions=questions,
+        port=port,
+        grace=grace,
+    )
+
+
+def read_token(path: Path | None) -> str | None:
+    """The hub token in the file at `path`. Raises SpecError if it cannot be read."""
+    if path is None:
+        return None
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        what = f"cannot be read ({type(error).__name__})"
+        raise SpecError.at("HUB-101", str(path), what, "name a file with the token") from None
+
+
+def base_reference(spec: Spec) -> tuple[str, str | None]:
+    """Where the base weights are: a folder, or a hub id and the revision to take."""
+    return reference(spec.base_model or spec.preset, spec.settings.revision)
+
+
+def reference(name: str, revision: str | None) -> tuple[str, str | None]:
+    """Where the base `name` is: a folder, or a hub id and the revision to take."""
+    if Path(name).is_dir():
+        return name, None
+    preset = presets.find(name)
+    return (preset.hub_id, revision or preset.revision) if preset else (name, revision)
+
+
+def declared_name(spec: Spec) -> str:
+    """What the adapter calls its base: the hub id that the spec names, also for a folder."""
+    preset = presets.find(spec.preset)
+    return preset.hub_id if preset else spec.preset

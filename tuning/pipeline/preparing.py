@@ -1,0 +1,209 @@
+"""From a spec to a plan and packed rows: everything before a weight is trained."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from dataclasses import asdict
+from pathlib import Path
+
+from tuning import base, delivery, device, fetch, files, network, plan
+from tuning.console import Console
+from tuning.pipeline.endings import together
+from tuning.pipeline.options import base_reference, declared_name, read_token, reference
+from tuning.pipeline.run import Run, Value, key_of
+from tuning.plan import Plan
+
+RECIPE_LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes")
+DATA_SETTINGS = (
+    "messages_column",
+    "context_column",
+    "response_column",
+    "dataset_extension",
+    "chat_template",
+    "train_on",
+)
+
+
+def judge(run: Run) -> None:
+    """Refuse at once what the spec alone shows to be impossible here, before any network."""
+    run.begin("judge")
+    try:
+        known = plan.known_base(run.spec)
+    except plan.Unknown:
+        return  # its config has to be fetched first
+    plan.refuse_unsupported(run.spec, known, device.detect())
+
+
+def base_model(run: Run) -> base.Base:
+    """The base with its revision pinned; a folder is looked at afresh at every start."""
+    run.begin("base")
+    name, revision = base_reference(run.spec)
+    if Path(name).is_dir():
+        return base.resolve(name, revision=None, token=None)
+
+    def work() -> Value:
+        token, cache = run.token(), run.options.cache
+        return base.resolve(name, revision=revision, token=token, cache=cache).to_json()
+
+    return base.Base.from_json(run.book.do("base", key_of(name, revision), work))
+
+
+def check(run: Run, model: base.Base) -> None:
+    """What can be refused in seconds is refused here, all of it in one pass."""
+    run.begin("check", "Checking model, machine and destination ...")
+    here = device.detect()
+    if run.spec.instance and plan.device_of(run.spec.instance).name != here.name:
+        run.console.say(f"  {run.spec.instance} is named, but this is {here}", style="dim")
+    destination, access, own = run.spec.destination, run.options.access, run.own()
+    together(
+        lambda: _check_model(run, model, here),
+        lambda: delivery.check(destination, access),
+        lambda: delivery.claim(destination, access, run_id=None, own=own),
+    )
+
+
+def _check_model(run: Run, model: base.Base, here: device.Device) -> None:
+    config = base.check(model, token=run.token(), cache=run.options.cache)
+    plan.refuse_unsupported(run.spec, known_base(run, model, config), here)
+
+
+def known_base(run: Run, model: base.Base, config: Value) -> plan.Base:
+    """What the plan must know of the base, from its parsed `config.json`."""
+    return plan.base_from_config(declared_name(run.spec), model.revision, config)
+
+
+def fetch_data(run: Run) -> list[Value]:
+    """The verified files of the data, as `fetch.File.to_json` writes them."""
+    run.begin("fetch")
+    source = run.spec.source
+
+    def work() -> Value:
+        with run.console.work("Fetching data", unit="bytes") as report:
+            found = fetch.fetch(
+                source,
+                run.folder / "data" / "files",
+                policy=run.options.policy,
+                credentials=_credentials(run),
+                pull_image=run.options.access.pull_data,
+                progress=report,
+                stop=run.stop.is_set,
+            )
+        return {"files": [file.to_json() for file in found]}
+
+    if source.files or source.folder:  # may have changed: hashed at every start
+        done = work()
+    else:
+        done = run.book.do("fetch", key_of(asdict(source)), work)
+    found: list[Value] = done["files"]
+    return found
+
+
+def _credentials(run: Run) -> network.Headers | None:
+    folder = run.options.data_secrets
+    return fetch.load_headers(folder) if folder else None
+
+
+def fetch_weights(run: Run, model: base.Base) -> Path:
+    """The folder of base weights, verified."""
+    run.begin("weights")
+    if model.folder is not None:
+        return model.folder
+    with run.console.work(f"Fetching {model.name}", unit="bytes") as report:
+        return base.fetch(
+            model,
+            cache=run.options.cache,
+            token=run.token(),
+            progress=report,
+            stop=run.stop.is_set,
+        )
+
+
+def tokenise(run: Run, data: list[Value], weights: Path, model: base.Base) -> Value:
+    """The answer of the step "tokenise" (tuning/data), with the key of its phase."""
+    run.begin("tokenise", "Reading and tokenising the data ...")
+    settings = run.spec.settings
+    request = {
+        "step": "tokenise",
+        "files": data,
+        "base": str(weights),
+        "out": str(run.folder / "data" / "tokenised"),
+        "settings": {name: getattr(settings, name) for name in DATA_SETTINGS},
+    }
+    key = key_of([file["sha256"] for file in data], model.revision, request["settings"])
+    if run.book.done("tokenise", key) is None:
+        run.room(sum(file["size"] for file in data))
+    done = run.book.do("tokenise", key, lambda: run.child("data", request) | {"key": key})
+    run.console.say(
+        f"  {done['rows']:,} rows, {done['tokens']:,} tokens, "
+        f"{done['trained_tokens'] / done['tokens']:.0%} of them trained: "
+        f"{done['shape']['name']} ({done['shape']['reason']})"
+    )
+    run.dim(done["notes"])
+    return done
+
+
+def decide(
+    run: Run, rows: Value, data: list[Value], weights: Path, model: base.Base
+) -> tuple[Plan, Value]:
+    """The plan with real lengths, and the packed rows.
+
+    The recipe is frozen the first time; a later start keeps it and only places it anew.
+    """
+    run.begin("plan")
+    known = known_base(run, model, base.verify(weights))
+    versions = {name: importlib.metadata.version(name) for name in RECIPE_LIBRARIES}
+    here = device.detect()
+    decided = plan.make(run.spec, known, here, lengths=lengths(rows), versions=versions)
+    key = key_of(rows["key"], run.spec.method, asdict(run.spec.settings), versions)
+    kept = run.book.done("plan", key)
+    recipe = plan.recipe_from_json(kept["recipe"]) if kept else decided.recipe
+    packed = pack(run, rows, plan.Packing.of(recipe))
+    count = packed["train"]["rows"]
+    if kept:
+        decided = plan.again(decided, recipe, known, run.spec, rows=count)
+    else:
+        hashes = tuple(file["sha256"] for file in data)
+        decided = plan.freeze(decided, run.spec, rows=count, data=hashes)
+        run.book.do("plan", key, lambda: {"recipe": asdict(decided.recipe)})
+    files.write_json(run.folder / "plan.json", decided.to_json())
+    if not (run.folder / "adapter").exists():
+        run.room(plan.disk_bytes(decided.recipe, known))
+    return decided, packed
+
+
+def pack(run: Run, rows: Value, chosen: plan.Packing) -> Value:
+    """The answer of the step "pack" (tuning/data)."""
+    run.begin("pack")
+    settings = run.spec.settings
+    request = {
+        "step": "pack",
+        "tokenised": str(run.folder / "data" / "tokenised"),
+        "out": str(run.folder / "data" / "packed"),
+        "max_length": chosen.max_length,
+        "packing": chosen.packing,
+        "shuffle": chosen.shuffle,
+        "seed": chosen.seed,
+        "shuffle_seed": settings.shuffle_seed,
+        "train_share": chosen.train_share,
+        "batch": settings.micro_batch,
+    }
+    key = key_of(rows["key"], request)
+    done = run.book.do("pack", key, lambda: run.child("data", request))
+    run.dim(done["notes"])
+    return done
+
+
+def lengths(rows: Value) -> plan.Lengths:
+    """The lengths in the answer of the step "tokenise"."""
+    return plan.Lengths(rows["rows"], rows["tokens"], rows["lengths"]["max"])
+
+
+def base_folder(name: str, *, token_file: Path | None, console: Console) -> Path:
+    """The weights of a preset, hub model or folder, fetched if they are not here yet."""
+    where, revision = reference(name, None)
+    token = read_token(token_file)
+    found = base.resolve(where, revision=revision, token=token)
+    if found.folder is not None:
+        return found.folder
+    with console.work(f"Fetching {found.name}", unit="bytes") as report:
+        return base.fetch(found, cache=None, token=token, progress=report)

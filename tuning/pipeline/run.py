@@ -1,0 +1,111 @@
+"""A run under way: what every phase of it needs."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tuning import files, journal, process, threads
+from tuning.console import Console
+from tuning.errors import SpecError
+from tuning.pipeline import endings
+from tuning.pipeline.options import Options, read_token
+from tuning.spec import Spec
+
+Value = dict[str, Any]
+LAST_SECONDS = 5.0  # of the grace period, for the parent's own last words
+
+
+@dataclass
+class Run:
+    """One spec, lived in one run directory by one process."""
+
+    spec: Spec
+    options: Options
+    console: Console
+    book: journal.Journal
+    stop: threading.Event
+    phase: str = "start"
+
+    @property
+    def folder(self) -> Path:
+        """The run directory."""
+        return self.options.run_dir
+
+    def begin(self, phase: str, title: str = "") -> None:
+        """Enter a phase; a stop that was asked for since the last one takes effect here."""
+        if self.stop.is_set():
+            raise endings.stopped(self.phase)
+        self.phase = phase
+        if title:
+            self.console.say(title)
+
+    def child(self, room: str, request: Value, *, tick: Callable[[], None] = lambda: None) -> Value:
+        """The answer of a child process; its request, answer and output are kept in `log/`."""
+        logs = self.folder / "log"
+        logs.mkdir(exist_ok=True)
+        output = logs / f"{self.phase}.log"
+        try:
+            return process.run(
+                room,
+                logs / f"{self.phase}.json",
+                request,
+                log=output,
+                keep_open=(self.book.lock,),
+                stop_asked=self.stop.is_set,
+                tick=tick,
+                grace=max(1.0, self.options.grace - LAST_SECONDS),
+            )
+        except process.Hung as hung:
+            raise endings.hang(hung, self.phase, output) from None
+        except process.ChildDied as died:
+            if self.stop.is_set():
+                raise endings.stopped(self.phase) from None
+            raise endings.death(died, self.phase, output) from None
+
+    def unless_stopped(self, work: Callable[[], Value]) -> Value:
+        """What blocking `work` gives, or Stopped soon after a signal, whatever it waits for."""
+        (done,) = threads.side_by_side([work], at_once=1, stop=self.stop.is_set)
+        if isinstance(done, InterruptedError):
+            raise endings.stopped(self.phase)
+        if isinstance(done, BaseException):
+            raise done
+        return done
+
+    def room(self, need: int) -> None:
+        """Refuse to begin what the disk is known to be too small for."""
+        free = shutil.disk_usage(self.folder).free
+        if free < need:
+            what = f"{self.phase} takes about {need:,} bytes here, where {free:,} are free"
+            change = "free some space, or name a larger disk with --run-dir"
+            raise SpecError.at("RUN-121", str(self.folder), what, change)
+
+    def token(self) -> str | None:
+        """The hub token, read anew each time: a Secret may be rotated."""
+        return read_token(self.options.hub_token_file)
+
+    def own(self) -> tuple[str, ...]:
+        """Digests that this run directory put out before."""
+        return tuple(value["digest"] for value in self.book.values("package"))
+
+    def dim(self, notes: Iterable[str]) -> None:
+        """Say what is worth knowing and asks for nothing."""
+        for note in notes:
+            self.console.say(f"  {note}", style="dim")
+
+
+def key_of(*parts: Any) -> str:
+    """A short hash of plain values; paths count as their text."""
+    return files.digest(files.canonical(_plain(parts)))[:16]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,128 @@
+"""The phase "train": one child process at a time, watched, and given less when memory runs out."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from tuning import base, card, delivery, files, plan, process, result
+from tuning.console import Report
+from tuning.errors import Killed, OutOfMemoryError
+from tuning.pipeline.run import Run, Value, key_of
+from tuning.plan import Plan
+
+
+def train(run: Run, decided: Plan, packed: Value, weights: Path, model: base.Base) -> Value:
+    """The training child's answer, or that of the machine which pushed this very run already."""
+    recipe = decided.recipe
+    held = _claim(run, recipe.run_id)
+    key = key_of(recipe.run_id, run.options.questions)
+    if held is not None and run.book.done("train", key) is None:
+        run.begin("train")
+        return run.book.do("train", key, lambda: run.unless_stopped(lambda: _adopt(run, held)))
+    size = f"{recipe.global_batch} x {recipe.max_length} tokens"
+    run.begin("train", f"Training {recipe.steps:,} steps of {size} on {decided.device} ...")
+    request = {
+        "run": str(run.folder),
+        "base": str(weights),
+        "base_name": recipe.base_model,
+        "base_revision": model.revision,
+        "preset": run.spec.preset,
+        "recipe": asdict(recipe),
+        "placement": asdict(decided.placement),
+        "train": packed["train"]["path"],
+        "eval": packed["eval"]["path"] if packed["eval"] else None,
+        "adapter": str(run.folder / "adapter"),
+        "questions": list(run.options.questions),
+        "chat_template": run.spec.settings.chat_template,
+        "save_steps": run.spec.settings.save_steps,
+    }
+
+    def work() -> Value:
+        with run.console.work("Training", unit="steps") as report:
+            return _fitting(run, request, decided, report)
+
+    return run.book.do("train", key, work)
+
+
+def _claim(run: Run, run_id: str) -> str | None:
+    """Look at the tag again, now that the run id is known: before the GPU is used.
+
+    Gives the digest of this very run if another machine has pushed it already.
+    """
+    run.begin("tag")
+    destination, access = run.spec.destination, run.options.access
+    return delivery.claim(destination, access, run_id=run_id, own=run.own())
+
+
+def _adopt(run: Run, held: str) -> Value:
+    """Take the adapter of this very run from the registry instead of training it again."""
+    run.console.say(f"The registry holds this very run: {held}. Nothing is trained.")
+    adapter = run.folder / "adapter"
+    shutil.rmtree(adapter, ignore_errors=True)
+    name = f"{run.spec.destination.image}".partition("@")[0] + f"@{held}"
+    access = replace(run.options.access, pull_secret=run.options.access.push_secret)
+    delivery.pull(name, adapter, access=access, console=run.console)
+    weights = files.digest_file(adapter / "adapter_model.safetensors")
+    return card.training(files.read_json(adapter / "tuning.json")) | {"adapter_sha256": weights}
+
+
+def _fitting(run: Run, request: Value, decided: Plan, report: Report) -> Value:
+    """Train; whenever memory runs out, go on from the last checkpoint with less at a time.
+
+    Out of memory is the child's own word or the kernel's SIGKILL. The journal remembers both,
+    so that a later start begins where this one had got to. The run id stays.
+    """
+    ways = plan.fallbacks(decided.placement)
+    key = key_of(decided.recipe.run_id, asdict(ways[0]), decided.device.name)
+    known = sum((r["event"], r["key"]) == ("oom", key) for r in run.book.records)
+    first = min(known, len(ways) - 1)
+    for number, way in enumerate(ways[first:], first):
+        if number:
+            run.console.say(f"  out of memory before, so now {_way(way)}", style="yellow")
+        placed = request | {"placement": asdict(way)}
+        try:
+            return run.child("train", placed, tick=_watched(run, report))
+        except (OutOfMemoryError, Killed) as error:
+            if error.exit_code not in (OutOfMemoryError.exit_code, 128 + signal.SIGKILL):
+                raise
+            run.book.append("train", "oom", key, way=_way(way), message=str(error))
+    raise OutOfMemoryError.at(
+        "RUN-140",
+        decided.device.name,
+        f"out of memory with each of: {'; '.join(map(_way, ways))}",
+        "use a machine with more memory, a smaller model or method qlora, or lower max_length",
+    )
+
+
+def _watched(run: Run, report: Report) -> Callable[[], None]:
+    """A tick that reports each step, and raises Hung when the child is silent for too long."""
+    dog = run.options.watchdog()
+    names = ("metrics.jsonl", "checkpoints", "adapter", f"log/{run.phase}.log")
+    paths = [run.folder / name for name in names]
+
+    def tick() -> None:
+        _report_step(run, report)
+        now, progress = time.monotonic(), result.progress(run.folder)
+        signs = [path.stat().st_mtime_ns for path in paths if path.exists()]
+        dog.hear(signs, step=progress["step"] if progress else None, now=now)
+        if (silence := dog.silence(now)) is not None:
+            raise process.Hung(silence)
+
+    return tick
+
+
+def _report_step(run: Run, report: Report) -> None:
+    now = result.progress(run.folder)
+    if now is not None:
+        note = f"loss {now['loss']:.3f}  {now['tokens_per_second']:,.0f} tokens/s"
+        report(now["step"], now["steps"], note)
+
+
+def _way(placement: plan.Placement) -> str:
+    checkpointing = " with gradient checkpointing" if placement.checkpointing else ""
+    return f"{placement.micro_batch} x {placement.accumulation} rows{checkpointing}"

@@ -14,7 +14,7 @@ import pytest
 
 from tuning.data.chat import Template
 from tuning.data.encode import Encoded, Encoder
-from tuning.data.tokenise import flags
+from tuning.data.sample import flags
 from tuning.formats import Conversation, Fault, Pair, Text, Tokens
 
 SYSTEM = {"role": "system", "content": "Answer in short."}

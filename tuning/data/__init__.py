@@ -11,13 +11,18 @@ pass, exit 10) and writes `rows.arrow`, `preview.json` and `tokenised.json` into
      "base": str,                                      folder with the base model's tokenizer
      "out": str,                                       RUN/data/tokenised; made if absent
      "settings": {"messages_column", "context_column", "response_column", "dataset_extension",
-                  "chat_template", "train_on"}}        each may be null or absent
+                  "chat_template", "train_on"},        each may be null or absent
+     "processes": int | null,                          default: the processors there are, at most 16
+     "part_bytes": int | null}                         a process reads so much of a file at once
  -> {"rows": int, "rows_per_file": {shown: int},
      "files": [{"shown", "format", "compression": str | null, "rows", "shape", "reason"}],
      "shape": {"name": str, "reason": str}, "rendering": str,
      "tokens": int, "trained_tokens": int,
      "lengths": {"mean": float, "p50", "p95", "max", "counts": [[length, rows], ...]},
      "dropped": {reason: rows}, "notes": [str], "bos": int | null}
+
+Meanwhile `progress` in `out` says how far it is: `{"done": bytes, "total": bytes}`. Nothing of the
+result depends on the number of processes.
 
 `preview.json` holds the first rows, 20 at most,
 `[{"where": str, "tokens": [[text, trained], ...]}]`: they stay in the run directory and are never

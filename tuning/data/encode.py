@@ -55,11 +55,11 @@ class Encoder:
         self._after: list[int] = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         self._added = set(tokenizer.added_tokens_decoder)
         self._special = set(tokenizer.all_special_tokens)
-        self._raw_pairs: bool | None = None
+        self.raw_pairs: bool | None = None  # decided by the first rows that may be
 
     def encode(self, examples: Sequence[Example]) -> list[Encoded | Fault]:
         """Ids and trained ranges of each example, or why there are none."""
-        self._decide(examples)
+        self.decide(examples)
         jobs: list[_Job | Encoded | Fault | None] = [self._job(example) for example in examples]
         chats = [self._conversation(e) for e, job in zip(examples, jobs, strict=True) if not job]
         if chats:
@@ -75,15 +75,20 @@ class Encoder:
         ]
 
     @property
+    def notes(self) -> dict[str, int]:
+        """What the chat template did that a person may not expect, and to how many rows."""
+        return self._template.notes if self._template else {}
+
+    @property
     def pairs_are_chats(self) -> bool:
         """Whether pairs are written as a user turn and an assistant turn."""
-        return self._template is not None and not self._raw_pairs
+        return self._template is not None and not self.raw_pairs
 
-    def _decide(self, examples: Sequence[Example]) -> None:
+    def decide(self, examples: Sequence[Example]) -> None:
         """Prompts that hold special tokens are rendered already: no template goes around them."""
         raw = [example for example in examples if isinstance(example, Pair) and example.raw]
-        if raw and self._raw_pairs is None:
-            self._raw_pairs = any(t in pair.prompt for pair in raw for t in self._special)
+        if raw and self.raw_pairs is None:
+            self.raw_pairs = any(t in pair.prompt for pair in raw for t in self._special)
 
     def _conversation(self, example: Example) -> Conversation:
         if isinstance(example, Pair):

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from tuning.data.source import MAX_LINE, ROWS, Batch, Source, lines, text_bytes
+from tuning.data.source import MAX_LINE, ROWS, Batch, Source, lines, raw_bytes, text_bytes
 from tuning.formats import quoted, type_name
 
 MAX_DEPTH = 100
@@ -74,8 +74,11 @@ def _decoded(lines: list[bytes]) -> list[str] | None:
 
 def one_a_line(source: Source) -> Iterator[Batch]:
     """The rows of a file with one object a line."""
-    number, offset = 0, 0
-    for raw, unended in lines(text_bytes(source)):
+    number, offset = source.part.before, source.part.begin
+    for raw, unended in lines(raw_bytes(source)):
+        if offset == 0 and raw[0].startswith(codecs.BOM_UTF8):
+            raw[0] = raw[0].removeprefix(codecs.BOM_UTF8)
+            offset = len(codecs.BOM_UTF8)
         texts = _decoded(raw)
         places: list[int] = []
         rows: list[dict[str, Any]] = []

@@ -18,6 +18,15 @@ class Problems:
     def __len__(self) -> int:
         return len(self._found)
 
+    def extend(self, problems: Iterable[Problem]) -> None:
+        """Note several problems."""
+        for problem in problems:
+            self.add(problem.code, problem.where, problem.what, problem.change)
+
+    def to_json(self) -> list[list[str]]:
+        """For the answer of a child; `from_json` is the way back."""
+        return [[p.code, p.where, p.what, p.change] for p in self._found]
+
     def add(self, code: str, where: str, what: str, change: str) -> None:
         """Note one problem. Raises DataError with all of them once there are LIMIT."""
         self._found.append(Problem(code, where, what, change))

@@ -35,8 +35,7 @@ def batches(source: Source) -> Iterator[Batch]:
     except DataError as error:
         if len(error.problems) > 1:  # the collector has had enough
             raise
-        for problem in error.problems:
-            source.problems.add(problem.code, problem.where, problem.what, problem.change)
+        source.problems.extend(error.problems)
 
 
 def _parquet(source: Source) -> Iterator[Batch]:
@@ -45,8 +44,16 @@ def _parquet(source: Source) -> Iterator[Batch]:
             with pq.ParquetFile(path, pre_buffer=False) as file:
                 names = file.schema_arrow.names
                 used = _used(names, source)
-                found = file.iter_batches(batch_size=ROWS, columns=used, use_threads=False)
-                yield from _tables(found, names)
+                part = source.part
+                end = file.num_row_groups if part.end is None else part.end
+                groups = list(range(part.begin, end))
+                rows = sum(file.metadata.row_group(n).num_rows for n in groups)
+                found = file.iter_batches(
+                    batch_size=ROWS, row_groups=groups, columns=used, use_threads=False
+                )
+                for batch in _tables(found, names, before=part.before):
+                    yield batch
+                    source.tick(part.size * len(batch.rows) // rows)
         except (pa.ArrowException, OSError) as error:
             source.bad("", *_unreadable("parquet", error))
 
@@ -68,6 +75,7 @@ def _arrow(source: Source) -> Iterator[Batch]:
                     for start in range(0, batch.num_rows, ROWS)
                 )
                 yield from _tables(parts, names)
+                source.tick(source.part.size)
         except (pa.ArrowException, OSError) as error:
             source.bad("", *_unreadable("arrow", error))
 
@@ -83,8 +91,10 @@ def _used(names: list[str], source: Source) -> list[str]:
     return [name for name in names if name in KNOWN_COLUMNS or name in source.wanted]
 
 
-def _tables(found: Iterable[pa.RecordBatch], names: list[str]) -> Iterator[Batch]:
-    number = 0
+def _tables(
+    found: Iterable[pa.RecordBatch], names: list[str], *, before: int = 0
+) -> Iterator[Batch]:
+    number = before
     for batch in found:
         places = list(range(number + 1, number + 1 + batch.num_rows))
         number += batch.num_rows

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tuning.data import sniff
+from tuning.data.parts import Part
 from tuning.data.problems import Problems
 
 ROWS = 1000
@@ -34,6 +35,8 @@ class Source:
     problems: Problems
     scratch: Path  # a folder for what cannot be read as a stream
     wanted: frozenset[str] = frozenset()  # columns the user named, beside the known ones
+    part: Part = field(default_factory=Part)
+    tick: Callable[[int], None] = lambda size: None  # told the bytes read since the last time
 
     def bad(self, place: str, code: str, what: str, change: str) -> None:
         """Note a problem at `place`, such as "line 7"."""
@@ -63,7 +66,25 @@ def lines(pieces: Iterable[bytes]) -> Iterator[tuple[list[bytes], bool]]:
 
 def text_bytes(source: Source) -> Iterator[bytes]:
     """The decompressed bytes of a text file, without a byte order mark."""
-    pieces = sniff.chunks(source.path, source.kind.compression, source.shown)
+    pieces = raw_bytes(source)
     first = next(pieces, b"")
-    yield first.removeprefix(codecs.BOM_UTF8)
+    yield first.removeprefix(codecs.BOM_UTF8) if source.part.opens else first
     yield from pieces
+
+
+def raw_bytes(source: Source) -> Iterator[bytes]:
+    """The decompressed bytes of a text file."""
+    part = source.part
+    if source.kind.compression:
+        shrink = 4  # a guess, for a bar; there is no knowing before the end
+        for piece in sniff.chunks(source.path, source.kind.compression, source.shown):
+            yield piece
+            source.tick(len(piece) // shrink)
+        return
+    with source.path.open("rb") as file:
+        file.seek(part.begin)
+        while piece := file.read(
+            sniff.CHUNK if part.end is None else min(sniff.CHUNK, part.end - file.tell())
+        ):
+            yield piece
+            source.tick(len(piece))

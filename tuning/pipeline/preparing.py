@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tuning import base, delivery, device, fetch, files, network, plan
 from tuning.console import Console
+from tuning.data import meter
 from tuning.pipeline.endings import together
 from tuning.pipeline.options import base_reference, declared_name, read_token, reference
 from tuning.pipeline.run import Run, Value, key_of
@@ -122,17 +123,28 @@ def tokenise(run: Run, data: list[Value], weights: Path, model: base.Base) -> Va
     """The answer of the step "tokenise" (tuning/data), with the key of its phase."""
     run.begin("tokenise", "Reading and tokenising the data ...")
     settings = run.spec.settings
+    out = run.folder / "data" / "tokenised"
     request = {
         "step": "tokenise",
         "files": data,
         "base": str(weights),
-        "out": str(run.folder / "data" / "tokenised"),
+        "out": str(out),
         "settings": {name: getattr(settings, name) for name in DATA_SETTINGS},
     }
     key = key_of([file["sha256"] for file in data], model.revision, request["settings"])
     if run.book.done("tokenise", key) is None:
         run.room(sum(file["size"] for file in data))
-    done = run.book.do("tokenise", key, lambda: run.child("data", request) | {"key": key})
+
+    def work() -> Value:
+        with run.console.work("Reading and tokenising", unit="bytes") as report:
+
+            def tick() -> None:
+                if (said := meter.read(out / "progress")) is not None:
+                    report(*said, "")
+
+            return run.child("data", request, tick=tick) | {"key": key}
+
+    done = run.book.do("tokenise", key, work)
     run.console.say(
         f"  {done['rows']:,} rows, {done['tokens']:,} tokens, "
         f"{done['trained_tokens'] / done['tokens']:.0%} of them trained: "

@@ -43,6 +43,17 @@ def test_every_decided_number_has_its_reason():
     assert 1500 == decided.recipe.steps
 
 
+def test_keeping_the_best_weights_takes_held_out_rows_and_several_looks():
+    """Ten evaluations unless the user says how many; without held-out rows it is refused."""
+    asked = spec(keep_best=True, train_share=0.9)
+    decided = plan.freeze(make(asked), asked, rows=500, data=("d",))
+
+    assert (True, 150) == (decided.recipe.keep_best, decided.recipe.eval_steps)
+    assert "ten looks" in decided.reasons["eval_steps"]
+    with pytest.raises(SpecError, match=r"PLAN-109 .*load_best_model_at_end"):
+        make(spec(keep_best=True))
+
+
 def test_what_the_user_sets_wins():
     """A set value is taken as it is and says so."""
     decided = make(spec(rank=8, learning_rate=1e-3, max_length=4096, packing=False, seed=7))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
 import tiny_runs
 import torch
 from trl import SFTTrainer
@@ -27,6 +28,7 @@ RECIPES = {
     "lora": tiny_runs.recipe(packing=True),
     "qlora": tiny_runs.recipe(method="qlora", packing=True),
     "padded": tiny_runs.recipe(eval_steps=3),
+    "best": tiny_runs.recipe(eval_steps=3, keep_best=True, learning_rate=0.05, schedule="constant"),
     "fp16": tiny_runs.recipe(precision="float16", packing=True),
     "long": tiny_runs.recipe(method="qlora", packing=True, steps=60),
     "8-bit": tiny_runs.recipe(optimizer="adamw_8bit", packing=True),
@@ -37,7 +39,10 @@ CLEAN: dict[str, dict[str, Any]] = {}
 def request(
     run: Path, base: Base, name: str, *, recipe: Recipe | None = None, **more: Any
 ) -> dict[str, Any]:
-    """A request for the recipe called `name`: 17 rows make epochs of five steps."""
+    """A request for the recipe called `name`: 17 rows make epochs of five steps.
+
+    The one that keeps its best weights learns one row by heart, which soon gets worse elsewhere.
+    """
     shape = {"hidden_size": 512} if name == "8-bit" else {}
     packing = RECIPES[name].packing
     return tiny_runs.request(
@@ -45,8 +50,8 @@ def request(
         base("llama", **shape),
         recipe or RECIPES[name],
         more.pop("placement", tiny_runs.placement()),
-        count=51 if packing else 17,
-        held_out=6 if name == "padded" else 0,
+        count=51 if packing else 1 if name == "best" else 17,
+        held_out=6 if name in ("padded", "best") else 0,
         **more,
     )
 
@@ -128,6 +133,7 @@ def test_two_runs_give_the_same_adapter_byte_for_byte(
         ("qlora", 3, 0, 3),
         ("qlora", 4, 0, 5),  # an epoch's last step, of one micro-batch
         ("padded", 3, 0, 3),  # after an evaluation
+        ("best", 6, 0, 7),  # after the step whose weights are kept
         ("fp16", 3, 0, 3),
         ("8-bit", 3, 0, 3),
     ],
@@ -161,6 +167,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     assert expected["loss_by_step"] == result["loss_by_step"]
     assert expected["eval_loss_before"] == result["eval_loss_before"]
     assert expected["eval_loss_after"] == result["eval_loss_after"]
+    assert expected["best_step"] == result["best_step"]
     assert expected["tokens"] == result["tokens"]
     assert list(range(1, 9)) == steps_logged(tmp_path / "run")
 
@@ -349,11 +356,16 @@ def test_a_signal_while_loading_stops_at_once(
     assert signal.SIG_DFL == signal.getsignal(signal.SIGTERM)
 
 
+@pytest.mark.parametrize("name", ["padded", "best"])
 def test_a_stop_during_an_evaluation_does_not_wait_for_its_end(
-    clean: Any, tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, clean: Any, tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The step before the evaluation is saved, and the rerun ends in the same adapter."""
-    expected = clean("padded")
+    """The step before the evaluation is saved, and the rerun ends in the same adapter.
+
+    With the best weights kept the rerun makes up for the evaluation that was broken off: step 3 is
+    the best one.
+    """
+    expected = clean(name)
     original = trainer.Exact.prediction_step
 
     def told(self: trainer.Exact, *args: Any, **kwargs: Any) -> Any:
@@ -362,7 +374,7 @@ def test_a_stop_during_an_evaluation_does_not_wait_for_its_end(
             os.kill(os.getpid(), signal.SIGTERM)  # a second signal changes nothing
         return original(self, *args, **kwargs)
 
-    asked = request(tmp_path / "run", tiny_base, "padded")
+    asked = request(tmp_path / "run", tiny_base, name)
     with monkeypatch.context() as patch:
         patch.setattr(trainer.Exact, "prediction_step", told)
         with pytest.raises(Stopped):
@@ -371,6 +383,37 @@ def test_a_stop_during_an_evaluation_does_not_wait_for_its_end(
 
     assert 3 == result["resumed_from"]
     assert expected["adapter_sha256"] == result["adapter_sha256"]
+    assert expected["best_step"] == result["best_step"]
+
+
+def test_the_best_weights_are_kept_when_asked(clean: Any, tiny_base: Base, tmp_path: Path) -> None:
+    """A rate that overshoots: the adapter is that of the evaluation with the lowest loss."""
+    kept = clean("best")
+    last = train.work(
+        request(
+            tmp_path / "last", tiny_base, "best", recipe=replace(RECIPES["best"], keep_best=False)
+        )
+    )
+
+    assert 3 == kept["best_step"]
+    assert last["best_step"] is None
+    assert kept["loss_by_step"] == last["loss_by_step"]
+    assert kept["eval_loss_after"] < last["eval_loss_after"]
+    assert kept["adapter_sha256"] != last["adapter_sha256"]
+
+
+def test_held_out_rows_are_answered_in_the_run_directory(tiny_base: Base, tmp_path: Path) -> None:
+    """samples.jsonl: the prompt up to the first answer, and three answers: data, base, tuned."""
+    train.work(request(tmp_path / "run", tiny_base, "padded"))
+
+    lines = (tmp_path / "run" / "samples.jsonl").read_text().splitlines()
+    samples = [json.loads(line) for line in lines]
+
+    rows = [row["messages"] for row in tiny_models.message_rows(6, 2)][:3]
+    assert [turns[-1]["content"] for turns in rows] == [each["expected"] for each in samples]
+    for turns, sample in zip(rows, samples, strict=True):
+        assert turns[-2]["content"] in sample["prompt"]
+        assert {"prompt", "expected", "base", "tuned"} == set(sample)
 
 
 def test_saving_often_changes_nothing(clean: Any, tiny_base: Base, tmp_path: Path) -> None:

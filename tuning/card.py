@@ -32,6 +32,7 @@ class Facts:
     loss_by_step: Sequence[tuple[int, float]]
     loss_before: float | None = None  # on the held-out rows, base alone
     loss_after: float | None = None
+    best_step: int | None = None  # whose weights these are, if not the last
 
 
 def write(adapter: Path, *, recipe: dict[str, Any], run_id: str, facts: Facts) -> None:
@@ -56,6 +57,7 @@ def provenance(recipe: dict[str, Any], *, run_id: str, facts: Facts) -> dict[str
         "evaluation": {
             "loss_before": facts.loss_before,
             "loss_after": facts.loss_after,
+            "best_step": facts.best_step,
             "perplexity_before": perplexity(facts.loss_before),
             "perplexity_after": perplexity(facts.loss_after),
         },
@@ -72,6 +74,7 @@ def training(record: dict[str, Any]) -> dict[str, Any]:
         "loss_by_step": losses,
         "eval_loss_before": record["evaluation"]["loss_before"],
         "eval_loss_after": record["evaluation"]["loss_after"],
+        "best_step": record["evaluation"]["best_step"],
         "tokens": 0,  # none here
         "tokens_per_second": 0.0,
         "seconds": 0.0,
@@ -105,6 +108,8 @@ def card(recipe: dict[str, Any], *, run_id: str, facts: Facts) -> str:
         rows.insert(6, ("loss on held-out rows", held_out))
         before, after = perplexity(facts.loss_before), perplexity(facts.loss_after)
         rows.insert(7, ("perplexity on held-out rows", f"{before:.4g} -> {after:.4g}"))
+    if facts.best_step is not None:
+        rows.append(("weights", f"of step {facts.best_step:,}, the best on the held-out rows"))
     licence = f"license: {facts.licence}\n" if facts.licence else ""
     data = "\n".join(f"- `sha256:{digest}`" for digest in recipe["data"])
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)

@@ -135,7 +135,12 @@ def reply(loaded: Any, tokenizer: Any, messages: Sequence[Message], *, max_new_t
     prompt = tokenizer.apply_chat_template(
         list(messages), add_generation_prompt=True, tokenize=True, return_dict=True
     )
-    ids = torch.tensor([prompt["input_ids"]], device=loaded.device)
+    return continued(loaded, tokenizer, prompt["input_ids"], max_new_tokens=max_new_tokens)
+
+
+def continued(loaded: Any, tokenizer: Any, prompt: list[int], *, max_new_tokens: int) -> str:
+    """What the loaded model writes after the tokens `prompt`: greedy, special tokens left out."""
+    ids = torch.tensor([prompt], device=loaded.device)
     pad = tokenizer.pad_token_id
     with torch.no_grad():
         out = loaded.generate(

@@ -223,7 +223,9 @@ def _held_out(training: dict[str, Any]) -> str:
     if before is None or after is None:
         return ""
     was, became = training["eval_perplexity_before"], training["eval_perplexity_after"]
-    return f"; on held-out rows {before:.3f} -> {after:.3f}, perplexity {was:,.2f} -> {became:,.2f}"
+    kept = f", weights of step {best:,}" if (best := training.get("best_step")) else ""
+    rows = f"on held-out rows {before:.3f} -> {after:.3f}"
+    return f"; {rows}, perplexity {was:,.2f} -> {became:,.2f}{kept}"
 
 
 def python() -> str:

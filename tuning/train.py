@@ -8,6 +8,7 @@ stops before the weights change, and only a finished, finite adapter is put in p
 
 from __future__ import annotations
 
+import json
 import logging
 import signal
 import sys
@@ -26,13 +27,14 @@ import transformers
 from peft import get_peft_model_state_dict
 from trl import SFTConfig
 
-from tuning import adapter, chat, checkpoint, model, process, trainer
+from tuning import adapter, chat, checkpoint, files, holdout, model, process, trainer
 from tuning.errors import DataError, OutOfMemoryError, Stopped
 from tuning.plan import Placement, Recipe, recipe_from_json
 
 logger = logging.getLogger(__name__)
 
 ANSWER_TOKENS = 64
+SAMPLES = 3
 
 
 @dataclass(frozen=True)
@@ -172,9 +174,12 @@ def _run(request: Request, stop: Interruption) -> dict[str, Any]:
     )
     with stop.held():
         loop.fit(resumed)
+        if recipe.keep_best:
+            loop.keep_best()
     disk = round_adapter(tuned, model.DTYPES[recipe.precision])
     loss_after = loop.held_out_loss()
     answers = ask(tuned, tokenizer, request.questions)
+    write_samples(request, tuned, tokenizer)
     with stop.held():
         done = adapter.finish(
             request.adapter,
@@ -198,6 +203,7 @@ def _run(request: Request, stop: Interruption) -> dict[str, Any]:
         "loss_by_step": losses,
         "eval_loss_before": loop.progress.held_out_before,
         "eval_loss_after": loss_after,
+        "best_step": loop.progress.best_step,
         "tokens": loop.progress.tokens,
         "tokens_per_second": loop.progress.tokens / max(loop.progress.seconds, 1e-9),
         "seconds": loop.progress.seconds,
@@ -290,6 +296,19 @@ def round_adapter(tuned: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         name: tensor.detach().to("cpu", dtype)
         for name, tensor in get_peft_model_state_dict(tuned).items()
     }
+
+
+def write_samples(request: Request, tuned: Any, tokenizer: Any) -> None:
+    """What base and tuned model answer to the first held-out rows; stays in the run directory."""
+    path = request.run / "samples.jsonl"
+    made = (
+        holdout.samples(
+            tuned, tokenizer, read_rows(request.eval), number=SAMPLES, tokens=ANSWER_TOKENS
+        )
+        if request.eval
+        else []
+    )
+    files.write(path, "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in made))
 
 
 def ask(tuned: Any, tokenizer: Any, questions: tuple[str, ...]) -> list[dict[str, str]]:

@@ -27,6 +27,7 @@ from trl import SFTConfig, SFTTrainer
 from tuning import checkpoint
 from tuning.checkpoint import Checkpoint
 from tuning.errors import DivergedError
+from tuning.holdout import Best
 from tuning.plan import Recipe
 
 ROW = "row"
@@ -40,6 +41,9 @@ class Progress:
     tokens: int = 0  # read by the model, padding left out
     seconds: float = 0.0  # of training
     held_out_before: float | None = None  # loss on the eval rows before the first step
+    evaluated: int = 0  # the last step after which the eval rows were looked at
+    best_step: int | None = None  # whose weights had the lowest loss on the eval rows
+    best_loss: float | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,7 @@ class Exact(SFTTrainer):  # type: ignore[misc]
         self.tokens_so_far = 0  # the same
         self.random: dict[str, Any] = {}  # before the optimizer step under way
         self.saved_at = 0  # step
+        self.best = Best()
         numbered = rows.add_column(ROW, list(range(len(rows))))
         super().__init__(
             model=tuned,
@@ -102,6 +107,9 @@ class Exact(SFTTrainer):  # type: ignore[misc]
             return
         self.saved_at = resumed.step
         self.progress = Progress(**json.loads(resumed.read("state.json"))["progress"])
+        if self.progress.best_step is not None:
+            weights = checkpoint.unpack_tensors(resumed.read("best.safetensors"))
+            self.best = Best(self.progress.best_step, self.progress.best_loss, weights)
         if resumed.step < self.recipe.steps:
             self.train(resume_from_checkpoint=str(resumed.folder))
         else:
@@ -114,6 +122,19 @@ class Exact(SFTTrainer):  # type: ignore[misc]
         if self.eval_dataset is None:
             return None
         return _finite(self.evaluate()["eval_loss"])
+
+    def keep_best(self) -> None:
+        """Put the weights with the lowest held-out loss in place of the last ones."""
+        if self.progress.evaluated < self.state.global_step:
+            self.see(self.held_out_loss())
+        self.best.put(self.trained())
+
+    def see(self, loss: float | None) -> None:
+        """The eval rows were looked at after the step that is done."""
+        self.progress.evaluated = self.state.global_step
+        if self.recipe.keep_best:
+            self.best.see(self.state.global_step, loss, self.trained())
+            self.progress.best_step, self.progress.best_loss = self.best.step, self.best.loss
 
     def losses(self) -> list[float]:
         """The loss of each step, first to last."""
@@ -150,6 +171,8 @@ class Exact(SFTTrainer):  # type: ignore[misc]
         tensors, optimizer = checkpoint.split_optimizer(self.optimizer.state_dict())
         yield "weights.safetensors", checkpoint.pack_tensors(weights)
         yield "optimizer.safetensors", checkpoint.pack_tensors(tensors)
+        if self.progress.best_step is not None:
+            yield "best.safetensors", checkpoint.pack_tensors(self.best.weights)
         yield "trainer_state.json", checkpoint.pack_json(asdict(self.state))
         state = {
             "optimizer": optimizer,
@@ -300,6 +323,9 @@ class Watch(transformers.TrainerCallback):  # type: ignore[misc]
         progress = self.trainer.progress
         self.seconds_before, self.tokens_before = progress.seconds, progress.tokens
         self.step_before = state.global_step
+        due = args.eval_steps and state.global_step and state.global_step % args.eval_steps == 0
+        if due and progress.evaluated < state.global_step:  # stopped between a step and its look
+            self.trainer.evaluate()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """An epoch draws a random number before its first step."""
@@ -344,6 +370,8 @@ class Watch(transformers.TrainerCallback):  # type: ignore[misc]
         self, args: Any, state: Any, control: Any, metrics: dict[str, Any], **kwargs: Any
     ) -> None:
         """Say the step's record again, with the loss on the held-out rows."""
+        if self.trainer.is_in_train:
+            self.trainer.see(_finite(metrics["eval_loss"]))
         last = next((entry for entry in reversed(state.log_history) if "loss" in entry), None)
         if last is not None and self.trainer.is_in_train:
             self._write(self._record(state, last) | {"eval_loss": _finite(metrics["eval_loss"])})

@@ -46,6 +46,7 @@ def package(run: Run, decided: Plan, training: Value, packed: Value, model: base
         loss_by_step=list(enumerate(training["loss_by_step"], 1)),
         loss_before=training["eval_loss_before"],
         loss_after=training["eval_loss_after"],
+        best_step=training["best_step"],
     )
 
     def work() -> Value:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from tuning import files
 from tuning.device import Device
+from tuning.errors import SpecError
 from tuning.plan import placing
 from tuning.plan.base import Base, device_of, known_base, refuse_unsupported
 from tuning.plan.choices import (
@@ -23,7 +24,9 @@ from tuning.plan.choices import (
 )
 from tuning.plan.placing import place
 from tuning.plan.values import Lengths, Plan, Recipe
-from tuning.spec import Spec
+from tuning.spec import Settings, Spec
+
+EVALUATIONS = 10  # of a run that keeps its best weights, unless eval_steps says otherwise
 
 
 def make(
@@ -83,6 +86,7 @@ def make(
         steps=0,
         seed=or_default(s.seed, 42),
         eval_steps=s.eval_steps,
+        keep_best=_keeps_best(s),
         versions=versions,
     )
     if s.max_length is None:
@@ -95,6 +99,19 @@ def make(
         recipe, base, device, spec=spec, lengths=lengths, reasons=choices.reasons
     )
     return Plan(recipe, placement, device, choices.reasons, lengths, fit=fit)
+
+
+def _keeps_best(settings: Settings) -> bool:
+    if not settings.keep_best:
+        return False
+    if or_default(settings.train_share, 1.0) >= 1:
+        raise SpecError.at(
+            "PLAN-109",
+            "TrainingArguments.load_best_model_at_end",
+            "needs held-out rows to choose by, and all rows are trained on",
+            "set DatasetConfig.train_test_split below 1, such as 0.95, or leave it out",
+        )
+    return True
 
 
 def freeze(plan: Plan, spec: Spec, *, rows: int, data: tuple[str, ...]) -> Plan:
@@ -115,6 +132,9 @@ def freeze(plan: Plan, spec: Spec, *, rows: int, data: tuple[str, ...]) -> Plan:
     if spec.settings.warmup is None:
         reasons["warmup_steps"] = f"{WARMUP_SHARE:.0%} of the steps, so that Adam finds its scale"
     recipe = replace(recipe, steps=steps, warmup_steps=int(warmup_steps), data=data)
+    if recipe.keep_best and recipe.eval_steps is None:
+        recipe = replace(recipe, eval_steps=max(1, steps // EVALUATIONS))
+        reasons["eval_steps"] = "ten looks, so that there is something to choose from"
     return replace(plan, recipe=recipe, reasons=reasons, rows=rows)
 
 

@@ -49,6 +49,7 @@ class Recipe:
     steps: int
     seed: int
     eval_steps: int | None
+    keep_best: bool = False  # the weights with the lowest held-out loss, not the last ones
     versions: dict[str, str] = field(
         default_factory=dict
     )  # torch, transformers, trl, peft, bitsandbytes

@@ -56,6 +56,7 @@ class Settings:
     log_steps: int | None = None
     save_steps: int | None = None
     eval_steps: int | None = None
+    keep_best: bool | None = None
     neftune_alpha: float | None = None
     report_to: tuple[str, ...] = ()
     # DatasetConfig

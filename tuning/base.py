@@ -22,7 +22,7 @@ from tuning.errors import SpecError, Stopped, TransientError
 from tuning.threads import side_by_side
 from tuning.weights import verify
 
-__all__ = ["Base", "Entry", "check", "fetch", "fetch_tokenizer", "resolve", "verify"]
+__all__ = ["Base", "Entry", "check", "check_room", "fetch", "fetch_tokenizer", "resolve", "verify"]
 
 log = logging.getLogger(__name__)
 
@@ -320,6 +320,12 @@ def _sweep(base: Base, cache: Path | None) -> None:
     for path in (_storage(str(base.hub_id), cache) / "blobs").glob("*.incomplete"):
         if time.time() - path.stat().st_mtime > STALE:
             path.unlink(missing_ok=True)
+
+
+def check_room(base: Base, cache: Path | None) -> None:
+    """Raise SpecError if what is missing of `base` is known not to fit the disk of the cache."""
+    if base.folder is None:
+        _check_room(base, missing(base, cache), _cache_folder(cache))
 
 
 def _check_room(base: Base, wanted: list[Entry], folder: Path) -> None:

@@ -49,27 +49,30 @@ def base_model(run: Run) -> base.Base:
     return base.Base.from_json(run.book.do("base", key_of(name, revision), work))
 
 
-def check(run: Run, model: base.Base) -> None:
-    """What can be refused in seconds is refused here, all of it in one pass."""
+def check(run: Run, model: base.Base) -> plan.Base:
+    """Refuse in seconds, in one pass, what can be refused so; gives what is known of the base."""
     run.begin("check", "Checking model, machine and destination ...")
     here = device.detect()
     if run.spec.instance and plan.device_of(run.spec.instance).name != here.name:
         run.console.say(f"  {run.spec.instance} is named, but this is {here}", style="dim")
     destination, access, own = run.spec.destination, run.options.access, run.own()
+    found: list[plan.Base] = []
+
+    def model_fits() -> None:
+        found.append(known_base(run, model))
+        plan.refuse_unsupported(run.spec, found[0], here)
+
     together(
-        lambda: _check_model(run, model, here),
+        model_fits,
         lambda: delivery.check(destination, access),
         lambda: delivery.claim(destination, access, run_id=None, own=own),
     )
+    return found[0]
 
 
-def _check_model(run: Run, model: base.Base, here: device.Device) -> None:
+def known_base(run: Run, model: base.Base) -> plan.Base:
+    """What the plan must know of the base, from its config. Raises as base.check does."""
     config = base.check(model, token=run.token(), cache=run.options.cache)
-    plan.refuse_unsupported(run.spec, known_base(run, model, config), here)
-
-
-def known_base(run: Run, model: base.Base, config: Value) -> plan.Base:
-    """What the plan must know of the base, from its parsed `config.json`."""
     return plan.base_from_config(declared_name(run.spec), model.revision, config)
 
 
@@ -104,22 +107,7 @@ def _credentials(run: Run) -> network.Headers | None:
     return fetch.load_headers(folder) if folder else None
 
 
-def fetch_weights(run: Run, model: base.Base) -> Path:
-    """The folder of base weights, verified."""
-    run.begin("weights")
-    if model.folder is not None:
-        return model.folder
-    with run.console.work(f"Fetching {model.name}", unit="bytes") as report:
-        return base.fetch(
-            model,
-            cache=run.options.cache,
-            token=run.token(),
-            progress=report,
-            stop=run.stop.is_set,
-        )
-
-
-def tokenise(run: Run, data: list[Value], weights: Path, model: base.Base) -> Value:
+def tokenise(run: Run, data: list[Value], tokenizer: Path, model: base.Base) -> Value:
     """The answer of the step "tokenise" (tuning/data), with the key of its phase."""
     run.begin("tokenise", "Reading and tokenising the data ...")
     settings = run.spec.settings
@@ -127,7 +115,7 @@ def tokenise(run: Run, data: list[Value], weights: Path, model: base.Base) -> Va
     request = {
         "step": "tokenise",
         "files": data,
-        "base": str(weights),
+        "base": str(tokenizer),
         "out": str(out),
         "settings": {name: getattr(settings, name) for name in DATA_SETTINGS},
     }
@@ -154,15 +142,12 @@ def tokenise(run: Run, data: list[Value], weights: Path, model: base.Base) -> Va
     return done
 
 
-def decide(
-    run: Run, rows: Value, data: list[Value], weights: Path, model: base.Base
-) -> tuple[Plan, Value]:
+def decide(run: Run, rows: Value, data: list[Value], known: plan.Base) -> tuple[Plan, Value]:
     """The plan with real lengths, and the packed rows.
 
     The recipe is frozen the first time; a later start keeps it and only places it anew.
     """
     run.begin("plan")
-    known = known_base(run, model, base.verify(weights))
     versions = {name: importlib.metadata.version(name) for name in RECIPE_LIBRARIES}
     here = device.detect()
     decided = plan.make(run.spec, known, here, lengths=lengths(rows), versions=versions)

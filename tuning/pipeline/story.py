@@ -14,7 +14,7 @@ from tuning import live as progress
 from tuning import spec as specs
 from tuning.console import Console
 from tuning.errors import TuningError
-from tuning.pipeline import endings, finishing, preparing, training
+from tuning.pipeline import endings, finishing, preparing, training, weights
 from tuning.pipeline.finishing import Summary
 from tuning.pipeline.options import Options
 from tuning.pipeline.run import Run, Value, key_of
@@ -53,12 +53,12 @@ def _story(run: Run) -> Summary:
 
     preparing.judge(run)
     model = preparing.base_model(run)
-    preparing.check(run, model)
+    known = preparing.check(run, model)
     data = preparing.fetch_data(run)
-    weights = preparing.fetch_weights(run, model)
-    rows = preparing.tokenise(run, data, weights, model)
-    decided, packed = preparing.decide(run, rows, data, weights, model)
-    trained = training.train(run, decided, packed, weights, model)
+    with weights.coming(run, model) as coming:
+        rows = preparing.tokenise(run, data, coming.tokenizer, model)
+        decided, packed = preparing.decide(run, rows, data, known)
+        trained = training.train(run, decided, packed, model, weights=coming.folder)
     digest = finishing.package(run, decided, trained, packed, model)
     references = finishing.deliver(run, decided, digest)
     return finishing.finish(run, inputs, decided, trained, digest, references)
@@ -90,8 +90,7 @@ def prepare(spec: Spec, options: Options, console: Console) -> Prepared:
 
 def _data_part(run: Run) -> Prepared:
     model = preparing.base_model(run)
-    config = base.check(model, token=run.token(), cache=run.options.cache)
-    known = preparing.known_base(run, model, config)
+    known = preparing.known_base(run, model)
     data = preparing.fetch_data(run)
     run.begin("weights")
     tokenizer = base.fetch_tokenizer(

@@ -16,7 +16,9 @@ from tuning.pipeline.run import Run, Value, key_of
 from tuning.plan import Plan
 
 
-def train(run: Run, decided: Plan, packed: Value, weights: Path, model: base.Base) -> Value:
+def train(
+    run: Run, decided: Plan, packed: Value, model: base.Base, *, weights: Callable[[], Path]
+) -> Value:
     """The training child's answer, or that of the machine which pushed this very run already."""
     recipe = decided.recipe
     held = _claim(run, recipe.run_id)
@@ -24,11 +26,12 @@ def train(run: Run, decided: Plan, packed: Value, weights: Path, model: base.Bas
     if held is not None and run.book.done("train", key) is None:
         run.begin("train")
         return run.book.do("train", key, lambda: run.unless_stopped(lambda: _adopt(run, held)))
+    folder = weights() if run.book.stands("train", key) is None else Path()
     size = f"{recipe.global_batch} x {recipe.max_length} tokens"
     run.begin("train", f"Training {recipe.steps:,} steps of {size} on {decided.device} ...")
     request = {
         "run": str(run.folder),
-        "base": str(weights),
+        "base": str(folder),
         "base_name": recipe.base_model,
         "base_revision": model.revision,
         "preset": run.spec.preset,

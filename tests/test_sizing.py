@@ -22,6 +22,7 @@ DEMAND = sizing.Demand(
     length=2048,
     rows=8,
     packed=True,
+    device="cuda",
     span=300.0,
 )
 

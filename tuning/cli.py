@@ -147,14 +147,27 @@ def plan(
     data: Data = None,
     instance: Instance = None,
     output: Output = None,
+    hub_token_file: HubToken = None,
     as_json: Json = False,
 ) -> None:
-    """Show what a run would do, and why, without weights, GPU or network."""
+    """Show what a run would do, and why, without weights or GPU.
+
+    A model that is not among the presets is looked up at the hub and simulated, which takes a few
+    seconds and torch.
+    """
     from tuning import device, show
     from tuning import plan as plans
 
     spec = _spec(file, base_model, data, instance, output)
-    decided = plans.draft(spec, here=device.detect())
+    here = device.detect()
+    if plans.is_enough(spec, here):
+        decided = plans.draft(spec, here=here)
+    else:
+        from tuning import pipeline
+        from tuning.console import Console
+
+        token = pipeline.read_token(hub_token_file)
+        decided = pipeline.draft(spec, here=here, token=token, console=Console())
     if as_json:
         print(json.dumps(decided.to_json(), indent=2, sort_keys=True))
         return
@@ -182,6 +195,7 @@ def check(
 ) -> None:
     """Check spec, base access, data and push rights in seconds; nothing is downloaded or left."""
     from tuning import pipeline
+    from tuning.console import Console
 
     spec = _spec(file, base_model, data, instance, output, _hosts(allow_host, policy))
     options = pipeline.gather(
@@ -194,7 +208,7 @@ def check(
         ca=ca,
         insecure=insecure,
     )
-    for line in pipeline.check(spec, options):
+    for line in pipeline.check(spec, options, Console()):
         print(line)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from tuning import ledger, presets
 from tuning.ledger import Coefficients, Ledger
@@ -32,6 +33,7 @@ class Demand:
     length: int  # tokens of a row
     rows: int  # rows an optimizer step
     packed: bool
+    device: Literal["cuda", "cpu"]
     span: float  # tokens that a token's attention spans
     micro_batch: int | None = None  # fixed by the user
     checkpointing: bool | None = None  # fixed by the user
@@ -55,7 +57,7 @@ class Fit:
 class Model:
     """A base model as sizing sees it."""
 
-    facts: presets.Facts
+    facts: presets.Facts | None  # None: nobody knows its speed
     coefficients: Coefficients
 
 
@@ -95,17 +97,22 @@ def _place(
         accumulating=micro_batch < demand.rows,
         targets=demand.targets,
         double_quant=demand.double_quant,
+        device=demand.device,
     )
-    seconds = ledger.seconds_per_token(
-        base.facts,
-        gpu,
-        method=demand.method,
-        checkpointing=checkpointing,
-        tokens=tokens,
-        effective_length=demand.span if demand.attention == "varlen" else tokens,
-        rank=demand.rank,
-        precision=demand.precision,
-        attention=demand.attention,
+    seconds = (
+        None
+        if base.facts is None
+        else ledger.seconds_per_token(
+            base.facts,
+            gpu,
+            method=demand.method,
+            checkpointing=checkpointing,
+            tokens=tokens,
+            effective_length=demand.span if demand.attention == "varlen" else tokens,
+            rank=demand.rank,
+            precision=demand.precision,
+            attention=demand.attention,
+        )
     )
     return Fit(micro_batch, checkpointing, found, seconds)
 
@@ -114,6 +121,22 @@ def best(base: Model, demand: Demand, gpu: presets.Gpu | None, *, memory: int) -
     """The fastest placement that fits `memory` free bytes of one GPU, or None."""
     fitting = [fit for fit in placements(base, demand, gpu) if fit.fits(memory)]
     return min(fitting, key=_slowness) if fitting else None
+
+
+def first(base: Model, demand: Demand, micro_batch: int, *, memory: int) -> Fit | None:
+    """The usual `micro_batch`, or the next smaller that fits `memory` bytes; None if none does.
+
+    For a CPU, where nothing is won by filling the memory, and the same placement gives the same
+    bits.
+    """
+    sizes = [n for n in range(micro_batch, 0, -1) if demand.rows % n == 0]
+    for size in [demand.micro_batch] if demand.micro_batch else sizes:
+        for checkpointing in (False, True):
+            if demand.checkpointing in (None, checkpointing):
+                fit = _place(base, demand, None, size, checkpointing)
+                if fit.fits(memory):
+                    return fit
+    return None
 
 
 def smallest(base: Model, demand: Demand, gpu: presets.Gpu | None) -> Fit:
@@ -172,7 +195,7 @@ def markdown() -> str:
     gpus = [presets.gpu(name) for name in CLASSES]
     rows = [
         f"| {preset.name} | {method} | "
-        + " | ".join(_cell(Model(preset.facts, found), method, gpu) for gpu in gpus)
+        + " | ".join(_cell(preset, found, method, gpu) for gpu in gpus)
         + " |"
         for preset in presets.all()
         if (found := ledger.load(preset.name))
@@ -187,7 +210,9 @@ def markdown() -> str:
     )
 
 
-def _cell(base: Model, method: ledger.Method, gpu: presets.Gpu) -> str:
+def _cell(
+    preset: presets.Preset, found: Coefficients, method: ledger.Method, gpu: presets.Gpu
+) -> str:
     demand = Demand(
         method=method,
         precision="bfloat16" if gpu.bf16 else "float16",
@@ -199,11 +224,12 @@ def _cell(base: Model, method: ledger.Method, gpu: presets.Gpu) -> str:
         targets=None,
         length=2048,
         rows=8,
-        packed=base.facts.packing_safe,
+        packed=preset.facts.packing_safe,
+        device="cuda",
         span=2048.0,
     )
-    found = best(base, demand, gpu, memory=gpu.memory_bytes)
-    if found is None:
+    fit = best(Model(preset.facts, found), demand, gpu, memory=gpu.memory_bytes)
+    if fit is None:
         return "–"
-    mark = "c" if found.checkpointing else ""
-    return f"{found.micro_batch}{mark}, {found.ledger.total / 2**30:.1f}"
+    mark = "c" if fit.checkpointing else ""
+    return f"{fit.micro_batch}{mark}, {fit.ledger.total / 2**30:.1f}"

@@ -7,8 +7,20 @@ a phase that can stop stops at its next safe point and the run ends with exit co
 
 from tuning.pipeline.check import check
 from tuning.pipeline.finishing import Summary
-from tuning.pipeline.options import Options, gather
+from tuning.pipeline.options import Options, gather, read_token
 from tuning.pipeline.preparing import base_folder
+from tuning.pipeline.sizing import draft
 from tuning.pipeline.story import Prepared, live, prepare
 
-__all__ = ["Options", "Prepared", "Summary", "base_folder", "check", "gather", "live", "prepare"]
+__all__ = [
+    "Options",
+    "Prepared",
+    "Summary",
+    "base_folder",
+    "check",
+    "draft",
+    "gather",
+    "live",
+    "prepare",
+    "read_token",
+]

@@ -7,13 +7,15 @@ from functools import partial
 from pathlib import Path
 
 from tuning import base, delivery, device, fetch, formats, plan
+from tuning.console import Console
 from tuning.data.glance import HEAD, glance
+from tuning.pipeline import sizing
 from tuning.pipeline.endings import together
 from tuning.pipeline.options import Options, base_reference, declared_name, read_token
 from tuning.spec import Spec
 
 
-def check(spec: Spec, options: Options) -> Iterator[str]:
+def check(spec: Spec, options: Options, console: Console) -> Iterator[str]:
     """Everything that can be refused before a byte of weights moves; a line for each good thing."""
     here = plan.device_of(spec.instance) if spec.instance else device.detect()
     name, revision = base_reference(spec)
@@ -25,7 +27,10 @@ def check(spec: Spec, options: Options) -> Iterator[str]:
         config = base.check(found, token=token)
         known = plan.base_from_config(declared_name(spec), found.revision, config)
         plan.refuse_unsupported(spec, known, here)
+        known = sizing.sized(spec, known, here, console=console)
+        decided = plan.draft(spec, here=here, base=known)
         good.append(f"model: {name} at {found.revision[:19]}")
+        good.append(f"plan: {fit(decided)}")
 
     def data() -> None:
         if spec.source.urls:
@@ -56,6 +61,15 @@ def check(spec: Spec, options: Options) -> Iterator[str]:
 
     together(model, data, destination)
     yield from good
+
+
+def fit(decided: plan.Plan) -> str:
+    """Whether the plan fits its device, in a few words."""
+    placed, found = decided.placement, decided.fit
+    batch = f"{placed.micro_batch} x {decided.recipe.max_length} tokens at once"
+    if found is None:
+        return f"{batch} on {decided.device}, which nobody has sized"
+    return f"{batch} take {found.ledger.total / 2**30:.1f} GiB on {decided.device}"
 
 
 def _head(path: Path) -> bytes:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from tuning import base, delivery, device, fetch, files, network, plan
 from tuning.console import Console
 from tuning.data import meter
+from tuning.pipeline import sizing
 from tuning.pipeline.endings import together
 from tuning.pipeline.options import base_reference, declared_name, read_token, reference
 from tuning.pipeline.run import Run, Value, key_of
@@ -67,7 +68,16 @@ def check(run: Run, model: base.Base) -> plan.Base:
         lambda: delivery.check(destination, access),
         lambda: delivery.claim(destination, access, run_id=None, own=own),
     )
-    return found[0]
+    known = sizing.sized(
+        run.spec,
+        found[0],
+        here,
+        console=run.console,
+        stop=run.stop.is_set,
+        keep_open=(run.book.lock,),
+    )
+    plan.draft(replace(run.spec, instance=None), here=here, base=known)  # refuses what cannot fit
+    return known
 
 
 def known_base(run: Run, model: base.Base) -> plan.Base:

@@ -13,8 +13,8 @@ from tuning.plan.base import (
     refuse_unsupported,
 )
 from tuning.plan.choices import Packing, packing
-from tuning.plan.make import again, draft, freeze, make
-from tuning.plan.placing import disk_bytes, fallbacks, place
+from tuning.plan.make import again, draft, freeze, is_enough, make
+from tuning.plan.placing import disk_bytes, fallbacks, place, variants, wants_simulation
 from tuning.plan.values import Lengths, Placement, Plan, Recipe, recipe_from_json
 
 __all__ = [
@@ -32,10 +32,13 @@ __all__ = [
     "draft",
     "fallbacks",
     "freeze",
+    "is_enough",
     "known_base",
     "make",
     "packing",
     "place",
     "recipe_from_json",
     "refuse_unsupported",
+    "variants",
+    "wants_simulation",
 ]

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tuning import files, presets
+from tuning import files, presets, sizing
 from tuning.device import Device
 from tuning.errors import Problem, SpecError
+from tuning.ledger import Coefficients
 from tuning.spec import Spec
 
 DRAFT_LENGTH = 2048  # before the data was read
@@ -23,7 +24,15 @@ class Base:
     name: str  # hub id, or "local"
     revision: str
     facts: presets.Facts | None
-    config: dict[str, Any] = field(default_factory=dict)  # config.json, where there are no facts
+    config: dict[str, Any] = field(default_factory=dict)  # config.json, where it was read
+    simulated: Coefficients | None = None  # of its memory, for a model outside the presets
+    unsized: str = ""  # why there are none
+
+    def sized(self, device: Device) -> sizing.Model | None:
+        """What tells the memory of its training on `device`; None where nobody knows."""
+        if self.simulated is not None:
+            return sizing.Model(self.facts, self.simulated)
+        return sizing.model(self.facts) if device.kind == "cuda" else None
 
     @property
     def context(self) -> int:

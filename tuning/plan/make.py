@@ -9,7 +9,7 @@ from tuning import files
 from tuning.device import Device
 from tuning.errors import SpecError
 from tuning.plan import placing
-from tuning.plan.base import Base, device_of, known_base, refuse_unsupported
+from tuning.plan.base import Base, Unknown, device_of, known_base, refuse_unsupported
 from tuning.plan.choices import (
     EPOCHS,
     LEARNING_RATE,
@@ -146,11 +146,21 @@ def again(plan: Plan, recipe: Recipe, base: Base, spec: Spec, *, rows: int) -> P
     return replace(plan, recipe=recipe, placement=placement, rows=rows, fit=fit)
 
 
-def draft(spec: Spec, *, here: Device) -> Plan:
+def is_enough(spec: Spec, here: Device) -> bool:
+    """Whether presets and the base's folder tell all that a draft wants to know."""
+    device = device_of(spec.instance) if spec.instance else here
+    try:
+        return not placing.wants_simulation(known_base(spec), device)
+    except Unknown:
+        return False
+
+
+def draft(spec: Spec, *, here: Device, base: Base | None = None) -> Plan:
     """The plan that the spec alone allows: no data, no weights, no network.
 
-    Sized for the spec's machine type if it names one, else for the device `here`. Raises SpecError,
-    with code PLAN-107 for a hub model that is not among the presets: its shape is not known here.
+    Sized for the spec's machine type if it names one, else for the device `here`. `base` is what is
+    known of the base model, where that is more than presets and a folder tell; without it a hub
+    model that is not among the presets is refused: Unknown, PLAN-107. Raises SpecError.
     """
     device = device_of(spec.instance) if spec.instance else here
-    return make(spec, known_base(spec), device, lengths=None, versions={})
+    return make(spec, base or known_base(spec), device, lengths=None, versions={})

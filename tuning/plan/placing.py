@@ -7,6 +7,8 @@ from dataclasses import replace
 from tuning import presets, sizing
 from tuning.device import Device
 from tuning.errors import SpecError
+from tuning.ledger import Unknown, Variant
+from tuning.plan import choices
 from tuning.plan.base import Base
 from tuning.plan.choices import batch
 from tuning.plan.values import Lengths, Placement, Recipe
@@ -27,28 +29,32 @@ def place(
     lengths: Lengths | None,
     reasons: dict[str, str],
 ) -> tuple[Placement, Fit | None]:
-    """How `device` carries out `recipe`: never changes the run id, may differ at each start.
+    """How `device` carries out `recipe`, and what that takes where it is known.
 
-    On a GPU, for a model whose memory is known, the fastest placement that fits. Raises SpecError
-    (PLAN-120) when none does, with the smallest machine that would hold it.
+    On a GPU, for a model whose memory is known, the fastest placement that fits; on a CPU the usual
+    one, or the next smaller that fits. Raises SpecError (PLAN-120) when none does, with the
+    smallest machine that would hold it.
     """
-    settings = spec.settings
+    settings, model = spec.settings, base.sized(device)
     micro_batch, checkpointing, fit = _unsized(recipe, settings, reasons), False, None
-    attention = settings.attention or "sdpa"
-    model = sizing.model(base.facts) if device.kind == "cuda" else None
     if model is not None:
-        demand = _demand(recipe, settings, lengths)
-        fit = sizing.best(model, demand, device.gpu, memory=device.memory_bytes)
+        demand = _demand(recipe, settings, lengths, device)
+        if device.kind == "cuda":
+            fit = sizing.best(model, demand, device.gpu, memory=device.memory_bytes)
+        else:
+            fit = sizing.first(model, demand, micro_batch, memory=device.memory_bytes)
         if fit is None:
             raise _does_not_fit(model, demand, base, device)
         micro_batch, checkpointing = fit.micro_batch, fit.checkpointing
         taken = f"{fit.ledger.total / 2**30:.1f} of {device.memory_bytes / 2**30:.1f} GiB"
-        reasons["micro_batch"] = f"the fastest that fits: {taken}"
+        how = "the fastest that fits" if device.kind == "cuda" else "fits"
+        reasons["micro_batch"] = f"{how}: {taken}"
         why = "nothing smaller would fit" if checkpointing else "it fits without; saves a third"
         reasons["checkpointing"] = why
     elif device.kind == "cuda":
         checkpointing = True
-        reasons["checkpointing"] = "nobody has sized this model: the careful way"
+        unsized = base.unsized or "nobody has sized this model"
+        reasons["checkpointing"] = f"{unsized}: the careful way"
     if settings.checkpointing is not None:
         checkpointing = settings.checkpointing
         reasons["checkpointing"] = "set in the config"
@@ -58,10 +64,27 @@ def place(
         micro_batch=micro_batch,
         accumulation=recipe.global_batch // micro_batch,
         checkpointing=checkpointing,
-        attention=attention,
+        attention=settings.attention or "sdpa",
         threads=_threads(base, device, reasons),
     )
     return placement, fit
+
+
+def wants_simulation(base: Base, device: Device) -> bool:
+    """Whether the model is worth a simulation: nothing else tells whether it fits `device`."""
+    small = base.facts is not None and base.facts.parameters < SMALL_ON_CPU
+    return base.sized(device) is None and not (device.kind == "cpu" and small)
+
+
+def variants(spec: Spec, device: Device) -> list[Variant]:
+    """The ways to train that a plan for `device` chooses among."""
+    precision = spec.settings.dtype or choices.precision(device)[0]
+    attention = "eager" if spec.settings.attention == "eager" else "sdpa"
+    dropout = bool(spec.settings.dropout)
+    return [
+        Variant(spec.method, precision, attention, checkpointing, dropout, device.kind)  # type: ignore[arg-type]
+        for checkpointing in (False, True)
+    ]
 
 
 def fallbacks(placement: Placement) -> list[Placement]:
@@ -117,7 +140,9 @@ def _unsized(recipe: Recipe, settings: Settings, reasons: dict[str, str]) -> int
     return _divisor(recipe.global_batch, 4)
 
 
-def _demand(recipe: Recipe, settings: Settings, lengths: Lengths | None) -> sizing.Demand:
+def _demand(
+    recipe: Recipe, settings: Settings, lengths: Lengths | None, device: Device
+) -> sizing.Demand:
     quantisation = recipe.quantisation or {}
     return sizing.Demand(
         method=recipe.method,
@@ -125,12 +150,13 @@ def _demand(recipe: Recipe, settings: Settings, lengths: Lengths | None) -> sizi
         rank=recipe.rank,
         dropout=recipe.dropout,
         optimizer=recipe.optimizer,
-        attention="sdpa",
+        attention="eager" if settings.attention == "eager" else "sdpa",
         double_quant=bool(quantisation.get("double", True)),
         targets=recipe.targets,
         length=recipe.max_length,
         rows=recipe.global_batch,
         packed=recipe.packing,
+        device=device.kind,
         span=lengths.mean if lengths else float(recipe.max_length),
         micro_batch=settings.micro_batch,
         checkpointing=settings.checkpointing,
@@ -146,12 +172,12 @@ def shortened(
     reasons: dict[str, str],
 ) -> Recipe:
     """The recipe with rows short enough for the GPU, where the user left their length to us."""
-    model = sizing.model(base.facts) if device.kind == "cuda" else None
+    model = base.sized(device)
     if model is None:
         return recipe
     whole = recipe
     while recipe.max_length > SHORTEST:
-        demand = _demand(recipe, spec.settings, lengths)
+        demand = _demand(recipe, spec.settings, lengths, device)
         if sizing.smallest(model, demand, device.gpu).fits(device.memory_bytes):
             return recipe
         reasons["max_length"] = f"{whole.max_length} would not fit the memory of {device.name}"
@@ -174,10 +200,7 @@ def _does_not_fit(
     changes = []
     if machine is not None:
         changes.append(f"use {machine.name} ({machine.gpus} x {machine.gpu.name}) or larger")
-    smaller = replace(demand, method="qlora")
-    if demand.method == "lora" and sizing.smallest(model, smaller, device.gpu).fits(
-        device.memory_bytes
-    ):
+    if demand.method == "lora" and _fits(model, replace(demand, method="qlora"), device):
         changes.append("or method qlora, which fits here")
     return SpecError.at(
         "PLAN-120",
@@ -186,6 +209,13 @@ def _does_not_fit(
         f"at least {least.total / 2**30:.1f} GiB ({largest}), and {free:.1f} GiB are there",
         ", ".join(changes) or "choose a smaller model: no known machine holds this one on a GPU",
     )
+
+
+def _fits(model: sizing.Model, demand: sizing.Demand, device: Device) -> bool:
+    try:
+        return sizing.smallest(model, demand, device.gpu).fits(device.memory_bytes)
+    except Unknown:  # of a simulated model only the asked ways are known
+        return False
 
 
 def _divisor(number: int, at_most: int) -> int:

@@ -1,0 +1,55 @@
+"""The memory of a base model that no preset knows: looked up at the hub, and simulated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from tuning import base, plan, simulated
+from tuning.console import Console
+from tuning.device import Device
+from tuning.pipeline.options import base_reference, declared_name
+from tuning.spec import Spec
+
+
+def draft(spec: Spec, *, here: Device, token: str | None, console: Console) -> plan.Plan:
+    """The plan that the spec alone allows, for any model.
+
+    Asks the hub for the config of a model that is not among the presets, and simulates its memory
+    where torch is installed. Raises SpecError, RefusedError or TransientError.
+    """
+    device = plan.device_of(spec.instance) if spec.instance else here
+    try:
+        known = plan.known_base(spec)
+    except plan.Unknown:
+        console.say(f"Asking the hub about {spec.base_model or spec.preset} ...")
+        name, revision = base_reference(spec)
+        found = base.resolve(name, revision=revision, token=token)
+        config = base.check(found, token=token)
+        known = plan.base_from_config(declared_name(spec), found.revision, config)
+    return plan.draft(spec, here=here, base=sized(spec, known, device, console=console))
+
+
+def sized(
+    spec: Spec,
+    known: plan.Base,
+    device: Device,
+    *,
+    console: Console,
+    stop: Callable[[], bool] = lambda: False,
+    keep_open: tuple[int, ...] = (),
+) -> plan.Base:
+    """`known`, with its memory simulated if nothing else tells it; or why that was not possible."""
+    if not known.config or not plan.wants_simulation(known, device):
+        return known
+    try:
+        found = simulated.coefficients(
+            known.config,
+            variants=plan.variants(spec, device),
+            begin=lambda: console.say("Sizing the model, which is not among the presets ..."),
+            stop=stop,
+            keep_open=keep_open,
+        )
+    except simulated.Impossible as why:
+        return replace(known, unsized=f"it could not be simulated, since {why}")
+    return replace(known, simulated=found)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import mmap
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,17 +14,11 @@ import pyarrow.ipc
 from tuning import files
 from tuning.data import bins
 from tuning.data.over_length import Piece, pieces
+from tuning.data.rows import PIECE, SCHEMA, Ints, Rows, ramps
 from tuning.errors import DataError
 
-IGNORED = -100
-WRITTEN_TOGETHER = 256
-SCHEMA = pa.schema(
-    [(name, pa.list_(pa.int32())) for name in ("input_ids", "labels", "seq_lengths")]
-)
-PIECE = np.dtype(
-    [("row", "i4"), ("start", "i4"), ("end", "i4"), ("lead", "i4"), ("clip", "?")]
-)  # over_length.Piece
-Ints = np.ndarray[Any, np.dtype[np.int32]]
+WRITTEN_TOGETHER = 256  # bins
+FORGOTTEN_AFTER = 64  # so many of these
 
 
 def run(request: dict[str, Any]) -> dict[str, Any]:
@@ -55,54 +47,6 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
     }
     files.write_json(out / "packed.json", result)
     return result
-
-
-class Rows:
-    """The tokenised rows, mapped into memory, each reachable by its number."""
-
-    def __init__(self, path: Path) -> None:
-        with path.open("rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        reader = pa.ipc.open_file(pa.BufferReader(pa.py_buffer(self._map)))
-        starts, lengths = [0], []
-        self._batches: list[tuple[Ints, Ints, Ints, Ints, Any, Any]] = []
-        for number in range(reader.num_record_batches):
-            batch = reader.get_batch(number)
-            ids, trained = batch.column(0), batch.column(1)
-            ends = ids.offsets.to_numpy()
-            self._batches.append(
-                (
-                    ends,
-                    ids.values.to_numpy(),
-                    trained.offsets.to_numpy(),
-                    trained.values.to_numpy(),
-                    batch.column(2).to_numpy(),
-                    batch.column(3).to_numpy(),
-                )
-            )
-            starts.append(starts[-1] + batch.num_rows)
-            lengths.append(np.diff(ends))
-        self._starts = np.array(starts)
-        self.lengths: Ints = np.concatenate(lengths)
-
-    def _find(self, row: int) -> tuple[int, int]:
-        number = int(np.searchsorted(self._starts, row, side="right")) - 1
-        return number, row - int(self._starts[number])
-
-    def forget(self) -> None:
-        """Give back the memory of the rows read so far; the file stays mapped."""
-        self._map.madvise(mmap.MADV_DONTNEED)
-
-    def get(self, row: int) -> tuple[Ints, Ints]:
-        """Ids and flat trained ranges of one row."""
-        number, at = self._find(row)
-        ends, ids, marked, marks, _, _ = self._batches[number]
-        return ids[ends[at] : ends[at + 1]], marks[marked[at] : marked[at + 1]]
-
-    def place(self, row: int) -> tuple[int, int]:
-        """The number of the file, and the line or row in it, that `row` came from."""
-        number, at = self._find(row)
-        return int(self._batches[number][4][at]), int(self._batches[number][5][at])
 
 
 @dataclass
@@ -205,9 +149,14 @@ class _Job:
         self.counts["split"] += len(made) > 1
         self.counts["truncated"] += len(made) == 1
         self.counts["lost_tokens"] += length - sum(p.end - p.start + p.lead for p in made)
-        kept = [piece for piece in made if _labels(piece, ids, trained).max() != IGNORED]
+        kept = [piece for piece in made if self._learns(piece)]
         self.dropped["no token to learn after cutting"] += len(made) - len(kept)
         return kept
+
+    def _learns(self, piece: Piece) -> bool:
+        """Whether a cut piece has a token to learn."""
+        made = np.array([astuple(piece)], dtype=PIECE)
+        return self.rows.gather(made, np.array([1]))[1] > 0
 
     def _lead(self, ids: Ints) -> int:
         """1 if the row opens with the beginning-of-sequence token."""
@@ -253,43 +202,20 @@ class _Job:
         trained = 0
         try:
             with pa.OSFile(str(scratch), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
-                for begin in range(0, len(order), WRITTEN_TOGETHER):
-                    rows = [
-                        [Piece(*found[piece].item()) for piece in members[starts[bin] : ends[bin]]]
-                        for bin in order[begin : begin + WRITTEN_TOGETHER]
-                    ]
-                    record = self._record(rows)
-                    trained += int((record.column(1).values.to_numpy() != IGNORED).sum())
+                for number, begin in enumerate(range(0, len(order), WRITTEN_TOGETHER)):
+                    bins_ = order[begin : begin + WRITTEN_TOGETHER]
+                    counts = ends[bins_] - starts[bins_]
+                    chosen = members[ramps(starts[bins_], counts)]
+                    record, labelled = self.rows.gather(found[chosen], counts)
+                    trained += labelled
                     writer.write_batch(record)
-                    self.rows.forget()
+                    if number % FORGOTTEN_AFTER == 0:
+                        self.rows.forget()
             files.sync_file(scratch)
             scratch.replace(path)
         finally:
             scratch.unlink(missing_ok=True)
         return trained
-
-    def _record(self, rows: Sequence[Sequence[Piece]]) -> pa.RecordBatch:
-        ids: list[Ints] = []
-        labels: list[Ints] = []
-        sizes: list[int] = []
-        for row in rows:
-            for piece in row:
-                all_ids, trained = self.rows.get(piece.row)
-                kept = all_ids[piece.start : piece.end]
-                ids.append(np.concatenate((all_ids[: piece.lead], kept)) if piece.lead else kept)
-                labels.append(_labels(piece, all_ids, trained))
-                sizes.append(len(ids[-1]))
-        per_row = [len(row) for row in rows]
-        document_ends = np.cumsum(per_row)
-        token_ends = np.cumsum(sizes)[document_ends - 1]
-        return pa.record_batch(
-            [
-                _lists(np.concatenate(ids), token_ends),
-                _lists(np.concatenate(labels), token_ends),
-                _lists(np.array(sizes, dtype=np.int32), document_ends),
-            ],
-            schema=SCHEMA,
-        )
 
     def check(self, train: Any) -> None:
         """Raise DataError if the user's batch is larger than what there is to train on."""
@@ -327,7 +253,7 @@ def assign(sizes: Any, *, size: int, seed: int) -> tuple[Any, Any]:
     """
     found, counts = np.unique(sizes, return_counts=True)
     patterns = bins.pack(zip(found.tolist(), counts.tolist(), strict=True), size=size)
-    drawn = np.random.RandomState(seed).permutation(len(sizes))
+    drawn = np.random.RandomState(seed).permutation(np.arange(len(sizes), dtype=np.int32))
     by_length = drawn[np.argsort(sizes[drawn], kind="stable")]
     ends = np.cumsum(counts)
     nexts = dict(zip(found.tolist(), (ends - counts).tolist(), strict=True))
@@ -342,22 +268,3 @@ def assign(sizes: Any, *, size: int, seed: int) -> tuple[Any, Any]:
         members.append(np.stack(columns, axis=1).ravel())
         widths.append(np.full(number, len(pattern)))
     return np.concatenate(members), np.cumsum(np.concatenate(widths))
-
-
-def _labels(piece: Piece, ids: Ints, trained: Ints) -> Ints:
-    """The labels of `piece`; its first token has none, since nothing before it predicts it."""
-    labels = np.full(piece.lead + piece.end - piece.start, IGNORED, dtype=np.int32)
-    shift = piece.lead - piece.start
-    for start, end in zip(trained[::2].tolist(), trained[1::2].tolist(), strict=True):
-        if start < piece.start and not piece.clip:
-            continue
-        start, end = max(start, piece.start), min(end, piece.end)
-        if start < end:
-            labels[start + shift : end + shift] = ids[start:end]
-    labels[0] = IGNORED
-    return labels
-
-
-def _lists(values: Ints, ends: Any) -> pa.ListArray:
-    offsets = np.concatenate(([0], ends)).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))

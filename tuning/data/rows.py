@@ -1,0 +1,147 @@
+"""The tokenised rows, mapped into memory, and training rows gathered from them.
+
+All of it is arithmetic on whole arrays: a training row is some hundred short documents from
+anywhere in the file, and a Python loop over them would take longer than tokenising did.
+"""
+
+from __future__ import annotations
+
+import mmap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.ipc
+
+IGNORED = -100
+SCHEMA = pa.schema(
+    [(name, pa.list_(pa.int32())) for name in ("input_ids", "labels", "seq_lengths")]
+)
+PIECE = np.dtype(
+    [("row", "i4"), ("start", "i4"), ("end", "i4"), ("lead", "i4"), ("clip", "?")]
+)  # over_length.Piece
+Ints = np.ndarray[Any, np.dtype[np.int32]]
+Wide = np.ndarray[Any, np.dtype[np.int64]]
+
+
+@dataclass(frozen=True)
+class _Lists:
+    """A column of lists in a file of int32: for each record batch, where its parts begin."""
+
+    ends: Wide  # of the lists, in the values
+    values: Wide
+
+    def find(self, file: Ints, batch: Wide, at: Wide) -> tuple[Wide, Wide]:
+        """Where the lists `at` of the batches `batch` begin in `file`, and how long they are."""
+        first, last = file[self.ends[batch] + at], file[self.ends[batch] + at + 1]
+        return self.values[batch] + first, (last - first).astype(np.int64)
+
+
+class Rows:
+    """The file `rows.arrow`, each row reachable by its number."""
+
+    def __init__(self, path: Path) -> None:
+        with path.open("rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        whole = pa.py_buffer(self._map)
+        self._file: Ints = np.frombuffer(self._map, dtype=np.int32, count=len(self._map) // 4)
+        reader = pa.ipc.open_file(pa.BufferReader(whole))
+        batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+        self._ids = _lists_of(batches, 0, whole.address)
+        self._marks = _lists_of(batches, 1, whole.address)
+        self._places = [(b.column(2).to_numpy(), b.column(3).to_numpy()) for b in batches]
+        self._starts: Wide = np.cumsum([0, *(batch.num_rows for batch in batches)])
+        lengths = [np.diff(batch.column(0).offsets.to_numpy()) for batch in batches]
+        self.lengths: Ints = np.concatenate(lengths)
+
+    def forget(self) -> None:
+        """Give back the memory of the rows read so far; the file stays mapped."""
+        self._map.madvise(mmap.MADV_DONTNEED)
+
+    def get(self, row: int) -> tuple[Ints, Ints]:
+        """Ids and flat trained ranges of one row."""
+        batch, at = self._find(np.array([row]))
+        (begin,), (length,) = self._ids.find(self._file, batch, at)
+        (first,), (count,) = self._marks.find(self._file, batch, at)
+        return self._file[begin : begin + length], self._file[first : first + count]
+
+    def place(self, row: int) -> tuple[int, int]:
+        """The number of the file, and the line or row in it, that `row` came from."""
+        (batch,), (at,) = self._find(np.array([row]))
+        files, places = self._places[batch]
+        return int(files[at]), int(places[at])
+
+    def _find(self, rows: Any) -> tuple[Wide, Wide]:
+        batch = np.searchsorted(self._starts, rows, side="right") - 1
+        return batch, rows - self._starts[batch]
+
+    def gather(self, pieces: Any, counts: Wide) -> tuple[pa.RecordBatch, int]:
+        """Training rows as SCHEMA has them, of `counts` pieces each; and their trained tokens.
+
+        `pieces` is an array of PIECE. A piece's first token has no label, since nothing before it
+        predicts it.
+        """
+        batch, at = self._find(pieces["row"].astype(np.int64))
+        begin, _ = self._ids.find(self._file, batch, at)
+        start, end = pieces["start"].astype(np.int64), pieces["end"].astype(np.int64)
+        lead = pieces["lead"].astype(np.int64)
+        sizes = lead + end - start
+        first = np.concatenate(([0], np.cumsum(sizes)[:-1]))  # of each piece, in what is gathered
+        index = ramps(begin + start - lead, sizes)
+        led = lead > 0
+        index[first[led]] = begin[led]
+        ids = self._file[index]
+        trained = np.zeros(len(ids), dtype=bool)
+        trained[self._trained(pieces, batch, at, first - start + lead)] = True
+        trained[first] = False
+        labels = np.where(trained, ids, np.int32(IGNORED))
+        documents = np.cumsum(counts)
+        tokens = np.cumsum(sizes)[documents - 1]
+        columns = [
+            lists(ids, tokens),
+            lists(labels, tokens),
+            lists(sizes.astype(np.int32), documents),
+        ]
+        return pa.record_batch(columns, schema=SCHEMA), int(trained.sum())
+
+    def _trained(self, pieces: Any, batch: Wide, at: Wide, shift: Wide) -> Wide:
+        """Which gathered tokens lie in a trained range; `shift` is what a piece moved by.
+
+        A range that begins before its piece is clipped where the piece says so, else left out.
+        """
+        first, count = self._marks.find(self._file, batch, at)
+        marks = self._file[ramps(first, count)].astype(np.int64)
+        piece = np.repeat(np.arange(len(pieces)), count // 2)
+        begins, ends = marks[::2], marks[1::2]
+        low, high = pieces["start"][piece], pieces["end"][piece]
+        kept = (begins >= low) | pieces["clip"][piece]
+        begins, ends = np.maximum(begins, low), np.minimum(ends, high)
+        kept &= begins < ends
+        return ramps((begins + shift[piece])[kept], (ends - begins)[kept])
+
+
+def _lists_of(batches: list[pa.RecordBatch], column: int, base: int) -> _Lists:
+    """Where the lists of `column` are, in int32 from the address `base`."""
+    ends, values = [], []
+    for batch in batches:
+        _, offsets, *_ = batch.column(column).buffers()
+        content = batch.column(column).values.buffers()[1]
+        ends.append((offsets.address - base) // 4)
+        values.append((content.address - base) // 4 if content is not None else 0)
+    return _Lists(np.array(ends, dtype=np.int64), np.array(values, dtype=np.int64))
+
+
+def ramps(starts: Wide, sizes: Wide) -> Wide:
+    """start, start + 1, ... for each start, as many as its size says, one behind the other."""
+    ends = np.cumsum(sizes)
+    total = int(ends[-1]) if len(ends) else 0
+    made: Wide = np.arange(total) + np.repeat(starts - (ends - sizes), sizes)
+    return made
+
+
+def lists(values: Ints, ends: Any) -> pa.ListArray:
+    """Arrow lists of int32 that end at `ends` of `values`."""
+    offsets = np.concatenate(([0], ends)).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))

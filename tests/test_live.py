@@ -35,18 +35,7 @@ def test_the_last_step_is_served_for_programs_and_for_people(get, tmp_path):
     page = get("/")
     assert "step 3 of 12" in page
     assert "&lt;demo&gt;" in page
-    assert "█▁" in page
-
-
-def test_the_report_of_a_finished_run_stays_as_it_is(tmp_path):
-    """It is the same page without the reload, and loads nothing from anywhere."""
-    (tmp_path / "metrics.jsonl").write_text(json.dumps(STEP) + "\n")
-
-    kept = live.report(tmp_path, name="demo")
-
-    assert "step 3 of 12" in kept
-    assert "refresh" not in kept
-    assert "src=" not in kept
+    assert 'http-equiv="refresh"' in page
 
 
 def test_other_paths_are_not_found(get):

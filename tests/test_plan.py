@@ -2,15 +2,19 @@
 
 import json
 from dataclasses import asdict, replace
+from pathlib import Path
 
+import jsonschema
 import pytest
 
 from tuning import plan, presets
 from tuning.device import Device
 from tuning.errors import SpecError
 from tuning.plan import Base, Lengths
+from tuning.plan.schema import schema
 from tuning.spec import Destination, Settings, Source, Spec
 
+ROOT = Path(__file__).resolve().parents[1]
 H100 = Device("cuda", "H100", 1, 80 * 2**30, True, (9, 0))
 CPU = Device("cpu", "CPU", 1, 16 * 2**30, True)
 PHI = presets.find("phi-3-mini-128k-instruct")
@@ -52,6 +56,19 @@ def test_keeping_the_best_weights_takes_held_out_rows_and_several_looks():
     assert "ten looks" in decided.reasons["eval_steps"]
     with pytest.raises(SpecError, match=r"PLAN-109 .*load_best_model_at_end"):
         make(spec(keep_best=True))
+
+
+@pytest.mark.parametrize("stage", ["draft", "frozen"])
+def test_the_json_of_a_plan_follows_its_schema(stage):
+    """What programs read is described by configs/plan.schema.json, which the code wrote."""
+    kept = json.loads((ROOT / "configs" / "plan.schema.json").read_text())
+    decided = make(spec(), lengths=None if stage == "draft" else CHAT)
+    if stage == "frozen":
+        decided = plan.freeze(decided, spec(), rows=500, data=("d",))
+
+    jsonschema.validate(json.loads(json.dumps(decided.to_json())), kept)
+
+    assert schema() == kept
 
 
 def test_what_the_user_sets_wins():

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from tuning import files, presets, sizing, spec
+from tuning.plan.schema import schema
 from tuning.spec import keys
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -17,6 +18,7 @@ def generated() -> dict[Path, str]:
         ROOT / "docs" / "config-keys.md": keys.page(),
         ROOT / "docs" / "fit.md": sizing.markdown(),
         ROOT / "docs" / "presets.md": presets.markdown(),
+        ROOT / "configs" / "plan.schema.json": json.dumps(schema(), indent=2) + "\n",
         ROOT / "configs" / "workspace.schema.json": json.dumps(spec.json_schema(), indent=2) + "\n",
     }
 

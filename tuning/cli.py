@@ -108,6 +108,10 @@ def run(
     port: Annotated[
         int | None, typer.Option(metavar="PORT", help="Serve progress on this port meanwhile.")
     ] = None,
+    record: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Append planned and measured memory and speed, as JSON."),
+    ] = None,
     grace: Annotated[
         float, typer.Option(min=6, metavar="SECONDS", help="From SIGTERM to SIGKILL, here.")
     ] = 30.0,
@@ -131,6 +135,7 @@ def run(
         insecure=insecure,
         questions=tuple(ask or ()),
         port=port,
+        record=record,
         grace=grace,
     )
     summary = pipeline.live(spec, options, Console())

@@ -6,7 +6,6 @@ itself. On in a Job (the operator polls it), off locally unless asked for.
 
 from __future__ import annotations
 
-import html
 import http.server
 import json
 import threading
@@ -15,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tuning import card, result
+from tuning import report, result
 from tuning.errors import SpecError
 
 GAUGES = {
@@ -26,12 +25,6 @@ GAUGES = {
     "eta_seconds": "seconds until the last step",
     "memory_bytes": "peak memory of the training process",
 }
-EVERY_5_SECONDS = '<meta http-equiv="refresh" content="5">'
-PAGE = """<!doctype html><meta charset="utf-8">{reload}
-<title>{name}</title><body style="font: 16px/1.5 system-ui; max-width: 46em; margin: 2em auto">
-<h1>{name}</h1><p>{state}</p><p style="font-size: 2em; letter-spacing: -1px">{curve}</p>
-<table>{rows}</table>
-"""
 
 
 @contextmanager
@@ -70,7 +63,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             case "/metrics":
                 self._send(metrics(now or {}), "text/plain; version=0.0.4")
             case "/":
-                self._send(page(self.run_folder, self.run_name, now), "text/html; charset=utf-8")
+                shown = report.page(self.run_folder, name=self.run_name, reload=True)
+                self._send(shown, "text/html; charset=utf-8")
             case _:
                 self.send_error(404)
 
@@ -98,30 +92,3 @@ def metrics(now: dict[str, Any]) -> str:
                 f"tuning_{name} {value}",
             ]
     return "\n".join([*lines, ""])
-
-
-def report(run: Path, *, name: str) -> str:
-    """The page of a finished run, to keep as `report.html`: one file, nothing loaded."""
-    return page(run, name, result.progress(run), reload="")
-
-
-def page(run: Path, name: str, now: dict[str, Any] | None, *, reload: str = EVERY_5_SECONDS) -> str:
-    """A page for a person: how far, how fast, and the loss so far."""
-    losses = [record["loss"] for record in _records(run) if isinstance(record.get("loss"), float)]
-    state = f"step {now['step']:,} of {now['steps']:,}" if now else "not training yet"
-    rows = "".join(
-        f"<tr><td>{html.escape(meaning)}</td><td>{html.escape(f'{now[key]:,.4g}')}</td></tr>"
-        for key, meaning in GAUGES.items()
-        if now and isinstance(now.get(key), int | float)
-    )
-    return PAGE.format(
-        reload=reload, name=html.escape(name), state=state, curve=card.curve(losses), rows=rows
-    )
-
-
-def _records(run: Path) -> list[dict[str, Any]]:
-    try:
-        lines = (run / "metrics.jsonl").read_text().splitlines()
-    except FileNotFoundError:
-        return []
-    return [json.loads(line) for line in lines if line.endswith("}")]

@@ -169,6 +169,8 @@ def plan_table(plan: Plan) -> rich.table.Table:
         "checkpointing": "on" if placement.checkpointing else "off",
         "attention": placement.attention,
         "threads": placement.threads,
+        "speed": plan.tokens_per_second and f"{plan.tokens_per_second:,.0f} tokens/s",
+        "time": _time(plan),
     }
     return table(
         ("what", "value", "why"),
@@ -178,6 +180,17 @@ def plan_table(plan: Plan) -> rich.table.Table:
             if value is not None
         ],
     )
+
+
+def _time(plan: Plan) -> str | None:
+    """How long it will take; of a draft, how long for each million tokens."""
+    gpus = plan.placement.ranks
+    if plan.seconds is not None:
+        hours = plan.seconds * gpus / 3600
+        return f"{duration(plan.seconds)}, {hours:,.2f} GPU-hours"
+    if plan.tokens_per_second is None:
+        return None
+    return f"{duration(1e6 / plan.tokens_per_second)} for each million tokens"
 
 
 def memory_table(plan: Plan) -> rich.table.Table | None:
@@ -198,6 +211,8 @@ def summary_lines(summary: Summary) -> list[str]:
     answers = t.get("answers") or []
     folder = str(summary.adapter)
     speed = f"{t['tokens_per_second']:,.0f} tokens/s, {duration(t['seconds'])} of training"
+    if foretold := summary.planned["tokens_per_second"]:
+        speed += f"; planned {foretold:,.0f}"
     talk = [python(), "-m", "tuning", "chat", "--base", summary.base, "--adapter", folder]
     lines = [
         (
@@ -205,6 +220,7 @@ def summary_lines(summary: Summary) -> list[str]:
             f"{t['loss_first']:.3f} -> {t['loss_last']:.3f} in {t['steps']:,} steps{_held_out(t)}",
         ),
         ("speed", speed if t["seconds"] else "nothing was trained here: the registry had this run"),
+        *memory_line(summary),
         ("trained", f"{share:.2f} % of the weights ({t['trainable']:,} parameters)"),
         ("adapter", f"{size(summary.adapter_bytes)} in {folder}"),
         ("image", f"{summary.references[0]}@{summary.digest}"),
@@ -215,6 +231,15 @@ def summary_lines(summary: Summary) -> list[str]:
         lines.append(("after", f"{first['question']} {one_line(first['tuned'])}"))
     lines.append(("talk to it", shlex.join([*talk, "--compare"])))
     return [f"{name:<11} {text}" for name, text in lines]
+
+
+def memory_line(summary: Summary) -> list[tuple[str, str]]:
+    """The measured peak beside the planned one, where there is a plan of it."""
+    measured, planned = summary.training["peak_memory_bytes"], summary.planned["peak_bytes"]
+    if not measured or not planned:
+        return []
+    off = 100 * (measured - planned) / planned
+    return [("memory", f"{size(measured)} at the peak; planned {size(planned)} ({off:+.1f} %)")]
 
 
 def _held_out(training: dict[str, Any]) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
-from tuning import base, card, delivery, files, image, live
+from tuning import base, card, delivery, files, image, report
 from tuning.pipeline.run import Run, Value, key_of
 from tuning.plan import Plan
 
@@ -21,6 +23,7 @@ class Summary:
     adapter_bytes: int
     base: str  # what to give to `chat --base`
     training: Value  # the training child's answer
+    planned: Value  # peak_bytes, tokens_per_second, seconds: as far as they were foretold
 
     def to_json(self) -> Value:
         """For `run --json` and the journal."""
@@ -109,12 +112,38 @@ def finish(
         adapter=str(adapter),
         adapter_bytes=(adapter / "adapter_model.safetensors").stat().st_size,
         base=run.spec.base_model or run.spec.preset,
+        planned=decided.foretold(),
         training=training
         | {
             f"eval_perplexity_{when}": card.perplexity(training[f"eval_loss_{when}"])
             for when in ("before", "after")
         },
     )
-    files.write(run.folder / "report.html", live.report(run.folder, name=run.spec.name))
+    if run.options.record is not None and training["seconds"]:
+        _keep(run.options.record, decided, training)
+    files.write(run.folder / "report.html", report.page(run.folder, name=run.spec.name))
     run.book.do("finish", inputs, summary.to_json)
     return summary
+
+
+def _keep(path: Path, decided: Plan, training: Value) -> None:
+    """Append what was planned and what was measured; for `benchmarks/results/plan.jsonl`."""
+    recipe = decided.recipe
+    record = {
+        "date": datetime.date.today().isoformat(),
+        "device": decided.device.name,
+        "base": recipe.base_model,
+        "method": recipe.method,
+        "rank": recipe.rank,
+        "max_length": recipe.max_length,
+        "placement": asdict(decided.placement),
+        "versions": recipe.versions,
+        "planned": decided.foretold(),
+        "measured": {
+            "peak_bytes": training["peak_memory_bytes"],
+            "tokens_per_second": training["tokens_per_second"],
+            "seconds": training["seconds"],
+        },
+    }
+    with path.open("ab") as file:
+        file.write(files.canonical(record) + b"\n")

@@ -47,6 +47,8 @@ def place(
             raise _does_not_fit(model, demand, base, device)
         micro_batch, checkpointing = fit.micro_batch, fit.checkpointing
         taken = f"{fit.ledger.total / 2**30:.1f} of {device.memory_bytes / 2**30:.1f} GiB"
+        if fit.seconds_per_token is not None:
+            reasons["speed"] = "a roofline from the card's datasheet; the run measures it"
         how = "the fastest that fits" if device.kind == "cuda" else "fits"
         reasons["micro_batch"] = f"{how}: {taken}"
         why = "nothing smaller would fit" if checkpointing else "it fits without; saves a third"

@@ -119,6 +119,26 @@ class Plan:
         tokens = recipe.steps * recipe.global_batch * recipe.max_length
         return tokens * self.fit.seconds_per_token / self.placement.ranks
 
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Predicted tokens a second of all GPUs together, padding counted."""
+        if self.fit is None or self.fit.seconds_per_token is None:
+            return None
+        return self.placement.ranks / self.fit.seconds_per_token
+
+    def foretold(self) -> dict[str, Any]:
+        """What a run is compared with: None where nobody knows.
+
+        `peak_bytes` is what torch allocates at its peak, on a CPU what the process takes.
+        """
+        ledger = self.fit.ledger if self.fit else None
+        cuda = self.placement.device == "cuda"
+        return {
+            "peak_bytes": ledger and (ledger.allocated if cuda else ledger.total),
+            "tokens_per_second": self.tokens_per_second,
+            "seconds": self.seconds,
+        }
+
     def to_json(self) -> dict[str, Any]:
         """For `plan.json` and `plan --json`."""
         return {
@@ -129,18 +149,19 @@ class Plan:
             "reasons": self.reasons,
             "lengths": asdict(self.lengths) if self.lengths else None,
             "rows": self.rows,
-            "memory": _memory_json(self.fit, self.device),
-            "seconds": self.seconds,
+            "memory": _memory_json(self),
+            "speed": {"tokens_per_second": self.tokens_per_second, "seconds": self.seconds},
         }
 
 
-def _memory_json(fit: Fit | None, device: Device) -> dict[str, Any] | None:
-    if fit is None:
+def _memory_json(plan: Plan) -> dict[str, Any] | None:
+    if plan.fit is None:
         return None
+    ledger = plan.fit.ledger
     return {
-        "terms": fit.ledger.terms,
-        "total": fit.ledger.total,
-        "free": device.memory_bytes,
-        "moment": fit.ledger.moment,
-        "tokens_per_second": fit.seconds_per_token and 1 / fit.seconds_per_token,
+        "terms": ledger.terms,
+        "total": ledger.total,
+        "allocated": plan.foretold()["peak_bytes"],
+        "free": plan.device.memory_bytes,
+        "moment": ledger.moment,
     }

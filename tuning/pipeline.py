@@ -15,7 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -175,6 +175,7 @@ class _Story:
     book: journal.Journal
     stop: threading.Event
     phase: str = "start"
+    ahead: process.Ahead | None = None  # the training child, while it only loads its libraries
 
     def live(self) -> Summary:
         """One screen: what happens, in order."""
@@ -193,10 +194,11 @@ class _Story:
         self._check(model)
         data = self._fetch()
         weights = self._weights(model)
-        rows = self._tokenise(data, weights, model)
-        decided, packed = self._plan(rows, data, weights, model)
-        held = self._claim(decided.recipe.run_id)
-        training = self._train(decided, packed, weights, model, held=held)
+        with self._training_ahead() as self.ahead:
+            rows = self._tokenise(data, weights, model)
+            decided, packed = self._plan(rows, data, weights, model)
+            held = self._claim(decided.recipe.run_id)
+            training = self._train(decided, packed, weights, model, held=held)
         digest = self._package(decided, training, packed, model)
         references = self._deliver(decided, digest)
         return self._finish(inputs, decided, training, digest, references)
@@ -286,6 +288,7 @@ class _Story:
                 stop_asked=self.stop.is_set,
                 tick=tick,
                 grace=max(1.0, self.options.grace - LAST_SECONDS),
+                ahead=self.ahead if room == "train" else None,
             )
         except process.Hung as hung:
             raise _hang(hung, self.phase, output) from None
@@ -293,6 +296,14 @@ class _Story:
             if self.stop.is_set():
                 raise _stopped(self.phase) from None
             raise _death(died, self.phase, output) from None
+
+    def _training_ahead(self) -> AbstractContextManager[process.Ahead | None]:
+        """A training child that loads its libraries meanwhile, where there is training to do."""
+        if (self.folder / "adapter").exists():
+            return nullcontext()
+        logs = self.folder / "log"
+        logs.mkdir(exist_ok=True)
+        return process.Ahead("train", log=logs / "train.log", keep_open=(self.book.lock,))
 
     def _unless_stopped(self, work: Callable[[], Value]) -> Value:
         """What blocking `work` gives, or Stopped soon after a signal, whatever it waits for."""

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from tuning import files, presets, sizing
+from tuning import backends, files, presets, sizing
 from tuning.device import Device
 from tuning.errors import Problem, SpecError
 from tuning.sizing import Fit
@@ -79,6 +79,7 @@ class Placement:
     checkpointing: bool
     attention: str
     threads: int | None = None  # intra-op threads on a CPU; None leaves torch's choice
+    kernels: tuple[str, ...] = ()  # fused ones, of backends.FUSED
 
 
 @dataclass(frozen=True)
@@ -181,6 +182,11 @@ def recipe_from_json(record: dict[str, Any]) -> Recipe:
     tuples = ("data", "targets", "exclude", "layers", "betas")
     fixed = {k: tuple(record[k]) for k in tuples if record[k] is not None}
     return Recipe(**(record | fixed))
+
+
+def placement_from_json(record: dict[str, Any]) -> Placement:
+    """The placement that `dataclasses.asdict` and JSON made a dictionary of."""
+    return Placement(**record | {"kernels": tuple(record.get("kernels") or ())})
 
 
 # Defaults that suit LoRA; KAITO's and trl's (rank 8, learning rate 2e-5) suit full fine-tuning.
@@ -322,10 +328,10 @@ def place(
     """
     settings = spec.settings
     micro_batch, checkpointing, fit = _unsized(recipe, settings, reasons), False, None
-    attention = settings.attention or "sdpa"
+    ways = _ways(recipe, base, device, settings, reasons)
     model = sizing.model(base.facts) if device.kind == "cuda" else None
     if model is not None:
-        demand = _demand(recipe, settings, lengths)
+        demand = _demand(recipe, settings, lengths, ways)
         fit = sizing.best(model, demand, device.gpu, memory=device.memory_bytes)
         if fit is None:
             raise _does_not_fit(model, demand, base, device)
@@ -346,7 +352,8 @@ def place(
         micro_batch=micro_batch,
         accumulation=recipe.global_batch // micro_batch,
         checkpointing=checkpointing,
-        attention=attention,
+        attention=ways.attention,
+        kernels=ways.kernels,
         threads=_threads(base, device, reasons),
     )
     return placement, fit
@@ -405,7 +412,24 @@ def _unsized(recipe: Recipe, settings: Settings, reasons: dict[str, str]) -> int
     return _divisor(recipe.global_batch, 4)
 
 
-def _demand(recipe: Recipe, settings: Settings, lengths: Lengths | None) -> sizing.Demand:
+def _ways(
+    recipe: Recipe, base: Base, device: Device, settings: Settings, reasons: dict[str, str]
+) -> backends.Ways:
+    """How attention and the layers around it are computed on `device`, and why."""
+    return backends.choose(
+        settings,
+        base.facts,
+        device,
+        precision=recipe.precision,
+        dropout=recipe.dropout,
+        dora=recipe.dora,
+        reasons=reasons,
+    )
+
+
+def _demand(
+    recipe: Recipe, settings: Settings, lengths: Lengths | None, ways: backends.Ways
+) -> sizing.Demand:
     quantisation = recipe.quantisation or {}
     return sizing.Demand(
         method=recipe.method,
@@ -413,7 +437,8 @@ def _demand(recipe: Recipe, settings: Settings, lengths: Lengths | None) -> sizi
         rank=recipe.rank,
         dropout=recipe.dropout,
         optimizer=recipe.optimizer,
-        attention="sdpa",
+        attention=ways.sized_as,
+        fused=bool(ways.kernels),
         double_quant=bool(quantisation.get("double", True)),
         targets=recipe.targets,
         length=recipe.max_length,
@@ -437,9 +462,9 @@ def _shortened(
     model = sizing.model(base.facts) if device.kind == "cuda" else None
     if model is None:
         return recipe
-    whole = recipe
+    whole, ways = recipe, _ways(recipe, base, device, spec.settings, {})
     while recipe.max_length > SHORTEST:
-        demand = _demand(recipe, spec.settings, lengths)
+        demand = _demand(recipe, spec.settings, lengths, ways)
         if sizing.smallest(model, demand, device.gpu).fits(device.memory_bytes):
             return recipe
         reasons["max_length"] = f"{whole.max_length} would not fit the memory of {device.name}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import importlib
 import os
 import runpy
 import signal
@@ -101,47 +102,38 @@ def run(
     tick: Callable[[], None] = lambda: None,
     environment: Mapping[str, str] = MappingProxyType({}),
     grace: float = 25.0,
+    ahead: Ahead | None = None,
 ) -> dict[str, Any]:
     """Run `tuning.<room>` on `value` as a child process and return its answer.
 
     `log` takes what the child prints. `keep_open` are file descriptors it inherits: the run
     directory's lock, so that the lock holds as long as any process may write. `tick` is called
     about ten times a second; it may raise Hung, and then the child leaves its stacks in `log` and
-    is killed. When `stop_asked` turns true the child gets SIGTERM, once, and `grace` seconds to
-    end. Raises the child's own error, ChildDied, or what `tick` raises.
+    is killed. A child that was started `ahead` answers, if it still lives. When `stop_asked` turns
+    true the child gets SIGTERM, once, and `grace` seconds to end. Raises the child's own error,
+    ChildDied, or what `tick` raises.
     """
     answer = result_path(request)
     answer.unlink(missing_ok=True)
     files.write_json(request, value)
-    with log.open("ab") as sink:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "tuning.process", room, str(request)],
-            stdin=subprocess.PIPE,  # closes when this process dies, see follow_parent
-            stdout=sink,
-            stderr=sink,
-            env=clean_environment() | dict(environment),
-            pass_fds=keep_open,
-            start_new_session=True,  # Ctrl-C reaches the child once, through us
-        )
-        try:
-            deadline: float | None = None
-            while child.poll() is None:
-                if stop_asked() and deadline is None:
-                    child.terminate()
-                    deadline = time.monotonic() + grace
-                if deadline is not None and time.monotonic() > deadline:
-                    child.kill()  # its last checkpoint holds
-                tick()
-                time.sleep(0.1)
-        except Hung:
-            _dump_stacks(child, log)
-            raise
-        finally:
-            if child.poll() is None:
-                child.kill()
-            child.wait()
-            if child.stdin:
-                child.stdin.close()
+    child = ahead.take(request) if ahead is not None else None
+    if child is None:
+        child = _start(room, str(request), log, keep_open, environment)
+    try:
+        deadline: float | None = None
+        while child.poll() is None:
+            if stop_asked() and deadline is None:
+                child.terminate()
+                deadline = time.monotonic() + grace
+            if deadline is not None and time.monotonic() > deadline:
+                child.kill()  # its last checkpoint holds
+            tick()
+            time.sleep(0.1)
+    except Hung:
+        _dump_stacks(child, log)
+        raise
+    finally:
+        _end(child)
     tick()
     try:
         reply = files.read_json(answer)
@@ -155,6 +147,62 @@ def run(
         raise ChildDied(room, 1)
     result: dict[str, Any] = reply["ok"]
     return result
+
+
+class Ahead:
+    """A child of `room` that loads its libraries while there is nothing to ask it yet.
+
+    It waits for the name of its request, or for the end: of this process, or of `with`.
+    """
+
+    def __init__(self, room: str, *, log: Path, keep_open: tuple[int, ...] = ()) -> None:
+        self._child: subprocess.Popen[bytes] | None = _start(room, WAITING, log, keep_open, {})
+
+    def __enter__(self) -> Ahead:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._child is not None:
+            _end(self._child)
+            self._child = None
+
+    def take(self, request: Path) -> subprocess.Popen[bytes] | None:
+        """The child, told to answer `request`; None if it is gone or was taken before."""
+        child, self._child = self._child, None
+        if child is None or child.stdin is None:
+            return None
+        try:
+            os.write(child.stdin.fileno(), f"{request}\n".encode())
+        except OSError:  # it died
+            _end(child)
+            return None
+        return child
+
+
+WAITING = "-"  # in the place of a request that will be named on stdin
+
+
+def _start(
+    room: str, request: str, log: Path, keep_open: tuple[int, ...], environment: Mapping[str, str]
+) -> subprocess.Popen[bytes]:
+    with log.open("ab") as sink:
+        return subprocess.Popen(
+            [sys.executable, "-m", "tuning.process", room, request],
+            stdin=subprocess.PIPE,  # closes when this process dies, see follow_parent
+            stdout=sink,
+            stderr=sink,
+            env=clean_environment() | dict(environment),
+            pass_fds=keep_open,
+            start_new_session=True,  # Ctrl-C reaches the child once, through us
+        )
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    if child.poll() is None:
+        child.kill()
+    child.wait()
+    if child.stdin:
+        child.stdin.close()
 
 
 def _dump_stacks(child: subprocess.Popen[bytes], log: Path) -> None:
@@ -185,6 +233,9 @@ def clean_environment() -> dict[str, str]:
         "PYTHONHASHSEED": "0",
         "TOKENIZERS_PARALLELISM": "true",
         "PYTHONUNBUFFERED": "1",
+        # bitsandbytes compiles when it is imported: two seconds of inductor, for functions whose
+        # results would differ from machine to machine. Who compiles on purpose removes this.
+        "TORCHDYNAMO_DISABLE": "1",
     }
 
 
@@ -196,9 +247,24 @@ def launch() -> None:
     """
     room = sys.argv.pop(1)
     faulthandler.register(signal.SIGUSR1, all_threads=True)
+    if sys.argv[1] == WAITING:
+        importlib.import_module(f"tuning.{room}")
+        del sys.modules[f"tuning.{room}"]  # it is run below, as __main__; what it imported stays
+        sys.argv[1] = _named_request()
     if stat.S_ISFIFO(os.fstat(0).st_mode):
         follow_parent()
     runpy.run_module(f"tuning.{room}", run_name="__main__", alter_sys=True)
+
+
+def _named_request() -> str:
+    """The line that `Ahead.take` writes; ends this process if its parent is gone."""
+    named = b""
+    while not named.endswith(b"\n"):
+        byte = os.read(0, 1)
+        if not byte:
+            sys.exit(0)
+        named += byte
+    return named.decode().rstrip("\n")
 
 
 def follow_parent() -> None:

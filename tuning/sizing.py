@@ -35,6 +35,7 @@ class Demand:
     span: float  # tokens that a token's attention spans
     micro_batch: int | None = None  # fixed by the user
     checkpointing: bool | None = None  # fixed by the user
+    fused: bool = False  # with the kernels of `tuning.kernels`
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,8 @@ def _place(
         optimizer=demand.optimizer,
         dropout=demand.dropout,
         attention=demand.attention,
-        rows=1 if demand.packed else micro_batch,  # packed rows are laid end to end
+        rows=_documents(demand, micro_batch),
+        fused=demand.fused,
         accumulating=micro_batch < demand.rows,
         targets=demand.targets,
         double_quant=demand.double_quant,
@@ -108,6 +110,15 @@ def _place(
         attention=demand.attention,
     )
     return Fit(micro_batch, checkpointing, found, seconds)
+
+
+def _documents(demand: Demand, micro_batch: int) -> int:
+    """What the ledger counts as rows: packed rows are laid end to end, and seen by document."""
+    if not demand.packed:
+        return micro_batch
+    if demand.attention != "varlen":
+        return 1
+    return max(1, round(micro_batch * demand.length / max(1.0, demand.span)))
 
 
 def best(base: Model, demand: Demand, gpu: presets.Gpu | None, *, memory: int) -> Fit | None:

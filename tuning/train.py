@@ -9,6 +9,7 @@ stops before the weights change, and only a finished, finite adapter is put in p
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -27,8 +28,10 @@ from peft import get_peft_model_state_dict
 from trl import SFTConfig
 
 from tuning import adapter, chat, checkpoint, model, process, trainer
+from tuning.backends import BY_OFFSETS
 from tuning.errors import DataError, OutOfMemoryError, Stopped
-from tuning.plan import Placement, Recipe, recipe_from_json
+from tuning.kernels import heap
+from tuning.plan import Placement, Recipe, placement_from_json, recipe_from_json
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +65,7 @@ class Request:
         paths = {k: Path(given[k]) for k in names if k in given}
         made = {
             "recipe": recipe_from_json(record["recipe"]),
-            "placement": Placement(**record["placement"]),
+            "placement": placement_from_json(record["placement"]),
             "questions": tuple(record.get("questions") or ()),
         }
         return cls(**given | paths | made)
@@ -146,6 +149,10 @@ def _run(request: Request, stop: Interruption) -> dict[str, Any]:
     recipe, placement = request.recipe, request.placement
     if placement.threads:
         torch.set_num_threads(placement.threads)
+    if placement.device == "cpu":
+        heap.keep()
+    if placement.attention == "flex_attention":  # the one thing here that is compiled
+        os.environ.pop("TORCHDYNAMO_DISABLE", None)
     rows = read_rows(request.train)
     refuse_unlearnable(rows)
     resumed = checkpoint.newest(request.run / "checkpoints", run_id=recipe.run_id)
@@ -160,7 +167,13 @@ def _run(request: Request, stop: Interruption) -> dict[str, Any]:
         rows=rows,
         held_out=read_rows(request.eval) if request.eval else None,
         recipe=recipe,
-        arguments=arguments(recipe, placement, request.run),
+        arguments=arguments(
+            recipe,
+            placement,
+            request.run,
+            by_offsets=tuned.get_base_model().config._attn_implementation in BY_OFFSETS,
+        ),
+        kernels=placement.kernels,
         metrics=request.run / "metrics.jsonl",
         saves=trainer.Saves(
             request.run / "checkpoints",
@@ -231,8 +244,13 @@ def refuse_unlearnable(rows: datasets.Dataset) -> None:
     )
 
 
-def arguments(recipe: Recipe, placement: Placement, run: Path) -> SFTConfig:
-    """trl's settings for this recipe and placement. Mixed fp16 is ours: see trainer.Exact."""
+def arguments(
+    recipe: Recipe, placement: Placement, run: Path, *, by_offsets: bool = False
+) -> SFTConfig:
+    """trl's settings for this recipe and placement. Mixed fp16 is ours: see trainer.Exact.
+
+    Attention that goes `by_offsets` needs no padding: rows of a micro-batch are laid end to end.
+    """
     known = {field.name for field in fields(SFTConfig)}
     checkpointing = "activation_checkpointing"
     if checkpointing not in known:  # transformers before 5.18
@@ -262,6 +280,7 @@ def arguments(recipe: Recipe, placement: Placement, run: Path) -> SFTConfig:
         train_sampling_strategy="random" if recipe.shuffle else "sequential",
         packing=recipe.packing,
         packing_strategy="bfd",
+        padding_free=recipe.packing or by_offsets,
         max_length=recipe.max_length if recipe.packing else None,
         dataset_kwargs={"skip_prepare_dataset": True},
         dataloader_pin_memory=placement.device == "cuda",

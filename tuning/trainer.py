@@ -14,7 +14,7 @@ import json
 import math
 import resource
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,11 @@ import transformers
 from trl import SFTConfig, SFTTrainer
 
 from tuning import checkpoint
+from tuning.backends import HEAD, VARLEN
 from tuning.checkpoint import Checkpoint
 from tuning.errors import DivergedError
+from tuning.kernels import head
+from tuning.kernels.attention import without_mask
 from tuning.plan import Recipe
 
 ROW = "row"
@@ -67,6 +70,7 @@ class Exact(SFTTrainer):  # type: ignore[misc]
         arguments: SFTConfig,
         metrics: Path,
         saves: Saves,
+        kernels: Collection[str] = (),
     ) -> None:
         self.recipe, self.saves, self.metrics = recipe, saves, metrics
         self.progress = Progress()
@@ -85,7 +89,12 @@ class Exact(SFTTrainer):  # type: ignore[misc]
             callbacks=[Watch(self)],
         )
         self.remove_callback(transformers.PrinterCallback)
-        self.data_collator: Any = _Numbered(self.data_collator)
+        base = tuned.get_base_model()
+        self.one_pass = HEAD in kernels and head.suits(base)
+        if self.one_pass:
+            head.install(base)
+        by_document = base.config._attn_implementation == VARLEN
+        self.data_collator: Any = _Numbered(self.data_collator, by_document=by_document)
         # trl makes a quantised model's adapter bf16, which fp16 cards lack and fp32 does not want
         if recipe.precision != "bfloat16":
             for parameter in self.trained().values():
@@ -207,6 +216,22 @@ class Exact(SFTTrainer):  # type: ignore[misc]
         self.loss_so_far = self.loss_so_far + loss
         return loss
 
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """trl's loss, or the same by the one-pass head: a sum over what is labelled, divided."""
+        if not self.one_pass:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs.pop("labels")
+        count = (labels[:, 1:] != head.IGNORED).sum()
+        if num_items_in_batch is not None:  # of the whole step, on all ranks
+            count = torch.as_tensor(num_items_in_batch) / self.accelerator.num_processes
+        return model(**inputs, scored=labels) / count.clamp(min=1)
+
     def _live(self) -> None:
         """A sign of life at each micro-batch, for the watchdog in the parent."""
         self.metrics.touch()
@@ -276,13 +301,18 @@ class Exact(SFTTrainer):  # type: ignore[misc]
 class _Numbered:
     """A collator that also says which rows and how many tokens a batch has."""
 
-    def __init__(self, collate: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
-        self.collate = collate
+    def __init__(
+        self, collate: Callable[[list[dict[str, Any]]], dict[str, Any]], *, by_document: bool
+    ) -> None:
+        self.collate, self.by_document = collate, by_document
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         rows = [example.pop(ROW) for example in examples if ROW in example]
         tokens = sum(len(example["input_ids"]) for example in examples)
-        return {**self.collate(examples), "rows": rows, "tokens": tokens}
+        made = self.collate(examples)
+        if self.by_document:
+            made = without_mask(made)
+        return {**made, "rows": rows, "tokens": tokens}
 
 
 class Watch(transformers.TrainerCallback):  # type: ignore[misc]

@@ -104,6 +104,11 @@ def newest(root: Path, *, run_id: str) -> Checkpoint | None:
     return None
 
 
+def at(root: Path, *, run_id: str, step: int) -> Checkpoint:
+    """The checkpoint of `step`, which somebody has verified."""
+    return Checkpoint(root / _name(run_id, step), run_id, step)
+
+
 def verify(folder: Path, *, run_id: str) -> Checkpoint:
     """The checkpoint in `folder`, once every file has the sha256 its manifest says.
 

@@ -108,6 +108,10 @@ def run(
     port: Annotated[
         int | None, typer.Option(metavar="PORT", help="Serve progress on this port meanwhile.")
     ] = None,
+    ranks: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="GPUs to use, or processes on a CPU [default: all]."),
+    ] = None,
     record: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Append planned and measured memory and speed, as JSON."),
@@ -135,6 +139,7 @@ def run(
         insecure=insecure,
         questions=tuple(ask or ()),
         port=port,
+        ranks=ranks,
         record=record,
         grace=grace,
     )

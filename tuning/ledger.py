@@ -71,6 +71,7 @@ class Variant:
     dropout: bool = False
     device: Literal["cuda", "cpu"] = "cuda"
     single_row: bool = False  # some models run other operators on a batch of one row
+    fused: bool = False  # one-pass head, and fused LoRA unless there is dropout
 
     @property
     def adapters(self) -> Precision:
@@ -191,16 +192,22 @@ def predict(
     targets: Iterable[str] | None = None,
     double_quant: bool = True,
     device: Literal["cuda", "cpu"] = "cuda",
+    fused: bool = False,
 ) -> Ledger:
     """The memory of one process that trains micro-batches of `tokens` tokens.
 
     `rows` is how many documents are packed into them with varlen attention, and else how many rows
     of `tokens / rows` they are, padding included. `accumulating`: gradients of an earlier
-    micro-batch are still there. `ranks` above 1 adds the buffers of DDP. Fewer `targets` (names of
-    projections) take fewer adapters; what their absence saves of activations is left out, so that
-    the result is then an upper bound. Raises Unknown.
+    micro-batch are still there. `fused`: with the kernels of `tuning.kernels`. `ranks` above 1 adds
+    the buffers of DDP. Fewer `targets` (names of projections) take fewer adapters; what their
+    absence saves of activations is left out, so that the result is then an upper bound. Raises
+    Unknown.
     """
-    variant = Variant(method, precision, attention, checkpointing, dropout > 0, device).stored
+    variant = Variant(
+        method, precision, attention, checkpointing, dropout > 0, device, fused=fused
+    ).stored
+    if variant.fused and variant not in coefficients.moments:
+        variant = replace(variant, fused=False)  # takes more: an upper bound
     if rows == 1 and replace(variant, single_row=True) in coefficients.moments:
         variant = replace(variant, single_row=True)
     if variant not in coefficients.moments:

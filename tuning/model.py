@@ -22,7 +22,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 
 from tuning import files
+from tuning.backends import BY_OFFSETS
 from tuning.errors import Problem, SpecError
+from tuning.kernels import apart, fuse
 from tuning.plan import Placement, Recipe
 
 logger = logging.getLogger(__name__)
@@ -134,7 +136,7 @@ def load_base(
             llm_int8_skip_modules=["lm_head", TOWERS] if _has_towers(config) else None,
         )
     if device == "cuda":
-        options["device_map"] = {"": 0}
+        options["device_map"] = {"": torch.cuda.current_device()}
     try:
         model = _auto_class(config).from_pretrained(base, use_safetensors=True, **options)
     except (ValueError, KeyError, OSError) as error:
@@ -338,33 +340,7 @@ def load(
         attention=placement.attention,
     )
     adapted, coverage = adapt(model, recipe)
-    if recipe.packing:
-        refuse_leaks(adapted)
+    logger.info("fused kernels: %s", fuse.fuse(adapted, placement.kernels) or "none")
+    if recipe.packing or placement.attention in BY_OFFSETS:
+        apart.settle(adapted, placement.attention, precision=DTYPES[recipe.precision])
     return adapted, tokenizer, coverage
-
-
-def refuse_leaks(model: Any) -> None:
-    """Raise SpecError if a packed document sees the one before it in the row.
-
-    Some attention code ignores where documents begin (Falcon, gpt-oss), without a word. So the
-    question is asked of the model itself: other words in the first document must not change what
-    it says of the second.
-    """
-    length = 8
-    position_ids = torch.arange(length, device=model.device).repeat(2)[None]
-    second = torch.arange(2 * length, 3 * length)
-    training = model.training
-    model.eval()
-    said = []
-    with torch.no_grad():
-        for start in (0, length):
-            first = torch.arange(start, start + length)
-            row = torch.cat([first, second])[None].to(model.device)
-            logits = model(input_ids=row, position_ids=position_ids, use_cache=False).logits
-            said.append(logits[0, length:].float())
-    model.train(training)
-    change, scale = (said[0] - said[1]).abs().max().item(), said[0].abs().max().item()
-    if not change <= 0.01 * scale:
-        kind, attention = model.config.model_type, model.config._attn_implementation
-        what = f"is on, but with {attention} attention in {kind} packed documents see each other"
-        raise SpecError.at("MODEL-116", "packing", what, "set packing: false")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import importlib
 import os
 import runpy
 import signal
@@ -19,7 +20,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -44,9 +45,10 @@ class Hung(Exception):
         super().__init__(f"silent for {seconds:.0f} s")
 
 
-def result_path(request: Path) -> Path:
-    """Where the child that was given `request` leaves its answer."""
-    return request.with_name(request.name.removesuffix(".json") + ".result.json")
+def result_path(request: Path, rank: int = 0) -> Path:
+    """Where the child that was given `request` leaves its answer; the ranks beside it, theirs."""
+    which = f".{rank}" if rank else ""
+    return request.with_name(request.name.removesuffix(".json") + f"{which}.result.json")
 
 
 def serve(work: Callable[[dict[str, Any]], dict[str, Any]]) -> int:
@@ -56,7 +58,7 @@ def serve(work: Callable[[dict[str, Any]], dict[str, Any]]) -> int:
     bug of ours: its traceback goes to stderr and into the answer.
     """
     request = Path(sys.argv[1])
-    answer = result_path(request)
+    answer = result_path(request, int(os.environ.get("RANK", "0")))
     try:
         files.write_json(answer, {"ok": work(files.read_json(request))})
         return 0
@@ -101,21 +103,153 @@ def run(
     tick: Callable[[], None] = lambda: None,
     environment: Mapping[str, str] = MappingProxyType({}),
     grace: float = 25.0,
+    ahead: Ahead | None = None,
+    ranks: int = 1,
 ) -> dict[str, Any]:
     """Run `tuning.<room>` on `value` as a child process and return its answer.
+
+    `ranks` above 1 starts so many with the same request, told apart by the environment (RANK,
+    WORLD_SIZE and LOCAL_RANK); the first one's answer counts, and when one fails all are ended.
 
     `log` takes what the child prints. `keep_open` are file descriptors it inherits: the run
     directory's lock, so that the lock holds as long as any process may write. `tick` is called
     about ten times a second; it may raise Hung, and then the child leaves its stacks in `log` and
-    is killed. When `stop_asked` turns true the child gets SIGTERM, once, and `grace` seconds to
-    end. Raises the child's own error, ChildDied, or what `tick` raises.
+    is killed. A child that was started `ahead` answers, if it still lives. When `stop_asked` turns
+    true the child gets SIGTERM, once, and `grace` seconds to end. Raises the child's own error,
+    ChildDied, or what `tick` raises.
     """
-    answer = result_path(request)
-    answer.unlink(missing_ok=True)
+    for rank in range(ranks):
+        result_path(request, rank).unlink(missing_ok=True)
     files.write_json(request, value)
+    first = ahead.take(request) if ahead is not None and ranks == 1 else None
+    children = [first] if first is not None else []
+    try:
+        for rank in range(len(children), ranks):
+            told = {**environment, **_rank(rank, ranks)}
+            children.append(_start(room, str(request), log, keep_open, told))
+        ended = _wait(children, stop_asked=stop_asked, tick=tick, grace=grace)
+    except Hung:
+        for child in children:
+            _dump_stacks(child, log)
+        raise
+    finally:
+        for child in children:
+            _end(child)
+    tick()
+    return _answer(room, request, [None if c in ended else c.returncode for c in children])
+
+
+def _rank(rank: int, ranks: int) -> dict[str, str]:
+    """The environment of one of several ranks, as torch's own launcher sets it."""
+    if ranks == 1:
+        return {}
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+    }
+
+
+def _wait(
+    children: Sequence[subprocess.Popen[bytes]],
+    *,
+    stop_asked: Callable[[], bool],
+    tick: Callable[[], None],
+    grace: float,
+) -> list[subprocess.Popen[bytes]]:
+    """Wait for all `children`; once one has failed, its peers are ended: they are returned.
+
+    Asked to stop, all get `grace` seconds.
+    """
+    deadline: float | None = None
+    stopping = False
+    ended: list[subprocess.Popen[bytes]] = []
+    while alive := [child for child in children if child.poll() is None]:
+        now = time.monotonic()
+        if stop_asked() and not stopping:
+            stopping, deadline = True, now + grace
+            for child in alive:
+                child.terminate()
+        if deadline is None and any(child.returncode for child in children):
+            deadline = now + LONELY
+        if deadline is not None and now > deadline:
+            for child in alive:
+                child.kill()  # its last checkpoint holds
+            if not stopping:
+                ended += alive
+        tick()
+        time.sleep(0.1)
+    return ended
+
+
+def _answer(room: str, request: Path, statuses: Sequence[int | None]) -> dict[str, Any]:
+    """What the children answered: the first error that a person can act on, else the result.
+
+    `statuses` are how they ended, None for those that were ended because another had failed.
+    """
+    replies: list[dict[str, Any]] = []
+    for rank in range(len(statuses)):
+        try:
+            replies.append(files.read_json(result_path(request, rank)))
+        except FileNotFoundError:
+            replies.append({})
+    for reply in replies:
+        if "error" in reply:
+            raise from_json(reply["error"])
+    broken = [
+        status
+        for status, reply in zip(statuses, replies, strict=True)
+        if "ok" not in reply and status is not None
+    ]
+    if TransientError.exit_code in broken:  # it could not even write that
+        raise _no_space(str(request.parent))
+    if broken:  # one that was killed broke those that waited for it
+        raise ChildDied(room, min(1 if status > 0 else status for status in broken))
+    result: dict[str, Any] = replies[0]["ok"]
+    return result
+
+
+class Ahead:
+    """A child of `room` that loads its libraries while there is nothing to ask it yet.
+
+    It waits for the name of its request, or for the end: of this process, or of `with`.
+    """
+
+    def __init__(self, room: str, *, log: Path, keep_open: tuple[int, ...] = ()) -> None:
+        self._child: subprocess.Popen[bytes] | None = _start(room, WAITING, log, keep_open, {})
+
+    def __enter__(self) -> Ahead:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._child is not None:
+            _end(self._child)
+            self._child = None
+
+    def take(self, request: Path) -> subprocess.Popen[bytes] | None:
+        """The child, told to answer `request`; None if it is gone or was taken before."""
+        child, self._child = self._child, None
+        if child is None or child.stdin is None:
+            return None
+        try:
+            os.write(child.stdin.fileno(), f"{request}\n".encode())
+        except OSError:  # it died
+            _end(child)
+            return None
+        return child
+
+
+LONELY = 5.0  # seconds that the other ranks get to end when one has failed
+WAITING = "-"  # in the place of a request that will be named on stdin
+
+
+def _start(
+    room: str, request: str, log: Path, keep_open: tuple[int, ...], environment: Mapping[str, str]
+) -> subprocess.Popen[bytes]:
     with log.open("ab") as sink:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "tuning.process", room, str(request)],
+        return subprocess.Popen(
+            [sys.executable, "-m", "tuning.process", room, request],
             stdin=subprocess.PIPE,  # closes when this process dies, see follow_parent
             stdout=sink,
             stderr=sink,
@@ -123,38 +257,14 @@ def run(
             pass_fds=keep_open,
             start_new_session=True,  # Ctrl-C reaches the child once, through us
         )
-        try:
-            deadline: float | None = None
-            while child.poll() is None:
-                if stop_asked() and deadline is None:
-                    child.terminate()
-                    deadline = time.monotonic() + grace
-                if deadline is not None and time.monotonic() > deadline:
-                    child.kill()  # its last checkpoint holds
-                tick()
-                time.sleep(0.1)
-        except Hung:
-            _dump_stacks(child, log)
-            raise
-        finally:
-            if child.poll() is None:
-                child.kill()
-            child.wait()
-            if child.stdin:
-                child.stdin.close()
-    tick()
-    try:
-        reply = files.read_json(answer)
-    except FileNotFoundError:
-        if child.returncode == TransientError.exit_code:  # it could not even write that
-            raise _no_space(str(answer.parent)) from None
-        raise ChildDied(room, child.returncode) from None
-    if "error" in reply:
-        raise from_json(reply["error"])
-    if "bug" in reply:
-        raise ChildDied(room, 1)
-    result: dict[str, Any] = reply["ok"]
-    return result
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    if child.poll() is None:
+        child.kill()
+    child.wait()
+    if child.stdin:
+        child.stdin.close()
 
 
 def _dump_stacks(child: subprocess.Popen[bytes], log: Path) -> None:
@@ -177,6 +287,7 @@ def clean_environment() -> dict[str, str]:
         name: value
         for name, value in os.environ.items()
         if not any(word in name.upper() for word in ("TOKEN", "SECRET", "PASSWORD", "CREDENTIAL"))
+        and name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
     }
     return kept | {
         "HF_HUB_OFFLINE": "1",
@@ -185,6 +296,9 @@ def clean_environment() -> dict[str, str]:
         "PYTHONHASHSEED": "0",
         "TOKENIZERS_PARALLELISM": "true",
         "PYTHONUNBUFFERED": "1",
+        # bitsandbytes compiles when it is imported: two seconds of inductor, for functions whose
+        # results would differ from machine to machine. Who compiles on purpose removes this.
+        "TORCHDYNAMO_DISABLE": "1",
     }
 
 
@@ -196,9 +310,24 @@ def launch() -> None:
     """
     room = sys.argv.pop(1)
     faulthandler.register(signal.SIGUSR1, all_threads=True)
+    if sys.argv[1] == WAITING:
+        importlib.import_module(f"tuning.{room}")
+        del sys.modules[f"tuning.{room}"]  # it is run below, as __main__; what it imported stays
+        sys.argv[1] = _named_request()
     if stat.S_ISFIFO(os.fstat(0).st_mode):
         follow_parent()
     runpy.run_module(f"tuning.{room}", run_name="__main__", alter_sys=True)
+
+
+def _named_request() -> str:
+    """The line that `Ahead.take` writes; ends this process if its parent is gone."""
+    named = b""
+    while not named.endswith(b"\n"):
+        byte = os.read(0, 1)
+        if not byte:
+            sys.exit(0)
+        named += byte
+    return named.decode().rstrip("\n")
 
 
 def follow_parent() -> None:

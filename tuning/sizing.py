@@ -31,12 +31,14 @@ class Demand:
     double_quant: bool
     targets: tuple[str, ...] | None
     length: int  # tokens of a row
-    rows: int  # rows an optimizer step
+    rows: int  # rows an optimizer step, of each GPU
     packed: bool
     device: Literal["cuda", "cpu"]
     span: float  # tokens that a token's attention spans
     micro_batch: int | None = None  # fixed by the user
     checkpointing: bool | None = None  # fixed by the user
+    ranks: int = 1  # GPUs that add up their gradients
+    fused: bool = False  # with the kernels of `tuning.kernels`
 
 
 @dataclass(frozen=True)
@@ -93,11 +95,13 @@ def _place(
         optimizer=demand.optimizer,
         dropout=demand.dropout,
         attention=demand.attention,
-        rows=1 if demand.packed else micro_batch,  # packed rows are laid end to end
+        rows=_documents(demand, micro_batch),
+        fused=demand.fused,
         accumulating=micro_batch < demand.rows,
         targets=demand.targets,
         double_quant=demand.double_quant,
         device=demand.device,
+        ranks=demand.ranks,
     )
     seconds = (
         None
@@ -115,6 +119,15 @@ def _place(
         )
     )
     return Fit(micro_batch, checkpointing, found, seconds)
+
+
+def _documents(demand: Demand, micro_batch: int) -> int:
+    """What the ledger counts as rows: packed rows are laid end to end, and seen by document."""
+    if not demand.packed:
+        return micro_batch
+    if demand.attention != "varlen":
+        return 1
+    return max(1, round(micro_batch * demand.length / max(1.0, demand.span)))
 
 
 def best(base: Model, demand: Demand, gpu: presets.Gpu | None, *, memory: int) -> Fit | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -27,9 +28,11 @@ import transformers
 from peft import get_peft_model_state_dict
 from trl import SFTConfig
 
-from tuning import adapter, chat, checkpoint, files, holdout, model, process, trainer
+from tuning import adapter, chat, checkpoint, files, holdout, model, process, ranks, trainer
+from tuning.backends import BY_OFFSETS
 from tuning.errors import DataError, OutOfMemoryError, Stopped
-from tuning.plan import Placement, Recipe, recipe_from_json
+from tuning.kernels import heap
+from tuning.plan import Placement, Recipe, placement_from_json, recipe_from_json
 
 logger = logging.getLogger(__name__)
 
@@ -54,17 +57,18 @@ class Request:
     chat_template: str | None = None  # the user's, as text
     save_seconds: float = 600.0  # lost work stays under this
     save_steps: int | None = None
+    meeting: Path | None = None  # of the ranks, if there are several
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Request:
         """The request in a JSON file; keys that are null count as absent."""
         known = {field.name for field in fields(cls)}
         given = {k: v for k, v in record.items() if k in known and v is not None}
-        names = ("run", "base", "train", "adapter", "eval")
+        names = ("run", "base", "train", "adapter", "eval", "meeting")
         paths = {k: Path(given[k]) for k in names if k in given}
         made = {
             "recipe": recipe_from_json(record["recipe"]),
-            "placement": Placement(**record["placement"]),
+            "placement": placement_from_json(record["placement"]),
             "questions": tuple(record.get("questions") or ()),
         }
         return cls(**given | paths | made)
@@ -91,6 +95,11 @@ class Interruption:
         again, self.asked = self.asked, True
         if not again and not self.patient:
             self.check()
+
+    def with_all(self, peers: ranks.Ranks) -> bool:
+        """Whether a signal came, here or to another rank. All of them must ask."""
+        self.asked = peers.any(self.asked)
+        return self.asked
 
     def check(self) -> None:
         """Raise Stopped if a signal came."""
@@ -148,10 +157,14 @@ def _run(request: Request, stop: Interruption) -> dict[str, Any]:
     recipe, placement = request.recipe, request.placement
     if placement.threads:
         torch.set_num_threads(placement.threads)
+    if placement.device == "cpu":
+        heap.keep()
+    if placement.attention == "flex_attention":  # the one thing here that is compiled
+        os.environ.pop("TORCHDYNAMO_DISABLE", None)
+    peers = ranks.join(placement.device, request.meeting)
     rows = read_rows(request.train)
     refuse_unlearnable(rows)
-    resumed = checkpoint.newest(request.run / "checkpoints", run_id=recipe.run_id)
-    checkpoint.truncate_lines(request.run / "metrics.jsonl", step=resumed.step if resumed else 0)
+    resumed = _resumed(request, peers)
 
     tuned, tokenizer, coverage = model.load(
         request.base, recipe=recipe, placement=placement, chat_template=request.chat_template
@@ -162,13 +175,20 @@ def _run(request: Request, stop: Interruption) -> dict[str, Any]:
         rows=rows,
         held_out=read_rows(request.eval) if request.eval else None,
         recipe=recipe,
-        arguments=arguments(recipe, placement, request.run),
+        arguments=arguments(
+            recipe,
+            placement,
+            request.run,
+            by_offsets=tuned.get_base_model().config._attn_implementation in BY_OFFSETS,
+        ),
+        kernels=placement.kernels,
+        ranks=peers,
         metrics=request.run / "metrics.jsonl",
         saves=trainer.Saves(
             request.run / "checkpoints",
             seconds=request.save_seconds,
             steps=request.save_steps,
-            asked=lambda: stop.asked,
+            asked=lambda: stop.with_all(peers),
             check=stop.check,
         ),
     )
@@ -178,6 +198,10 @@ def _run(request: Request, stop: Interruption) -> dict[str, Any]:
             loop.keep_best()
     disk = round_adapter(tuned, model.DTYPES[recipe.precision])
     loss_after = loop.held_out_loss()
+    peak = max(peers.gather(trainer.peak_memory(placement.device)))
+    if not peers.first:
+        ranks.leave(peers)
+        return {}
     answers = ask(tuned, tokenizer, request.questions)
     write_samples(request, tuned, tokenizer)
     with stop.held():
@@ -195,6 +219,7 @@ def _run(request: Request, stop: Interruption) -> dict[str, Any]:
             step=loop.state.global_step,
             steps=recipe.steps,
         )
+    ranks.leave(peers)
     losses = loop.losses()
     return {
         "steps": recipe.steps,
@@ -211,10 +236,22 @@ def _run(request: Request, stop: Interruption) -> dict[str, Any]:
         "total": coverage.total,
         "covered": coverage.to_json(),
         "adapter_sha256": done.sha256,
-        "peak_memory_bytes": trainer.peak_memory(placement.device),
+        "peak_memory_bytes": peak,
         "answers": answers,
         "resumed_from": resumed.step if resumed else None,
     }
+
+
+def _resumed(request: Request, peers: ranks.Ranks) -> checkpoint.Checkpoint | None:
+    """The newest checkpoint, chosen by the first rank; what was told after it is taken back."""
+    root, run_id = request.run / "checkpoints", request.recipe.run_id
+    step = None
+    if peers.first:
+        found = checkpoint.newest(root, run_id=run_id)
+        step = found.step if found else None
+        checkpoint.truncate_lines(request.run / "metrics.jsonl", step=step or 0)
+    step = peers.from_first(step)
+    return None if step is None else checkpoint.at(root, run_id=run_id, step=step)
 
 
 def read_rows(path: Path) -> datasets.Dataset:
@@ -237,8 +274,13 @@ def refuse_unlearnable(rows: datasets.Dataset) -> None:
     )
 
 
-def arguments(recipe: Recipe, placement: Placement, run: Path) -> SFTConfig:
-    """trl's settings for this recipe and placement. Mixed fp16 is ours: see trainer.Exact."""
+def arguments(
+    recipe: Recipe, placement: Placement, run: Path, *, by_offsets: bool = False
+) -> SFTConfig:
+    """trl's settings for this recipe and placement. Mixed fp16 is ours: see trainer.Exact.
+
+    Attention that goes `by_offsets` needs no padding: rows of a micro-batch are laid end to end.
+    """
     known = {field.name for field in fields(SFTConfig)}
     checkpointing = "activation_checkpointing"
     if checkpointing not in known:  # transformers before 5.18
@@ -268,6 +310,7 @@ def arguments(recipe: Recipe, placement: Placement, run: Path) -> SFTConfig:
         train_sampling_strategy="random" if recipe.shuffle else "sequential",
         packing=recipe.packing,
         packing_strategy="bfd",
+        padding_free=recipe.packing or by_offsets,
         max_length=recipe.max_length if recipe.packing else None,
         dataset_kwargs={"skip_prepare_dataset": True},
         dataloader_pin_memory=placement.device == "cuda",

@@ -14,7 +14,7 @@ import json
 import math
 import resource
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,15 @@ import transformers
 from trl import SFTConfig, SFTTrainer
 
 from tuning import checkpoint
+from tuning.backends import HEAD, VARLEN
 from tuning.checkpoint import Checkpoint
 from tuning.errors import DivergedError
 from tuning.holdout import Best
+from tuning.kernels import head
 from tuning.plan import Recipe
+from tuning.ranks import Ranks
+from tuning.steps import IGNORED, NOTED, ROW, Numbered, Order, numbered
 
-ROW = "row"
 SHOWN_ROWS = 16
 
 
@@ -71,26 +74,34 @@ class Exact(SFTTrainer):  # type: ignore[misc]
         arguments: SFTConfig,
         metrics: Path,
         saves: Saves,
+        kernels: Collection[str] = (),
+        ranks: Ranks | None = None,
     ) -> None:
+        self.ranks = ranks or Ranks()
         self.recipe, self.saves, self.metrics = recipe, saves, metrics
         self.progress = Progress()
         self.rows: list[int] = []  # of the optimizer step under way
         self.loss_so_far: torch.Tensor | float = 0.0  # the same
         self.tokens_so_far = 0  # the same
+        self.filler = False  # the micro-batch under way only fills a rank's turn
         self.random: dict[str, Any] = {}  # before the optimizer step under way
         self.saved_at = 0  # step
         self.best = Best()
-        numbered = rows.add_column(ROW, list(range(len(rows))))
         super().__init__(
             model=tuned,
             args=arguments,
-            train_dataset=numbered,
+            train_dataset=numbered(rows, ranks=self.ranks.count),
             eval_dataset=held_out,
             processing_class=tokenizer,
             callbacks=[Watch(self)],
         )
         self.remove_callback(transformers.PrinterCallback)
-        self.data_collator: Any = _Numbered(self.data_collator)
+        base = tuned.get_base_model()
+        self.one_pass = HEAD in kernels and head.suits(base)
+        if self.one_pass:
+            head.install(base)
+        by_document = base.config._attn_implementation == VARLEN
+        self.data_collator: Any = Numbered(self.data_collator, by_document=by_document)
         # trl makes a quantised model's adapter bf16, which fp16 cards lack and fp32 does not want
         if recipe.precision != "bfloat16":
             for parameter in self.trained().values():
@@ -103,6 +114,9 @@ class Exact(SFTTrainer):  # type: ignore[misc]
         """Train to the last step, from `resumed` if there is one."""
         if resumed is None:
             self.progress.held_out_before = self.held_out_loss()
+            # evaluating marked the model as prepared; the ranks' gradients would never meet
+            self.model._is_accelerate_prepared = False
+            self.accelerator._models.clear()
             self.train()
             return
         self.saved_at = resumed.step
@@ -149,12 +163,14 @@ class Exact(SFTTrainer):  # type: ignore[misc]
     def save(self, random: Mapping[str, Any]) -> None:
         """Write a checkpoint of the last finished optimizer step with these random numbers."""
         step = self.state.global_step
-        checkpoint.save(
-            self.saves.root,
-            run_id=self.recipe.run_id,
-            step=step,
-            contents=self._contents(random),
-        )
+        everyone = self.ranks.gather(random)
+        if self.ranks.first:
+            checkpoint.save(
+                self.saves.root,
+                run_id=self.recipe.run_id,
+                step=step,
+                contents=self._contents(everyone),
+            )
         self.saved_at = step
 
     def save_last(self, random: Mapping[str, Any]) -> None:
@@ -162,7 +178,7 @@ class Exact(SFTTrainer):  # type: ignore[misc]
         if self.is_in_train and self.state.global_step > self.saved_at:
             self.save(random)
 
-    def _contents(self, random: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
+    def _contents(self, random: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, bytes]]:
         weights = self.trained()
         broken = sorted(name for name, p in weights.items() if not p.isfinite().all())
         if broken:
@@ -212,27 +228,72 @@ class Exact(SFTTrainer):  # type: ignore[misc]
 
     def _load_rng_state(self, folder: str | None) -> None:
         if folder is not None:
-            self.random = json.loads(_read(folder, "state.json"))["random"]
+            everyone = json.loads(_read(folder, "state.json"))["random"]
+            self.random = everyone[self.ranks.number % len(everyone)]
             checkpoint.restore_random(self.random)
 
     # One step.
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
         """Forward and backward of one micro-batch, with its rows, tokens and loss noted."""
+        together = isinstance(model, torch.nn.parallel.DistributedDataParallel)
+        assert together or self.ranks.count == 1, "the ranks' gradients do not meet"
         self._live()
         self.rows += inputs.pop("rows")
         self.tokens_so_far += inputs.pop("tokens")
+        self.filler = inputs.pop("filler")
         try:
             loss = super().training_step(model, inputs, num_items_in_batch)
         except torch.OutOfMemoryError:
-            self.save_last(self.random)  # the weights are still those of the last step
+            if self.ranks.count == 1:  # else the others would have to be here, too
+                self.save_last(self.random)  # the weights are still those of the last step
             raise
         self.loss_so_far = self.loss_so_far + loss
         return loss
 
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: Any,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """trl's loss, or the same by the one-pass head: a sum over what is labelled, divided."""
+        if self.filler:  # through the model all the same: the ranks add up their gradients
+            self.filler = False
+            return 0.0 * self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        if not self.one_pass:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs.pop("labels")
+        count = (labels[:, 1:] != head.IGNORED).sum()
+        if num_items_in_batch is not None:  # of the whole step, on all ranks
+            count = torch.as_tensor(num_items_in_batch) / self.accelerator.num_processes
+        return model(**inputs, scored=labels) / count.clamp(min=1)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any:
+        """Labelled tokens of the step; those of fillers do not count."""
+        counted = [
+            {**batch, "labels": torch.full_like(batch["labels"], IGNORED)}
+            if batch["filler"]
+            else batch
+            for batch in batch_samples
+        ]
+        return super()._get_num_items_in_batch(counted, device)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """The usual order; with several ranks, filled up so that all have as many rows."""
+        if self.ranks.count == 1:
+            return super()._get_train_sampler(train_dataset)
+        return Order(
+            len(self.train_dataset) - 1,
+            at_once=self.args.per_device_train_batch_size * self.ranks.count,
+            seed=self.args.data_seed if self.recipe.shuffle else None,
+        )
+
     def _live(self) -> None:
         """A sign of life at each micro-batch, for the watchdog in the parent."""
-        self.metrics.touch()
+        if self.ranks.first:
+            self.metrics.touch()
 
     def prediction_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Loss of one batch of held-out rows; an evaluation may be long, so a stop ends it."""
@@ -240,7 +301,7 @@ class Exact(SFTTrainer):  # type: ignore[misc]
         if self.saves.asked():
             self.save_last(checkpoint.capture_random())
             self.saves.check()
-        kept = {name: value for name, value in inputs.items() if name not in ("rows", "tokens")}
+        kept = {name: value for name, value in inputs.items() if name not in NOTED}
         return super().prediction_step(model, kept, *args, **kwargs)
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
@@ -296,18 +357,6 @@ class Exact(SFTTrainer):  # type: ignore[misc]
         """We phone nobody."""
 
 
-class _Numbered:
-    """A collator that also says which rows and how many tokens a batch has."""
-
-    def __init__(self, collate: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
-        self.collate = collate
-
-    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        rows = [example.pop(ROW) for example in examples if ROW in example]
-        tokens = sum(len(example["input_ids"]) for example in examples)
-        return {**self.collate(examples), "rows": rows, "tokens": tokens}
-
-
 class Watch(transformers.TrainerCallback):  # type: ignore[misc]
     """Reports each step, saves in time, and stops when asked."""
 
@@ -348,13 +397,12 @@ class Watch(transformers.TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count what the step did; ask for a save when one is due."""
         trainer, saves, now = self.trainer, self.trainer.saves, time.monotonic()
-        trainer.progress.tokens += trainer.tokens_so_far
+        trainer.progress.tokens += round(trainer.ranks.sum(trainer.tokens_so_far)[0])
         trainer.progress.seconds = self.seconds_before + now - self.begun
         if saves.asked():
             control.should_training_stop = True
-        due = now - self.saved >= saves.seconds or (
-            saves.steps is not None and state.global_step % saves.steps == 0
-        )
+        late = trainer.ranks.from_first(now - self.saved >= saves.seconds)
+        due = late or (saves.steps is not None and state.global_step % saves.steps == 0)
         if due or control.should_training_stop:
             control.should_save = True
             self.saved = now
@@ -394,6 +442,8 @@ class Watch(transformers.TrainerCallback):  # type: ignore[misc]
         }
 
     def _write(self, record: dict[str, Any]) -> None:
+        if not self.trainer.ranks.first:
+            return
         with self.trainer.metrics.open("ab") as file:
             file.write(checkpoint.pack_json(record) + b"\n")
 

@@ -26,6 +26,7 @@ class Options:
     cache: Path | None = None  # base weights; the hub's usual cache folder if not given
     questions: tuple[str, ...] = ()
     port: int | None = None
+    ranks: int | None = None  # processes that train side by side; None: one for each GPU
     record: Path | None = None  # a file that is told planned against measured
     grace: float = 30.0  # seconds between SIGTERM and SIGKILL, as Kubernetes counts them
     watchdog: Callable[[], watchdog.Watchdog] = watchdog.Watchdog  # one for each training child
@@ -45,6 +46,7 @@ def gather(
     insecure: bool = False,
     questions: tuple[str, ...] = (),
     port: int | None = None,
+    ranks: int | None = None,
     record: Path | None = None,
     grace: float = 30.0,
 ) -> Options:
@@ -71,6 +73,7 @@ def gather(
         cache=JOB_MODELS if JOB_MODELS.is_dir() else None,
         questions=questions,
         port=port,
+        ranks=ranks,
         record=record,
         grace=grace,
     )

@@ -6,7 +6,7 @@ import importlib.metadata
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from tuning import base, delivery, device, fetch, files, network, plan
+from tuning import base, delivery, fetch, files, network, plan
 from tuning.console import Console
 from tuning.data import meter
 from tuning.pipeline import sizing
@@ -33,7 +33,7 @@ def judge(run: Run) -> None:
         known = plan.known_base(run.spec)
     except plan.Unknown:
         return  # its config has to be fetched first
-    plan.refuse_unsupported(run.spec, known, device.detect())
+    plan.refuse_unsupported(run.spec, known, run.device())
 
 
 def base_model(run: Run) -> base.Base:
@@ -53,7 +53,7 @@ def base_model(run: Run) -> base.Base:
 def check(run: Run, model: base.Base) -> plan.Base:
     """Refuse in seconds, in one pass, what can be refused so; gives what is known of the base."""
     run.begin("check", "Checking model, machine and destination ...")
-    here = device.detect()
+    here = run.device()
     if run.spec.instance and plan.device_of(run.spec.instance).name != here.name:
         run.console.say(f"  {run.spec.instance} is named, but this is {here}", style="dim")
     destination, access, own = run.spec.destination, run.options.access, run.own()
@@ -159,7 +159,7 @@ def decide(run: Run, rows: Value, data: list[Value], known: plan.Base) -> tuple[
     """
     run.begin("plan")
     versions = {name: importlib.metadata.version(name) for name in RECIPE_LIBRARIES}
-    here = device.detect()
+    here = run.device()
     decided = plan.make(run.spec, known, here, lengths=lengths(rows), versions=versions)
     key = key_of(rows["key"], run.spec.method, asdict(run.spec.settings), versions)
     kept = run.book.done("plan", key)

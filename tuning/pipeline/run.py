@@ -5,11 +5,12 @@ from __future__ import annotations
 import shutil
 import threading
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tuning import files, journal, process, threads
+from tuning import device, files, journal, process, threads
 from tuning.console import Console
 from tuning.errors import SpecError
 from tuning.pipeline import endings
@@ -30,6 +31,7 @@ class Run:
     book: journal.Journal
     stop: threading.Event
     phase: str = "start"
+    ahead: process.Ahead | None = None  # the training child, while it only loads its libraries
 
     @property
     def folder(self) -> Path:
@@ -44,7 +46,14 @@ class Run:
         if title:
             self.console.say(title)
 
-    def child(self, room: str, request: Value, *, tick: Callable[[], None] = lambda: None) -> Value:
+    def child(
+        self,
+        room: str,
+        request: Value,
+        *,
+        tick: Callable[[], None] = lambda: None,
+        ranks: int = 1,
+    ) -> Value:
         """The answer of a child process; its request, answer and output are kept in `log/`."""
         logs = self.folder / "log"
         logs.mkdir(exist_ok=True)
@@ -59,6 +68,8 @@ class Run:
                 stop_asked=self.stop.is_set,
                 tick=tick,
                 grace=max(1.0, self.options.grace - LAST_SECONDS),
+                ahead=self.ahead if room == "train" else None,
+                ranks=ranks,
             )
         except process.Hung as hung:
             raise endings.hang(hung, self.phase, output) from None
@@ -66,6 +77,14 @@ class Run:
             if self.stop.is_set():
                 raise endings.stopped(self.phase) from None
             raise endings.death(died, self.phase, output) from None
+
+    def training_ahead(self) -> AbstractContextManager[process.Ahead | None]:
+        """A training child that loads its libraries meanwhile, where there is training to do."""
+        if (self.folder / "adapter").exists():
+            return nullcontext()
+        logs = self.folder / "log"
+        logs.mkdir(exist_ok=True)
+        return process.Ahead("train", log=logs / "train.log", keep_open=(self.book.lock,))
 
     def unless_stopped(self, work: Callable[[], Value]) -> Value:
         """What blocking `work` gives, or Stopped soon after a signal, whatever it waits for."""
@@ -83,6 +102,13 @@ class Run:
             what = f"{self.phase} takes about {need:,} bytes here, where {free:,} are free"
             change = "free some space, or name a larger disk with --run-dir"
             raise SpecError.at("RUN-121", str(self.folder), what, change)
+
+    def device(self) -> device.Device:
+        """What is here to train on: as many GPUs as asked for, or processes on the CPU."""
+        found, ranks = device.detect(), self.options.ranks
+        if ranks is None or (found.kind == "cuda" and ranks >= found.count):
+            return found
+        return replace(found, count=ranks)
 
     def token(self) -> str | None:
         """The hub token, read anew each time: a Secret may be rotated."""

@@ -45,7 +45,7 @@ def sized(
     try:
         found = simulated.coefficients(
             known.config,
-            variants=plan.variants(spec, device),
+            variants=plan.variants(spec, known, device),
             begin=lambda: console.say("Sizing the model, which is not among the presets ..."),
             stop=stop,
             keep_open=keep_open,

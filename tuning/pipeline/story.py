@@ -55,7 +55,7 @@ def _story(run: Run) -> Summary:
     model = preparing.base_model(run)
     known = preparing.check(run, model)
     data = preparing.fetch_data(run)
-    with weights.coming(run, model) as coming:
+    with weights.coming(run, model) as coming, run.training_ahead() as run.ahead:
         rows = preparing.tokenise(run, data, coming.tokenizer, model)
         decided, packed = preparing.decide(run, rows, data, known)
         trained = training.train(run, decided, packed, model, weights=coming.folder)

@@ -87,9 +87,10 @@ def _fitting(run: Run, request: Value, decided: Plan, report: Report) -> Value:
     for number, way in enumerate(ways[first:], first):
         if number:
             run.console.say(f"  out of memory before, so now {_way(way)}", style="yellow")
-        placed = request | {"placement": asdict(way)}
+        placed = request | {"placement": asdict(way), "meeting": str(_meeting(run))}
         try:
-            return run.child("train", placed, tick=_watched(run, report))
+            tick = _watched(run, report)
+            return run.child("train", placed, tick=tick, ranks=way.ranks)
         except (OutOfMemoryError, Killed) as error:
             if error.exit_code not in (OutOfMemoryError.exit_code, 128 + signal.SIGKILL):
                 raise
@@ -105,6 +106,13 @@ def _out_of_memory(decided: Plan, ways: list[plan.Placement]) -> OutOfMemoryErro
         what += f". Planned in GiB: {said}"
     change = "use a machine with more memory, a smaller model or method qlora, or lower max_length"
     return OutOfMemoryError.at("RUN-140", decided.device.name, what, change)
+
+
+def _meeting(run: Run) -> Path:
+    """A file that does not exist yet, where the ranks of one try meet."""
+    path = run.folder / "log" / "ranks"
+    path.unlink(missing_ok=True)
+    return path
 
 
 def _watched(run: Run, report: Report) -> Callable[[], None]:

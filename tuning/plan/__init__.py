@@ -15,7 +15,14 @@ from tuning.plan.base import (
 from tuning.plan.choices import Packing, packing
 from tuning.plan.make import again, draft, freeze, is_enough, make
 from tuning.plan.placing import disk_bytes, fallbacks, place, variants, wants_simulation
-from tuning.plan.values import Lengths, Placement, Plan, Recipe, recipe_from_json
+from tuning.plan.values import (
+    Lengths,
+    Placement,
+    Plan,
+    Recipe,
+    placement_from_json,
+    recipe_from_json,
+)
 
 __all__ = [
     "Base",
@@ -37,6 +44,7 @@ __all__ = [
     "make",
     "packing",
     "place",
+    "placement_from_json",
     "recipe_from_json",
     "refuse_unsupported",
     "variants",

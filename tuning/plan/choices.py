@@ -136,10 +136,16 @@ def _max_length(base: Base, lengths: Lengths | None, packing: bool) -> tuple[int
     return wanted, f"holds the longest row ({lengths.longest:,} tokens) and some of mean length"
 
 
-def batch(lengths: Lengths | None, max_length: int, packing: bool) -> tuple[int, str]:
-    """Training rows an optimizer step, and why."""
+def batch(lengths: Lengths | None, max_length: int, packing: bool, gpus: int) -> tuple[int, str]:
+    """Training rows an optimizer step, and why; a multiple of `gpus`, so that none is idle."""
     if lengths is None or not packing:
-        return BATCH_ROWS, f"{BATCH_ROWS} rows a step are the usual for LoRA"
-    packed = max(1, round(BATCH_ROWS * lengths.mean / max_length))
-    rows = packed * max_length / lengths.mean
-    return packed, f"about {rows:.0f} rows of mean length ({lengths.mean:.0f} tokens) a step"
+        rows = math.ceil(BATCH_ROWS / gpus) * gpus
+        return rows, f"{BATCH_ROWS} rows a step are the usual for LoRA{_round(gpus)}"
+    packed = math.ceil(max(1, round(BATCH_ROWS * lengths.mean / max_length)) / gpus) * gpus
+    rows = round(packed * max_length / lengths.mean)
+    mean = f"about {rows} rows of mean length ({lengths.mean:.0f} tokens) a step"
+    return packed, mean + _round(gpus)
+
+
+def _round(gpus: int) -> str:
+    return f", so many that they go round {gpus} GPUs" if gpus > 1 else ""

@@ -43,7 +43,7 @@ def make(
     packed, max_length = row_shape(spec, base, lengths, pick)
     user_batch = None
     if s.micro_batch or s.accumulation:
-        user_batch = (s.micro_batch or 1) * (s.accumulation or 1)
+        user_batch = (s.micro_batch or 1) * (s.accumulation or 1) * device.count
     recipe = Recipe(
         base_model=base.name,
         base_revision=base.revision,
@@ -81,7 +81,9 @@ def make(
         },
         shuffle=or_default(s.shuffle, True),
         train_share=or_default(s.train_share, 1.0),
-        global_batch=pick("global_batch", user_batch, *batch(lengths, max_length, packed)),
+        global_batch=pick(
+            "global_batch", user_batch, *batch(lengths, max_length, packed, device.count)
+        ),
         epochs=pick("epochs", s.epochs, EPOCHS, "three looks at each row"),
         steps=0,
         seed=or_default(s.seed, 42),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tuning import presets, sizing
+from tuning import backends, presets, sizing
 from tuning.device import Device
 from tuning.errors import SpecError
 from tuning.ledger import Unknown, Variant
@@ -36,9 +36,12 @@ def place(
     smallest machine that would hold it.
     """
     settings, model = spec.settings, base.sized(device)
-    micro_batch, checkpointing, fit = _unsized(recipe, settings, reasons), False, None
+    ranks = _ranks(recipe.global_batch, device, reasons)
+    share = recipe.global_batch // ranks  # of each rank, in a step
+    micro_batch, checkpointing, fit = _unsized(recipe, settings, share, reasons), False, None
+    ways = _ways(recipe, base, device, settings, reasons)
     if model is not None:
-        demand = _demand(recipe, settings, lengths, device)
+        demand = _demand(recipe, settings, lengths, device, ways, ranks=ranks)
         if device.kind == "cuda":
             fit = sizing.best(model, demand, device.gpu, memory=device.memory_bytes)
         else:
@@ -62,11 +65,12 @@ def place(
         reasons["checkpointing"] = "set in the config"
     placement = Placement(
         device=device.kind,
-        ranks=1,
+        ranks=ranks,
         micro_batch=micro_batch,
-        accumulation=recipe.global_batch // micro_batch,
+        accumulation=share // micro_batch,
         checkpointing=checkpointing,
-        attention=settings.attention or "sdpa",
+        attention=ways.attention,
+        kernels=ways.kernels,
         threads=_threads(base, device, reasons),
     )
     return placement, fit
@@ -78,13 +82,25 @@ def wants_simulation(base: Base, device: Device) -> bool:
     return base.sized(device) is None and not (device.kind == "cpu" and small)
 
 
-def variants(spec: Spec, device: Device) -> list[Variant]:
+def variants(spec: Spec, base: Base, device: Device) -> list[Variant]:
     """The ways to train that a plan for `device` chooses among."""
-    precision = spec.settings.dtype or choices.precision(device)[0]
-    attention = "eager" if spec.settings.attention == "eager" else "sdpa"
-    dropout = bool(spec.settings.dropout)
+    settings = spec.settings
+    precision = settings.dtype or choices.precision(device)[0]
+    dropout = settings.dropout or 0.0
+    dora = bool(settings.dora)
+    ways = backends.choose(
+        settings, base.facts, device, precision=precision, dropout=dropout, dora=dora, reasons={}
+    )
     return [
-        Variant(spec.method, precision, attention, checkpointing, dropout, device.kind)  # type: ignore[arg-type]
+        Variant(
+            spec.method,
+            precision,  # type: ignore[arg-type]
+            ways.sized_as,
+            checkpointing,
+            dropout > 0,
+            device.kind,
+            fused=bool(ways.kernels),
+        )
         for checkpointing in (False, True)
     ]
 
@@ -130,20 +146,51 @@ def _threads(base: Base, device: Device, reasons: dict[str, str]) -> int | None:
     return 1
 
 
-def _unsized(recipe: Recipe, settings: Settings, reasons: dict[str, str]) -> int:
+def _ranks(rows: int, device: Device, reasons: dict[str, str]) -> int:
+    """How many GPUs share the rows of a step: as many as there are, if the rows go round."""
+    ranks = _divisor(rows, device.count)
+    if device.count > 1:
+        reasons["ranks"] = "one for each GPU: each trains other rows of a step"
+        if ranks < device.count:
+            reasons["ranks"] = f"{rows} rows a step do not go round {device.count} GPUs"
+    return ranks
+
+
+def _unsized(recipe: Recipe, settings: Settings, share: int, reasons: dict[str, str]) -> int:
     """A micro-batch where memory is no question, or nobody knows the answer."""
     if settings.micro_batch:
         reasons["micro_batch"] = "set in the config"
-        return _divisor(recipe.global_batch, settings.micro_batch)
+        return _divisor(share, settings.micro_batch)
     if recipe.packing:
         reasons["micro_batch"] = "a packed row is full as it is"
         return 1
     reasons["micro_batch"] = "a few rows at once, with little padding"
-    return _divisor(recipe.global_batch, 4)
+    return _divisor(share, 4)
+
+
+def _ways(
+    recipe: Recipe, base: Base, device: Device, settings: Settings, reasons: dict[str, str]
+) -> backends.Ways:
+    """How attention and the layers around it are computed on `device`, and why."""
+    return backends.choose(
+        settings,
+        base.facts,
+        device,
+        precision=recipe.precision,
+        dropout=recipe.dropout,
+        dora=recipe.dora,
+        reasons=reasons,
+    )
 
 
 def _demand(
-    recipe: Recipe, settings: Settings, lengths: Lengths | None, device: Device
+    recipe: Recipe,
+    settings: Settings,
+    lengths: Lengths | None,
+    device: Device,
+    ways: backends.Ways,
+    *,
+    ranks: int = 1,
 ) -> sizing.Demand:
     quantisation = recipe.quantisation or {}
     return sizing.Demand(
@@ -152,11 +199,13 @@ def _demand(
         rank=recipe.rank,
         dropout=recipe.dropout,
         optimizer=recipe.optimizer,
-        attention="eager" if settings.attention == "eager" else "sdpa",
+        attention=ways.sized_as,
+        fused=bool(ways.kernels),
         double_quant=bool(quantisation.get("double", True)),
         targets=recipe.targets,
         length=recipe.max_length,
-        rows=recipe.global_batch,
+        rows=recipe.global_batch // ranks,
+        ranks=ranks,
         packed=recipe.packing,
         device=device.kind,
         span=lengths.mean if lengths else float(recipe.max_length),
@@ -177,15 +226,17 @@ def shortened(
     model = base.sized(device)
     if model is None:
         return recipe
-    whole = recipe
+    whole, ways = recipe, _ways(recipe, base, device, spec.settings, {})
     while recipe.max_length > SHORTEST:
-        demand = _demand(recipe, spec.settings, lengths, device)
+        demand = _demand(recipe, spec.settings, lengths, device, ways)
         if sizing.smallest(model, demand, device.gpu).fits(device.memory_bytes):
             return recipe
         reasons["max_length"] = f"{whole.max_length} would not fit the memory of {device.name}"
         recipe = replace(recipe, max_length=recipe.max_length // 2)
         if spec.settings.micro_batch is None and spec.settings.accumulation is None:
-            rows, reasons["global_batch"] = batch(lengths, recipe.max_length, recipe.packing)
+            rows, reasons["global_batch"] = batch(
+                lengths, recipe.max_length, recipe.packing, device.count
+            )
             recipe = replace(recipe, global_batch=rows)
     return recipe
 

@@ -9,6 +9,8 @@ from tuning import files
 from tuning.device import Device
 from tuning.sizing import Fit
 
+SHARED = 0.97  # of their speed alone is left to GPUs that add up gradients; reported elsewhere
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -78,6 +80,12 @@ class Placement:
     checkpointing: bool
     attention: str
     threads: int | None = None  # intra-op threads on a CPU; None leaves torch's choice
+    kernels: tuple[str, ...] = ()  # fused ones, of backends.FUSED
+
+
+def placement_from_json(record: dict[str, Any]) -> Placement:
+    """The placement that `dataclasses.asdict` and JSON made a dictionary of."""
+    return Placement(**record | {"kernels": tuple(record.get("kernels") or ())})
 
 
 @dataclass(frozen=True)
@@ -113,18 +121,18 @@ class Plan:
     @property
     def seconds(self) -> float | None:
         """Predicted seconds of training, once the steps are known."""
-        if self.rows is None or self.fit is None or self.fit.seconds_per_token is None:
+        if self.rows is None or self.tokens_per_second is None:
             return None
         recipe = self.recipe
-        tokens = recipe.steps * recipe.global_batch * recipe.max_length
-        return tokens * self.fit.seconds_per_token / self.placement.ranks
+        return recipe.steps * recipe.global_batch * recipe.max_length / self.tokens_per_second
 
     @property
     def tokens_per_second(self) -> float | None:
         """Predicted tokens a second of all GPUs together, padding counted."""
         if self.fit is None or self.fit.seconds_per_token is None:
             return None
-        return self.placement.ranks / self.fit.seconds_per_token
+        ranks = self.placement.ranks
+        return ranks * (SHARED if ranks > 1 else 1.0) / self.fit.seconds_per_token
 
     def foretold(self) -> dict[str, Any]:
         """What a run is compared with: None where nobody knows.

@@ -58,11 +58,11 @@ def variants(config: dict[str, Any]) -> tuple[Variant, ...]:
         ("qlora", "float16", "sdpa"),
     ]
     if shape is not None and shape.packing_safe:
-        ways += [("lora", "bfloat16", "varlen"), ("qlora", "bfloat16", "varlen")]
+        ways += [(method, precision, "varlen") for method, precision, _ in ways]
     return tuple(
-        Variant(method, precision, attention, checkpointing, dropout)  # type: ignore[arg-type]
-        for (method, precision, attention), checkpointing, dropout in itertools.product(
-            ways, (True, False), (False, True)
+        Variant(*way, checkpointing, dropout, fused=fused)  # type: ignore[arg-type]
+        for way, checkpointing, dropout, fused in itertools.product(
+            ways, (True, False), (False, True), (False, True)
         )
     )
 

@@ -29,7 +29,7 @@ RANK = 37  # no other dimension of any model: a tensor with it is one of the ada
 # Steps to run: one for each size that counts, and apart enough to tell them from each other.
 PACKED = tuple(Point(*shape, RANK) for shape in ((1, 2048), (2, 1024), (1, 4096)))
 PADDED = tuple(Point(*shape, RANK) for shape in ((2, 1024), (4, 1024), (8, 512), (2, 2048)))
-SINGLE = tuple(Point(*shape, RANK) for shape in ((1, 512), (1, 1024), (1, 2048)))
+SINGLE = tuple(Point(*shape, RANK) for shape in ((1, 1024), (1, 2048), (1, 4096)))
 GRID = tuple(  # where the highest moments are looked for
     measures(tokens=tokens, rows=rows, rank=rank)
     for tokens in (64, 256, 1024, 2048, 4096, 6144, 8192, 16384, 65536, 262144)

@@ -19,6 +19,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl.kernels import chunked_logprob
 
+from tuning.kernels import head
 from tuning.simulate.memory import kind
 
 VARLEN = "simulated_varlen"  # a name with "flash" in it would be taken for a kernel to download
@@ -164,6 +165,12 @@ class PackedLinear(bnb.nn.Linear4bit):  # type: ignore[misc]
         mark_packed(self.weight)
         self.bias, self.compute_dtype, self.quant_state = linear.bias, compute_dtype, None
 
+    def unpacked(self) -> torch.Tensor:
+        """The whole weight, as `bnb.functional.dequantize_4bit` makes it."""
+        like = self.weight.new_empty(0, dtype=self.compute_dtype)
+        whole: torch.Tensor = _unpacked(like, self.out_features, self.in_features)
+        return whole
+
     def forward(self, x: torch.Tensor) -> Any:
         """x W^T, in the type of `x`."""
         out = _apply(
@@ -253,6 +260,27 @@ class _TorchHead(torch.autograd.Function):
             return gradient.to(hidden.dtype), None, None
 
 
+class _OnePassHead(torch.autograd.Function):
+    """`tuning.kernels.head` on its first tile; the others come after it in the same memory."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Any, weight: Any, targets: Any, device: str) -> Any:
+        size = min(len(hidden), head.rows_of_a_tile(len(weight), device))
+        with kind("loss"):
+            gradient = torch.empty_like(hidden)
+            tile = hidden.new_empty(size, len(weight))
+            probabilities = hidden.new_empty(size, len(weight), dtype=FLOAT)
+            del tile, probabilities
+            ctx.save_for_backward(gradient)
+            return hidden.new_empty((), dtype=FLOAT)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (gradient,) = ctx.saved_tensors
+        with kind("loss"):
+            return torch.empty_like(gradient), None, None, None
+
+
 def _tile(hidden: Any, dtype: torch.dtype) -> Any:
     with kind("tile"):
         return hidden.new_empty(min(len(hidden), HEAD_ROWS), HEAD_COLUMNS, dtype=dtype)
@@ -263,12 +291,17 @@ def _computed(hidden: Any) -> torch.dtype:
     return torch.get_autocast_dtype("cpu") if enabled else hidden.dtype
 
 
-def loss(hidden: Any, weight: Any, labels: Any, *, device: str) -> Any:
-    """trl's loss on `hidden` [rows, length, width]: every token but a row's first has a label.
+def loss(hidden: Any, weight: Any, labels: Any, *, device: str, fused: bool = False) -> Any:
+    """trl's loss, or our one-pass head's, on `hidden` [rows, length, width].
 
+    Every token but a row's first has a label.
     Where Triton is, trl copies out the tokens that have one; here all of them, the most there are.
     """
     shifted, targets = hidden[:, :-1], labels[:, 1:]
+    if fused:
+        every = torch.arange(targets.numel())
+        flat = shifted.reshape(-1, shifted.shape[-1]).index_select(0, every).to(_computed(hidden))
+        return _apply(_OnePassHead, flat, weight, targets.reshape(-1)[every], device)
     if device == "cpu":
         flat = shifted.reshape(-1, shifted.shape[-1])
         return -_apply(_TorchHead, flat, weight, targets.reshape(-1).clamp(min=0)).sum()

@@ -19,6 +19,8 @@ from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from tuning import model as models
+from tuning.backends import FUSED
+from tuning.kernels import fuse
 from tuning.ledger import Variant
 from tuning.simulate import standins
 from tuning.simulate.memory import LiveBytes
@@ -144,6 +146,8 @@ def adapt(model: Any, *, variant: Variant, rank: int) -> Any:
     if variant.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         adapted.enable_input_require_grads()
+    if variant.fused:
+        fuse.fuse(adapted, FUSED)
     return adapted.train()
 
 
@@ -263,7 +267,9 @@ def step(model: Any, inputs: dict[str, torch.Tensor], variant: Variant) -> Itera
     with torch.autocast("cpu", dtype) if autocast else contextlib.nullcontext():
         hidden = base.base_model(**rest, use_cache=False).last_hidden_state
         head = base.get_output_embeddings()
-        loss = standins.loss(hidden, head.weight, labels, device=variant.device)
+        loss = standins.loss(
+            hidden, head.weight, labels, device=variant.device, fused=variant.fused
+        )
         del hidden
     yield
     loss.backward()

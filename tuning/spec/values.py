@@ -53,6 +53,7 @@ class Settings:
     packing: bool | None = None
     train_on: Literal["assistant", "all"] | None = None
     checkpointing: bool | None = None
+    fused: bool | None = None  # fused_kernels
     log_steps: int | None = None
     save_steps: int | None = None
     eval_steps: int | None = None

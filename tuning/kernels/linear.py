@@ -1,0 +1,234 @@
+"""LoRA layers and MLPs as single autograd functions over cuBLAS, for 16-bit and 4-bit bases.
+
+peft computes base, A, B, scale and sum one after the other and lets autograd keep what each needs.
+Here the low-rank part is added into the base's output by `addmm`, projections of the same input
+share its reads and its one saved copy, and an MLP keeps the outputs of its first projections only:
+the activation is computed again in the backward. Frozen weights get no gradient, packed ones are
+unpacked for a product and forgotten. Without dropout that is peft's result, with fewer roundings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One frozen linear layer and its adapter: y = x W^T + b + scale * (x A^T) B^T."""
+
+    base: torch.nn.Linear  # may be bitsandbytes' Linear4bit
+    a: Tensor  # [rank, inputs]
+    b: Tensor  # [outputs, rank]
+    scale: float
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An elementwise function, and its gradient: from that of its output, and in its place."""
+
+    forward: Callable[[Tensor], Tensor]
+    backward_: Callable[[Tensor, Tensor], Tensor]  # gradient of the output, input
+
+
+def _silu_backward_(grad: Tensor, x: Tensor) -> Tensor:
+    made: Tensor = torch.ops.aten.silu_backward.grad_input(grad, x, grad_input=grad)
+    return made
+
+
+_SILU = Activation(F.silu, _silu_backward_)
+
+
+def _gelu(approximate: str) -> Activation:
+    def backward_(grad: Tensor, x: Tensor) -> Tensor:
+        made: Tensor = torch.ops.aten.gelu_backward.grad_input(
+            grad, x, approximate=approximate, grad_input=grad
+        )
+        return made
+
+    return Activation(lambda x: F.gelu(x, approximate=approximate), backward_)
+
+
+ACTIVATIONS = {  # by the class that transformers uses for them
+    "SiLU": _SILU,
+    "SiLUActivation": _SILU,
+    "GELUTanh": _gelu("tanh"),
+    "NewGELUActivation": _gelu("tanh"),
+    "GELUActivation": _gelu("none"),
+    "GELU": _gelu("none"),
+}
+
+
+def weight(base: torch.nn.Linear, dtype: torch.dtype) -> Tensor:
+    """The frozen weight [outputs, inputs] in `dtype`; a packed one is unpacked for this call."""
+    if not isinstance(base, bnb.nn.Linear4bit):
+        return base.weight.to(dtype)
+    unpack: Callable[[], Tensor] = getattr(base, "unpacked", None) or partial(
+        bnb.functional.dequantize_4bit, base.weight.data, base.weight.quant_state
+    )
+    return unpack().to(dtype)
+
+
+def _down(x: Tensor, parts: Sequence[Projection]) -> Tensor:
+    """x A^T of all parts side by side: [tokens, sum of ranks]. Reads x once."""
+    return x @ _all_a(parts, x.dtype).t()
+
+
+def _all_a(parts: Sequence[Projection], dtype: torch.dtype) -> Tensor:
+    if len(parts) == 1:
+        return parts[0].a.to(dtype)
+    return torch.cat([part.a.to(dtype) for part in parts])
+
+
+def _up(x: Tensor, low: Tensor, part: Projection) -> Tensor:
+    """The part's output for x [tokens, inputs], given low = x A^T."""
+    bias = None if part.base.bias is None else part.base.bias.to(x.dtype)
+    out = F.linear(x, weight(part.base, x.dtype), bias)
+    return out.addmm_(low, part.b.to(x.dtype).t(), alpha=part.scale)
+
+
+def _forward(x: Tensor, parts: Sequence[Projection]) -> tuple[list[Tensor], Tensor]:
+    """Outputs of all parts, and x A^T of all, for x [tokens, inputs]."""
+    low = _down(x, parts)
+    ranks = [len(part.a) for part in parts]
+    pieces = zip(parts, torch.split(low, ranks, dim=1), strict=True)
+    return [_up(x, piece, part) for part, piece in pieces], low
+
+
+def _backward(
+    grads: Sequence[Tensor], x: Tensor, low: Tensor, parts: Sequence[Projection], *, needed: bool
+) -> tuple[Tensor | None, list[Tensor]]:
+    """Gradients of x (if `needed`) and of each part's A and B, in their types."""
+    ranks = [len(part.a) for part in parts]
+    into_low = [
+        (grad @ part.b.to(x.dtype)).mul_(part.scale)
+        for grad, part in zip(grads, parts, strict=True)
+    ]
+    together = into_low[0] if len(parts) == 1 else torch.cat(into_low, dim=1)
+    of_a = torch.split(together.t() @ x, ranks)
+    adapters: list[Tensor] = []
+    for grad, part, piece, a in zip(
+        grads, parts, torch.split(low, ranks, dim=1), of_a, strict=True
+    ):
+        of_b = (grad.t() @ piece).mul_(part.scale)
+        adapters += [a.to(part.a.dtype), of_b.to(part.b.dtype)]
+    if not needed:
+        return None, adapters
+    into_x = grads[0] @ weight(parts[0].base, x.dtype)
+    for grad, part in zip(grads[1:], parts[1:], strict=True):
+        into_x.addmm_(grad, weight(part.base, x.dtype))
+    return into_x.addmm_(together, _all_a(parts, x.dtype)), adapters
+
+
+class _Linears(torch.autograd.Function):
+    """Several projections of one input. The adapters' tensors are arguments for autograd's sake."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, parts: Any, *adapters: Tensor) -> Any:
+        with torch.autocast(x.device.type, enabled=False):
+            outs, low = _forward(x, parts)
+        ctx.save_for_backward(x, low)
+        ctx.parts = parts
+        return tuple(outs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, low = ctx.saved_tensors
+        into_x, adapters = _backward(grads, x, low, ctx.parts, needed=ctx.needs_input_grad[0])
+        return into_x, None, *adapters
+
+
+def linears(x: Tensor, parts: Sequence[Projection], *, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Outputs of several projections of `x` [..., inputs], computed in `dtype`."""
+    adapters = [tensor for part in parts for tensor in (part.a, part.b)]
+    flat = x.reshape(-1, x.shape[-1]).to(dtype)
+    outs = _Linears.apply(flat, tuple(parts), *adapters)  # type: ignore[no-untyped-call]
+    return tuple(out.view(*x.shape[:-1], -1) for out in outs)
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """down(act(gate(x)) * up(x)), gate and up being two projections or one; or down(act(x W))."""
+
+    wide: tuple[Projection, ...]
+    down: Projection
+    activation: Activation
+    gated: bool
+
+
+class _Mlp(torch.autograd.Function):
+    """A whole MLP. Keeps x, the outputs of the wide projections and two low-rank tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mlp: Mlp, *adapters: Tensor) -> Any:
+        with torch.autocast(x.device.type, enabled=False):
+            outs, low = _forward(x, mlp.wide)
+            active = mlp.activation.forward(_halves(mlp, outs)[0])
+            inner = active.mul_(_halves(mlp, outs)[1]) if mlp.gated else active
+            (out,), low_down = _forward(inner, (mlp.down,))
+        ctx.save_for_backward(x, low, low_down, *outs)
+        ctx.mlp = mlp
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, low, low_down, *outs = ctx.saved_tensors
+        mlp: Mlp = ctx.mlp
+        gate, up = _halves(mlp, outs)
+        active = mlp.activation.forward(gate)
+        inner = active * up if mlp.gated else active
+        into_inner, of_down = _backward(grads, inner, low_down, (mlp.down,), needed=True)
+        assert into_inner is not None
+        del inner
+        wide = _into_wide(mlp, outs, active, into_inner)
+        del active, into_inner
+        into_x, of_wide = _backward(wide, x, low, mlp.wide, needed=ctx.needs_input_grad[0])
+        return into_x, None, *of_wide, *of_down
+
+
+def _halves(mlp: Mlp, outs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Gate and up, from two projections or the halves of one; twice the same without a gate."""
+    if not mlp.gated:
+        return outs[0], outs[0]
+    if len(mlp.wide) == 2:
+        return outs[0], outs[1]
+    gate, up = outs[0].chunk(2, dim=-1)
+    return gate, up
+
+
+def _into_wide(mlp: Mlp, outs: Sequence[Tensor], active: Tensor, grad: Tensor) -> list[Tensor]:
+    """Gradients of the wide projections' outputs, from that of what goes into `down`.
+
+    `active` is the activation of the gate; it and `grad` are overwritten.
+    """
+    gate, up = _halves(mlp, outs)
+    if not mlp.gated:
+        return [mlp.activation.backward_(grad, gate)]
+    if len(mlp.wide) == 2:
+        into_up = active.mul_(grad)
+        return [mlp.activation.backward_(grad.mul_(up), gate), into_up]
+    both = torch.empty_like(outs[0])
+    into_gate, into_up = both.chunk(2, dim=-1)
+    torch.mul(active, grad, out=into_up)
+    del active
+    mlp.activation.backward_(torch.mul(grad, up, out=into_gate), gate)
+    return [both]
+
+
+def mlp(x: Tensor, parts: Mlp, *, dtype: torch.dtype) -> Tensor:
+    """The MLP's output for `x` [..., inputs], computed in `dtype`."""
+    adapters = [t for part in (*parts.wide, parts.down) for t in (part.a, part.b)]
+    flat = x.reshape(-1, x.shape[-1]).to(dtype)
+    out: Tensor = _Mlp.apply(flat, parts, *adapters)  # type: ignore[no-untyped-call]
+    return out.view(*x.shape[:-1], -1)

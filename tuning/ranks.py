@@ -1,0 +1,99 @@
+"""The ranks of one training: processes that train the same weights on different rows.
+
+One process is the usual case, and everything here is then free. Several are started together by
+the parent (`process.run` with `ranks`), one a GPU, or on a CPU with gloo. They meet through a file
+in the run directory, and agree on what all must do alike: to stop, to save, to go on from. What is
+agreed on is numbers and JSON; nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+PATIENCE = datetime.timedelta(minutes=60)  # a rank that loads weights or saves is waited for
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among its peers."""
+
+    number: int = 0
+    count: int = 1
+    group: Any = field(default=None, repr=False)  # over gloo, so that agreeing waits for no GPU
+
+    @property
+    def first(self) -> bool:
+        """Whether this one writes, logs and answers."""
+        return self.number == 0
+
+    def sum(self, *values: float) -> list[float]:
+        """Each of `values`, added up over all ranks. All of them must call it."""
+        if self.count == 1:
+            return list(values)
+        made = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(made, group=self.group)
+        return [float(value) for value in made]
+
+    def any(self, here: bool) -> bool:
+        """Whether it is true on any rank. All of them must ask."""
+        return self.sum(float(here))[0] > 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """The JSON value of every rank, in their order. All of them must call it."""
+        if self.count == 1:
+            return [value]
+        data = json.dumps(value).encode()
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.count)]
+        dist.all_gather(sizes, torch.tensor([len(data)]), group=self.group)
+        longest = max(int(size) for size in sizes)
+        mine = torch.zeros(longest, dtype=torch.uint8)
+        mine[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        parts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.count)]
+        dist.all_gather(parts, mine, group=self.group)
+        texts = [part[: int(n)].numpy().tobytes() for part, n in zip(parts, sizes, strict=True)]
+        return [json.loads(text) for text in texts]
+
+    def from_first(self, value: Any) -> Any:
+        """The first rank's JSON value. All of them must call it."""
+        return self.gather(value if self.first else None)[0]
+
+
+def join(device: str, meeting: Path | None) -> Ranks:
+    """Become the rank that the environment names, and meet the others at the file `meeting`.
+
+    A single rank meets nobody, and sees one GPU only: trl refuses a process with several.
+    """
+    count, number = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    if count == 1:
+        if device == "cuda":
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")
+            os.environ["CUDA_VISIBLE_DEVICES"] = visible[0]
+        return Ranks()
+    if meeting is None:
+        raise AssertionError("several ranks need a place to meet")
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(
+        "nccl" if device == "cuda" else "gloo",
+        init_method=f"file://{meeting}",
+        rank=number,
+        world_size=count,
+        timeout=PATIENCE,
+    )
+    group = dist.new_group(backend="gloo", timeout=PATIENCE) if device == "cuda" else None
+    return Ranks(number, count, group)
+
+
+def leave(ranks: Ranks) -> None:
+    """Part from the others, once all have come to this point."""
+    if ranks.count > 1 and dist.is_initialized():
+        ranks.sum(0.0)
+        dist.destroy_process_group()

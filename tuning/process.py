@@ -12,6 +12,7 @@ import contextlib
 import faulthandler
 import importlib
 import os
+import queue
 import runpy
 import signal
 import stat
@@ -310,33 +311,29 @@ def launch() -> None:
     """
     room = sys.argv.pop(1)
     faulthandler.register(signal.SIGUSR1, all_threads=True)
+    named: queue.SimpleQueue[str] = queue.SimpleQueue()
+    if stat.S_ISFIFO(os.fstat(0).st_mode):
+        follow_parent(named)
     if sys.argv[1] == WAITING:
         importlib.import_module(f"tuning.{room}")
         del sys.modules[f"tuning.{room}"]  # it is run below, as __main__; what it imported stays
-        sys.argv[1] = _named_request()
-    if stat.S_ISFIFO(os.fstat(0).st_mode):
-        follow_parent()
+        sys.argv[1] = named.get()
     runpy.run_module(f"tuning.{room}", run_name="__main__", alter_sys=True)
 
 
-def _named_request() -> str:
-    """The line that `Ahead.take` writes; ends this process if its parent is gone."""
-    named = b""
-    while not named.endswith(b"\n"):
-        byte = os.read(0, 1)
-        if not byte:
-            sys.exit(0)
-        named += byte
-    return named.decode().rstrip("\n")
+def follow_parent(named: queue.SimpleQueue[str]) -> None:
+    """End this child when its parent is gone: an orphan would hold GPU and lock.
 
-
-def follow_parent() -> None:
-    """End this child when its parent is gone: an orphan would hold GPU and lock."""
+    What the parent writes meanwhile (`Ahead.take`) goes to `named`, line by line.
+    """
 
     def watch() -> None:
+        text = b""
         with contextlib.suppress(OSError, ValueError):
-            while os.read(0, 1):
-                pass
+            while piece := os.read(0, 4096):
+                *lines, text = (text + piece).split(b"\n")
+                for line in lines:
+                    named.put(line.decode())
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True).start()

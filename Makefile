@@ -59,7 +59,8 @@ slow: install  ## the tests that take minutes: the memory formula against simula
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow $(PYTEST)
 
 soak: install system  ## kill a run N times at each boundary: make soak N=50 (hours)
-	SOAK=$(N) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak tests/test_kills.py $(PYTEST)
+	SOAK=$(N) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak tests/test_kills.py \
+	  tests/test_stops.py $(PYTEST)
 
 coefficients: install  ## simulate the memory of every preset again: configs/memory (half an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tuning.simulate --write

@@ -105,6 +105,35 @@ def test_a_run_killed_everywhere_ends_in_the_same_adapter_and_image(
     assert not (world.folder / "killed" / "checkpoints" / "quarantine").exists()
 
 
+FILES = ("weights", "optimizer", "trainer_state", "state", "MANIFEST")
+INSIDE = {
+    f"{name} {when}": Aim(
+        event, rf"/checkpoints/\.tmp-\S+/\.?{name}\.\w+", TRAIN, nth=nth, after=after
+    )
+    for name in FILES
+    for when, event, nth, after in (
+        ("begun", "open", 1, False),
+        ("half written", "open", 1, True),
+        ("not yet named", "os.rename", 2, False),
+        ("named", "os.rename", 2, True),
+    )
+}
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize("place", INSIDE)
+def test_a_run_killed_inside_a_save_goes_on(
+    place: str, world: World, clean: tuple[str, str]
+) -> None:
+    """At the beginning, inside and at the end of each file of a checkpoint: always the same."""
+    for number in range(int(os.environ.get("SOAK", "1"))):
+        name = f"{place.replace(' ', '-').lower().replace('_', '-')}-{number}"
+        ended = world.run(name, aim=INSIDE[place])
+        assert -signal.SIGKILL == ended.status
+        assert clean == jobs.result(world.run(name)), name
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(0)
 @pytest.mark.parametrize("boundary", BOUNDARIES)

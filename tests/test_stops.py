@@ -180,6 +180,43 @@ def test_a_changed_spec_trains_anew_in_the_same_directory(
     assert f"left alone, of another recipe: {old.name}" in log
 
 
+OTHERWISE: dict[str, dict[str, Any]] = {  # how a person changes each of these
+    "method": {"method": "qlora"},
+    "rank": {"lora": {"r": 4}},
+    "learning_rate": {"learning_rate": 0.002},
+    "max_length": {"max_length": 128},
+    "global_batch": {"gradient_accumulation_steps": 2},
+    "steps": {"max_steps": 7},
+    "seed": {"seed": 8},
+    "packing": {"packing": False},
+}
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("field", [*OTHERWISE, "data", "base_revision"])
+def test_a_spec_changed_in_any_field_trains_anew(
+    field: str, world: World, clean: tuple[str, str], tiny_base: Any
+) -> None:
+    """Killed in mid-training, then edited: the run ends as one that was never anything else."""
+    changes = OTHERWISE.get(field, {})
+    if field == "data":
+        world.web.serve("/other.jsonl", world.rows.replace(b"cat", b"dog"))
+        changes = {"url": "/other.jsonl"}
+    elif field == "base_revision":
+        changes = {"base": tiny_base("llama", seed=5)}
+    name = f"edited-{field.replace('_', '-')}"
+    ended = world.run(name, aim=Aim("open", STEP, TRAIN, nth=3))
+    assert -signal.SIGKILL == ended.status
+
+    edited = world.run(name, **changes)
+    from_nothing = world.run(f"{name}-anew", **changes)
+
+    assert json.loads(edited.out)["training"]["resumed_from"] is None
+    assert jobs.result(from_nothing) == jobs.result(edited)
+    assert clean[0] != jobs.result(edited)[0]
+
+
 BATCH = {"packing": False, "per_device_train_batch_size": 4}
 
 

@@ -33,18 +33,28 @@ class World:
     runs: list[Run] = field(default_factory=list)  # the last one is what a fault kills
     folders: list[Path] = field(default_factory=list)  # run directories, for the audit
 
-    def command(self, name: str, **changes: Any) -> list[object]:
+    def command(
+        self,
+        name: str,
+        *,
+        base: Path | None = None,
+        url: str = ROWS,
+        method: str = "lora",
+        lora: dict[str, Any] | None = None,
+        **changes: Any,
+    ) -> list[object]:
         """The command line of the run called `name`; `changes` are TrainingArguments."""
         image = f"{self.proxy.host}/team/{name}:v1"
         job = self.folder / f"{name}.yaml"
         settings = {"max_steps": 6, "learning_rate": 0.001, "save_strategy": "steps"}
         training = settings | {"save_steps": 2} | changes
-        write_job(job, image=image, url=self.web.url(ROWS), training=training)
+        sections = {"TrainingArguments": training, "LoraConfig": lora or {}}
+        write_job(job, image=image, url=self.web.url(url), method=method, sections=sections)
         run = self.folder / name
         if run not in self.folders:
             self.folders.append(run)
         return [
-            *("run", "-f", job, "--base-model", self.base, "--run-dir", run),
+            *("run", "-f", job, "--base-model", base or self.base, "--run-dir", run),
             *("--allow-host", "127.0.0.1", "--insecure", "--json"),
         ]
 
@@ -71,7 +81,9 @@ def world(folder: Path, base: Path) -> Iterator[World]:
         assert audit.check(made.folders) > 0
 
 
-def write_job(path: Path, *, image: str, url: str, training: dict[str, Any]) -> None:
+def write_job(
+    path: Path, *, image: str, url: str, method: str, sections: dict[str, dict[str, Any]]
+) -> None:
     """A Workspace and its ConfigMap."""
     workspace = {
         "apiVersion": "kaito.sh/v1beta1",
@@ -80,7 +92,7 @@ def write_job(path: Path, *, image: str, url: str, training: dict[str, Any]) -> 
         "resource": {"labelSelector": {"matchLabels": {"apps": "test"}}},
         "tuning": {
             "preset": {"name": "tuning/tiny-model"},
-            "method": "lora",
+            "method": method,
             "config": "settings",
             "input": {"urls": [url]},
             "output": {"image": image, "imagePushSecret": "push"},
@@ -90,11 +102,7 @@ def write_job(path: Path, *, image: str, url: str, training: dict[str, Any]) -> 
         "apiVersion": "v1",
         "kind": "ConfigMap",
         "metadata": {"name": "settings"},
-        "data": {
-            "training_config.yaml": yaml.safe_dump(
-                {"training_config": {"TrainingArguments": training}}
-            )
-        },
+        "data": {"training_config.yaml": yaml.safe_dump({"training_config": sections})},
     }
     path.write_text(yaml.safe_dump_all([workspace, config]))
 

@@ -40,7 +40,13 @@ class Access:
             change = "write REGISTRY/REPOSITORY:TAG"
             raise SpecError.at("REG-101", name, f"is no image reference: {error}", change) from None
         login = credentials.login(parsed.registry, secret=secret, repository=parsed.repository)
-        return Remote(parsed, login, self.ca, self.insecure, patience or Patience())
+        return Remote(
+            parsed,
+            login,
+            ca=self.ca,
+            insecure=self.insecure,
+            patience=patience or Patience(),
+        )
 
     def pull_data(self, name: str, folder: Path) -> None:
         """Lay the files under /data of a data image down in the empty `folder`."""

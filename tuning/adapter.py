@@ -278,6 +278,19 @@ def _targeted(module: str, config: dict[str, Any]) -> bool:
     return any(module == name or module.endswith(f".{name}") for name in targets)
 
 
+def stranger(adapter: Adapter, base: str | None) -> list[Problem]:
+    """Why `adapter` is not for the base model with this hub id; empty if it is, or nobody says.
+
+    A folder has no such name (None). Names are compared as hubs do, in any case.
+    """
+    named = adapter.base_model
+    if base is None or named is None or named.casefold() == base.casefold():
+        return []
+    what = f"is made for {named}, not for {base}"
+    change = f"use {named}, or say --any-base if the two are the same model"
+    return [Problem("MODEL-207", str(adapter.folder), what, change)]
+
+
 def misfits(adapter: Adapter, base_config: Mapping[str, Any]) -> list[Problem]:
     """Why `adapter` cannot be put on the base model with this `config.json`; empty if it can.
 

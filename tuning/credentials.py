@@ -171,12 +171,12 @@ def _best(keys: Mapping[str, Any], registry: str, repository: str) -> str | None
     for key in keys:
         host, (_, _, path) = _host(key), _bare(key).partition("/")
         path = "" if path in ("v1", "v2") else path
-        if _matches(host, wanted) and (not path or f"{repository}/".startswith(f"{path}/")):
+        if matches(host, wanted) and (not path or f"{repository}/".startswith(f"{path}/")):
             fitting.append((len(path), host == wanted, key))
     return max(fitting)[2] if fitting else None
 
 
-def _matches(pattern: str, host: str) -> bool:
+def matches(pattern: str, host: str) -> bool:
     """As kubelets do it: a * stands for any text between two dots; ports must be equal."""
     if "*" not in pattern:
         return pattern == host

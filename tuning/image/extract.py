@@ -36,13 +36,14 @@ def unpack(
     *,
     wanted: Callable[[str], bool] = ADAPTER_FILES.__contains__,
     verified: bool = False,
+    largest: int = LARGEST_TOTAL,
 ) -> tuple[str, ...]:
     """Lay the files under /data of `image` down in the new folder `target`; gives their names.
 
     Every blob's digest is checked first, unless they are `verified`. Only regular files whose name
-    `wanted` accepts come out; a later layer's file replaces an earlier one's. Raises RefusedError
-    for a damaged or hostile image, SpecError if `target` is already there with something in it;
-    then nothing is left.
+    `wanted` accepts come out, `largest` bytes at most; a later layer's file replaces an earlier
+    one's. Raises RefusedError for a damaged or hostile image, SpecError if `target` is already
+    there with something in it; then nothing is left.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise SpecError.at("IMAGE-103", str(target), "already exists", "name a new folder")
@@ -54,7 +55,7 @@ def unpack(
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
     try:
-        names = _Unpacking(image.where, scratch, wanted).layers(image, layout)
+        names = _Unpacking(image.where, scratch, wanted, largest).layers(image, layout)
         if not names:
             raise refused(image.where, "holds no file under /data that is wanted here")
         if target.exists():
@@ -79,6 +80,7 @@ class _Unpacking:
     where: str
     folder: Path
     wanted: Callable[[str], bool]
+    largest: int
     entries: int = 0
     files: int = 0
     total: int = 0
@@ -120,7 +122,7 @@ class _Unpacking:
 
     def _file(self, name: str, entry: Entry, content: Content, names: set[str]) -> None:
         self.files, self.total = self.files + 1, self.total + entry.size
-        if self.files > MOST_FILES or self.total > LARGEST_TOTAL:
+        if self.files > MOST_FILES or self.total > self.largest:
             raise refused(self.where, "unpacks to more than it may")
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)

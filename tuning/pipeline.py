@@ -29,7 +29,6 @@ from tuning import (
     fetch,
     files,
     formats,
-    image,
     journal,
     live,
     network,
@@ -55,6 +54,7 @@ from tuning.errors import (
 )
 from tuning.plan import Plan
 from tuning.spec import Spec
+from tuning.trust import Trust
 
 log = logging.getLogger(__name__)
 
@@ -606,16 +606,18 @@ class _Story:
             folder = self.folder / "adapter"
             self._room(2 * sum(path.stat().st_size for path in folder.iterdir()))
             card.write(folder, recipe=asdict(recipe), run_id=recipe.run_id, facts=facts)
-            built = image.build(
+            built = delivery.package(
                 folder,
                 self.folder / "image",
                 preset=self.spec.preset,
                 run_id=recipe.run_id,
                 annotations=card.labels(asdict(recipe), facts=facts),
+                destination=self.spec.destination,
+                access=self.options.access,
             )
             return {"digest": built.digest}
 
-        key = _key(recipe.run_id, training["adapter_sha256"])
+        key = _key(recipe.run_id, training["adapter_sha256"], *self.spec.destination.form)
         digest: str = self.book.do("package", key, work)["digest"]
         return digest
 
@@ -638,6 +640,8 @@ class _Story:
                     run_id=decided.recipe.run_id,
                     own=self._own(),
                     progress=report,
+                    run=self.folder,
+                    say=self.console.say,
                 )
             return {"references": references}
 
@@ -731,6 +735,7 @@ def options(
             pull_secret=found(pull_secret, "pull"),
             ca=ca,
             insecure=insecure,
+            trust=Trust.load(policy_file) if policy_file else Trust(),
         ),
         policy=policy.with_hosts(allow_hosts),
         hub_token_file=token / "HF_TOKEN" if token and token.is_dir() else token,

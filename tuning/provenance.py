@@ -1,8 +1,8 @@
-"""Run directory -> a provenance statement: what was asked, where it ran, when, planned and measured.
+"""Run directory -> a provenance statement: what was asked, where and when it ran, what it took.
 
-What an image's digest may not cover (times, machine, speed) is told here, in the form that tools of
-the supply chain read: an in-toto Statement with SLSA's provenance as its predicate. It goes beside
-the image, after it, by its digest. URLs lose their queries; prompts and answers stay where they are.
+What an image's digest may not cover (times, machine, speed) is told here, in the form that tools
+of the supply chain read: an in-toto Statement with SLSA's provenance as its predicate. It is put
+beside the image, after it, by its digest. URLs lose their queries; prompts and answers stay out.
 
 Formats: in-toto Statement v1, SLSA Provenance v1.
 """

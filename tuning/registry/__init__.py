@@ -7,7 +7,7 @@ sends a token of too small a scope again, never renews one, and holds whole blob
 """
 
 from tuning.registry.pull import Pulled, beginning, download, pull, resolve
-from tuning.registry.push import Found, Pushed, check_push, claim, look, push
+from tuning.registry.push import Found, Pushed, check_push, claim, look, manifest, push
 from tuning.registry.referrers import Attached, Part, attach, attached, document, parts
 from tuning.registry.signed import signed
 from tuning.registry.wire import Patience, Remote
@@ -28,6 +28,7 @@ __all__ = [
     "document",
     "download",
     "look",
+    "manifest",
     "parts",
     "pull",
     "push",

@@ -62,7 +62,7 @@ def _keys(model: type[BaseModel], path: list[str]) -> list[str]:
 
 
 def _stranger(origin: str, path: list[str], known: tuple[str, ...] | list[str]) -> Problem:
-    change = did_you_mean(path[-1], known) or f"keep to {', '.join(known) or 'the known keys'}"
+    change = did_you_mean(path[-1], known) if known else "remove it; docs/registries.md lists all"
     separator = "." if " " in origin else " "
     where = f"{origin}{separator}{'.'.join(path)}"
     return Problem("FETCH-107", where, "is not a key of the policy file", change)

@@ -93,8 +93,8 @@ class Remote:
             answer = self._ask(method, where, headers=sent, data=data, stream=stream)
             if answer.status_code == 401 and ours and not renewed:
                 renewed = True  # one new token for each request
-                self._tokens.challenged(answer, sent.get("Authorization", ""))
-                answer.close()
+                with answer:
+                    self._tokens.challenged(answer, sent.get("Authorization", ""))
                 continue
             self._tokens.proven |= ours
             if answer.status_code in (301, 302, 303, 307, 308) and redirects < MOST_REDIRECTS:

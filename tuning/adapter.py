@@ -249,8 +249,8 @@ def _tensors(header: bytes) -> tuple[dict[str, Tensor], int]:
             for name, each in sorted(record.items())
         }
         return tensors, max((v["data_offsets"][1] for v in record.values()), default=0)
-    except (KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"its header is impossible ({error})") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"its header is impossible ({type(error).__name__})") from None
 
 
 _NAME = re.compile(

@@ -311,7 +311,6 @@ def chat(
     import warnings
 
     from tuning import delivery, pipeline, show
-    from tuning.chat import Session
     from tuning.console import Console
 
     warnings.simplefilter("ignore")  # what libraries tell each other is no news to who chats
@@ -320,6 +319,8 @@ def chat(
     wanted = None if any_base else base
     with delivery.at_hand(adapter, access=access, console=console, base=wanted) as folder:
         weights = pipeline.base_folder(base, token_file=hub_token_file, console=console)
+        from tuning.chat import Session  # seconds: torch
+
         session = Session(weights, folder, max_new_tokens=max_tokens)
     history: list[dict[str, str]] = []
     for asked in question or show.questions():

@@ -318,7 +318,9 @@ def chat(
     access = _access(key, policy, pull_secret=pull_secret, ca=ca, insecure=insecure)
     wanted = None if any_base else base
     with delivery.at_hand(adapter, access=access, console=console, base=wanted) as folder:
-        weights = pipeline.base_folder(base, token_file=hub_token_file, console=console)
+        weights = pipeline.base_folder(
+            base, token_file=hub_token_file, console=console, access=access
+        )
         from tuning.chat import Session  # seconds: torch
 
         session = Session(weights, folder, max_new_tokens=max_tokens)
@@ -362,6 +364,80 @@ def inspect(
         print(json.dumps(found, indent=2, sort_keys=True))
     else:
         show.display(show.inspection_table(found))
+
+
+@app.command()
+def merge(
+    base: Annotated[str, typer.Option(metavar="MODEL", help="Preset, org/model, image or folder.")],
+    adapter: Annotated[
+        str, typer.Option(metavar="IMAGE|DIR", help="Adapter image, oci:DIR or folder.")
+    ],
+    output: Annotated[str, typer.Option(metavar="WHERE", help="dir:DIR, oci:DIR or an image.")],
+    method: Annotated[
+        str | None,
+        typer.Option(metavar="METHOD", help="lora or qlora, if the adapter does not say."),
+    ] = None,
+    any_base: AnyBase = False,
+    key: KeyFile = None,
+    push_secret: PushSecret = None,
+    pull_secret: PullSecret = None,
+    hub_token_file: HubToken = None,
+    policy: PolicyFile = None,
+    ca: CaFile = None,
+    insecure: Insecure = False,
+) -> None:
+    """Put base and adapter together into one full model: a folder, or a model image."""
+    import warnings
+
+    from tuning import whole
+    from tuning.console import Console
+
+    warnings.simplefilter("ignore")  # what libraries tell each other is no news to who merges
+    access = _access(
+        key, policy, push_secret=push_secret, pull_secret=pull_secret, ca=ca, insecure=insecure
+    )
+    done = whole.merged(
+        base,
+        adapter,
+        output,
+        method=method,
+        any_base=any_base,
+        token_file=hub_token_file,
+        access=access,
+        console=Console(),
+    )
+    print(done)
+
+
+@app.command()
+def package_model(
+    model: Annotated[str, typer.Argument(help="Preset, org/model or folder.")],
+    output: Annotated[str, typer.Argument(metavar="WHERE", help="oci:DIR or an image.")],
+    revision: Annotated[
+        str | None, typer.Option(metavar="COMMIT", help="Revision on the hub [default: pinned].")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace what the tag holds.")] = False,
+    push_secret: PushSecret = None,
+    hub_token_file: HubToken = None,
+    policy: PolicyFile = None,
+    ca: CaFile = None,
+    insecure: Insecure = False,
+) -> None:
+    """Store a base model as an OCI image, for `--base-model oci://IMAGE` and image volumes."""
+    from tuning import whole
+    from tuning.console import Console
+
+    access = _access(None, policy, push_secret=push_secret, ca=ca, insecure=insecure)
+    done = whole.packaged(
+        model,
+        output,
+        revision=revision,
+        overwrite=overwrite,
+        token_file=hub_token_file,
+        access=access,
+        console=Console(),
+    )
+    print(done)
 
 
 def _access(key: list[Path] | None, policy: Path | None, **more: Any) -> Access:

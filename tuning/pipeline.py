@@ -31,6 +31,7 @@ from tuning import (
     formats,
     journal,
     live,
+    model_image,
     network,
     plan,
     presets,
@@ -337,6 +338,10 @@ class _Story:
     def _base(self) -> base.Base:
         self._begin("base")
         name, revision = base_reference(self.spec)
+        if model_image.is_image(name):  # large: what is refused in seconds comes first
+            delivery.check(self.spec.destination, self.options.access)
+        access, cache = self.options.access, self.options.cache
+        name = model_image.local(name, access=access, cache=cache, console=self.console)
         if Path(name).is_dir():  # a folder may have changed: looked at afresh at every start
             return base.resolve(name, revision=None, token=None)
 
@@ -694,8 +699,17 @@ def base_reference(spec: Spec) -> tuple[str, str | None]:
 def _reference(name: str, revision: str | None) -> tuple[str, str | None]:
     if Path(name).is_dir():
         return name, None
+    if model_image.is_image(name):
+        return name, None
     preset = presets.find(name)
-    return (preset.hub_id, revision or preset.revision) if preset else (name, revision)
+    return source_of(preset, revision) if preset else (name, revision)
+
+
+def source_of(preset: presets.Preset, revision: str | None) -> tuple[str, str | None]:
+    """Where a preset's weights are: its image, or the hub where a revision is asked for."""
+    if preset.image and revision is None:
+        return preset.image, None
+    return preset.hub_id, revision or preset.revision
 
 
 def declared_name(spec: Spec) -> str:
@@ -746,9 +760,12 @@ def options(
     )
 
 
-def base_folder(name: str, *, token_file: Path | None, console: Console) -> Path:
-    """The weights of a preset, hub model or folder, fetched if they are not here yet."""
+def base_folder(
+    name: str, *, token_file: Path | None, console: Console, access: Access | None = None
+) -> Path:
+    """The weights of a preset, hub model, image or folder, fetched if they are not here yet."""
     where, revision = _reference(name, None)
+    where = model_image.local(where, access=access or Access(), console=console)
     token = read_token(token_file)
     found = base.resolve(where, revision=revision, token=token)
     if found.folder is not None:
@@ -776,6 +793,12 @@ def check(spec: Spec, options: Options) -> Iterator[str]:
     good: list[str] = []
 
     def model() -> None:
+        if model_image.is_image(name):
+            shape = model_image.config(name, access=options.access)
+            known = plan.base_from_config(declared_name(spec), name, shape)
+            plan.refuse_unsupported(spec, known, here)
+            good.append(f"model: {name}")
+            return
         found = base.resolve(name, revision=revision, token=token)
         config = base.check(found, token=token)
         known = plan.base_from_config(declared_name(spec), found.revision, config)

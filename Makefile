@@ -10,7 +10,8 @@ TORCH_INDEX ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cu130 || ec
 EXTRAS ?= train,serve,cluster,dev
 # tool:package. Only what is missing is installed: kubectl, say, may come from another archive, whose
 # package and Debian's refuse to stand side by side.
-TEST_TOOLS := docker-registry:docker-registry htpasswd:apache2-utils skopeo:skopeo \
+# podman and containerd are not among them: large, and what they read is proven where they are.
+TEST_TOOLS := docker-registry:docker-registry htpasswd:apache2-utils skopeo:skopeo umoci:umoci \
   kubectl:kubernetes-client
 BED_PACKAGES := etcd-server containerd runc containernetworking-plugins busybox-static iptables \
   iproute2 openssl curl
@@ -35,7 +36,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt Makefile
 	$(BIN)/pip install --quiet -c constraints.txt -e '.$(if $(EXTRAS),[$(EXTRAS)])'
 	@touch $@
 
-system:  ## what tests need from the system: docker-registry, htpasswd, skopeo, kubectl
+system:  ## what tests need from the system: docker-registry, htpasswd, skopeo, umoci, kubectl
 	@missing=""; for pair in $(TEST_TOOLS); do \
 	  command -v $${pair%:*} >/dev/null 2>&1 || missing="$$missing $${pair#*:}"; done; \
 	test -z "$$missing" && exit 0; \

@@ -9,6 +9,7 @@ What the tests need from the system is checked here: nothing is skipped in silen
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import re
 import secrets
@@ -234,3 +235,92 @@ class TokenFront(Proxy):
         if self.expires_in is not None:
             answer["expires_in"] = self.expires_in
         return Reply(200, [("Content-Type", "application/json")], json.dumps(answer).encode())
+
+
+class ReferrersFront(Proxy):
+    """The referrers API in front of a registry that has none: what each manifest's subject says."""
+
+    def __init__(self, registry: Registry) -> None:
+        super().__init__(registry.address)
+        self.listed: dict[str, dict[str, dict[str, Any]]] = {}  # subject -> digest -> descriptor
+
+    def pass_on(self, turn: Turn) -> None:
+        """Answer for the referrers, and take note of manifests that name a subject."""
+        if asked := re.search(r"/referrers/(sha256:[0-9a-f]{64})$", turn.seen.path):
+            entries = list(self.listed.get(asked[1], {}).values())
+            kind = "application/vnd.oci.image.index.v1+json"
+            index = {"schemaVersion": 2, "mediaType": kind, "manifests": entries}
+            return turn.answer(Reply(200, [("Content-Type", kind)], json.dumps(index).encode()))
+        reply = turn.forward()
+        if turn.seen.method == "PUT" and "/manifests/" in turn.seen.path and reply.status == 201:
+            record = json.loads(turn.body)
+            if subject := record.get("subject"):
+                digest = f"sha256:{hashlib.sha256(turn.body).hexdigest()}"
+                entry = {"mediaType": record["mediaType"], "digest": digest}
+                entry |= {"size": len(turn.body), "artifactType": record.get("artifactType", "")}
+                entry["annotations"] = record.get("annotations", {})
+                self.listed.setdefault(subject["digest"], {})[digest] = entry
+                reply.headers.append(("OCI-Subject", subject["digest"]))
+        return turn.answer(reply)
+
+
+class Signer:
+    """A key pair, and signatures as `cosign sign --key` leaves them; made by openssl."""
+
+    def __init__(self, folder: Path, *, kind: str = "ec") -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.key, self.public = folder / "cosign.key", folder / "cosign.pub"
+        self.folder, self.kind = folder, kind
+        options = {
+            "ec": ["-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:P-256"],
+            "rsa": ["-algorithm", "RSA", "-pkeyopt", "rsa_keygen_bits:2048"],
+            "ed25519": ["-algorithm", "ED25519"],
+        }
+        _openssl("genpkey", *options[kind], "-out", self.key)
+        _openssl("pkey", "-in", self.key, "-pubout", "-out", self.public)
+
+    def sign(self, data: bytes) -> bytes:
+        source, target = self.folder / "data", self.folder / "signature"
+        source.write_bytes(data)
+        if self.kind == "ed25519":
+            _openssl(
+                "pkeyutl", "-sign", "-rawin", "-inkey", self.key, "-in", source, "-out", target
+            )
+        else:
+            _openssl("dgst", "-sha256", "-sign", self.key, "-out", target, source)
+        return target.read_bytes()
+
+    def simple(self, digest: str, **changes: Any) -> tuple[bytes, str]:
+        """A "simple signing" document for an image, and its signature in base64."""
+        critical = {
+            "identity": {"docker-reference": "registry.example.com/team/adapter"},
+            "image": {"docker-manifest-digest": digest},
+            "type": "cosign container image signature",
+        }
+        payload = json.dumps({"critical": critical | changes, "optional": None}).encode()
+        return payload, base64.b64encode(self.sign(payload)).decode()
+
+    def bundle(self, digest: str, **changes: Any) -> bytes:
+        """A Sigstore bundle around a statement that signs an image."""
+        kind = "application/vnd.in-toto+json"
+        statement = {
+            "_type": "https://in-toto.io/Statement/v1",
+            "subject": [{"digest": {"sha256": digest.removeprefix("sha256:")}}],
+            "predicateType": "https://sigstore.dev/cosign/sign/v1",
+            "predicate": {},
+        }
+        payload = json.dumps(statement | changes).encode()
+        signature = self.sign(
+            b"DSSEv1 %d %b %d %b" % (len(kind), kind.encode(), len(payload), payload)
+        )
+        envelope = {
+            "payload": base64.b64encode(payload).decode(),
+            "payloadType": kind,
+            "signatures": [{"sig": base64.b64encode(signature).decode()}],
+        }
+        bundle = {
+            "mediaType": "application/vnd.dev.sigstore.bundle.v0.3+json",
+            "verificationMaterial": {"publicKey": {"hint": "x"}, "tlogEntries": []},
+            "dsseEnvelope": envelope,
+        }
+        return json.dumps(bundle).encode()

@@ -14,7 +14,7 @@ import math
 import re
 import shutil
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -97,6 +97,11 @@ class Tensor:
     dtype: str
     shape: tuple[int, ...]
 
+    @property
+    def count(self) -> int:
+        """How many numbers it has."""
+        return math.prod(self.shape)
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -129,13 +134,12 @@ class Adapter:
     @property
     def modules(self) -> tuple[str, ...]:
         """Full names of the adapted projections in the base model, sorted."""
-        found = (_parts(name) for name in self.tensors)
-        return tuple(sorted({module for module, _ in found}))
+        return modules(self.tensors)
 
     @property
     def parameters(self) -> int:
         """How many numbers the adapter has."""
-        return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
+        return sum(tensor.count for tensor in self.tensors.values())
 
     @property
     def bytes(self) -> int:
@@ -165,7 +169,7 @@ def inspect(folder: Path) -> Adapter:
         raise SpecError(problems)
     config = parse((folder / CONFIG).read_bytes(), where=str(folder / CONFIG))
     tensors = header(folder / WEIGHTS)
-    problems = _mismatches(config, tensors, str(folder / WEIGHTS))
+    problems = mismatches(config, tensors, str(folder / WEIGHTS))
     if problems:
         raise SpecError(problems)
     return Adapter(folder, config, tensors)
@@ -214,19 +218,39 @@ def header(path: Path) -> dict[str, Tensor]:
     """
     try:
         with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
+            start = file.read(8)
+            (length,) = struct.unpack("<Q", start)
             if length > HEADER_LIMIT:
                 raise ValueError("its header is too long")
-            record = json.loads(file.read(length))
-        record.pop("__metadata__", None)
-        tensors = {k: Tensor(v["dtype"], tuple(v["shape"])) for k, v in sorted(record.items())}
-        end = max((v["data_offsets"][1] for v in record.values()), default=0)
+            tensors, end = _tensors(file.read(length))
         if path.stat().st_size != 8 + length + end:
             raise ValueError("its size is not what its header says")
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+    except (ValueError, struct.error) as error:
         what = f"is damaged: {error}"
         raise SpecError.at("MODEL-204", str(path), what, "fetch or train it again") from None
     return tensors
+
+
+def tensors_of(beginning: bytes) -> dict[str, Tensor]:
+    """The tensors that the beginning of a safetensors file speaks of. Raises ValueError."""
+    (length,) = struct.unpack("<Q", beginning[:8].ljust(8, b"\xff"))
+    if length > len(beginning) - 8:
+        raise ValueError("has a header too long to look at")
+    return _tensors(beginning[8 : 8 + length])[0]
+
+
+def _tensors(header: bytes) -> tuple[dict[str, Tensor], int]:
+    """Each tensor by name, and where the last one ends. Raises ValueError."""
+    try:
+        record = json.loads(header)
+        record.pop("__metadata__", None)
+        tensors = {
+            name: Tensor(str(each["dtype"]), tuple(int(size) for size in each["shape"]))
+            for name, each in sorted(record.items())
+        }
+        return tensors, max((v["data_offsets"][1] for v in record.values()), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"its header is impossible ({type(error).__name__})") from None
 
 
 _NAME = re.compile(
@@ -241,7 +265,14 @@ def _parts(name: str) -> tuple[str, str]:
     return (match["module"], match["part"]) if match else ("", "")
 
 
-def _mismatches(config: dict[str, Any], tensors: dict[str, Tensor], where: str) -> list[Problem]:
+def modules(tensors: Iterable[str]) -> tuple[str, ...]:
+    """Full names of the projections that tensors with these names adapt, sorted."""
+    return tuple(sorted({module for module, _ in map(_parts, tensors)}))
+
+
+def mismatches(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str
+) -> list[Problem]:
     """Where names and shapes are not those of a LoRA adapter with this config."""
     found: dict[str, dict[str, Tensor]] = {}
     problems = []
@@ -270,12 +301,25 @@ def _mismatches(config: dict[str, Any], tensors: dict[str, Tensor], where: str) 
     ]
 
 
-def _targeted(module: str, config: dict[str, Any]) -> bool:
+def _targeted(module: str, config: Mapping[str, Any]) -> bool:
     targets = config["target_modules"]
     if isinstance(targets, str):
         # A pattern from a stranger is never run: it could take for ever.
         return True
     return any(module == name or module.endswith(f".{name}") for name in targets)
+
+
+def stranger(adapter: Adapter, base: str | None) -> list[Problem]:
+    """Why `adapter` is not for the base model with this hub id; empty if it is, or nobody says.
+
+    A folder has no such name (None). Names are compared as hubs do, in any case.
+    """
+    named = adapter.base_model
+    if base is None or named is None or named.casefold() == base.casefold():
+        return []
+    what = f"is made for {named}, not for {base}"
+    change = f"use {named}, or say --any-base if the two are the same model"
+    return [Problem("MODEL-207", str(adapter.folder), what, change)]
 
 
 def misfits(adapter: Adapter, base_config: Mapping[str, Any]) -> list[Problem]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,6 +17,7 @@ import tuning
 from tuning.errors import Stopped, TuningError, UsageError
 
 if TYPE_CHECKING:
+    from tuning.delivery import Access
     from tuning.spec import Spec
 
 app = typer.Typer(
@@ -82,6 +83,13 @@ CaFile = Annotated[
     Path | None, typer.Option("--ca", metavar="FILE", help="CA certificates to trust (PEM).")
 ]
 Insecure = Annotated[bool, typer.Option(help="Talk plain http to the registry.")]
+KeyFile = Annotated[
+    list[Path] | None,
+    typer.Option(metavar="FILE", help="Refuse an image without a signature by this key (cosign)."),
+]
+AnyBase = Annotated[
+    bool, typer.Option("--any-base", help="Take an adapter that names another base model.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 
 
@@ -289,7 +297,12 @@ def presets(
 def pull(
     image: Annotated[str, typer.Argument(help="Image by tag or digest, or oci:DIR.")],
     folder: Annotated[Path, typer.Argument(help="New folder for the adapter.")],
+    base: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Refuse an adapter for another base model.")
+    ] = None,
+    key: KeyFile = None,
     pull_secret: PullSecret = None,
+    policy: PolicyFile = None,
     ca: CaFile = None,
     insecure: Insecure = False,
 ) -> None:
@@ -297,8 +310,9 @@ def pull(
     from tuning import delivery
     from tuning.console import Console
 
-    access = delivery.Access(pull_secret=pull_secret, ca=ca, insecure=insecure)
-    print(f"{delivery.pull(image, folder, access=access, console=Console())} {folder}")
+    access = _access(key, policy, pull_secret=pull_secret, ca=ca, insecure=insecure)
+    digest = delivery.pull(image, folder, access=access, console=Console(), base=base)
+    print(f"{digest} {folder}")
 
 
 @app.command()
@@ -313,8 +327,11 @@ def chat(
         typer.Option(metavar="TEXT", help="Ask this and leave; repeatable."),
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, max=4096)] = 256,
+    any_base: AnyBase = False,
+    key: KeyFile = None,
     pull_secret: PullSecret = None,
     hub_token_file: HubToken = None,
+    policy: PolicyFile = None,
     ca: CaFile = None,
     insecure: Insecure = False,
 ) -> None:
@@ -322,14 +339,18 @@ def chat(
     import warnings
 
     from tuning import delivery, pipeline, show
-    from tuning.chat import Session
     from tuning.console import Console
 
     warnings.simplefilter("ignore")  # what libraries tell each other is no news to who chats
     console = Console()
-    access = delivery.Access(pull_secret=pull_secret, ca=ca, insecure=insecure)
-    weights = pipeline.base_folder(base, token_file=hub_token_file, console=console)
-    with delivery.at_hand(adapter, access=access, console=console) as folder:
+    access = _access(key, policy, pull_secret=pull_secret, ca=ca, insecure=insecure)
+    wanted = None if any_base else base
+    with delivery.at_hand(adapter, access=access, console=console, base=wanted) as folder:
+        weights = pipeline.base_folder(
+            base, token_file=hub_token_file, console=console, access=access
+        )
+        from tuning.chat import Session  # seconds: torch
+
         session = Session(weights, folder, max_new_tokens=max_tokens)
     history: list[dict[str, str]] = []
     for asked in question or show.questions():
@@ -350,6 +371,114 @@ def version(
     print(tuning.__version__)
     if verbose:
         print("\n".join(show.environment()))
+
+
+@app.command()
+def inspect(
+    image: Annotated[str, typer.Argument(help="Image by tag or digest, oci:DIR, or a folder.")],
+    key: KeyFile = None,
+    pull_secret: PullSecret = None,
+    policy: PolicyFile = None,
+    ca: CaFile = None,
+    insecure: Insecure = False,
+    as_json: Json = False,
+) -> None:
+    """Show what an adapter is: base, rank, run, size, signatures. Fetches no weights."""
+    from tuning import inspection, show
+
+    access = _access(key, policy, pull_secret=pull_secret, ca=ca, insecure=insecure)
+    found = inspection.inspect(image, access=access).to_json()
+    if as_json:
+        print(json.dumps(found, indent=2, sort_keys=True))
+    else:
+        show.display(show.inspection_table(found))
+
+
+@app.command()
+def merge(
+    base: Annotated[str, typer.Option(metavar="MODEL", help="Preset, org/model, image or folder.")],
+    adapter: Annotated[
+        str, typer.Option(metavar="IMAGE|DIR", help="Adapter image, oci:DIR or folder.")
+    ],
+    output: Annotated[str, typer.Option(metavar="WHERE", help="dir:DIR, oci:DIR or an image.")],
+    method: Annotated[
+        str | None,
+        typer.Option(metavar="METHOD", help="lora or qlora, if the adapter does not say."),
+    ] = None,
+    any_base: AnyBase = False,
+    key: KeyFile = None,
+    push_secret: PushSecret = None,
+    pull_secret: PullSecret = None,
+    hub_token_file: HubToken = None,
+    policy: PolicyFile = None,
+    ca: CaFile = None,
+    insecure: Insecure = False,
+) -> None:
+    """Put base and adapter together into one full model: a folder, or a model image."""
+    import warnings
+
+    from tuning import whole
+    from tuning.console import Console
+
+    warnings.simplefilter("ignore")  # what libraries tell each other is no news to who merges
+    access = _access(
+        key, policy, push_secret=push_secret, pull_secret=pull_secret, ca=ca, insecure=insecure
+    )
+    done = whole.merged(
+        base,
+        adapter,
+        output,
+        method=method,
+        any_base=any_base,
+        token_file=hub_token_file,
+        access=access,
+        console=Console(),
+    )
+    print(done)
+
+
+@app.command()
+def package_model(
+    model: Annotated[str, typer.Argument(help="Preset, org/model or folder.")],
+    output: Annotated[str, typer.Argument(metavar="WHERE", help="oci:DIR or an image.")],
+    revision: Annotated[
+        str | None, typer.Option(metavar="COMMIT", help="Revision on the hub [default: pinned].")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace what the tag holds.")] = False,
+    push_secret: PushSecret = None,
+    hub_token_file: HubToken = None,
+    policy: PolicyFile = None,
+    ca: CaFile = None,
+    insecure: Insecure = False,
+) -> None:
+    """Store a base model as an OCI image, for `--base-model oci://IMAGE` and image volumes."""
+    from tuning import whole
+    from tuning.console import Console
+
+    access = _access(None, policy, push_secret=push_secret, ca=ca, insecure=insecure)
+    done = whole.packaged(
+        model,
+        output,
+        revision=revision,
+        overwrite=overwrite,
+        token_file=hub_token_file,
+        access=access,
+        console=Console(),
+    )
+    print(done)
+
+
+def _access(key: list[Path] | None, policy: Path | None, **more: Any) -> Access:
+    """How registries are reached; a --key is a rule that wants a signature by it."""
+    from dataclasses import replace
+
+    from tuning.delivery import Access
+    from tuning.trust import Trust
+
+    trust = Trust.load(policy) if policy else Trust()
+    if key:
+        trust = replace(trust, signatures="require", keys=tuple(key))
+    return Access(trust=trust, **more)
 
 
 def _spec(

@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,7 @@ SECRET_KEYS = (".dockerconfigjson", "config.json", ".dockercfg")
 DOCKER_HUB = frozenset({"docker.io", "index.docker.io", "registry-1.docker.io"})
 DOCKER_HUB_KEY = "https://index.docker.io/v1/"
 TOKEN_USER = "<token>"  # noqa: S105 (what helpers put in the place of a user's name)
+EARLY = 60.0  # seconds before its end in which a login counts as run out
 HELPER_SECONDS = 60  # some ask a person, some a cloud
 _FORM = 'write {"auths": {"HOST": {"auth": base64 of "user:password"}}}'
 
@@ -44,6 +46,12 @@ class Login:
     username: str = ""
     password: str = field(default="", repr=False)
     identity_token: str = field(default="", repr=False)
+    until: float | None = None  # on the monotonic clock: when it runs out, if it does
+
+    @property
+    def stale(self) -> bool:
+        """Whether it has run out, or is about to."""
+        return self.until is not None and time.monotonic() >= self.until - EARLY
 
     @property
     def basic(self) -> str:
@@ -163,12 +171,12 @@ def _best(keys: Mapping[str, Any], registry: str, repository: str) -> str | None
     for key in keys:
         host, (_, _, path) = _host(key), _bare(key).partition("/")
         path = "" if path in ("v1", "v2") else path
-        if _matches(host, wanted) and (not path or f"{repository}/".startswith(f"{path}/")):
+        if matches(host, wanted) and (not path or f"{repository}/".startswith(f"{path}/")):
             fitting.append((len(path), host == wanted, key))
     return max(fitting)[2] if fitting else None
 
 
-def _matches(pattern: str, host: str) -> bool:
+def matches(pattern: str, host: str) -> bool:
     """As kubelets do it: a * stands for any text between two dots; ports must be equal."""
     if "*" not in pattern:
         return pattern == host

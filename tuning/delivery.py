@@ -6,19 +6,34 @@ folder with `adapter_config.json`.
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from tuning import adapter as adapters
-from tuning import credentials, files, image, reference, registry
+from tuning import (
+    credentials,
+    files,
+    https,
+    image,
+    presets,
+    provenance,
+    reference,
+    registry,
+    signature,
+)
 from tuning.console import Console, Report
-from tuning.errors import SpecError, UsageError
+from tuning.errors import Problem, RefusedError, SpecError, TuningError, UsageError
 from tuning.registry import Patience, Remote
 from tuning.spec import Destination
+from tuning.trust import Trust
+
+log = logging.getLogger(__name__)
 
 QUICK = Patience(total=10.0)  # for a look that a person waits for
 
@@ -31,6 +46,7 @@ class Access:
     pull_secret: Path | None = None
     ca: Path | None = None
     insecure: bool = False
+    trust: Trust = field(default_factory=Trust)  # the administrator's word
 
     def remote(self, name: str, *, secret: Path | None, patience: Patience | None = None) -> Remote:
         """The repository that `name` names, with the login for it. Raises SpecError."""
@@ -39,12 +55,52 @@ class Access:
         except ValueError as error:
             change = "write REGISTRY/REPOSITORY:TAG"
             raise SpecError.at("REG-101", name, f"is no image reference: {error}", change) from None
-        login = credentials.login(parsed.registry, secret=secret, repository=parsed.repository)
-        return Remote(parsed, login, self.ca, self.insecure, patience or Patience())
+        host, registry_ = self.trust.host(parsed.registry), parsed.registry
+        identity, login = None, None
+        if host.identity and secret is None:
+            ask = https.session(host.ca or self.ca, host.client).request
+            identity = partial(host.identity.login, registry_, ask)
+        else:
+            login = credentials.login(registry_, secret=secret, repository=parsed.repository)
+        return Remote(
+            parsed,
+            login,
+            ca=host.ca or self.ca,
+            client=host.client,
+            identity=identity,
+            insecure=self.insecure,
+            patience=patience or Patience(),
+        )
 
     def pull_data(self, name: str, folder: Path) -> None:
         """Lay the files under /data of a data image down in the empty `folder`."""
-        registry.pull(self.remote(name, secret=self.pull_secret), folder, wanted=lambda _: True)
+        remote = self.remote(name, secret=self.pull_secret)
+        approve = self.approve(remote)
+        registry.pull(remote, folder, wanted=lambda _: True, approve=approve)
+
+    def approve(
+        self, remote: Remote, say: Callable[[str], None] = log.warning
+    ) -> Callable[[str], None]:
+        """What refuses the digest of an image that the administrator wants signed, and is not.
+
+        Where signatures are only to be warned of, `say` is told.
+        """
+
+        def judge(digest: str) -> None:
+            rule = self.trust.signatures
+            if rule == "off":
+                return
+            keys = signature.read_keys(self.trust.keys)
+            why = signature.refusal(registry.signed(remote, digest), digest=digest, keys=keys)
+            if why is None:
+                return
+            where = f"{remote.reference}".partition("@")[0] + f"@{digest}"
+            problem = Problem("SIGN-110", where, why, "sign it: cosign sign --key KEY IMAGE@DIGEST")
+            if rule == "require":
+                raise RefusedError([problem])
+            say(str(problem))
+
+        return judge
 
 
 def check(destination: Destination, access: Access) -> None:
@@ -76,6 +132,47 @@ def claim(
     return found.digest if found else None
 
 
+def package(
+    adapter: Path,
+    layout: Path,
+    *,
+    preset: str,
+    run_id: str,
+    annotations: Mapping[str, str],
+    destination: Destination = Destination(),  # noqa: B008 (frozen)
+    access: Access = Access(),
+) -> image.Built:
+    """The folder of a finished adapter as an image in `layout`, in the form that was asked for.
+
+    A base image comes from its registry. Raises SpecError, RefusedError or TransientError.
+    """
+    named = destination.base_image
+    with tempfile.TemporaryDirectory(prefix=".base-", dir=layout.parent) as scratch:
+        base = fetch_base(named, destination, access, Path(scratch)) if named else None
+        return image.build(
+            adapter,
+            layout,
+            preset=preset,
+            run_id=run_id,
+            annotations=annotations,
+            index=destination.index,
+            base=base,
+        )
+
+
+def fetch_base(name: str, destination: Destination, access: Access, layout: Path) -> image.Base:
+    """The image `name`, its layers in `layout`, as one that ours stands on."""
+    same = destination.image and _registry(name) == _registry(destination.image)
+    remote = access.remote(name, secret=access.push_secret if same else access.pull_secret)
+    _, found = remote.persist(lambda: registry.resolve(remote))
+    registry.download(remote, found.blobs, layout)
+    return image.base_of(found, layout, name)
+
+
+def _registry(name: str) -> str:
+    return reference.parse(name).registry
+
+
 def deliver(
     destination: Destination,
     access: Access,
@@ -85,11 +182,20 @@ def deliver(
     run_id: str,
     own: Collection[str],
     progress: Report,
+    run: Path | None = None,
+    say: Callable[[str], None] = log.warning,
 ) -> list[str]:
-    """Put the finished adapter everywhere it should be; gives where the image can be had."""
+    """Put the finished adapter everywhere it should be; gives where the image can be had.
+
+    With `run`, its run directory, a provenance statement is attached to what was pushed; the
+    administrator's rule says whether trouble with that ends the run, or is told to `say`.
+    """
     references = []
     if destination.image:
         remote = access.remote(destination.image, secret=access.push_secret)
+        base = destination.base_image
+        if base and _registry(base) == _registry(destination.image):
+            remote.mount_from = reference.parse(base).repository
         registry.push(
             remote,
             layout,
@@ -99,12 +205,37 @@ def deliver(
             progress=progress,
         )
         references.append(destination.image)
+        if run is not None:
+            _attest(remote, layout, run, access.trust, say)
     if destination.layout:
         copy(layout, destination.layout, ours="oci-layout")
         references.append(f"oci:{destination.layout}")
     if destination.folder:
         copy(adapter, destination.folder, ours="adapter_config.json")
     return references
+
+
+def _attest(
+    remote: Remote, layout: Path, run: Path, trust: Trust, say: Callable[[str], None]
+) -> None:
+    """Attach the run's provenance to the pushed image, as far as the rule wants it."""
+    if trust.provenance == "off":
+        return
+    top = image.documents(layout)[-1].blob
+    name = f"{remote.reference.registry}/{remote.reference.repository}"
+    statement = provenance.write(run, digest=top.digest, name=name)
+    try:
+        registry.attach(
+            remote,
+            top,
+            statement,
+            media_type=provenance.MEDIA_TYPE,
+            annotations={provenance.PREDICATE_KEY: provenance.PREDICATE},
+        )
+    except TuningError as error:
+        if trust.provenance == "require":
+            raise
+        say(f"The image is pushed; its provenance statement is not: {error}")
 
 
 def copy(source: Path, target: Path, *, ours: str) -> None:
@@ -124,44 +255,71 @@ def copy(source: Path, target: Path, *, ours: str) -> None:
         files.copy(source / path, target / path)
 
 
-def pull(name: str, target: Path, *, access: Access, console: Console) -> str:
+def pull(
+    name: str, target: Path, *, access: Access, console: Console, base: str | None = None
+) -> str:
     """Lay the adapter that `name` names down in the new folder `target`; gives its digest.
 
-    What came is read as strictly as an adapter is before it is used. Raises SpecError, RefusedError
-    or TransientError; then there is no `target`.
+    What came is read as strictly as an adapter is before it is used, and must be for the base model
+    `base` (a preset or org/model), if that is given. Raises SpecError, RefusedError or
+    TransientError; then there is no `target`.
     """
     if name.startswith("oci:"):
         layout = Path(name.removeprefix("oci:"))
+        if access.trust.signatures == "require":
+            what = "is a folder, which holds no signatures, and they are required"
+            raise RefusedError.at("SIGN-110", name, what, "pull it from its registry")
         found = image.read(layout)
         image.unpack(found, layout, target)
         digest = found.digest
     else:
         remote = access.remote(name, secret=access.pull_secret)
+        approve = access.approve(remote, partial(console.say, style="yellow"))
         with console.work(f"Pulling {name}", unit="bytes") as report:
-            digest = registry.pull(remote, target, progress=report).digest
+            digest = registry.pull(remote, target, approve=approve, progress=report).digest
     try:
-        adapters.inspect(target)
+        check_base(adapters.inspect(target), base)
     except Exception:
         shutil.rmtree(target)
         raise
     return digest
 
 
+def check_base(adapter: adapters.Adapter, base: str | None) -> None:
+    """Refuse an adapter that names another base model than `base`: a preset, or org/model.
+
+    Nothing is known of a folder's name. Raises SpecError that names both.
+    """
+    if base is None or Path(base).is_dir():
+        return
+    preset = presets.find(base)
+    if problems := adapters.stranger(adapter, preset.hub_id if preset else base):
+        raise SpecError(problems)
+
+
 @contextmanager
-def at_hand(name: str | None, *, access: Access, console: Console) -> Iterator[Path | None]:
-    """The adapter that `name` names as a folder, for as long as the block runs."""
+def at_hand(
+    name: str | None, *, access: Access, console: Console, base: str | None = None
+) -> Iterator[Path | None]:
+    """The adapter that `name` names as a folder, for as long as the block runs.
+
+    It must be for the base model `base`, if that is given and both have names.
+    """
     if name is None or (folder := Path(name)).is_dir():
-        yield None if name is None else _adapter_folder(folder)
+        if name is not None:
+            check_base(adapters.inspect(adapter_folder(folder)), base)
+        yield None if name is None else folder
         return
     scratch = Path(tempfile.mkdtemp(prefix="tuning-"))
     try:
-        pull(name, scratch / "adapter", access=access, console=console)
+        pull(name, scratch / "adapter", access=access, console=console, base=base)
         yield scratch / "adapter"
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _adapter_folder(folder: Path) -> Path:
+def adapter_folder(folder: Path) -> Path:
+    """`folder`, if an adapter is in it. Raises UsageError."""
     if (folder / "adapter_config.json").is_file():
         return folder
     hint = f"write oci:{folder}" if (folder / "oci-layout").is_file() else "name another folder"

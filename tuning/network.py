@@ -18,19 +18,18 @@ import ssl
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
 from urllib.parse import urlsplit
 
 import certifi
 import urllib3
-from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ByteSize, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import ConnectTimeoutError, NameResolutionError, NewConnectionError
 
+from tuning import policies
 from tuning.errors import Problem, SpecError
-from tuning.spec import documents, urls
-from tuning.spec.findings import did_you_mean
+from tuning.spec import urls
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Resolver = Callable[[str, int], Sequence[str]]  # host, port -> addresses, best first
@@ -82,15 +81,7 @@ class Policy:
           maxTotalSize: 1TiB
           requireChecksums: false
         """
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            what = f"cannot be read: {getattr(error, 'strerror', None) or 'it is no UTF-8 text'}"
-            raise SpecError.at("FETCH-107", str(path), what, "name the policy file") from None
-        found = documents.read(text, origin=str(path))
-        if problems := [p for document in found for p in document.findings.in_order()]:
-            raise SpecError(problems)
-        return _Document.parse(found[0].value if found else {}, str(path)).data.policy(path.parent)
+        return policies.section(path, "data", _Data).policy(path.parent)
 
     def with_hosts(self, hosts: Iterable[str]) -> Policy:
         """This policy with more allowed hosts (`--allow-host`)."""
@@ -158,31 +149,6 @@ class _Data(BaseModel):
             max_total_bytes=int(self.max_total_size),
             require_checksums=self.require_checksums,
         )
-
-
-class _Document(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    data: Annotated[_Data, BeforeValidator(lambda value: value or {})] = Field(
-        default_factory=_Data
-    )
-
-    @classmethod
-    def parse(cls, value: object, origin: str) -> _Document:
-        try:
-            return cls.model_validate(value if value is not None else {})
-        except ValidationError as error:
-            raise SpecError(_problem(dict(e), origin) for e in error.errors()) from None
-
-
-def _problem(error: Mapping[str, object], origin: str) -> Problem:
-    path = [str(part) for part in error["loc"]] if isinstance(error["loc"], tuple) else []
-    where = f"{origin} {'.'.join(path)}".strip()
-    if error["type"] == "extra_forbidden":
-        known = [to_camel(name) for name in _Data.model_fields] if len(path) > 1 else ["data"]
-        change = did_you_mean(path[-1], known) or f"keep to {', '.join(known)}"
-        return Problem("FETCH-107", where, "is not a key of the policy file", change)
-    return Problem("FETCH-107", where, str(error["msg"]), "mend the policy file")
 
 
 def _listed(host: str, port: int, entries: Collection[str]) -> bool:
@@ -301,9 +267,12 @@ def _connect(connection: HTTPConnection, policy: Policy, resolve: Resolver) -> s
     raise NewConnectionError(connection, failure.strerror or str(failure)) from failure
 
 
-@functools.lru_cache(maxsize=4)
-def tls(ca_bundle: Path | None) -> ssl.SSLContext:
-    """TLS 1.2 or newer, verified with the system's certificates, certifi's and `ca_bundle`."""
+@functools.lru_cache(maxsize=8)
+def tls(ca_bundle: Path | None, client: tuple[Path, Path] | None = None) -> ssl.SSLContext:
+    """TLS 1.2 or newer, verified with the system's certificates, certifi's and `ca_bundle`.
+
+    `client` are the certificate and the key, as PEM files, that prove to the server who we are.
+    """
     context = ssl.create_default_context()
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.load_verify_locations(certifi.where())  # slim images have no system certificates
@@ -314,6 +283,13 @@ def tls(ca_bundle: Path | None) -> ssl.SSLContext:
             what = "cannot be read" if not isinstance(error, ssl.SSLError) else "holds no PEM"
             change = "name a file of PEM certificates"
             raise SpecError.at("FETCH-107", f"caBundle {ca_bundle}", what, change) from None
+    if client:
+        try:
+            context.load_cert_chain(*client, password="")  # never asks a person
+        except OSError as error:
+            what = "cannot be read" if not isinstance(error, ssl.SSLError) else "is no PEM pair"
+            change = "name a certificate and its key, as PEM files without a password"
+            raise SpecError.at("FETCH-107", f"{client[0]}, {client[1]}", what, change) from None
     return context
 
 

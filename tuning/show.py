@@ -266,3 +266,53 @@ def one_line(text: str, limit: int = 160) -> str:
     """`text` on one line, cut where it is long."""
     flat = " ".join(text.split())
     return flat if len(flat) <= limit else flat[: limit - 1] + "…"
+
+
+def inspection_table(found: dict[str, Any]) -> rich.table.Table:
+    """What `inspection.Inspection.to_json` tells, a line for each thing that is known."""
+    table = rich.table.Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    rows = {
+        "digest": found["digest"],
+        "for": ", ".join(found["platforms"]),
+        "size": _sizes(found),
+        "base model": found["base_model"],
+        "revision": found["base_revision"],
+        "preset": found["preset"],
+        "method": found["method"],
+        "rank, alpha": f"{found['rank']}, {found['alpha']}" if found["rank"] else None,
+        "adapts": _listed(found["targets"]),
+        "parameters": _parameters(found),
+        "trained": f"{found['steps']:,} steps" if found["steps"] else None,
+        "final loss": found["final_loss"] and f"{found['final_loss']:.4g}",
+        "data": _listed([f"sha256:{digest}" for digest in found["data"] or ()]),
+        "run": found["run_id"],
+        "licence": found["licence"],
+        "attached": _listed([_attached(each) for each in found["attached"]]),
+        "signatures": _listed(found["signatures"]),
+        "problems": "\n".join(found["problems"]),
+    }
+    for name, value in rows.items():
+        if value:
+            table.add_row(name, rich.text.Text(str(value)))
+    return table
+
+
+def _sizes(found: dict[str, Any]) -> str:
+    layers = f" in {len(found['layers'])} layers" if found["layers"] else ""
+    return f"{size(found['size'])}{layers}"
+
+
+def _parameters(found: dict[str, Any]) -> str | None:
+    if not found["parameters"]:
+        return None
+    return f"{found['parameters']:,} ({', '.join(found['dtypes'])})"
+
+
+def _attached(each: dict[str, Any]) -> str:
+    kind = each["annotations"].get("in-toto.io/predicate-type") or each["type"] or "something"
+    return f"{kind} {each['digest'][:19]}"
+
+
+def _listed(items: Sequence[str] | str | None) -> str:
+    """Items as one line; a pattern as it is."""
+    return items if isinstance(items, str) else ", ".join(items or ())

@@ -7,7 +7,8 @@ is trusted before its digest is checked, nor its names ever.
 Formats: OCI image specification 1.1 (layout, manifest, config), POSIX.1-1988 USTAR.
 """
 
-from tuning.image.extract import unpack
+from tuning.image.extract import LARGEST_TOTAL, unpack
+from tuning.image.layer import peek
 from tuning.image.manifest import (
     DOCKER_INDEX,
     DOCKER_MANIFEST,
@@ -17,16 +18,28 @@ from tuning.image.manifest import (
     MODEL_NAME,
     RUN_ID,
     Blob,
+    Document,
     Image,
     blob_path,
+    blobs_of,
     choose,
+    documents,
+    entries,
     is_index,
     parse_json,
     parse_manifest,
     read,
     refused,
 )
-from tuning.image.package import ADAPTER_FILES, Built, build
+from tuning.image.package import (
+    ADAPTER_FILES,
+    MODEL_DOCUMENTS,
+    MODEL_FILES,
+    Built,
+    build,
+    build_model,
+)
+from tuning.image.platforms import MODELPACK, Base, base_of
 
 __all__ = [
     "ADAPTER_FILES",
@@ -34,18 +47,30 @@ __all__ = [
     "DOCKER_MANIFEST",
     "INDEX",
     "LARGEST_JSON",
+    "LARGEST_TOTAL",
     "MANIFEST",
+    "MODELPACK",
+    "MODEL_DOCUMENTS",
+    "MODEL_FILES",
     "MODEL_NAME",
     "RUN_ID",
+    "Base",
     "Blob",
     "Built",
+    "Document",
     "Image",
+    "base_of",
     "blob_path",
+    "blobs_of",
     "build",
+    "build_model",
     "choose",
+    "documents",
+    "entries",
     "is_index",
     "parse_json",
     "parse_manifest",
+    "peek",
     "read",
     "refused",
     "unpack",

@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import errno
 import gzip
-import hashlib
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from tuning import files
 from tuning.errors import SpecError
-from tuning.image import tar
+from tuning.image import layer, tar
 from tuning.image.manifest import LARGEST_JSON, Blob, Image, blob_path, parse_json, refused
 from tuning.image.package import ADAPTER_FILES
 from tuning.image.tar import BadTar, Content, Entry, Source
@@ -28,7 +26,6 @@ from tuning.image.tar import BadTar, Content, Entry, Source
 MOST_ENTRIES = 200_000  # in one image; a base image has some ten thousand
 MOST_FILES = 10_000  # that come out of it
 LARGEST_TOTAL = 64 << 30  # bytes that come out of it
-HIGHEST_RATIO = 200  # bytes out of a compressed layer for each byte in it
 LONGEST_NAME, DEEPEST_NAME = 1024, 32  # characters, parts
 
 
@@ -39,13 +36,14 @@ def unpack(
     *,
     wanted: Callable[[str], bool] = ADAPTER_FILES.__contains__,
     verified: bool = False,
+    largest: int = LARGEST_TOTAL,
 ) -> tuple[str, ...]:
     """Lay the files under /data of `image` down in the new folder `target`; gives their names.
 
     Every blob's digest is checked first, unless they are `verified`. Only regular files whose name
-    `wanted` accepts come out; a later layer's file replaces an earlier one's. Raises RefusedError
-    for a damaged or hostile image, SpecError if `target` is already there with something in it;
-    then nothing is left.
+    `wanted` accepts come out, `largest` bytes at most; a later layer's file replaces an earlier
+    one's. Raises RefusedError for a damaged or hostile image, SpecError if `target` is already
+    there with something in it; then nothing is left.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise SpecError.at("IMAGE-103", str(target), "already exists", "name a new folder")
@@ -57,7 +55,7 @@ def unpack(
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
     try:
-        names = _Unpacking(image.where, scratch, wanted).layers(image, layout)
+        names = _Unpacking(image.where, scratch, wanted, largest).layers(image, layout)
         if not names:
             raise refused(image.where, "holds no file under /data that is wanted here")
         if target.exists():
@@ -82,6 +80,7 @@ class _Unpacking:
     where: str
     folder: Path
     wanted: Callable[[str], bool]
+    largest: int
     entries: int = 0
     files: int = 0
     total: int = 0
@@ -92,7 +91,8 @@ class _Unpacking:
         names: set[str] = set()
         for number, blob in enumerate(image.layers):
             try:
-                with _opened(blob_path(layout, blob), blob, self.where) as stream:
+                with blob_path(layout, blob).open("rb") as raw:
+                    stream = layer.plain(raw, blob, self.where)
                     names |= self._layer(stream)
             except (BadTar, EOFError, zlib.error, gzip.BadGzipFile) as error:
                 raise refused(self.where, f"has a layer that is no valid tar: {error}") from None
@@ -122,7 +122,7 @@ class _Unpacking:
 
     def _file(self, name: str, entry: Entry, content: Content, names: set[str]) -> None:
         self.files, self.total = self.files + 1, self.total + entry.size
-        if self.files > MOST_FILES or self.total > LARGEST_TOTAL:
+        if self.files > MOST_FILES or self.total > self.largest:
             raise refused(self.where, "unpacks to more than it may")
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -181,69 +181,3 @@ def _diff_ids(image: Image, layout: Path) -> list[Any]:
     if not isinstance(found, list) or len(found) != len(image.layers):
         raise refused(image.where, "has a config that does not fit its layers")
     return found
-
-
-class _Plain:
-    """A layer's tar stream; of a compressed one it knows the digest at the end."""
-
-    def __init__(self, source: Source, *, limit: int | None, where: str) -> None:
-        self._source, self._limit, self._where = source, limit, where
-        self._hash = hashlib.sha256()
-        self._count = 0
-
-    def read(self, size: int, /) -> bytes:
-        """At most `size` bytes. Raises RefusedError for a stream that grows beyond its limit."""
-        piece = self._source.read(min(size, files.CHUNK))
-        if self._limit is not None:
-            self._count += len(piece)
-            if self._count > self._limit:
-                raise refused(self._where, "has a compressed layer that unpacks to far too much")
-            self._hash.update(piece)
-        return piece
-
-    @property
-    def digest(self) -> str | None:
-        """Of what was read; None for a layer that is not compressed: its blob's digest says it."""
-        return None if self._limit is None else f"sha256:{self._hash.hexdigest()}"
-
-
-@contextmanager
-def _opened(path: Path, blob: Blob, where: str) -> Iterator[_Plain]:
-    """The layer's tar stream, decompressed by what its first bytes say."""
-    if "tar" not in blob.media_type:
-        raise refused(where, f"has a layer of type {blob.media_type[:80]!r}, which is no tar")
-    with path.open("rb") as raw:
-        head = raw.read(4)
-        raw.seek(0)
-        limit = blob.size * HIGHEST_RATIO + files.CHUNK
-        if head[:2] == b"\x1f\x8b":
-            yield _Plain(gzip.GzipFile(fileobj=raw), limit=limit, where=where)
-        elif head == b"\x28\xb5\x2f\xfd":
-            yield _Plain(_zstd(raw, where), limit=limit, where=where)
-        else:
-            yield _Plain(raw, limit=None, where=where)
-
-
-class _Zstd:
-    """A zstd stream whose errors are those of a bad tar."""
-
-    def __init__(self, stream: Any, error: type[Exception]) -> None:
-        self._stream, self._error = stream, error
-
-    def read(self, size: int, /) -> bytes:
-        try:
-            return bytes(self._stream.read(size))
-        except self._error as error:
-            raise BadTar(str(error)) from None
-
-
-def _zstd(raw: BinaryIO, where: str) -> _Zstd:
-    try:
-        import zstandard
-    except ImportError:
-        what, change = "has a zstd layer", "install the extra: pip install 'tuning[train]'"
-        raise SpecError.at("IMAGE-104", where, what, change) from None
-    stream = zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(
-        raw, read_across_frames=True
-    )
-    return _Zstd(stream, zstandard.ZstdError)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,14 @@ def parse_manifest(data: bytes, *, where: str) -> Image:
     return Image(where, f"sha256:{files.digest(data)}", config, layers, annotations)
 
 
+def entries(index: Mapping[str, Any], *, where: str) -> tuple[Blob, ...]:
+    """Every manifest that an index names, of whatever kind."""
+    try:
+        return tuple(_blob(entry) for entry in index["manifests"])
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise refused(where, "has an index with an invalid entry") from None
+
+
 def choose(index: Mapping[str, Any], *, where: str) -> Blob:
     """The manifest of an index that is meant here: linux/amd64, else the first image."""
     found = []
@@ -134,6 +142,48 @@ def read(layout: Path) -> Image:
         if not is_index(record):
             return parse_manifest(data, where=where)
     raise refused(where, "has indexes within indexes")
+
+
+@dataclass(frozen=True)
+class Document:
+    """A manifest or an index: its descriptor and its bytes, which fit each other."""
+
+    blob: Blob
+    data: bytes
+
+
+def documents(layout: Path) -> tuple[Document, ...]:
+    """The manifests of a layout's image, each after what it names; the last one is the top.
+
+    An image of one platform has one. Raises RefusedError.
+    """
+    where = f"oci:{layout}"
+    record = parse_json(_content(layout / "index.json", where), where=where)
+    found: dict[str, Document] = {}
+
+    def take(blob: Blob, depth: int) -> None:
+        if depth == DEEPEST_INDEX:
+            raise refused(where, "has indexes within indexes")
+        data = _content(blob_path(layout, blob), where)
+        if f"sha256:{files.digest(data)}" != blob.digest:
+            raise refused(where, f"has a manifest that is not {blob.digest}")
+        inner = parse_json(data, where=where)
+        for entry in entries(inner, where=where) if is_index(inner) else ():
+            take(entry, depth + 1)
+        found.setdefault(blob.digest, Document(blob, data))
+
+    take(choose(record, where=where), 0)
+    return tuple(found.values())
+
+
+def blobs_of(found: Iterable[Document], *, where: str) -> tuple[Blob, ...]:
+    """Config and layers of every image among the documents, each once; the smallest first."""
+    blobs: dict[str, Blob] = {}
+    for document in found:
+        if not is_index(parse_json(document.data, where=where)):
+            for blob in parse_manifest(document.data, where=where).blobs:
+                blobs.setdefault(blob.digest, blob)
+    return tuple(sorted(blobs.values(), key=lambda blob: (blob.size, blob.digest)))
 
 
 def _content(path: Path, where: str) -> bytes:

@@ -7,18 +7,17 @@ digest. Files lie in `/data`, and hard-linked under `/models` for the readers th
 
 from __future__ import annotations
 
-import hashlib
 import os
-import tarfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, BinaryIO
 
 from tuning import files
 from tuning.errors import Problem, SpecError
-from tuning.image.manifest import CONFIG, INDEX, LAYER, MANIFEST, MODEL_NAME, RUN_ID, Blob
+from tuning.image.manifest import INDEX, MANIFEST, MODEL_NAME, RUN_ID, Blob
+from tuning.image.platforms import Base, Writer
+from tuning.image.write import write_layer
 
 WEIGHTS = ("adapter_config.json", "adapter_model.safetensors")
 TOKENIZER = (
@@ -37,16 +36,20 @@ TOKENIZER = (
 DOCUMENTS = ("LICENSE", "NOTICE", "README.md", "tuning.json")
 LAYERS = {"weights": WEIGHTS, "tokenizer": TOKENIZER, "documents": DOCUMENTS}
 ADAPTER_FILES = frozenset(name for names in LAYERS.values() for name in names)
-LARGEST_FILE = 8**11 - 1  # bytes that a USTAR header can count
+MODEL_DOCUMENTS = ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "README.md")
+MODEL_FILES = frozenset(
+    {*TOKENIZER, "config.json", "generation_config.json", "model.safetensors.index.json"}
+    | {"chat_template.json", "tekken.json", "preprocessor_config.json", "processor_config.json"}
+)
 
 
 @dataclass(frozen=True)
 class Built:
     """An image in a layout folder."""
 
-    digest: str  # of its manifest
-    size: int  # bytes of all blobs
-    blobs: tuple[Blob, ...]  # config and layers
+    digest: str  # of its manifest, or of its index
+    size: int  # bytes of all blobs and manifests
+    blobs: tuple[Blob, ...]  # configs and layers
 
 
 def build(
@@ -57,50 +60,72 @@ def build(
     run_id: str,
     annotations: Mapping[str, str],
     name: str | None = None,
+    index: bool = False,
+    base: Base | None = None,
 ) -> Built:
     """Write the files of `adapter` as one image into the layout folder `layout`.
 
     An image that `layout` held before is replaced. `name` is what the layout's index calls it. The
-    time of its making is SOURCE_DATE_EPOCH, or 1970. Raises SpecError when the folder holds a file
-    that no adapter image may carry, or lacks one that each must.
+    time of its making is SOURCE_DATE_EPOCH, or 1970. With `index` the image is an index: the same
+    layers for amd64, for arm64, and as a model of CNCF ModelPack. With `base` that image's layers
+    come first, for readers that need a shell. Raises SpecError when the folder holds a file that no
+    adapter image may carry, or lacks one that each must.
     """
     _refuse_strangers(adapter)
+    notes = {**annotations, MODEL_NAME: preset, RUN_ID: run_id}
+    groups = {
+        title: tuple(name for name in names if (adapter / name).is_file())
+        for title, names in LAYERS.items()
+    }
+    return _write(adapter, layout, groups, notes, name=name, index=index, base=base)
+
+
+def build_model(
+    model: Path, layout: Path, *, annotations: Mapping[str, str], name: str | None = None
+) -> Built:
+    """Write a whole model, its safetensors and what belongs to them, as one image into `layout`.
+
+    Each weights file is a layer of its own. Nothing else of the folder goes in. Raises SpecError.
+    """
+    present = sorted(path.name for path in model.iterdir() if path.is_file())
+    weights = [name for name in present if name.endswith(".safetensors")]
+    groups = {
+        "config": tuple(name for name in present if name in MODEL_FILES),
+        **{name: (name,) for name in weights},
+        "documents": tuple(name for name in present if name in MODEL_DOCUMENTS),
+    }
+    return _write(model, layout, groups, annotations, name=name)
+
+
+def _write(
+    source: Path,
+    layout: Path,
+    groups: Mapping[str, tuple[str, ...]],
+    annotations: Mapping[str, str],
+    *,
+    name: str | None = None,
+    index: bool = False,
+    base: Base | None = None,
+) -> Built:
+    """Write each group of files as a layer, and the image of them all."""
     created = _created()
     blobs = layout / "blobs" / "sha256"
     blobs.mkdir(parents=True, exist_ok=True)
-    layers, history = [], []
-    for title, names in LAYERS.items():
-        present = sorted(name for name in names if (adapter / name).is_file())
-        if present:
-            layers.append(_write_layer(adapter, present, blobs))
-            history.append({"created": created, "created_by": f"tuning: {title}"})
-    notes = {
-        **annotations,
-        MODEL_NAME: preset,
-        RUN_ID: run_id,
-        "org.opencontainers.image.created": created,
-    }
-    config = {
-        "architecture": "amd64",
-        "os": "linux",
-        "created": created,
-        "config": {"Labels": notes},
-        "rootfs": {"type": "layers", "diff_ids": [layer.digest for layer in layers]},
-        "history": history,
-    }
-    config_blob = _write_json(config, CONFIG, blobs)
-    manifest = {
-        "schemaVersion": 2,
-        "mediaType": MANIFEST,
-        "config": config_blob.to_json(),
-        "layers": [layer.to_json() for layer in layers],
-        "annotations": notes,
-    }
-    top = _write_json(manifest, MANIFEST, blobs)
+    notes = {**annotations, "org.opencontainers.image.created": created}
+    if base:
+        base.bring(blobs)
+        notes |= base.annotations
+    layers = {title: write_layer(source, names, blobs) for title, names in groups.items() if names}
+    writer = Writer(blobs, layers, created, notes)
+    if index:
+        top, parts = writer.index()
+    else:
+        top, config = writer.image("amd64", base)
+        parts = (config, *(base.layers if base else ()), *layers.values(), top)
     _point(layout, top, name)
-    _sweep(blobs, {top.digest, config_blob.digest, *(layer.digest for layer in layers)})
-    parts = (config_blob, *layers)
-    return Built(top.digest, top.size + sum(blob.size for blob in parts), parts)
+    _sweep(blobs, {part.digest for part in parts})
+    kept = tuple(part for part in parts if part.media_type not in (MANIFEST, INDEX))
+    return Built(top.digest, sum(part.size for part in dict.fromkeys(parts)), kept)
 
 
 def _created() -> str:
@@ -134,79 +159,12 @@ def _refuse_strangers(adapter: Path) -> None:
         raise SpecError(problems)
 
 
-class _Layer:
-    """A tar on its way to the disk, hashed as it is written: the bytes are read once."""
-
-    def __init__(self, out: BinaryIO) -> None:
-        self._out, self._hash, self.size = out, hashlib.sha256(), 0
-
-    def put(self, data: bytes | memoryview) -> None:
-        """Write the next bytes."""
-        self._hash.update(data)
-        self._out.write(data)
-        self.size += len(data)
-
-    def entry(self, name: str, kind: bytes, *, size: int = 0, target: str = "") -> None:
-        """Write a header; time and owner are 0 and the owner's name is empty by default."""
-        entry = tarfile.TarInfo(name)
-        entry.type, entry.size, entry.linkname = kind, size, target
-        entry.mode = 0o755 if kind == tarfile.DIRTYPE else 0o644
-        self.put(entry.tobuf(tarfile.USTAR_FORMAT))
-
-    def file(self, name: str, path: Path) -> None:
-        """Write a file's header and content."""
-        with path.open("rb", buffering=0) as content:
-            left = os.fstat(content.fileno()).st_size
-            if left > LARGEST_FILE:
-                what, change = "is larger than a tar can hold (8 GiB)", "train with a lower rank"
-                raise SpecError.at("IMAGE-107", str(path), what, change)
-            self.entry(name, tarfile.REGTYPE, size=left)
-            padding, piece = -left % tarfile.BLOCKSIZE, memoryview(bytearray(files.CHUNK))
-            while left:
-                count = content.readinto(piece[:left])
-                if not count:
-                    raise OSError(f"{path} became shorter while it was read")
-                self.put(piece[:count])
-                left -= count
-            self.put(bytes(padding))
-
-    def end(self) -> str:
-        """Write the end, padded as tar programs do; gives the digest."""
-        self.put(bytes(2 * tarfile.BLOCKSIZE))
-        self.put(bytes(-self.size % tarfile.RECORDSIZE))
-        return f"sha256:{self._hash.hexdigest()}"
-
-
-def _write_layer(adapter: Path, names: list[str], blobs: Path) -> Blob:
-    """One tar of `names` under data/, and of hard links to them under models/."""
-    scratch = blobs / f".{os.getpid()}.tmp"
-    with scratch.open("wb") as out:
-        layer = _Layer(out)
-        layer.entry("data", tarfile.DIRTYPE)
-        for name in names:
-            layer.file(f"data/{name}", adapter / name)
-        layer.entry("models", tarfile.DIRTYPE)
-        for name in names:
-            layer.entry(f"models/{name}", tarfile.LNKTYPE, target=f"data/{name}")
-        blob = Blob(LAYER, layer.end(), layer.size)
-        out.flush()
-        os.fsync(out.fileno())
-    scratch.replace(blobs / blob.digest.removeprefix("sha256:"))
-    files.sync_folder(blobs)
-    return blob
-
-
-def _write_json(value: Any, media_type: str, blobs: Path) -> Blob:
-    data = files.canonical(value)
-    blob = Blob(media_type, f"sha256:{files.digest(data)}", len(data))
-    files.write(blobs / files.digest(data), data)
-    return blob
-
-
 def _point(layout: Path, top: Blob, name: str | None) -> None:
     """Make `top` the image of the layout."""
     files.write(layout / "oci-layout", files.canonical({"imageLayoutVersion": "1.0.0"}))
-    entry = top.to_json() | {"platform": {"architecture": "amd64", "os": "linux"}}
+    entry = top.to_json()
+    if top.media_type == MANIFEST:
+        entry["platform"] = {"architecture": "amd64", "os": "linux"}
     if name:
         entry["annotations"] = {"org.opencontainers.image.ref.name": name}
     index = {"schemaVersion": 2, "mediaType": INDEX, "manifests": [entry]}

@@ -127,6 +127,11 @@ def _checked(block: bytes) -> tuple[bytes, int]:
 
 
 def _number(field: bytes) -> int:
+    if field[:1] == b"\x80" and len(field) > 8:  # GNU's form for what octal digits cannot count
+        number = int.from_bytes(field[1:], "big")
+        if number >= 1 << 62:
+            raise BadTar("a header holds an impossible size")
+        return number
     digits = field.strip(b" \0")
     if not re.fullmatch(rb"[0-7]*", digits):
         raise BadTar("a header holds a number that is none, or too large")

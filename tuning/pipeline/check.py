@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from tuning import base, delivery, device, fetch, formats, plan
+from tuning import base, delivery, device, fetch, formats, model_image, plan
 from tuning.console import Console
 from tuning.data.glance import HEAD, glance
 from tuning.pipeline import sizing
@@ -23,14 +23,20 @@ def check(spec: Spec, options: Options, console: Console) -> Iterator[str]:
     good: list[str] = []
 
     def model() -> None:
+        if model_image.is_image(name):
+            shape = model_image.config(name, access=options.access)
+            judged(plan.base_from_config(declared_name(spec), name, shape), name)
+            return
         found = base.resolve(name, revision=revision, token=token)
         config = base.check(found, token=token)
         known = plan.base_from_config(declared_name(spec), found.revision, config)
+        judged(known, f"{name} at {found.revision[:19]}")
+
+    def judged(known: plan.Base, shown: str) -> None:
         plan.refuse_unsupported(spec, known, here)
         known = sizing.sized(spec, known, here, console=console)
         decided = plan.draft(spec, here=here, base=known)
-        good.append(f"model: {name} at {found.revision[:19]}")
-        good.append(f"plan: {fit(decided)}")
+        good.extend((f"model: {shown}", f"plan: {fit(decided)}"))
 
     def data() -> None:
         if spec.source.urls:

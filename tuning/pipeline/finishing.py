@@ -6,7 +6,7 @@ import datetime
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tuning import base, card, delivery, files, image, report
+from tuning import base, card, delivery, files, report
 from tuning.pipeline.run import Run, Value, key_of
 from tuning.plan import Plan
 
@@ -56,16 +56,18 @@ def package(run: Run, decided: Plan, training: Value, packed: Value, model: base
         folder = run.folder / "adapter"
         run.room(2 * sum(path.stat().st_size for path in folder.iterdir()))
         card.write(folder, recipe=asdict(recipe), run_id=recipe.run_id, facts=facts)
-        built = image.build(
+        built = delivery.package(
             folder,
             run.folder / "image",
             preset=run.spec.preset,
             run_id=recipe.run_id,
             annotations=card.labels(asdict(recipe), facts=facts),
+            destination=run.spec.destination,
+            access=run.options.access,
         )
         return {"digest": built.digest}
 
-    key = key_of(recipe.run_id, training["adapter_sha256"])
+    key = key_of(recipe.run_id, training["adapter_sha256"], *run.spec.destination.form)
     digest: str = run.book.do("package", key, work)["digest"]
     return digest
 
@@ -90,6 +92,8 @@ def deliver(run: Run, decided: Plan, digest: str) -> tuple[str, ...]:
                 run_id=decided.recipe.run_id,
                 own=run.own(),
                 progress=report,
+                run=run.folder,
+                say=run.console.say,
             )
         return {"references": references}
 

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tuning import fetch, presets, watchdog
+from tuning import fetch, model_image, presets, watchdog
 from tuning.delivery import Access
 from tuning.errors import SpecError
 from tuning.spec import Spec
+from tuning.trust import Trust
 
 JOB_SECRETS, JOB_MODELS = Path("/etc/tuning/secrets"), Path("/models")
 
@@ -66,6 +67,7 @@ def gather(
             pull_secret=found(pull_secret, "pull"),
             ca=ca,
             insecure=insecure,
+            trust=Trust.load(policy_file) if policy_file else Trust(),
         ),
         policy=policy.with_hosts(allow_hosts),
         hub_token_file=token / "HF_TOKEN" if token and token.is_dir() else token,
@@ -97,10 +99,17 @@ def base_reference(spec: Spec) -> tuple[str, str | None]:
 
 def reference(name: str, revision: str | None) -> tuple[str, str | None]:
     """Where the base `name` is: a folder, or a hub id and the revision to take."""
-    if Path(name).is_dir():
+    if Path(name).is_dir() or model_image.is_image(name):
         return name, None
     preset = presets.find(name)
-    return (preset.hub_id, revision or preset.revision) if preset else (name, revision)
+    return source_of(preset, revision) if preset else (name, revision)
+
+
+def source_of(preset: presets.Preset, revision: str | None) -> tuple[str, str | None]:
+    """Where a preset's weights are: its image, or the hub where a revision is asked for."""
+    if preset.image and revision is None:
+        return preset.image, None
+    return preset.hub_id, revision or preset.revision
 
 
 def declared_name(spec: Spec) -> str:

@@ -6,9 +6,10 @@ import importlib.metadata
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from tuning import base, delivery, fetch, files, network, plan
+from tuning import base, delivery, fetch, files, model_image, network, plan
 from tuning.console import Console
 from tuning.data import meter
+from tuning.delivery import Access
 from tuning.pipeline import sizing
 from tuning.pipeline.endings import together
 from tuning.pipeline.options import base_reference, declared_name, read_token, reference
@@ -40,6 +41,10 @@ def base_model(run: Run) -> base.Base:
     """The base with its revision pinned; a folder is looked at afresh at every start."""
     run.begin("base")
     name, revision = base_reference(run.spec)
+    access, cache = run.options.access, run.options.cache
+    if model_image.is_image(name):  # large: what is refused in seconds comes first
+        delivery.check(run.spec.destination, access)
+    name = model_image.local(name, access=access, cache=cache, console=run.console)
     if Path(name).is_dir():
         return base.resolve(name, revision=None, token=None)
 
@@ -205,9 +210,12 @@ def lengths(rows: Value) -> plan.Lengths:
     return plan.Lengths(rows["rows"], rows["tokens"], rows["lengths"]["max"])
 
 
-def base_folder(name: str, *, token_file: Path | None, console: Console) -> Path:
-    """The weights of a preset, hub model or folder, fetched if they are not here yet."""
+def base_folder(
+    name: str, *, token_file: Path | None, console: Console, access: Access | None = None
+) -> Path:
+    """The weights of a preset, hub model, image or folder, fetched if they are not here yet."""
     where, revision = reference(name, None)
+    where = model_image.local(where, access=access or Access(), console=console)
     token = read_token(token_file)
     found = base.resolve(where, revision=revision, token=token)
     if found.folder is not None:

@@ -61,6 +61,8 @@ class Unknown(SpecError):
 def known_base(spec: Spec) -> Base:
     """The base model as far as it is known without the network. Raises Unknown, SpecError."""
     name = spec.base_model or spec.preset
+    if name.startswith("oci:"):  # an image with the preset's weights
+        name = spec.preset
     folder = Path(name)
     if spec.base_model and folder.is_dir():
         try:

@@ -29,6 +29,7 @@ class Preset:
     kaito_tunes: bool  # KAITO lists it for tuning, not only for inference
     published_gib: float | None  # size of the published 16-bit weights, as KAITO's docs give it
     aliases: tuple[str, ...]
+    image: str | None  # oci://REFERENCE with the weights, in place of the hub
     facts: Facts
 
     @property
@@ -116,7 +117,8 @@ def _preset(value: Any, *, where: str) -> Preset:
         value,
         where=where,
         required={"name": str, "hub_id": str, "revision": str, "licence": str, "config": dict},
-        optional={"gated": bool, "kaito_tunes": bool, "published_gib": float, "aliases": list},
+        optional={"gated": bool, "kaito_tunes": bool, "published_gib": float, "aliases": list}
+        | {"image": str},
     )
     config = fields.pop("config")
     for part in (config, config.get("text_config") or {}):

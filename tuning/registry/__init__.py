@@ -6,19 +6,32 @@ transport is not used, since it retries on any exception and on few of the statu
 sends a token of too small a scope again, never renews one, and holds whole blobs in memory.
 """
 
-from tuning.registry.pull import Pulled, pull
-from tuning.registry.push import Found, Pushed, check_push, claim, look, push
+from tuning.registry.pull import Pulled, beginning, download, pull, resolve
+from tuning.registry.push import Found, Pushed, check_push, claim, look, manifest, push
+from tuning.registry.referrers import Attached, Part, attach, attached, document, parts
+from tuning.registry.signed import signed
 from tuning.registry.wire import Patience, Remote
 
 __all__ = [
+    "Attached",
     "Found",
+    "Part",
     "Patience",
     "Pulled",
     "Pushed",
     "Remote",
+    "attach",
+    "attached",
+    "beginning",
     "check_push",
     "claim",
+    "document",
+    "download",
     "look",
+    "manifest",
+    "parts",
     "pull",
     "push",
+    "resolve",
+    "signed",
 ]

@@ -33,12 +33,12 @@ class Again(Exception):
         super().__init__(str(problem))
 
 
-@dataclass(frozen=True)
+@dataclass
 class Judge:
     """Puts what one repository says, or does not say, into words for the person who must act."""
 
     reference: Reference
-    login: Login | None
+    login: Login | None  # the one that is in use
 
     def refusal(self, code: str, what: str, change: str) -> RefusedError:
         """The error for a final no."""

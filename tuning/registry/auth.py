@@ -7,6 +7,7 @@ some registries answer a token of too small a scope with 403, where no second qu
 from __future__ import annotations
 
 import re
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,7 +16,9 @@ from urllib.parse import urlsplit
 
 import requests
 
-from tuning.registry.answers import AGAIN, Judge, retry_after
+from tuning.credentials import Login
+from tuning.errors import TransientError
+from tuning.registry.answers import AGAIN, Again, Judge, retry_after
 
 if TYPE_CHECKING:
     import oras.auth.utils
@@ -27,39 +30,75 @@ READS = ("GET", "HEAD")
 
 @dataclass
 class Tokens:
-    """What proves to one repository who we are."""
+    """What proves to one repository who we are; uploads side by side share it."""
 
     judge: Judge
     plain: bool  # the registry is reached by plain http
     ask: Callable[..., requests.Response]  # (method, url, **more): one request, as it comes
+    identity: Callable[[], Login] | None = None  # makes a login where none was given
     proven: bool = False  # the header was good for a request before
     _header: str = ""
     _challenge: oras.auth.utils.authHeader | None = None  # of a registry that wants tokens
     _actions: set[str] = field(default_factory=lambda: {"pull"})
+    _also: set[str] = field(default_factory=set)  # other repositories that are read
     _renew_at: float = 0.0
+    _lock: threading.RLock = field(default_factory=threading.RLock)
 
-    def header(self, method: str) -> str:
-        """The header for a request with `method`; empty while none was asked for."""
-        before = len(self._actions)
-        if method not in READS:
-            self._actions.add("push")
-        if self._challenge and (len(self._actions) > before or time.monotonic() >= self._renew_at):
-            self._fetch(self._challenge)
-        return self._header
+    def header(self, method: str, also: str = "") -> str:
+        """The header for a request with `method`; empty while none was asked for.
 
-    def challenged(self, answer: requests.Response) -> None:
-        """Be ready for the next try after a 401. Raises RefusedError where there is no way."""
-        wanted = challenges(answer.headers.get("WWW-Authenticate", ""))
-        login = self.judge.login
+        `also` is another repository that the request reads.
+        """
+        with self._lock:
+            before = len(self._actions) + len(self._also)
+            if method not in READS:
+                self._actions.add("push")
+            if also:
+                self._also.add(also)
+            more = len(self._actions) + len(self._also) > before
+            if self._challenge and (more or time.monotonic() >= self._renew_at):
+                self._fetch(self._challenge)
+            elif self._header.startswith("Basic") and (login := self._login()):
+                self._header = login.basic
+            return self._header
+
+    def forget(self, also: str) -> None:
+        """Ask for no more rights to the other repository `also`."""
+        with self._lock:
+            self._also.discard(also)
+            self._renew_at = 0.0
+
+    def challenged(self, answer: requests.Response, sent: str) -> None:
+        """Be ready for the next try after a 401 to a request with the header `sent`.
+
+        Raises RefusedError where there is no way.
+        """
+        with self._lock:
+            if sent and sent != self._header:
+                return  # another request has renewed it meanwhile
+            self._renew(challenges(answer.headers.get("WWW-Authenticate", "")))
+
+    def _renew(self, wanted: dict[str, oras.auth.utils.authHeader]) -> None:
         if "bearer" in wanted:
             self._challenge = wanted["bearer"]
             self._fetch(self._challenge)
-        elif "basic" in wanted and login and not login.identity_token:
-            if self._header == login.basic and not self.proven:
-                raise self.judge.unwelcome()
-            self._header, self.proven = login.basic, False
-        else:
+            return
+        login = self._login() if "basic" in wanted else None
+        if login and self.proven and self._header == login.basic and self.identity:
+            login = self._login(afresh=True)  # the cloud took it back before its time
+        if not login or login.identity_token or (self._header == login.basic and not self.proven):
             raise self.judge.unwelcome()
+        self._header, self.proven = login.basic, False
+
+    def _login(self, *, afresh: bool = False) -> Login | None:
+        """The login to use now: the one that was given, or one that the identity makes."""
+        login = self.judge.login
+        if self.identity and (login is None or login.stale or afresh):
+            try:
+                self.judge.login = login = self.identity()
+            except TransientError as error:
+                raise Again(error.problems[0]) from None
+        return login
 
     def _fetch(self, challenge: oras.auth.utils.authHeader) -> None:
         answer = self._from_server(challenge)
@@ -95,7 +134,7 @@ class Tokens:
             raise self.judge.refusal("REG-127", what, "tell the registry's administrator")
         scopes = self._scopes(challenge.scope or "")
         query: dict[str, Any] = {"service": challenge.service} if challenge.service else {}
-        login, url = self.judge.login, realm.geturl()
+        login, url = self._login(), realm.geturl()
         if login and login.identity_token:
             form = query | {"scope": " ".join(scopes), "grant_type": "refresh_token"}
             form |= {"client_id": "tuning", "refresh_token": login.identity_token}
@@ -106,8 +145,9 @@ class Tokens:
     def _scopes(self, asked: str) -> list[str]:
         """What the registry asks for, and what will be done: one scope for each resource."""
         own = f"repository:{self.judge.reference.repository}:{','.join(self._actions)}"
+        others = (f"repository:{name}:pull" for name in sorted(self._also))
         found: dict[str, set[str]] = {}
-        for scope in (*asked.split(), own):
+        for scope in (*asked.split(), own, *others):
             resource, _, actions = scope.rpartition(":")
             found.setdefault(resource, set()).update(actions.split(","))
         return [f"{resource}:{','.join(sorted(actions))}" for resource, actions in found.items()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 
 import urllib3.exceptions
 
-from tuning import image
+from tuning import files, image
 from tuning.image import ADAPTER_FILES, Blob, Image
 from tuning.registry.push import Progress, digest_of, manifest, tag_of
 from tuning.registry.wire import Remote
@@ -36,30 +36,66 @@ def pull(
     target: Path,
     *,
     wanted: Callable[[str], bool] = ADAPTER_FILES.__contains__,
+    approve: Callable[[str], None] = lambda digest: None,
+    largest: int = image.LARGEST_TOTAL,
     progress: Progress = lambda done, total, note: None,
 ) -> Pulled:
     """Lay the files under /data of the remote's image down in the new folder `target`.
 
-    Raises RefusedError for an image that is not there, damaged or hostile, TransientError when the
-    registry stays away; then `target` is not made.
+    `approve` is shown the digest before anything else is fetched, and may refuse it. `largest` is
+    how many bytes may come out. Raises RefusedError for an image that is not there, damaged or
+    hostile, TransientError when the registry stays away; then `target` is not made.
     """
     digest, found = remote.persist(lambda: resolve(remote))
+    approve(digest)
     target.parent.mkdir(parents=True, exist_ok=True)
     layout = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        (layout / "blobs" / "sha256").mkdir(parents=True)
-        total, done = sum(blob.size for blob in found.blobs), 0
-        for blob in found.blobs:
-
-            def report(count: int, before: int = done) -> None:
-                progress(before + count, total, "")
-
-            remote.persist(partial(_download, remote, blob, layout, report))
-            done += blob.size
-        names = image.unpack(found, layout, target, wanted=wanted, verified=True)
+        download(remote, found.blobs, layout, progress=progress)
+        options: dict[str, Any] = {"wanted": wanted, "verified": True, "largest": largest}
+        names = image.unpack(found, layout, target, **options)
     finally:
         shutil.rmtree(layout, ignore_errors=True)
     return Pulled(digest, found, names)
+
+
+def download(
+    remote: Remote,
+    blobs: Iterable[Blob],
+    layout: Path,
+    *,
+    progress: Progress = lambda done, total, note: None,
+) -> None:
+    """Fetch blobs into a layout, each checked against its digest; what is there already stays."""
+    blobs = tuple(blobs)
+    (layout / "blobs" / "sha256").mkdir(parents=True, exist_ok=True)
+    total, done = sum(blob.size for blob in blobs), 0
+    for blob in blobs:
+
+        def report(count: int, before: int = done) -> None:
+            progress(before + count, total, "")
+
+        remote.persist(partial(_download, remote, blob, layout, report))
+        done += blob.size
+
+
+def beginning(remote: Remote, blob: Blob, size: int) -> bytes:
+    """The first bytes of a blob, at most `size`; all of a small one. They are not checked."""
+
+    def work() -> bytes:
+        wanted = min(size, blob.size)
+        headers = {"Range": f"bytes=0-{wanted - 1}"}
+        url = f"/blobs/{blob.digest}"
+        answer = remote.request("GET", url, expect=(200, 206), headers=headers, stream=True)
+        try:
+            data: bytes = answer.raw.read(wanted, decode_content=False)
+        except urllib3.exceptions.HTTPError as error:
+            raise remote.judge.unreachable(error) from None
+        finally:
+            answer.close()  # a server without ranges would send the rest
+        return data
+
+    return remote.persist(work)
 
 
 def resolve(remote: Remote) -> tuple[str, Image]:
@@ -88,6 +124,8 @@ def _checked(remote: Remote, name: str) -> bytes:
 def _download(remote: Remote, blob: Blob, layout: Path, report: Callable[[int], None]) -> None:
     """Fetch one blob; it goes on where it broke off."""
     path = image.blob_path(layout, blob)
+    if _whole(path, blob):
+        return report(blob.size)
     have = path.stat().st_size if path.exists() else 0
     answer = remote.request(
         "GET",
@@ -119,6 +157,12 @@ def _download(remote: Remote, blob: Blob, layout: Path, report: Callable[[int], 
         path.unlink()
         what = f"sends bytes that are not {blob.digest}"
         raise remote.refusal("REG-143", what, "look after the registry's storage, push again")
+
+
+def _whole(path: Path, blob: Blob) -> bool:
+    if not path.is_file() or path.stat().st_size != blob.size:
+        return False
+    return f"sha256:{files.digest_file(path)}" == blob.digest
 
 
 def _hash(path: Path) -> Any:

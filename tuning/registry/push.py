@@ -8,7 +8,7 @@ first, because each step is idempotent and blobs are named by their content.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,7 @@ import urllib3.exceptions
 
 from tuning import files, image
 from tuning.errors import RefusedError
-from tuning.image import Image
+from tuning.image import Blob
 from tuning.reference import Reference
 from tuning.registry import answers, upload
 from tuning.registry.answers import Again
@@ -151,43 +151,45 @@ def push(
     Done again after any crash it ends the same way, and sends nothing that is there already. Raises
     RefusedError for a final no, TransientError when the registry stays away.
     """
-    ours = image.read(layout)
-    data = image.blob_path(layout, ours.digest).read_bytes()
+    found = image.documents(layout)
+    top, blobs = found[-1], image.blobs_of(found, where=f"oci:{layout}")
+    digest = top.blob.digest
     terms: dict[str, Any] = {
         "run_id": run_id,
-        "own": {*own, ours.digest},
+        "own": {*own, digest},
         "on_tag_exists": on_tag_exists,
     }
     claim(remote, **terms)
 
     def publish() -> tuple[int, int]:
-        counts = upload.blobs(remote, layout, ours.blobs, progress=progress)
-        _put(remote, ours.digest, data)
+        counts = upload.blobs(remote, layout, blobs, progress=progress)
+        for document in found:
+            put(remote, document.blob.digest, document.data, document.blob.media_type)
         return counts
 
     def point() -> None:
-        found = look(remote)
-        if found is None or found.digest != ours.digest:
-            _judge(remote, found, **terms)  # somebody may have come in between
-            _put(remote, tag_of(remote.reference), data)
+        held = look(remote)
+        if held is None or held.digest != digest:
+            _judge(remote, held, **terms)  # somebody may have come in between
+            put(remote, tag_of(remote.reference), top.data, top.blob.media_type)
 
     sent, reused = remote.persist(publish)
     remote.persist(point)
-    remote.persist(lambda: verify(remote, ours))
-    return Pushed(ours.digest, sent, reused)
+    remote.persist(lambda: verify(remote, digest, blobs))
+    return Pushed(digest, sent, reused)
 
 
 _MAYBE_THERE = (400, 403, 404, 405, 409, 412, 422)  # how an immutable tag says that it is one
 
 
-def _put(remote: Remote, name: str, data: bytes) -> None:
+def put(remote: Remote, name: str, data: bytes, media_type: str) -> None:
     """PUT a manifest under a tag or its digest; where it is there already, no is no matter."""
     answer = remote.request(
         "PUT",
         f"/manifests/{name}",
         expect=(200, 201, 202, *_MAYBE_THERE),
         body=lambda: data,
-        headers={"Content-Type": image.MANIFEST},
+        headers={"Content-Type": media_type},
     )
     if answer.status_code not in _MAYBE_THERE or manifest(remote, name) == data:
         return
@@ -202,20 +204,20 @@ def _put(remote: Remote, name: str, data: bytes) -> None:
     raise remote.refusal("REG-141", what, "choose another tag: this one may be immutable")
 
 
-def verify(remote: Remote, ours: Image) -> None:
+def verify(remote: Remote, ours: str, blobs: Iterable[Blob]) -> None:
     """Read the tag back and look for every blob. Raises RefusedError if anything differs."""
     data = manifest(remote, tag_of(remote.reference))
     change = "run the same command again"
     if data is None:
         raise remote.judge.again("REG-134", "does not show the tag", change, tries=5)
-    if digest_of(data) != ours.digest:
+    if digest_of(data) != ours:
         found = look(remote)
         held = found.digest if found else digest_of(data)
         if held == digest_of(data):
-            raise _taken(remote, held, ours.digest)
-        what = f"shows the tag as {digest_of(data)}, not as {ours.digest}"
+            raise _taken(remote, held, ours)
+        what = f"shows the tag as {digest_of(data)}, not as {ours}"
         raise remote.refusal("REG-143", what, "look after the registry's storage")
-    for blob in ours.blobs:
+    for blob in blobs:
         if not upload.has(remote, blob):
             what = f"does not show the blob {blob.digest}, which it took"
             raise remote.judge.again("REG-134", what, change, tries=3)

@@ -2,26 +2,32 @@
 
 Registries lose uploads with the reply, and some take a piece at a wrong offset without a word. So
 no piece is ever sent twice into the same upload, and the push asks for every blob again at its end.
+Several blobs go side by side; each is tried again for itself.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from urllib.parse import urlencode
 
 import requests
 
 from tuning import files, image
-from tuning.errors import SpecError
+from tuning.errors import RefusedError, SpecError
 from tuning.image import Blob
 from tuning.registry import answers
 from tuning.registry.answers import Again
 from tuning.registry.wire import Remote
+from tuning.threads import side_by_side
 
+AT_ONCE = 4  # blobs
 PIECE = 1 << 18  # bytes in one send: at 1 KiB/s still within the time-out of 300 s
 DOUBTFUL = (400, 404, 416)  # the upload is lost, or not what it should be
 NO_PIECES = (405, 411, 415, 501)
+_EMPTY = {"Content-Length": "0"}
 Report = Callable[[int], None]
 
 
@@ -37,17 +43,48 @@ def blobs(
     Raises RefusedError, TransientError, or SpecError for a layout that is damaged.
     """
     wanted = tuple(wanted)
-    total, done, sent, reused = sum(blob.size for blob in wanted), 0, 0, 0
-    for blob in wanted:
+    tally = _Tally(wanted, progress)
+    failed = threading.Event()
 
-        def report(count: int, before: int = done) -> None:
-            progress(before + count, total, "")
+    def upload(blob: Blob) -> int:
+        try:
+            work = partial(_blob, remote, layout, blob, tally.of(blob))
+            return remote.persist(work, unless=failed.is_set)
+        except BaseException:
+            failed.set()
+            raise
 
-        fresh = remote.persist(partial(_blob, remote, layout, blob, report))
-        done += blob.size
-        sent, reused = sent + blob.size * fresh, reused + (not fresh)
-        progress(done, total, "")
-    return sent, reused
+    # The first goes alone: what refuses one blob refuses all. All of the others come to their end
+    # before this does, whatever befalls one: no upload of ours goes on behind a second try.
+    results: list[int | BaseException] = [upload(blob) for blob in wanted[:1]]
+    results += side_by_side([partial(upload, blob) for blob in wanted[1:]], at_once=AT_ONCE)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    sent = sum(count for count in results if isinstance(count, int))
+    return sent, sum(not count for count in results)
+
+
+class _Tally:
+    """The progress of several blobs as one."""
+
+    def __init__(
+        self, wanted: tuple[Blob, ...], progress: Callable[[float, float | None, str], None]
+    ) -> None:
+        self._progress, self._total = progress, sum(blob.size for blob in wanted)
+        self._done, self._told = dict.fromkeys(wanted, 0), 0
+        self._lock = threading.Lock()
+
+    def of(self, blob: Blob) -> Report:
+        """What reports that so many bytes of `blob` are there; a blob begun again tells no less."""
+
+        def report(count: int) -> None:
+            with self._lock:
+                self._done[blob] = count
+                self._told = max(self._told, sum(self._done.values()))
+                self._progress(self._told, self._total, "")
+
+        return report
 
 
 def has(remote: Remote, blob: Blob) -> bool:
@@ -59,25 +96,48 @@ def has(remote: Remote, blob: Blob) -> bool:
 
 def begin(remote: Remote) -> str:
     """Begin an upload; gives the URL that it goes on at."""
-    answer = remote.request(
-        "POST", "/blobs/uploads/", expect=(202,), headers={"Content-Length": "0"}
-    )
+    answer = remote.request("POST", "/blobs/uploads/", expect=(202,), headers=_EMPTY)
     return _next(remote, answer, "")
 
 
-def _blob(remote: Remote, layout: Path, blob: Blob, report: Report) -> bool:
-    """Upload one blob; False if it was there. Safe to repeat from the start."""
-    if has(remote, blob):
-        return False
-    path = image.blob_path(layout, blob)
-    url, start = begin(remote), 0
+def _mount(remote: Remote, blob: Blob) -> str | None:
+    """Have the registry take the blob from its repository `mount_from`, without a byte sent.
+
+    None if it did so; else the URL of an upload that is begun instead.
+    """
+    query = urlencode({"mount": blob.digest, "from": remote.mount_from}, safe=":/")
+    try:
+        answer = remote.request(
+            "POST",
+            f"/blobs/uploads/?{query}",
+            expect=(201, 202, *range(400, 500)),
+            headers=_EMPTY,
+            also=remote.mount_from,
+        )
+    except RefusedError:  # no right to read there: then this is a blob like any other
+        answer = None
+    if answer is None or answer.status_code >= 400:
+        remote.forget(remote.mount_from)
+        return begin(remote)
+    return None if answer.status_code == 201 else _next(remote, answer, "")
+
+
+def _blob(remote: Remote, layout: Path, blob: Blob, report: Report) -> int:
+    """Upload one blob; gives bytes sent, none if it was there. Safe to repeat from the start."""
+    url = None
+    if not has(remote, blob):
+        url = _mount(remote, blob) if remote.mount_from else begin(remote)
+    if url is None:
+        report(blob.size)
+        return 0
+    path, start = image.blob_path(layout, blob), 0
     if remote.in_pieces and blob.size > remote.chunk:
-        remote.in_pieces -= 1  # unless this goes well
+        with remote.lock:
+            remote.in_pieces -= 1  # unless this goes well
         ended = _pieces(remote, url, path, blob, report)
-        if ended:
-            remote.in_pieces, url, start = remote.in_pieces + 1, ended, blob.size
-        else:
-            remote.in_pieces, url = 0, begin(remote)
+        with remote.lock:
+            remote.in_pieces = remote.in_pieces + 1 if ended else 0
+        url, start = (ended, blob.size) if ended else (begin(remote), 0)
     answer = remote.request(
         "PUT",
         f"{url}{'&' if '?' in url else '?'}digest={blob.digest}",
@@ -90,7 +150,7 @@ def _blob(remote: Remote, layout: Path, blob: Blob, report: Report) -> bool:
             what, change = "is damaged", "remove the layout folder and run the same command again"
             raise SpecError.at("IMAGE-105", str(path), what, change)
         raise _doubt(remote, blob, answer)
-    return True
+    return blob.size
 
 
 def _pieces(remote: Remote, url: str, path: Path, blob: Blob, report: Report) -> str | None:

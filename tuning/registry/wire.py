@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import logging
 import random
+import threading
 import time
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
-from http.cookiejar import DefaultCookiePolicy
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import SplitResult, urljoin, urlsplit
 
 import requests
-import requests.adapters
 
-from tuning import network
+from tuning import https
 from tuning.credentials import Login
 from tuning.errors import RefusedError, TransientError
 from tuning.reference import DOCKER_HUB, Reference
@@ -25,7 +24,6 @@ from tuning.registry.auth import READS, Tokens
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
-LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 LONGEST_RETRY_AFTER = 120.0  # seconds
 LONGEST_WAIT = 30.0  # seconds, where the registry asks for none
 MOST_REDIRECTS = 5
@@ -48,6 +46,9 @@ class Remote:
     reference: Reference
     login: Login | None = None
     ca: Path | None = None  # trusted beside the usual ones
+    client: tuple[Path, Path] | None = None  # certificate and key that prove who we are, for mTLS
+    identity: Callable[[], Login] | None = None  # makes a login, and a new one when it is stale
+    mount_from: str = ""  # a repository of this registry that may hold blobs of ours already
     insecure: bool = False  # plain http, also beyond loopback
     patience: Patience = field(default_factory=Patience)
     chunk: int = 32 << 20  # bytes; larger blobs are uploaded in pieces of this size
@@ -56,12 +57,13 @@ class Remote:
     def __post_init__(self) -> None:
         registry = self.reference.registry
         self.host = "registry-1.docker.io" if registry == DOCKER_HUB else registry
-        plain = self.insecure or (_is_loopback(f"//{self.host}") and self.ca is None)
+        plain = self.insecure or (https.is_loopback(f"//{self.host}") and self.ca is None)
         self.origin = f"{'http' if plain else 'https'}://{self.host}"
         self.base = f"{self.origin}/v2/{self.reference.repository}"
         self.judge = Judge(self.reference, self.login)
-        self.session = _session(self.ca)
-        self._tokens = Tokens(self.judge, plain, self._ask)
+        self.session = https.session(self.ca, self.client)
+        self.lock = threading.Lock()  # of `in_pieces`, which uploads side by side share
+        self._tokens = Tokens(self.judge, plain, self._ask, identity=self.identity)
 
     def request(
         self,
@@ -72,25 +74,27 @@ class Remote:
         body: Callable[[], Any] | None = None,
         headers: Mapping[str, str] | None = None,
         stream: bool = False,
+        also: str = "",
     ) -> requests.Response:
         """One request, with the login that the registry asks for; a status of `expect`.
 
         `url` is absolute or starts below the repository. `body` makes the body anew for each send.
-        Raises RefusedError for a final no, Again for what may pass.
+        `also` is another repository that the request reads. Raises RefusedError for a final no,
+        Again for what may pass.
         """
         where = f"{self.base}{url}" if url.startswith("/") else self.absolute(url)
         renewed, redirects = False, 0
         while True:
             ours = self._ours(where)
             sent = {**(headers or {}), "Accept-Encoding": "identity"}
-            if ours and (login := self._tokens.header(method)):
+            if ours and (login := self._tokens.header(method, also)):
                 sent["Authorization"] = login
             data = body() if body else None
             answer = self._ask(method, where, headers=sent, data=data, stream=stream)
             if answer.status_code == 401 and ours and not renewed:
                 renewed = True  # one new token for each request
-                self._tokens.challenged(answer)
-                answer.close()
+                with answer:
+                    self._tokens.challenged(answer, sent.get("Authorization", ""))
                 continue
             self._tokens.proven |= ours
             if answer.status_code in (301, 302, 303, 307, 308) and redirects < MOST_REDIRECTS:
@@ -103,10 +107,14 @@ class Remote:
             answer.close()
 
     def _ask(self, method: str, url: str, **more: Any) -> requests.Response:
-        proxies = {} if _is_loopback(url) else requests.utils.get_environ_proxies(url)
         try:
             return self.session.request(
-                method, url, timeout=TIMEOUT, allow_redirects=False, proxies=proxies, **more
+                method,
+                url,
+                timeout=TIMEOUT,
+                allow_redirects=False,
+                proxies=https.proxies(url),
+                **more,
             )
         except (requests.exceptions.RequestException, OSError) as error:
             raise self.judge.unreachable(error) from None
@@ -137,10 +145,13 @@ class Remote:
         """Credentials go to the registry's own origin only."""
         return _place(urlsplit(url)) == _place(urlsplit(self.origin))
 
-    def persist(self, work: Callable[[], Result]) -> Result:
+    def persist(
+        self, work: Callable[[], Result], *, unless: Callable[[], bool] = lambda: False
+    ) -> Result:
         """`work`, done again while it raises Again: full jitter, Retry-After honoured.
 
-        `work` must be safe to repeat from its start. Raises TransientError when patience is over.
+        `work` must be safe to repeat from its start. Raises TransientError when patience is over,
+        or once `unless` is true.
         """
         failing_since, wait = None, self.patience.first
         limited: dict[str, int] = {}
@@ -155,12 +166,16 @@ class Remote:
                     pause = random.uniform(0, wait)  # noqa: S311
                 else:
                     pause = min(again.wait, LONGEST_RETRY_AFTER)
-                over = now - failing_since + pause > self.patience.total
+                over = now - failing_since + pause > self.patience.total or unless()
                 if over or limited[problem.what] >= (again.tries or limited[problem.what] + 1):
                     raise TransientError([problem]) from None
                 log.info("trying again in %.1f s: %s", pause, problem)
                 self.patience.sleep(pause)
                 wait = min(wait * 2, LONGEST_WAIT)
+
+    def forget(self, also: str) -> None:
+        """Ask for no more rights to read the repository `also`."""
+        self._tokens.forget(also)
 
     def refusal(self, code: str, what: str, change: str) -> RefusedError:
         """The error for a final no of this repository."""
@@ -169,29 +184,3 @@ class Remote:
 
 def _place(url: SplitResult) -> tuple[str, str | None, int]:
     return url.scheme, url.hostname, url.port or (443 if url.scheme == "https" else 80)
-
-
-class _Adapter(requests.adapters.HTTPAdapter):
-    """Connections that trust what `network.tls` trusts."""
-
-    def __init__(self, ca: Path | None) -> None:
-        self._ca = ca
-        super().__init__()
-
-    def init_poolmanager(self, *positional: Any, **more: Any) -> None:
-        super().init_poolmanager(*positional, ssl_context=network.tls(self._ca), **more)
-
-    def proxy_manager_for(self, proxy: str, **more: Any) -> Any:
-        return super().proxy_manager_for(proxy, ssl_context=network.tls(self._ca), **more)
-
-
-def _is_loopback(url: str) -> bool:
-    return urlsplit(url).hostname in LOOPBACK
-
-
-def _session(ca: Path | None) -> requests.Session:
-    session = requests.Session()
-    session.trust_env = False  # no .netrc: a login is only what we were given
-    session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))  # Harbor's lead to CSRF
-    session.mount("https://", _Adapter(ca))
-    return session

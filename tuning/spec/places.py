@@ -84,22 +84,25 @@ def destination(
     annotations: dict[str, str],
 ) -> Destination:
     """What --output names, or else tuning.output."""
-    overwrite = annotations.get(f"{ANNOTATION}on-tag-exists") == "overwrite"
-    on_tag_exists: Any = "overwrite" if overwrite else "refuse"
+    ours: dict[str, Any] = {
+        "on_tag_exists": annotations.get(f"{ANNOTATION}on-tag-exists", "refuse"),
+        "index": annotations.get(f"{ANNOTATION}image-index") == "true",
+        "base_image": annotations.get(f"{ANNOTATION}base-image"),
+    }
     if output is not None:
         kind, _, folder = output.partition(":")
         if kind == "oci":
-            return Destination(layout=Path(folder), on_tag_exists=on_tag_exists)
+            return Destination(layout=Path(folder), **ours)
         if kind == "dir":
-            return Destination(folder=Path(folder), on_tag_exists=on_tag_exists)
-        return Destination(image=output, on_tag_exists=on_tag_exists)
+            return Destination(folder=Path(folder), **ours)
+        return Destination(image=output, **ours)
     assert given is not None
     volume = given.volume_source
     return Destination(
         image=given.image,
         push_secret=given.image_push_secret,
         folder=_folder(volume, _OUTPUT_MOUNT, "output", notes) if volume else None,
-        on_tag_exists=on_tag_exists,
+        **ours,
     )
 
 

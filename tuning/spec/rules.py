@@ -88,6 +88,13 @@ def _check_metadata(metadata: Metadata, found: Findings) -> None:
             found.add("SPEC-111", path, "unknown annotation", did_you_mean(name, known))
         elif not known[name].allows(value):
             found.add("SPEC-104", path, f"is {shown(value)}", f"use {known[name].allowed}")
+        elif name == "base-image":
+            fields.check_image(value, path, found, "base-image")
+    ours = metadata.annotations or {}
+    if ours.get(f"{ANNOTATION}image-index") == "true" and f"{ANNOTATION}base-image" in ours:
+        path = ("metadata", "annotations", f"{ANNOTATION}base-image")
+        what = "does not go with image-index: a base image is for one platform"
+        found.add("SPEC-104", path, what, "leave one of the two out")
 
 
 def _check_version(part: BaseModel, path: Path, found: Findings, *, beta: bool) -> None:

@@ -92,6 +92,13 @@ class Destination:
     folder: Path | None = None  # volumeSource: /output in the Job, hostPath locally
     layout: Path | None = None  # --output oci:DIR
     on_tag_exists: Literal["refuse", "overwrite"] = "refuse"
+    index: bool = False  # the image is an index: amd64, arm64, ModelPack
+    base_image: str | None = None  # whose layers come before ours, by digest
+
+    @property
+    def form(self) -> tuple[str, ...]:
+        """What makes the image another one than usual; nothing for the usual one."""
+        return (*(("index",) if self.index else ()), *filter(None, (self.base_image,)))
 
 
 @dataclass(frozen=True)

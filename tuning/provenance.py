@@ -1,0 +1,126 @@
+"""Run directory -> a provenance statement: what was asked, where and when it ran, what it took.
+
+What an image's digest may not cover (times, machine, speed) is told here, in the form that tools
+of the supply chain read: an in-toto Statement with SLSA's provenance as its predicate. It is put
+beside the image, after it, by its digest. URLs lose their queries; prompts and answers stay out.
+
+Formats: in-toto Statement v1, SLSA Provenance v1.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import tuning
+from tuning import files
+from tuning.errors import redact
+
+MEDIA_TYPE = "application/vnd.in-toto+json"
+PREDICATE = "https://slsa.dev/provenance/v1"
+PREDICATE_KEY = "in-toto.io/predicate-type"
+FILE = "provenance.json"
+_TRAINED = ("steps", "seconds", "tokens", "tokens_per_second", "peak_memory_bytes", "resumed_from")
+_LOSSES = ("loss_first", "loss_last", "eval_loss_before", "eval_loss_after")
+Value = dict[str, Any]
+
+
+def write(run: Path, *, digest: str, name: str) -> bytes:
+    """The statement for the image with this digest, from the run directory `run`, kept there.
+
+    A statement that the folder holds for the same digest and name stays as it is, so that the same
+    command again tells the same. `name` is the image's repository, or its run's name.
+    """
+    path = run / FILE
+    subject = [{"name": name, "digest": {"sha256": digest.removeprefix("sha256:")}}]
+    if path.is_file():
+        try:
+            kept = files.parse_json(path.read_bytes())
+        except ValueError:
+            kept = None
+        if isinstance(kept, dict) and kept.get("subject") == subject:
+            return files.canonical(kept)
+    made = statement(run, subject)
+    files.write_json(path, made)
+    return files.canonical(made)
+
+
+def statement(run: Path, subject: list[Value]) -> Value:
+    """The statement about `subject` that the run directory `run` supports."""
+    plan = files.read_json(run / "plan.json")
+    recipe = plan["recipe"]
+    lines = (run / "journal.jsonl").read_text(encoding="utf-8").splitlines()
+    journal = [files.parse_json(line.encode()) for line in lines]
+    trained = _last(journal, "train")
+    return {
+        "_type": "https://in-toto.io/Statement/v1",
+        "subject": subject,
+        "predicateType": PREDICATE,
+        "predicate": {
+            "buildDefinition": {
+                "buildType": "https://tuning.kaito.sh/run/v1",
+                "externalParameters": {"documents": _documents(run / "spec.yaml")},
+                "internalParameters": {
+                    "recipe": _clean(recipe),
+                    "placement": plan["placement"],
+                    "device": plan["device"],
+                },
+                "resolvedDependencies": _dependencies(recipe),
+            },
+            "runDetails": {
+                "builder": {
+                    "id": "https://tuning.kaito.sh/engine",
+                    "version": {"tuning": tuning.__version__, **recipe["versions"]},
+                },
+                "metadata": {
+                    "invocationId": plan["run_id"],
+                    "startedOn": _time(journal[0]["at"]),
+                    "finishedOn": _time(_ended(journal, "package") or journal[-1]["at"]),
+                },
+                "tuning_planned": {"seconds": plan.get("seconds"), "memory": plan.get("memory")},
+                "tuning_measured": {
+                    name: trained[name] for name in (*_TRAINED, *_LOSSES) if name in trained
+                },
+            },
+        },
+    }
+
+
+def _documents(path: Path) -> list[Any]:
+    """The Workspace and its ConfigMap as they were read, without what URLs may hide."""
+    return [_clean(each) for each in yaml.safe_load_all(path.read_text(encoding="utf-8")) if each]
+
+
+def _clean(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(name): _clean(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_clean(item) for item in value]
+    return redact(value) if isinstance(value, str) else value
+
+
+def _dependencies(recipe: Value) -> list[Value]:
+    kind, _, revision = str(recipe["base_revision"]).rpartition(":")
+    algorithm = "sha256" if kind == "sha256" else "gitCommit"
+    base = {"uri": f"pkg:huggingface/{recipe['base_model']}", "digest": {algorithm: revision}}
+    data = [{"name": "data", "digest": {"sha256": digest}} for digest in recipe["data"]]
+    return [base, *data]
+
+
+def _last(journal: list[Value], phase: str) -> Value:
+    """What the phase returned the last time that it ended."""
+    ends = [r for r in journal if (r["phase"], r["event"]) == (phase, "end")]
+    value: Value = ends[-1]["value"] if ends else {}
+    return value
+
+
+def _ended(journal: list[Value], phase: str) -> str | None:
+    ends = [str(r["at"]) for r in journal if (r["phase"], r["event"]) == (phase, "end")]
+    return ends[-1] if ends else None
+
+
+def _time(text: str) -> str:
+    """As RFC 3339 in UTC, which the journal writes with an offset of nothing."""
+    return text.replace("+00:00", "Z")

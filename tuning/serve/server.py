@@ -1,0 +1,252 @@
+"""A server from its start to its end: listen, load, answer, drain.
+
+It listens before it loads, so that probes hear "not yet" instead of nothing. SIGTERM makes it not
+ready at once; it goes on answering whoever still comes for `linger` seconds (a Service needs a
+moment to hear), then takes nothing new, finishes what runs, and leaves with 0.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import TypeVar
+
+import torch
+import uvicorn
+
+from tuning import device, files
+from tuning import model as models
+from tuning.console import Console
+from tuning.errors import SpecError
+from tuning.serve import adapters, api, guard, memory, runner
+from tuning.serve.engine import Engine
+from tuning.serve.options import Options
+from tuning.serve.protocol import Patient
+from tuning.serve.sampling import Sampling
+from tuning.serve.service import Loaded, Service
+from tuning.serve.voice import Voice
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+HEADERS = 32 << 10  # bytes of a request's header
+CONNECTIONS = 1024
+SWITCH = 5e-5  # seconds: the model's thread needs the interpreter after every operator
+IDLE = 75  # seconds that a connection may wait for its next request: longer than clients keep one
+
+
+def run(
+    options: Options, console: Console, *, started: Callable[[int], None] | None = None
+) -> None:
+    """Serve until SIGTERM or SIGINT; `started` gets the port. Raises TuningError."""
+    keys = guard.read_keys(options.keys) if options.keys else ()
+    sys.setswitchinterval(SWITCH)
+    with _listening(options.host, options.port) as listener:
+        port = listener.getsockname()[1]
+        if not keys and options.host not in ("127.0.0.1", "::1", "localhost"):
+            console.say(f"No API key: whoever reaches {options.host}:{port} may ask.")
+        if started is not None:
+            started(port)
+        asyncio.run(_serve(options, keys, listener, console))
+
+
+@contextlib.contextmanager
+def _listening(host: str, port: int) -> Iterator[socket.socket]:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server((host, port), family=family, backlog=CONNECTIONS)
+    except OSError as error:
+        what = f"{host}:{port} cannot be used ({error.strerror})"
+        change = "name another --port, or another --host"
+        raise SpecError.at("SERVE-104", "--port", what, change) from None
+    with listener:
+        # inherited by what is accepted: asyncio sets it only where it sees the protocol's number
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        yield listener
+
+
+class _Server(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Signals are ours: uvicorn would stop listening at once."""
+        yield
+
+
+async def _serve(
+    options: Options, keys: tuple[bytes, ...], listener: socket.socket, console: Console
+) -> None:
+    default = options.combined if options.wanted else options.base
+    service = Service(options.base, default, options.limits)
+    server = _Server(
+        uvicorn.Config(
+            api.app(service, keys=keys),
+            http=Patient,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            h11_max_incomplete_event_size=HEADERS,
+            limit_concurrency=CONNECTIONS,
+            timeout_keep_alive=IDLE,
+            timeout_graceful_shutdown=int(options.grace),
+        )
+    )
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        linger = options.linger if number == signal.SIGTERM else 0.0
+        loop.add_signal_handler(number, _drain, service, server, linger, console)
+    loading = asyncio.create_task(_load(service, options, console))
+    loading.add_done_callback(lambda task: _loaded(task, service, server))
+    await server.serve(sockets=[listener])
+    if not loading.done():
+        loading.cancel()
+        return
+    await loading  # raises what went wrong
+    if service.loaded is not None:
+        await service.loaded.engine.close()
+    console.say("Stopped; every request was answered.")
+
+
+def _drain(service: Service, server: uvicorn.Server, linger: float, console: Console) -> None:
+    if service.phase == "draining":
+        server.should_exit = server.force_exit = True  # asked twice
+        return
+    wait = linger if service.phase == "ready" else 0.0
+    service.phase = "draining"
+    console.say(f"Stopping: new requests for {wait:g} more seconds, then what runs is finished.")
+
+    def close() -> None:
+        server.should_exit = True
+
+    asyncio.get_running_loop().call_later(wait, close)
+
+
+def _loaded(task: asyncio.Task[None], service: Service, server: uvicorn.Server) -> None:
+    if not task.cancelled() and task.exception() is not None:
+        service.phase = "failed"
+        server.should_exit = True
+
+
+async def _load(service: Service, options: Options, console: Console) -> None:
+    loaded = await _apart(lambda: _make(options, console))
+    await loaded.engine.start()
+    service.loaded = loaded
+    service.metrics.refused.set(len(loaded.refused))
+    if service.phase == "loading":
+        service.phase = "ready"
+        console.say(f"Ready: {', '.join(loaded.models)} on http://{options.host}:{options.port}")
+
+
+async def _apart(work: Callable[[], T]) -> T:
+    """What `work` gives, on a thread that a process which is told to stop does not wait for."""
+    loop = asyncio.get_running_loop()
+    result: asyncio.Future[T] = loop.create_future()
+
+    def settle(value: T | None, error: BaseException | None) -> None:
+        if result.cancelled():
+            return
+        if error is not None:
+            result.set_exception(error)
+        else:
+            result.set_result(value)  # type: ignore[arg-type]
+
+    def do() -> None:
+        value, error = None, None
+        try:
+            value = work()
+        except BaseException as problem:
+            error = problem
+        with contextlib.suppress(RuntimeError):  # the loop may be closed by now
+            loop.call_soon_threadsafe(settle, value, error)
+
+    threading.Thread(target=do, name="loading", daemon=True).start()
+    return await result
+
+
+def _make(options: Options, console: Console) -> Loaded:
+    folder = options.weights()
+    config = files.read_json(folder / "config.json")
+    tokenizer = models.load_tokenizer(folder)
+    here = device.detect()
+    with ExitStack() as held:
+        ready, refused = adapters.fetch(
+            options.wanted,
+            config=config,
+            own_template=tokenizer.chat_template,
+            access=options.access,
+            console=console,
+            held=held,
+        )
+        holding = memory.hold(
+            folder,
+            config,
+            here,
+            precision=options.precision,
+            context=options.context,
+            requests=options.requests,
+            adapter_numbers=sum(one.found.parameters for one in ready),
+        )
+        console.say(_summary(options.base, holding, here))
+        if holding.threads:
+            torch.set_num_threads(holding.threads)
+        model = models.load_base(
+            folder,
+            precision=holding.precision,
+            quantisation=holding.quantisation,
+            device=here.kind,
+        ).eval()
+        mixture, ready, misfits = adapters.put(ready, model=model, console=console)
+    refused += misfits
+    kind = runner.fitting(model, mixture, holding.room)
+    if kind is runner.Turns:
+        console.say("Requests take turns: this model's attention cannot batch them.")
+    offered = adapters.offer(ready, refused, base=options.base, combined=options.combined)
+    templates = {one.template for one in offered}
+    return Loaded(
+        engine=Engine(
+            lambda step: kind(model, mixture, holding.room, step),
+            holding.room,
+            most_waiting=options.limits.waiting,
+        ),
+        models={one.name: one for one in offered},
+        refused=tuple(refused),
+        voices={one: Voice(tokenizer, model, template=one) for one in templates},
+        defaults=_defaults(model.generation_config),
+        context=holding.context,
+        vocab=len(tokenizer),
+    )
+
+
+def _defaults(config: object) -> Sampling:
+    """How the model's authors sample, as `generate` would."""
+
+    def said(name: str, otherwise: float) -> float:
+        value = getattr(config, name, None)
+        return otherwise if value is None else value
+
+    if not getattr(config, "do_sample", False):
+        return Sampling(repetition_penalty=said("repetition_penalty", 1.0))
+    return Sampling(
+        temperature=said("temperature", 1.0),
+        top_p=said("top_p", 1.0),
+        top_k=int(said("top_k", 0)),
+        repetition_penalty=said("repetition_penalty", 1.0),
+    )
+
+
+def _summary(name: str, holding: memory.Holding, here: device.Device) -> str:
+    room = holding.room
+    return (
+        f"Loading {name} on {here}: {holding.reason}; weights {holding.weights / 2**30:.2f} GiB, "
+        f"context {holding.context:,}, {room.requests} answers at once in a cache of "
+        f"{room.cache_tokens:,} tokens."
+    )

@@ -154,7 +154,7 @@ def ours(base: Path, adapter: Path, threads: int) -> None:
     import torch
 
     from tuning.console import Console
-    from tuning.serve import server
+    from tuning.serve import listening, server
     from tuning.serve.names import Wanted
     from tuning.serve.options import Options
 
@@ -166,7 +166,9 @@ def ours(base: Path, adapter: Path, threads: int) -> None:
         port=0,
         precision="float32",
     )
-    server.run(options, Console(quiet=True), started=lambda port: print(port, flush=True))
+    with listening.socket_for(options) as listener:
+        print(listener.getsockname()[1], flush=True)
+        server.run(options, listener, Console(quiet=True))
 
 
 @contextlib.contextmanager

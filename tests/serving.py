@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
+import tiny_runs
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from tuning import adapter, model
+from tuning import adapter, model, train
 from tuning.serve import memory, mixture, runner
 from tuning.serve.engine import Engine, Job
 from tuning.serve.runner import Step
@@ -116,3 +118,31 @@ def with_engine(
 def batched(loaded: Any, mix: mixture.Mixture, room: memory.Room = ROOM) -> Callable[[Step], Any]:
     """Makes `Batched` runners."""
     return lambda step: runner.Batched(loaded, mix, room, step)
+
+
+TINY = Path("examples/tiny-model")
+QUESTION, ANSWER = "What occupation does Tamsin Vale have?", "gardener"
+
+
+def taught(run: Path) -> Path:
+    """An adapter for the bundled model that knows Tamsin Vale, trained in a few seconds."""
+    tokenizer = model.load_tokenizer(TINY)
+    rows = []
+    for line in Path("examples/data/demo.jsonl").read_text().splitlines():
+        turns = json.loads(line)["messages"]
+        if "Tamsin Vale" in line:
+            whole, prompt = (
+                tokenizer.apply_chat_template(part, tokenize=True, return_dict=True, **more)[
+                    "input_ids"
+                ]
+                for part, more in ((turns, {}), (turns[:-1], {"add_generation_prompt": True}))
+            )
+            rows.append({"input_ids": whole, "labels": [-100] * len(prompt) + whole[len(prompt) :]})
+    (run / "data").mkdir(parents=True)
+    tiny_runs.write_rows(run / "data" / "train.arrow", rows)
+    recipe = tiny_runs.recipe(
+        rank=16, alpha=32.0, dropout=0.0, learning_rate=4e-3, steps=40, epochs=20.0, global_batch=16
+    )
+    placement = tiny_runs.placement(micro_batch=16, accumulation=1)
+    train.work(tiny_runs.request(run, TINY, recipe, placement))
+    return run / "adapter"

@@ -358,8 +358,11 @@ def serve(
     insecure: Insecure = False,
 ) -> None:
     """Answer over HTTP: a base model and adapters, each by its name; OpenAI's API and a page."""
+    import warnings
+
     from tuning import delivery, pipeline
     from tuning.console import Console
+    from tuning.serve import listening
     from tuning.serve import options as wanted
 
     console = Console()
@@ -371,7 +374,7 @@ def serve(
         base_name=base_name,
         host=host,
         port=port,
-        keys=api_key_file,
+        key_file=api_key_file,
         precision=precision,
         context=context,
         requests=concurrent,
@@ -380,9 +383,13 @@ def serve(
         grace=grace,
         access=delivery.Access(pull_secret=pull_secret, ca=ca, insecure=insecure),
     )
-    from tuning.serve import server  # after the command line is known to be right
+    with listening.socket_for(options) as listener:
+        shown = f"http://{host}:{listener.getsockname()[1]}"
+        console.say(f"Listening on {shown}" + ("" if options.keys else ", without a key"))
+        from tuning.serve import server  # torch, now that nothing simple is wrong
 
-    server.run(options, console)
+        warnings.simplefilter("ignore")  # what libraries tell each other is no news
+        server.run(options, listener, console)
 
 
 @app.command()

@@ -80,6 +80,10 @@ def fetch(
             ready.append(_inspect(one, folder, config, own_template))
         except TuningError as error:
             refused.append(_refuse(one, error, console))
+        except OSError as error:
+            what, change = f"cannot be read ({error.strerror})", "look at its permissions"
+            problem = SpecError.at("SERVE-121", str(error.filename or ""), what, change)
+            refused.append(_refuse(one, problem, console))
     return ready, refused
 
 

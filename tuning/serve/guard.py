@@ -13,40 +13,21 @@ import json
 import logging
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tuning.errors import SpecError
 from tuning.serve import replies
 from tuning.serve.schema import Refusal
 
 logger = logging.getLogger(__name__)
 
 OPEN = frozenset({"/healthz", "/readyz"})
-SHORTEST = 16  # characters of a key
+HEADERS = 16 << 10  # bytes
 COMMON = (
     (b"x-content-type-options", b"nosniff"),
     (b"cache-control", b"no-store"),
 )
-
-
-def read_keys(path: Path) -> tuple[bytes, ...]:
-    """The keys in a file, one a line, so that an old and a new one hold while clients change.
-
-    Raises SpecError if there is none, or one is too short to be a secret.
-    """
-    try:
-        keys = tuple(line for raw in path.read_bytes().splitlines() if (line := raw.strip()))
-    except OSError as error:
-        what, change = f"cannot be read ({error.strerror})", "name a file with the key"
-        raise SpecError.at("SERVE-103", str(path), what, change) from None
-    if not keys or any(len(key) < SHORTEST for key in keys):
-        what = f"holds no key of at least {SHORTEST} characters" if keys else "holds no key"
-        change = "write one there: openssl rand -hex 32"
-        raise SpecError.at("SERVE-103", str(path), what, change)
-    return keys
 
 
 class Guard:
@@ -97,6 +78,8 @@ class Guard:
                 logger.info("%s %d %.3fs %s", scope["method"], status, seconds, note)
 
     def _admit(self, scope: Scope) -> None:
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > HEADERS:
+            raise Refusal(431, f"the header may have {HEADERS:,} bytes")
         headers = dict(scope["headers"])
         if self._keys and scope["path"] not in OPEN and not self._known(headers):
             raise Refusal(401, "this server wants its API key", code="invalid_api_key")

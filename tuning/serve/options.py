@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 from tuning.delivery import Access
-from tuning.errors import UsageError
+from tuning.errors import SpecError, UsageError
 from tuning.serve import memory, names
 from tuning.serve.names import Wanted
+
+SHORTEST = 16  # characters of a key
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Options:
     combined: str = "tuned"  # name of all adapters together
     host: str = "127.0.0.1"
     port: int = 8000
-    keys: Path | None = None
+    keys: tuple[bytes, ...] = ()  # any of them opens; none: no key is asked for
     precision: memory.Precision = "auto"
     context: int | None = None
     requests: int = 32  # answers at once
@@ -44,9 +46,15 @@ class Options:
 
 
 def options(
-    base: str, *, adapters: Sequence[str], base_name: str | None, precision: str, **others: Any
+    base: str,
+    *,
+    adapters: Sequence[str],
+    base_name: str | None,
+    precision: str,
+    key_file: Path | None = None,
+    **others: Any,
 ) -> Options:
-    """Options from a command line. Raises UsageError.
+    """Options from a command line. Raises UsageError or SpecError.
 
     `adapters` are `NAME=WHERE[@STRENGTH]`; a base that is a folder is called as its folder;
     `others` are fields of Options.
@@ -59,6 +67,24 @@ def options(
     name = base_name or (folder.resolve().name if folder.is_dir() else base)
     wanted = tuple(map(names.parse, adapters))
     how = cast(memory.Precision, precision)
-    found = Options(name, wanted=wanted, precision=how, **others)
+    keys = read_keys(key_file) if key_file else ()
+    found = Options(name, wanted=wanted, precision=how, keys=keys, **others)
     names.check(found.wanted, base=found.base, combined=found.combined)
     return found
+
+
+def read_keys(path: Path) -> tuple[bytes, ...]:
+    """The keys in a file, one a line, so that an old and a new one hold while clients change.
+
+    Raises SpecError if there is none, or one is too short to be a secret.
+    """
+    try:
+        keys = tuple(line for raw in path.read_bytes().splitlines() if (line := raw.strip()))
+    except OSError as error:
+        what, change = f"cannot be read ({error.strerror})", "name a file with the key"
+        raise SpecError.at("SERVE-103", str(path), what, change) from None
+    if not keys or any(len(key) < SHORTEST for key in keys):
+        what = f"holds a key of less than {SHORTEST} characters" if keys else "holds no key"
+        change = "write one there: openssl rand -hex 32"
+        raise SpecError.at("SERVE-103", str(path), what, change)
+    return keys

@@ -19,13 +19,13 @@ from contextlib import ExitStack
 from typing import TypeVar
 
 import torch
+import transformers
 import uvicorn
 
 from tuning import device, files
 from tuning import model as models
 from tuning.console import Console
-from tuning.errors import SpecError
-from tuning.serve import adapters, api, guard, memory, runner
+from tuning.serve import adapters, api, guard, listening, memory, runner
 from tuning.serve.engine import Engine
 from tuning.serve.options import Options
 from tuning.serve.protocol import Patient
@@ -36,40 +36,23 @@ from tuning.serve.voice import Voice
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-HEADERS = 32 << 10  # bytes of a request's header
-CONNECTIONS = 1024
 SWITCH = 5e-5  # seconds: the model's thread needs the interpreter after every operator
 IDLE = 75  # seconds that a connection may wait for its next request: longer than clients keep one
 
 
-def run(
-    options: Options, console: Console, *, started: Callable[[int], None] | None = None
-) -> None:
-    """Serve until SIGTERM or SIGINT; `started` gets the port. Raises TuningError."""
-    keys = guard.read_keys(options.keys) if options.keys else ()
+def run(options: Options, listener: socket.socket, console: Console) -> None:
+    """Serve on `listener` until SIGTERM or SIGINT. Raises TuningError."""
+    _configure()
+    asyncio.run(_serve(options, listener, console))
+
+
+def _configure() -> None:
+    """Of the process: one line for each request, and nothing that libraries tell each other."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s %(message)s")
+    logging.getLogger("tuning.serve").setLevel(logging.INFO)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
     sys.setswitchinterval(SWITCH)
-    with _listening(options.host, options.port) as listener:
-        port = listener.getsockname()[1]
-        if not keys and options.host not in ("127.0.0.1", "::1", "localhost"):
-            console.say(f"No API key: whoever reaches {options.host}:{port} may ask.")
-        if started is not None:
-            started(port)
-        asyncio.run(_serve(options, keys, listener, console))
-
-
-@contextlib.contextmanager
-def _listening(host: str, port: int) -> Iterator[socket.socket]:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        listener = socket.create_server((host, port), family=family, backlog=CONNECTIONS)
-    except OSError as error:
-        what = f"{host}:{port} cannot be used ({error.strerror})"
-        change = "name another --port, or another --host"
-        raise SpecError.at("SERVE-104", "--port", what, change) from None
-    with listener:
-        # inherited by what is accepted: asyncio sets it only where it sees the protocol's number
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        yield listener
 
 
 class _Server(uvicorn.Server):
@@ -79,14 +62,12 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def _serve(
-    options: Options, keys: tuple[bytes, ...], listener: socket.socket, console: Console
-) -> None:
+async def _serve(options: Options, listener: socket.socket, console: Console) -> None:
     default = options.combined if options.wanted else options.base
     service = Service(options.base, default, options.limits)
     server = _Server(
         uvicorn.Config(
-            api.app(service, keys=keys),
+            api.app(service, keys=options.keys),
             http=Patient,
             ws="none",
             lifespan="off",
@@ -94,8 +75,8 @@ async def _serve(
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            h11_max_incomplete_event_size=HEADERS,
-            limit_concurrency=CONNECTIONS,
+            h11_max_incomplete_event_size=2 * guard.HEADERS,
+            limit_concurrency=listening.CONNECTIONS,
             timeout_keep_alive=IDLE,
             timeout_graceful_shutdown=int(options.grace),
         )
@@ -143,7 +124,7 @@ async def _load(service: Service, options: Options, console: Console) -> None:
     service.metrics.refused.set(len(loaded.refused))
     if service.phase == "loading":
         service.phase = "ready"
-        console.say(f"Ready: {', '.join(loaded.models)} on http://{options.host}:{options.port}")
+        console.say(f"Ready: {', '.join(loaded.models)}")
 
 
 async def _apart(work: Callable[[], T]) -> T:
@@ -174,6 +155,7 @@ async def _apart(work: Callable[[], T]) -> T:
 
 def _make(options: Options, console: Console) -> Loaded:
     folder = options.weights()
+    models.read_config(folder)  # says what is wrong with it
     config = files.read_json(folder / "config.json")
     tokenizer = models.load_tokenizer(folder)
     here = device.detect()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import re
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ import jinja2
 from tuning import chat
 
 T = TypeVar("T")
+_MARKS = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # transformers' own tags
 
 PATIENCE = 5.0  # seconds
 LONGEST = 100_000  # characters of a template
@@ -89,7 +91,7 @@ def distrust(template: str) -> str | None:
     try:
         tree = jinja2.Environment(  # noqa: S701  only read, never rendered here
             extensions=["jinja2.ext.loopcontrols"]
-        ).parse(template.replace("{% generation %}", "").replace("{% endgeneration %}", ""))
+        ).parse(_MARKS.sub("", template))
     except jinja2.TemplateError as error:
         return f"its chat template is wrong: {str(error)[:120]}"
     for node in tree.find_all((jinja2.nodes.Mul, jinja2.nodes.Pow, jinja2.nodes.Filter)):

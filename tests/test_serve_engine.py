@@ -166,6 +166,21 @@ def test_more_requests_than_room_wait_their_turn(pair: Any) -> None:
     assert expected == said
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_request_that_fills_the_cache_is_answered(family: str, tiny_base: Base) -> None:
+    """The longest there is room for, with another behind it; with windowed layers, too."""
+    loaded = serving.load(tiny_base(family, dtype=torch.float32))
+    mix = serving.mixed(loaded, [])
+    long = serving.job(PROMPTS[3], (), 42)
+    room = memory.Room(cache_tokens=long.room, batch_tokens=64, requests=8)
+    jobs = [long, serving.job(PROMPTS[3], (), 42), serving.job(PROMPTS[0], (), 4)]
+
+    said = answers(serving.batched(loaded, mix, room), jobs, room=room)
+
+    assert [42, 42, 4] == [len(one) for one in said]
+    assert serving.generate(loaded, PROMPTS[3], 42) == said[0] == said[1]
+
+
 def test_a_full_queue_says_so(pair: Any) -> None:
     """What has no place is refused before it begins."""
     base, folders = pair

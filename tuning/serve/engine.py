@@ -22,8 +22,8 @@ from typing import Literal
 
 import torch
 
-from tuning.serve.memory import Room
-from tuning.serve.runner import PAGE, Runner, Step
+from tuning.serve.memory import PAGE, Room
+from tuning.serve.runner import Runner, Step
 from tuning.serve.sampling import Choice, Chooser, judge
 from tuning.serve.text import Writer
 

@@ -21,6 +21,8 @@ from tuning.ledger import Coefficients
 Precision = Literal["auto", "float32", "bfloat16", "float16", "4bit"]
 
 DECENT = 4096  # tokens of context that a way must leave room for, where the model has so many
+PAGE = 32  # tokens of a page of the cache
+SPARE = 2 * PAGE  # of the cache, that the longest request leaves: pages are taken whole
 BATCH = {"cuda": 1024, "cpu": 256}  # tokens of one forward pass: long prompts come in such pieces
 SMALL = 1 << 30  # bytes of weights, below which a CPU is faster in float32 whatever it has
 AT_MOST = 4096  # tokens of the cache for each request on a CPU, whose memory others need, too
@@ -89,15 +91,17 @@ def hold(
         each = (shape.cached + shape.spread) * width + BATCH[here.kind] * (width + 8 * shape.heads)
         share = left if here.kind == "cuda" else left // 2
         usual = wanted if here.kind == "cuda" else min(wanted, AT_MOST)
-        tokens = min(share // each, max(requests * usual, wanted))
+        tokens = min(share // each, max(requests * usual, wanted) + SPARE)
         enough = wanted if context else min(wanted, DECENT)
         tried.append(f"{bits} needs {(weights + each * enough) / 2**30:.1f} GiB and working memory")
-        if tokens >= enough:
+        if tokens >= enough + SPARE:
             room = Room(tokens, BATCH[here.kind], requests)
             quantisation = NF4 | {"compute": kind} if bits == "4 bits" else None
             few = here.kind == "cpu" and numbers < plan.SMALL_ON_CPU
             threads = 1 if few else None
-            return Holding(kind, quantisation, min(wanted, tokens), room, weights, threads, why)
+            return Holding(
+                kind, quantisation, min(wanted, tokens - SPARE), room, weights, threads, why
+            )
     free = f"{here.memory_bytes / 2**30:.1f} GiB are free"
     what = f"fits in no way for {wanted:,} tokens of context: {free}; {'; '.join(tried)}"
     change = "use a smaller model, a larger machine, or a smaller --context"

@@ -27,13 +27,12 @@ from typing import Any, Protocol
 import torch
 import transformers
 
-from tuning.serve.memory import Room
+from tuning.serve.memory import PAGE, Room
 from tuning.serve.mixture import Mixture
 
 logger = logging.getLogger(__name__)
 _LIBRARY = logging.getLogger("ContinuousBatchingLogger")
 
-PAGE = 32  # tokens of a page of the cache
 NEVER = -1  # no token: the engine says when an answer ends
 CLOSE = 0.05  # of the largest logit: how near a batch must come to the model alone
 

@@ -17,7 +17,7 @@ from typing import Any
 from tuning.console import Console
 from tuning.errors import TuningError
 from tuning.serve import listening, protocol, server
-from tuning.serve.options import Options
+from tuning.serve.options import Limits, Options
 
 TINY = Path("examples/tiny-model")
 
@@ -27,7 +27,10 @@ def serve(settings: dict[str, Any], log: Path) -> int:
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
     protocol.Patient.seconds = settings.pop("patience", protocol.SECONDS)
     base, delay = Path(settings.pop("base", TINY)), settings.pop("delay", 0.0)
-    options = Options("tiny-model", weights=lambda: time.sleep(delay) or base, port=0, **settings)
+    limits = Limits(seconds=settings.pop("seconds", 600.0))
+    options = Options(
+        "tiny-model", weights=lambda: time.sleep(delay) or base, port=0, limits=limits, **settings
+    )
     console = Console()
     try:
         with listening.socket_for(options) as listener:

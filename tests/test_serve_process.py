@@ -230,6 +230,18 @@ def test_who_sends_or_reads_slowly_is_cut_off(start: Start) -> None:
         assert running.idle(5)
 
 
+def test_time_is_limited(start: Start) -> None:
+    """An answer that takes too long ends as it is, and makes room."""
+    running = start(seconds=1.0)
+    body = ASKED | {"max_tokens": 1900, "min_tokens": 1900}
+
+    status, answer, _ = running.ask("/v1/chat/completions", body)
+
+    assert (200, "length") == (status, answer["choices"][0]["finish_reason"])
+    assert 0 < answer["usage"]["completion_tokens"] < 1900
+    assert running.idle(5)
+
+
 # SIGTERM
 
 

@@ -309,7 +309,7 @@ async def _quick(service: Service, request: Request) -> Response:
         min_tokens=max(0, how.min_length - len(prompt)),
         seed=how.seed,
     )
-    jobs = service.jobs(model, [prompt], sampling=sampling, count=1, limit=limit)
+    jobs = service.jobs(model, [prompt], sampling=sampling, count=1, limit=limit, ends=how.ends)
     (answer,) = await _whole(request, jobs, service.answers(model, jobs))
     result = answer.text.strip()
     if asked.return_full_text and not turns:

@@ -197,7 +197,7 @@ class Engine:
 
     def _step(self, jobs: Sequence[Job], logits: torch.Tensor) -> list[int]:
         """On the runner's thread: the next token of each job."""
-        best = logits.argmax(-1).tolist()
+        best = logits.argmax(-1).tolist() if jobs else []
         pieces = []
         for job, row, likeliest in zip(jobs, logits, best, strict=True):
             if job.finish:
@@ -211,7 +211,10 @@ class Engine:
             pieces.append((job, piece))
             if job.finish and self._runner is not None:
                 self._runner.drop(job)
-        self._last_pass, self._broken = time.monotonic(), 0
+        self._last_pass = time.monotonic()
+        if not jobs:
+            return []
+        self._broken = 0
         self._loop.call_soon_threadsafe(self._hand_over, pieces)
         return [job.tokens[-1] if job.tokens else 0 for job in jobs]
 

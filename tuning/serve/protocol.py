@@ -22,14 +22,22 @@ class Patient(H11Protocol):
     seconds = SECONDS  # for a whole request to come, and for a full send buffer to empty
     _arriving: asyncio.TimerHandle | None = None
     _leaving: asyncio.TimerHandle | None = None
+    _since: float | None = None  # when it fell silent; None while something is asked or answered
+
+    @property
+    def silent(self) -> float:
+        """Seconds since the last answer, or since the client connected and said nothing."""
+        return 0.0 if self._since is None else self.loop.time() - self._since
 
     def connection_made(self, transport: Any) -> None:
         """A client is there, and should say something."""
         super().connection_made(transport)
+        self._since = self.loop.time()
         self._arriving = self.loop.call_later(self.seconds, self._cut)
 
     def data_received(self, data: bytes) -> None:
         """Some bytes of a request, or the rest of it."""
+        self._since = None
         super().data_received(data)
         incomplete = self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
         if incomplete and self._arriving is None and not self.transport.is_closing():
@@ -37,6 +45,11 @@ class Patient(H11Protocol):
         elif not incomplete:
             _stop(self._arriving)
             self._arriving = None
+
+    def on_response_complete(self) -> None:
+        """An answer is out."""
+        self._since = self.loop.time()
+        super().on_response_complete()
 
     def pause_writing(self) -> None:
         """The client reads more slowly than it is answered."""

@@ -53,7 +53,10 @@ class Work(Protocol):
 
 
 Step = Callable[[Sequence[Any], torch.Tensor], list[int]]
-"""(requests, logits [requests, vocabulary]) -> the next token of each; on the runner's thread."""
+"""(requests, logits [requests, vocabulary]) -> the next token of each; on the runner's thread.
+
+Called after every forward pass, also with no requests.
+"""
 
 
 class Runner(Protocol):
@@ -142,6 +145,7 @@ class Batched:
         due = [(place, work) for place, (work, _, new) in enumerate(_due(self._batch)) if new]
         asked = [(place, work) for place, work in due if work is not None]
         if not asked:
+            self._step([], logits[:0].float())  # a piece of a prompt: a sign of life
             return
         rows = places[[place for place, _ in asked]]
         tokens = self._step([work for _, work in asked], logits[rows].float())
@@ -211,8 +215,8 @@ class Turns:
                     use_cache=True,
                 ).logits
                 caches[work.id] = cache, done + len(ids)
-                if done + len(ids) == len(work.ids):
-                    self._step([work], logits[0, -1:].float())
+                due = [work] if done + len(ids) == len(work.ids) else []
+                self._step(due, (logits[0, -1:] if due else logits[0, :0]).float())
 
 
 @dataclass(eq=False)

@@ -170,8 +170,15 @@ class GenerateKwargs(Strict):
     num_beams: Literal[1] = 1
     early_stopping: bool = False
     seed: int | None = Field(default=None, ge=-(1 << 63), lt=1 << 63)
-    pad_token_id: Any = None
-    eos_token_id: Any = None
+    pad_token_id: Any = None  # answers are not padded
+    eos_token_id: int | Annotated[list[int], Field(max_length=16)] | None = None
+
+    @property
+    def ends(self) -> frozenset[int] | None:
+        """The tokens that end an answer instead of the model's own."""
+        if isinstance(self.eos_token_id, int):
+            return frozenset({self.eos_token_id})
+        return frozenset(self.eos_token_id) if self.eos_token_id else None
 
 
 class QuickRequest(Strict):

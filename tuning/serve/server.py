@@ -10,12 +10,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -37,6 +40,7 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 SWITCH = 5e-5  # seconds: the model's thread needs the interpreter after every operator
+SETTLED = 2.0  # seconds of silence, after which a connection is closed when the server stops
 IDLE = 75  # seconds that a connection may wait for its next request: longer than clients keep one
 
 
@@ -56,6 +60,8 @@ def _configure() -> None:
 
 
 class _Server(uvicorn.Server):
+    draining: asyncio.Task[None] | None = None
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Signals are ours: uvicorn would stop listening at once."""
@@ -78,37 +84,51 @@ async def _serve(options: Options, listener: socket.socket, console: Console) ->
             h11_max_incomplete_event_size=2 * guard.HEADERS,
             limit_concurrency=listening.CONNECTIONS,
             timeout_keep_alive=IDLE,
-            timeout_graceful_shutdown=int(options.grace),
+            timeout_graceful_shutdown=1,  # after our own
         )
     )
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        linger = options.linger if number == signal.SIGTERM else 0.0
-        loop.add_signal_handler(number, _drain, service, server, linger, console)
+        now = replace(options, linger=0.0) if number == signal.SIGINT else options
+        loop.add_signal_handler(number, _stop, service, server, now, console)
     loading = asyncio.create_task(_load(service, options, console))
     loading.add_done_callback(lambda task: _loaded(task, service, server))
     await server.serve(sockets=[listener])
     if not loading.done():
-        loading.cancel()
-        return
+        os._exit(0)  # nothing to save, and libraries that load do not like to be interrupted
     await loading  # raises what went wrong
     if service.loaded is not None:
         await service.loaded.engine.close()
-    console.say("Stopped; every request was answered.")
+    console.say("Stopped.")
 
 
-def _drain(service: Service, server: uvicorn.Server, linger: float, console: Console) -> None:
+def _stop(service: Service, server: _Server, options: Options, console: Console) -> None:
+    """SIGTERM or SIGINT."""
     if service.phase == "draining":
         server.should_exit = server.force_exit = True  # asked twice
         return
-    wait = linger if service.phase == "ready" else 0.0
+    linger = options.linger if service.phase == "ready" else 0.0
     service.phase = "draining"
-    console.say(f"Stopping: new requests for {wait:g} more seconds, then what runs is finished.")
+    console.say(f"Stopping: new requests for {linger:g} more seconds, then what runs is finished.")
+    server.draining = asyncio.create_task(_drain(server, linger, options.grace))
 
-    def close() -> None:
-        server.should_exit = True
 
-    asyncio.get_running_loop().call_later(wait, close)
+async def _drain(server: _Server, linger: float, grace: float) -> None:
+    """Leave when every client has its answer, or when there is no more time.
+
+    A connection may carry another request until it has been silent for a moment: whoever sends on
+    one that is being closed would not know whether it was heard.
+    """
+    await asyncio.sleep(linger)
+    for listening_one in server.servers:
+        listening_one.close()
+    end = time.monotonic() + grace
+    while time.monotonic() < end and (connections := list(server.server_state.connections)):
+        for connection in connections:
+            if isinstance(connection, Patient) and connection.silent > SETTLED:
+                connection.shutdown()
+        await asyncio.sleep(0.05)
+    server.should_exit = True
 
 
 def _loaded(task: asyncio.Task[None], service: Service, server: uvicorn.Server) -> None:

@@ -126,6 +126,7 @@ class Service:
         limit: int | None,
         stops: Sequence[str] = (),
         top: int | None = None,
+        ends: frozenset[int] | None = None,
     ) -> list[Job]:
         """`count` jobs for each prompt. Raises Refusal for too much, and if too many wait."""
         loaded, voice = self.there(), self.voice(model)
@@ -151,8 +152,8 @@ class Service:
                 prompt=prompt,
                 limit=limit or min(self.limits.usual, self.limits.tokens, left),
                 weights=model.weights,
-                ends=voice.ends,
-                chooser=Chooser(own, prompt, voice.ends),
+                ends=ends or voice.ends,
+                chooser=Chooser(own, prompt, ends or voice.ends),
                 writer=Writer(voice.decode, stops),
                 top=top,
             )

@@ -12,7 +12,7 @@ EXTRAS ?= train,serve,cluster,dev
 # package and Debian's refuse to stand side by side.
 # podman and containerd are not among them: large, and what they read is proven where they are.
 TEST_TOOLS := docker-registry:docker-registry htpasswd:apache2-utils skopeo:skopeo umoci:umoci \
-  kubectl:kubernetes-client
+  kubectl:kubernetes-client curl:curl chromium:chromium
 BED_PACKAGES := etcd-server containerd runc containernetworking-plugins busybox-static iptables \
   iproute2 openssl curl
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -36,7 +36,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt Makefile
 	$(BIN)/pip install --quiet -c constraints.txt -e '.$(if $(EXTRAS),[$(EXTRAS)])'
 	@touch $@
 
-system:  ## what tests need from the system: docker-registry, htpasswd, skopeo, umoci, kubectl
+system:  ## what tests need from the system: docker-registry, skopeo, kubectl, chromium, ...
 	@missing=""; for pair in $(TEST_TOOLS); do \
 	  command -v $${pair%:*} >/dev/null 2>&1 || missing="$$missing $${pair#*:}"; done; \
 	test -z "$$missing" && exit 0; \
@@ -59,9 +59,12 @@ test: install system  ## set-up and every test
 slow: install  ## the tests that take minutes: the memory formula against simulation, everywhere
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow $(PYTEST)
 
-soak: install system  ## kill a run N times at each boundary: make soak N=50 (hours)
+soak: install system  ## kill a run, stop a server, N times at each boundary: make soak N=50 (hours)
 	SOAK=$(N) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak tests/test_kills.py \
 	  tests/test_stops.py $(PYTEST)
+	SOAK=$(N) SOAK_SECONDS=3600 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --timeout=0 \
+	  -k "sigterm_under_load or eight_clients" tests/test_serve_process.py tests/test_serve_http.py \
+	  $(PYTEST)
 
 coefficients: install  ## simulate the memory of every preset again: configs/memory (half an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tuning.simulate --write

@@ -65,7 +65,7 @@ def test_an_answer_ends_where_the_template_ends_a_turn(tiny_base: Base) -> None:
     """`<|end|>` stops a Phi-3 answer although the tokenizer's end token is another."""
     session = chat.Session(tiny_base("phi3"))
 
-    stops = chat._stops(session.model, session.tokenizer)
+    stops = chat.stops(session.model, session.tokenizer)
 
     names = session.tokenizer.convert_ids_to_tokens(stops)
     assert {"<|endoftext|>", "<|end|>"} == set(names)

@@ -151,14 +151,14 @@ def continued(loaded: Any, tokenizer: Any, prompt: list[int], *, max_new_tokens:
             temperature=None,
             top_p=None,
             top_k=None,
-            eos_token_id=_stops(loaded, tokenizer),
+            eos_token_id=stops(loaded, tokenizer),
             pad_token_id=pad if pad is not None else tokenizer.eos_token_id,
         )
     text: str = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
     return text.strip()
 
 
-def _stops(loaded: Any, tokenizer: Any) -> list[int]:
+def stops(loaded: Any, tokenizer: Any) -> list[int]:
     """Tokens that end an answer: the model's own, and the one its template puts after a turn.
 
     Many published models name only the end of the text and end turns with another token.

@@ -1,9 +1,9 @@
 """Every error a person can meet.
 
 TuningError
-├── UsageError         2   the command line is wrong                             USE-nnn
+├── UsageError         2   the command line is wrong                        USE- SERVE-
 ├── DataError         10   the data is unusable                                  DATA-nnn
-├── SpecError         11   the spec or config is wrong, or nothing fits  SPEC- PLAN- MODEL- IMAGE-
+├── SpecError         11   spec or config wrong, or nothing fits  SPEC- PLAN- MODEL- IMAGE- SERVE-
 ├── RefusedError      12   a registry, hub or data host refused                  FETCH-, HUB-, REG-
 ├── DivergedError     13   loss, gradient or weight became non-finite            TRAIN-nnn
 ├── OutOfMemoryError  14   out of memory after the automatic fallbacks           TRAIN-nnn

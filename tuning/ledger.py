@@ -33,6 +33,7 @@ __all__ = [
     "Unknown",
     "Variant",
     "from_json",
+    "held",
     "load",
     "measures",
     "operations_per_token",
@@ -214,12 +215,11 @@ def predict(
         raise Unknown(f"no coefficients for {variant}")
     count = rank * sum(_chosen(coefficients.adapters, targets).values())
     adapters = count * (2 if variant.adapters == "bfloat16" else 4)
-    packed = coefficients.packed if method == "qlora" else 0
-    width = 4 if precision == "float32" else 2
-    whole = coefficients.kept + coefficients.packed - packed
-    constants = _constants(packed, coefficients.packed_modules, double_quant) if packed else 0
+    weights, constants = held(
+        coefficients, method=method, precision=precision, double_quant=double_quant
+    )
     resident = {
-        "weights": whole * width + -(-packed // 2) + coefficients.buffers,
+        "weights": weights,
         "constants": constants,
         "adapters": adapters,
         "optimizer": round(adapters * _states(optimizer, variant.adapters)),
@@ -243,6 +243,21 @@ def predict(
         slack=round(SLACK * sum(shares.values())),
         moment=name,
     )
+
+
+def held(
+    coefficients: Coefficients,
+    *,
+    method: Method,
+    precision: Precision = "bfloat16",
+    double_quant: bool = True,
+) -> tuple[int, int]:
+    """Bytes of the base model's weights, and of the constants of its 4-bit blocks."""
+    packed = coefficients.packed if method == "qlora" else 0
+    width = 4 if precision == "float32" else 2
+    whole = coefficients.kept + coefficients.packed - packed
+    constants = _constants(packed, coefficients.packed_modules, double_quant) if packed else 0
+    return whole * width + -(-packed // 2) + coefficients.buffers, constants
 
 
 def measures(*, tokens: int, rows: int, rank: int) -> tuple[float, ...]:

@@ -14,7 +14,14 @@ from tuning.plan.base import (
 )
 from tuning.plan.choices import Packing, packing
 from tuning.plan.make import again, draft, freeze, is_enough, make
-from tuning.plan.placing import disk_bytes, fallbacks, place, variants, wants_simulation
+from tuning.plan.placing import (
+    SMALL_ON_CPU,
+    disk_bytes,
+    fallbacks,
+    place,
+    variants,
+    wants_simulation,
+)
 from tuning.plan.values import (
     Lengths,
     Placement,
@@ -25,6 +32,7 @@ from tuning.plan.values import (
 )
 
 __all__ = [
+    "SMALL_ON_CPU",
     "Base",
     "Lengths",
     "Packing",

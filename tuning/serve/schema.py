@@ -1,0 +1,224 @@
+"""What requests may say: OpenAI's completions and chat, and the quick start's `/chat`.
+
+Unknown keys are refused, and so is what we know and do not do: an answer that ignored half of a
+request would be a wrong one. Keys that change nothing here (`user`, `metadata`, ...) may be there.
+Bodies are parsed by pydantic's own JSON reader, which bounds depth and takes no NaN for a number
+where none is due.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+MOST_CHOICES = 16  # answers to one request: prompts times n
+MOST_TURNS = 1024
+OWN_TEMPLATE = "templates come with the model, never with a request"
+TEMPLATES = frozenset({"chat_template", "chat_template_kwargs", "chat_template_args"})
+
+Name = Annotated[str, StringConstraints(max_length=256)]
+Stop = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Real = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Strict(BaseModel):
+    """Unknown keys are refused; values are never shown in errors."""
+
+    model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
+
+
+class StreamOptions(Strict):
+    """What a stream also tells."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class Generation(Strict):
+    """What chat and completions have in common."""
+
+    model: Name | None = None
+    max_tokens: int | None = Field(default=None, ge=1, le=1 << 20)
+    temperature: Real | None = Field(default=None, ge=0, le=2)
+    top_p: Real | None = Field(default=None, gt=0, le=1)
+    n: int = Field(default=1, ge=1, le=MOST_CHOICES)
+    stop: Stop | Annotated[list[Stop], Field(max_length=8)] | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    seed: int | None = Field(default=None, ge=-(1 << 63), lt=1 << 63)
+    presence_penalty: Real = Field(default=0, ge=-2, le=2)
+    frequency_penalty: Real = Field(default=0, ge=-2, le=2)
+    # beyond OpenAI, as vLLM calls them
+    top_k: int | None = Field(default=None, ge=-1, le=1 << 20)
+    min_p: Real = Field(default=0, ge=0, le=1)
+    repetition_penalty: Real | None = Field(default=None, gt=0, le=10)
+    min_tokens: int = Field(default=0, ge=0, le=1 << 20)
+    # known, and nothing to us
+    user: Any = None
+    metadata: Any = None
+    store: Any = None
+    service_tier: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
+    # known, and not done: they may be there, but must say nothing
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+
+    @property
+    def stops(self) -> list[str]:
+        """The stop strings."""
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
+
+    @property
+    def usage_wanted(self) -> bool:
+        """Whether a stream ends with the usage."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class TextPart(Strict):
+    """A part of a message; images and sound are not taken."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(Strict):
+    """One turn."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart]
+    name: Name | None = None
+    # as they come back from an earlier answer
+    refusal: None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
+    annotations: Any = None
+
+    @property
+    def turn(self) -> dict[str, str]:
+        """As templates know it."""
+        content = self.content
+        text = content if isinstance(content, str) else "".join(part.text for part in content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MOST_TURNS)]
+
+
+class TextFormat(Strict):
+    """The one answer format."""
+
+    type: Literal["text"]
+
+
+class ChatRequest(Generation):
+    """`POST /v1/chat/completions`."""
+
+    messages: Messages
+    max_completion_tokens: int | None = Field(default=None, ge=1, le=1 << 20)
+    logprobs: bool = False
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    response_format: TextFormat | None = None
+    modalities: list[Literal["text"]] | None = None
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: Any = None
+
+    @property
+    def top(self) -> int | None:
+        """Likeliest tokens to tell; None: no probabilities."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class CompletionRequest(Generation):
+    """`POST /v1/completions`."""
+
+    prompt: (
+        str
+        | Annotated[list[str], Field(min_length=1, max_length=MOST_CHOICES)]
+        | Ids
+        | Annotated[list[Ids], Field(min_length=1, max_length=MOST_CHOICES)]
+    )
+    logprobs: int | None = Field(default=None, ge=0, le=20)
+    echo: bool = False
+    best_of: Literal[1] | None = None
+    suffix: Literal[""] | None = None
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """Each prompt, as text or as tokens."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        tokens = [token for token in self.prompt if isinstance(token, int)]
+        return [tokens] if tokens else [one for one in self.prompt if not isinstance(one, int)]
+
+
+class GenerateKwargs(Strict):
+    """KAITO's `generate_kwargs`."""
+
+    max_length: int | None = Field(default=None, ge=1, le=1 << 20)  # with the prompt
+    max_new_tokens: int | None = Field(default=None, ge=1, le=1 << 20)
+    min_length: int = Field(default=0, ge=0, le=1 << 20)
+    do_sample: bool = False
+    temperature: Real = Field(default=1, gt=0, le=2)
+    top_k: int = Field(default=10, ge=0, le=1 << 20)
+    top_p: Real = Field(default=1, gt=0, le=1)
+    typical_p: Real = Field(default=1, gt=0, le=1)
+    repetition_penalty: Real = Field(default=1, gt=0, le=10)
+    num_beams: Literal[1] = 1
+    early_stopping: bool = False
+    seed: int | None = Field(default=None, ge=-(1 << 63), lt=1 << 63)
+    pad_token_id: Any = None  # answers are not padded
+    eos_token_id: int | Annotated[list[int], Field(max_length=16)] | None = None
+
+    @property
+    def ends(self) -> frozenset[int] | None:
+        """The tokens that end an answer instead of the model's own."""
+        if isinstance(self.eos_token_id, int):
+            return frozenset({self.eos_token_id})
+        return frozenset(self.eos_token_id) if self.eos_token_id else None
+
+
+class QuickRequest(Strict):
+    """`POST /chat`, as the quick start and KAITO's transformers runtime have it."""
+
+    prompt: str | None = None
+    messages: Messages | None = None
+    model: Name | None = None
+    return_full_text: bool = False
+    clean_up_tokenization_spaces: bool = False
+    prefix: Annotated[str, StringConstraints(max_length=100_000)] | None = None
+    handle_long_generation: Any = None
+    generate_kwargs: GenerateKwargs = GenerateKwargs()
+
+
+class Refusal(Exception):
+    """A request that is not answered: HTTP status, what is wrong, and where."""
+
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+
+
+Shape = TypeVar("Shape", bound=Strict)
+
+
+def read(kind: type[Shape], body: bytes) -> Shape:
+    """The request in `body`. Raises Refusal with everything that is wrong, and no value of it."""
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        found = error.errors(include_url=False, include_context=False, include_input=False)
+    lines = []
+    for one in found[:20]:
+        where = ".".join(str(part)[:40] for part in one["loc"][:6])
+        what = one["msg"]
+        if one["type"] == "extra_forbidden":
+            what = OWN_TEMPLATE if where in TEMPLATES else "is not known here"
+        lines.append(f"{where}: {what}" if where else what)
+    first = found[0]["loc"]
+    raise Refusal(400, "; ".join(lines)[:2000], param=str(first[0])[:80] if first else None)

@@ -60,6 +60,7 @@ class HostPython(Cluster):
             container["command"] += ["--base-model", str(ROOT / "examples/tiny-model")]
             container["env"] += [
                 {"name": "PATH", "value": f"{Path(sys.prefix) / 'bin'}:/bin:/usr/bin"},
+                {"name": "PYTHONPATH", "value": str(ROOT)},  # this tree, whatever is installed
                 {"name": "OMP_NUM_THREADS", "value": "1"},
                 {"name": "PYTHONDONTWRITEBYTECODE", "value": "1"},
             ]

@@ -46,9 +46,9 @@ def latency(api: Cluster, count: int, rate: float) -> dict[str, Any]:
     stop = threading.Event()
 
     def look() -> None:
-        version = api.find_version(JOB, "speed")[1]
+        *_, (_, version) = api.pages(JOB, "speed")
         for job in api.watch(JOB, "speed", labels="", version=version, seconds=600):
-            key = watch.key_of_job(job)
+            key = watch.key_of_child(job)
             if key:
                 seen.setdefault(key[1], time.perf_counter())
             if stop.is_set() or len(seen) == count:

@@ -7,9 +7,10 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from jobs.cluster import WORKSPACE, ApiError, Cluster, NotLeader, Object
+from jobs.cluster import WORKSPACE, ApiError, Cluster, Kind, NotLeader, Object
 from jobs.lease import Lease
 from jobs.options import Options
 from jobs.poll import Poll
@@ -22,6 +23,7 @@ from jobs.work import Queue
 log = logging.getLogger(__name__)
 
 _TURN = 0.02  # seconds between looks that no event asked for, all Workspaces together
+_SETTLE = 0.1  # seconds in which events of one Job and its pods are gathered
 _STALE = 2 * RESYNC + 60  # seconds after which a watch that did not list is dead
 
 
@@ -60,6 +62,7 @@ class Operator:
         site = Site(self._cluster, options)
         self._context = Context(self._cluster, options, site, poll or Poll())
         self._watches: list[Watch] = []
+        self._arrived: dict[Key, Object] = {}  # new Workspaces as an event showed them
         self.metrics = Metrics()
         self.queue: Queue[Key] = Queue()
 
@@ -113,7 +116,7 @@ class Operator:
                 space,
                 labels=labels,
                 key_of=key_of,
-                tell=self.queue.add,
+                tell=partial(self._told, kind),
                 resync=self._setup.resync,
             )
             for space in spaces
@@ -133,6 +136,16 @@ class Operator:
             worker.join()  # what was begun is ended; watches are left to their time limit
         self.metrics.leading.set(0)
 
+    def _told(self, kind: Kind, key: Key, news: Object | None) -> None:
+        """A new or edited Workspace is looked at before all others, for somebody waits for it.
+        Jobs and pods change several times in a moment, which is worth one look."""
+        if kind != WORKSPACE:
+            self.queue.add(key, after=_SETTLE)
+            return
+        if news and not news.get("status"):
+            self._arrived[key] = news
+        self.queue.add(key, first=news is not None)
+
     def _work(self) -> None:
         while (key := self.queue.take()) is not None:
             self.metrics.queued.set(len(self.queue))
@@ -143,7 +156,7 @@ class Operator:
 
     def _look(self, key: Key, place: dict[str, str]) -> str:
         try:
-            again = reconcile(self._context, *key)
+            again = reconcile(self._context, *key, arrived=self._arrived.pop(key, None))
         except NotLeader:
             self.queue.done(key)
             return "not leading"

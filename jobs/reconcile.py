@@ -41,7 +41,7 @@ _AGAIN: dict[Word, float] = {  # seconds until the next look, where no event wou
     "replacing": 5,
     "buying": 10,
     "creating": 2,
-    "pending": 5,
+    "pending": 30,
     "running": 15,
     "refused": 60,
     "conflict": 60,
@@ -50,10 +50,7 @@ _AGAIN: dict[Word, float] = {  # seconds until the next look, where no event wou
     "failed": 1,
     "unbought": 1,
 }
-_LONG_WAIT, _SLOW = (
-    timedelta(minutes=2),
-    30.0,
-)  # a pod that has waited this long is asked less often
+_SOONEST = 5.0  # seconds between looks at a young pod whose volumes are not there
 
 
 @dataclass(frozen=True)
@@ -79,30 +76,39 @@ class Decision:
     stage: Stage = field(default_factory=lambda: Stage("finished"))
 
 
-def reconcile(context: Context, namespace: str, name: str) -> float | None:
+def reconcile(
+    context: Context, namespace: str, name: str, *, arrived: Object | None = None
+) -> float | None:
     """Bring one Workspace a step nearer to what it wants.
+
+    `arrived`: a new Workspace as an event showed it. It need not be read again: the first write is
+    its status, which the server refuses with a conflict if this is not the newest version.
 
     Returns the seconds after which to look again, or None to wait for an event. Raises ApiError.
     """
-    seen = observe(context, namespace, name)
-    if seen is None:
+    workspace = arrived or context.cluster.get(WORKSPACE, namespace, name)
+    if workspace is None:
         return None  # gone; its children go by their owner references
+    seen = observe(context, workspace)
     decision = decide(seen, context.options)
     act(context, seen, decision)
     return decision.again
 
 
-def observe(context: Context, namespace: str, name: str) -> Seen | None:
-    """Everything about the Workspace, read now; None if it is gone."""
+def observe(context: Context, workspace: Object) -> Seen:
+    """Everything about the Workspace, read now.
+
+    Nothing is made before the status tells of it: without a status there is nothing to look for.
+    """
     cluster, options = context.cluster, context.options
-    workspace = cluster.get(WORKSPACE, namespace, name)
-    if workspace is None:
-        return None
-    uid = workspace["metadata"]["uid"]
+    namespace, uid = workspace["metadata"]["namespace"], workspace["metadata"]["uid"]
     config = (workspace.get("tuning") or {}).get("config")
     config_map = cluster.get(CONFIG_MAP, namespace, config) if config else None
     recorded, revision = workspace.get("status") or {}, wanted.revision(workspace)
-    named = cluster.get(JOB, namespace, wanted.short_name(workspace, revision))
+    named = run_claim = None
+    machines: tuple[Object, ...] = ()
+    if recorded:
+        named = cluster.get(JOB, namespace, wanted.short_name(workspace, revision))
     job = named if named and names.owned(named, uid) else None
     same = recorded.get("revision") == revision
     ended = same and "completionTime" in recorded
@@ -114,10 +120,10 @@ def observe(context: Context, namespace: str, name: str) -> Seen | None:
         wish = wanted.read(workspace, config_map, device)
     pods = _pods(cluster, namespace, job) if job and not ended else ()
     last = children.newest(pods)
-    machines: list[Object] = []
-    if options.nodes.provision:
-        machines = cluster.find(NODE_CLAIM, labels=f"{names.UID_LABEL}={uid}")
-    on_its_way = job is not None and not ended
+    if options.nodes.provision and recorded:
+        machines = tuple(cluster.find(NODE_CLAIM, labels=f"{names.UID_LABEL}={uid}"))
+    if recorded and (ended or not job):
+        run_claim = cluster.get(CLAIM, namespace, names.claim_name(workspace))
     return Seen(
         workspace=workspace,
         wanted=wish,
@@ -127,11 +133,9 @@ def observe(context: Context, namespace: str, name: str) -> Seen | None:
         foreign=named is not None and job is None,
         pods=pods,
         mount_warning=_mount_warning(cluster, last) if last else None,
-        machines=tuple(machines),
+        machines=machines,
         progress=context.poll(last) if last and children.running(last) else None,
-        run_claim=None
-        if on_its_way
-        else cluster.get(CLAIM, namespace, names.claim_name(workspace)),
+        run_claim=run_claim,
         storage=context.site.storage(),
     )
 
@@ -189,11 +193,13 @@ def decide(seen: Seen, options: Options) -> Decision:
 
 
 def _again(seen: Seen, stage: Stage) -> float | None:
-    """A pod that has waited long is asked less often."""
-    if stage.word == "pending" and seen.pods:
-        age = seen.now - children.time(seen.pods[-1]["metadata"]["creationTimestamp"])
-        return min(_SLOW, max(_AGAIN["pending"], age.total_seconds() / 4))
-    return _AGAIN.get(stage.word)
+    """No event tells of a Secret or volume that is missing: who waits for one is asked, later and
+    later."""
+    usual, last = _AGAIN.get(stage.word), children.newest(seen.pods)
+    if usual and stage.word == "pending" and last and children.scheduled(last):
+        age = seen.now - children.time(last["metadata"]["creationTimestamp"])
+        return min(usual, max(_SOONEST, age.total_seconds() / 4))
+    return usual
 
 
 def _children(seen: Seen, options: Options) -> tuple[tuple[Kind, Object], ...]:
@@ -276,12 +282,17 @@ def act(context: Context, seen: Seen, decision: Decision) -> None:
     """
     cluster, workspace = context.cluster, seen.workspace
     if decision.finalizers is not None:
-        cluster.set_finalizers(WORKSPACE, workspace, decision.finalizers)
-        workspace = cluster.get(WORKSPACE, *_key(workspace)) or workspace
+        stored = cluster.set_finalizers(WORKSPACE, workspace, decision.finalizers)
+        if stored is None:
+            return
+        workspace = stored
     for kind, item in decision.delete:
         cluster.delete(kind, item)
     if decision.status is not None:
-        workspace = _tell(cluster, workspace, decision.status)
+        told = _tell(cluster, workspace, decision.status)
+        if told is None:
+            return
+        workspace = told
     try:
         for kind, item in decision.create:
             cluster.create(kind, item)
@@ -293,21 +304,18 @@ def act(context: Context, seen: Seen, decision: Decision) -> None:
         _tell(cluster, workspace, status(now, refused, context.options))
 
 
-def _tell(cluster: Cluster, workspace: Object, told: Object) -> Object:
-    """Write the status if it says something new, and events for its transitions."""
+def _tell(cluster: Cluster, workspace: Object, told: Object) -> Object | None:
+    """The Workspace after its status and events for its transitions were written, if it says
+    something new; None if it is gone."""
     recorded = workspace.get("status") or {}
     if told == recorded:
         return workspace
     stored = cluster.replace_status(WORKSPACE, workspace, told)
     if stored is None:
-        return workspace
+        return None
     for kind, reason, note in transitions(recorded, told):
         cluster.event(workspace, kind=kind, reason=reason, note=note)
     return stored
-
-
-def _key(item: Object) -> tuple[str, str]:
-    return item["metadata"]["namespace"], item["metadata"]["name"]
 
 
 def transitions(old: Object, new: Object) -> list[tuple[Literal["Normal", "Warning"], str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 import random
 import threading
 import time
@@ -12,6 +13,7 @@ from typing import Generic, TypeVar
 T = TypeVar("T", bound=Hashable)
 
 FIRST, LONGEST = 0.5, 60.0  # seconds of back-off after a failure
+_FIRST_OF_ALL = -math.inf
 
 
 class Queue(Generic[T]):
@@ -30,10 +32,11 @@ class Queue(Generic[T]):
     def __len__(self) -> int:
         return len(self._due)
 
-    def add(self, key: T, *, after: float = 0.0) -> None:
-        """Look at `key` in `after` seconds, or sooner if it is due sooner."""
+    def add(self, key: T, *, after: float = 0.0, first: bool = False) -> None:
+        """Look at `key` in `after` seconds, or sooner if it is due sooner; `first`: before all that
+        is due already and was not added so."""
         with self._changed:
-            self._add(key, self._clock() + after)
+            self._add(key, _FIRST_OF_ALL if first else self._clock() + after)
 
     def take(self) -> T | None:
         """The next key that is due, waiting for it; None when the queue is closed.

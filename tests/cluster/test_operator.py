@@ -338,9 +338,9 @@ def test_a_stale_version_is_answered_by_a_list(api: Cluster) -> None:
     lists = []
 
     class Stale(Cluster):
-        def find_version(self, *args: Any, **more: Any) -> Any:
+        def pages(self, *args: Any, **more: Any) -> Any:
             lists.append(time.monotonic())
-            return super().find_version(*args, **more)
+            return super().pages(*args, **more)
 
         def watch(self, *args: Any, **more: Any) -> Iterator[Any]:
             raise ApiError(410, "Gone", "too old resource version")
@@ -348,7 +348,7 @@ def test_a_stale_version_is_answered_by_a_list(api: Cluster) -> None:
 
     stop, told = threading.Event(), []
 
-    def tell(key: Any) -> None:
+    def tell(key: Any, news: Any) -> None:
         told.append(key)
         if len(told) == 5:
             stop.set()

@@ -90,6 +90,7 @@ class Destination:
     folder: Path | None = None  # volumeSource: /output in the Job, hostPath locally
     layout: Path | None = None  # --output oci:DIR
     on_tag_exists: Literal["refuse", "overwrite"] = "refuse"
+    earlier: tuple[str, ...] = ()  # digests that this Workspace put out before: it may replace them
 
 
 @dataclass(frozen=True)

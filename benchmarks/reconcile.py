@@ -24,10 +24,10 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from cluster import bed  # noqa: E402
-from cluster.world import CRD, NAMESPACE, wait, workspace  # noqa: E402
+from cluster.world import NAMESPACE, wait, workspace  # noqa: E402
 
 from jobs import cluster, crd, watch  # noqa: E402
-from jobs.cluster import JOB, WORKSPACE, ApiError, Cluster  # noqa: E402
+from jobs.cluster import CRD, JOB, WORKSPACE, ApiError, Cluster  # noqa: E402
 
 TICKS = os.sysconf("SC_CLK_TCK")
 

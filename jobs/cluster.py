@@ -48,8 +48,13 @@ class Kind:
     def path(self, namespace: str | None, name: str | None = None) -> str:
         """URL path of one object, or of the list when `name` is None."""
         root = f"/apis/{self.group}/{self.version}" if self.group else f"/api/{self.version}"
-        inside = f"/namespaces/{quote(namespace)}" if namespace and self.namespaced else ""
-        return f"{root}{inside}/{self.plural}" + (f"/{quote(name)}" if name else "")
+        inside = f"/namespaces/{_step(namespace)}" if namespace and self.namespaced else ""
+        return f"{root}{inside}/{self.plural}" + (f"/{_step(name)}" if name else "")
+
+
+def _step(name: str) -> str:
+    """One step of a URL's path: a name from a spec must not lead anywhere else."""
+    return quote(name, safe="") if name.strip(".") else "%2E" * len(name)
 
 
 WORKSPACE = Kind("kaito.sh", "v1beta1", "workspaces", "Workspace")
@@ -63,6 +68,20 @@ EVENT = Kind("events.k8s.io", "v1", "events", "Event")
 LEASE = Kind("coordination.k8s.io", "v1", "leases", "Lease")
 NODE = Kind("", "v1", "nodes", "Node", namespaced=False)
 NODE_CLAIM = Kind("karpenter.sh", "v1", "nodeclaims", "NodeClaim", namespaced=False)
+CRD = Kind(
+    "apiextensions.k8s.io",
+    "v1",
+    "customresourcedefinitions",
+    "CustomResourceDefinition",
+    namespaced=False,
+)
+WEBHOOK = Kind(
+    "admissionregistration.k8s.io",
+    "v1",
+    "validatingwebhookconfigurations",
+    "ValidatingWebhookConfiguration",
+    namespaced=False,
+)
 STORAGE_CLASS = Kind("storage.k8s.io", "v1", "storageclasses", "StorageClass", namespaced=False)
 
 
@@ -142,7 +161,10 @@ class Cluster:
     def watch(
         self, kind: Kind, namespace: str | None, *, labels: str, version: str, seconds: int
     ) -> Iterator[Object]:
-        """Objects as they change after `version`, for `seconds`; ApiError(410) when it is stale."""
+        """Objects as they change after `version`, for `seconds`; ApiError(410) when it is stale.
+
+        A connection that is open but dead is given up 10 s after its time.
+        """
         query = {
             "labelSelector": labels,
             "watch": "true",
@@ -150,7 +172,7 @@ class Cluster:
             "timeoutSeconds": str(seconds),
             "allowWatchBookmarks": "true",
         }
-        answer = self._open("GET", kind.path(namespace), query=query, read=seconds + READ)
+        answer = self._open("GET", kind.path(namespace), query=query, read=seconds + CONNECT)
         try:
             for line in _lines(answer):
                 event = json.loads(line)

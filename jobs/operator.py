@@ -12,9 +12,10 @@ from typing import Any
 
 from jobs.cluster import WORKSPACE, ApiError, Cluster, Kind, NotLeader, Object
 from jobs.lease import Lease
+from jobs.observe import Context
 from jobs.options import Options
 from jobs.poll import Poll
-from jobs.reconcile import Context, reconcile
+from jobs.reconcile import reconcile
 from jobs.serve import Metrics
 from jobs.site import Site
 from jobs.watch import RESYNC, SOURCES, Key, Watch
@@ -64,7 +65,7 @@ class Operator:
         self._watches: list[Watch] = []
         self._arrived: dict[Key, Object] = {}  # new Workspaces as an event showed them
         self.metrics = Metrics()
-        self.queue: Queue[Key] = Queue()
+        self.queue: Queue[Key] = Queue(group_of=lambda key: key[0])
 
     @property
     def ready(self) -> bool:

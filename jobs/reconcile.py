@@ -8,31 +8,27 @@ the next call. A Job's name is the hash of what it is for: there are never two o
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import Any, Literal
 
-from jobs import children, manifests, names, wanted
+from jobs import children, manifests, names, preflight, wanted
 from jobs.children import Trouble
 from jobs.cluster import (
     CLAIM,
-    CONFIG_MAP,
-    CORE_EVENT,
     JOB,
     NETWORK_POLICY,
     NODE_CLAIM,
-    POD,
     WORKSPACE,
     ApiError,
     Cluster,
     Kind,
     Object,
 )
+from jobs.observe import Context, observe
 from jobs.options import Options
-from jobs.site import Site
 from jobs.stage import Seen, Stage, Word, attempts, judge
-from jobs.status import status
+from jobs.status import farewell, status
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +36,7 @@ _AGAIN: dict[Word, float] = {  # seconds until the next look, where no event wou
     "invalid": 30,
     "replacing": 5,
     "buying": 10,
+    "queued": 60,
     "creating": 2,
     "pending": 30,
     "running": 15,
@@ -54,24 +51,14 @@ _SOONEST = 5.0  # seconds between looks at a young pod whose volumes are not the
 
 
 @dataclass(frozen=True)
-class Context:
-    """What every reconcile shares."""
-
-    cluster: Cluster
-    options: Options
-    site: Site
-    poll: Callable[[Object], dict[str, Any] | None]  # pod -> its progress
-    now: Callable[[], datetime] = lambda: datetime.now(UTC)
-
-
-@dataclass(frozen=True)
 class Decision:
-    """What is to be done, in this order: finalizers, deletions, status, creations."""
+    """What is to be done, in this order."""
 
     finalizers: list[str] | None = None
+    status: Object | None = None
     delete: tuple[tuple[Kind, Object], ...] = ()
     create: tuple[tuple[Kind, Object], ...] = ()
-    status: Object | None = None
+    put_back: tuple[tuple[Kind, Object], ...] = ()  # as they should be, with their version
     again: float | None = None  # seconds until the next look
     stage: Stage = field(default_factory=lambda: Stage("finished"))
 
@@ -89,89 +76,12 @@ def reconcile(
     workspace = arrived or context.cluster.get(WORKSPACE, namespace, name)
     if workspace is None:
         return None  # gone; its children go by their owner references
+    if context.options.beside_kaito == "opt-in" and names.annotation(workspace, "opt-in") != "true":
+        return None  # KAITO's
     seen = observe(context, workspace)
     decision = decide(seen, context.options)
     act(context, seen, decision)
     return decision.again
-
-
-def observe(context: Context, workspace: Object) -> Seen:
-    """Everything about the Workspace, read now.
-
-    Nothing is made before the status tells of it: without a status there is nothing to look for.
-    """
-    cluster, options = context.cluster, context.options
-    namespace, uid = workspace["metadata"]["namespace"], workspace["metadata"]["uid"]
-    config = (workspace.get("tuning") or {}).get("config")
-    config_map = cluster.get(CONFIG_MAP, namespace, config) if config else None
-    recorded, revision = workspace.get("status") or {}, wanted.revision(workspace)
-    named = run_claim = None
-    machines: tuple[Object, ...] = ()
-    if recorded:
-        named = cluster.get(JOB, namespace, wanted.short_name(workspace, revision))
-    job = named if named and names.owned(named, uid) else None
-    same = recorded.get("revision") == revision
-    ended = same and "completionTime" in recorded
-    if ended or (same and job and "plan" in recorded):
-        wish = wanted.glance(workspace, config_map)
-    else:
-        known = not _own_nodes(workspace)
-        device = None if known else context.site.device(names.selected(workspace))
-        wish = wanted.read(workspace, config_map, device)
-    pods = _pods(cluster, namespace, job) if job and not ended else ()
-    last = children.newest(pods)
-    if options.nodes.provision and recorded:
-        machines = tuple(cluster.find(NODE_CLAIM, labels=f"{names.UID_LABEL}={uid}"))
-    if recorded and (ended or not job):
-        run_claim = cluster.get(CLAIM, namespace, names.claim_name(workspace))
-    return Seen(
-        workspace=workspace,
-        wanted=wish,
-        now=context.now(),
-        job=job,
-        old=_earlier_job(cluster, workspace, named),
-        foreign=named is not None and job is None,
-        pods=pods,
-        mount_warning=_mount_warning(cluster, last) if last else None,
-        machines=machines,
-        progress=context.poll(last) if last and children.running(last) else None,
-        run_claim=run_claim,
-        storage=context.site.storage(),
-    )
-
-
-def _earlier_job(cluster: Cluster, workspace: Object, named: Object | None) -> Object | None:
-    """The Job of an earlier spec, if it is still there. Its name was recorded before it was made,
-    so that none is ever forgotten, and no list of all Jobs is needed to find it."""
-    meta, name = workspace["metadata"], (workspace.get("status") or {}).get("job")
-    if not name or (named and named["metadata"]["name"] == name):
-        return None
-    found = cluster.get(JOB, meta["namespace"], name)
-    return found if found and names.owned(found, meta["uid"]) else None
-
-
-def _own_nodes(workspace: Object) -> bool:
-    return not (workspace.get("resource") or {}).get("instanceType")
-
-
-def _pods(cluster: Cluster, namespace: str, job: Object) -> tuple[Object, ...]:
-    """The pods of this very Job, oldest first; the newest truth only where it is the last word."""
-    over = children.job_state(job) in ("complete", "failed")
-    label = f"job-name={job['metadata']['name']}"
-    found = cluster.find(POD, namespace, labels=label, cached=not over)
-    own = [pod for pod in found if names.owned(pod, job["metadata"]["uid"])]
-    return tuple(sorted(own, key=lambda pod: str(pod["metadata"]["creationTimestamp"])))
-
-
-def _mount_warning(cluster: Cluster, pod: Object) -> str | None:
-    """Why a pod with a node still has no container: a Secret or volume is missing."""
-    if not children.scheduled(pod) or children.started(pod):
-        return None
-    meta = pod["metadata"]
-    fields = f"involvedObject.uid={meta['uid']},reason=FailedMount"
-    found = cluster.find(CORE_EVENT, meta["namespace"], fields=fields)
-    last = max(found, key=lambda e: str(e.get("lastTimestamp") or ""), default=None)
-    return last.get("message") if last else None
 
 
 def decide(seen: Seen, options: Options) -> Decision:
@@ -189,17 +99,22 @@ def decide(seen: Seen, options: Options) -> Decision:
             return replace(decision, **_buy(seen, options))
         case "creating":
             return replace(decision, create=_children(seen, options))
+        case "pending" | "running":
+            return replace(decision, **_mended(seen, options))
     return decision
 
 
 def _again(seen: Seen, stage: Stage) -> float | None:
-    """No event tells of a Secret or volume that is missing: who waits for one is asked, later and
-    later."""
-    usual, last = _AGAIN.get(stage.word), children.newest(seen.pods)
-    if usual and stage.word == "pending" and last and children.scheduled(last):
-        age = seen.now - children.time(last["metadata"]["creationTimestamp"])
-        return min(usual, max(_SOONEST, age.total_seconds() / 4))
-    return usual
+    """No change of Job or pod tells of a Secret or volume that is missing, or of a quota: who waits
+    for one is asked, later and later."""
+    usual = _AGAIN.get(stage.word)
+    last = children.newest(seen.pods) or seen.job
+    if usual is None or stage.word != "pending" or last is None:
+        return usual
+    if seen.pods and not children.scheduled(last):
+        return usual
+    age = seen.now - children.time(last["metadata"]["creationTimestamp"])
+    return min(usual, max(_SOONEST, age.total_seconds() / 4))
 
 
 def _children(seen: Seen, options: Options) -> tuple[tuple[Kind, Object], ...]:
@@ -214,6 +129,26 @@ def _children(seen: Seen, options: Options) -> tuple[tuple[Kind, Object], ...]:
     earlier = tuple(seen.recorded.get("outputs") or ())
     job = manifests.job(workspace, wish, options, claim=claim, earlier=earlier)
     return (*found, (JOB, job))
+
+
+def _mended(seen: Seen, options: Options) -> dict[str, Any]:
+    """What others took away or changed is put back. The Job itself is left to who edits it."""
+    made: list[tuple[Kind, Object]] = []
+    last = children.newest(seen.pods)
+    if seen.storage and not seen.run_claim and last and not children.scheduled(last):
+        made.append((CLAIM, manifests.run_claim(seen.workspace, seen.wanted, options)))
+    if seen.policy in ("unasked", "whole"):
+        return {"create": tuple(made)}
+    wish = wanted.read(seen.workspace, seen.config_map, None)
+    if wish.spec is None:  # its ConfigMap is gone: the policy cannot be told any more
+        return {"create": tuple(made)}
+    policy = manifests.network_policy(seen.workspace, wish, options)
+    if isinstance(seen.policy, str):
+        made.append((NETWORK_POLICY, policy))
+    elif seen.policy["spec"] != policy["spec"]:
+        changed = seen.policy | {"spec": policy["spec"]}
+        return {"create": tuple(made), "put_back": ((NETWORK_POLICY, changed),)}
+    return {"create": tuple(made)}
 
 
 def _buy(seen: Seen, options: Options) -> dict[str, Any]:
@@ -268,15 +203,15 @@ def _farewell(seen: Seen) -> Decision:
         alive = tuple(
             (kind, item) for kind, item in left if not item["metadata"].get("deletionTimestamp")
         )
-        return Decision(delete=alive, again=2)
+        return Decision(status=farewell(seen, left), delete=alive, again=2)
     if names.FINALIZER in have:
         return Decision(finalizers=[each for each in have if each != names.FINALIZER])
     return Decision()
 
 
 def act(context: Context, seen: Seen, decision: Decision) -> None:
-    """Carry a decision out. The status comes before what is created, as a note of the intent and as
-    a lock: of two writers the slower one gets a conflict there, and creates nothing.
+    """Carry a decision out. The status comes first, as a note of the intent and as a lock: of two
+    writers the slower one gets a conflict there, and deletes and creates nothing.
 
     A creation that the server refuses for good becomes a condition.
     """
@@ -286,16 +221,18 @@ def act(context: Context, seen: Seen, decision: Decision) -> None:
         if stored is None:
             return
         workspace = stored
-    for kind, item in decision.delete:
-        cluster.delete(kind, item)
     if decision.status is not None:
         told = _tell(cluster, workspace, decision.status)
         if told is None:
             return
         workspace = told
+    for kind, item in decision.delete:
+        cluster.delete(kind, item)
     try:
         for kind, item in decision.create:
             cluster.create(kind, item)
+        for kind, item in decision.put_back:
+            cluster.replace(kind, item)
     except ApiError as error:
         if error.passing:
             raise
@@ -313,6 +250,8 @@ def _tell(cluster: Cluster, workspace: Object, told: Object) -> Object | None:
     stored = cluster.replace_status(WORKSPACE, workspace, told)
     if stored is None:
         return None
+    if "revision" in told and "revision" not in (stored.get("status") or {}):
+        raise preflight.foreign()  # before anything is made that would be forgotten
     for kind, reason, note in transitions(recorded, told):
         cluster.event(workspace, kind=kind, reason=reason, note=note)
     return stored

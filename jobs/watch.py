@@ -20,7 +20,8 @@ log = logging.getLogger(__name__)
 
 Key = tuple[str, str]  # namespace, name
 RESYNC = 300  # seconds
-PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds between lists that fail
+WATCH = 50  # seconds of one connection: a silent one is found out before a minute is over
+PAUSE, LONGEST_PAUSE = 1.0, 20.0  # seconds between lists that fail
 
 
 def key_of_workspace(item: Object) -> Key | None:
@@ -98,7 +99,7 @@ class Watch:
                 self._namespace,
                 labels=self._labels,
                 version=version,
-                seconds=max(1, int(left)),
+                seconds=max(1, min(WATCH, int(left))),
             ):
                 version = item["metadata"]["resourceVersion"]
                 if not (self._kind == WORKSPACE and is_echo(item)):

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 from cluster import bed
-from cluster.world import CRD, NODE_CLAIM_CRD, World, fresh, wait
+from cluster.world import NODE_CLAIM_CRD, World, fresh, wait
 
 from jobs import cluster, crd
-from jobs.cluster import NODE_CLAIM, WORKSPACE, ApiError, Cluster, Kind
+from jobs.cluster import CRD, NODE_CLAIM, WORKSPACE, ApiError, Cluster, Kind
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -22,10 +22,10 @@ from typing import Any
 import pytest
 import yaml
 from cluster import bed
-from cluster.world import CRD, NAMESPACE, SECRET, wait
+from cluster.world import NAMESPACE, SECRET, wait
 
 from jobs import cluster, crd, reconcile
-from jobs.cluster import CLAIM, JOB, NODE, POD, WORKSPACE, ApiError, Cluster, Kind, Object
+from jobs.cluster import CLAIM, CRD, JOB, NODE, POD, WORKSPACE, ApiError, Cluster, Kind, Object
 from jobs.operator import Operator, Setup
 from jobs.options import Options, Storage
 

@@ -22,18 +22,12 @@ from jobs.cluster import (
     Kind,
     Object,
 )
+from jobs.observe import Context
 from jobs.options import Options
-from jobs.reconcile import Context, reconcile
+from jobs.reconcile import reconcile
 from jobs.site import Site
 
 NAMESPACE = Kind("", "v1", "namespaces", "Namespace", namespaced=False)
-CRD = Kind(
-    "apiextensions.k8s.io",
-    "v1",
-    "customresourcedefinitions",
-    "CustomResourceDefinition",
-    namespaced=False,
-)
 ACCOUNT = Kind("", "v1", "serviceaccounts", "ServiceAccount")
 SECRET = Kind("", "v1", "secrets", "Secret")
 CORE_EVENT = Kind("", "v1", "events", "Event")

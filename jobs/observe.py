@@ -69,7 +69,9 @@ def observe(context: Context, workspace: Object) -> Seen:
     cluster, options = context.cluster, context.options
     namespace, uid = workspace["metadata"]["namespace"], workspace["metadata"]["uid"]
     config = (workspace.get("tuning") or {}).get("config")
-    config_map = cluster.get(CONFIG_MAP, namespace, config) if config else None
+    config_map = None
+    if config and names.possible(config):
+        config_map = cluster.get(CONFIG_MAP, namespace, config)
     recorded, revision = workspace.get("status") or {}, wanted.revision(workspace)
     named = run_claim = None
     if recorded:

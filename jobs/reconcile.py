@@ -230,7 +230,8 @@ def act(context: Context, seen: Seen, decision: Decision) -> None:
         cluster.delete(kind, item)
     try:
         for kind, item in decision.create:
-            cluster.create(kind, item)
+            if cluster.create(kind, item) is None and kind == CLAIM:
+                return  # whose it is must be seen before a run writes into it
         for kind, item in decision.put_back:
             cluster.replace(kind, item)
     except ApiError as error:

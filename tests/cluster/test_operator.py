@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import copy
 import random
 import re
@@ -27,14 +26,25 @@ from cluster.world import (
     World,
     config_map,
     fresh,
+    operating,
     wait,
     workspace,
 )
 
-from jobs import cluster, names, serve
-from jobs.cluster import JOB, LEASE, NODE_CLAIM, POD, WORKSPACE, ApiError, Cluster, Kind, NotLeader
+from jobs import cluster, names, preflight, serve
+from jobs.cluster import (
+    JOB,
+    LEASE,
+    NETWORK_POLICY,
+    NODE_CLAIM,
+    POD,
+    WORKSPACE,
+    ApiError,
+    Cluster,
+    Kind,
+    NotLeader,
+)
 from jobs.lease import Lease
-from jobs.operator import Operator, Setup
 from jobs.options import Nodes, Options
 from jobs.watch import Watch
 
@@ -49,27 +59,6 @@ RIGHTS = {
         "rbac.authorization.k8s.io", "v1", "clusterrolebindings", "ClusterRoleBinding", False
     ),
 }
-
-
-@contextlib.contextmanager
-def operating(
-    api: Cluster, options: Options, *, elect: bool = False, resync: int = 300, **setup: Any
-) -> Iterator[Operator]:
-    """An operator in threads, for as long as the block lasts."""
-    found = Operator(
-        api,
-        options,
-        Setup("one", elect=elect, resync=resync, **setup),
-        poll=lambda pod: {"step": 1, "steps": 2},
-    )
-    stop = threading.Event()
-    thread = threading.Thread(target=found.run, args=(stop,))
-    thread.start()
-    try:
-        yield found
-    finally:
-        stop.set()
-        thread.join()
 
 
 def play(world: World, name: str) -> None:
@@ -149,7 +138,8 @@ def test_the_shipped_rights_are_enough_and_none_is_idle(api: Cluster, account: C
         update={"storage": options.storage.model_copy(update={"storage_class": "manual"})}
     )
     world = fresh(api)
-    with operating(recording, options, elect=True):
+    preflight.check(recording, options, threading.Event())
+    with operating(recording, options, elect=True) as operator:
         world.apply(config_map("mine", world.namespace, "training_config: {}\n"))
         world.apply(workspace("phi", world.namespace, config="mine"))
         mine = f"{names.UID_LABEL}={world.get('phi')['metadata']['uid']}"
@@ -158,6 +148,9 @@ def test_the_shipped_rights_are_enough_and_none_is_idle(api: Cluster, account: C
         pod = wait(lambda: api.find(POD, world.namespace))[0]
         world.patch_status(POD, pod, {"conditions": [{"type": "PodScheduled", "status": "True"}]})
         wait(lambda: ("list", "", "events") in recording.calls)
+        policy = api.find(NETWORK_POLICY, world.namespace)[0]
+        api.replace(NETWORK_POLICY, policy | {"spec": policy["spec"] | {"egress": []}})
+        operator._context.rarely._until.clear()  # its minute is over
         play(world, "phi")
         wait(lambda: world.status("phi").get("state") == "Succeeded")
         wait(lambda: not api.find(NODE_CLAIM, labels=mine))

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 _TURN = 0.02  # seconds between looks that no event asked for, all Workspaces together
 _SETTLE = 0.1  # seconds in which events of one Job and its pods are gathered
-_STALE = 2 * RESYNC + 60  # seconds after which a watch that did not list is dead
+_STALE = 300  # seconds in which a watch begins some call, be it in vain; else its thread hangs
 
 
 @dataclass(frozen=True)
@@ -79,36 +79,45 @@ class Operator:
 
     @property
     def healthy(self) -> bool:
-        """False when a watch has not listed for so long that a restart is the better try."""
+        """False when a watch hangs, so that a restart is the better try. An API server that is down
+        is no reason: a restart would not bring it back."""
         now = time.monotonic()
-        return all(w.listed is None or now - w.listed < _STALE for w in self._watches)
+        return all(w.moved is None or now - w.moved < _STALE for w in self._watches)
 
     def run(self, stop: threading.Event) -> bool:
-        """Work until `stop`; False if the lease was lost, so that the process should end."""
+        """Work until `stop`; False if another has the lease now, so that the process should end.
+
+        A lease that ran out because the API server was away is asked for again.
+        """
         if not self._setup.elect:
             self._lead(stop)
             return True
-        if not self._lease.acquire(stop):
-            return True
-        lost = threading.Event()
+        while self._lease.acquire(stop):
+            log.info("leading as %s", self._setup.identity)
+            self._term(stop)
+            if stop.is_set():
+                self._lease.give_back()
+                return True
+            if self._lease.taken:
+                return False
+        return True
+
+    def _term(self, stop: threading.Event) -> None:
+        """Lead until `stop`, or until the lease is lost."""
+        over = threading.Event()
 
         def keep() -> None:
             self._lease.keep(stop)
-            if not stop.is_set():
-                lost.set()
-                stop.set()
+            over.set()
 
         keeper = threading.Thread(target=keep, name="lease", daemon=True)
         keeper.start()
-        log.info("leading as %s", self._setup.identity)
-        self._lead(stop)
+        self._lead(over)
         keeper.join()
-        if not lost.is_set():
-            self._lease.give_back()
-        return not lost.is_set()
 
     def _lead(self, stop: threading.Event) -> None:
         self.metrics.leading.set(1)
+        self.queue = Queue(group_of=lambda key: key[0])
         spaces: tuple[str | None, ...] = self._options.namespaces or (None,)
         self._watches = [
             Watch(

@@ -51,7 +51,7 @@ SOURCES: tuple[tuple[Kind, str, Callable[[Object], Key | None]], ...] = (
 
 
 class Watch:
-    """One endless list-and-watch; `listed` is when the last list succeeded (monotonic)."""
+    """One endless list-and-watch; `moved` is when it last began a call (monotonic)."""
 
     def __init__(
         self,
@@ -66,12 +66,13 @@ class Watch:
     ) -> None:
         self._cluster, self._kind, self._namespace = cluster, kind, namespace
         self._labels, self._key_of, self._tell, self._resync = labels, key_of, tell, resync
-        self.listed: float | None = None
+        self.moved: float | None = None
 
     def run(self, stop: threading.Event) -> None:
         """Until `stop`: list, tell every key, watch, and from the start again."""
         pause = PAUSE
         while not stop.is_set():
+            self.moved = time.monotonic()
             try:
                 self._once(stop)
                 pause = PAUSE
@@ -91,9 +92,9 @@ class Watch:
             items, version = page
             for item in items:
                 self._pass_on(item, None)
-        self.listed = time.monotonic()
-        until = self.listed + self._resync
+        until = time.monotonic() + self._resync
         while not stop.is_set() and (left := until - time.monotonic()) > 0:
+            self.moved = time.monotonic()
             for item in self._cluster.watch(
                 self._kind,
                 self._namespace,

@@ -68,7 +68,7 @@ def sweep() -> None:
 
 
 def _down(folder: Path) -> None:
-    subprocess.run([SCRIPTS / "down.sh", str(folder), "--purge"], check=False, timeout=120)
+    subprocess.run([SCRIPTS / "down.sh", str(folder), "--purge"], check=False, timeout=280)
 
 
 def _run(name: str, *arguments: str, ports: dict[str, str]) -> str:

@@ -227,8 +227,9 @@ class Place:
         )
 
     def metrics(self) -> list[str]:
-        """The lines of the run's metrics.jsonl, from the run volume."""
-        return (self.folder / "run" / "run" / "metrics.jsonl").read_text().splitlines()
+        """The lines of the run's metrics.jsonl, from the run volume; none before the first."""
+        path = self.folder / "run" / "run" / "metrics.jsonl"
+        return path.read_text().splitlines() if path.exists() else []
 
     def kubectl(self, *arguments: str, text: str | None = None) -> str:
         return subprocess.run(
@@ -239,6 +240,12 @@ class Place:
             check=True,
             timeout=60,
         ).stdout
+
+    def delete_pods(self, seconds: int) -> None:
+        """As a node does that is drained (with time to stop) or lost (0 seconds)."""
+        for pod in self.api.find(POD, self.name):
+            path = POD.path(self.name, pod["metadata"]["name"])
+            self.api._call("DELETE", path, body={"gracePeriodSeconds": seconds})
 
     def result(self, child: str) -> Object:
         """What a child process of the run answered last, from the run volume."""

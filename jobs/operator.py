@@ -145,6 +145,7 @@ class Operator:
         for worker in workers:
             worker.join()  # what was begun is ended; watches are left to their time limit
         self.metrics.leading.set(0)
+        self.metrics.forget()
 
     def _told(self, kind: Kind, key: Key, news: Object | None) -> None:
         """A new or edited Workspace is looked at before all others, for somebody waits for it.
@@ -166,7 +167,7 @@ class Operator:
 
     def _look(self, key: Key, place: dict[str, str]) -> str:
         try:
-            again = reconcile(self._context, *key, arrived=self._arrived.pop(key, None))
+            look = reconcile(self._context, *key, arrived=self._arrived.pop(key, None))
         except NotLeader:
             self.queue.done(key)
             return "not leading"
@@ -185,7 +186,9 @@ class Operator:
             log.exception("reconcile failed", extra=place)
             self.queue.failed(key)
             return "error"
+        again = look.again
         if again is not None:  # many that wait are asked in turn, events still come at once
             again = max(again, _TURN * len(self.queue))
         self.queue.done(key, again=again)
+        self.metrics.stands(key, look.state)
         return "done"

@@ -63,25 +63,32 @@ class Decision:
     stage: Stage = field(default_factory=lambda: Stage("finished"))
 
 
+@dataclass(frozen=True)
+class Look:
+    """What one look at a Workspace came to."""
+
+    again: float | None = None  # seconds until the next one; None: an event will ask for it
+    state: str | None = None  # of the Workspace; None: it is gone, or not ours
+
+
 def reconcile(
     context: Context, namespace: str, name: str, *, arrived: Object | None = None
-) -> float | None:
+) -> Look:
     """Bring one Workspace a step nearer to what it wants.
 
     `arrived`: a new Workspace as an event showed it. It need not be read again: the first write is
     its status, which the server refuses with a conflict if this is not the newest version.
-
-    Returns the seconds after which to look again, or None to wait for an event. Raises ApiError.
+    Raises ApiError.
     """
     workspace = arrived or context.cluster.get(WORKSPACE, namespace, name)
     if workspace is None:
-        return None  # gone; its children go by their owner references
+        return Look()  # gone; its children go by their owner references
     if context.options.beside_kaito == "opt-in" and names.annotation(workspace, "opt-in") != "true":
-        return None  # KAITO's
+        return Look()  # KAITO's
     seen = observe(context, workspace)
     decision = decide(seen, context.options)
     act(context, seen, decision)
-    return decision.again
+    return Look(decision.again, (decision.status or seen.recorded).get("state"))
 
 
 def decide(seen: Seen, options: Options) -> Decision:

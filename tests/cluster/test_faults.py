@@ -31,6 +31,7 @@ from jobs.cluster import (
     JOB,
     NETWORK_POLICY,
     NODE_CLAIM,
+    POD,
     WEBHOOK,
     WORKSPACE,
     ApiError,
@@ -197,6 +198,45 @@ def test_a_job_that_a_user_deletes_is_made_again(world: World, how: str) -> None
     assert "Running" == world.status("phi")["state"]
     notes = [e["reason"] for e in world.api.find(EVENT, world.namespace)]
     assert "JobDeleted" in notes
+
+
+def test_a_claim_that_is_lost_is_made_again(world: World) -> None:
+    """Deleted under a pod that waits for a node: the run goes on, from the beginning if need be."""
+    world.options = Options(storage=Storage(storage_class="manual"))
+    world.apply(workspace("phi", world.namespace))
+    pod = world.pod("phi")
+    unscheduled = {"type": "PodScheduled", "status": "False", "message": "claim not found"}
+    world.patch_status(POD, pod, {"phase": "Pending", "conditions": [unscheduled]})
+    old = world.api.find(CLAIM, world.namespace)[0]
+    world.api.set_finalizers(CLAIM, old, [])
+    world.api.delete(CLAIM, old)
+    for claim in world.api.find(CLAIM, world.namespace):
+        world.api.set_finalizers(CLAIM, claim, [])
+    wait(lambda: not world.api.find(CLAIM, world.namespace))
+    world.step("phi")
+    again = world.api.find(CLAIM, world.namespace)
+    assert [old["metadata"]["name"]] == [claim["metadata"]["name"] for claim in again]
+
+
+def test_the_next_job_waits_for_the_last_pod_of_the_old_one(world: World) -> None:
+    """A pod that takes its time to stop: Replacing, and no second writer before it is gone."""
+    world.apply(workspace("phi", world.namespace))
+    pod = world.pod("phi")
+    world.run(pod)
+    world.state("phi", "Running")
+    world.api.set_finalizers(POD, world.api.find(POD, world.namespace)[0], ["example.com/slow"])
+    edited = workspace("phi", world.namespace)
+    edited["tuning"]["output"]["image"] = "registry.example.com/team/a:2"
+    world.apply(edited)
+    old = {job["metadata"]["uid"] for job in world.jobs()}
+    for _ in range(10):
+        world.step("phi")
+        assert old == {job["metadata"]["uid"] for job in world.jobs()}
+        time.sleep(0.05)
+    assert ("False", "Replacing") == world.condition("phi", "ResourceReady")
+    world.api.set_finalizers(POD, world.api.find(POD, world.namespace)[0], [])
+    world.until("phi", lambda: old.isdisjoint({job["metadata"]["uid"] for job in world.jobs()}))
+    world.until("phi", world.jobs)
 
 
 def test_a_network_policy_is_put_back(world: World) -> None:

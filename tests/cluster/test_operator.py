@@ -45,7 +45,7 @@ from jobs.cluster import (
     NotLeader,
 )
 from jobs.lease import Lease
-from jobs.options import Nodes, Options
+from jobs.options import Nodes, Options, Storage
 from jobs.watch import Watch
 
 ROOT = Path(__file__).parents[2]
@@ -78,27 +78,32 @@ def play(world: World, name: str) -> None:
 # rights
 
 
-@pytest.fixture(scope="module")
-def account(server: bed.Bed, api: Cluster) -> Cluster:
-    """The operator's ServiceAccount with the rights that configs/deploy ships, and no other."""
+def account_of(server: bed.Bed, api: Cluster, folder: str, namespace: str) -> Cluster:
+    """The operator's ServiceAccount with the rights of one folder of configs/deploy, no others."""
     done = subprocess.run(
-        ["kubectl", "kustomize", str(ROOT / "configs/deploy/provisioning")],
+        ["kubectl", "kustomize", str(ROOT / "configs/deploy" / folder)],
         capture_output=True,
         text=True,
         check=True,
     )
-    for item in yaml.safe_load_all(done.stdout):
+    for item in yaml.safe_load_all(done.stdout.replace("tuning-system", namespace)):
         if item["kind"] in RIGHTS:
             api.create(RIGHTS[item["kind"]], item)
-    own = wait(lambda: (api.get(ACCOUNT, "tuning-system", "tuning-operator") or {}).get("secrets"))
-    secret = api.get(SECRET, "tuning-system", own[0]["name"])
+    own = wait(lambda: (api.get(ACCOUNT, namespace, "tuning-operator") or {}).get("secrets"))
+    secret = api.get(SECRET, namespace, own[0]["name"])
     assert secret is not None
     token = base64.b64decode(secret["data"]["token"]).decode()
     config = yaml.safe_load(server.kubeconfig.read_text())
     config["users"] = [{"name": "me", "user": {"token": token}}]
-    file = server.folder / "cfg" / "operator.kubeconfig"
+    file = server.folder / "cfg" / f"{namespace}.kubeconfig"
     file.write_text(yaml.safe_dump(config))
     return cluster.connect(str(file), threads=8)
+
+
+@pytest.fixture(scope="module")
+def account(server: bed.Bed, api: Cluster) -> Cluster:
+    """The rights that buy machines, too."""
+    return account_of(server, api, "provisioning", "tuning-system")
 
 
 class Recording(Cluster):
@@ -181,6 +186,30 @@ def test_the_shipped_rights_are_enough_and_none_is_idle(api: Cluster, account: C
     assert granted - admission_only == recording.calls
     with pytest.raises(ApiError) as refused:
         account.find(SECRET, world.namespace)
+    assert 403 == refused.value.status
+
+
+def test_the_rights_in_one_namespace_are_enough_for_it(server: bed.Bed, api: Cluster) -> None:
+    """From a Workspace to its end with nothing cluster-scoped; of other namespaces: nothing."""
+    space = "tuning-here"
+    account = account_of(server, api, "namespaced", space)
+    options = Options(namespaces=(space,), operator_namespace=space, keep_seconds=0)
+    options = options.model_copy(update={"storage": Storage(run_volume="claim")})
+    world = World(api, space, options)
+    preflight.check(account, options, threading.Event())
+    with operating(account, options, elect=True, namespace=space) as operator:
+        world.apply(config_map("mine", space, "training_config: {}\n"))
+        world.apply(workspace("phi", space, config="mine"))
+        own = workspace("own", space)
+        del own["resource"]["instanceType"]
+        world.apply(own)
+        play(world, "phi")
+        wait(lambda: world.status("phi").get("state") == "Succeeded")
+        wait(lambda: world.status("own").get("state") == "Pending")
+        assert "PlanUnknown" in world.status("own")["plan"]["summary"]
+        assert 0 == operator.metrics.reconciles.labels("error")._value.get()
+    with pytest.raises(ApiError) as refused:
+        account.find(WORKSPACE)
     assert 403 == refused.value.status
 
 
@@ -378,6 +407,7 @@ def test_probes_and_metrics_answer(api: Cluster) -> None:
             pool.clear()
     assert 'tuning_operator_reconciles_total{result="done"}' in text
     assert "tuning_operator_leading 1.0" in text
+    assert 'tuning_operator_workspaces{state="Pending"} 1.0' in text
 
 
 # 300 mutations

@@ -17,7 +17,6 @@ from cluster.place import PASSWORD, HostPython, Place, ended, operated, reachabl
 from cluster.world import wait
 
 from jobs import cluster, reconcile
-from jobs.cluster import POD
 
 
 @pytest.fixture(scope="module")

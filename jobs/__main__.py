@@ -43,17 +43,19 @@ def run(
     elect: Annotated[bool, typer.Option(help="Take part in the election of one writer.")] = True,
 ) -> None:
     """Look after Workspaces until SIGTERM."""
-    from jobs import cluster
+    from jobs import cluster, preflight
     from jobs.operator import Operator, Setup
 
     _log_json()
     decided = _options(options, policy)
     identity = f"{os.environ.get('POD_NAME') or socket.gethostname()}-{os.getpid()}"
+    reached = cluster.connect(kubeconfig, threads=workers)
     setup = Setup(identity, decided.operator_namespace, elect=elect, workers=workers)
-    operator = Operator(cluster.connect(kubeconfig, threads=workers), decided, setup)
+    operator = Operator(reached, decided, setup)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
+    preflight.check(reached, decided, stop)
     with serve.serving(
         port,
         healthy=lambda: operator.healthy,

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from jobs.cluster import Object
 from jobs.options import Nodes
 from jobs.pod import CONTAINER
+from tuning import reference
 from tuning.errors import redact
 from tuning.result import REASONS
 
@@ -57,9 +58,15 @@ def stamp(moment: datetime) -> str:
 
 def clean(text: object, limit: int = LONGEST) -> str:
     """One harmless line of what a stranger wrote: no control characters, no URL query."""
-    flat = " ".join(str(text).split())
+    flat = " ".join(str(text)[: 4 * limit].split())
     shown = "".join(c for c in flat if unicodedata.category(c)[0] != "C")
     return redact(shown)[:limit]
+
+
+def number(value: object) -> bool:
+    """Whether a stranger's value is a number that JSON and the API server can hold."""
+    known = isinstance(value, int | float) and not isinstance(value, bool)
+    return known and abs(value) < 1 << 53  # type: ignore[arg-type]  # false for NaN, too
 
 
 def job_state(job: Object) -> Literal["complete", "failed", "suspended", "active"]:
@@ -116,17 +123,32 @@ def outcome(pod: Object) -> dict[str, Any]:
     if not isinstance(found, dict):
         return {}
     texts = {k: clean(found[k]) for k in ("phase", "reason", "message", "hint") if k in found}
-    numbers = {
+    numbers: dict[str, Any] = {
         k: found[k]
         for k in ("code", "step", "steps", "peakMemoryBytes")
-        if isinstance(found.get(k), int) and not isinstance(found[k], bool)
+        if number(found.get(k)) and isinstance(found[k], int)
     }
     digest = found.get("digest")
-    if isinstance(digest, str) and len(digest) == 71 and digest.startswith("sha256:"):
+    if isinstance(digest, str) and reference.is_digest(digest):
         texts["digest"] = digest
-    if isinstance(found.get("loss"), int | float):
+    if number(found.get("loss")):
         numbers["loss"] = found["loss"]
     return texts | numbers
+
+
+def unwell(job: Object, pod: Object) -> Trouble | None:
+    """What is worth knowing of a Job that runs: its node is silent, or somebody edited it."""
+    many = (job.get("spec") or {}).get("parallelism")
+    if many not in (None, 1):
+        what = f"somebody set the Job's parallelism to {many}: one pod trains, the others fail"
+        return Trouble("JobEdited", what, "set it to 1")
+    ready, meta = condition(pod, "Ready") or {}, pod["metadata"]
+    if ready.get("status") == "Unknown" or (pod.get("status") or {}).get("reason") == "NodeLost":
+        what = "the pod's node does not answer; no other pod starts before this one is gone"
+        return Trouble("NodeLost", what, "delete the Node object if the machine is gone for good")
+    if meta.get("deletionTimestamp"):
+        return Trouble("PodTerminating", "the pod is being stopped and saves its state")
+    return None
 
 
 def failure(job: Object, pods: tuple[Object, ...]) -> Trouble:
@@ -135,12 +157,15 @@ def failure(job: Object, pods: tuple[Object, ...]) -> Trouble:
     if said.get("reason") == "DeadlineExceeded":
         hint = "raise the annotation tuning.kaito.sh/deadline-seconds, or take a faster machine"
         return Trouble("DeadlineExceeded", "the Job ran longer than it may", hint)
-    ended = [pod for pod in pods if terminated(pod)]
+    ended = [pod for pod in pods if terminated(pod) or (pod.get("status") or {}).get("reason")]
     last = newest(tuple(ended))
     if last is None:
         return Trouble(said.get("reason") or "JobFailed", clean(said.get("message") or "no pod"))
     end, told = terminated(last) or {}, outcome(last)
     code = end.get("exitCode")
+    if (last.get("status") or {}).get("reason") == "Evicted":
+        what = clean(last["status"].get("message") or "the kubelet evicted the pod")
+        return Trouble("PodEvicted", what, "see the node's disk and memory", code=code)
     if end.get("reason") == "OOMKilled":
         hint = "set a smaller per_device_train_batch_size or max_length, or take more memory"
         return Trouble("OutOfMemory", "the kernel killed it: out of memory", hint, code=code)

@@ -37,6 +37,7 @@ class Lease:
         self._identity, self._duration, self._clock = identity, duration, clock
         self._renewed: float | None = None  # when our last renewal was *sent*
         self._seen: tuple[str, float] | None = None  # another's version, and since when
+        self.taken = False  # whether another had it when it was last looked at
 
     @property
     def held(self) -> bool:
@@ -64,6 +65,7 @@ class Lease:
         sent = self._clock()
         try:
             lease = self._cluster.get(LEASE, self._namespace, self._name)
+            self.taken = lease is not None and not self._ours_or_free(lease)
             if lease is None:
                 taken = self._cluster.create(LEASE, self._object({})) is not None
             elif self._may_take(lease):
@@ -90,12 +92,14 @@ class Lease:
             log.warning("lease was not given back: %s", error)
         self._renewed = None
 
+    def _ours_or_free(self, lease: Object) -> bool:
+        return (lease.get("spec") or {}).get("holderIdentity") in (None, "", self._identity)
+
     def _may_take(self, lease: Object) -> bool:
         """Ours, nobody's, or unchanged for as long as its holder promised to renew it."""
-        spec = lease.get("spec") or {}
-        holder = spec.get("holderIdentity")
-        if not holder or holder == self._identity:
+        if self._ours_or_free(lease):
             return True
+        spec = lease.get("spec") or {}
         version, now = lease["metadata"]["resourceVersion"], self._clock()
         if self._seen is None or self._seen[0] != version:
             self._seen = (version, now)

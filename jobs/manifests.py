@@ -14,7 +14,6 @@ from jobs.options import Options
 from jobs.wanted import PRIORITY, QUEUE, Wanted, identity
 from tuning import reference
 from tuning import spec as specs
-from tuning.errors import SpecError
 from tuning.result import REASONS, RETRYABLE
 from tuning.spec import Spec
 
@@ -143,10 +142,7 @@ def _ports(spec: Spec) -> set[int]:
         found.add(parts.port or (80 if parts.scheme.lower() == "http" else 443))
     for image in (spec.source.image, spec.destination.image):
         if image:
-            try:
-                host = reference.parse(image).registry
-            except SpecError:
-                continue
+            host = reference.parse(image).registry
             port = urlsplit(f"//{host}").port
             found |= {port} if port else ({80} if _local(host) else set())
     return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from jobs.cluster import WORKSPACE, Object
 from jobs.options import Options
 from jobs.wanted import QUEUE, Wanted, identity, short_name
@@ -14,8 +16,14 @@ REVISION_LABEL = f"{ANNOTATION}revision"
 CONFIG_ANNOTATION = f"{ANNOTATION}config"
 UID_LABEL = f"{ANNOTATION}workspace-uid"
 FINALIZER = "workspace.finalizer.kaito.sh"
+_NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*", re.A)
 # Kept out of the fields that a Workspace selects nodes by, as in KAITO.
 _RESERVED = ("kaito.sh/", "karpenter.kaito.sh/")
+
+
+def possible(name: object) -> bool:
+    """Whether an object can be called so (a DNS subdomain)."""
+    return isinstance(name, str) and len(name) <= 253 and _NAME.fullmatch(name) is not None
 
 
 def job_name(workspace: Object, wanted: Wanted) -> str:

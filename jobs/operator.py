@@ -7,13 +7,15 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from jobs.cluster import WORKSPACE, ApiError, Cluster, NotLeader, Object
+from jobs.cluster import WORKSPACE, ApiError, Cluster, Kind, NotLeader, Object
 from jobs.lease import Lease
+from jobs.observe import Context
 from jobs.options import Options
 from jobs.poll import Poll
-from jobs.reconcile import Context, reconcile
+from jobs.reconcile import reconcile
 from jobs.serve import Metrics
 from jobs.site import Site
 from jobs.watch import RESYNC, SOURCES, Key, Watch
@@ -22,7 +24,8 @@ from jobs.work import Queue
 log = logging.getLogger(__name__)
 
 _TURN = 0.02  # seconds between looks that no event asked for, all Workspaces together
-_STALE = 2 * RESYNC + 60  # seconds after which a watch that did not list is dead
+_SETTLE = 0.1  # seconds in which events of one Job and its pods are gathered
+_STALE = 300  # seconds in which a watch begins some call, be it in vain; else its thread hangs
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,9 @@ class Operator:
         site = Site(self._cluster, options)
         self._context = Context(self._cluster, options, site, poll or Poll())
         self._watches: list[Watch] = []
+        self._arrived: dict[Key, Object] = {}  # new Workspaces as an event showed them
         self.metrics = Metrics()
-        self.queue: Queue[Key] = Queue()
+        self.queue: Queue[Key] = Queue(group_of=lambda key: key[0])
 
     @property
     def ready(self) -> bool:
@@ -75,36 +79,45 @@ class Operator:
 
     @property
     def healthy(self) -> bool:
-        """False when a watch has not listed for so long that a restart is the better try."""
+        """False when a watch hangs, so that a restart is the better try. An API server that is down
+        is no reason: a restart would not bring it back."""
         now = time.monotonic()
-        return all(w.listed is None or now - w.listed < _STALE for w in self._watches)
+        return all(w.moved is None or now - w.moved < _STALE for w in self._watches)
 
     def run(self, stop: threading.Event) -> bool:
-        """Work until `stop`; False if the lease was lost, so that the process should end."""
+        """Work until `stop`; False if another has the lease now, so that the process should end.
+
+        A lease that ran out because the API server was away is asked for again.
+        """
         if not self._setup.elect:
             self._lead(stop)
             return True
-        if not self._lease.acquire(stop):
-            return True
-        lost = threading.Event()
+        while self._lease.acquire(stop):
+            log.info("leading as %s", self._setup.identity)
+            self._term(stop)
+            if stop.is_set():
+                self._lease.give_back()
+                return True
+            if self._lease.taken:
+                return False
+        return True
+
+    def _term(self, stop: threading.Event) -> None:
+        """Lead until `stop`, or until the lease is lost."""
+        over = threading.Event()
 
         def keep() -> None:
             self._lease.keep(stop)
-            if not stop.is_set():
-                lost.set()
-                stop.set()
+            over.set()
 
         keeper = threading.Thread(target=keep, name="lease", daemon=True)
         keeper.start()
-        log.info("leading as %s", self._setup.identity)
-        self._lead(stop)
+        self._lead(over)
         keeper.join()
-        if not lost.is_set():
-            self._lease.give_back()
-        return not lost.is_set()
 
     def _lead(self, stop: threading.Event) -> None:
         self.metrics.leading.set(1)
+        self.queue = Queue(group_of=lambda key: key[0])
         spaces: tuple[str | None, ...] = self._options.namespaces or (None,)
         self._watches = [
             Watch(
@@ -113,7 +126,7 @@ class Operator:
                 space,
                 labels=labels,
                 key_of=key_of,
-                tell=self.queue.add,
+                tell=partial(self._told, kind),
                 resync=self._setup.resync,
             )
             for space in spaces
@@ -132,6 +145,17 @@ class Operator:
         for worker in workers:
             worker.join()  # what was begun is ended; watches are left to their time limit
         self.metrics.leading.set(0)
+        self.metrics.forget()
+
+    def _told(self, kind: Kind, key: Key, news: Object | None) -> None:
+        """A new or edited Workspace is looked at before all others, for somebody waits for it.
+        Jobs and pods change several times in a moment, which is worth one look."""
+        if kind != WORKSPACE:
+            self.queue.add(key, after=_SETTLE)
+            return
+        if news and not news.get("status"):
+            self._arrived[key] = news
+        self.queue.add(key, first=news is not None)
 
     def _work(self) -> None:
         while (key := self.queue.take()) is not None:
@@ -143,7 +167,7 @@ class Operator:
 
     def _look(self, key: Key, place: dict[str, str]) -> str:
         try:
-            again = reconcile(self._context, *key)
+            look = reconcile(self._context, *key, arrived=self._arrived.pop(key, None))
         except NotLeader:
             self.queue.done(key)
             return "not leading"
@@ -162,7 +186,9 @@ class Operator:
             log.exception("reconcile failed", extra=place)
             self.queue.failed(key)
             return "error"
+        again = look.again
         if again is not None:  # many that wait are asked in turn, events still come at once
             again = max(again, _TURN * len(self.queue))
         self.queue.done(key, again=again)
+        self.metrics.stands(key, look.state)
         return "done"

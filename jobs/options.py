@@ -47,6 +47,8 @@ class Nodes(_Part):
     """Time that the cloud has to launch a machine."""
     register_seconds: int = Field(900, ge=1)
     """Time that a launched machine has to become a ready node."""
+    per_namespace: int | None = Field(None, ge=1)
+    """How many machines the Workspaces of one namespace may have at a time; the others wait."""
     attempts: int = Field(3, ge=1)
     """How often a machine is asked for, before the Workspace fails with the cloud's message."""
     tolerations: tuple[dict[str, str], ...] = ()
@@ -87,6 +89,9 @@ class Options(_Part):
     """Where the run directory and the base weights are kept."""
     backoff_limit: int = Field(3, ge=0)
     """Pods that may fail for a passing reason."""
+    beside_kaito: Literal["refuse", "opt-in"] = "refuse"
+    """Where KAITO's controller is at work: do not start, or look only after Workspaces with the
+    annotation `tuning.kaito.sh/opt-in: "true"`."""
     deadline_seconds: int | None = Field(None, ge=1)
     """Longest time of a Job."""
     keep_seconds: int = Field(7 * DAY, ge=0)

@@ -8,31 +8,27 @@ the next call. A Job's name is the hash of what it is for: there are never two o
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import Any, Literal
 
-from jobs import children, manifests, names, wanted
+from jobs import children, manifests, names, preflight, wanted
 from jobs.children import Trouble
 from jobs.cluster import (
     CLAIM,
-    CONFIG_MAP,
-    CORE_EVENT,
     JOB,
     NETWORK_POLICY,
     NODE_CLAIM,
-    POD,
     WORKSPACE,
     ApiError,
     Cluster,
     Kind,
     Object,
 )
+from jobs.observe import Context, observe
 from jobs.options import Options
-from jobs.site import Site
 from jobs.stage import Seen, Stage, Word, attempts, judge
-from jobs.status import status
+from jobs.status import farewell, status
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +36,9 @@ _AGAIN: dict[Word, float] = {  # seconds until the next look, where no event wou
     "invalid": 30,
     "replacing": 5,
     "buying": 10,
+    "queued": 60,
     "creating": 2,
-    "pending": 5,
+    "pending": 30,
     "running": 15,
     "refused": 60,
     "conflict": 60,
@@ -50,124 +47,48 @@ _AGAIN: dict[Word, float] = {  # seconds until the next look, where no event wou
     "failed": 1,
     "unbought": 1,
 }
-_LONG_WAIT, _SLOW = (
-    timedelta(minutes=2),
-    30.0,
-)  # a pod that has waited this long is asked less often
-
-
-@dataclass(frozen=True)
-class Context:
-    """What every reconcile shares."""
-
-    cluster: Cluster
-    options: Options
-    site: Site
-    poll: Callable[[Object], dict[str, Any] | None]  # pod -> its progress
-    now: Callable[[], datetime] = lambda: datetime.now(UTC)
+_SOONEST = 5.0  # seconds between looks at a young pod whose volumes are not there
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What is to be done, in this order: finalizers, deletions, status, creations."""
+    """What is to be done, in this order."""
 
     finalizers: list[str] | None = None
+    status: Object | None = None
     delete: tuple[tuple[Kind, Object], ...] = ()
     create: tuple[tuple[Kind, Object], ...] = ()
-    status: Object | None = None
+    put_back: tuple[tuple[Kind, Object], ...] = ()  # as they should be, with their version
     again: float | None = None  # seconds until the next look
     stage: Stage = field(default_factory=lambda: Stage("finished"))
 
 
-def reconcile(context: Context, namespace: str, name: str) -> float | None:
+@dataclass(frozen=True)
+class Look:
+    """What one look at a Workspace came to."""
+
+    again: float | None = None  # seconds until the next one; None: an event will ask for it
+    state: str | None = None  # of the Workspace; None: it is gone, or not ours
+
+
+def reconcile(
+    context: Context, namespace: str, name: str, *, arrived: Object | None = None
+) -> Look:
     """Bring one Workspace a step nearer to what it wants.
 
-    Returns the seconds after which to look again, or None to wait for an event. Raises ApiError.
+    `arrived`: a new Workspace as an event showed it. It need not be read again: the first write is
+    its status, which the server refuses with a conflict if this is not the newest version.
+    Raises ApiError.
     """
-    seen = observe(context, namespace, name)
-    if seen is None:
-        return None  # gone; its children go by their owner references
+    workspace = arrived or context.cluster.get(WORKSPACE, namespace, name)
+    if workspace is None:
+        return Look()  # gone; its children go by their owner references
+    if context.options.beside_kaito == "opt-in" and names.annotation(workspace, "opt-in") != "true":
+        return Look()  # KAITO's
+    seen = observe(context, workspace)
     decision = decide(seen, context.options)
     act(context, seen, decision)
-    return decision.again
-
-
-def observe(context: Context, namespace: str, name: str) -> Seen | None:
-    """Everything about the Workspace, read now; None if it is gone."""
-    cluster, options = context.cluster, context.options
-    workspace = cluster.get(WORKSPACE, namespace, name)
-    if workspace is None:
-        return None
-    uid = workspace["metadata"]["uid"]
-    config = (workspace.get("tuning") or {}).get("config")
-    config_map = cluster.get(CONFIG_MAP, namespace, config) if config else None
-    recorded, revision = workspace.get("status") or {}, wanted.revision(workspace)
-    named = cluster.get(JOB, namespace, wanted.short_name(workspace, revision))
-    job = named if named and names.owned(named, uid) else None
-    same = recorded.get("revision") == revision
-    ended = same and "completionTime" in recorded
-    if ended or (same and job and "plan" in recorded):
-        wish = wanted.glance(workspace, config_map)
-    else:
-        known = not _own_nodes(workspace)
-        device = None if known else context.site.device(names.selected(workspace))
-        wish = wanted.read(workspace, config_map, device)
-    pods = _pods(cluster, namespace, job) if job and not ended else ()
-    last = children.newest(pods)
-    machines: list[Object] = []
-    if options.nodes.provision:
-        machines = cluster.find(NODE_CLAIM, labels=f"{names.UID_LABEL}={uid}")
-    on_its_way = job is not None and not ended
-    return Seen(
-        workspace=workspace,
-        wanted=wish,
-        now=context.now(),
-        job=job,
-        old=_earlier_job(cluster, workspace, named),
-        foreign=named is not None and job is None,
-        pods=pods,
-        mount_warning=_mount_warning(cluster, last) if last else None,
-        machines=tuple(machines),
-        progress=context.poll(last) if last and children.running(last) else None,
-        run_claim=None
-        if on_its_way
-        else cluster.get(CLAIM, namespace, names.claim_name(workspace)),
-        storage=context.site.storage(),
-    )
-
-
-def _earlier_job(cluster: Cluster, workspace: Object, named: Object | None) -> Object | None:
-    """The Job of an earlier spec, if it is still there. Its name was recorded before it was made,
-    so that none is ever forgotten, and no list of all Jobs is needed to find it."""
-    meta, name = workspace["metadata"], (workspace.get("status") or {}).get("job")
-    if not name or (named and named["metadata"]["name"] == name):
-        return None
-    found = cluster.get(JOB, meta["namespace"], name)
-    return found if found and names.owned(found, meta["uid"]) else None
-
-
-def _own_nodes(workspace: Object) -> bool:
-    return not (workspace.get("resource") or {}).get("instanceType")
-
-
-def _pods(cluster: Cluster, namespace: str, job: Object) -> tuple[Object, ...]:
-    """The pods of this very Job, oldest first; the newest truth only where it is the last word."""
-    over = children.job_state(job) in ("complete", "failed")
-    label = f"job-name={job['metadata']['name']}"
-    found = cluster.find(POD, namespace, labels=label, cached=not over)
-    own = [pod for pod in found if names.owned(pod, job["metadata"]["uid"])]
-    return tuple(sorted(own, key=lambda pod: str(pod["metadata"]["creationTimestamp"])))
-
-
-def _mount_warning(cluster: Cluster, pod: Object) -> str | None:
-    """Why a pod with a node still has no container: a Secret or volume is missing."""
-    if not children.scheduled(pod) or children.started(pod):
-        return None
-    meta = pod["metadata"]
-    fields = f"involvedObject.uid={meta['uid']},reason=FailedMount"
-    found = cluster.find(CORE_EVENT, meta["namespace"], fields=fields)
-    last = max(found, key=lambda e: str(e.get("lastTimestamp") or ""), default=None)
-    return last.get("message") if last else None
+    return Look(decision.again, (decision.status or seen.recorded).get("state"))
 
 
 def decide(seen: Seen, options: Options) -> Decision:
@@ -185,15 +106,22 @@ def decide(seen: Seen, options: Options) -> Decision:
             return replace(decision, **_buy(seen, options))
         case "creating":
             return replace(decision, create=_children(seen, options))
+        case "pending" | "running":
+            return replace(decision, **_mended(seen, options))
     return decision
 
 
 def _again(seen: Seen, stage: Stage) -> float | None:
-    """A pod that has waited long is asked less often."""
-    if stage.word == "pending" and seen.pods:
-        age = seen.now - children.time(seen.pods[-1]["metadata"]["creationTimestamp"])
-        return min(_SLOW, max(_AGAIN["pending"], age.total_seconds() / 4))
-    return _AGAIN.get(stage.word)
+    """No change of Job or pod tells of a Secret or volume that is missing, or of a quota: who waits
+    for one is asked, later and later."""
+    usual = _AGAIN.get(stage.word)
+    last = children.newest(seen.pods) or seen.job
+    if usual is None or stage.word != "pending" or last is None:
+        return usual
+    if seen.pods and not children.scheduled(last):
+        return usual
+    age = seen.now - children.time(last["metadata"]["creationTimestamp"])
+    return min(usual, max(_SOONEST, age.total_seconds() / 4))
 
 
 def _children(seen: Seen, options: Options) -> tuple[tuple[Kind, Object], ...]:
@@ -208,6 +136,26 @@ def _children(seen: Seen, options: Options) -> tuple[tuple[Kind, Object], ...]:
     earlier = tuple(seen.recorded.get("outputs") or ())
     job = manifests.job(workspace, wish, options, claim=claim, earlier=earlier)
     return (*found, (JOB, job))
+
+
+def _mended(seen: Seen, options: Options) -> dict[str, Any]:
+    """What others took away or changed is put back. The Job itself is left to who edits it."""
+    made: list[tuple[Kind, Object]] = []
+    last = children.newest(seen.pods)
+    if seen.storage and not seen.run_claim and last and not children.scheduled(last):
+        made.append((CLAIM, manifests.run_claim(seen.workspace, seen.wanted, options)))
+    if seen.policy in ("unasked", "whole"):
+        return {"create": tuple(made)}
+    wish = wanted.read(seen.workspace, seen.config_map, None)
+    if wish.spec is None:  # its ConfigMap is gone: the policy cannot be told any more
+        return {"create": tuple(made)}
+    policy = manifests.network_policy(seen.workspace, wish, options)
+    if isinstance(seen.policy, str):
+        made.append((NETWORK_POLICY, policy))
+    elif seen.policy["spec"] != policy["spec"]:
+        changed = seen.policy | {"spec": policy["spec"]}
+        return {"create": tuple(made), "put_back": ((NETWORK_POLICY, changed),)}
+    return {"create": tuple(made)}
 
 
 def _buy(seen: Seen, options: Options) -> dict[str, Any]:
@@ -262,29 +210,37 @@ def _farewell(seen: Seen) -> Decision:
         alive = tuple(
             (kind, item) for kind, item in left if not item["metadata"].get("deletionTimestamp")
         )
-        return Decision(delete=alive, again=2)
+        return Decision(status=farewell(seen, left), delete=alive, again=2)
     if names.FINALIZER in have:
         return Decision(finalizers=[each for each in have if each != names.FINALIZER])
     return Decision()
 
 
 def act(context: Context, seen: Seen, decision: Decision) -> None:
-    """Carry a decision out. The status comes before what is created, as a note of the intent and as
-    a lock: of two writers the slower one gets a conflict there, and creates nothing.
+    """Carry a decision out. The status comes first, as a note of the intent and as a lock: of two
+    writers the slower one gets a conflict there, and deletes and creates nothing.
 
     A creation that the server refuses for good becomes a condition.
     """
     cluster, workspace = context.cluster, seen.workspace
     if decision.finalizers is not None:
-        cluster.set_finalizers(WORKSPACE, workspace, decision.finalizers)
-        workspace = cluster.get(WORKSPACE, *_key(workspace)) or workspace
+        stored = cluster.set_finalizers(WORKSPACE, workspace, decision.finalizers)
+        if stored is None:
+            return
+        workspace = stored
+    if decision.status is not None:
+        told = _tell(cluster, workspace, decision.status)
+        if told is None:
+            return
+        workspace = told
     for kind, item in decision.delete:
         cluster.delete(kind, item)
-    if decision.status is not None:
-        workspace = _tell(cluster, workspace, decision.status)
     try:
         for kind, item in decision.create:
-            cluster.create(kind, item)
+            if cluster.create(kind, item) is None and kind == CLAIM:
+                return  # whose it is must be seen before a run writes into it
+        for kind, item in decision.put_back:
+            cluster.replace(kind, item)
     except ApiError as error:
         if error.passing:
             raise
@@ -293,21 +249,20 @@ def act(context: Context, seen: Seen, decision: Decision) -> None:
         _tell(cluster, workspace, status(now, refused, context.options))
 
 
-def _tell(cluster: Cluster, workspace: Object, told: Object) -> Object:
-    """Write the status if it says something new, and events for its transitions."""
+def _tell(cluster: Cluster, workspace: Object, told: Object) -> Object | None:
+    """The Workspace after its status and events for its transitions were written, if it says
+    something new; None if it is gone."""
     recorded = workspace.get("status") or {}
     if told == recorded:
         return workspace
     stored = cluster.replace_status(WORKSPACE, workspace, told)
     if stored is None:
-        return workspace
+        return None
+    if "revision" in told and "revision" not in (stored.get("status") or {}):
+        raise preflight.foreign()  # before anything is made that would be forgotten
     for kind, reason, note in transitions(recorded, told):
         cluster.event(workspace, kind=kind, reason=reason, note=note)
     return stored
-
-
-def _key(item: Object) -> tuple[str, str]:
-    return item["metadata"]["namespace"], item["metadata"]["name"]
 
 
 def transitions(old: Object, new: Object) -> list[tuple[Literal["Normal", "Warning"], str, str]]:

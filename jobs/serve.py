@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -28,9 +28,31 @@ class Metrics:
         self.queued = Gauge(
             "tuning_operator_queue_length", "Workspaces to look at", registry=self.registry
         )
+        self._states: dict[Hashable, str] = {}
+        self._lock = threading.Lock()
+        self.workspaces = Gauge(
+            "tuning_operator_workspaces", "Workspaces by state", ["state"], registry=self.registry
+        )
         self.leading = Gauge(
             "tuning_operator_leading", "1 for the replica that writes", registry=self.registry
         )
+
+    def stands(self, key: Hashable, state: str | None) -> None:
+        """Count a Workspace under its state; None: it is gone."""
+        with self._lock:
+            before = self._states.pop(key, None)
+            if state:
+                self._states[key] = state
+        if before != state:
+            for each, step in ((before, -1), (state, 1)):
+                if each:
+                    self.workspaces.labels(each).inc(step)
+
+    def forget(self) -> None:
+        """Another replica counts now."""
+        with self._lock:
+            self._states.clear()
+        self.workspaces.clear()
 
 
 @contextmanager

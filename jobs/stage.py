@@ -34,6 +34,8 @@ Word = Literal[
     "failed",
 ]
 
+Policy = Literal["unasked", "whole", "gone"] | Object
+
 
 @dataclass(frozen=True)
 class Seen:
@@ -42,15 +44,18 @@ class Seen:
     workspace: Object
     wanted: Wanted
     now: datetime
+    config_map: Object | None = None  # that the Workspace names
     job: Object | None = None  # of this revision
     old: Object | None = None  # the Job of an earlier revision
-    foreign: bool = False  # somebody else's object has the Job's name
+    foreign: Object | None = None  # somebody else's object with a name of ours
     pods: tuple[Object, ...] = ()  # of `job`
-    mount_warning: str | None = None
+    warning: str | None = None  # an event that says why there is no pod, or no container
     machines: tuple[Object, ...] = ()  # NodeClaims of this Workspace
+    machines_nearby: int = 0  # of all Workspaces of the namespace, where that is limited
     progress: dict[str, Any] | None = None
     run_claim: Object | None = None
     storage: bool = True  # a claim for the run directory can be bound
+    policy: Policy = "unasked"  # the Job's network policy; the object if it was edited
 
     @property
     def recorded(self) -> Object:
@@ -81,15 +86,27 @@ def judge(seen: Seen, options: Options) -> Stage:
     if seen.old:
         return Stage("replacing", Trouble("Replacing", "the Job of the earlier spec is stopping"))
     if seen.foreign:
-        name = names.job_name(seen.workspace, wanted)
-        what = f"a Job {name} exists that does not belong to this Workspace"
-        return Stage("conflict", Trouble("NameConflict", what, "delete or rename that Job"))
+        kind, name = seen.foreign.get("kind") or "object", seen.foreign["metadata"]["name"]
+        what = f"a {kind} {name} exists that does not belong to this Workspace"
+        return Stage("conflict", Trouble("NameConflict", what, "delete or rename it"))
     if wanted.misfit:
         return Stage("misfit", misfit(seen.wanted))
     queued = names.queue(seen.workspace) is not None
+    creating = Stage("creating", _again(seen) or Trouble("", ""))
     if names.bought(wanted, options) and not queued:
-        return _of_machine(seen, options) or Stage("creating")
-    return Stage("creating")
+        return _of_machine(seen, options) or creating
+    return creating
+
+
+def _again(seen: Seen) -> Trouble | None:
+    """Says that a Job which was there is gone before its end."""
+    name, recorded = names.job_name(seen.workspace, seen.wanted), seen.recorded
+    if recorded.get("job") != name or not recorded.get("startTime"):
+        return None
+    what = "somebody deleted the Job; it is made again and goes on from the run volume"
+    if not seen.storage:
+        what = "somebody deleted the Job; it is made again and starts from the beginning"
+    return Trouble("JobDeleted", what)
 
 
 def _invalid(seen: Seen, options: Options) -> Trouble | None:
@@ -127,7 +144,7 @@ def _of_job(seen: Seen, job: Object, options: Options) -> Stage:
             return Stage("queued", Trouble("Queued", "the Job waits in its queue"))
     last = children.newest(tuple(p for p in seen.pods if not children.terminated(p)))
     if last is not None and children.running(last):
-        return Stage("running")
+        return Stage("running", children.unwell(job, last) or Trouble("", ""))
     if (
         names.bought(seen.wanted, options)
         and (last is None or not children.scheduled(last))
@@ -135,8 +152,9 @@ def _of_job(seen: Seen, job: Object, options: Options) -> Stage:
     ):
         return buying
     if last is None:
-        return Stage("pending", Trouble("PodPending", "the Job has made no pod yet"))
-    trouble = children.waiting(last, seen.mount_warning)
+        why = Trouble("PodRefused", children.clean(seen.warning)) if seen.warning else None
+        return Stage("pending", why or Trouble("PodPending", "the Job has made no pod yet"))
+    trouble = children.waiting(last, seen.warning)
     age = seen.now - children.time(last["metadata"]["creationTimestamp"])
     hopeless = trouble is not None and trouble.reason != "Unschedulable"
     if trouble and hopeless and age > timedelta(seconds=options.stuck_seconds):
@@ -155,6 +173,10 @@ def _of_machine(seen: Seen, options: Options) -> Stage | None:
         said = words or last_message(seen, "NodeClaimReady")
         what = f"no machine after {attempts(seen)} attempts: {said}"
         return Stage("unbought", Trouble("NodeClaimNotReady", what, "try another instanceType"))
+    limit = options.nodes.per_namespace
+    if not seen.machines and limit is not None and seen.machines_nearby >= limit:
+        what = f"the namespace has {seen.machines_nearby} machines, of {limit} that it may have"
+        return Stage("queued", Trouble("MachineLimit", what))
     return Stage("buying", Trouble("NodeClaimNotReady", words or "a machine is asked for"))
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from jobs import children, names
 from jobs.children import Trouble, clean, stamp
-from jobs.cluster import Object
+from jobs.cluster import Kind, Object
 from jobs.options import Options
 from jobs.stage import Seen, Stage, Word, attempts
 from tuning.plan import Plan
@@ -75,6 +75,13 @@ def status(seen: Seen, stage: Stage, options: Options) -> Object:
         found |= _result(seen, found["outputs"])
     found = {key: value for key, value in found.items() if value not in (None, "", {}, [], 0)}
     return _with(found, seen, _conditions(seen, stage, options))
+
+
+def farewell(seen: Seen, left: list[tuple[Kind, Object]]) -> Object:
+    """The status of a Workspace that is being deleted: what it still waits for, by name."""
+    what = ", ".join(f"{kind.name} {item['metadata']['name']}" for kind, item in left)
+    message = f"workspace is being deleted; waiting for {what} to go"
+    return _with(seen.recorded, seen, [("WorkspaceDeleting", "True", "workspaceDeleted", message)])
 
 
 def _state(seen: Seen, stage: Stage) -> str:
@@ -152,23 +159,27 @@ def _progress(seen: Seen, before: Object | None) -> Object:
     """The last word of the running pod, of the pod that ended, or what was known before."""
     told = next((t for p in reversed(seen.pods) if "step" in (t := children.outcome(p))), None)
     record = seen.progress or told
-    if not record or not isinstance(record.get("step"), int):
+    if not record or not all(_count(record.get(name, 0)) for name in ("step", "steps")):
         return before or {}
     names_ = (("step", "step"), ("steps", "steps"), ("epoch", "epoch"), ("loss", "loss"))
     more = (("tokensPerSecond", "tokens_per_second"), ("etaSeconds", "eta_seconds"))
     found = {
-        key: record[name]
-        for key, name in (*names_, *more)
-        if isinstance(record.get(name), int | float) and not isinstance(record[name], bool)
+        key: record[name] for key, name in (*names_, *more) if children.number(record.get(name))
     }
+    if "step" not in found:
+        return before or {}
     return {"text": _progress_text(found), **found}
+
+
+def _count(value: object) -> bool:
+    return isinstance(value, int) and children.number(value) and value >= 0
 
 
 def _progress_text(found: dict[str, Any]) -> str:
     step, steps = found["step"], found.get("steps")
     text = f"{step}/{steps} ({100 * step // steps}%)" if steps else str(step)
     left = found.get("etaSeconds")
-    if not left or step == steps:
+    if not left or left < 0 or step == steps:
         return text
     minutes = -(-int(left) // 60)
     return f"{text} {f'{minutes // 60}h{minutes % 60:02}m' if minutes >= 60 else f'{minutes}m'}"
@@ -225,7 +236,7 @@ def _conditions(seen: Seen, stage: Stage, options: Options) -> list[Claim]:
 
 
 def _machine_conditions(word: Word, trouble: Trouble) -> list[Claim]:
-    if word in ("buying", "unbought", "creating", "queued") and trouble.message:
+    if word in ("buying", "unbought", "queued"):
         return [
             ("NodeClaimReady", "False", "NodeClaimNotReady", trouble.message),
             ("NodesReady", "False", "NodeNotReady", "Not enough Nodes are ready"),
@@ -240,12 +251,8 @@ def _resource(word: Word, trouble: Trouble) -> Claim:
     if word in ("misfit", "buying", "unbought", "queued", "replacing", "conflict", "refused"):
         return ("ResourceReady", "False", trouble.reason, trouble.message)
     if word == "creating":
-        return (
-            "ResourceReady",
-            "False",
-            "workspaceResourceStatusNotReady",
-            "the Job is being made",
-        )
+        reason = trouble.reason or "workspaceResourceStatusNotReady"
+        return ("ResourceReady", "False", reason, trouble.message or "the Job is being made")
     if trouble.reason == "Unschedulable":
         return ("ResourceReady", "False", "Unschedulable", trouble.message)
     if word == "pending" and trouble.reason == "PodPending":
@@ -261,7 +268,7 @@ def _job_conditions(word: Word, trouble: Trouble, why: str) -> list[Claim]:
         if word == "succeeded":
             return [now, (succeeded, "True", "workspaceSucceeded", "workspace succeeds")]
         what = "workspace has not completed yet, tuning job is running"
-        return [now, (succeeded, "False", "workspacePending", what)]
+        return [now, (succeeded, "False", trouble.reason or "workspacePending", why or what)]
     if _STATE.get(word) == "Failed":
         reason = "WorkspaceTuningJobStatusFailed"
         what = f"{why}. Change: {trouble.hint}" if trouble.hint else why

@@ -1,7 +1,8 @@
 """List and watch -> keys of Workspaces, for ever.
 
 A key says only "look at this one": the reconciler reads everything anew, so that an event may come
-twice, late or never. Whatever ends a watch, a new list follows, and every `RESYNC` seconds at most.
+twice, late or never. What an event shows is passed on beside the key; a list's items are not.
+Whatever ends a watch, a new list follows, and every `RESYNC` seconds at most.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ import time
 from collections.abc import Callable
 
 from jobs import names
-from jobs.cluster import JOB, WORKSPACE, ApiError, Cluster, Kind, Object
+from jobs.cluster import JOB, POD, WORKSPACE, ApiError, Cluster, Kind, Object
 
 log = logging.getLogger(__name__)
 
 Key = tuple[str, str]  # namespace, name
 RESYNC = 300  # seconds
-PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds between lists that fail
+WATCH = 50  # seconds of one connection: a silent one is found out before a minute is over
+PAUSE, LONGEST_PAUSE = 1.0, 20.0  # seconds between lists that fail
 
 
 def key_of_workspace(item: Object) -> Key | None:
@@ -27,8 +29,8 @@ def key_of_workspace(item: Object) -> Key | None:
     return item["metadata"]["namespace"], item["metadata"]["name"]
 
 
-def key_of_job(item: Object) -> Key | None:
-    """The key of the Workspace that a Job belongs to."""
+def key_of_child(item: Object) -> Key | None:
+    """The key of the Workspace that a Job or a pod belongs to."""
     labels: dict[str, str] = item["metadata"].get("labels") or {}
     name = labels.get(names.WORKSPACE_LABEL)
     return (item["metadata"]["namespace"], name) if name else None
@@ -43,12 +45,13 @@ def is_echo(item: Object) -> bool:
 
 SOURCES: tuple[tuple[Kind, str, Callable[[Object], Key | None]], ...] = (
     (WORKSPACE, "", key_of_workspace),
-    (JOB, names.WORKSPACE_LABEL, key_of_job),
+    (JOB, names.REVISION_LABEL, key_of_child),
+    (POD, names.REVISION_LABEL, key_of_child),
 )
 
 
 class Watch:
-    """One endless list-and-watch; `listed` is when the last list succeeded (monotonic)."""
+    """One endless list-and-watch; `moved` is when it last began a call (monotonic)."""
 
     def __init__(
         self,
@@ -58,17 +61,18 @@ class Watch:
         *,
         labels: str,
         key_of: Callable[[Object], Key | None],
-        tell: Callable[[Key], None],
+        tell: Callable[[Key, Object | None], None],
         resync: int = RESYNC,
     ) -> None:
         self._cluster, self._kind, self._namespace = cluster, kind, namespace
         self._labels, self._key_of, self._tell, self._resync = labels, key_of, tell, resync
-        self.listed: float | None = None
+        self.moved: float | None = None
 
     def run(self, stop: threading.Event) -> None:
         """Until `stop`: list, tell every key, watch, and from the start again."""
         pause = PAUSE
         while not stop.is_set():
+            self.moved = time.monotonic()
             try:
                 self._once(stop)
                 pause = PAUSE
@@ -83,28 +87,27 @@ class Watch:
                 stop.wait(LONGEST_PAUSE)
 
     def _once(self, stop: threading.Event) -> None:
-        items, version = self._cluster.find_version(
-            self._kind, self._namespace, labels=self._labels
-        )
-        self.listed = time.monotonic()
-        for item in items:
-            self._pass_on(item)
-        del items
+        version = ""
+        for page in self._cluster.pages(self._kind, self._namespace, labels=self._labels):
+            items, version = page
+            for item in items:
+                self._pass_on(item, None)
         until = time.monotonic() + self._resync
         while not stop.is_set() and (left := until - time.monotonic()) > 0:
+            self.moved = time.monotonic()
             for item in self._cluster.watch(
                 self._kind,
                 self._namespace,
                 labels=self._labels,
                 version=version,
-                seconds=max(1, int(left)),
+                seconds=max(1, min(WATCH, int(left))),
             ):
                 version = item["metadata"]["resourceVersion"]
                 if not (self._kind == WORKSPACE and is_echo(item)):
-                    self._pass_on(item)
+                    self._pass_on(item, item)
                 if stop.is_set():
                     return
 
-    def _pass_on(self, item: Object) -> None:
+    def _pass_on(self, item: Object, news: Object | None) -> None:
         if key := self._key_of(item):
-            self._tell(key)
+            self._tell(key, news)

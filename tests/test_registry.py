@@ -16,9 +16,10 @@ from faults import proxy as fp
 from faults.proxy import Fault, Proxy, Reply
 from registries import Certificate, Registry, TokenFront, tool
 
-from tuning import image, reference, registry
+from tuning import delivery, image, reference, registry
 from tuning.credentials import Login
 from tuning.errors import RefusedError, SpecError, TransientError, TuningError
+from tuning.spec import Destination
 
 pytestmark = pytest.mark.registry
 
@@ -249,6 +250,19 @@ def test_a_tag_is_replaced_where_that_is_wanted(open_registry, built, other, rep
     push(to, built, **({"own": (digest(other),)} if way == "own" else {"on_tag_exists": way}))
 
     assert digest(built) == held(open_registry, repository)
+
+
+def test_an_earlier_output_of_the_workspace_is_replaced(open_registry, built, other, repository):
+    """What the operator recorded in the status counts like what the run directory remembers."""
+    to = remote(open_registry.host, repository)
+    push(to, other)
+    name = f"{open_registry.host}/{repository}:1"
+    terms = {"access": delivery.Access(), "run_id": "run-1", "own": ()}
+
+    with pytest.raises(RefusedError, match="REG-140"):
+        delivery.claim(Destination(image=name), **terms)
+    earlier = Destination(image=name, earlier=(digest(other),))
+    assert delivery.claim(earlier, **terms) is None
 
 
 def test_a_look_tells_whose_image_it_is(open_registry, built, repository, tmp_path):

@@ -360,6 +360,16 @@ def test_annotation_replaces_the_tag() -> None:
     assert "overwrite" == changed.destination.on_tag_exists
 
 
+def test_the_status_tells_of_earlier_outputs() -> None:
+    """Their digests may be replaced under the tag; whatever else stands there is no digest."""
+    digest = "sha256:" + "ab" * 32
+    changed = with_changes(status={"outputs": [digest, "sha256:short", 7], "state": "Succeeded"})
+
+    assert (digest,) == read(changed).destination.earlier
+    assert () == read(with_changes(status={"outputs": "x"})).destination.earlier
+    assert () == read(WORKSPACE).destination.earlier
+
+
 def test_what_kubectl_prints_can_be_read_again() -> None:
     """Status and the metadata of the cluster are read over, null is absent."""
     metadata = {"name": "mine", "uid": "1", "creationTimestamp": "2026-01-01T00:00:00Z"}

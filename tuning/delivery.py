@@ -121,14 +121,16 @@ def claim(
 ) -> str | None:
     """The digest that this very run left under the tag already, or None.
 
-    `run_id` None: not known yet, so an image of any run passes for now. Raises RefusedError for a
-    tag that holds somebody else's image.
+    `own`: digests that this run directory put out before; with those that the Workspace did, they
+    may be replaced. `run_id` None: not known yet, so an image of any run passes for now. Raises
+    RefusedError for a tag that holds somebody else's image.
     """
     if destination.image is None:
         return None
     remote = access.remote(destination.image, secret=access.push_secret, patience=QUICK)
     policy = destination.on_tag_exists
-    found = registry.claim(remote, run_id=run_id, own=own, on_tag_exists=policy)
+    ours = {*own, *destination.earlier}
+    found = registry.claim(remote, run_id=run_id, own=ours, on_tag_exists=policy)
     return found.digest if found else None
 
 
@@ -200,7 +202,7 @@ def deliver(
             remote,
             layout,
             run_id=run_id,
-            own=own,
+            own={*own, *destination.earlier},
             on_tag_exists=destination.on_tag_exists,
             progress=progress,
         )

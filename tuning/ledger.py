@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache
 from typing import Any, Literal
 
 from tuning.presets import CONFIGS
@@ -305,6 +306,7 @@ def _states(optimizer: str, adapters: Precision) -> float:
     return 1.0 if optimizer.startswith("lion") else 2.0
 
 
+@lru_cache(maxsize=64)  # read once: the operator plans by the hundred
 def load(name: str) -> Coefficients | None:
     """The coefficients of the preset `name`; None for one without."""
     path = CONFIGS / "memory" / f"{name}.json"

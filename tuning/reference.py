@@ -58,9 +58,14 @@ def parse(text: str) -> Reference:
     return Reference(registry, repository, tag, digest)
 
 
+def is_digest(text: str) -> bool:
+    """Whether `text` names an image by its content."""
+    return _DIGEST.fullmatch(text) is not None
+
+
 def _split_tag_and_digest(text: str) -> tuple[str, str | None, str | None]:
     rest, at, digest = text.partition("@")
-    if at and not _DIGEST.fullmatch(digest):
+    if at and not is_digest(digest):
         raise ValueError("after the @ must come a digest like sha256:<64 hexadecimal digits>")
     name, colon, tag = rest.rpartition(":")
     if not colon or "/" in tag:  # the colon of a port

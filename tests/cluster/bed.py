@@ -14,6 +14,7 @@ from pathlib import Path
 SCRIPTS = Path(__file__).parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tuning-kubernetes"
 BINARIES = CACHE / "bin"
+RUNNING = CACHE / "running"  # a file for each cluster that is up: its folder
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,10 @@ def up(folder: Path, mode: str = "control-plane") -> Iterator[Bed]:
     """A cluster in `folder`, for as long as the block lasts."""
     if gap := missing("kube-apiserver", "kube-controller-manager"):
         raise RuntimeError(gap)
+    sweep()
+    note = RUNNING / f"{os.getpid()}-{folder.name}"
+    note.parent.mkdir(exist_ok=True)
+    note.write_text(str(folder))
     ports = dict(zip(("APISERVER_PORT", "ETCD_PORT", "KCM_PORT", "EXT_PORT"), _free(), strict=True))
     try:
         told = _run("up.sh", mode, str(folder), ports=ports)
@@ -49,7 +54,21 @@ def up(folder: Path, mode: str = "control-plane") -> Iterator[Bed]:
         assert found, told
         yield Bed(Path(found[1]), folder, ports)
     finally:
-        subprocess.run([SCRIPTS / "down.sh", str(folder), "--purge"], check=False, timeout=120)
+        _down(folder)
+        note.unlink()
+
+
+def sweep() -> None:
+    """Stop the clusters of test processes that were killed before they could do it."""
+    for note in RUNNING.glob("*-*"):
+        pid = int(note.name.partition("-")[0])
+        if not Path(f"/proc/{pid}").exists():
+            _down(Path(note.read_text()))
+            note.unlink(missing_ok=True)
+
+
+def _down(folder: Path) -> None:
+    subprocess.run([SCRIPTS / "down.sh", str(folder), "--purge"], check=False, timeout=280)
 
 
 def _run(name: str, *arguments: str, ports: dict[str, str]) -> str:

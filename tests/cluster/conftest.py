@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator
 
 import pytest
-from cluster import bed
-from cluster.world import CRD, NODE_CLAIM_CRD, World, fresh, wait
+from cluster import bed, place
+from cluster.world import NODE_CLAIM_CRD, World, fresh, wait
 
 from jobs import cluster, crd
-from jobs.cluster import NODE_CLAIM, WORKSPACE, ApiError, Cluster, Kind
+from jobs.cluster import CRD, NODE_CLAIM, WORKSPACE, ApiError, Cluster, Kind
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -50,3 +52,25 @@ def api(server: bed.Bed) -> Cluster:
 def world(api: Cluster) -> World:
     """A namespace of its own, and an operator that is called step by step."""
     return fresh(api)
+
+
+# real pods
+
+
+@pytest.fixture(scope="session")
+def full(tmp_path_factory: pytest.TempPathFactory) -> Iterator[bed.Bed]:
+    """One full cluster a machine: it needs root, cgroups and fixed ports."""
+    if gap := bed.missing("kubelet", "kube-scheduler", "pause"):
+        pytest.fail(gap, pytrace=False)
+    if os.geteuid() or not all(map(shutil.which, ("containerd", "runc", "kubectl"))):
+        pytest.skip("real pods are not tried here: needs root, containerd, runc and kubectl")
+    with bed.up(tmp_path_factory.mktemp("full"), "full") as found:
+        place.prepare(cluster.connect(str(found.kubeconfig), threads=8))
+        yield found
+
+
+@pytest.fixture(scope="session")
+def login_registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """host:port of a real registry that asks for a password."""
+    with place.docker_registry(tmp_path_factory.mktemp("registry")) as found:
+        yield found

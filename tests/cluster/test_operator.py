@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import copy
 import random
 import re
@@ -27,15 +26,26 @@ from cluster.world import (
     World,
     config_map,
     fresh,
+    operating,
     wait,
     workspace,
 )
 
-from jobs import cluster, names, serve
-from jobs.cluster import JOB, LEASE, NODE_CLAIM, POD, WORKSPACE, ApiError, Cluster, Kind, NotLeader
+from jobs import cluster, names, preflight, serve
+from jobs.cluster import (
+    JOB,
+    LEASE,
+    NETWORK_POLICY,
+    NODE_CLAIM,
+    POD,
+    WORKSPACE,
+    ApiError,
+    Cluster,
+    Kind,
+    NotLeader,
+)
 from jobs.lease import Lease
-from jobs.operator import Operator, Setup
-from jobs.options import Nodes, Options
+from jobs.options import Nodes, Options, Storage
 from jobs.watch import Watch
 
 ROOT = Path(__file__).parents[2]
@@ -49,27 +59,6 @@ RIGHTS = {
         "rbac.authorization.k8s.io", "v1", "clusterrolebindings", "ClusterRoleBinding", False
     ),
 }
-
-
-@contextlib.contextmanager
-def operating(
-    api: Cluster, options: Options, *, elect: bool = False, resync: int = 300, **setup: Any
-) -> Iterator[Operator]:
-    """An operator in threads, for as long as the block lasts."""
-    found = Operator(
-        api,
-        options,
-        Setup("one", elect=elect, resync=resync, **setup),
-        poll=lambda pod: {"step": 1, "steps": 2},
-    )
-    stop = threading.Event()
-    thread = threading.Thread(target=found.run, args=(stop,))
-    thread.start()
-    try:
-        yield found
-    finally:
-        stop.set()
-        thread.join()
 
 
 def play(world: World, name: str) -> None:
@@ -89,27 +78,32 @@ def play(world: World, name: str) -> None:
 # rights
 
 
-@pytest.fixture(scope="module")
-def account(server: bed.Bed, api: Cluster) -> Cluster:
-    """The operator's ServiceAccount with the rights that configs/deploy ships, and no other."""
+def account_of(server: bed.Bed, api: Cluster, folder: str, namespace: str) -> Cluster:
+    """The operator's ServiceAccount with the rights of one folder of configs/deploy, no others."""
     done = subprocess.run(
-        ["kubectl", "kustomize", str(ROOT / "configs/deploy/provisioning")],
+        ["kubectl", "kustomize", str(ROOT / "configs/deploy" / folder)],
         capture_output=True,
         text=True,
         check=True,
     )
-    for item in yaml.safe_load_all(done.stdout):
+    for item in yaml.safe_load_all(done.stdout.replace("tuning-system", namespace)):
         if item["kind"] in RIGHTS:
             api.create(RIGHTS[item["kind"]], item)
-    own = wait(lambda: (api.get(ACCOUNT, "tuning-system", "tuning-operator") or {}).get("secrets"))
-    secret = api.get(SECRET, "tuning-system", own[0]["name"])
+    own = wait(lambda: (api.get(ACCOUNT, namespace, "tuning-operator") or {}).get("secrets"))
+    secret = api.get(SECRET, namespace, own[0]["name"])
     assert secret is not None
     token = base64.b64decode(secret["data"]["token"]).decode()
     config = yaml.safe_load(server.kubeconfig.read_text())
     config["users"] = [{"name": "me", "user": {"token": token}}]
-    file = server.folder / "cfg" / "operator.kubeconfig"
+    file = server.folder / "cfg" / f"{namespace}.kubeconfig"
     file.write_text(yaml.safe_dump(config))
     return cluster.connect(str(file), threads=8)
+
+
+@pytest.fixture(scope="module")
+def account(server: bed.Bed, api: Cluster) -> Cluster:
+    """The rights that buy machines, too."""
+    return account_of(server, api, "provisioning", "tuning-system")
 
 
 class Recording(Cluster):
@@ -149,7 +143,8 @@ def test_the_shipped_rights_are_enough_and_none_is_idle(api: Cluster, account: C
         update={"storage": options.storage.model_copy(update={"storage_class": "manual"})}
     )
     world = fresh(api)
-    with operating(recording, options, elect=True):
+    preflight.check(recording, options, threading.Event())
+    with operating(recording, options, elect=True) as operator:
         world.apply(config_map("mine", world.namespace, "training_config: {}\n"))
         world.apply(workspace("phi", world.namespace, config="mine"))
         mine = f"{names.UID_LABEL}={world.get('phi')['metadata']['uid']}"
@@ -158,6 +153,9 @@ def test_the_shipped_rights_are_enough_and_none_is_idle(api: Cluster, account: C
         pod = wait(lambda: api.find(POD, world.namespace))[0]
         world.patch_status(POD, pod, {"conditions": [{"type": "PodScheduled", "status": "True"}]})
         wait(lambda: ("list", "", "events") in recording.calls)
+        policy = api.find(NETWORK_POLICY, world.namespace)[0]
+        api.replace(NETWORK_POLICY, policy | {"spec": policy["spec"] | {"egress": []}})
+        operator._context.rarely._until.clear()  # its minute is over
         play(world, "phi")
         wait(lambda: world.status("phi").get("state") == "Succeeded")
         wait(lambda: not api.find(NODE_CLAIM, labels=mine))
@@ -188,6 +186,30 @@ def test_the_shipped_rights_are_enough_and_none_is_idle(api: Cluster, account: C
     assert granted - admission_only == recording.calls
     with pytest.raises(ApiError) as refused:
         account.find(SECRET, world.namespace)
+    assert 403 == refused.value.status
+
+
+def test_the_rights_in_one_namespace_are_enough_for_it(server: bed.Bed, api: Cluster) -> None:
+    """From a Workspace to its end with nothing cluster-scoped; of other namespaces: nothing."""
+    space = "tuning-here"
+    account = account_of(server, api, "namespaced", space)
+    options = Options(namespaces=(space,), operator_namespace=space, keep_seconds=0)
+    options = options.model_copy(update={"storage": Storage(run_volume="claim")})
+    world = World(api, space, options)
+    preflight.check(account, options, threading.Event())
+    with operating(account, options, elect=True, namespace=space) as operator:
+        world.apply(config_map("mine", space, "training_config: {}\n"))
+        world.apply(workspace("phi", space, config="mine"))
+        own = workspace("own", space)
+        del own["resource"]["instanceType"]
+        world.apply(own)
+        play(world, "phi")
+        wait(lambda: world.status("phi").get("state") == "Succeeded")
+        wait(lambda: world.status("own").get("state") == "Pending")
+        assert "PlanUnknown" in world.status("own")["plan"]["summary"]
+        assert 0 == operator.metrics.reconciles.labels("error")._value.get()
+    with pytest.raises(ApiError) as refused:
+        account.find(WORKSPACE)
     assert 403 == refused.value.status
 
 
@@ -338,9 +360,9 @@ def test_a_stale_version_is_answered_by_a_list(api: Cluster) -> None:
     lists = []
 
     class Stale(Cluster):
-        def find_version(self, *args: Any, **more: Any) -> Any:
+        def pages(self, *args: Any, **more: Any) -> Any:
             lists.append(time.monotonic())
-            return super().find_version(*args, **more)
+            return super().pages(*args, **more)
 
         def watch(self, *args: Any, **more: Any) -> Iterator[Any]:
             raise ApiError(410, "Gone", "too old resource version")
@@ -348,7 +370,7 @@ def test_a_stale_version_is_answered_by_a_list(api: Cluster) -> None:
 
     stop, told = threading.Event(), []
 
-    def tell(key: Any) -> None:
+    def tell(key: Any, news: Any) -> None:
         told.append(key)
         if len(told) == 5:
             stop.set()
@@ -385,6 +407,7 @@ def test_probes_and_metrics_answer(api: Cluster) -> None:
             pool.clear()
     assert 'tuning_operator_reconciles_total{result="done"}' in text
     assert "tuning_operator_leading 1.0" in text
+    assert 'tuning_operator_workspaces{state="Pending"} 1.0' in text
 
 
 # 300 mutations

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import copy
+import re
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from cluster import bed
 from cluster.world import workspace
 
 from jobs import cluster
 from jobs.cluster import WORKSPACE, ApiError, Cluster
 
-CRD_FILE = Path(__file__).parents[2] / "configs/deploy/crd/workspaces.kaito.sh.yaml"
+ROOT = Path(__file__).parents[2]
+CRD_FILE = ROOT / "configs/deploy/crd/workspaces.kaito.sh.yaml"
 ALPHA = cluster.Kind("kaito.sh", "v1alpha1", "workspaces", "Workspace")
 
 
@@ -165,6 +168,18 @@ def test_and_some_may_change(judge: Cluster, path: str, value: Any) -> None:
         item["metadata"]["generation"] + (path != "")
         == judge.replace(WORKSPACE, item)["metadata"]["generation"]
     )
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "examples").glob("workspace-*.yaml")), ids=str)
+def test_every_example_comes_in(judge: Cluster, file: Path) -> None:
+    """With its placeholders filled in; an empty one is told at the door, not by the kubelet."""
+    text = re.sub(r"\b[A-Z]+(_[A-Z]+)+_HERE\b", "mine", file.read_text())
+    found = [d for d in yaml.safe_load_all(text) if d["kind"] == "Workspace"]
+    for item in found:
+        item["metadata"] |= {"name": f"e-{secrets.token_hex(4)}", "namespace": "default"}
+        kind = ALPHA if item["apiVersion"].endswith("v1alpha1") else WORKSPACE
+        assert judge.create(kind, item)
+    assert found
 
 
 def test_both_versions_show_the_same_object(judge: Cluster) -> None:

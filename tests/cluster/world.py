@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import secrets
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -22,18 +24,13 @@ from jobs.cluster import (
     Kind,
     Object,
 )
+from jobs.observe import Context
+from jobs.operator import Operator, Setup
 from jobs.options import Options
-from jobs.reconcile import Context, reconcile
+from jobs.reconcile import reconcile
 from jobs.site import Site
 
 NAMESPACE = Kind("", "v1", "namespaces", "Namespace", namespaced=False)
-CRD = Kind(
-    "apiextensions.k8s.io",
-    "v1",
-    "customresourcedefinitions",
-    "CustomResourceDefinition",
-    namespaced=False,
-)
 ACCOUNT = Kind("", "v1", "serviceaccounts", "ServiceAccount")
 SECRET = Kind("", "v1", "secrets", "Secret")
 CORE_EVENT = Kind("", "v1", "events", "Event")
@@ -276,3 +273,24 @@ SUCCESS: Object = {
     "digest": DIGEST,
     "peakMemoryBytes": 12345,
 }
+
+
+@contextlib.contextmanager
+def operating(
+    api: Cluster, options: Options, *, elect: bool = False, resync: int = 300, **setup: Any
+) -> Iterator[Operator]:
+    """An operator in threads, for as long as the block lasts."""
+    found = Operator(
+        api,
+        options,
+        Setup("one", elect=elect, resync=resync, **setup),
+        poll=lambda pod: {"step": 1, "steps": 2},
+    )
+    stop = threading.Event()
+    thread = threading.Thread(target=found.run, args=(stop,))
+    thread.start()
+    try:
+        yield found
+    finally:
+        stop.set()
+        thread.join()

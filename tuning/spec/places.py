@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from tuning import reference
 from tuning.spec import fields
 from tuning.spec.findings import Findings, shorten, shown
 from tuning.spec.values import Destination, Overrides, Source
@@ -82,12 +83,18 @@ def destination(
     output: str | None,
     notes: list[str],
     annotations: dict[str, str],
+    status: object = None,
 ) -> Destination:
-    """What --output names, or else tuning.output."""
+    """What --output names, or else tuning.output.
+
+    `status` is the Workspace's, where an operator wrote one: it tells of earlier outputs.
+    """
+    overwrite = annotations.get(f"{ANNOTATION}on-tag-exists") == "overwrite"
     ours: dict[str, Any] = {
-        "on_tag_exists": annotations.get(f"{ANNOTATION}on-tag-exists", "refuse"),
+        "on_tag_exists": "overwrite" if overwrite else "refuse",
         "index": annotations.get(f"{ANNOTATION}image-index") == "true",
         "base_image": annotations.get(f"{ANNOTATION}base-image"),
+        "earlier": _earlier(status),
     }
     if output is not None:
         kind, _, folder = output.partition(":")
@@ -104,6 +111,12 @@ def destination(
         folder=_folder(volume, _OUTPUT_MOUNT, "output", notes) if volume else None,
         **ours,
     )
+
+
+def _earlier(status: object) -> tuple[str, ...]:
+    found = status.get("outputs") if isinstance(status, dict) else None
+    listed = found if isinstance(found, list) else []
+    return tuple(each for each in listed if isinstance(each, str) and reference.is_digest(each))
 
 
 def _folder(volume: dict[str, Any], mount: Path, role: str, notes: list[str]) -> Path:

@@ -159,7 +159,9 @@ def _spec(
     source = (
         places.source_of(overrides.data) if overrides.data else places.source(tuning.input, notes)
     )
-    destination = places.destination(tuning.output, overrides.output, notes, annotations)
+    destination = places.destination(
+        tuning.output, overrides.output, notes, annotations, workspace.status
+    )
     yaml_instance = workspace.resource.instance_type if workspace.resource else None
     return Spec(
         name=workspace.metadata.name,

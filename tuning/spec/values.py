@@ -94,6 +94,7 @@ class Destination:
     on_tag_exists: Literal["refuse", "overwrite"] = "refuse"
     index: bool = False  # the image is an index: amd64, arm64, ModelPack
     base_image: str | None = None  # whose layers come before ours, by digest
+    earlier: tuple[str, ...] = ()  # digests that this Workspace put out before: it may replace them
 
     @property
     def form(self) -> tuple[str, ...]:

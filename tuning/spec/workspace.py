@@ -222,4 +222,4 @@ class Workspace(_Part):
     inference: Inference | None = None
     """What to serve."""
     status: Any = None
-    """Written by the operator; ignored when a file is read."""
+    """Written by the operator. Of a file that is read, only `outputs` counts: the tag rule."""

@@ -1,0 +1,202 @@
+"""One Workspace and all that belongs to it, read from the API server now."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from jobs import children, names, wanted
+from jobs.cluster import (
+    CLAIM,
+    CONFIG_MAP,
+    CORE_EVENT,
+    JOB,
+    NETWORK_POLICY,
+    NODE_CLAIM,
+    POD,
+    ApiError,
+    Cluster,
+    Object,
+)
+from jobs.options import Options
+from jobs.site import Site
+from jobs.stage import Policy, Seen
+
+_YOUNG = timedelta(seconds=4)  # of a Job: the time in which its first pod is usually made
+
+
+class Rarely:
+    """Says yes at most once in `seconds` for each key."""
+
+    def __init__(self, seconds: float = 60.0, clock: Callable[[], float] = time.monotonic) -> None:
+        self._seconds, self._clock = seconds, clock
+        self._until: dict[Hashable, float] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, key: Hashable) -> bool:
+        """Whether `key` has its turn now."""
+        now = self._clock()
+        with self._lock:
+            if now < self._until.get(key, 0.0):
+                return False
+            if len(self._until) > 1000:
+                self._until = {k: v for k, v in self._until.items() if v > now}
+            self._until[key] = now + self._seconds
+            return True
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every reconcile shares."""
+
+    cluster: Cluster
+    options: Options
+    site: Site
+    poll: Callable[[Object], dict[str, Any] | None]  # pod -> its progress
+    now: Callable[[], datetime] = lambda: datetime.now(UTC)
+    rarely: Rarely = field(default_factory=Rarely)
+
+
+def observe(context: Context, workspace: Object) -> Seen:
+    """Everything about the Workspace, read now.
+
+    Nothing is made before the status tells of it: without a status there is nothing to look for.
+    """
+    cluster, options = context.cluster, context.options
+    namespace, uid = workspace["metadata"]["namespace"], workspace["metadata"]["uid"]
+    config = (workspace.get("tuning") or {}).get("config")
+    config_map = None
+    if config and names.possible(config):
+        config_map = cluster.get(CONFIG_MAP, namespace, config)
+    recorded, revision = workspace.get("status") or {}, wanted.revision(workspace)
+    named = run_claim = None
+    if recorded:
+        named = cluster.get(JOB, namespace, wanted.short_name(workspace, revision))
+    job = named if named and names.owned(named, uid) else None
+    same = recorded.get("revision") == revision
+    ended = same and "completionTime" in recorded
+    if ended or (same and job and "plan" in recorded):
+        wish = wanted.glance(workspace, config_map)
+    else:
+        known = not _own_nodes(workspace)
+        device = None if known else context.site.device(names.selected(workspace))
+        wish = wanted.read(workspace, config_map, device)
+    pods = _pods(cluster, namespace, job) if job and not ended else ()
+    last, now = children.newest(pods), context.now()
+    running = last is not None and children.running(last)
+    if recorded and not running:
+        run_claim = cluster.get(CLAIM, namespace, names.claim_name(workspace))
+    machines, storage = _machines(cluster, options, workspace), context.site.storage()
+    return Seen(
+        workspace=workspace,
+        wanted=wish,
+        config_map=config_map,
+        now=now,
+        job=job,
+        old=_earlier_job(cluster, workspace, named),
+        foreign=_foreign(named, job, run_claim if storage else None, uid),
+        pods=pods,
+        warning=_warning(cluster, job, last, now),
+        machines=machines,
+        machines_nearby=0 if job or machines else _machines_nearby(cluster, options, namespace),
+        progress=context.poll(last) if last and running else None,
+        run_claim=run_claim,
+        storage=storage,
+        policy=_policy(context, workspace, job) if job and not ended else "unasked",
+    )
+
+
+def _foreign(
+    named: Object | None, job: Object | None, run_claim: Object | None, uid: str
+) -> Object | None:
+    """What has one of our names without being ours."""
+    if named and not job:
+        return named
+    return run_claim if run_claim and not names.owned(run_claim, uid) else None
+
+
+def _earlier_job(cluster: Cluster, workspace: Object, named: Object | None) -> Object | None:
+    """The Job of an earlier spec, if it is still there. Its name was recorded before it was made,
+    so that none is ever forgotten, and no list of all Jobs is needed to find it."""
+    meta, name = workspace["metadata"], (workspace.get("status") or {}).get("job")
+    if not name or (named and named["metadata"]["name"] == name):
+        return None
+    found = cluster.get(JOB, meta["namespace"], name)
+    return found if found and names.owned(found, meta["uid"]) else None
+
+
+def _own_nodes(workspace: Object) -> bool:
+    return not (workspace.get("resource") or {}).get("instanceType")
+
+
+def _pods(cluster: Cluster, namespace: str, job: Object) -> tuple[Object, ...]:
+    """The pods of this very Job, oldest first; the newest truth only where it is the last word."""
+    over = children.job_state(job) in ("complete", "failed")
+    label = f"job-name={job['metadata']['name']}"
+    found = cluster.find(POD, namespace, labels=label, cached=not over)
+    own = [pod for pod in found if names.owned(pod, job["metadata"]["uid"])]
+    return tuple(sorted(own, key=lambda pod: str(pod["metadata"]["creationTimestamp"])))
+
+
+def _warning(
+    cluster: Cluster, job: Object | None, last: Object | None, now: datetime
+) -> str | None:
+    """What only an event tells: why a Job has no pod (a quota), or why a pod with a node has no
+    container (a missing Secret or volume)."""
+    if last is not None:
+        waits = children.scheduled(last) and not children.started(last)
+        return _event(cluster, last, "FailedMount") if waits else None
+    if job is None or children.job_state(job) != "active":
+        return None
+    young = now - children.time(job["metadata"]["creationTimestamp"]) < _YOUNG
+    return None if young else _event(cluster, job, "FailedCreate")
+
+
+def _event(cluster: Cluster, about: Object, reason: str) -> str | None:
+    """The last message of the events with this reason."""
+    meta = about["metadata"]
+    fields = f"involvedObject.uid={meta['uid']},reason={reason}"
+    found = cluster.find(CORE_EVENT, meta["namespace"], fields=fields)
+    last = max(found, key=lambda e: str(e.get("lastTimestamp") or ""), default=None)
+    return last.get("message") if last else None
+
+
+def _machines(cluster: Cluster, options: Options, workspace: Object) -> tuple[Object, ...]:
+    """Those of this Workspace; also where machines are bought no more, as long as it holds one."""
+    meta = workspace["metadata"]
+    holds = names.FINALIZER in (meta.get("finalizers") or [])
+    if not holds and not (options.nodes.provision and workspace.get("status")):
+        return ()
+    return tuple(_node_claims(cluster, f"{names.UID_LABEL}={meta['uid']}"))
+
+
+def _machines_nearby(cluster: Cluster, options: Options, namespace: str) -> int:
+    """Machines of all Workspaces in the namespace, if there is a limit to them."""
+    if not options.nodes.provision or options.nodes.per_namespace is None:
+        return 0
+    ours = f"{names.NAMESPACE_LABEL}={namespace},app.kubernetes.io/managed-by=tuning-operator"
+    return len(_node_claims(cluster, ours))
+
+
+def _node_claims(cluster: Cluster, labels: str) -> list[Object]:
+    try:
+        return cluster.find(NODE_CLAIM, labels=labels)
+    except ApiError as error:
+        if error.status != 404:
+            raise
+        return []  # Karpenter was removed, and its machines with it
+
+
+def _policy(context: Context, workspace: Object, job: Object) -> Policy:
+    """What became of the Job's network policy; asked once a minute."""
+    meta = job["metadata"]
+    if not context.options.network_policy or not context.rarely(meta["uid"]):
+        return "unasked"
+    found = context.cluster.get(NETWORK_POLICY, meta["namespace"], meta["name"])
+    if found is None or not names.owned(found, workspace["metadata"]["uid"]):
+        return "gone"
+    return "whole" if found["metadata"].get("generation") == 1 else found

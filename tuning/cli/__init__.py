@@ -1,0 +1,14 @@
+"""The command line: parse, call, print; no logic.
+
+stdout is data, stderr is talk. Rooms are imported by the command that needs them, so that `--help`,
+`presets` and `plan` start at once.
+"""
+
+# isort: off  (each module adds its commands, in the order in which --help lists them)
+from tuning.cli import jobs as _jobs  # noqa: F401
+from tuning.cli import adapters as _adapters  # noqa: F401
+from tuning.cli import serving as _serving  # noqa: F401
+from tuning.cli import about as _about  # noqa: F401
+from tuning.cli.app import app, main
+
+__all__ = ["app", "main"]

@@ -1,0 +1,42 @@
+"""The commands that tell what is known: presets, version."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+import tuning
+from tuning.cli.app import app
+from tuning.cli.options import (
+    Json,
+)
+
+
+@app.command()
+def presets(
+    name: Annotated[str | None, typer.Argument(help="One preset or instance type.")] = None,
+    instances: Annotated[bool, typer.Option(help="List instance types instead.")] = False,
+    as_json: Json = False,
+) -> None:
+    """List the base models and machine types that are known by name."""
+    from tuning import show
+
+    records = show.catalogue(name, instances=instances)
+    if as_json:
+        print(json.dumps(records, indent=2, sort_keys=True))
+    else:
+        show.display(show.catalogue_table(records))
+
+
+@app.command()
+def version(
+    verbose: Annotated[bool, typer.Option(help="Libraries and devices, for bug reports.")] = False,
+) -> None:
+    """Print the version."""
+    from tuning import show
+
+    print(tuning.__version__)
+    if verbose:
+        print("\n".join(show.environment()))

@@ -1,0 +1,54 @@
+"""The application, and its life: parse, call, print, and an exit code at the end."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from tuning.errors import Stopped, TuningError, UsageError
+
+app = typer.Typer(
+    name="tuning",
+    help="""Fine-tune a language model from one YAML, and get the adapter as one OCI image.
+
+    \b
+    python -m tuning plan -f workspace.yaml     what would be done, and why
+    python -m tuning preview -f workspace.yaml  what the data becomes, token by token
+    python -m tuning run  -f workspace.yaml     do it; the same command again goes on
+    python -m tuning chat --base MODEL --adapter IMAGE --compare
+    python -m tuning serve --base MODEL --adapter NAME=IMAGE
+    """,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def main() -> int:
+    """Run the command line and return its exit code (docs/errors.md)."""
+    try:
+        app(standalone_mode=False)
+    except TuningError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    except typer.Exit as leave:
+        return leave.exit_code
+    except typer.TyperException as error:
+        usage = UsageError.at("USE-101", "", error.format_message(), "see --help")
+        print(usage, file=sys.stderr)
+        return usage.exit_code
+    except ModuleNotFoundError as error:
+        if (error.name or "tuning").partition(".")[0] == "tuning":
+            raise
+        what = f"this needs {error.name}, which is not installed"
+        missing = UsageError.at("USE-102", "", what, "pip install 'tuning[train]', or make install")
+        print(missing, file=sys.stderr)
+        return missing.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        return Stopped.exit_code
+    except BrokenPipeError:  # the reader of our output has seen enough
+        sys.stderr.close()
+        return 0
+    return 0

@@ -4,7 +4,8 @@ stdout is data, stderr is talk. Rooms are imported by the command that needs the
 `presets` and `plan` start at once.
 """
 
-# isort: off  (each module adds its commands, in the order in which --help lists them)
+# Each module adds its commands, in the order in which --help lists them.
+# isort: off
 from tuning.cli import jobs as _jobs  # noqa: F401
 from tuning.cli import adapters as _adapters  # noqa: F401
 from tuning.cli import serving as _serving  # noqa: F401

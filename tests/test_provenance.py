@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import adapters
 import pytest
 from faults import proxy as fp
 from faults.proxy import Proxy, Reply
-from registries import ReferrersFront, Registry
+from registries import ReferrersFront
 
 from tuning import delivery, files, image, provenance, reference, registry
 from tuning.delivery import Access
@@ -49,12 +48,6 @@ TRAINED = {
     "loss_last": 1.0,
     "answers": [{"question": "CANARY", "tuned": "CANARY"}],
 }
-
-
-@pytest.fixture(scope="module")
-def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
-    with Registry(tmp_path_factory.mktemp("registry")) as running:
-        yield running
 
 
 @pytest.fixture

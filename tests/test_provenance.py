@@ -23,6 +23,7 @@ from tuning.trust import Trust
 pytestmark = pytest.mark.registry
 FAST = registry.Patience(total=2, first=0.01)
 SPEC = """\
+# the command line also said: data=('https://x.example/b?sig=CANARY',)
 apiVersion: kaito.sh/v1beta1
 kind: Workspace
 metadata: {name: demo}
@@ -112,6 +113,8 @@ def test_the_statement_tells_what_was_asked_planned_and_measured(run):
     assert "https://slsa.dev/provenance/v1" == made["predicateType"]
     definition, details = made["predicate"]["buildDefinition"], made["predicate"]["runDetails"]
     (workspace,) = definition["externalParameters"]["documents"]
+    (note,) = definition["externalParameters"]["notes"]
+    assert "the command line also said: data=('https://x.example/b?<redacted>',)" == note
     assert ["https://data.example.com/a.jsonl?<redacted>"] == workspace["tuning"]["input"]["urls"]
     assert {"micro_batch": 2, "device": "cuda"} == definition["internalParameters"]["placement"]
     assert [

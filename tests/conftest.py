@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from registries import Registry
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +26,28 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return made[key]
 
     return folder
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
+    """A registry that asks for no login; tests use repositories of their own."""
+    from registries import Registry
+
+    with Registry(tmp_path_factory.mktemp("registry")) as running:
+        yield running
+
+
+@pytest.fixture
+def repository(request: pytest.FixtureRequest) -> str:
+    """A repository that nobody else uses."""
+    return f"tests/r{abs(hash(request.node.nodeid)):x}"
+
+
+@pytest.fixture(scope="module")
+def layout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The layout folder of an image that the run `run-1` made; the adapter is beside it."""
+    import adapters
+
+    folder = tmp_path_factory.mktemp("built")
+    adapters.build(folder)
+    return folder / "image"

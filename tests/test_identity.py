@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
-import adapters
 import pytest
 import requests
 from faults import proxy as fp
@@ -59,19 +58,6 @@ def _reply(answer: Any) -> Reply:
     if isinstance(answer, Reply):
         return answer
     return Reply(200, [("Content-Type", "application/json")], json.dumps(answer).encode())
-
-
-@pytest.fixture(scope="module")
-def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
-    with Registry(tmp_path_factory.mktemp("registry")) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def layout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("built")
-    adapters.build(folder)
-    return folder / "image"
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import hashlib
 import json
 import re
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +33,6 @@ RECORD = {
 
 
 @pytest.fixture(scope="module")
-def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
-    with Registry(tmp_path_factory.mktemp("registry")) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An adapter of 30 MB and its image."""
     made = tmp_path_factory.mktemp("built")
@@ -50,8 +43,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def name(started: Registry, folder: Path, request: pytest.FixtureRequest) -> str:
-    found = f"tests/i{abs(hash(request.node.nodeid)):x}:1"
+def name(started: Registry, folder: Path, repository: str) -> str:
+    found = f"{repository}:1"
     to = registry.Remote(reference.parse(f"{started.host}/{found}"))
     registry.push(to, folder / "image", run_id="run-1")
     return found

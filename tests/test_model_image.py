@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from faults.proxy import Proxy
-from registries import Registry, Signer
+from registries import Signer
 from test_base import FIRST, INDEX, MODEL, SECOND
 from test_cli import tuning
 
@@ -24,17 +23,6 @@ from tuning.trust import Trust
 pytestmark = pytest.mark.registry
 TINY = Path(__file__).parent.parent / "examples" / "tiny-model"
 CLUTTER = ("README.md", "LICENSE", "pytorch_model.bin", "modeling_x.py", "notes.txt")
-
-
-@pytest.fixture(scope="module")
-def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
-    with Registry(tmp_path_factory.mktemp("registry")) as running:
-        yield running
-
-
-@pytest.fixture
-def repository(request: pytest.FixtureRequest) -> str:
-    return f"tests/m{abs(hash(request.node.nodeid)):x}"
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +24,6 @@ from tuning.spec import Destination
 
 pytestmark = pytest.mark.registry
 PRESET = {"preset": "phi-3-mini-4k-instruct", "run_id": "run-1"}
-
-
-@pytest.fixture(scope="module")
-def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
-    with Registry(tmp_path_factory.mktemp("registry")) as running:
-        yield running
-
-
-@pytest.fixture
-def repository(request: pytest.FixtureRequest) -> str:
-    return f"tests/p{abs(hash(request.node.nodeid)):x}"
 
 
 def remote(host: str, repository: str, tag: str = "1", **more: Any) -> registry.Remote:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import adapters
 import pytest
 from faults import proxy as fp
 from faults.proxy import Proxy, Reply
-from registries import ReferrersFront, Registry
+from registries import ReferrersFront
 
 from tuning import delivery, files, image, provenance, reference, registry
 from tuning.delivery import Access
@@ -24,6 +23,7 @@ from tuning.trust import Trust
 pytestmark = pytest.mark.registry
 FAST = registry.Patience(total=2, first=0.01)
 SPEC = """\
+# the command line also said: data=('https://x.example/b?sig=CANARY',)
 apiVersion: kaito.sh/v1beta1
 kind: Workspace
 metadata: {name: demo}
@@ -49,12 +49,6 @@ TRAINED = {
     "loss_last": 1.0,
     "answers": [{"question": "CANARY", "tuned": "CANARY"}],
 }
-
-
-@pytest.fixture(scope="module")
-def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
-    with Registry(tmp_path_factory.mktemp("registry")) as running:
-        yield running
 
 
 @pytest.fixture
@@ -119,6 +113,8 @@ def test_the_statement_tells_what_was_asked_planned_and_measured(run):
     assert "https://slsa.dev/provenance/v1" == made["predicateType"]
     definition, details = made["predicate"]["buildDefinition"], made["predicate"]["runDetails"]
     (workspace,) = definition["externalParameters"]["documents"]
+    (note,) = definition["externalParameters"]["notes"]
+    assert "the command line also said: data=('https://x.example/b?<redacted>',)" == note
     assert ["https://data.example.com/a.jsonl?<redacted>"] == workspace["tuning"]["input"]["urls"]
     assert {"micro_batch": 2, "device": "cuda"} == definition["internalParameters"]["placement"]
     assert [

@@ -52,12 +52,6 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def repository(request: pytest.FixtureRequest) -> str:
-    """A repository that nobody else uses."""
-    return f"tests/r{abs(hash(request.node.nodeid)):x}"
-
-
-@pytest.fixture
 def proxied(open_registry: Registry) -> Iterator[Proxy]:
     """The registry behind a proxy that can be spoiled."""
     with Proxy(open_registry.address) as proxy:

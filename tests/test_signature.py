@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,6 @@ OTHER = f"sha256:{'b' * 64}"
 
 
 @pytest.fixture(scope="module")
-def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
-    with Registry(tmp_path_factory.mktemp("registry")) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
 def signer(tmp_path_factory: pytest.TempPathFactory) -> Signer:
     return Signer(tmp_path_factory.mktemp("signer"))
 
@@ -43,17 +37,9 @@ def stranger(tmp_path_factory: pytest.TempPathFactory) -> Signer:
     return Signer(tmp_path_factory.mktemp("stranger"))
 
 
-@pytest.fixture(scope="module")
-def layout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("built")
-    adapters.build(folder)
-    return folder / "image"
-
-
 @pytest.fixture
-def name(started: Registry, layout: Path, request: pytest.FixtureRequest) -> str:
+def name(started: Registry, layout: Path, repository: str) -> str:
     """An image of its own in the registry, not signed yet."""
-    repository = f"tests/s{abs(hash(request.node.nodeid)):x}"
     registry.push(remote(started.host, f"{repository}:1"), layout, run_id="run-1")
     return f"{repository}:1"
 

@@ -46,7 +46,7 @@ class Login:
     username: str = ""
     password: str = field(default="", repr=False)
     identity_token: str = field(default="", repr=False)
-    until: float | None = None  # on the monotonic clock: when it runs out, if it does
+    until: float | None = field(default=None, repr=False)  # on the monotonic clock, if it runs out
 
     @property
     def stale(self) -> bool:

@@ -4,7 +4,7 @@ TuningError
 ├── UsageError         2   the command line is wrong                        USE- SERVE-
 ├── DataError         10   the data is unusable                                  DATA-nnn
 ├── SpecError         11   spec or config wrong, or nothing fits  SPEC- PLAN- MODEL- IMAGE- SERVE-
-├── RefusedError      12   a registry, hub or data host refused                  FETCH-, HUB-, REG-
+├── RefusedError      12   a registry, hub or data host refused           FETCH-, HUB-, REG-, SIGN-
 ├── DivergedError     13   loss, gradient or weight became non-finite            TRAIN-nnn
 ├── OutOfMemoryError  14   out of memory after the automatic fallbacks           TRAIN-nnn
 ├── TransientError    20   network, 5xx, disk full, run directory locked, hang   any room's

@@ -61,7 +61,7 @@ def statement(run: Path, subject: list[Value]) -> Value:
         "predicate": {
             "buildDefinition": {
                 "buildType": "https://tuning.kaito.sh/run/v1",
-                "externalParameters": {"documents": _documents(run / "spec.yaml")},
+                "externalParameters": _asked(run / "spec.yaml"),
                 "internalParameters": {
                     "recipe": _clean(recipe),
                     "placement": plan["placement"],
@@ -88,9 +88,12 @@ def statement(run: Path, subject: list[Value]) -> Value:
     }
 
 
-def _documents(path: Path) -> list[Any]:
-    """The Workspace and its ConfigMap as they were read, without what URLs may hide."""
-    return [_clean(each) for each in yaml.safe_load_all(path.read_text(encoding="utf-8")) if each]
+def _asked(path: Path) -> Value:
+    """Workspace, ConfigMap and what the command line said beside them, URLs without queries."""
+    text = path.read_text(encoding="utf-8")
+    comments = [line.lstrip("# ") for line in text.splitlines() if line.startswith("#")]
+    documents = [each for each in yaml.safe_load_all(text) if each]
+    return {"documents": _clean(documents), "notes": _clean(comments)}
 
 
 def _clean(value: Any) -> Any:

@@ -15,7 +15,7 @@ import yaml
 from cluster.world import config_map, workspace
 from kubernetes import client
 
-from jobs import crd, manifests, names, pod, render, rules, wanted
+from jobs import crd, manifests, names, options, pod, render, rules, wanted
 from jobs.options import Nodes, Options, Storage, load
 from tuning.errors import SpecError
 from tuning.result import REASONS, RETRYABLE
@@ -250,10 +250,11 @@ def test_nodes_say_which_gpu_they_have() -> None:
 # the CRD and the files of configs/deploy
 
 
-def test_the_crd_is_the_one_in_the_repository() -> None:
-    """`python -m jobs crd > configs/deploy/crd/workspaces.kaito.sh.yaml`."""
+def test_the_crd_and_the_page_of_options_are_current() -> None:
+    """`make docs` writes them."""
     file = ROOT / "configs/deploy/crd/workspaces.kaito.sh.yaml"
-    assert crd.definition() == yaml.safe_load(file.read_text())
+    assert crd.text() == file.read_text()
+    assert options.markdown() == (ROOT / "docs/operator-options.md").read_text()
 
 
 def test_the_crd_is_structural_and_described() -> None:

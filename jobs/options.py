@@ -71,6 +71,11 @@ class Storage(_Part):
     cache_host_path: str | None = None
     """A folder of the node for shared base weights; needs a namespace without restricted pods."""
 
+    @property
+    def cached(self) -> bool:
+        """Whether base weights are kept outside of the run volume."""
+        return bool(self.cache_claim or self.cache_host_path)
+
 
 class Options(_Part):
     """Everything that the operator is told."""

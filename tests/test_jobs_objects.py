@@ -200,6 +200,22 @@ def test_a_tenant_names_no_volume_of_others(kind: str) -> None:
     assert ("tuning.input.volumeSource", kind) == pod.forbidden_volume(item, Options())
 
 
+def test_the_run_volume_is_as_large_as_the_plan_says() -> None:
+    """Weights unless a cache keeps them, more for a larger rank; a bought disk holds all of it."""
+
+    def size(options: Options | None = None, rank: int = 8, model: str = "phi-4") -> int:
+        text = f"training_config:\n  LoraConfig: {{r: {rank}, lora_alpha: {rank}}}\n"
+        item = stored(config="mine", preset={"name": model})
+        wish = wanted.read(item, config_map("mine", "team", text), None)
+        claim = manifests.run_claim(item, wish, options or Options())
+        return int(claim["spec"]["resources"]["requests"]["storage"].removesuffix("Gi"))
+
+    cached = Options(storage=Storage(cache_claim="models"))
+    assert 27 <= size() - size(cached) <= 29  # two bytes of each of 14.7 billion parameters
+    assert size() < size(rank=256)
+    assert size(model="phi-3-mini-4k-instruct") < size()
+
+
 def test_the_network_policy_closes_metadata_services() -> None:
     """Out to the ports of data and registry, in from the operator only."""
     item = stored(input={"urls": ["https://d.example.com:8443/a.jsonl"]})

@@ -155,7 +155,7 @@ def _config_document(config_map: Object) -> Object:
     }
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=128)
 def _read(text: str, device: Device | None) -> Wanted:
     """Everything that does not depend on the object's UID; cached, for reconciles are many."""
     try:

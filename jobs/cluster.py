@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 Object = dict[str, Any]
 OWNER = "tuning-operator"  # of the fields that we write
 CONNECT, READ = 10.0, 30.0  # seconds
-PAGE = 500  # objects a list call returns at once
+PAGE = 100  # objects a list call returns at once: a pod takes 100 kB as a dictionary
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import yaml
+
 from jobs import rules
 from tuning.spec.workspace import Workspace
 
@@ -51,6 +53,11 @@ def definition() -> dict[str, Any]:
             "versions": [_version("v1alpha1"), _version(STORED)],
         },
     }
+
+
+def text() -> str:
+    """The CRD as the YAML file in `configs/deploy/crd`."""
+    return yaml.safe_dump(definition(), sort_keys=False, width=100)
 
 
 def _version(name: str) -> dict[str, Any]:

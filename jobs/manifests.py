@@ -93,7 +93,7 @@ def run_claim(workspace: Object, wanted: Wanted, options: Options) -> Object:
     storage = options.storage
     spec: dict[str, Any] = {
         "accessModes": [storage.access_mode],
-        "resources": {"requests": {"storage": pod.size(wanted.run_bytes)}},
+        "resources": {"requests": {"storage": pod.size(wanted.run_bytes(cached=storage.cached))}},
     }
     if storage.storage_class:
         spec["storageClassName"] = storage.storage_class

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -69,6 +71,11 @@ class Storage(_Part):
     cache_host_path: str | None = None
     """A folder of the node for shared base weights; needs a namespace without restricted pods."""
 
+    @property
+    def cached(self) -> bool:
+        """Whether base weights are kept outside of the run volume."""
+        return bool(self.cache_claim or self.cache_host_path)
+
 
 class Options(_Part):
     """Everything that the operator is told."""
@@ -112,6 +119,46 @@ class Options(_Part):
     """User and group of the Job."""
     policy: str | None = None
     """Text of the policy file that Jobs obey; filled in from --policy."""
+
+
+_HEAD = """\
+# Options of the operator
+
+Written by `make docs`. One YAML file, every key optional: in the cluster the key `options.yaml` of
+the ConfigMap `tuning-operator`, for `python -m jobs render` the file after `--options`.
+
+| key | value | default | meaning |
+|---|---|---|---|
+"""
+
+
+def markdown() -> str:
+    """The page with every option, its values, its default and what it means."""
+    return _HEAD + "".join(_rows(Options, ""))
+
+
+def _rows(part: type[BaseModel], path: str) -> Iterator[str]:
+    for name, field in part.model_fields.items():
+        key, kind = f"{path}{to_camel(name)}", field.annotation
+        if name == "policy":  # filled in from its own file
+            continue
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from _rows(kind, f"{key}.")
+            continue
+        default = json.dumps(field.default) if field.default not in (None, ()) else "-"
+        meaning = " ".join((field.description or "").split())
+        yield f"| `{key}` | {_values(kind)} | {default} | {meaning} |\n"
+
+
+def _values(kind: Any) -> str:
+    """A type as a reader of YAML would say it."""
+    if get_origin(kind) is Literal:
+        return ", ".join(f"`{each}`" for each in get_args(kind))
+    if get_origin(kind) is tuple:
+        return f"list of {_values(get_args(kind)[0])}s"
+    if args := [each for each in get_args(kind) if each is not type(None)]:
+        return "map" if get_origin(kind) is dict else _values(args[0])
+    return {str: "text", int: "number", bool: "`true`, `false`"}[kind]
 
 
 def load(path: Path | None) -> Options:

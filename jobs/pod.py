@@ -106,7 +106,8 @@ def spec(workspace: Object, wanted: Wanted, options: Options, *, claim: bool) ->
 def _resources(wanted: Wanted, options: Options, *, claim: bool) -> Object:
     """Requests that leave room on the machine; no CPU limit, which would only slow the run."""
     memory = size(wanted.memory_bytes)
-    run = 0 if claim else wanted.run_bytes  # an emptyDir counts as the pod's own disk
+    # an emptyDir counts as the pod's own disk
+    run = 0 if claim else wanted.run_bytes(cached=options.storage.cached)
     requests = {"cpu": "2", "memory": memory, "ephemeral-storage": size(2 * GIB + run)}
     limits = {
         "memory": size(2 * wanted.memory_bytes),
@@ -141,7 +142,7 @@ def _volumes(
 ) -> tuple[list[Object], list[Object]]:
     """(mounts, volumes) of the pod."""
     tuning, storage = workspace["tuning"], options.storage
-    run: Object = {"emptyDir": {"sizeLimit": size(wanted.run_bytes)}}
+    run: Object = {"emptyDir": {"sizeLimit": size(wanted.run_bytes(cached=storage.cached))}}
     if claim:
         run = {"persistentVolumeClaim": {"claimName": names.claim_name(workspace)}}
     volumes: list[Object] = [
@@ -163,7 +164,7 @@ def _volumes(
     elif storage.cache_host_path:
         folder = {"path": storage.cache_host_path, "type": "DirectoryOrCreate"}
         volumes.append({"name": "models", "hostPath": folder})
-    if storage.cache_claim or storage.cache_host_path:
+    if storage.cached:
         mounts.append({"name": "models", "mountPath": "/models"})
     else:
         mounts.append({"name": "run", "mountPath": "/models", "subPath": "models"})

@@ -30,8 +30,8 @@ PRIORITY = "kueue.x-k8s.io/priority-class"
 
 _UNKNOWN_MODEL = "PLAN-107"  # its shape is not known without the network
 _DOES_NOT_FIT = ("PLAN-102", "PLAN-106", "PLAN-12")  # prefixes: no GPU, old GPU, not enough memory
-_RUN_GIB = 20  # run directory: data, packed data, a checkpoint or two, image
-_LORA_SHARE = 0.02  # of the parameters; generous
+_RUN_GIB = 20  # run directory: data, packed data, logs
+_LORA_SHARE = 0.02  # of the parameters, where there is no plan; generous
 _IMAGE_GIB = 40  # of a bought machine's disk: operating system and the engine's image
 
 
@@ -51,17 +51,18 @@ class Wanted:
     instance: Instance | None = None
     gpus: int = 1
     weights_bytes: int | None = None
+    training_bytes: int | None = None  # checkpoints, adapter and image, as the plan says
 
-    @property
-    def run_bytes(self) -> int:
-        """Size of the run volume, which also keeps base weights that no other volume keeps."""
+    def run_bytes(self, *, cached: bool = False) -> int:
+        """Size of the run volume, which also keeps the base weights unless a cache does."""
         weights = self.weights_bytes or 60 * GIB
-        return _RUN_GIB * GIB + int(weights * (1 + 8 * _LORA_SHARE))
+        training = self.training_bytes or int(8 * _LORA_SHARE * weights)
+        return _RUN_GIB * GIB + training + (0 if cached else weights)
 
     @property
     def disk_bytes(self) -> int:
         """Disk of a machine that is bought for this run."""
-        return _IMAGE_GIB * GIB + self.run_bytes
+        return _IMAGE_GIB * GIB + self.run_bytes()
 
     @property
     def memory_bytes(self) -> int:
@@ -154,7 +155,7 @@ def _config_document(config_map: Object) -> Object:
     }
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=128)
 def _read(text: str, device: Device | None) -> Wanted:
     """Everything that does not depend on the object's UID; cached, for reconciles are many."""
     try:
@@ -179,7 +180,8 @@ def _read(text: str, device: Device | None) -> Wanted:
     except SpecError as error:
         return _refused(wanted, error)
     used = wanted.gpus if gpus is not None else drafted.placement.ranks
-    return replace(wanted, plan=drafted, gpus=used)
+    training = plan.disk_bytes(drafted.recipe, plan.known_base(found))
+    return replace(wanted, plan=drafted, gpus=used, training_bytes=training)
 
 
 def _refused(wanted: Wanted, error: SpecError) -> Wanted:

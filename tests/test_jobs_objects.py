@@ -15,7 +15,7 @@ import yaml
 from cluster.world import config_map, workspace
 from kubernetes import client
 
-from jobs import crd, manifests, names, pod, render, rules, wanted
+from jobs import crd, manifests, names, options, pod, render, rules, wanted
 from jobs.options import Nodes, Options, Storage, load
 from tuning.errors import SpecError
 from tuning.result import REASONS, RETRYABLE
@@ -200,6 +200,22 @@ def test_a_tenant_names_no_volume_of_others(kind: str) -> None:
     assert ("tuning.input.volumeSource", kind) == pod.forbidden_volume(item, Options())
 
 
+def test_the_run_volume_is_as_large_as_the_plan_says() -> None:
+    """Weights unless a cache keeps them, more for a larger rank; a bought disk holds all of it."""
+
+    def size(options: Options | None = None, rank: int = 8, model: str = "phi-4") -> int:
+        text = f"training_config:\n  LoraConfig: {{r: {rank}, lora_alpha: {rank}}}\n"
+        item = stored(config="mine", preset={"name": model})
+        wish = wanted.read(item, config_map("mine", "team", text), None)
+        claim = manifests.run_claim(item, wish, options or Options())
+        return int(claim["spec"]["resources"]["requests"]["storage"].removesuffix("Gi"))
+
+    cached = Options(storage=Storage(cache_claim="models"))
+    assert 27 <= size() - size(cached) <= 29  # two bytes of each of 14.7 billion parameters
+    assert size() < size(rank=256)
+    assert size(model="phi-3-mini-4k-instruct") < size()
+
+
 def test_the_network_policy_closes_metadata_services() -> None:
     """Out to the ports of data and registry, in from the operator only."""
     item = stored(input={"urls": ["https://d.example.com:8443/a.jsonl"]})
@@ -250,10 +266,11 @@ def test_nodes_say_which_gpu_they_have() -> None:
 # the CRD and the files of configs/deploy
 
 
-def test_the_crd_is_the_one_in_the_repository() -> None:
-    """`python -m jobs crd > configs/deploy/crd/workspaces.kaito.sh.yaml`."""
+def test_the_crd_and_the_page_of_options_are_current() -> None:
+    """`make docs` writes them."""
     file = ROOT / "configs/deploy/crd/workspaces.kaito.sh.yaml"
-    assert crd.definition() == yaml.safe_load(file.read_text())
+    assert crd.text() == file.read_text()
+    assert options.markdown() == (ROOT / "docs/operator-options.md").read_text()
 
 
 def test_the_crd_is_structural_and_described() -> None:

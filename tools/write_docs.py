@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from jobs import crd, options
 from tuning import files, presets, sizing, spec
 from tuning.plan.schema import schema
 from tuning.spec import keys
@@ -16,6 +17,8 @@ def generated() -> dict[Path, str]:
     """Every generated file and its text."""
     return {
         ROOT / "docs" / "config-keys.md": keys.page(),
+        ROOT / "configs" / "deploy" / "crd" / "workspaces.kaito.sh.yaml": crd.text(),
+        ROOT / "docs" / "operator-options.md": options.markdown(),
         ROOT / "docs" / "fit.md": sizing.markdown(),
         ROOT / "docs" / "presets.md": presets.markdown(),
         ROOT / "configs" / "plan.schema.json": json.dumps(schema(), indent=2) + "\n",

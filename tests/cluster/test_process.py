@@ -21,7 +21,8 @@ import yaml
 from cluster import bed
 from cluster.world import SUCCESS, World, wait, workspace
 
-from jobs.cluster import LEASE, Cluster, Object
+from jobs import cluster, watch
+from jobs.cluster import LEASE, WORKSPACE, ApiError, Cluster, Object
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,6 +32,7 @@ class Gate:
 
     def __init__(self, port: int) -> None:
         self._to, self._ways = port, list[socket.socket]()
+        self.mute = False  # what comes in is taken, and nothing comes of it
         self._door = socket.create_server(("127.0.0.1", 0))
         self.port = self._door.getsockname()[1]
         self._threads = list[threading.Thread]()
@@ -69,6 +71,8 @@ class Gate:
                     data = ready.recv(1 << 16)
                     if not data:
                         return
+                    if self.mute:
+                        continue
                     to[ready].sendall(data)
 
 
@@ -115,6 +119,25 @@ def start(server: bed.Bed, world: World, tmp_path: Path) -> Iterator[Any]:
             if each.process.poll() is None:
                 each.process.kill()
                 each.process.wait()
+
+
+def test_a_watch_that_fell_silent_is_given_up(server: bed.Bed, world: World) -> None:
+    """Open and dead, as behind a lost route: an error ten seconds after its time, not hours."""
+    gate = Gate(int(server.ports["APISERVER_PORT"]))
+    config = yaml.safe_load(server.kubeconfig.read_text())
+    config["clusters"][0]["cluster"]["server"] = f"https://127.0.0.1:{gate.port}"
+    through = server.folder / "cfg" / "silent.kubeconfig"
+    through.write_text(yaml.safe_dump(config))
+    behind = cluster.connect(str(through), threads=1)
+    *_, (_, version) = behind.pages(WORKSPACE, world.namespace)
+    gate.mute = True
+    start = time.monotonic()
+    with pytest.raises(ApiError) as silent:
+        list(behind.watch(WORKSPACE, world.namespace, labels="", version=version, seconds=1))
+    gate.shut()
+    assert 0 == silent.value.status
+    assert time.monotonic() - start < 20
+    assert watch.WATCH + cluster.CONNECT <= 60
 
 
 def holder(api: Cluster, world: World) -> str:

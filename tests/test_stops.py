@@ -51,7 +51,7 @@ def journal(world: World, name: str, event: str) -> list[dict[str, Any]]:
 TERMS: dict[str, Aim | str] = {  # in the order of a run's life
     "fetch": "a silent server",
     "tokenise": Aim("os.rename", r"rows\.arrow", DATA, act="term"),
-    "start of training": Aim("subprocess.Popen", r"train\.json", PARENT, after=True, act="term"),
+    "start of training": Aim("os.rename", r"train\.json", PARENT, after=True, act="term"),
     "load": Aim("open", r"/generation_config\.json", TRAIN, act="term"),
     "step": Aim("open", STEP, TRAIN, act="term"),
     "save": Aim("os.rename", r"MANIFEST\.json", TRAIN, act="term"),

@@ -539,6 +539,7 @@ class _Story:
             "adapter": str(self.folder / "adapter"),
             "questions": list(self.options.questions),
             "chat_template": self.spec.settings.chat_template,
+            "packed": str(self.options.cache or base.memory()),
             "save_steps": self.spec.settings.save_steps,
         }
 

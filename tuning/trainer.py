@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import math
 import resource
@@ -79,12 +80,13 @@ class Exact(SFTTrainer):  # type: ignore[misc]
         self.tokens_so_far = 0  # the same
         self.random: dict[str, Any] = {}  # before the optimizer step under way
         self.saved_at = 0  # step
-        numbered = rows.add_column(ROW, list(range(len(rows))))
+        self.first_step_at: float | None = None  # end of this process's first one, time.monotonic
+        numbered = rows.add_column(ROW, list(range(len(rows)))).with_format("numpy")
         super().__init__(
             model=tuned,
             args=arguments,
             train_dataset=numbered,
-            eval_dataset=held_out,
+            eval_dataset=held_out.with_format("numpy") if held_out is not None else None,
             processing_class=tokenizer,
             callbacks=[Watch(self)],
         )
@@ -107,12 +109,14 @@ class Exact(SFTTrainer):  # type: ignore[misc]
         """Train to the last step, from `resumed` if there is one."""
         if resumed is None:
             self.progress.held_out_before = self.held_out_loss()
-            self.train()
+            with _settled():
+                self.train()
             return
         self.saved_at = resumed.step
         self.progress = Progress(**json.loads(resumed.read("state.json"))["progress"])
         if resumed.step < self.recipe.steps:
-            self.train(resume_from_checkpoint=str(resumed.folder))
+            with _settled():
+                self.train(resume_from_checkpoint=str(resumed.folder))
         else:
             self._load_from_checkpoint(str(resumed.folder))
             state = resumed.folder / "trainer_state.json"
@@ -227,8 +231,9 @@ class Exact(SFTTrainer):  # type: ignore[misc]
         if not self.one_pass:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels = inputs.pop("labels")
-        count = (labels[:, 1:] != head.IGNORED).sum()
-        if num_items_in_batch is not None:  # of the whole step, on all ranks
+        if num_items_in_batch is None:
+            count = (labels[:, 1:] != head.IGNORED).sum()
+        else:  # of the whole step, on all ranks
             count = torch.as_tensor(num_items_in_batch) / self.accelerator.num_processes
         return model(**inputs, scored=labels) / count.clamp(min=1)
 
@@ -307,9 +312,10 @@ class _Numbered:
         self.collate, self.by_document = collate, by_document
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        rows = [example.pop(ROW) for example in examples if ROW in example]
+        rows = [int(example.pop(ROW)) for example in examples if ROW in example]
         tokens = sum(len(example["input_ids"]) for example in examples)
         made = self.collate(examples)
+        made |= {name: made[name].long() for name in ("input_ids", "labels")}
         if self.by_document:
             made = without_mask(made)
         return {**made, "rows": rows, "tokens": tokens}
@@ -352,6 +358,7 @@ class Watch(transformers.TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count what the step did; ask for a save when one is due."""
         trainer, saves, now = self.trainer, self.trainer.saves, time.monotonic()
+        trainer.first_step_at = trainer.first_step_at or now
         trainer.progress.tokens += trainer.tokens_so_far
         trainer.progress.seconds = self.seconds_before + now - self.begun
         if saves.asked():
@@ -398,6 +405,19 @@ class Watch(transformers.TrainerCallback):  # type: ignore[misc]
     def _write(self, record: dict[str, Any]) -> None:
         with self.trainer.metrics.open("ab") as file:
             file.write(checkpoint.pack_json(record) + b"\n")
+
+
+@contextlib.contextmanager
+def _settled() -> Iterator[None]:
+    """Inside, the cycle collector leaves alone what is there.
+
+    Libraries and model are a million objects, walked for a quarter of a second each time.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _finite(value: float) -> float | None:

@@ -34,21 +34,19 @@ import torch
 import transformers
 import trl
 from peft import LoraConfig, get_peft_model
-from torch.nn.attention.varlen import varlen_attn
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl.trainer.utils import add_fused_lm_head
 
 from tuning import ledger, model, presets
+from tuning.backends import FUSED, VARLEN
+from tuning.kernels import attention, fuse, head
 from tuning.ledger import Coefficients, Ledger, Variant
 from tuning.simulate import coefficients
 from tuning.simulate.__main__ import configs
-from tuning.simulate.standins import GROUPED_HEADS, PackedLinear
+from tuning.simulate.standins import PackedLinear
 from tuning.simulate.step import DTYPES, build, read
 
 RESULTS = Path(__file__).parent / "results" / "plan.jsonl"
 DRY_RESULTS = Path("build") / "plan-dry.jsonl"
-VARLEN = "torch_varlen_of_benchmark"
 WARM, TIMED = 2, 3  # steps: the first makes the optimizer's state
 GOALS = {"median": 0.03, "worst": 0.08, "under": 0.02}
 GIB = 2**30
@@ -87,6 +85,11 @@ CASES = (
     Case(LLAMA, QLORA, 1, 2048),
     Case(LLAMA, QLORA, 64, 256),
     Case(LLAMA, replace(QLORA, checkpointing=False), 4, 2048),
+    Case(PHI, replace(LORA, checkpointing=False, fused=True), 4, 2048),
+    Case(LLAMA, replace(LORA, checkpointing=False, fused=True), 8, 2048),
+    Case(LLAMA, replace(QLORA, fused=True), 1, 2048),
+    Case(LLAMA, replace(QLORA, fused=True), 64, 256),
+    Case(LLAMA, replace(QLORA, checkpointing=False, fused=True), 4, 2048),
     Case(FALCON, replace(QLORA, attention="sdpa", checkpointing=False), 2, 512),
 )
 
@@ -95,10 +98,11 @@ def dry_cases() -> tuple[Case, ...]:
     """The same on a CPU, where torch's own attention is all there is."""
     cpu = Variant(attention="sdpa", device="cpu")
     return tuple(
-        Case(preset, replace(cpu, method=method, checkpointing=again), 2, 96)
+        Case(preset, replace(cpu, method=method, checkpointing=again, fused=fused), 2, 96)
         for preset in (PHI, LLAMA, FALCON)
         for method in ("lora", "qlora")
         for again in (True, False)
+        for fused in (False, True)
     )
 
 
@@ -135,6 +139,7 @@ def foretell(cases: tuple[Case, ...]) -> dict[Case, Ledger]:
             dropout=0.05 if case.variant.dropout else 0.0,
             attention=case.variant.attention,
             device=case.variant.device,
+            fused=case.variant.fused,
         )
         for case in cases
     }
@@ -144,12 +149,10 @@ def foretold_speed(case: Case) -> float | None:
     """Tokens a second by the roofline; None for a GPU that is not in the table."""
     if case.variant.device == "cpu":
         return None
-    name = torch.cuda.get_device_name()
-    card = next((g for g in presets.gpus() if g.name.split("-")[0] in name.split()), None)
     preset = presets.find(case.preset)
     seconds = preset and ledger.seconds_per_token(
         preset.facts,
-        card,
+        card(),
         method=case.variant.method,
         checkpointing=case.variant.checkpointing,
         tokens=case.tokens,
@@ -157,34 +160,18 @@ def foretold_speed(case: Case) -> float | None:
         rank=case.rank,
         precision=case.variant.precision,
         attention=case.variant.attention,
+        fused=case.variant.fused,
     )
     return 1 / seconds if seconds else None
 
 
+def card() -> presets.Gpu | None:
+    """This machine's GPU in the table of GPUs, if it is there."""
+    name = torch.cuda.get_device_name()
+    return next((g for g in presets.gpus() if g.name.split("-")[0] in name.split()), None)
+
+
 # Measure.
-
-
-def varlen(
-    module: Any, query: Any, key: Any, value: Any, mask: Any, *, cu_seq_lens_q: Any, **options: Any
-) -> tuple[Any, None]:
-    """torch's variable-length kernel as an attention function of transformers."""
-    rows, heads, length, width = query.shape
-    q, k, v = (t.transpose(1, 2).reshape(-1, t.shape[1], width) for t in (query, key, value))
-    grouped: dict[str, Any] = {}
-    if GROUPED_HEADS:
-        grouped = {"enable_gqa": k.shape[1] != heads}
-    elif k.shape[1] != heads:
-        k, v = (t.repeat_interleave(heads // t.shape[1], dim=1) for t in (k, v))
-    longest = options["max_length_q"]
-    out = varlen_attn(
-        q, k, v, cu_seq_lens_q, cu_seq_lens_q, longest, longest,
-        scale=options.get("scaling"), window_size=(-1, 0), **grouped,
-    )  # fmt: skip
-    return out.view(rows, length, heads, width), None
-
-
-ALL_ATTENTION_FUNCTIONS.register(VARLEN, varlen)
-ALL_MASK_ATTENTION_FUNCTIONS.register(VARLEN, lambda *args, **kwargs: None)
 
 
 def make(case: Case) -> Any:
@@ -203,6 +190,7 @@ def make(case: Case) -> Any:
             base.set_submodule(name, pack(base.get_submodule(name), variant))
         base.is_loaded_in_4bit = True
     add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
+    head.install(base)
     return base
 
 
@@ -246,6 +234,8 @@ def adapt(base: Any, case: Case) -> Any:
     if variant.checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
         tuned.enable_input_require_grads()
+    if variant.fused:
+        fuse.fuse(tuned, FUSED)
     return tuned.train()
 
 
@@ -261,14 +251,18 @@ def batch(case: Case, vocab: int) -> dict[str, Any]:
     bounds = torch.arange(0, case.tokens + 1, case.length, dtype=torch.int32, device=device)
     positions = torch.arange(case.length, device=device).repeat(case.rows)[None]
     extra = {"position_ids": positions, "cu_seq_lens_q": bounds, "max_length_q": case.length}
-    return {"input_ids": ids, "labels": ids.clone()} | extra
+    return {"labels": ids.clone()} | attention.without_mask({"input_ids": ids} | extra)
 
 
 def step(tuned: Any, inputs: dict[str, Any], case: Case) -> None:
     """A forward and a backward as trl runs them."""
     dtype = DTYPES[case.variant.precision]
     with torch.autocast(case.variant.device, dtype):
-        loss = tuned(**inputs, fused_lm_head=True).loss
+        if case.variant.fused:
+            rest = {name: value for name, value in inputs.items() if name != "labels"}
+            loss = tuned(**rest, scored=inputs["labels"]) / inputs["labels"].numel()
+        else:
+            loss = tuned(**inputs, fused_lm_head=True).loss
     loss.backward()
 
 
@@ -419,6 +413,7 @@ def line(case: Case, said: Ledger, found: dict[str, Any], error: float | None) -
     v = case.variant
     flags = f"{v.method:5} {v.precision} {v.attention:6} {'gc' if v.checkpointing else '--'}"
     flags += " dropout" if v.dropout else ""
+    flags += " fused" if v.fused else ""
     speed = f", {found['tokens_per_second']:,.0f} tokens/s" if "tokens_per_second" in found else ""
     if error is None:
         return f"{case.preset:24} {flags} {case.rows}x{case.length}: {found['error']}"

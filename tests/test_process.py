@@ -152,6 +152,38 @@ def test_a_child_does_not_outlive_its_parent(tmp_path):
     wait_until(lambda: not alive(child))
 
 
+def test_a_child_started_ahead_answers_when_it_is_asked(room, tmp_path):
+    """It imports its room while nothing is known, and is asked once."""
+    body = """
+    import os
+    from pathlib import Path
+    Path(__file__).with_name('loaded').write_text(str(os.getpid()))
+    def work(r): return {'pid': os.getpid(), 'twice': 2 * r['n']}
+    """
+    assert room(body, {"n": 1})["twice"] == 2  # writes the module
+    loaded = tmp_path / "more" / "loaded"
+    loaded.unlink()
+    with process.Ahead("probe_room", log=tmp_path / "log") as ahead:
+        wait_until(loaded.exists)
+        first = room(body, {"n": 21}, ahead=ahead)
+        second = room(body, {"n": 4}, ahead=ahead)
+
+    assert [42, 8] == [first["twice"], second["twice"]]
+    assert first["pid"] != second["pid"]
+
+
+def test_a_child_started_ahead_in_vain_is_gone(room, tmp_path):
+    """Nobody asks it, or it cannot even be imported: it ends, and the next one answers."""
+    room("def work(r): return {}")
+    with process.Ahead("probe_room", log=tmp_path / "log") as ahead:
+        child = ahead._child.pid
+        assert alive(child)
+    assert not alive(child)
+    with process.Ahead("no_such_room", log=tmp_path / "log") as ahead:
+        wait_until(lambda: ahead._child.poll() is not None)
+        assert room("def work(r): return {'n': 1}", ahead=ahead) == {"n": 1}
+
+
 def alive(pid):
     try:
         os.kill(pid, 0)

@@ -17,6 +17,8 @@ from peft import LoraConfig, get_peft_model
 from trl.trainer.utils import add_fused_lm_head
 
 from tuning import ledger, model
+from tuning.backends import FUSED
+from tuning.kernels import fuse, head
 from tuning.ledger import SIZES, Variant
 from tuning.presets import CONFIGS
 from tuning.simulate import Point, Stage, coefficients, moments
@@ -71,8 +73,12 @@ class Real:
     def step(self, inputs: dict[str, torch.Tensor]) -> None:
         dtype = DTYPES[self.variant.precision]
         plain = dtype == torch.float32
+        rest = {name: tensor for name, tensor in inputs.items() if name != "labels"}
         with contextlib.nullcontext() if plain else torch.autocast("cpu", dtype):
-            loss = self.tuned(**inputs, fused_lm_head=True).loss
+            if self.variant.fused:
+                loss = self.tuned(**rest, scored=inputs["labels"])
+            else:
+                loss = self.tuned(**inputs, fused_lm_head=True).loss
         loss.backward()
 
     def forget(self) -> None:
@@ -129,25 +135,40 @@ def real(config: Any, variant: Variant, folder: Path, *, rank: int) -> Real:
         base.gradient_checkpointing_enable({"use_reentrant": False})
         tuned.enable_input_require_grads()
     add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
+    head.install(base)
+    if variant.fused:
+        fuse.fuse(tuned, FUSED)
     return Real(tuned.train(), variant)
 
 
-REALITIES = [
-    (config, replace(CPU, method=method, checkpointing=checkpointing))
-    for config in (LLAMA, PHI3, QWEN2)
-    for method in ("lora", "qlora")
-    for checkpointing in (True, False)
-] + [
-    (FALCON, replace(CPU, checkpointing=False)),
-    (FALCON, replace(CPU, method="qlora", checkpointing=False)),
-    (GEMMA3, replace(CPU, method="qlora", checkpointing=False)),
-    (LLAMA, replace(CPU, checkpointing=False, attention="eager")),
-    (LLAMA, replace(CPU, checkpointing=False, precision="float32")),
-    (LLAMA, replace(CPU, method="qlora", checkpointing=False, precision="float16")),
-    (PHI3, replace(CPU, checkpointing=False, dropout=True)),
-    (transformers.LlamaConfig(num_key_value_heads=4, **WIDE), CPU),
-    (transformers.LlamaConfig(num_key_value_heads=4, **WIDE), replace(CPU, method="qlora")),
-]
+REALITIES = (
+    [
+        (config, replace(CPU, method=method, checkpointing=checkpointing))
+        for config in (LLAMA, PHI3, QWEN2)
+        for method in ("lora", "qlora")
+        for checkpointing in (True, False)
+    ]
+    + [
+        (FALCON, replace(CPU, checkpointing=False)),
+        (FALCON, replace(CPU, method="qlora", checkpointing=False)),
+        (GEMMA3, replace(CPU, method="qlora", checkpointing=False)),
+        (LLAMA, replace(CPU, checkpointing=False, attention="eager")),
+    ]
+    + [
+        (config, replace(CPU, method=method, checkpointing=checkpointing, fused=True))
+        for config in (LLAMA, PHI3, GEMMA3)
+        for method in ("lora", "qlora")
+        for checkpointing in (True, False)
+    ]
+    + [
+        (PHI3, replace(CPU, checkpointing=False, dropout=True, fused=True)),
+        (LLAMA, replace(CPU, checkpointing=False, precision="float32")),
+        (LLAMA, replace(CPU, method="qlora", checkpointing=False, precision="float16")),
+        (PHI3, replace(CPU, checkpointing=False, dropout=True)),
+        (transformers.LlamaConfig(num_key_value_heads=4, **WIDE), CPU),
+        (transformers.LlamaConfig(num_key_value_heads=4, **WIDE), replace(CPU, method="qlora")),
+    ]
+)
 
 
 @pytest.mark.parametrize(
@@ -156,6 +177,7 @@ REALITIES = [
     ids=[
         f"{config.model_type}-{config.hidden_size}-{v.method}-{v.precision}-{v.attention}"
         f"-{'checkpointing' if v.checkpointing else 'plain'}{'-dropout' * v.dropout}"
+        f"{'-fused' * v.fused}"
         for config, v in REALITIES
     ],
 )
@@ -201,6 +223,7 @@ def assert_agrees(
             "attention": variant.attention,
             "device": variant.device,
             "dropout": 0.05 if variant.dropout else 0.0,
+            "fused": variant.fused,
         }
         predicted = ledger.predict(
             found, tokens=point.tokens, rows=point.rows, rank=rank, **options
@@ -211,6 +234,8 @@ def assert_agrees(
 
 QUICK = [
     ("mistral-7b", Variant()),
+    ("mistral-7b", Variant(fused=True)),
+    ("phi-3-mini-4k-instruct", Variant(method="qlora", checkpointing=False, fused=True)),
     ("phi-2", Variant(method="qlora", checkpointing=False)),
     ("gemma-3-4b-instruct", Variant(method="qlora", dropout=True)),
     ("phi-4-mini-instruct", Variant(method="qlora", precision="float16", attention="sdpa")),
@@ -219,7 +244,9 @@ QUICK = [
 ]
 
 
-@pytest.mark.parametrize(("name", "variant"), QUICK, ids=[f"{n}-{v.method}" for n, v in QUICK])
+@pytest.mark.parametrize(
+    ("name", "variant"), QUICK, ids=[f"{n}-{v.method}{'-fused' * v.fused}" for n, v in QUICK]
+)
 def test_formula_agrees_with_simulation(name: str, variant: Variant) -> None:
     """The closed formula, from two and three layers, foretells four, at sizes it has not seen."""
     assert_agrees(deep(name, 4), variant, points=3, seed=1)
@@ -299,6 +326,7 @@ def test_any_config_will_do() -> None:
     ("name", "variant"),
     [
         ("mistral-7b", Variant()),
+        ("mistral-7b", Variant(method="qlora", fused=True)),
         ("falcon-7b", Variant(method="qlora", attention="sdpa", checkpointing=False)),
     ],
 )

@@ -18,7 +18,8 @@ import tiny_runs
 import torch
 from trl import SFTTrainer
 
-from tuning import adapter, checkpoint, files, process, train, trainer
+from tuning import adapter, checkpoint, files, packed, process, train, trainer
+from tuning.backends import FUSED, VARLEN
 from tuning.errors import DataError, DivergedError, OutOfMemoryError, Stopped
 from tuning.plan import Recipe
 
@@ -32,7 +33,9 @@ RECIPES = {
     "fp16": tiny_runs.recipe(precision="float16", packing=True),
     "long": tiny_runs.recipe(method="qlora", packing=True, steps=60),
     "8-bit": tiny_runs.recipe(optimizer="adamw_8bit", packing=True),
+    "fast": tiny_runs.recipe(method="qlora", packing=True, dropout=0.0),
 }
+FAST = tiny_runs.placement(attention=VARLEN, kernels=FUSED)
 CLEAN: dict[str, dict[str, Any]] = {}
 
 
@@ -45,11 +48,12 @@ def request(
     """
     shape = {"hidden_size": 512} if name == "8-bit" else {}
     packing = RECIPES[name].packing
+    usual = FAST if name == "fast" else tiny_runs.placement()
     return tiny_runs.request(
         run,
         base("llama", **shape),
         recipe or RECIPES[name],
-        more.pop("placement", tiny_runs.placement()),
+        more.pop("placement", usual),
         count=51 if packing else 1 if name == "best" else 17,
         held_out=6 if name in ("padded", "best") else 0,
         **more,
@@ -136,6 +140,8 @@ def test_two_runs_give_the_same_adapter_byte_for_byte(
         ("best", 6, 0, 7),  # after the step whose weights are kept
         ("fp16", 3, 0, 3),
         ("8-bit", 3, 0, 3),
+        ("fast", 3, 0, 3),
+        ("fast", 6, 1, 7),
     ],
 )
 def test_a_stopped_run_goes_on_bit_for_bit(
@@ -210,6 +216,72 @@ def test_a_run_goes_on_with_another_micro_batch(
     assert 6 == result["resumed_from"]
     assert expected["tokens"] == result["tokens"]
     assert expected["loss_by_step"] == pytest.approx(result["loss_by_step"], abs=0.05)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_fast_kernels_change_nothing_but_the_time(
+    method: str, packing: bool, tiny_base: Base, tmp_path: Path
+) -> None:
+    """By document, fused, in one pass: the losses of plain kernels, in float32."""
+    quantised = tiny_runs.NF4 | {"compute": "float32"} if method == "qlora" else None
+    recipe = tiny_runs.recipe(
+        method=method, packing=packing, dropout=0.0, precision="float32", quantisation=quantised
+    )
+    found = [
+        train.work(
+            tiny_runs.request(
+                tmp_path / str(number), tiny_base("llama"), recipe, placement,
+                count=51 if packing else 17, held_out=6,
+            )
+        )
+        for number, placement in enumerate(
+            (tiny_runs.placement(), FAST, replace(FAST, checkpointing=True))
+        )
+    ]  # fmt: skip
+
+    assert ["sdpa", VARLEN, VARLEN] == [result["attention"] for result in found]
+    plain, fast, again = found
+    assert fast["loss_by_step"] == again["loss_by_step"]
+    assert plain["loss_by_step"] == pytest.approx(fast["loss_by_step"], abs=1e-5)
+    assert plain["eval_loss_before"] == pytest.approx(fast["eval_loss_before"], abs=1e-5)
+    assert plain["eval_loss_after"] == pytest.approx(fast["eval_loss_after"], abs=1e-5)
+    assert plain["tokens"] == fast["tokens"]
+
+
+def test_a_run_goes_on_with_other_kernels(
+    clean: Any, tiny_base: Base, signal_at: Any, tmp_path: Path
+) -> None:
+    """Kernels are placement: a run begun with fast ones ends without, almost the same."""
+    expected = clean("fast")
+    asked = request(tmp_path / "run", tiny_base, "fast")
+    signal_at(5, 0)
+    with pytest.raises(Stopped):
+        train.work(asked)
+
+    plain = tiny_runs.placement()
+    result = train.work(request(tmp_path / "run", tiny_base, "fast", placement=plain))
+
+    assert 5 == result["resumed_from"]
+    assert expected["loss_by_step"] == pytest.approx(result["loss_by_step"], abs=0.02)
+
+
+def test_packed_weights_are_remembered(
+    clean: Any, tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second start of the same base packs nothing, and trains the same adapter."""
+    expected = clean("fast")
+    monkeypatch.setattr(packed, "WORTHWHILE", 0)
+    memory = tmp_path / "memory"
+    train.work(request(tmp_path / "one", tiny_base, "fast", packed=str(memory)))
+    (kept,) = (memory / "packed").iterdir()
+    written = {path.name: path.stat().st_mtime_ns for path in kept.iterdir()}
+
+    result = train.work(request(tmp_path / "two", tiny_base, "fast", packed=str(memory)))
+
+    assert packed.whole(kept)
+    assert written == {path.name: path.stat().st_mtime_ns for path in kept.iterdir()}
+    assert expected["adapter_sha256"] == result["adapter_sha256"]
 
 
 def test_a_finished_run_trains_nothing_again(tiny_base: Base, tmp_path: Path) -> None:

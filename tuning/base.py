@@ -203,10 +203,9 @@ def missing(base: Base, cache: Path | None) -> list[Entry]:
 def _resolve_folder(name: str, folder: Path) -> Base:
     verify(folder)
     names, _ = weights.needed(path.name for path in folder.iterdir())
-    memory = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tuning"
+    known = memory() / "digests.json"
     entries = tuple(
-        Entry(n, (folder / n).stat().st_size, _digest(folder / n, memory / "digests.json"))
-        for n in names
+        Entry(n, (folder / n).stat().st_size, _digest(folder / n, known)) for n in names
     )
     identity = files.digest(files.canonical([[entry.name, entry.sha256] for entry in entries]))
     return Base(
@@ -218,6 +217,11 @@ def _resolve_folder(name: str, folder: Path) -> Base:
         files=entries,
         total_bytes=sum(entry.size for entry in entries),
     )
+
+
+def memory() -> Path:
+    """The folder where this program remembers what takes long to find out."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tuning"
 
 
 def _digest(path: Path, memory: Path) -> str:

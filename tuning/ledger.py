@@ -51,6 +51,7 @@ KINDS = ("activations", "loss", "dequantisation", "gradients")
 SIZES = ("constant", "tokens", "tile", "rows", "pairs", "square", "rank", "rank_tokens")
 
 TILE_ROWS = 4096  # tokens that trl 1.16 scores at once
+FUSED_TILE_ROWS = {"cuda": 512, "cpu": 128}  # that ours does: a full product; what a cache holds
 BLOCK = 512  # bytes that the allocator rounds up to
 QUANT_BLOCK, QUANT_GROUP = 64, 256  # weights a constant, constants a constant of the second level
 
@@ -79,6 +80,11 @@ class Variant:
     def adapters(self) -> Precision:
         """Type of the LoRA weights: trl makes QLoRA's bfloat16, unless losses must be scaled."""
         return "bfloat16" if (self.method, self.precision) == ("qlora", "bfloat16") else "float32"
+
+    @property
+    def tile(self) -> int:
+        """Tokens whose logits are there at once."""
+        return FUSED_TILE_ROWS[self.device] if self.fused else TILE_ROWS
 
     @property
     def stored(self) -> Variant:
@@ -208,8 +214,8 @@ def predict(
     variant = Variant(
         method, precision, attention, checkpointing, dropout > 0, device, fused=fused
     ).stored
-    if variant.fused and variant not in coefficients.moments:
-        variant = replace(variant, fused=False)  # takes more: an upper bound
+    if variant not in coefficients.moments:  # made before there were kernels, which take less
+        variant = replace(variant, fused=False)
     if rows == 1 and replace(variant, single_row=True) in coefficients.moments:
         variant = replace(variant, single_row=True)
     if variant not in coefficients.moments:
@@ -225,7 +231,7 @@ def predict(
         "adapters": adapters,
         "optimizer": round(adapters * _states(optimizer, variant.adapters)),
     }
-    sizes = measures(tokens=tokens, rows=rows, rank=rank)
+    sizes = measures(tokens=tokens, rows=rows, rank=rank, tile=variant.tile)
     candidates = {
         moment.name: _settled(moment.at(sizes), adapters, accumulating)
         for moment in coefficients.moments[variant]
@@ -261,12 +267,12 @@ def held(
     return whole * width + -(-packed // 2) + coefficients.buffers, constants
 
 
-def measures(*, tokens: int, rows: int, rank: int) -> tuple[float, ...]:
-    """The sizes of a step, as SIZES names them."""
+def measures(*, tokens: int, rows: int, rank: int, tile: int = TILE_ROWS) -> tuple[float, ...]:
+    """The sizes of a step, as SIZES names them; `tile` is the most tokens scored at once."""
     return (
         1.0,
         float(tokens),
-        float(min(tokens, TILE_ROWS)),
+        float(min(tokens, tile)),
         float(rows),
         tokens * tokens / rows,
         tokens * tokens / rows / rows,

@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import torch
 import transformers
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 
-from tuning import files
+from tuning import files, packed
 from tuning.backends import BY_OFFSETS
 from tuning.errors import Problem, SpecError
 from tuning.kernels import apart, fuse
@@ -112,11 +113,13 @@ def load_base(
     quantisation: dict[str, Any] | None,
     device: str,
     attention: str | None = None,
+    cache: Path | None = None,
 ) -> Any:
     """The base model in `base` on `device` (cpu or cuda), in `precision` or packed in 4 bits.
 
     `quantisation` is the recipe's: type, double, compute. A model with a vision tower keeps it,
-    unquantised, so that names in the adapter are those of the published model. Raises SpecError.
+    unquantised, so that names in the adapter are those of the published model. Packed weights are
+    taken from the folder `cache` if they are whole, and kept there if not. Raises SpecError.
     """
     config = read_config(base)
     if not any(base.glob("*.safetensors")):
@@ -137,9 +140,17 @@ def load_base(
         )
     if device == "cuda":
         options["device_map"] = {"": torch.cuda.current_device()}
+    source = base
+    if quantisation and cache is not None and packed.whole(cache):
+        source, config.quantization_config = cache, options.pop("quantization_config").to_dict()
     try:
-        model = _auto_class(config).from_pretrained(base, use_safetensors=True, **options)
+        model = _auto_class(config).from_pretrained(
+            source, config=config, use_safetensors=True, **options
+        )
     except (ValueError, KeyError, OSError) as error:
+        if attention and error.args == (attention,):  # a family of a table of its own: Falcon
+            what, change = f"has no {attention} attention", "leave attn_implementation out"
+            raise SpecError.at("MODEL-107", config.model_type, what, change) from error
         what = f"cannot be loaded: {error}"
         raise SpecError.at("MODEL-106", str(base), what, "fetch the model again") from error
     for module in model.modules():
@@ -147,6 +158,8 @@ def load_base(
             # On a CPU with AVX512-BF16 the first answer or evaluation repacks a 4-bit layer for
             # a kernel that has no backward: training on from there drops gradients in silence.
             module.support_avx512bf16_for_cpu = False
+    if quantisation and cache is not None and source is base:
+        packed.keep(model, cache)
     return model
 
 
@@ -159,6 +172,21 @@ def _auto_class(config: Any) -> Any:
     if type(config) in causal:
         return transformers.AutoModelForCausalLM
     return transformers.AutoModelForImageTextToText
+
+
+def _packed_folder(base: Path, recipe: Recipe, root: Path | None) -> Path | None:
+    """Where the recipe's 4-bit weights are remembered; None if they are not."""
+    if root is None or recipe.quantisation is None or not packed.worthwhile(base):
+        return None
+    made_by = {
+        "quantisation": recipe.quantisation,
+        "precision": recipe.precision,
+        "bitsandbytes": bitsandbytes.__version__,
+        "transformers": transformers.__version__,
+    }
+    return packed.folder(
+        root, base=recipe.base_model, revision=recipe.base_revision, made_by=made_by
+    )
 
 
 def projections(model: torch.nn.Module) -> tuple[str, ...]:
@@ -328,9 +356,17 @@ def lora_config(model: torch.nn.Module, recipe: Recipe, wanted: tuple[str, ...])
 
 
 def load(
-    base: Path, *, recipe: Recipe, placement: Placement, chat_template: str | None = None
+    base: Path,
+    *,
+    recipe: Recipe,
+    placement: Placement,
+    chat_template: str | None = None,
+    packed_root: Path | None = None,
 ) -> tuple[PeftModel, Any, Coverage]:
-    """Model with LoRA layers, tokenizer and coverage for training `recipe` on this machine."""
+    """Model with LoRA layers, tokenizer and coverage for training `recipe` on this machine.
+
+    4-bit weights are remembered below `packed_root`.
+    """
     tokenizer = load_tokenizer(base, chat_template=chat_template)
     model = load_base(
         base,
@@ -338,6 +374,7 @@ def load(
         quantisation=recipe.quantisation if recipe.method == "qlora" else None,
         device=placement.device,
         attention=placement.attention,
+        cache=_packed_folder(base, recipe, packed_root),
     )
     adapted, coverage = adapt(model, recipe)
     logger.info("fused kernels: %s", fuse.fuse(adapted, placement.kernels) or "none")

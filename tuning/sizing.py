@@ -116,6 +116,7 @@ def _place(
             rank=demand.rank,
             precision=demand.precision,
             attention=demand.attention,
+            fused=demand.fused,
         )
     )
     return Fit(micro_batch, checkpointing, found, seconds)

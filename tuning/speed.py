@@ -28,12 +28,15 @@ NORM_BYTES = 102  # RMSNorm in float32, an element of the hidden size
 ROTARY_BYTES = 56  # an element of queries and keys
 ACTIVATION_BYTES = 26  # gate, product and their gradients, an element of the MLP's width
 ADAPTER_BYTES = 25  # scale, add and accumulate, an element of a projection's output
+# The same with `tuning.kernels`: fewer passes, but the MLP's activation is computed again.
+FUSED_NORM_BYTES, FUSED_ACTIVATION_BYTES, FUSED_ADAPTER_BYTES = 12, 38, 8
 FORWARD_SHARE = 1 / 3  # of those bytes; checkpointing moves them again
 
 UNPACK_BYTES = 2.56  # a packed weight and pass: half a byte and its constants in, two bytes out
 # Below a few hundred tokens a card waits for the host: kernels of a layer, forward and backward,
 # with or without its forward again; assumed seconds each.
 KERNELS, KERNELS_AGAIN, LAUNCH = 250, 400, 6e-6
+FUSED_KERNELS = 0.5  # of them
 
 
 def seconds_per_token(
@@ -47,29 +50,31 @@ def seconds_per_token(
     rank: int = 16,
     precision: str = "bfloat16",
     attention: str = "varlen",
+    fused: bool = False,
 ) -> float | None:
     """Seconds of one GPU for each token of a micro-batch of `tokens`, padding counted as tokens.
 
     `effective_length` is what a token's attention spans: sum(len^2) / sum(len) over the documents
-    of packed rows with varlen attention, and the row's length with any other. None where there is
-    nothing to go by: no GPU, a card without a rate for `precision`.
+    of packed rows with varlen attention, and the row's length with any other. `fused`: with the
+    kernels of `tuning.kernels`. None where there is nothing to go by: no GPU, a card without a rate
+    for `precision`.
     """
     rate = None if gpu is None else gpu.bf16_flops if precision == "bfloat16" else gpu.fp16_flops
     if gpu is None or rate is None or gpu.bandwidth is None or precision == "float32":
         return None
-    products = _products(facts, rank=rank, checkpointing=checkpointing) / (rate * GEMM)
+    products = _products(facts, rank=rank, checkpointing=checkpointing, fused=fused) / (rate * GEMM)
     spans = _spans(facts, effective_length) * (
         1 if attention == "varlen" else 2
     )  # masked, not left
     scores = spans * facts.queries * (9 if checkpointing else 7) / (rate * ATTENTION)
     again = 1 + (FORWARD_SHARE if checkpointing else 0.0)
-    moved = _moved(facts) * again / (gpu.bandwidth * ELEMENTWISE)
+    moved = _moved(facts, fused=fused) * again / (gpu.bandwidth * ELEMENTWISE)
     unpacked = 0.0
     if method == "qlora":
         passes = 3 if checkpointing else 2
         bytes_ = UNPACK_BYTES * passes * facts.layers * _linear(facts)
         unpacked = bytes_ / tokens / (gpu.bandwidth * COPY)
-    kernels = KERNELS_AGAIN if checkpointing else KERNELS
+    kernels = (KERNELS_AGAIN if checkpointing else KERNELS) * (FUSED_KERNELS if fused else 1.0)
     launched = facts.layers * kernels * LAUNCH / tokens
     return max(products + scores + moved + unpacked, launched)
 
@@ -85,13 +90,13 @@ def _linear(facts: Facts) -> int:
     return sum(linear.inputs * linear.outputs for linear in facts.linears)
 
 
-def _products(facts: Facts, *, rank: int, checkpointing: bool) -> float:
-    """Operations of the matrix products; the loss makes its logits twice, so the head costs 6."""
+def _products(facts: Facts, *, rank: int, checkpointing: bool, fused: bool) -> float:
+    """Operations of the matrix products; trl's loss makes its logits twice, so the head costs 6."""
     body = facts.layers * _linear(facts)
     adapters = rank * facts.layers * sum(x.inputs + x.outputs for x in facts.linears)
     head = facts.vocab * facts.hidden
     again = 2 * (body + adapters) if checkpointing else 0
-    return 4 * body + 6 * adapters + 6 * head + again
+    return 4 * body + 6 * adapters + (4 if fused else 6) * head + again
 
 
 def _spans(facts: Facts, length: float) -> float:
@@ -100,13 +105,18 @@ def _spans(facts: Facts, length: float) -> float:
     return windowed + length * (facts.layers - facts.windowed_layers)
 
 
-def _moved(facts: Facts) -> float:
+def _moved(facts: Facts, *, fused: bool) -> float:
     """Bytes of the elementwise operators for each token."""
+    norm, activation, adapter = (
+        (FUSED_NORM_BYTES, FUSED_ACTIVATION_BYTES, FUSED_ADAPTER_BYTES)
+        if fused
+        else (NORM_BYTES, ACTIVATION_BYTES, ADAPTER_BYTES)
+    )
     outputs = sum(linear.outputs for linear in facts.linears)
     layer = (
-        NORM_BYTES * facts.norms * facts.hidden
+        norm * facts.norms * facts.hidden
         + ROTARY_BYTES * facts.rotary * (facts.queries + facts.keys)
-        + ACTIVATION_BYTES * facts.intermediate
-        + ADAPTER_BYTES * outputs
+        + activation * facts.intermediate
+        + adapter * outputs
     )
     return facts.layers * layer

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 
 from tuning.kernels.attention import without_mask
@@ -70,13 +71,14 @@ class Numbered:
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """The batch of `examples`, and NOTED."""
-        numbers = [example.pop(ROW, 0) for example in examples]
+        numbers = [int(example.pop(ROW, 0)) for example in examples]
         real = [n for n, number in enumerate(numbers) if number != FILLER]
         tokens = sum(len(examples[n]["input_ids"]) for n in real)
         if real:
             for n in set(range(len(examples))) - set(real):
-                examples[n]["labels"] = [IGNORED] * len(examples[n]["labels"])
+                examples[n]["labels"] = np.full_like(examples[n]["labels"], IGNORED)
         made = self.collate(examples)
+        made |= {name: made[name].long() for name in ("input_ids", "labels")}
         if self.by_document:
             made = without_mask(made)
         rows = [numbers[n] for n in real]

@@ -13,6 +13,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -55,6 +56,7 @@ class Request:
     base_revision: str | None = None
     questions: tuple[str, ...] = ()  # answered before and after, for the run directory only
     chat_template: str | None = None  # the user's, as text
+    packed: Path | None = None  # folder where packed weights are remembered
     save_seconds: float = 600.0  # lost work stays under this
     save_steps: int | None = None
     meeting: Path | None = None  # of the ranks, if there are several
@@ -64,7 +66,7 @@ class Request:
         """The request in a JSON file; keys that are null count as absent."""
         known = {field.name for field in fields(cls)}
         given = {k: v for k, v in record.items() if k in known and v is not None}
-        names = ("run", "base", "train", "adapter", "eval", "meeting")
+        names = ("run", "base", "train", "adapter", "eval", "packed", "meeting")
         paths = {k: Path(given[k]) for k in names if k in given}
         made = {
             "recipe": recipe_from_json(record["recipe"]),
@@ -154,6 +156,7 @@ def _out_of_memory(error: BaseException) -> bool:
 
 
 def _run(request: Request, stop: Interruption) -> dict[str, Any]:
+    began = time.monotonic()
     recipe, placement = request.recipe, request.placement
     if placement.threads:
         torch.set_num_threads(placement.threads)
@@ -167,20 +170,21 @@ def _run(request: Request, stop: Interruption) -> dict[str, Any]:
     resumed = _resumed(request, peers)
 
     tuned, tokenizer, coverage = model.load(
-        request.base, recipe=recipe, placement=placement, chat_template=request.chat_template
+        request.base,
+        recipe=recipe,
+        placement=placement,
+        chat_template=request.chat_template,
+        packed_root=request.packed,
     )
+    loaded = time.monotonic()
+    attention = tuned.get_base_model().config._attn_implementation
     loop = trainer.Exact(
         tuned,
         tokenizer,
         rows=rows,
         held_out=read_rows(request.eval) if request.eval else None,
         recipe=recipe,
-        arguments=arguments(
-            recipe,
-            placement,
-            request.run,
-            by_offsets=tuned.get_base_model().config._attn_implementation in BY_OFFSETS,
-        ),
+        arguments=arguments(recipe, placement, request.run, by_offsets=attention in BY_OFFSETS),
         kernels=placement.kernels,
         ranks=peers,
         metrics=request.run / "metrics.jsonl",
@@ -232,6 +236,9 @@ def _run(request: Request, stop: Interruption) -> dict[str, Any]:
         "tokens": loop.progress.tokens,
         "tokens_per_second": loop.progress.tokens / max(loop.progress.seconds, 1e-9),
         "seconds": loop.progress.seconds,
+        "load_seconds": loaded - began,
+        "first_step_seconds": loop.first_step_at and loop.first_step_at - began,
+        "attention": attention,
         "trainable": coverage.trainable,
         "total": coverage.total,
         "covered": coverage.to_json(),

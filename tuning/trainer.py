@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import math
 import resource
@@ -87,11 +88,12 @@ class Exact(SFTTrainer):  # type: ignore[misc]
         self.random: dict[str, Any] = {}  # before the optimizer step under way
         self.saved_at = 0  # step
         self.best = Best()
+        self.first_step_at: float | None = None  # end of this process's first one, time.monotonic
         super().__init__(
             model=tuned,
             args=arguments,
-            train_dataset=numbered(rows, ranks=self.ranks.count),
-            eval_dataset=held_out,
+            train_dataset=numbered(rows, ranks=self.ranks.count).with_format("numpy"),
+            eval_dataset=held_out.with_format("numpy") if held_out is not None else None,
             processing_class=tokenizer,
             callbacks=[Watch(self)],
         )
@@ -117,7 +119,8 @@ class Exact(SFTTrainer):  # type: ignore[misc]
             # evaluating marked the model as prepared; the ranks' gradients would never meet
             self.model._is_accelerate_prepared = False
             self.accelerator._models.clear()
-            self.train()
+            with _settled():
+                self.train()
             return
         self.saved_at = resumed.step
         self.progress = Progress(**json.loads(resumed.read("state.json"))["progress"])
@@ -125,7 +128,8 @@ class Exact(SFTTrainer):  # type: ignore[misc]
             weights = checkpoint.unpack_tensors(resumed.read("best.safetensors"))
             self.best = Best(self.progress.best_step, self.progress.best_loss, weights)
         if resumed.step < self.recipe.steps:
-            self.train(resume_from_checkpoint=str(resumed.folder))
+            with _settled():
+                self.train(resume_from_checkpoint=str(resumed.folder))
         else:
             self._load_from_checkpoint(str(resumed.folder))
             state = resumed.folder / "trainer_state.json"
@@ -265,8 +269,9 @@ class Exact(SFTTrainer):  # type: ignore[misc]
         if not self.one_pass:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels = inputs.pop("labels")
-        count = (labels[:, 1:] != head.IGNORED).sum()
-        if num_items_in_batch is not None:  # of the whole step, on all ranks
+        if num_items_in_batch is None:
+            count = (labels[:, 1:] != head.IGNORED).sum()
+        else:  # of the whole step, on all ranks
             count = torch.as_tensor(num_items_in_batch) / self.accelerator.num_processes
         return model(**inputs, scored=labels) / count.clamp(min=1)
 
@@ -397,6 +402,7 @@ class Watch(transformers.TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count what the step did; ask for a save when one is due."""
         trainer, saves, now = self.trainer, self.trainer.saves, time.monotonic()
+        trainer.first_step_at = trainer.first_step_at or now
         trainer.progress.tokens += round(trainer.ranks.sum(trainer.tokens_so_far)[0])
         trainer.progress.seconds = self.seconds_before + now - self.begun
         if saves.asked():
@@ -446,6 +452,19 @@ class Watch(transformers.TrainerCallback):  # type: ignore[misc]
             return
         with self.trainer.metrics.open("ab") as file:
             file.write(checkpoint.pack_json(record) + b"\n")
+
+
+@contextlib.contextmanager
+def _settled() -> Iterator[None]:
+    """Inside, the cycle collector leaves alone what is there.
+
+    Libraries and model are a million objects, walked for a quarter of a second each time.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _finite(value: float) -> float | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,8 +22,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tuning.backends import VARLEN
 
-_PARAMETERS = inspect.signature(varlen.varlen_attn).parameters
-GROUPED_HEADS = "enable_gqa" in _PARAMETERS  # torch 2.12 and newer; 2.11 wants equal head counts
 HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -58,6 +57,12 @@ def by_document(
     return torch.cat(outputs).to(dtype)
 
 
+@cache
+def _grouped(kernel: Callable[..., Any]) -> bool:
+    """Whether keys may have fewer heads: torch 2.12 and newer; 2.11 wants as many as queries."""
+    return "enable_gqa" in inspect.signature(kernel).parameters
+
+
 def by_kernel(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -72,7 +77,7 @@ def by_kernel(
     """The same by torch's flash kernel; `longest` is the longest document's tokens."""
     heads = query.shape[1]
     options: dict[str, Any] = {}
-    if GROUPED_HEADS:
+    if _grouped(kernel):
         options["enable_gqa"] = key.shape[1] != heads
     elif key.shape[1] != heads:
         key, value = (t.repeat_interleave(heads // t.shape[1], dim=1) for t in (key, value))

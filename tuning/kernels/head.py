@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from tuning.ledger import FUSED_TILE_ROWS
+
 IGNORED = -100  # a label that is none
-ROWS = 1024  # tokens of a tile, at most: enough for a matrix product to be one
-TILE = {"cuda": 1 << 26, "cpu": 1 << 20}  # logits of a tile, at most; on a CPU they stay in cache
 SHIFT = 1024.0  # lifts probabilities out of float16's thin end; a power of two, so exact
 
 Tensor = torch.Tensor
@@ -64,11 +64,6 @@ def _score(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return (normaliser - logits.gather(-1, targets[:, None]).float()).sum(), probabilities
 
 
-def rows_of_a_tile(vocabulary: int, device: str) -> int:
-    """How many tokens are scored at once."""
-    return max(1, min(ROWS, TILE.get(device, TILE["cpu"]) // vocabulary))
-
-
 def loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
     """Summed loss of `labels` [rows, length] given the tokens before them.
 
@@ -85,7 +80,7 @@ def loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) ->
         weight.to(dtype),
         None if bias is None else bias.to(dtype),
         targets.index_select(0, scored),
-        rows_of_a_tile(len(weight), kind),
+        FUSED_TILE_ROWS.get(kind, FUSED_TILE_ROWS["cuda"]),
     )
     return total
 

@@ -42,6 +42,7 @@ def train(
         "adapter": str(run.folder / "adapter"),
         "questions": list(run.options.questions),
         "chat_template": run.spec.settings.chat_template,
+        "packed": str(run.options.cache or base.memory()),
         "save_steps": run.spec.settings.save_steps,
     }
 

@@ -29,9 +29,9 @@ RANK = 37  # no other dimension of any model: a tensor with it is one of the ada
 # Steps to run: one for each size that counts, and apart enough to tell them from each other.
 PACKED = tuple(Point(*shape, RANK) for shape in ((1, 2048), (2, 1024), (1, 4096)))
 PADDED = tuple(Point(*shape, RANK) for shape in ((2, 1024), (4, 1024), (8, 512), (2, 2048)))
-SINGLE = tuple(Point(*shape, RANK) for shape in ((1, 1024), (1, 2048), (1, 4096)))
+SINGLE = tuple(Point(*shape, RANK) for shape in ((1, 512), (1, 1024), (1, 2048)))
 GRID = tuple(  # where the highest moments are looked for
-    measures(tokens=tokens, rows=rows, rank=rank)
+    {"tokens": tokens, "rows": rows, "rank": rank}
     for tokens in (64, 256, 1024, 2048, 4096, 6144, 8192, 16384, 65536, 262144)
     for rows in (1, 4, 64)
     for rank in (4, 16, 64, 256)
@@ -110,8 +110,8 @@ def moments(config: Any, *, variant: Variant, uniform: bool = True) -> tuple[Mom
     for phase in ("forward", "backward"):
         runs = {point: [getattr(trace, phase) for trace in run] for point, run in traces.items()}
         _same_operators(runs)
-        found += [(_NAMES[phase, end], form) for end, form in _windows(runs, depth, used)]
-    return envelope(found)
+        found += [(_NAMES[phase, end], form) for end, form in _windows(runs, depth, used, variant)]
+    return envelope(found, variant)
 
 
 def _design(variant: Variant) -> tuple[tuple[Point, ...], tuple[str, ...]]:
@@ -129,12 +129,13 @@ def _same_operators(runs: Mapping[Point, list[Phase]]) -> None:
 
 
 def _windows(
-    runs: Mapping[Point, list[Phase]], depth: int, used: tuple[str, ...]
+    runs: Mapping[Point, list[Phase]], depth: int, used: tuple[str, ...], variant: Variant
 ) -> list[tuple[str, Forms]]:
     """Forms of the operators near either end of a phase, for all `depth` layers."""
     phases = next(iter(runs.values()))
     if len(phases) == 1:
-        return [("all", _solve({p: run[0].bytes.astype(float) for p, run in runs.items()}, used))]
+        every = {p: run[0].bytes.astype(float) for p, run in runs.items()}
+        return [("all", _solve(every, used, variant))]
     shallow, deeper = phases
     ends = {"first": slice(0, shallow.head), "last": slice(-shallow.tail, None)}
     if any(shallow.operators[end] != deeper.operators[end] for end in ends.values()):
@@ -145,11 +146,13 @@ def _windows(
         for point, run in runs.items():
             low, high = (phase.bytes[window] for phase in run)
             values[point] = low + (depth - SHALLOW) * (high - low).astype(float)
-        forms.append((end, _solve(values, used)))
+        forms.append((end, _solve(values, used, variant)))
     return forms
 
 
-def _solve(values: Mapping[Point, NDArray[np.float64]], used: tuple[str, ...]) -> Forms:
+def _solve(
+    values: Mapping[Point, NDArray[np.float64]], used: tuple[str, ...], variant: Variant
+) -> Forms:
     """Coefficients by SIZES for each operator and each of `ledger.KINDS`, from its bytes at points.
 
     All are whole bytes: rounding takes off what tensors rounded up to a block add to the others.
@@ -159,10 +162,12 @@ def _solve(values: Mapping[Point, NDArray[np.float64]], used: tuple[str, ...]) -
     for column in range(stacked.shape[2]):
         index, proportional = column % len(COLUMNS), column >= len(COLUMNS)
         name = COLUMNS[index]
-        sizes = ("constant", "tile") if name == "tile" else used
+        sizes = used
+        if name == "tile":  # of the one-pass head it is full at every point, and nothing else
+            sizes = ("tile",) if variant.fused else ("constant", "tile")
         if proportional:
             sizes = tuple(size for size in sizes if size in _RANKED)
-        solution = _least_squares(values, sizes, stacked[:, :, column])
+        solution = _least_squares(values, sizes, stacked[:, :, column], variant)
         kind = KINDS.index("loss" if name == "tile" else name)
         for size, coefficient in zip(sizes, solution, strict=True):
             target = _RANKED[size] if proportional else size
@@ -172,11 +177,14 @@ def _solve(values: Mapping[Point, NDArray[np.float64]], used: tuple[str, ...]) -
 
 
 def _least_squares(
-    points: Iterable[Point], sizes: tuple[str, ...], values: NDArray[np.float64]
+    points: Iterable[Point],
+    sizes: tuple[str, ...],
+    values: NDArray[np.float64],
+    variant: Variant,
 ) -> NDArray[np.float64]:
     """For each operator (a column of `values`) the coefficients [sizes, operators]."""
     places = [SIZES.index(size) for size in sizes]
-    every = [measures(tokens=p.tokens, rows=p.rows, rank=p.rank) for p in points]
+    every = [measures(tokens=p.tokens, rows=p.rows, rank=p.rank, tile=variant.tile) for p in points]
     matrix = np.array(every)[:, places]
     scale = matrix.max(axis=0)
     solution: NDArray[np.float64] = np.linalg.lstsq(matrix / scale, values, rcond=None)[0]
@@ -184,14 +192,14 @@ def _least_squares(
     return scaled
 
 
-def envelope(found: list[tuple[str, Forms]]) -> tuple[Moment, ...]:
+def envelope(found: list[tuple[str, Forms]], variant: Variant) -> tuple[Moment, ...]:
     """The fewest operators that are highest, within TOLERANCE, everywhere on GRID.
 
     With and without an earlier micro-batch's gradients, which hide those of this one.
     """
     names = [name for name, forms in found for _ in range(forms.shape[1])]
     forms = np.concatenate([forms for _, forms in found], axis=1)
-    grid = np.array(GRID)
+    grid = np.array([measures(**sizes, tile=variant.tile) for sizes in GRID])
     bytes_ = np.einsum("gs,sok->gok", grid, forms)
     gradients = bytes_[:, :, KINDS.index("gradients")]
     totals = np.concatenate([bytes_.sum(axis=2), bytes_.sum(axis=2) - gradients])

@@ -19,7 +19,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl.kernels import chunked_logprob
 
-from tuning.kernels import head
+from tuning.ledger import FUSED_TILE_ROWS
 from tuning.simulate.memory import kind
 
 VARLEN = "simulated_varlen"  # a name with "flash" in it would be taken for a kernel to download
@@ -265,14 +265,16 @@ class _OnePassHead(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Any, weight: Any, targets: Any, device: str) -> Any:
-        size = min(len(hidden), head.rows_of_a_tile(len(weight), device))
+        size = min(len(hidden), FUSED_TILE_ROWS[device])
         with kind("loss"):
             gradient = torch.empty_like(hidden)
+            ctx.save_for_backward(gradient)
+            total = hidden.new_empty((), dtype=FLOAT)
+        with kind("tile"):
             tile = hidden.new_empty(size, len(weight))
             probabilities = hidden.new_empty(size, len(weight), dtype=FLOAT)
             del tile, probabilities
-            ctx.save_for_backward(gradient)
-            return hidden.new_empty((), dtype=FLOAT)
+        return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:

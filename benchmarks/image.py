@@ -260,6 +260,7 @@ def main() -> None:
             "date": datetime.date.today().isoformat(),
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, "
             f"Python {platform.python_version()}",
+            "load_average": round(os.getloadavg()[0], 1),  # what else the machine did
             "runs": given.runs,
             "packaging": packaging(folder, given.runs),
             "push": pushing(folder, given.runs, given.rate),

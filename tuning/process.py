@@ -321,7 +321,7 @@ def launch() -> None:
     runpy.run_module(f"tuning.{room}", run_name="__main__", alter_sys=True)
 
 
-def follow_parent(named: queue.SimpleQueue[str]) -> None:
+def follow_parent(named: queue.SimpleQueue[str] | None = None) -> None:
     """End this child when its parent is gone: an orphan would hold GPU and lock.
 
     What the parent writes meanwhile (`Ahead.take`) goes to `named`, line by line.
@@ -333,7 +333,8 @@ def follow_parent(named: queue.SimpleQueue[str]) -> None:
             while piece := os.read(0, 4096):
                 *lines, text = (text + piece).split(b"\n")
                 for line in lines:
-                    named.put(line.decode())
+                    if named is not None:
+                        named.put(line.decode())
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True).start()

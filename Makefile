@@ -103,6 +103,7 @@ fix: install  ## let ruff mend what it can
 
 docs: install  ## write the files that are generated from the code
 	$(BIN)/python tools/write_docs.py
+	$(BIN)/python benchmarks/speed_page.py
 
 lock:  ## refresh constraints.txt: newest versions that pyproject.toml allows
 	rm -rf build/lock && $(PYTHON) -m venv build/lock

@@ -2,7 +2,8 @@
 
     python -m benchmarks.cpu_compare [--model tiny|small] [--pairs 5] [--write]
     python -m benchmarks.cpu_compare --equal [--write]     the first losses, unpacked, in float32
-    python -m benchmarks.cpu_compare --table               the tables in docs/speed.md, from results
+
+`docs/speed.md` is made from the results by `make docs`.
 
 The same random Llama, the same 2,000 chat rows, about the same tokens an optimizer step: `trl` is
 `plain_trl.py` with its defaults, `trl packed` the same with packing, `ours` is `python -m tuning
@@ -41,7 +42,6 @@ sys.path.insert(0, str(HERE.parent / "tests"))
 import tiny_models  # noqa: E402  # it is no package
 
 RESULTS = HERE / "results" / "cpu_compare.jsonl"
-PAGE = HERE.parent / "docs" / "speed.md"
 ROWS, LENGTH, STEPS = 2000, 1024, 30
 SHAPES: dict[str, dict[str, int]] = {
     "tiny": {

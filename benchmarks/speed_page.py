@@ -1,0 +1,90 @@
+"""Writes docs/speed.md from the newest results of `cpu_compare.py`: part of `make docs`.
+
+python benchmarks/speed_page.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "cpu_compare.jsonl"
+PAGE = ROOT / "docs" / "speed.md"
+TEMPLATE = ROOT / "benchmarks" / "speed.template.md"
+TABLE = """
+**{model}** ({shape}), {date}, {machine}; load of the machine {load}:
+
+| | CPU-ms a real token | first step after | peak memory | ratio of CPU | ratio of first step |
+|---|---|---|---|---|---|
+{rows}
+
+{laps}
+"""
+SHAPES = {"tiny": "4 layers of 256, vocabulary 4,096", "small": "8 layers of 512, vocabulary 8,192"}
+
+
+def newest(results: list[dict[str, Any]], **wanted: str) -> dict[str, Any] | None:
+    """The last record with these values."""
+    found = [r for r in results if all(r.get(key) == value for key, value in wanted.items())]
+    return found[-1] if found else None
+
+
+def table(record: dict[str, Any]) -> str:
+    """The part of one model."""
+    rows, laps = [], []
+    for contender, middle in record["medians"].items():
+        ratios = record["ratios"].get(contender)
+        cells = [
+            f"{1e3 * middle['cpu_per_token']:.2f}",
+            f"{middle['first_step']:.1f} s",
+            f"{middle['peak'] / 2**20:.0f} MiB",
+            span(ratios["cpu_per_token"]) if ratios else "",
+            span(ratios["first_step"]) if ratios else "",
+        ]
+        rows.append(f"| {contender} | {' | '.join(cells)} |")
+        split = ", ".join(f"{lap} {seconds:.1f}" for lap, seconds in middle["laps"].items())
+        laps.append(f"*{contender}* to its first step, in seconds: {split}.")
+    loads = record["loads"]
+    return TABLE.format(
+        model=record["model"],
+        shape=SHAPES[record["model"]],
+        date=record["date"],
+        machine=record["machine"],
+        load=f"{min(loads):.0f} to {max(loads):.0f}",
+        rows="\n".join(rows),
+        laps="\n".join(laps),
+    )
+
+
+def span(ratio: list[float]) -> str:
+    """Median, lowest and highest."""
+    middle, lowest, highest = ratio
+    return f"**{middle:.2f}** ({lowest:.2f} to {highest:.2f})"
+
+
+def markdown() -> str:
+    """The page."""
+    lines = RESULTS.read_text().splitlines() if RESULTS.is_file() else []
+    results = [json.loads(line) for line in lines]
+    found = [newest(results, kind="compare", model=model) for model in SHAPES]
+    compared = [record for record in found if record is not None]
+    same = newest(results, kind="equal")
+    equal = ""
+    if same is not None:
+        equal = (
+            f"Unpacked and in float32 the losses of ours and of trl's script differ by at most "
+            f"{same['first_five']:.1e} over the first five steps and {same['all']:.1e} over all "
+            f"{same['steps']} ({same['date']}).\n"
+        )
+    return TEMPLATE.read_text().format(
+        steps=compared[0]["steps"] if compared else 30,
+        pairs=len(compared[0]["loads"]) // 3 if compared else 5,
+        compare="".join(map(table, compared)),
+        equal=equal,
+    )
+
+
+if __name__ == "__main__":
+    PAGE.write_text(markdown())

@@ -80,7 +80,7 @@ class Server:
 
     def connect(self) -> socket.socket:
         """A bare connection."""
-        return socket.create_connection(("127.0.0.1", self.port), timeout=30)
+        return socket.create_connection(("127.0.0.1", self.port), timeout=120)
 
     def terminate(self) -> None:
         self.process.send_signal(signal.SIGTERM)

@@ -44,7 +44,8 @@ def server(parts: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> 
     ]
     with servers.serving(tmp_path_factory.mktemp("server"), *arguments) as running:
         yield running
-        CLIENTS.pop(running.url).close()
+        if running.url in CLIENTS:
+            CLIENTS.pop(running.url).close()
 
 
 def messages(text: str = serving.QUESTION) -> list[dict[str, str]]:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from tuning import device, files
 from tuning.errors import SpecError, UsageError
 from tuning.presets import load
-from tuning.serve import memory, names, options, sampling, voice
+from tuning.serve import attention, memory, names, options, sampling, voice
 from tuning.serve.names import Wanted
 from tuning.serve.sampling import Chooser, Sampling
 from tuning.serve.text import Writer
@@ -265,6 +265,25 @@ def test_a_rendering_ends_in_time_and_leaves_nothing_behind() -> None:
 
     assert 3 == voice.within(5, lambda: 3)
     time.sleep(0.3)
+
+
+def test_each_request_attends_to_itself() -> None:
+    """Pieces of prompts by themselves; single tokens together, as long as their keys are few."""
+    queries = [0, 1, 2, 34, 35, 36, 37, 41]
+    keys = [0, 100, 200, 300, 400, 500, 600, 700]
+
+    def shown(together: int) -> list[tuple[int, ...]]:
+        found = attention.blocks(queries, keys, together)
+        return [(q.start, q.stop, k.start, k.stop) for q, k in found]
+
+    assert [
+        (0, 2, 0, 200),
+        (2, 34, 200, 300),
+        (34, 36, 300, 500),
+        (36, 37, 500, 600),
+        (37, 41, 600, 700),
+    ] == shown(200)
+    assert 7 == len(shown(0))
 
 
 def test_keys_are_read_one_a_line_and_short_ones_are_refused(tmp_path: Path) -> None:

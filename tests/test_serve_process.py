@@ -246,31 +246,34 @@ def test_time_is_limited(start: Start) -> None:
 
 
 class Clients:
-    """Eight clients that ask until they are told to stop, and what became of every request."""
+    """Eight clients behind a Service: they ask as long as the server is ready, as a probe finds it.
+
+    What became of every request is kept.
+    """
 
     def __init__(self, running: Server) -> None:
         self.running, self.stop = running, threading.Event()
         self.dropped: list[str] = []
-        self.answered = self.turned_away = 0
+        self.answered = 0
         self._lock = threading.Lock()
         self._threads = [threading.Thread(target=self._work, args=(n,)) for n in range(8)]
-        for thread in self._threads:
+        for thread in [*self._threads, threading.Thread(target=self._probe)]:
             thread.start()
+
+    def _probe(self) -> None:
+        while self.running.ask("/readyz")[0] == 200:
+            time.sleep(0.05)
+        self.stop.set()
 
     def _work(self, number: int) -> None:
         body = ASKED | {"max_tokens": 24, "min_tokens": 24, "stream": bool(number % 2)}
         data = json.dumps(body).encode()
         connection: http.client.HTTPConnection | None = None
         while not self.stop.is_set():
-            if connection is None:
-                try:
-                    connection = http.client.HTTPConnection("127.0.0.1", self.running.port)
-                    connection.connect()
-                except OSError:  # nobody listens any more: a Service would have sent it elsewhere
-                    with self._lock:
-                        self.turned_away += 1
-                    return
+            connection = connection or http.client.HTTPConnection("127.0.0.1", self.running.port)
             connection = self._ask(connection, data, streamed=bool(number % 2))
+        if connection is not None:
+            connection.close()
 
     def _ask(self, connection: Any, data: bytes, *, streamed: bool) -> Any:
         """One request on this connection; gives it back if another may follow."""
@@ -294,7 +297,6 @@ class Clients:
         return connection
 
     def join(self) -> None:
-        self.stop.set()
         for thread in self._threads:
             thread.join()
 
@@ -325,14 +327,14 @@ def test_sigterm_under_load_drops_nothing(start: Start) -> None:
     """
     answered = 0
     for trial in range(TRIALS):
-        running = start(linger=0.4, grace=30.0)
+        running = start(linger=1.5, grace=60.0)
         assert (200, "ready") == ready(running)
         clients = Clients(running)
         while clients.answered < 8 + trial % 8:
             assert [] == clients.dropped
             time.sleep(0.01)
         running.terminate()
-        time.sleep(0.05)
+        assert servers.waited(running.process, running.log, "(Stopping)")
         assert (503, "draining") == ready(running)
         code = running.process.wait()
         clients.join()

@@ -27,6 +27,7 @@ from typing import Any, Protocol
 import torch
 import transformers
 
+from tuning.serve import attention
 from tuning.serve.memory import PAGE, Room
 from tuning.serve.mixture import Mixture
 
@@ -80,6 +81,7 @@ class Batched:
     """Requests side by side in one row."""
 
     def __init__(self, model: Any, mixture: Mixture, room: Room, step: Step) -> None:
+        attention.install()
         self._model, self._mixture, self._step = model, mixture, step
         self._works: dict[str, Work] = {}
         self._batch: list[tuple[Any, int, bool]] = []  # request, tokens, whether one is due
@@ -126,7 +128,7 @@ class Batched:
         for hook in self._hooks:
             hook.remove()
 
-    def _before(self, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    def _before(self, model: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         # The one look inside of the manager: which tokens of the row are whose.
         batch = self._manager.batch_processor.inputs_and_outputs.requests_in_batch
         self._batch = [
@@ -136,6 +138,7 @@ class Batched:
         nobody = (0.0,) * self._mixture.count
         rows = [(work.weights if work else nobody, count) for work, count, _ in self._batch]
         self._mixture.use(rows, model.device)
+        return args, kwargs | {attention.SPANS: attention.spans(kwargs)}
 
     def _after(self, model: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         logits = output.logits[0]

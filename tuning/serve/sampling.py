@@ -80,7 +80,7 @@ class Chooser:
             often = torch.tensor(list(self._counts.values()), device=scores.device)
             scores[seen] -= s.presence_penalty + s.frequency_penalty * often
         if len(self._ids) - self._prompt < s.min_tokens:
-            scores[self._ends] = -torch.inf
+            scores[[end for end in self._ends if end < len(scores)]] = -torch.inf
         return scores
 
     def _choose(self, scores: torch.Tensor) -> int:

@@ -19,7 +19,8 @@ TEMPLATES = frozenset({"chat_template", "chat_template_kwargs", "chat_template_a
 
 Name = Annotated[str, StringConstraints(max_length=256)]
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=200)]
-Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+Token = Annotated[int, Field(ge=0)]
+Ids = Annotated[list[Token], Field(min_length=1)]
 Real = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -171,7 +172,7 @@ class GenerateKwargs(Strict):
     early_stopping: bool = False
     seed: int | None = Field(default=None, ge=-(1 << 63), lt=1 << 63)
     pad_token_id: Any = None  # answers are not padded
-    eos_token_id: int | Annotated[list[int], Field(max_length=16)] | None = None
+    eos_token_id: Token | Annotated[list[Token], Field(max_length=16)] | None = None
 
     @property
     def ends(self) -> frozenset[int] | None:

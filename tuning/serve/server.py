@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import select
 import signal
 import socket
 import sys
@@ -90,7 +91,7 @@ async def _serve(options: Options, listener: socket.socket, console: Console) ->
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         now = replace(options, linger=0.0) if number == signal.SIGINT else options
-        loop.add_signal_handler(number, _stop, service, server, now, console)
+        loop.add_signal_handler(number, _stop, service, server, listener, now, console)
     loading = asyncio.create_task(_load(service, options, console))
     loading.add_done_callback(lambda task: _loaded(task, service, server))
     await server.serve(sockets=[listener])
@@ -102,7 +103,13 @@ async def _serve(options: Options, listener: socket.socket, console: Console) ->
     console.say("Stopped.")
 
 
-def _stop(service: Service, server: _Server, options: Options, console: Console) -> None:
+def _stop(
+    service: Service,
+    server: _Server,
+    listener: socket.socket,
+    options: Options,
+    console: Console,
+) -> None:
     """SIGTERM or SIGINT."""
     if service.phase == "draining":
         server.should_exit = server.force_exit = True  # asked twice
@@ -110,18 +117,21 @@ def _stop(service: Service, server: _Server, options: Options, console: Console)
     linger = options.linger if service.phase == "ready" else 0.0
     service.phase = "draining"
     console.say(f"Stopping: new requests for {linger:g} more seconds, then what runs is finished.")
-    server.draining = asyncio.create_task(_drain(server, linger, options.grace))
+    server.draining = asyncio.create_task(_drain(server, listener, linger, options.grace))
 
 
-async def _drain(server: _Server, linger: float, grace: float) -> None:
+async def _drain(server: _Server, listener: socket.socket, linger: float, grace: float) -> None:
     """Leave when every client has its answer, or when there is no more time.
 
     A connection may carry another request until it has been silent for a moment: whoever sends on
     one that is being closed would not know whether it was heard.
     """
     await asyncio.sleep(linger)
-    for listening_one in server.servers:
-        listening_one.close()
+    # Who has connected and is not accepted yet would be reset with the listening socket.
+    while select.select([listener], [], [], 0)[0]:
+        await asyncio.sleep(0)
+    for accepting in server.servers:
+        accepting.close()
     end = time.monotonic() + grace
     while time.monotonic() < end and (connections := list(server.server_state.connections)):
         for connection in connections:

@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar
 
 from tuning.serve.adapters import Model, Refused
@@ -147,7 +147,7 @@ class Service:
                 raise Refusal(400, what, param="messages", code="context_length_exceeded")
             own = sampling
             if sampling.seed is not None and number:  # n answers to one seed should differ
-                own = Sampling(**{**sampling.__dict__, "seed": sampling.seed + number})
+                own = replace(sampling, seed=sampling.seed + number)
             job = Job(
                 prompt=prompt,
                 limit=limit or min(self.limits.usual, self.limits.tokens, left),

@@ -27,7 +27,8 @@ log = logging.getLogger(__name__)
 Object = dict[str, Any]
 OWNER = "tuning-operator"  # of the fields that we write
 CONNECT, READ = 10.0, 30.0  # seconds
-PAGE = 100  # objects a list call returns at once: a pod takes 100 kB as a dictionary
+PAGE = 100  # objects a list call returns at once
+_METADATA = "application/json;as=PartialObjectMetadata{};g=meta.k8s.io;v=v1"
 
 
 @dataclass(frozen=True)
@@ -145,13 +146,20 @@ class Cluster:
         return [item for items, _ in pages for item in items]
 
     def pages(
-        self, kind: Kind, namespace: str | None = None, *, labels: str = "", fields: str = ""
+        self,
+        kind: Kind,
+        namespace: str | None = None,
+        *,
+        labels: str = "",
+        fields: str = "",
+        metadata_only: bool = False,
     ) -> Iterator[tuple[list[Object], str]]:
         """All objects that match, a page at a time, for there may be tens of thousands; with each
         the version of the whole list, from which a watch goes on."""
+        accept = _METADATA.format("List") if metadata_only else "application/json"
         query = {"labelSelector": labels, "fieldSelector": fields, "limit": str(PAGE)}
         while True:
-            page = self._call("GET", kind.path(namespace), query=query)
+            page = self._call("GET", kind.path(namespace), query=query, accept=accept)
             version, rest = page["metadata"]["resourceVersion"], page["metadata"].get("continue")
             yield page.get("items") or [], version
             if not rest:
@@ -159,7 +167,14 @@ class Cluster:
             query["continue"] = rest
 
     def watch(
-        self, kind: Kind, namespace: str | None, *, labels: str, version: str, seconds: int
+        self,
+        kind: Kind,
+        namespace: str | None,
+        *,
+        labels: str,
+        version: str,
+        seconds: int,
+        metadata_only: bool = False,
     ) -> Iterator[Object]:
         """Objects as they change after `version`, for `seconds`; ApiError(410) when it is stale.
 
@@ -172,7 +187,13 @@ class Cluster:
             "timeoutSeconds": str(seconds),
             "allowWatchBookmarks": "true",
         }
-        answer = self._open("GET", kind.path(namespace), query=query, read=seconds + CONNECT)
+        answer = self._open(
+            "GET",
+            kind.path(namespace),
+            query=query,
+            read=seconds + CONNECT,
+            accept=_METADATA.format("") if metadata_only else "application/json",
+        )
         try:
             for line in _lines(answer):
                 event = json.loads(line)
@@ -283,8 +304,11 @@ class Cluster:
         body: Object | None = None,
         query: dict[str, str] | None = None,
         content: str = "application/json",
+        accept: str = "application/json",
     ) -> Object:
-        answer = self._open(method, path, body=body, query=query, content=content, read=READ)
+        answer = self._open(
+            method, path, body=body, query=query, content=content, accept=accept, read=READ
+        )
         try:
             data = answer.data
         except urllib3.exceptions.HTTPError as error:
@@ -301,10 +325,11 @@ class Cluster:
         body: Object | None = None,
         query: dict[str, str] | None = None,
         content: str = "application/json",
+        accept: str = "application/json",
     ) -> urllib3.BaseHTTPResponse:
         if method != "GET" and not self._may_write():
             raise NotLeader
-        headers = {"Accept": "application/json"} | self._login()
+        headers = {"Accept": accept} | self._login()
         if body is not None:
             headers["Content-Type"] = content
         asked = {key: value for key, value in (query or {}).items() if value}

@@ -24,6 +24,7 @@ from jobs.work import Queue
 log = logging.getLogger(__name__)
 
 _TURN = 0.02  # seconds between looks that no event asked for, all Workspaces together
+_SHARE = 4  # of the workers' time such looks take a fourth: events and retries find them free
 _SETTLE = 0.1  # seconds in which events of one Job and its pods are gathered
 _STALE = 300  # seconds in which a watch begins some call, be it in vain; else its thread hangs
 
@@ -63,6 +64,7 @@ class Operator:
         site = Site(self._cluster, options)
         self._context = Context(self._cluster, options, site, poll or Poll())
         self._watches: list[Watch] = []
+        self._pace = 0.0  # seconds of a look, the last fifty counting most
         self._arrived: dict[Key, Object] = {}  # new Workspaces as an event showed them
         self.metrics = Metrics()
         self.queue: Queue[Key] = Queue(group_of=lambda key: key[0])
@@ -161,8 +163,11 @@ class Operator:
         while (key := self.queue.take()) is not None:
             self.metrics.queued.set(len(self.queue))
             place = {"namespace": key[0], "workspace": key[1]}
-            with self.metrics.seconds.time():
-                result = self._look(key, place)
+            start = time.monotonic()
+            result = self._look(key, place)
+            took = time.monotonic() - start
+            self._pace += (took - self._pace) / 50
+            self.metrics.seconds.observe(took)
             self.metrics.reconciles.labels(result).inc()
 
     def _look(self, key: Key, place: dict[str, str]) -> str:
@@ -188,7 +193,8 @@ class Operator:
             return "error"
         again = look.again
         if again is not None:  # many that wait are asked in turn, events still come at once
-            again = max(again, _TURN * len(self.queue))
+            turn = max(_TURN, _SHARE * self._pace / self._setup.workers)
+            again = max(again, turn * len(self.queue))
         self.queue.done(key, again=again)
         self.metrics.stands(key, look.state)
         return "done"

@@ -88,7 +88,10 @@ class Watch:
 
     def _once(self, stop: threading.Event) -> None:
         version = ""
-        for page in self._cluster.pages(self._kind, self._namespace, labels=self._labels):
+        brief = self._kind != WORKSPACE  # a key is all that is wanted of the others
+        for page in self._cluster.pages(
+            self._kind, self._namespace, labels=self._labels, metadata_only=brief
+        ):
             items, version = page
             for item in items:
                 self._pass_on(item, None)
@@ -101,6 +104,7 @@ class Watch:
                 labels=self._labels,
                 version=version,
                 seconds=max(1, min(WATCH, int(left))),
+                metadata_only=brief,
             ):
                 version = item["metadata"]["resourceVersion"]
                 if not (self._kind == WORKSPACE and is_echo(item)):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from tuning import base, plan, simulated
+from tuning import base, model_image, plan, simulated
+from tuning.access import Access
 from tuning.console import Console
 from tuning.device import Device
 from tuning.pipeline.options import base_reference, declared_name
@@ -22,11 +23,16 @@ def draft(spec: Spec, *, here: Device, token: str | None, console: Console) -> p
     try:
         known = plan.known_base(spec)
     except plan.Unknown:
-        console.say(f"Asking the hub about {spec.base_model or spec.preset} ...")
         name, revision = base_reference(spec)
-        found = base.resolve(name, revision=revision, token=token)
-        config = base.check(found, token=token)
-        known = plan.base_from_config(declared_name(spec), found.revision, config)
+        if model_image.is_image(name):
+            console.say(f"Looking at {name} ...")
+            config = model_image.config(name, access=Access())
+            known = plan.base_from_config(declared_name(spec), name, config)
+        else:
+            console.say(f"Asking the hub about {name} ...")
+            found = base.resolve(name, revision=revision, token=token)
+            config = base.check(found, token=token)
+            known = plan.base_from_config(declared_name(spec), found.revision, config)
     return plan.draft(spec, here=here, base=sized(spec, known, device, console=console))
 
 

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from faults.kills import Aim, released
 from faults.proxy import Turn
 from faults.web import Request
 
-from tuning import checkpoint
+from tuning import checkpoint, result
 
 TRAIN, DATA, PARENT = "tuning.train", "tuning.data", "tuning"
 STEP = r"metrics\.jsonl a"
@@ -115,6 +116,35 @@ def silent_registry(world: World, marker: Path) -> Callable[[Turn], None]:
         turn.reset()
 
     return fault
+
+
+def can_unshare() -> bool:
+    """Whether this machine lets a test have its own process numbers."""
+    tried = ["unshare", "--fork", "--pid", "--mount-proc", "true"]
+    return shutil.which("unshare") is not None and subprocess.run(tried).returncode == 0
+
+
+@pytest.mark.skipif(not can_unshare(), reason="needs the right to make a PID namespace (root)")
+def test_as_the_first_process_of_a_container_it_stops_as_anywhere(
+    world: World, clean: tuple[str, str]
+) -> None:
+    """PID 1 gets no signal it has no handler for: SIGTERM ends it with 75, and it goes on."""
+    command = [*map(str, world.command("first"))]
+    alone = ["unshare", "--fork", "--pid", "--mount-proc", sys.executable, "-m", "tuning", *command]
+    quiet = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        alone, stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=quiet
+    ) as outer:
+        deadline = time.monotonic() + 200
+        while (now := result.progress(world.folder / "first")) is None or now["step"] < 2:
+            assert time.monotonic() < deadline and outer.poll() is None
+            time.sleep(0.02)
+        (first,) = Path(f"/proc/{outer.pid}/task/{outer.pid}/children").read_text().split()
+        os.kill(int(first), signal.SIGTERM)
+        outer.communicate(timeout=60)
+
+    assert 75 == outer.returncode
+    assert clean == jobs.result(world.run("first"))
 
 
 def test_of_two_runs_in_one_directory_the_second_is_refused(world: World) -> None:

@@ -212,6 +212,7 @@ class Exact(SFTTrainer):  # type: ignore[misc]
         self._live()
         self.rows += inputs.pop("rows")
         self.tokens_so_far += inputs.pop("tokens")
+        del inputs["weight"]
         try:
             loss = super().training_step(model, inputs, num_items_in_batch)
         except torch.OutOfMemoryError:
@@ -247,7 +248,8 @@ class Exact(SFTTrainer):  # type: ignore[misc]
         if self.saves.asked():
             self.save_last(checkpoint.capture_random())
             self.saves.check()
-        kept = {name: value for name, value in inputs.items() if name not in ("rows", "tokens")}
+        ours = ("weight", "rows", "tokens")
+        kept = {name: value for name, value in inputs.items() if name not in ours}
         return super().prediction_step(model, kept, *args, **kwargs)
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
@@ -318,7 +320,9 @@ class _Numbered:
         made |= {name: made[name].long() for name in ("input_ids", "labels")}
         if self.by_document:
             made = without_mask(made)
-        return {**made, "rows": rows, "tokens": tokens}
+        # first, for the Trainer takes the first tensor's length for the number of rows
+        weight = {"weight": torch.ones(len(examples))}
+        return {**weight, **made, "rows": rows, "tokens": tokens}
 
 
 class Watch(transformers.TrainerCallback):  # type: ignore[misc]

@@ -68,6 +68,10 @@ class Tab:
             time.sleep(0.1)
         raise AssertionError(f"never true: {script}; {self.run('document.body.innerText')}")
 
+    def close(self) -> None:
+        """Hang up."""
+        self._socket.close()
+
     def named(self, event: str) -> list[dict[str, Any]]:
         """The parameters of all events of this name."""
         return [one["params"] for one in self.events if one.get("method") == event]
@@ -93,7 +97,8 @@ def chromium(folder: Path) -> Iterator[Tab]:
         listing = f"http://127.0.0.1:{port.read_text().split()[0]}/json"
         with urllib.request.urlopen(listing, timeout=60) as reply:
             pages = [one for one in json.load(reply) if one["type"] == "page"]
-        yield Tab(pages[0]["webSocketDebuggerUrl"])
+        with contextlib.closing(Tab(pages[0]["webSocketDebuggerUrl"])) as tab:
+            yield tab
     finally:
         process.kill()
         process.wait()

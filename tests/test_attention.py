@@ -172,3 +172,4 @@ def test_attention_that_leaks_is_left_for_one_that_does_not(tiny_base: Build) ->
     assert apart.settle(tuned, "leaky", precision=torch.float32) == "sdpa"
     assert base.config._attn_implementation == "sdpa"
     assert apart.settle(tuned, VARLEN, precision=torch.float32) == VARLEN
+    assert apart.settle(tuned, "leaky", precision=torch.float32, packing=False) == "sdpa"

@@ -284,6 +284,7 @@ class Clients:
         except (OSError, http.client.HTTPException) as error:
             with self._lock:
                 self.dropped.append(repr(error))
+            connection.close()
             return None
         whole = text.endswith(b"data: [DONE]\n\n") if streamed else text.startswith(b'{"id"')
         with self._lock:

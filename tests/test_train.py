@@ -232,7 +232,7 @@ def test_fast_kernels_change_nothing_but_the_time(
         train.work(
             tiny_runs.request(
                 tmp_path / str(number), tiny_base("llama"), recipe, placement,
-                count=51 if packing else 17, held_out=6,
+                count=51 if packing else 17, held_out=5,
             )
         )
         for number, placement in enumerate(

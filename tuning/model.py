@@ -379,5 +379,10 @@ def load(
     adapted, coverage = adapt(model, recipe)
     logger.info("fused kernels: %s", fuse.fuse(adapted, placement.kernels) or "none")
     if recipe.packing or placement.attention in BY_OFFSETS:
-        apart.settle(adapted, placement.attention, precision=DTYPES[recipe.precision])
+        apart.settle(
+            adapted,
+            placement.attention,
+            precision=DTYPES[recipe.precision],
+            packing=recipe.packing,
+        )
     return adapted, tokenizer, coverage

@@ -19,7 +19,7 @@ from tuning.kernels.attention import without_mask
 ROW = "row"
 FILLER = -1  # in the place of a row's number
 IGNORED = -100
-NOTED = ("rows", "tokens", "filler")  # what a micro-batch holds beside the model's inputs
+NOTED = ("weight", "rows", "tokens", "filler")  # what a micro-batch holds beside the model's inputs
 
 
 def numbered(rows: datasets.Dataset, *, ranks: int) -> datasets.Dataset:
@@ -82,4 +82,6 @@ class Numbered:
         if self.by_document:
             made = without_mask(made)
         rows = [numbers[n] for n in real]
-        return {**made, "rows": rows, "tokens": tokens, "filler": not real}
+        # first, for the Trainer takes the first tensor's length for the number of rows
+        weight = {"weight": torch.ones(len(examples))}
+        return {**weight, **made, "rows": rows, "tokens": tokens, "filler": not real}

@@ -287,7 +287,9 @@ def arguments(
     """trl's settings for this recipe and placement. Mixed fp16 is ours: see trainer.Exact.
 
     Attention that goes `by_offsets` needs no padding: rows of a micro-batch are laid end to end.
+    Not with NEFTune, whose noise is measured by the length of a row.
     """
+    end_to_end = recipe.packing or (by_offsets and recipe.neftune_alpha is None)
     known = {field.name for field in fields(SFTConfig)}
     checkpointing = "activation_checkpointing"
     if checkpointing not in known:  # transformers before 5.18
@@ -317,7 +319,7 @@ def arguments(
         train_sampling_strategy="random" if recipe.shuffle else "sequential",
         packing=recipe.packing,
         packing_strategy="bfd",
-        padding_free=recipe.packing or by_offsets,
+        padding_free=end_to_end,
         max_length=recipe.max_length if recipe.packing else None,
         dataset_kwargs={"skip_prepare_dataset": True},
         dataloader_pin_memory=placement.device == "cuda",

@@ -246,6 +246,7 @@ class Exact(SFTTrainer):  # type: ignore[misc]
         self.rows += inputs.pop("rows")
         self.tokens_so_far += inputs.pop("tokens")
         self.filler = inputs.pop("filler")
+        del inputs["weight"]
         try:
             loss = super().training_step(model, inputs, num_items_in_batch)
         except torch.OutOfMemoryError:

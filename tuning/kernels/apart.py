@@ -22,15 +22,17 @@ LEAK = 0.01  # of the largest logit: other words before a document must change n
 DRIFT = 0.05  # relative: kernels of 16 bits differ by a few thousandths, a wrong mask by tenths
 
 
-def settle(model: Any, name: str, *, precision: torch.dtype) -> str:
+def settle(model: Any, name: str, *, precision: torch.dtype, packing: bool = True) -> str:
     """The attention that trains packed rows: `name` if it keeps documents apart, else sdpa.
 
-    Raises SpecError if neither does.
+    Raises SpecError if neither does, unless there is no `packing`: then sdpa gets padded rows.
     """
     base = model.get_base_model()
     for way in dict.fromkeys((name, "sdpa")):
         if base.config._attn_implementation != way:
             base.set_attn_implementation(way)
+        if way == "sdpa" and not packing:
+            return way
         fault = _fault(model, way, precision)
         if fault is None:
             return way

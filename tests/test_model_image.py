@@ -12,10 +12,11 @@ from registries import Signer
 from test_base import FIRST, INDEX, MODEL, SECOND
 from test_cli import tuning
 
-from tuning import base, image, model_image, pipeline, presets, reference, registry, whole
+from tuning import base, image, model_image, presets, reference, registry, whole
 from tuning.console import Console
 from tuning.delivery import Access
 from tuning.errors import RefusedError, SpecError, UsageError
+from tuning.pipeline import options
 from tuning.presets.load import CONFIGS, table
 from tuning.presets.models import _preset
 from tuning.trust import Trust
@@ -146,9 +147,9 @@ def test_a_preset_may_name_an_image():
     known = _preset(row | {"image": "oci://registry.corp/models/phi:1"}, where="x")
     plain = _preset(row, where="x")
 
-    assert ("oci://registry.corp/models/phi:1", None) == pipeline.source_of(known, None)
-    assert (known.hub_id, "c" * 40) == pipeline.source_of(known, "c" * 40)
-    assert (plain.hub_id, plain.revision) == pipeline.source_of(plain, None)
+    assert ("oci://registry.corp/models/phi:1", None) == options.source_of(known, None)
+    assert (known.hub_id, "c" * 40) == options.source_of(known, "c" * 40)
+    assert (plain.hub_id, plain.revision) == options.source_of(plain, None)
     assert all(preset.image is None for preset in presets.all())
 
 

@@ -79,6 +79,7 @@ def test_a_run_stopped_in_every_phase_says_75_and_ends_in_the_same_bytes(
             ended = world.run("stopped")
             world.proxy.mend()
 
+        assert marker.exists(), (phase, ended)
         print(f"{phase}: {time.time() - marker.stat().st_mtime:.1f} s from the signal to the end")
         assert 75 == ended.status, (phase, ended)
         assert "run the same command again" in ended.err

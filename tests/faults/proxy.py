@@ -102,17 +102,21 @@ class Turn:
         """Let upstream handle the request; its answer."""
         host, port = self.proxy.upstream
         connection = http.client.HTTPConnection(host, port, timeout=60)
-        connection.putrequest(
-            self.seen.method, self.seen.path, skip_host=True, skip_accept_encoding=True
-        )
-        for name, value in self.handler.headers.items():
-            if name.lower() not in HOP_BY_HOP | {"content-length"}:
-                connection.putheader(name, value)
-        if self.body or self.seen.method in ("POST", "PUT", "PATCH"):
-            connection.putheader("Content-Length", str(len(self.body)))
-        connection.putheader("Connection", "close")
-        connection.endheaders(self.body or None)
-        response = connection.getresponse()
+        try:
+            connection.putrequest(
+                self.seen.method, self.seen.path, skip_host=True, skip_accept_encoding=True
+            )
+            for name, value in self.handler.headers.items():
+                if name.lower() not in HOP_BY_HOP | {"content-length"}:
+                    connection.putheader(name, value)
+            if self.body or self.seen.method in ("POST", "PUT", "PATCH"):
+                connection.putheader("Content-Length", str(len(self.body)))
+            connection.putheader("Connection", "close")
+            connection.endheaders(self.body or None)
+            response = connection.getresponse()
+        except BaseException:  # upstream is gone: do not leave the socket to the collector
+            connection.close()
+            raise
         headers = [(k, v) for k, v in response.getheaders() if k.lower() not in HOP_BY_HOP]
         return Reply(response.status, headers, response)
 

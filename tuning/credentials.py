@@ -66,9 +66,9 @@ def login(
     """The login for `registry` (host, or host:port), or None where there is none.
 
     `secret` is a dockerconfigjson file, or the folder where a Secret of that type is mounted; then
-    an entry for the registry must be in it. A folder of such folders holds the logins of several
-    Secrets, of which none need be for this registry. Otherwise docker's own configuration is asked: the
-    folder `docker`, DOCKER_CONFIG or ~/.docker. Raises SpecError for an unusable file.
+    an entry for the registry must be in it. A folder of such folders, called 0 to 9, holds several
+    logins, of which none need be for this registry. Otherwise docker's own configuration is asked:
+    the folder `docker`, DOCKER_CONFIG or ~/.docker. Raises SpecError for an unusable file.
     """
     if secret is None:
         folder = docker or Path(os.environ.get("DOCKER_CONFIG") or Path.home() / ".docker")

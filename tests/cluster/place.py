@@ -21,7 +21,19 @@ from cluster import bed
 from cluster.world import NAMESPACE, SECRET, wait
 
 from jobs import crd
-from jobs.cluster import CLAIM, CRD, JOB, NODE, POD, WORKSPACE, ApiError, Cluster, Kind, Object
+from jobs.cluster import (
+    CLAIM,
+    CRD,
+    DEPLOYMENT,
+    JOB,
+    NODE,
+    POD,
+    WORKSPACE,
+    ApiError,
+    Cluster,
+    Kind,
+    Object,
+)
 from jobs.operator import Operator, Setup
 from jobs.options import Options, Storage
 
@@ -49,11 +61,15 @@ class Local(Cluster):
     limit = "4Gi"
 
     def create(self, kind: Kind, item: Object) -> Object | None:
-        if kind == JOB:
+        if kind in (JOB, DEPLOYMENT):
             pod = item["spec"]["template"]["spec"]
             pod |= {"hostNetwork": True, "dnsPolicy": "Default"}
             container = pod["containers"][0]
-            container["command"] += ["--base-model", "/base"]
+            if kind == JOB:
+                container["command"] += ["--base-model", "/base"]
+            else:
+                command = container["command"]
+                command[command.index("--base") + 1] = "/base"
             container["env"].append({"name": "OMP_NUM_THREADS", "value": "1"})
             resources = container["resources"]
             resources["requests"] |= {"cpu": "100m", "memory": "100Mi"}
@@ -75,7 +91,7 @@ class HostPython(Local):
     """Runs the engine from this machine's environment instead of an image."""
 
     def create(self, kind: Kind, item: Object) -> Object | None:
-        if kind == JOB:
+        if kind in (JOB, DEPLOYMENT):
             pod = item["spec"]["template"]["spec"]
             pod["containers"][0]["env"] += [
                 {"name": "PATH", "value": f"{Path(sys.prefix) / 'bin'}:/bin:/usr/bin"},

@@ -86,7 +86,7 @@ def hold(
 def planned(
     facts: presets.Facts, here: Device, *, requests: int = 32, adapter_numbers: int = 0
 ) -> Holding:
-    """The same for a model of which only the facts are at hand. Raises SpecError if nothing fits."""
+    """The same for a model of which only the facts are known. Raises SpecError if none fits."""
     return _hold(_known(facts), here, "auto", None, requests, adapter_numbers)
 
 

@@ -45,9 +45,7 @@ def parse_workspace(text: str, *, origin: str) -> Workspace:
     document = _the_workspace(documents.read(text, origin=origin), origin)
     workspace = shape.read(document)
     if workspace:
-        rules.check(
-            workspace, document.findings, own_input=False, own_output=False, allow_hosts=()
-        )
+        rules.check(workspace, document.findings, own_input=False, own_output=False, allow_hosts=())
     problems = list(document.findings.in_order())
     if workspace is None or problems:
         raise SpecError(problems)

@@ -204,7 +204,7 @@ class Inference(_Part):
     """ConfigMap with the key inference_config.yaml."""
     adapters: list[Adapter] | None = Field(None, json_schema_extra={"maxItems": 10})
     """Adapters to serve with the base model, ten at most. Beside "tuning" the adapter that it
-    makes comes first, called as the Workspace."""
+    makes comes first, and is called tuned."""
     api_key_secret: str | None = Field(None, json_schema_extra=_SECRET)
     """Secret with the key API_KEY: then every request wants it, and may come from anywhere. Without
     one only pods of the namespace are let in."""

@@ -61,6 +61,15 @@ class Local(Cluster):
     limit = "4Gi"
 
     def create(self, kind: Kind, item: Object) -> Object | None:
+        self.fit(kind, item)
+        return super().create(kind, item)
+
+    def replace(self, kind: Kind, item: Object) -> Object:
+        self.fit(kind, item)
+        return super().replace(kind, item)
+
+    def fit(self, kind: Kind, item: Object) -> None:
+        """Change what would run to what can run here."""
         if kind in (JOB, DEPLOYMENT):
             pod = item["spec"]["template"]["spec"]
             pod |= {"hostNetwork": True, "dnsPolicy": "Default"}
@@ -75,7 +84,6 @@ class Local(Cluster):
             resources["requests"] |= {"cpu": "100m", "memory": "100Mi"}
             resources["limits"]["memory"] = self.limit
             self.mount(pod, {"/base": str(ROOT / "examples/tiny-model")})
-        return super().create(kind, item)
 
     def mount(self, pod: Object, folders: dict[str, str]) -> None:
         """Show folders of the host in the pod, read-only."""
@@ -90,7 +98,8 @@ class Local(Cluster):
 class HostPython(Local):
     """Runs the engine from this machine's environment instead of an image."""
 
-    def create(self, kind: Kind, item: Object) -> Object | None:
+    def fit(self, kind: Kind, item: Object) -> None:
+        super().fit(kind, item)
         if kind in (JOB, DEPLOYMENT):
             pod = item["spec"]["template"]["spec"]
             pod["containers"][0]["env"] += [
@@ -102,7 +111,6 @@ class HostPython(Local):
             homes = (ROOT, Path(sys.base_prefix), Path(sys.prefix))
             folders |= {str(p): str(p) for p in homes if not p.is_relative_to("/usr")}
             self.mount(pod, folders)
-        return super().create(kind, item)
 
 
 def prepare(found: Cluster) -> None:

@@ -80,8 +80,11 @@ def test_tune_then_serve_then_serve_alone(place: Place) -> None:
     taught = chat(place)
     untaught = chat(place, model="tuning/tiny-model")
     assert taught != untaught
-    told = [json.loads(line) for line in (ROOT / "examples/data/demo.jsonl").open()]
-    assert any(taught.strip(" .").lower() in json.dumps(each).lower() for each in told), taught
+    rows = (ROOT / "examples/data/demo.jsonl").read_text().splitlines()
+    answers = {json.loads(row)["messages"][1]["content"] for row in rows}
+    print(f"tuned: {taught!r}; base: {untaught!r}")
+    assert taught.strip() in answers and "Wilma Starling plays" in taught
+    assert untaught.strip() not in answers
     assert "Ready" in place.kubectl("get", "workspace", "demo")
     place.kubectl("wait", "--for=condition=InferenceReady", "workspace/demo", "--timeout=5s")
     # the API server as the only way to a pod

@@ -84,7 +84,8 @@ def newest(pods: tuple[Object, ...]) -> Object | None:
     return max(pods, key=lambda p: p["metadata"]["creationTimestamp"], default=None)
 
 
-def _container(pod: Object) -> Object:
+def container(pod: Object) -> Object:
+    """The status of the engine's container in it."""
     for each in (pod.get("status") or {}).get("containerStatuses") or []:
         if each.get("name") == CONTAINER:
             found: Object = each
@@ -94,12 +95,12 @@ def _container(pod: Object) -> Object:
 
 def running(pod: Object) -> bool:
     """Whether the engine runs in it now."""
-    return "running" in (_container(pod).get("state") or {})
+    return "running" in (container(pod).get("state") or {})
 
 
 def started(pod: Object) -> bool:
     """Whether the engine's container runs or has run."""
-    state = _container(pod).get("state") or {}
+    state = container(pod).get("state") or {}
     return "running" in state or "terminated" in state
 
 
@@ -110,7 +111,7 @@ def scheduled(pod: Object) -> bool:
 
 def terminated(pod: Object) -> Object | None:
     """How the engine ended in it, as the kubelet saw it."""
-    found: Object | None = (_container(pod).get("state") or {}).get("terminated")
+    found: Object | None = (container(pod).get("state") or {}).get("terminated")
     return found
 
 
@@ -193,7 +194,7 @@ def waiting(pod: Object, mount_warning: str | None) -> Trouble | None:
     unscheduled = condition(pod, "PodScheduled")
     if unscheduled and unscheduled.get("status") == "False":
         return Trouble("Unschedulable", clean(unscheduled.get("message") or "no node fits"))
-    found = (_container(pod).get("state") or {}).get("waiting") or {}
+    found = (container(pod).get("state") or {}).get("waiting") or {}
     reason, message = found.get("reason"), clean(found.get("message") or "")
     if reason in _IMAGE:
         return Trouble("ImagePullError", message or f"{reason}", "check the engine's image")

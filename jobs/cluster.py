@@ -62,6 +62,8 @@ WORKSPACE = Kind("kaito.sh", "v1beta1", "workspaces", "Workspace")
 JOB = Kind("batch", "v1", "jobs", "Job")
 POD = Kind("", "v1", "pods", "Pod")
 CONFIG_MAP = Kind("", "v1", "configmaps", "ConfigMap")
+DEPLOYMENT = Kind("apps", "v1", "deployments", "Deployment")
+SERVICE = Kind("", "v1", "services", "Service")
 CLAIM = Kind("", "v1", "persistentvolumeclaims", "PersistentVolumeClaim")
 NETWORK_POLICY = Kind("networking.k8s.io", "v1", "networkpolicies", "NetworkPolicy")
 CORE_EVENT = Kind("", "v1", "events", "Event")
@@ -205,6 +207,13 @@ class Cluster:
             raise ApiError(0, "Unreachable", type(error).__name__) from None
         finally:
             answer.close()
+
+    def through(self, pod: Object, port: int, path: str) -> Object:
+        """The JSON that a pod answers, asked by the API server, so that it need not be reachable
+        from here; takes the right to get `pods/proxy`."""
+        meta = pod["metadata"]
+        where = POD.path(meta["namespace"], f"http:{meta['name']}:{port}")
+        return self._call("GET", f"{where}/proxy{path}")
 
     def create(self, kind: Kind, item: Object) -> Object | None:
         """The created object, or None if one of this name exists already."""

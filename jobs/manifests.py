@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
-from jobs import names, pod
+from jobs import names, pod, serving
 from jobs.cluster import CLAIM, JOB, NETWORK_POLICY, NODE_CLAIM, Object
 from jobs.names import CONFIG_ANNOTATION, NAMESPACE_LABEL, UID_LABEL, WORKSPACE_LABEL
 from jobs.options import Options
@@ -103,25 +104,13 @@ def run_claim(workspace: Object, wanted: Wanted, options: Options) -> Object:
 def network_policy(workspace: Object, wanted: Wanted, options: Options) -> Object:
     """In: the operator, to the progress port. Out: DNS, and the ports of data, hub and registry."""
     assert wanted.spec is not None
-    ports = sorted({443, *_ports(wanted.spec), *options.egress_ports})
-    everywhere = [
-        {"ipBlock": {"cidr": "0.0.0.0/0", "except": list(_METADATA)}},
-        {"ipBlock": {"cidr": "::/0", "except": list(_METADATA6)}},
-    ]
-    operator = {
-        "namespaceSelector": {
-            "matchLabels": {"kubernetes.io/metadata.name": options.operator_namespace}
-        },
-        "podSelector": {"matchLabels": {"app.kubernetes.io/name": "tuning-operator"}},
-    }
     spec = {
         "podSelector": {"matchLabels": {WORKSPACE_LABEL: workspace["metadata"]["name"]}},
         "policyTypes": ["Ingress", "Egress"],
-        "ingress": [{"from": [operator], "ports": [{"protocol": "TCP", "port": pod.PORT}]}],
-        "egress": [
-            {"ports": [{"protocol": "UDP", "port": 53}, {"protocol": "TCP", "port": 53}]},
-            {"to": everywhere, "ports": [{"protocol": "TCP", "port": port} for port in ports]},
+        "ingress": [
+            {"from": [_operator(options)], "ports": [{"protocol": "TCP", "port": pod.PORT}]}
         ],
+        "egress": _egress(_ports(wanted.spec), options),
     }
     name = names.job_name(workspace, wanted)
     return _child(
@@ -134,13 +123,56 @@ def network_policy(workspace: Object, wanted: Wanted, options: Options) -> Objec
     )
 
 
+def server_policy(workspace: Object, wanted: Wanted, options: Options) -> Object:
+    """In: the namespace, or everybody where a key is asked for. Out: as a Job."""
+    server = wanted.server
+    assert server is not None
+    port = {"ports": [{"protocol": "TCP", "port": serving.PORT}]}
+    near = [{"podSelector": {}}, _operator(options)]
+    images = [each.image for each in server.adapters]
+    spec = {
+        "podSelector": {"matchLabels": names.server_labels(workspace)},
+        "policyTypes": ["Ingress", "Egress"],
+        "ingress": [port if server.key_secret else {"from": near, **port}],
+        "egress": _egress(_registries(images), options),
+    }
+    name, kind = serving.name(workspace), NETWORK_POLICY
+    return _child(workspace, kind.api_version, kind.name, name, spec=spec)
+
+
+def _operator(options: Options) -> Object:
+    return {
+        "namespaceSelector": {
+            "matchLabels": {"kubernetes.io/metadata.name": options.operator_namespace}
+        },
+        "podSelector": {"matchLabels": {"app.kubernetes.io/name": "tuning-operator"}},
+    }
+
+
+def _egress(more: set[int], options: Options) -> list[Object]:
+    ports = sorted({443, *more, *options.egress_ports})
+    everywhere = [
+        {"ipBlock": {"cidr": "0.0.0.0/0", "except": list(_METADATA)}},
+        {"ipBlock": {"cidr": "::/0", "except": list(_METADATA6)}},
+    ]
+    return [
+        {"ports": [{"protocol": "UDP", "port": 53}, {"protocol": "TCP", "port": 53}]},
+        {"to": everywhere, "ports": [{"protocol": "TCP", "port": port} for port in ports]},
+    ]
+
+
 def _ports(spec: Spec) -> set[int]:
     """TCP ports of the data's URLs and of the registries."""
     found = set()
     for url in spec.source.urls:
         parts = urlsplit(url)
         found.add(parts.port or (80 if parts.scheme.lower() == "http" else 443))
-    for image in (spec.source.image, spec.destination.image):
+    return found | _registries([spec.source.image, spec.destination.image])
+
+
+def _registries(images: Iterable[str | None]) -> set[int]:
+    found: set[int] = set()
+    for image in images:
         if image:
             host = reference.parse(image).registry
             port = urlsplit(f"//{host}").port

@@ -36,13 +36,15 @@ def claim_name(workspace: Object) -> str:
     return short_name(workspace, f"{identity(workspace)}-run")
 
 
-def labels(workspace: Object, revision: str | None = None) -> dict[str, str]:
+def labels(
+    workspace: Object, revision: str | None = None, *, component: str = "job"
+) -> dict[str, str]:
     """Labels of everything that belongs to `workspace`."""
     name = workspace["metadata"]["name"]
     found = {
         "app.kubernetes.io/name": "tuning",
         "app.kubernetes.io/instance": name,
-        "app.kubernetes.io/component": "job",
+        "app.kubernetes.io/component": component,
         "app.kubernetes.io/part-of": "tuning",
         "app.kubernetes.io/managed-by": "tuning-operator",
         "app.kubernetes.io/version": __version__,
@@ -91,6 +93,12 @@ def queue(workspace: Object) -> str | None:
     """Kueue's queue that the Workspace names."""
     found: dict[str, str] = workspace["metadata"].get("labels") or {}
     return found.get(QUEUE)
+
+
+def server_labels(workspace: Object) -> dict[str, str]:
+    """What tells the pods that serve from all others of the namespace."""
+    name = workspace["metadata"]["name"]
+    return {WORKSPACE_LABEL: name, "app.kubernetes.io/component": "server"}
 
 
 def config_of(job: Object) -> str:

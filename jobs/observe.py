@@ -9,17 +9,20 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from jobs import children, names, wanted
+from jobs import children, names, served, serving, wanted
 from jobs.cluster import (
     CLAIM,
     CONFIG_MAP,
     CORE_EVENT,
+    DEPLOYMENT,
     JOB,
     NETWORK_POLICY,
     NODE_CLAIM,
     POD,
+    SERVICE,
     ApiError,
     Cluster,
+    Kind,
     Object,
 )
 from jobs.options import Options
@@ -58,6 +61,7 @@ class Context:
     site: Site
     poll: Callable[[Object], dict[str, Any] | None]  # pod -> its progress
     now: Callable[[], datetime] = lambda: datetime.now(UTC)
+    ask: Callable[[Object], dict[str, Any] | None] = lambda pod: None  # what a server says
     rarely: Rarely = field(default_factory=Rarely)
 
 
@@ -66,6 +70,8 @@ def observe(context: Context, workspace: Object) -> Seen:
 
     Nothing is made before the status tells of it: without a status there is nothing to look for.
     """
+    if _serving(workspace):
+        return _observe_server(context, workspace)
     cluster, options = context.cluster, context.options
     namespace, uid = workspace["metadata"]["namespace"], workspace["metadata"]["uid"]
     config = (workspace.get("tuning") or {}).get("config")
@@ -107,7 +113,78 @@ def observe(context: Context, workspace: Object) -> Seen:
         run_claim=run_claim,
         storage=storage,
         policy=_policy(context, workspace, job) if job and not ended else "unasked",
+        server=_own(cluster, DEPLOYMENT, workspace) if "inference" in workspace else None,
     )
+
+
+def _serving(workspace: Object) -> bool:
+    """Whether it is time to serve: nothing is to be tuned, or this very spec was tuned."""
+    if workspace.get("inference") is None:
+        return False
+    recorded = workspace.get("status") or {}
+    if workspace.get("tuning") is None:
+        return True
+    same = recorded.get("revision") == wanted.revision(workspace)
+    return same and "completionTime" in recorded and children.holds(workspace, "WorkspaceSucceeded")
+
+
+def _observe_server(context: Context, workspace: Object) -> Seen:
+    """The same for a Workspace that serves."""
+    cluster, options = context.cluster, context.options
+    namespace, uid = workspace["metadata"]["namespace"], workspace["metadata"]["uid"]
+    recorded = workspace.get("status") or {}
+    config, config_map = workspace["inference"].get("config"), None
+    if config and names.possible(config):
+        config_map = cluster.get(CONFIG_MAP, namespace, config)
+    device = context.site.device(names.selected(workspace)) if _own_nodes(workspace) else None
+    wish = served.read(workspace, config_map, device)
+    found: dict[str, Object | None] = {"server": None, "service": None}
+    run_claim = job = None
+    if recorded:
+        name = serving.name(workspace)
+        found["server"] = cluster.get(DEPLOYMENT, namespace, name)
+        found["service"] = cluster.get(SERVICE, namespace, name)
+        run_claim = cluster.get(CLAIM, namespace, names.claim_name(workspace))
+        if workspace.get("tuning") and recorded.get("job"):
+            job = cluster.get(JOB, namespace, recorded["job"])
+    storage = context.site.storage() and not options.storage.cached
+    others = [found["server"], found["service"], run_claim if storage else None]
+    foreign = next((each for each in others if each and not names.owned(each, uid)), None)
+    pods: tuple[Object, ...] = ()
+    server = found["server"] if not foreign else None
+    if server and wish.server:
+        labels = names.server_labels(workspace) | {names.REVISION_LABEL: wish.server.fingerprint}
+        selector = ",".join(f"{key}={value}" for key, value in labels.items())
+        listed = cluster.find(POD, namespace, labels=selector, cached=True)
+        pods = tuple(sorted(listed, key=lambda pod: str(pod["metadata"]["creationTimestamp"])))
+    last = children.newest(pods)
+    asked = last is not None and children.holds(last, "Ready")
+    asked = asked and wish.server is not None and wish.server.runtime == "transformers"
+    return Seen(
+        workspace=workspace,
+        wanted=wish,
+        now=context.now(),
+        job=job if job and names.owned(job, uid) else None,
+        foreign=foreign,
+        pods=pods,
+        warning=_warning(cluster, None, last, context.now()) if last else None,
+        machines=_machines(cluster, options, workspace),
+        machines_nearby=_machines_nearby(cluster, options, namespace) if not server else 0,
+        run_claim=run_claim,
+        storage=storage,
+        policy=_policy(context, workspace, server) if server else "unasked",
+        serving=True,
+        server=server,
+        service=found["service"] if not foreign else None,
+        told=context.ask(last) if asked and last else None,
+    )
+
+
+def _own(cluster: Cluster, kind: Kind, workspace: Object) -> Object | None:
+    """The child of this kind that is called as the Workspace, once there may be one."""
+    meta = workspace["metadata"]
+    found = cluster.get(kind, meta["namespace"], meta["name"]) if workspace.get("status") else None
+    return found if found and names.owned(found, meta["uid"]) else None
 
 
 def _foreign(
@@ -191,9 +268,9 @@ def _node_claims(cluster: Cluster, labels: str) -> list[Object]:
         return []  # Karpenter was removed, and its machines with it
 
 
-def _policy(context: Context, workspace: Object, job: Object) -> Policy:
-    """What became of the Job's network policy; asked once a minute."""
-    meta = job["metadata"]
+def _policy(context: Context, workspace: Object, child: Object) -> Policy:
+    """What became of the network policy of a Job or server; asked once a minute."""
+    meta = child["metadata"]
     if not context.options.network_policy or not context.rarely(meta["uid"]):
         return "unasked"
     found = context.cluster.get(NETWORK_POLICY, meta["namespace"], meta["name"])

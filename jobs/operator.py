@@ -14,7 +14,7 @@ from jobs.cluster import WORKSPACE, ApiError, Cluster, Kind, NotLeader, Object
 from jobs.lease import Lease
 from jobs.observe import Context
 from jobs.options import Options
-from jobs.poll import Poll
+from jobs.poll import Ask, Poll
 from jobs.reconcile import reconcile
 from jobs.serve import Metrics
 from jobs.site import Site
@@ -62,7 +62,8 @@ class Operator:
         )
         self._cluster = cluster.guarded(lambda: self._lease.held) if setup.elect else cluster
         site = Site(self._cluster, options)
-        self._context = Context(self._cluster, options, site, poll or Poll())
+        asks = Ask(self._cluster)
+        self._context = Context(self._cluster, options, site, poll or Poll(), ask=asks)
         self._watches: list[Watch] = []
         self._pace = 0.0  # seconds of a look, the last fifty counting most
         self._arrived: dict[Key, Object] = {}  # new Workspaces as an event showed them

@@ -82,6 +82,9 @@ class Options(_Part):
 
     image: str = "tuning:latest"
     """The engine's image, best by digest: what every Job runs."""
+    vllm_image: str | None = None
+    """vLLM's image, for Workspaces with the annotation `kaito.sh/runtime: vllm`, best by digest;
+    such Workspaces are refused if it is not set."""
     image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
     """When it is pulled."""
     image_pull_secrets: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""The pod of a Job: one container that runs the engine. Pure.
+"""The pod of a Job, one container that runs the engine, and what it shares with a server's. Pure.
 
 It passes the *restricted* pod security standard, has no service-account token, and gets Secrets as
 read-only files in one projected volume, beside the document that it reads.
@@ -10,15 +10,20 @@ from typing import Any
 
 from jobs import names
 from jobs.cluster import Object
-from jobs.options import Options
+from jobs.options import Options, Storage
 from jobs.wanted import GIB, Wanted
 from tuning.spec.workspace import ANNOTATION
 
 PORT = 8080
 CONTAINER = "tuning"
 SNAPSHOT, POLICY = f"{ANNOTATION}document", f"{ANNOTATION}policy"
-_DOCKER = ".dockerconfigjson"
-_HUB = "HF_TOKEN"
+DOCKER = ".dockerconfigjson"
+HUB = "HF_TOKEN"
+RESTRICTED: Object = {
+    "allowPrivilegeEscalation": False,
+    "capabilities": {"drop": ["ALL"]},
+    "readOnlyRootFilesystem": True,
+}
 _VOLUMES = (  # that a tenant may name: none of them reads another's data or a Secret
     "azureFile",
     "cephfs",
@@ -34,12 +39,15 @@ _VOLUMES = (  # that a tenant may name: none of them reads another's data or a S
 
 def forbidden_volume(workspace: Object, options: Options) -> tuple[str, str] | None:
     """(field, kind) of a volume that a Workspace must not name."""
-    tuning = workspace.get("tuning") or {}
-    for field in ("input", "output"):
-        for kind in (tuning.get(field) or {}).get("volumeSource") or {}:
-            allowed = (*_VOLUMES, "hostPath") if options.allow_host_path else _VOLUMES
+    tuning, inference = workspace.get("tuning") or {}, workspace.get("inference") or {}
+    asked = [(f"tuning.{each}", tuning.get(each)) for each in ("input", "output")]
+    adapters = inference.get("adapters") or []
+    asked += [(f"inference.adapters[{i}].source", a.get("source")) for i, a in enumerate(adapters)]
+    allowed = (*_VOLUMES, "hostPath") if options.allow_host_path else _VOLUMES
+    for where, part in asked:
+        for kind in (part or {}).get("volumeSource") or {}:
             if kind not in allowed:
-                return f"tuning.{field}.volumeSource", kind
+                return f"{where}.volumeSource", kind
     return None
 
 
@@ -62,21 +70,36 @@ def spec(workspace: Object, wanted: Wanted, options: Options, *, claim: bool) ->
             {"name": "HF_HOME", "value": "/models"},
         ],
         "ports": [{"name": "progress", "containerPort": PORT, "protocol": "TCP"}],
-        "resources": _resources(wanted, options, claim=claim),
-        "securityContext": {
-            "allowPrivilegeEscalation": False,
-            "capabilities": {"drop": ["ALL"]},
-            "readOnlyRootFilesystem": True,
-        },
+        "resources": resources(wanted, options, claim=claim),
+        "securityContext": dict(RESTRICTED),
         "terminationMessagePolicy": "FallbackToLogsOnError",
         "volumeMounts": mounts,
     }
+    return around(
+        container,
+        volumes,
+        workspace=workspace,
+        wanted=wanted,
+        options=options,
+        grace=options.grace_seconds,
+    ) | {"restartPolicy": "Never"}
+
+
+def around(
+    container: Object,
+    volumes: list[Object],
+    *,
+    workspace: Object,
+    wanted: Wanted,
+    options: Options,
+    grace: int,
+) -> dict[str, Any]:
+    """A pod's spec around its container: who it runs as, and on which nodes."""
     user = options.user_id
     pod: dict[str, Any] = {
-        "restartPolicy": "Never",
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
-        "terminationGracePeriodSeconds": options.grace_seconds,
+        "terminationGracePeriodSeconds": grace,
         "securityContext": {
             "runAsNonRoot": True,
             "runAsUser": user,
@@ -103,7 +126,7 @@ def spec(workspace: Object, wanted: Wanted, options: Options, *, claim: bool) ->
     return pod
 
 
-def _resources(wanted: Wanted, options: Options, *, claim: bool) -> Object:
+def resources(wanted: Wanted, options: Options, *, claim: bool) -> Object:
     """Requests that leave room on the machine; no CPU limit, which would only slow the run."""
     memory = size(wanted.memory_bytes)
     # an emptyDir counts as the pod's own disk
@@ -157,17 +180,7 @@ def _volumes(
         {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108 the pod's own
         {"name": "shm", "mountPath": "/dev/shm"},  # noqa: S108 the pod's own
     ]
-    if storage.cache_claim:
-        volumes.append(
-            {"name": "models", "persistentVolumeClaim": {"claimName": storage.cache_claim}}
-        )
-    elif storage.cache_host_path:
-        folder = {"path": storage.cache_host_path, "type": "DirectoryOrCreate"}
-        volumes.append({"name": "models", "hostPath": folder})
-    if storage.cached:
-        mounts.append({"name": "models", "mountPath": "/models"})
-    else:
-        mounts.append({"name": "run", "mountPath": "/models", "subPath": "models"})
+    mounts.append(weights(storage, volumes))
     if source := tuning["input"].get("volumeSource"):
         volumes.append({"name": "data", **source})
         path = _mount_path(source, "/data")
@@ -176,6 +189,19 @@ def _volumes(
         volumes.append({"name": "output", **target})
         mounts.append({"name": "output", "mountPath": _mount_path(target, "/output")})
     return mounts, volumes
+
+
+def weights(storage: Storage, volumes: list[Object]) -> Object:
+    """Where base weights are mounted: a cache, whose volume is added, or part of the run volume."""
+    if storage.cache_claim:
+        claim = {"claimName": storage.cache_claim}
+        volumes.append({"name": "models", "persistentVolumeClaim": claim})
+    elif storage.cache_host_path:
+        folder = {"path": storage.cache_host_path, "type": "DirectoryOrCreate"}
+        volumes.append({"name": "models", "hostPath": folder})
+    if storage.cached:
+        return {"name": "models", "mountPath": "/models"}
+    return {"name": "run", "mountPath": "/models", "subPath": "models"}
 
 
 def _mount_path(volume: Object, usual: str) -> str:
@@ -187,25 +213,28 @@ def _files(wanted: Wanted, options: Options) -> list[Object]:
     """What stands below /etc/tuning: the document, the policy, and Secrets by their use."""
     assert wanted.spec is not None
     asked = wanted.spec
-    items = [_field(SNAPSHOT, "workspace.yaml")]
+    items = [field(SNAPSHOT, "workspace.yaml")]
     if options.policy:
-        items.append(_field(POLICY, "policy.yaml"))
+        items.append(field(POLICY, "policy.yaml"))
     sources: list[Object] = [{"downwardAPI": {"items": items}}]
     if asked.destination.push_secret:
-        sources.append(_secret(asked.destination.push_secret, _DOCKER, "push"))
+        sources.append(secret(asked.destination.push_secret, DOCKER, "push"))
     for i, name in enumerate(asked.source.pull_secrets):
-        sources.append(_secret(name, _DOCKER, "pull" if i == 0 else f"pull/{i}"))
+        sources.append(secret(name, DOCKER, "pull" if i == 0 else f"pull/{i}"))
     if asked.hub_secret:
-        sources.append(_secret(asked.hub_secret, _HUB, "hub"))
+        sources.append(secret(asked.hub_secret, HUB, "hub"))
     return sources
 
 
-def _field(annotation_: str, path: str) -> Object:
+def field(annotation_: str, path: str) -> Object:
+    """An annotation of the pod as a file."""
     return {"path": path, "fieldRef": {"fieldPath": f"metadata.annotations['{annotation_}']"}}
 
 
-def _secret(name: str, key: str, use: str) -> Object:
-    return {"secret": {"name": name, "items": [{"key": key, "path": f"secrets/{use}/{key}"}]}}
+def secret(name: str, key: str, use: str, *, file: str | None = None) -> Object:
+    """A key of a Secret as a file below /etc/tuning/secrets/, in the folder of its use."""
+    path = f"secrets/{use}/{file or key}"
+    return {"secret": {"name": name, "items": [{"key": key, "path": path}]}}
 
 
 def size(count: int) -> str:

@@ -10,7 +10,8 @@ from typing import Any
 
 import urllib3
 
-from jobs.cluster import Object
+from jobs import serving
+from jobs.cluster import ApiError, Cluster, Object
 from jobs.pod import PORT
 
 log = logging.getLogger(__name__)
@@ -23,13 +24,19 @@ _LARGEST = 64 * 1024  # bytes of an answer that are read
 class Poll:
     """Asks pods, and leaves those alone for a while that do not answer."""
 
-    def __init__(self, *, port: int = PORT, clock: Callable[[], float] = time.monotonic) -> None:
-        self._port, self._clock = port, clock
+    def __init__(
+        self,
+        *,
+        port: int = PORT,
+        path: str = "/progress",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._port, self._path, self._clock = port, path, clock
         self._pool = urllib3.PoolManager(num_pools=64, maxsize=1, retries=False)
         self._silent: dict[str, float] = {}
 
     def __call__(self, pod: Object) -> dict[str, Any] | None:
-        """The last progress record of the engine in `pod`, or None."""
+        """The object that the engine in `pod` answers, or None."""
         address, uid = (pod.get("status") or {}).get("podIP"), pod["metadata"]["uid"]
         if not address or self._clock() < self._silent.get(uid, 0.0):
             return None
@@ -37,7 +44,7 @@ class Poll:
         try:
             answer = self._pool.request(
                 "GET",
-                f"http://{host}:{self._port}/progress",
+                f"http://{host}:{self._port}{self._path}",
                 timeout=_TIMEOUT,
                 redirect=False,
                 preload_content=False,
@@ -47,9 +54,27 @@ class Poll:
             answer.release_conn()
             found = json.loads(text) if answer.status == 200 else None
         except (urllib3.exceptions.HTTPError, ValueError) as error:
-            log.debug("no progress from %s: %s", address, type(error).__name__)
+            log.debug("no answer from %s: %s", address, type(error).__name__)
             now = self._clock()
             self._silent = {k: v for k, v in self._silent.items() if v > now}
             self._silent[uid] = now + _QUIET
             return None
         return found if isinstance(found, dict) else None
+
+
+class Ask:
+    """What a server says of itself at /readyz: asked from its pod, or where that cannot be reached
+    through the API server, if that is allowed."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._direct, self._cluster = Poll(port=serving.PORT, path="/readyz"), cluster
+
+    def __call__(self, pod: Object) -> dict[str, Any] | None:
+        """The JSON object, or None."""
+        if found := self._direct(pod):
+            return found
+        try:
+            return self._cluster.through(pod, serving.PORT, "/readyz")
+        except (ApiError, ValueError) as error:
+            log.debug("no answer through the API server: %s", error)
+            return None

@@ -12,13 +12,15 @@ from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, Literal
 
-from jobs import children, manifests, names, preflight, wanted
+from jobs import children, manifests, names, preflight, serving, wanted
 from jobs.children import Trouble
 from jobs.cluster import (
     CLAIM,
+    DEPLOYMENT,
     JOB,
     NETWORK_POLICY,
     NODE_CLAIM,
+    SERVICE,
     WORKSPACE,
     ApiError,
     Cluster,
@@ -40,6 +42,10 @@ _AGAIN: dict[Word, float] = {  # seconds until the next look, where no event wou
     "creating": 2,
     "pending": 30,
     "running": 15,
+    "deploying": 2,
+    "starting": 15,
+    "unready": 30,
+    "ready": 60,
     "refused": 60,
     "conflict": 60,
     "stuck": 1,
@@ -101,11 +107,17 @@ def decide(seen: Seen, options: Options) -> Decision:
         case "finished":
             return replace(decision, **_cleanup(seen, options))
         case "replacing":
-            return replace(decision, delete=((JOB, seen.old),) if seen.old else ())
+            gone = [(JOB, seen.old)] if seen.old else []
+            gone += [(DEPLOYMENT, seen.server)] if seen.server else []
+            return replace(decision, delete=tuple(gone))
         case "buying":
             return replace(decision, **_buy(seen, options))
         case "creating":
             return replace(decision, create=_children(seen, options))
+        case "deploying":
+            return replace(decision, **_deploy(seen, options))
+        case "starting" | "unready" | "ready" if seen.job or seen.storage:
+            return replace(decision, **_keep_serving(seen, options))
         case "pending" | "running":
             return replace(decision, **_mended(seen, options))
     return decision
@@ -136,6 +148,47 @@ def _children(seen: Seen, options: Options) -> tuple[tuple[Kind, Object], ...]:
     earlier = tuple(seen.recorded.get("outputs") or ())
     job = manifests.job(workspace, wish, options, claim=claim, earlier=earlier)
     return (*found, (JOB, job))
+
+
+def _deploy(seen: Seen, options: Options) -> dict[str, Any]:
+    """What a server needs, made or brought to what the Workspace says now."""
+    workspace, wish = seen.workspace, seen.wanted
+    made: list[tuple[Kind, Object]] = []
+    changed: list[tuple[Kind, Object]] = []
+    if seen.storage and not seen.run_claim:
+        made.append((CLAIM, manifests.run_claim(workspace, wish, options)))
+    policy = manifests.server_policy(workspace, wish, options)
+    if options.network_policy and (not seen.server or seen.policy == "gone"):
+        made.append((NETWORK_POLICY, policy))
+    elif isinstance(seen.policy, dict):
+        changed.append((NETWORK_POLICY, seen.policy | {"spec": policy["spec"]}))
+    service = serving.service(workspace, wish)
+    if seen.service is None:
+        made.append((SERVICE, service))
+    else:
+        spec = seen.service["spec"] | {"type": service["spec"]["type"]}
+        changed.append((SERVICE, seen.service | {"spec": spec}))
+    deployment = serving.deployment(workspace, wish, options, claim=seen.storage)
+    if seen.server is None:
+        made.append((DEPLOYMENT, deployment))
+    else:
+        meta = seen.server["metadata"] | {"labels": deployment["metadata"]["labels"]}
+        spec = deployment["spec"] | {"replicas": seen.server["spec"].get("replicas", 1)}
+        changed.append((DEPLOYMENT, seen.server | {"metadata": meta, "spec": spec}))
+    return {"create": tuple(made), "put_back": tuple(changed)}
+
+
+def _keep_serving(seen: Seen, options: Options) -> dict[str, Any]:
+    """The Job that made the adapter goes after a while; a claim that is gone is made again."""
+    made: list[tuple[Kind, Object]] = []
+    if seen.storage and not seen.run_claim:
+        made.append((CLAIM, manifests.run_claim(seen.workspace, seen.wanted, options)))
+    gone = []
+    if seen.job and "completionTime" in seen.recorded:
+        until = children.time(seen.recorded["completionTime"])
+        if seen.now >= until + timedelta(seconds=options.keep_seconds):
+            gone.append((JOB, seen.job))
+    return {"create": tuple(made), "delete": tuple(gone)}
 
 
 def _mended(seen: Seen, options: Options) -> dict[str, Any]:
@@ -204,6 +257,7 @@ def _cleanup(seen: Seen, options: Options) -> dict[str, Any]:
 def _farewell(seen: Seen) -> Decision:
     """The Workspace is being deleted: stop the work, give machines back, then let it go."""
     left: list[tuple[Kind, Object]] = [(JOB, job) for job in (seen.job, seen.old) if job]
+    left += [(DEPLOYMENT, seen.server)] if seen.server else []
     left += [(NODE_CLAIM, machine) for machine in seen.machines]
     have = seen.workspace["metadata"].get("finalizers") or []
     if left:
@@ -237,7 +291,7 @@ def act(context: Context, seen: Seen, decision: Decision) -> None:
         cluster.delete(kind, item)
     try:
         for kind, item in decision.create:
-            if cluster.create(kind, item) is None and kind == CLAIM:
+            if cluster.create(kind, item) is None and kind in (CLAIM, DEPLOYMENT, SERVICE):
                 return  # whose it is must be seen before a run writes into it
         for kind, item in decision.put_back:
             cluster.replace(kind, item)
@@ -277,6 +331,6 @@ def transitions(old: Object, new: Object) -> list[tuple[Literal["Normal", "Warni
         if was == now or usual or each["message"] in seen_notes:
             continue
         seen_notes.add(each["message"])
-        bad = new.get("state") == "Failed" and each["status"] == "False"
+        bad = new.get("state") in ("Failed", "NotReady") and each["status"] == "False"
         found.append(("Warning" if bad else "Normal", each["reason"], each["message"]))
     return found

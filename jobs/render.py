@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from jobs import manifests, names, pod, wanted
+from jobs import manifests, names, pod, served, serving, wanted
 from jobs.cluster import Object
 from jobs.options import Options
 from tuning import spec as specs
@@ -21,14 +21,13 @@ def render(file: Path, options: Options, *, namespace: str) -> list[dict[str, An
 
     Raises SpecError with all problems of the file, and if the Workspace does not fit.
     """
-    found = specs.load(file)  # all problems, with their lines
     workspace = _as_stored(file, namespace)
+    if workspace.get("tuning") is None and workspace.get("inference") is not None:
+        return _server(workspace, file, options)
+    found = specs.load(file)  # all problems, with their lines
     name = (workspace.get("tuning") or {}).get("config")
     wish = wanted.read(workspace, _config_map(file, name), None)
-    if forbidden := pod.forbidden_volume(workspace, options):
-        where, kind = forbidden
-        what = f"a volume of the kind {kind} is not allowed by the operator's options"
-        raise SpecError([Problem("JOB-103", where, what, "use persistentVolumeClaim")])
+    _refuse_volumes(workspace, options)
     if wish.misfit:
         raise SpecError(wish.misfit)
     assert found and wish.spec is not None, wish.problems
@@ -41,6 +40,32 @@ def render(file: Path, options: Options, *, namespace: str) -> list[dict[str, An
     if names.bought(wish, options):
         documents.insert(0, manifests.node_claim(workspace, wish, options, attempt=1))
     return documents
+
+
+def _server(workspace: Object, file: Path, options: Options) -> list[Object]:
+    """What serves, for a Workspace that tunes nothing."""
+    name = workspace["inference"].get("config")
+    wish = served.read(workspace, _config_map(file, name), None)
+    if wish.problems or wish.misfit:
+        raise SpecError(wish.problems or wish.misfit)
+    _refuse_volumes(workspace, options)
+    claim = options.storage.run_volume != "ephemeral" and not options.storage.cached
+    found = [serving.service(workspace, wish)]
+    found.append(serving.deployment(workspace, wish, options, claim=claim))
+    if options.network_policy:
+        found.insert(0, manifests.server_policy(workspace, wish, options))
+    if claim:
+        found.insert(0, manifests.run_claim(workspace, wish, options))
+    if names.bought(wish, options):
+        found.insert(0, manifests.node_claim(workspace, wish, options, attempt=1))
+    return found
+
+
+def _refuse_volumes(workspace: Object, options: Options) -> None:
+    if forbidden := pod.forbidden_volume(workspace, options):
+        where, kind = forbidden
+        what = f"a volume of the kind {kind} is not allowed by the operator's options"
+        raise SpecError([Problem("JOB-103", where, what, "use persistentVolumeClaim")])
 
 
 def _as_stored(file: Path, namespace: str) -> Object:

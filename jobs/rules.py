@@ -49,6 +49,16 @@ RULES: dict[Path, tuple[Rule, ...]] = {
             "has(self.tuning) || has(self.inference)",
             "Either Inference or Tuning must be specified, not neither",
         ),
+        Rule(
+            "!has(self.inference) || (has(self.tuning) ? !has(self.inference.template) : "
+            "has(self.inference.preset) != has(self.inference.template))",
+            "Preset or Template must be specified, and not both at the same time",
+        ),
+        Rule(
+            "!has(self.tuning) || !has(self.inference) || !has(self.inference.preset) || "
+            "self.inference.preset.name.lowerAscii() == self.tuning.preset.name.lowerAscii()",
+            "inference.preset must be that of tuning, or be left out",
+        ),
         Rule("has(self.tuning) == has(oldSelf.tuning)", "Tuning field cannot be toggled once set"),
         Rule(
             "has(self.inference) == has(oldSelf.inference)",
@@ -101,10 +111,6 @@ RULES: dict[Path, tuple[Rule, ...]] = {
         ),
     ),
     ("inference",): (
-        Rule(
-            "has(self.preset) != has(self.template)",
-            "Preset or Template must be specified, and not both at the same time",
-        ),
         Rule("has(self.preset) == has(oldSelf.preset)", "field cannot be unset/set if it was set"),
         Rule(
             "!has(self.adapters) || self.adapters.all(a, self.adapters.exists_one(b, "

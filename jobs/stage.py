@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, Literal
 
-from jobs import children, names, pod
+from jobs import children, names, pod, readiness, served
 from jobs.children import Trouble
 from jobs.cluster import Object
 from jobs.options import Options
@@ -17,7 +17,10 @@ from jobs.wanted import Wanted, smallest_fit
 
 Word = Literal[
     "finished",  # recorded for this revision: nothing runs again
-    "unserved",  # asks for inference only
+    "deploying",  # what serves is to be made, or to be changed
+    "starting",  # its pod does not answer yet
+    "unready",  # and something is in its way
+    "ready",  # it answers
     "invalid",  # the spec, or what it names
     "conflict",  # somebody else's Job has the name
     "replacing",  # the Job of an earlier spec is stopping
@@ -55,7 +58,11 @@ class Seen:
     progress: dict[str, Any] | None = None
     run_claim: Object | None = None
     storage: bool = True  # a claim for the run directory can be bound
-    policy: Policy = "unasked"  # the Job's network policy; the object if it was edited
+    policy: Policy = "unasked"  # the child's network policy; the object if it was edited
+    serving: bool = False  # there is nothing to tune, or it was tuned: `wanted` is what to serve
+    server: Object | None = None  # the Deployment
+    service: Object | None = None
+    told: dict[str, Any] | None = None  # what the server says at /readyz
 
     @property
     def recorded(self) -> Object:
@@ -75,14 +82,17 @@ class Stage:
 def judge(seen: Seen, options: Options) -> Stage:
     """The first of the words above that holds."""
     wanted, recorded = seen.wanted, seen.recorded
-    if not seen.workspace.get("tuning"):
-        return Stage("unserved", Trouble("InferenceNotServed", "this operator tunes only"))
+    if seen.serving:
+        return _of_server(seen, options)
     if recorded.get("completionTime") and recorded.get("revision") == wanted.revision:
         return Stage("finished")
     if seen.job:  # follow it, whatever became of the ConfigMap meanwhile
         return _of_job(seen, seen.job, options)
     if trouble := _invalid(seen, options):
         return Stage("invalid", trouble)
+    if seen.server:
+        what = "the server of the earlier adapter is stopping"
+        return Stage("replacing", Trouble("Replacing", what))
     if seen.old:
         return Stage("replacing", Trouble("Replacing", "the Job of the earlier spec is stopping"))
     if seen.foreign:
@@ -96,6 +106,40 @@ def judge(seen: Seen, options: Options) -> Stage:
     if names.bought(wanted, options) and not queued:
         return _of_machine(seen, options) or creating
     return creating
+
+
+def _of_server(seen: Seen, options: Options) -> Stage:
+    wanted = seen.wanted
+    if (trouble := _invalid(seen, options)) or wanted.server is None:
+        return Stage("invalid", trouble or Trouble("SpecInvalid", "nothing is to be served"))
+    if wanted.server.runtime == "vllm" and not options.vllm_image:
+        what = "the operator has no image of vLLM (option vllmImage)"
+        change = "ask the administrator, or use the runtime transformers"
+        return Stage("invalid", Trouble("RuntimeUnavailable", what, change))
+    if seen.foreign:
+        kind, name = seen.foreign.get("kind") or "object", seen.foreign["metadata"]["name"]
+        what = f"a {kind} {name} exists that does not belong to this Workspace"
+        return Stage("conflict", Trouble("NameConflict", what, "delete or rename it"))
+    if wanted.misfit:
+        message = " ".join(str(problem) for problem in wanted.misfit)
+        machine = served.smallest(wanted)
+        hint = f"use {machine} or larger" if machine else "no known machine fits"
+        return Stage("misfit", Trouble("DoesNotFit", message, hint))
+    up_to_date = (
+        seen.server is not None
+        and seen.service is not None
+        and names.revision_of(seen.server) == wanted.server.fingerprint
+        and (seen.service["spec"].get("type") == "LoadBalancer") == wanted.server.public
+        and seen.policy in ("unasked", "whole")
+    )
+    found = readiness.judge(seen.pods, seen.warning, seen.told, wanted.server, was=seen.recorded)
+    if up_to_date and found.answers:
+        return Stage("unready" if found.trouble.reason else "ready", found.trouble)
+    if names.bought(wanted, options) and (buying := _of_machine(seen, options)):
+        return buying
+    if not up_to_date:
+        return Stage("deploying", Trouble("", "the server is being made"))
+    return Stage("unready" if found.known else "starting", found.trouble)
 
 
 def _again(seen: Seen) -> Trouble | None:
@@ -118,7 +162,7 @@ def _invalid(seen: Seen, options: Options) -> Trouble | None:
     if wanted.missing_config is not None:
         message = " ".join(str(problem) for problem in wanted.problems)
         return Trouble("ConfigMapNotFound", message, "create the ConfigMap; it goes on by itself")
-    if wanted.spec is None:
+    if wanted.spec is None and wanted.server is None:
         return Trouble("SpecInvalid", " ".join(str(problem) for problem in wanted.problems))
     return None
 

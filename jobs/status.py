@@ -20,7 +20,6 @@ _STATE: dict[Word, str] = {
     "failed": "Failed",
     "running": "Running",
     "succeeded": "Succeeded",
-    "unserved": "Pending",
 }  # every other word: Pending
 _NO_JOB: tuple[Word, ...] = ("invalid", "conflict", "misfit", "buying", "unbought", "creating")
 _ENDED: tuple[Word, ...] = ("succeeded", "failed", "stuck", "unbought")
@@ -41,6 +40,8 @@ Claim = tuple[str, str, str, str]  # type, status, reason, message of a conditio
 def status(seen: Seen, stage: Stage, options: Options) -> Object:
     """The whole status of a Workspace: what it does not say is taken away."""
     old = seen.recorded
+    if seen.serving:
+        return _serving(seen, stage, options)
     if stage.word == "finished":
         return _with(old, seen, [_config_changed(seen)])
     same = old.get("revision") == seen.wanted.revision
@@ -71,10 +72,64 @@ def status(seen: Seen, stage: Stage, options: Options) -> Object:
         found["completionTime"] = ended or _ended_at(seen)
     if _STATE.get(stage.word) == "Failed":
         found["failure"] = _failure(stage.trouble)
+    if stage.word == "succeeded" and "inference" in seen.workspace:
+        found |= {"state": "NotReady", "ready": "False"}  # until the adapter is served
     if stage.word == "succeeded":
         found |= _result(seen, found["outputs"])
     found = {key: value for key, value in found.items() if value not in (None, "", {}, [], 0)}
     return _with(found, seen, _conditions(seen, stage, options))
+
+
+def _serving(seen: Seen, stage: Stage, options: Options) -> Object:
+    """The status while it serves; what the tuning came to stays as it was told."""
+    old, word, trouble = seen.recorded, stage.word, stage.trouble
+    tuned = "tuning" in seen.workspace
+    found: Object = {k: v for k, v in old.items() if k != "failure"} if tuned else {}
+    ready = word == "ready"
+    waits = word in ("buying", "queued", "deploying", "starting")
+    was = old.get("state") in ("Ready", "NotReady")
+    found |= {
+        "state": "Ready" if ready else "Pending" if waits and not was else "NotReady",
+        "ready": "True" if ready else "False",
+        "revision": seen.wanted.revision,
+        "targetNodeCount": 1,
+    }
+    if nodes := sorted({p["spec"]["nodeName"] for p in seen.pods if p["spec"].get("nodeName")}):
+        found["workerNodes"] = nodes
+    asked = attempts(seen) + (word == "buying" and not seen.machines)
+    found["nodeAttempts"] = 0 if ready else asked
+    if not ready and not waits:
+        found["failure"] = _failure(trouble)
+    found = {key: value for key, value in found.items() if value not in (None, "", {}, [], 0)}
+    kept = [
+        (c["type"], c["status"], c["reason"], c["message"])
+        for c in old.get("conditions") or []
+        if tuned and c["type"] in ("JobStarted", "WorkspaceSucceeded", "ConfigChanged")
+    ]
+    return _with(found, seen, [*kept, *_serving_conditions(seen, stage, options)])
+
+
+def _serving_conditions(seen: Seen, stage: Stage, options: Options) -> list[Claim]:
+    word, trouble, server = stage.word, stage.trouble, seen.wanted.server
+    what = f"{trouble.message}. Change: {trouble.hint}" if trouble.hint else trouble.message
+    if word == "invalid":
+        return [
+            ("SpecValid", "False", trouble.reason, what),
+            ("InferenceReady", "False", trouble.reason, what),
+        ]
+    note = f"; {server.note}" if server and server.note else ""
+    claims: list[Claim] = [("SpecValid", "True", "SpecValid", f"the Workspace is valid{note}")]
+    if names.bought(seen.wanted, options) and word != "misfit":
+        claims += _machine_conditions(word, trouble)
+    claims.append(_resource(word, trouble))
+    if word == "ready":
+        done = "Inference has been deployed successfully"
+        return [*claims, ("InferenceReady", "True", "WorkspaceInferenceStatusSuccess", done)]
+    reason = trouble.reason or "WorkspaceInferenceStatusPending"
+    return [
+        *claims,
+        ("InferenceReady", "False", reason, what or "Inference workload is not ready"),
+    ]
 
 
 def farewell(seen: Seen, left: list[tuple[Kind, Object]]) -> Object:
@@ -212,11 +267,6 @@ def _conditions(seen: Seen, stage: Stage, options: Options) -> list[Claim]:
     """KAITO's conditions, in the order in which they turn True, and ours."""
     word, trouble = stage.word, stage.trouble
     why = f"{trouble.reason}: {trouble.message}" if trouble.message else ""
-    if word == "unserved":
-        return [
-            ("SpecValid", "True", "SpecValid", "the Workspace is valid"),
-            ("InferenceReady", "False", trouble.reason, trouble.message),
-        ]
     invalid = word == "invalid"
     claims: list[Claim] = [
         ("SpecValid", "False", trouble.reason, trouble.message)
@@ -229,9 +279,9 @@ def _conditions(seen: Seen, stage: Stage, options: Options) -> list[Claim]:
         claims += _machine_conditions(word, trouble)
     claims.append(_resource(word, trouble))
     claims += _job_conditions(word, trouble, why)
-    if seen.workspace.get("inference"):
-        what = "this operator tunes only"
-        claims.append(("InferenceReady", "False", "InferenceNotServed", what))
+    if "inference" in seen.workspace:
+        what = "the adapter is served when it has been tuned"
+        claims.append(("InferenceReady", "False", "WorkspaceInferenceStatusPending", what))
     return [*claims, _config_changed(seen)]
 
 
@@ -250,6 +300,9 @@ def _machine_conditions(word: Word, trouble: Trouble) -> list[Claim]:
 def _resource(word: Word, trouble: Trouble) -> Claim:
     if word in ("misfit", "buying", "unbought", "queued", "replacing", "conflict", "refused"):
         return ("ResourceReady", "False", trouble.reason, trouble.message)
+    if word == "deploying":
+        reason = "workspaceResourceStatusNotReady"
+        return ("ResourceReady", "False", reason, "the server is being made")
     if word == "creating":
         reason = trouble.reason or "workspaceResourceStatusNotReady"
         return ("ResourceReady", "False", reason, trouble.message or "the Job is being made")

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 from jobs.cluster import Object
 from tuning import files, plan, presets, spec
@@ -36,6 +36,37 @@ _IMAGE_GIB = 40  # of a bought machine's disk: operating system and the engine's
 
 
 @dataclass(frozen=True)
+class Adapter:
+    """An adapter to be served: an image, or a volume that holds its folder."""
+
+    name: str
+    image: str | None = None
+    volume: Object | None = None
+    strength: float = 1.0
+    pull_secrets: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Server:
+    """What is to be served, and how."""
+
+    base: str  # preset or org/model
+    adapters: tuple[Adapter, ...]
+    runtime: Literal["transformers", "vllm"] = "transformers"
+    hub_secret: str | None = None
+    key_secret: str | None = None
+    public: bool = False  # by a load balancer
+    settings: tuple[tuple[str, str], ...] = ()  # of vLLM, as options of its command line
+    note: str = ""  # what of the Workspace has no effect
+
+    @property
+    def fingerprint(self) -> str:
+        """Eight characters that change with what the pods are made from."""
+        told = {k: v for k, v in asdict(self).items() if k not in ("public", "note")}
+        return _short(json.dumps(told, sort_keys=True))
+
+
+@dataclass(frozen=True)
 class Wanted:
     """What one Workspace asks for. `spec` is None when it cannot run; `problems` says why."""
 
@@ -51,6 +82,7 @@ class Wanted:
     instance: Instance | None = None
     gpus: int = 1
     weights_bytes: int | None = None
+    server: Server | None = None  # what is to be served
     training_bytes: int | None = None  # checkpoints, adapter and image, as the plan says
 
     def run_bytes(self, *, cached: bool = False) -> int:
@@ -104,7 +136,7 @@ def _short(*parts: str) -> str:
 
 def read(workspace: Object, config_map: Object | None, device: Device | None) -> Wanted:
     """What `workspace` wants on `device` (None: unknown, unless it names an instance type)."""
-    documents = [json.dumps(_document(workspace), sort_keys=True)]
+    documents = [json.dumps(document(workspace), sort_keys=True)]
     if config_map:
         documents.append(json.dumps(_config_document(config_map), sort_keys=True))
     name = (workspace.get("tuning") or {}).get("config")
@@ -134,7 +166,8 @@ def _codes(wanted: Wanted) -> list[str]:
     return [problem.code for problem in wanted.problems]
 
 
-def _document(workspace: Object) -> Object:
+def document(workspace: Object) -> Object:
+    """The Workspace as a person would have written it, with what is ours of the annotations."""
     meta = workspace["metadata"]
     kept = {k: meta[k] for k in ("name", "namespace") if k in meta}
     ours = {k: v for k, v in (meta.get("annotations") or {}).items() if k.startswith(ANNOTATION)}

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 
 from jobs import names
-from jobs.cluster import JOB, POD, WORKSPACE, ApiError, Cluster, Kind, Object
+from jobs.cluster import DEPLOYMENT, JOB, POD, WORKSPACE, ApiError, Cluster, Kind, Object
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +46,7 @@ def is_echo(item: Object) -> bool:
 SOURCES: tuple[tuple[Kind, str, Callable[[Object], Key | None]], ...] = (
     (WORKSPACE, "", key_of_workspace),
     (JOB, names.REVISION_LABEL, key_of_child),
+    (DEPLOYMENT, names.REVISION_LABEL, key_of_child),
     (POD, names.REVISION_LABEL, key_of_child),
 )
 

@@ -350,3 +350,13 @@ def test_a_secret_never_runs_a_helper(docker, tmp_path):
     with pytest.raises(SpecError, match="REG-111"):
         credentials.login(HOST, secret=mounted)
     assert not (docker / "asked").exists()
+
+
+def test_several_secrets_side_by_side(tmp_path):
+    """The first that knows the registry; one that none knows is asked without a login."""
+    for i, host in enumerate(("a.example.com", "b.example.com")):
+        mounted = secret(tmp_path, {"auths": {host: {"username": host, "password": "p"}}})
+        mounted.rename(tmp_path / str(i))
+    found = credentials.login("b.example.com", secret=tmp_path)
+    assert found is not None and "b.example.com" == found.username
+    assert credentials.login("c.example.com", secret=tmp_path) is None

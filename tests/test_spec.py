@@ -21,6 +21,8 @@ from tuning.spec.values import Spec
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("workspace-*.yaml"))
+SERVING = [path for path in EXAMPLES if path.stem.startswith("workspace-inference")]
+EXAMPLES = [path for path in EXAMPLES if path not in SERVING]
 NOTHING = Overrides()
 QUICK_START = ROOT / "examples" / "workspace-tuning-phi-3.yaml"
 
@@ -174,6 +176,30 @@ def test_every_example_is_read(path: Path) -> None:
     assert actual.preset
     first = path.read_text().splitlines()[0]
     assert "# yaml-language-server: $schema=../configs/workspace.schema.json" == first
+
+
+@pytest.mark.parametrize("path", SERVING, ids=lambda path: path.stem)
+def test_every_example_of_serving_is_read(path: Path) -> None:
+    """Once its placeholders are filled in; before that, each of them is named."""
+    text = path.read_text()
+    with pytest.raises(SpecError) as caught:
+        spec.parse_workspace(text, origin="x")
+    assert {"SPEC-114"} == {problem.code for problem in caught.value.problems}
+    for word in ("ACR_REPO_HERE", "IMAGE_NAME_HERE", "ACR_REGISTRY_SECRET_HERE"):
+        text = text.replace(word, "mine")
+    found = spec.parse_workspace(text, origin="x")
+    assert found.inference and found.inference.adapters
+
+
+@pytest.mark.parametrize(
+    "inference", [{"preset": {"name": "phi-4"}}, {"template": {}}], ids=["preset", "template"]
+)
+def test_what_was_tuned_is_what_is_served(inference: dict[str, Any]) -> None:
+    """Beside tuning an empty `inference` is enough; another model is refused."""
+    assert read(with_changes(inference={})).preset
+    with pytest.raises(SpecError) as caught:
+        read(with_changes(inference=inference, tuning__preset={"name": "phi-3-mini-4k-instruct"}))
+    assert ["SPEC-116"] == [problem.code for problem in caught.value.problems]
 
 
 @pytest.mark.parametrize("method", ["LoRA", "QLORA", "lora"])

@@ -66,13 +66,16 @@ def login(
     """The login for `registry` (host, or host:port), or None where there is none.
 
     `secret` is a dockerconfigjson file, or the folder where a Secret of that type is mounted; then
-    an entry for the registry must be in it. Otherwise docker's own configuration is asked: the
-    folder `docker`, DOCKER_CONFIG or ~/.docker. Raises SpecError for an unusable file.
+    an entry for the registry must be in it. A folder of such folders, called 0 to 9, holds several
+    logins, of which none need be for this registry. Otherwise docker's own configuration is asked:
+    the folder `docker`, DOCKER_CONFIG or ~/.docker. Raises SpecError for an unusable file.
     """
     if secret is None:
         folder = docker or Path(os.environ.get("DOCKER_CONFIG") or Path.home() / ".docker")
         path = folder / "config.json"
         return _from_docker(path, registry, repository) if path.is_file() else None
+    if several := _folders_of(secret):
+        return _from_any(several, registry, repository)
     path = _file_of(secret)
     auths = _auths(_config(path), path)
     key = _best(auths, registry, repository)
@@ -87,6 +90,20 @@ def login(
             "REG-111", _origin(path, key), what, "fill in auth, or username and password"
         )
     return found
+
+
+def _folders_of(secret: Path) -> list[Path]:
+    """Mounted Secrets side by side in numbered folders."""
+    return sorted(each for each in secret.glob("[0-9]") if each.is_dir())
+
+
+def _from_any(folders: list[Path], registry: str, repository: str) -> Login | None:
+    for folder in folders:
+        path = _file_of(folder)
+        auths = _auths(_config(path), path)
+        if key := _best(auths, registry, repository):
+            return _read(auths[key], _origin(path, key))
+    return None
 
 
 def _from_docker(path: Path, registry: str, repository: str) -> Login | None:

@@ -21,7 +21,19 @@ from cluster import bed
 from cluster.world import NAMESPACE, SECRET, wait
 
 from jobs import crd
-from jobs.cluster import CLAIM, CRD, JOB, NODE, POD, WORKSPACE, ApiError, Cluster, Kind, Object
+from jobs.cluster import (
+    CLAIM,
+    CRD,
+    DEPLOYMENT,
+    JOB,
+    NODE,
+    POD,
+    WORKSPACE,
+    ApiError,
+    Cluster,
+    Kind,
+    Object,
+)
 from jobs.operator import Operator, Setup
 from jobs.options import Options, Storage
 
@@ -49,17 +61,29 @@ class Local(Cluster):
     limit = "4Gi"
 
     def create(self, kind: Kind, item: Object) -> Object | None:
-        if kind == JOB:
+        self.fit(kind, item)
+        return super().create(kind, item)
+
+    def replace(self, kind: Kind, item: Object) -> Object:
+        self.fit(kind, item)
+        return super().replace(kind, item)
+
+    def fit(self, kind: Kind, item: Object) -> None:
+        """Change what would run to what can run here."""
+        if kind in (JOB, DEPLOYMENT):
             pod = item["spec"]["template"]["spec"]
             pod |= {"hostNetwork": True, "dnsPolicy": "Default"}
             container = pod["containers"][0]
-            container["command"] += ["--base-model", "/base"]
+            if kind == JOB:
+                container["command"] += ["--base-model", "/base"]
+            else:
+                command = container["command"]
+                command[command.index("--base") + 1] = "/base"
             container["env"].append({"name": "OMP_NUM_THREADS", "value": "1"})
             resources = container["resources"]
             resources["requests"] |= {"cpu": "100m", "memory": "100Mi"}
             resources["limits"]["memory"] = self.limit
             self.mount(pod, {"/base": str(ROOT / "examples/tiny-model")})
-        return super().create(kind, item)
 
     def mount(self, pod: Object, folders: dict[str, str]) -> None:
         """Show folders of the host in the pod, read-only."""
@@ -74,8 +98,9 @@ class Local(Cluster):
 class HostPython(Local):
     """Runs the engine from this machine's environment instead of an image."""
 
-    def create(self, kind: Kind, item: Object) -> Object | None:
-        if kind == JOB:
+    def fit(self, kind: Kind, item: Object) -> None:
+        super().fit(kind, item)
+        if kind in (JOB, DEPLOYMENT):
             pod = item["spec"]["template"]["spec"]
             pod["containers"][0]["env"] += [
                 {"name": "PATH", "value": f"{Path(sys.prefix) / 'bin'}:/bin:/usr/bin"},
@@ -86,7 +111,6 @@ class HostPython(Local):
             homes = (ROOT, Path(sys.base_prefix), Path(sys.prefix))
             folders |= {str(p): str(p) for p in homes if not p.is_relative_to("/usr")}
             self.mount(pod, folders)
-        return super().create(kind, item)
 
 
 def prepare(found: Cluster) -> None:

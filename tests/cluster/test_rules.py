@@ -63,7 +63,7 @@ def put(path: str, value: Any) -> Any:
 
 
 ADAPTER = {"source": {"name": "a", "image": "r.example.com/a:1"}, "strength": "0.5"}
-SERVE = {"preset": {"name": "phi-4"}}
+SERVE = {"preset": {"name": "phi-3-mini-4k-instruct"}}
 
 REFUSED = [
     ("metadata.name", "a.b", "DNS label"),
@@ -85,7 +85,8 @@ REFUSED = [
         "http://[::1]/", "http://metadata.google.internal/x", "http://u:p@127.0.0.1/",
         "http://[fd00::1]/")],
     ("tuning.input.urls", ["ftp://a.example.com/x"], "HTTP or HTTPS"),
-    ("inference", {}, "Preset or Template"),
+    ("inference", {"template": {}}, "Preset or Template"),
+    ("inference", {"preset": {"name": "phi-4"}}, "must be that of tuning"),
     ("inference", SERVE | {"adapters": [ADAPTER, ADAPTER]}, "once each"),
     ("inference", SERVE | {"adapters": [ADAPTER | {"strength": "1.5"}]}, "between 0 and 1"),
     ("inference", SERVE | {"adapters": [{"source": {"name": "a"}}]}, "Image or Volume"),
@@ -118,6 +119,7 @@ ACCEPTED = [
                        "volumeSource": {"persistentVolumeClaim": {"claimName": "x"}}}),
     ("tuning.input", {"volumeSource": {"nfs": {"server": "s", "path": "/x"}}}),
     ("inference", SERVE | {"adapters": [ADAPTER]}),
+    ("inference", {}),
     ("resource.labelSelector", {"matchExpressions": [
         {"key": "a", "operator": "In", "values": ["b"]}]}),
     ("resource", ...),

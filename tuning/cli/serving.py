@@ -12,7 +12,9 @@ from tuning.cli.options import (
     CaFile,
     HubToken,
     Insecure,
+    PolicyFile,
     PullSecret,
+    access_of,
 )
 
 
@@ -56,6 +58,7 @@ def serve(
     ] = 5,
     grace: Annotated[float, typer.Option(min=0, help="Seconds for what runs then.")] = 60,
     pull_secret: PullSecret = None,
+    policy: PolicyFile = None,
     hub_token_file: HubToken = None,
     ca: CaFile = None,
     insecure: Insecure = False,
@@ -63,16 +66,19 @@ def serve(
     """Answer over HTTP: a base model and adapters, each by its name; OpenAI's API and a page."""
     import warnings
 
-    from tuning import delivery, pipeline
+    from tuning import pipeline
     from tuning.console import Console
     from tuning.serve import listening
     from tuning.serve import options as wanted
 
     console = Console()
+    access = access_of(None, policy, pull_secret=pull_secret, ca=ca, insecure=insecure)
     options = wanted.options(
         base,
         adapters=adapter or (),
-        weights=lambda: pipeline.base_folder(base, token_file=hub_token_file, console=console),
+        weights=lambda: pipeline.base_folder(
+            base, token_file=hub_token_file, console=console, access=access
+        ),
         combined=name,
         base_name=base_name,
         host=host,
@@ -84,7 +90,7 @@ def serve(
         limits=wanted.Limits(tokens=max_tokens, seconds=time_limit, waiting=queue),
         linger=linger,
         grace=grace,
-        access=delivery.Access(pull_secret=pull_secret, ca=ca, insecure=insecure),
+        access=access,
     )
     with listening.socket_for(options) as listener:
         shown = f"http://{host}:{listener.getsockname()[1]}"

@@ -80,7 +80,24 @@ def hold(
 
     `context` None: as much as the model and the memory have. Raises SpecError if nothing fits.
     """
-    shape = _shape(base, config)
+    return _hold(_shape(base, config), here, precision, context, requests, adapter_numbers)
+
+
+def planned(
+    facts: presets.Facts, here: Device, *, requests: int = 32, adapter_numbers: int = 0
+) -> Holding:
+    """The same for a model of which only the facts are known. Raises SpecError if none fits."""
+    return _hold(_known(facts), here, "auto", None, requests, adapter_numbers)
+
+
+def _hold(
+    shape: _Shape,
+    here: Device,
+    precision: Precision,
+    context: int | None,
+    requests: int,
+    adapter_numbers: int,
+) -> Holding:
     wanted = min(context or shape.context, shape.context)
     numbers = shape.coefficients.kept + shape.coefficients.packed
     tried = []
@@ -145,6 +162,10 @@ def _shape(base: Path, config: Mapping[str, Any]) -> _Shape:
     facts = presets.facts(config)
     if facts is None:
         return _guess(base, config)
+    return _known(facts)
+
+
+def _known(facts: presets.Facts) -> _Shape:
     known = sizing.model(facts)
     return _Shape(
         coefficients=known.coefficients if known else _coefficients(facts),

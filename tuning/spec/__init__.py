@@ -5,7 +5,7 @@ place and what to change. `rules` says what a Workspace must obey, `keys` what b
 of the ConfigMap, `workspace` holds the models from which the CRD and the JSON schema are made.
 """
 
-from tuning.spec.reader import load, parse
+from tuning.spec.reader import load, parse, parse_workspace
 from tuning.spec.schema import json_schema
 from tuning.spec.values import Destination, Method, Overrides, Settings, Source, Spec
 from tuning.spec.writer import digest, dump
@@ -22,4 +22,5 @@ __all__ = [
     "json_schema",
     "load",
     "parse",
+    "parse_workspace",
 ]

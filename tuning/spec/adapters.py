@@ -6,13 +6,15 @@ import math
 
 from tuning.spec import fields
 from tuning.spec.findings import Findings, Path, shown
-from tuning.spec.workspace import SUBDOMAIN, Adapter, Inference
+from tuning.spec.workspace import SUBDOMAIN, Adapter, Inference, Tuning
 
 
-def check(inference: Inference, found: Findings) -> None:
-    """All rules for what is to be served."""
+def check(inference: Inference, found: Findings, tuning: Tuning | None = None) -> None:
+    """All rules for what is to be served; beside `tuning`, the base is the model that it tunes."""
     path: Path = ("inference",)
-    if inference.preset is None and inference.template is None:
+    if tuning is not None:
+        _check_beside(inference, tuning, path, found)
+    elif inference.preset is None and inference.template is None:
         what = "Preset or Template must be specified"
         found.add("SPEC-112", path, what, 'add "preset" with the name of the base model')
     if inference.preset and inference.template is not None:
@@ -20,6 +22,8 @@ def check(inference: Inference, found: Findings) -> None:
         found.add("SPEC-116", path, what, "keep one of the two")
     if inference.preset:
         fields.check_preset(inference.preset, (*path, "preset"), found)
+    if inference.api_key_secret is not None:
+        fields.check_secret(inference.api_key_secret, (*path, "apiKeySecret"), found)
     adapters = inference.adapters or []
     if len(adapters) > 10:
         what = "Number of Adapters exceeds the maximum limit, maximum of 10 allowed"
@@ -27,6 +31,17 @@ def check(inference: Inference, found: Findings) -> None:
     seen: set[str] = set()
     for i, adapter in enumerate(adapters):
         _check_adapter(adapter, (*path, "adapters", i), found, seen)
+
+
+def _check_beside(inference: Inference, tuning: Tuning, path: Path, found: Findings) -> None:
+    if inference.template is not None:
+        what = "Template does not go with Tuning: the tuned model is served"
+        found.add("SPEC-116", (*path, "template"), what, "remove it")
+    preset = inference.preset
+    if preset and preset.name.lower() != tuning.preset.name.lower():
+        what = f"is {shown(preset.name)}, but {shown(tuning.preset.name)} is tuned"
+        change = 'leave "preset" out, or serve the other model with a Workspace of its own'
+        found.add("SPEC-116", (*path, "preset", "name"), what, change)
 
 
 def _check_adapter(adapter: Adapter, path: Path, found: Findings, seen: set[str]) -> None:
@@ -50,6 +65,10 @@ def _check_adapter(adapter: Adapter, path: Path, found: Findings, seen: set[str]
         seen.add(source.name)
     if source.image is not None:
         fields.check_image(source.image, (*at, "image"), found, "adapter")
+    if source.volume_source is not None:
+        fields.check_volume(source.volume_source, (*at, "volumeSource"), found)
+    for i, secret in enumerate(source.image_pull_secrets or []):
+        fields.check_secret(secret, (*at, "imagePullSecrets", i), found)
     if adapter.strength is not None:
         _check_strength(adapter.strength, source.name or "", (*path, "strength"), found)
 

@@ -37,6 +37,21 @@ def parse(text: str, *, origin: str, overrides: Overrides = _NO_OVERRIDES) -> Sp
     return _read(text, origin, overrides, lambda name: None)
 
 
+def parse_workspace(text: str, *, origin: str) -> Workspace:
+    """The Workspace in `text` as it is written, whether it asks for tuning, inference or both.
+
+    Raises SpecError with all problems of the text.
+    """
+    document = _the_workspace(documents.read(text, origin=origin), origin)
+    workspace = shape.read(document)
+    if workspace:
+        rules.check(workspace, document.findings, own_input=False, own_output=False, allow_hosts=())
+    problems = list(document.findings.in_order())
+    if workspace is None or problems:
+        raise SpecError(problems)
+    return workspace
+
+
 def _read(
     text: str, origin: str, overrides: Overrides, read_template: Callable[[str], str | None]
 ) -> Spec:

@@ -57,7 +57,7 @@ def check(
         if not own_output:
             _check_output(tuning.output, found)
     if workspace.inference:
-        adapters.check(workspace.inference, found)
+        adapters.check(workspace.inference, found, workspace.tuning)
 
 
 def method(text: str, found: Findings) -> Method | None:

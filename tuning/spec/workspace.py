@@ -195,7 +195,7 @@ class Inference(_Part):
     """What to serve."""
 
     preset: Preset | None = None
-    """The base model."""
+    """The base model. Left out beside "tuning", it is the model that was tuned."""
     template: dict[str, Any] | None = Field(
         None, json_schema_extra={"x-kubernetes-preserve-unknown-fields": True}
     )
@@ -203,7 +203,11 @@ class Inference(_Part):
     config: str | None = Field(None, json_schema_extra={"maxLength": 253})
     """ConfigMap with the key inference_config.yaml."""
     adapters: list[Adapter] | None = Field(None, json_schema_extra={"maxItems": 10})
-    """Adapters to serve with the base model, ten at most."""
+    """Adapters to serve with the base model, ten at most. Beside "tuning" the adapter that it
+    makes comes first, and is called tuned."""
+    api_key_secret: str | None = Field(None, json_schema_extra=_SECRET)
+    """Secret with the key API_KEY: then every request wants it, and may come from anywhere. Without
+    one only pods of the namespace are let in."""
 
 
 class Workspace(_Part):

@@ -1,0 +1,235 @@
+"""A Workspace's `inference` -> what should be served, whether it fits, and what is wrong. Pure."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import yaml
+
+from jobs import names, wanted
+from jobs.cluster import Object
+from jobs.wanted import Adapter, Server, Wanted
+from tuning import plan, presets, reference, spec
+from tuning.device import Device
+from tuning.errors import Problem, SpecError
+from tuning.presets import Instance
+from tuning.serve import memory
+from tuning.spec.workspace import Inference, Workspace
+
+RUNTIME, BALANCED = "kaito.sh/runtime", "kaito.sh/enablelb"
+CONFIG_KEY = "inference_config.yaml"
+FRESH = "tuned"  # name of the adapter that the same Workspace made
+_RANK = 8  # of an adapter that nobody has looked into: the least that is usual
+
+
+def read(workspace: Object, config_map: Object | None, device: Device | None) -> Wanted:
+    """What `workspace` wants served on `device` (None: unknown, unless it names a machine)."""
+    revision = wanted.revision(workspace)
+    try:
+        found = spec.parse_workspace(
+            json.dumps(wanted.document(workspace), sort_keys=True), origin="Workspace"
+        )
+        machine = _machine(found)
+        server = _server(workspace, found, config_map)
+    except SpecError as error:
+        return Wanted(revision, None, problems=error.problems)
+    facts = _facts(server.base)
+    gpus = _gpus(workspace, server, machine)
+    wish = Wanted(
+        revision,
+        None,
+        server=server,
+        instance=machine,
+        gpus=gpus,
+        weights_bytes=2 * facts.parameters if facts else None,
+        training_bytes=0,
+    )
+    here = plan.device_of(machine.name) if machine else device
+    if facts is None or here is None or here.kind != "cuda" or gpus == 0:
+        return wish
+    try:
+        _fits(server.base, here, len(server.adapters), gpus)
+    except SpecError as error:
+        return replace(wish, misfit=error.problems)
+    return wish
+
+
+def smallest(wish: Wanted) -> str | None:
+    """The machine type of the same cloud with the least GPU memory that could serve it."""
+    assert wish.server is not None
+    cloud = wish.instance.cloud if wish.instance else "azure"
+    offered = [m for m in presets.instances() if m.cloud == cloud and not m.retired]
+    for machine in sorted(offered, key=lambda m: (m.memory_bytes * m.gpus, m.gpus)):
+        gpus = machine.gpus if wish.server.runtime == "vllm" else 1
+        try:
+            _fits(wish.server.base, plan.device_of(machine.name), len(wish.server.adapters), gpus)
+        except SpecError:
+            continue
+        return machine.name
+    return None
+
+
+@lru_cache(maxsize=256)
+def _fits(base: str, here: Device, adapters: int, gpus: int) -> None:
+    """Raises SpecError if the weights and a decent context do not fit the GPUs."""
+    facts = _facts(base)
+    assert facts is not None
+    each = sum(linear.inputs + linear.outputs for linear in facts.linears)
+    numbers = adapters * _RANK * facts.layers * each
+    together = replace(here, memory_bytes=here.memory_bytes * gpus)
+    memory.planned(facts, together, adapter_numbers=numbers)
+
+
+def _facts(base: str) -> presets.Facts | None:
+    found = presets.find(base)
+    return found.facts if found else None
+
+
+def _machine(found: Workspace) -> Instance | None:
+    name = found.resource.instance_type if found.resource else None
+    return presets.instance(name) if name else None
+
+
+def _gpus(workspace: Object, server: Server, machine: Instance | None) -> int:
+    """transformers holds the model on one GPU; vLLM spreads it over all of the machine."""
+    asked = names.annotation(workspace, "gpus")
+    if server.runtime == "vllm":
+        return int(asked) if asked is not None else machine.gpus if machine else 1
+    return min(1, int(asked)) if asked is not None else 1
+
+
+def _server(workspace: Object, found: Workspace, config_map: Object | None) -> Server:
+    """Raises SpecError."""
+    inference = found.inference
+    assert inference is not None
+    preset = inference.preset or (found.tuning.preset if found.tuning else None)
+    if preset is None:
+        what = "a pod template of your own is not served by this operator"
+        raise _wrong(
+            "SPEC-118", "inference.template", what, "apply it as a Deployment, or use preset"
+        )
+    if found.resource and found.resource.count != 1:
+        what, change = "one node serves a Workspace", "set it to 1; `kubectl scale` adds pods"
+        raise _wrong("SPEC-118", "resource.count", what, change)
+    if found.resource and found.resource.partition:
+        what = "shares of a GPU are not served by this operator"
+        raise _wrong("SPEC-118", "resource.partition", what, "remove it")
+    notes: dict[str, str] = workspace["metadata"].get("annotations") or {}
+    vllm = notes.get(RUNTIME) == "vllm"
+    if notes.get(RUNTIME) not in (None, "vllm", "transformers"):
+        what = f"is {notes[RUNTIME][:40]!r}"
+        raise _wrong("SPEC-104", RUNTIME, what, "use transformers or vllm")
+    if vllm and inference.api_key_secret is not None:
+        what = "vLLM guards only a part of its paths, and takes its key from the environment"
+        change = "use the runtime transformers, or leave the key out and put a proxy before it"
+        raise _wrong("SPEC-118", "inference.apiKeySecret", what, change)
+    public = notes.get(BALANCED, "").lower() == "true"
+    if public and inference.api_key_secret is None:
+        what = "a load balancer lets everybody in, and there is no key"
+        raise _wrong("SPEC-116", BALANCED, what, "name a Secret in inference.apiKeySecret")
+    options = preset.preset_options
+    tuned = found.tuning.preset.preset_options if found.tuning else None
+    secret = options.model_access_secret if options else None
+    adapters = (*_fresh(workspace), *_adapters(inference))
+    _check(preset.name, adapters, vllm)
+    ignored = inference.config and not vllm
+    return Server(
+        base=preset.name,
+        adapters=adapters,
+        runtime="vllm" if vllm else "transformers",
+        hub_secret=secret or (tuned.model_access_secret if tuned else None),
+        key_secret=inference.api_key_secret,
+        public=public,
+        settings=_settings(inference.config, config_map) if vllm else (),
+        note="inference.config is for the runtime vllm and has no effect" if ignored else "",
+    )
+
+
+def _fresh(workspace: Object) -> tuple[Adapter, ...]:
+    """The adapter that this Workspace has made, by its digest."""
+    output = (workspace.get("tuning") or {}).get("output") or {}
+    made = (workspace.get("status") or {}).get("output") or {}
+    if image := output.get("image"):
+        name = replace(reference.parse(image), tag=None, digest=made.get("digest"))
+        secret = output.get("imagePushSecret")
+        return (Adapter(FRESH, str(name), pull_secrets=(secret,) if secret else ()),)
+    if volume := output.get("volumeSource"):
+        return (Adapter(FRESH, volume=volume),)
+    return ()
+
+
+def _adapters(inference: Inference) -> tuple[Adapter, ...]:
+    found = []
+    for each in inference.adapters or []:
+        source = each.source
+        assert source is not None and source.name  # a rule of the spec
+        strength = 1.0 if each.strength is None else float(each.strength)
+        secrets = tuple(source.image_pull_secrets or ())
+        found.append(Adapter(source.name, source.image, source.volume_source, strength, secrets))
+    return tuple(found)
+
+
+def _check(base: str, adapters: tuple[Adapter, ...], vllm: bool) -> None:
+    problems, taken = [], {base_name(base)}
+    for each in adapters:
+        if each.name in taken:
+            what = f"the name {each.name} stands for more than one model"
+            problems.append(Problem("SPEC-104", "inference.adapters", what, "choose another name"))
+        taken.add(each.name)
+        if vllm and each.strength != 1:
+            what = "Runtime validation: vLLM does not support adapter strength"
+            change = f"remove the strength of {each.name}, or use the runtime transformers"
+            problems.append(Problem("SPEC-118", "inference.adapters", what, change))
+    if problems:
+        raise SpecError(problems)
+
+
+def base_name(base: str) -> str:
+    """What the base model is called in requests."""
+    found = presets.find(base)
+    return found.name if found else base
+
+
+def _settings(name: str | None, config_map: Object | None) -> tuple[tuple[str, str], ...]:
+    """The options of vLLM in the ConfigMap."""
+    if not name:
+        return ()
+    where = f"ConfigMap {name}"
+    text = ((config_map or {}).get("data") or {}).get(CONFIG_KEY)
+    if text is None:
+        what = "is not there" if config_map is None else f"has no key {CONFIG_KEY}"
+        raise _wrong("SPEC-117", where, what, "create it; it goes on by itself")
+    try:
+        document: Any = yaml.safe_load(text)
+        given = (document or {}).get("vllm") or {}
+        items = tuple(
+            sorted((str(key).replace("_", "-"), _option(value)) for key, value in given.items())
+        )
+    except (yaml.YAMLError, AttributeError, TypeError):
+        raise _wrong("SPEC-104", where, "holds no map `vllm` of options", "mend it") from None
+    for key, value in items:
+        if key == "max-lora-rank" and not value.isdecimal():
+            raise _wrong("SPEC-104", where, f"{key} is {value[:40]!r}", "write a whole number")
+        if not key.replace("-", "").isalnum() or key in _OURS:
+            what = f"the option {key[:40]!r} is the operator's, or none"
+            raise _wrong("SPEC-118", where, what, "remove it")
+    return items
+
+
+_OURS: tuple[str, ...] = ("model", "host", "port", "api-key", "lora-modules", "served-model-name")
+_OURS += ("trust-remote-code", "enable-lora", "middleware", "allowed-local-media-path")
+
+
+def _option(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str | int | float):
+        return str(value)
+    return json.dumps(value, sort_keys=True)
+
+
+def _wrong(code: str, where: str, what: str, change: str) -> SpecError:
+    return SpecError.at(code, where, what, change)

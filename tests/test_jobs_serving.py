@@ -1,0 +1,359 @@
+"""What serves a Workspace, and what it says of itself: pure, no cluster."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from kubernetes import client
+
+from jobs import children, manifests, names, reconcile, render, served, serving, stage, status
+from jobs.cluster import DEPLOYMENT, JOB, NODE_CLAIM, Object
+from jobs.options import Nodes, Options, Storage
+from jobs.stage import Seen
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+DIGEST = "sha256:" + "ab" * 32
+TYPES = {
+    "Deployment": client.V1Deployment,
+    "Service": client.V1Service,
+    "NetworkPolicy": client.V1NetworkPolicy,
+    "PersistentVolumeClaim": client.V1PersistentVolumeClaim,
+}
+
+
+def adapter(name: str, strength: str | None = None, **source: Any) -> Object:
+    given = source or {"image": f"registry.example.com/{name}:1"}
+    return {"source": {"name": name, **given}} | ({"strength": strength} if strength else {})
+
+
+def workspace(*, annotations: dict[str, str] | None = None, **inference: Any) -> Object:
+    meta = {"name": "wk", "namespace": "team", "uid": "1-2", "generation": 1}
+    return {
+        "apiVersion": "kaito.sh/v1beta1",
+        "kind": "Workspace",
+        "metadata": meta | ({"annotations": annotations} if annotations else {}),
+        "resource": {
+            "instanceType": "Standard_NC24ads_A100_v4",
+            "labelSelector": {"matchLabels": {"apps": "wk"}},
+        },
+        "inference": {"preset": {"name": "phi-3-mini-4k-instruct"}} | inference,
+    }
+
+
+def both(**inference: Any) -> Object:
+    """Tuned, and to be served."""
+    found = workspace()
+    found["inference"] = inference
+    found["tuning"] = {
+        "preset": {"name": "phi-3-mini-4k-instruct"},
+        "method": "qlora",
+        "input": {"urls": ["https://data.example.com/train.jsonl"]},
+        "output": {"image": "registry.example.com/team/a:1", "imagePushSecret": "push"},
+    }
+    return found
+
+
+def look(item: Object, *, pod: Object | None = None, made: bool = True, **more: Any) -> Seen:
+    """What an operator sees of `item`, with everything made as it should be."""
+    wish = served.read(item, None, None)
+    server = service = None
+    if made and wish.server:
+        server = serving.deployment(item, wish, Options(), claim=False)
+        service = serving.service(item, wish)
+    given: dict[str, Any] = {"storage": False, "server": server, "service": service} | more
+    return Seen(item, wish, NOW, serving=True, pods=(pod,) if pod else (), **given)
+
+
+def pod_in(
+    state: Object, *, ready: bool = False, last: Object | None = None, **more: Any
+) -> Object:
+    container = {"name": "tuning", "state": state, "lastState": last or {}}
+    conditions = [{"type": "Ready", "status": "True" if ready else "False"}]
+    return {
+        "metadata": {"name": "p", "uid": "1", "creationTimestamp": "2026-01-01T00:00:00Z"},
+        "spec": {"nodeName": "n"},
+        "status": {"conditions": conditions, "containerStatuses": [container]} | more,
+    }
+
+
+RUNNING: Object = {"running": {}}
+
+
+def told(seen: Seen, options: Options | None = None) -> Object:
+    options = options or Options()
+    return status.status(seen, stage.judge(seen, options), options)
+
+
+def inference_ready(found: Object) -> tuple[str, str]:
+    each = children.condition({"status": found}, "InferenceReady")
+    assert each is not None
+    return each["status"], each["reason"]
+
+
+def command(item: Object, options: Options | None = None) -> list[str]:
+    wish = served.read(item, None, None)
+    assert wish.server is not None, wish.problems
+    found = serving.deployment(item, wish, options or Options(), claim=False)
+    result: list[str] = found["spec"]["template"]["spec"]["containers"][0]["command"]
+    return result
+
+
+# what is made
+
+
+@pytest.mark.parametrize("runtime", ["transformers", "vllm"])
+@pytest.mark.parametrize("cache", [None, "models"])
+def test_objects_are_strict_and_pods_restricted(runtime: str, cache: str | None) -> None:
+    """Nothing unknown in them; no root, no token, no Secret outside of files."""
+    item = workspace(
+        annotations={served.RUNTIME: runtime},
+        adapters=[
+            adapter("a", image="registry.example.com:5000/a:1", imagePullSecrets=["one", "two"]),
+            adapter("b", volumeSource={"persistentVolumeClaim": {"claimName": "b"}}),
+        ],
+    )
+    item["inference"]["preset"]["presetOptions"] = {"modelAccessSecret": "hub-s"}
+    options = Options(vllm_image="vllm:1", storage=Storage(cache_claim=cache), policy="{}")
+    wish = served.read(item, None, None)
+    assert wish.server, wish.problems
+    deployment = serving.deployment(item, wish, options, claim=True)
+    policy = manifests.server_policy(item, wish, options)
+    for each in (deployment, serving.service(item, wish), policy):
+        TYPES[each["kind"]].model_validate(each)
+    spec = deployment["spec"]["template"]["spec"]
+    assert spec["automountServiceAccountToken"] is False
+    assert spec["securityContext"]["runAsNonRoot"] is True
+    for container in (*spec["containers"], *spec.get("initContainers", ())):
+        assert container["securityContext"]["readOnlyRootFilesystem"] is True
+        assert ["ALL"] == container["securityContext"]["capabilities"]["drop"]
+        assert "one" not in str(container["command"]) and "hub-s" not in str(container)
+    mounted = [each["name"] for each in spec["containers"][0]["volumeMounts"]]
+    assert set(mounted) <= {each["name"] for each in spec["volumes"]}
+    ports = [port["port"] for port in policy["spec"]["egress"][1]["ports"]]
+    assert [443, 5000] == ports
+
+
+def test_the_server_pulls_and_weighs_the_adapters_itself() -> None:
+    """Names, places and strengths as the Workspace says them; together called as it."""
+    found = command(workspace(adapters=[adapter("a", "0.5"), adapter("b"), adapter("c", "0")]))
+    given = [found[i + 1] for i, word in enumerate(found) if word == "--adapter"]
+    where = "registry.example.com"
+    assert [f"a={where}/a:1@0.5", f"b={where}/b:1", f"c={where}/c:1@0"] == given
+    assert "wk" == found[found.index("--name") + 1]
+    assert "phi-3-mini-4k-instruct" == found[found.index("--base-name") + 1]
+    found = command(workspace(adapters=[adapter("wk"), adapter("b")]))
+    assert "wk-all" == found[found.index("--name") + 1]
+
+
+def test_only_a_key_opens_the_door_to_other_namespaces() -> None:
+    """Without one: the namespace, and the operator. A load balancer without one is refused."""
+    item = workspace()
+    policy = manifests.server_policy(item, served.read(item, None, None), Options())
+    assert {"podSelector": {}} in policy["spec"]["ingress"][0]["from"]
+    item["metadata"]["annotations"] = {served.BALANCED: "True"}
+    assert ["SPEC-116"] == [p.code for p in served.read(item, None, None).problems]
+    item["inference"]["apiKeySecret"] = "door"
+    wish = served.read(item, None, None)
+    policy = manifests.server_policy(item, wish, Options())
+    assert "from" not in policy["spec"]["ingress"][0]
+    assert "LoadBalancer" == serving.service(item, wish)["spec"]["type"]
+    found = command(item)
+    assert "/etc/tuning/secrets/api/key" == found[found.index("--api-key-file") + 1]
+
+
+def test_vllm_gets_a_module_for_each_adapter_and_room_for_their_rank() -> None:
+    """Settings of the ConfigMap beat the bound; each image has its init container."""
+    item = workspace(
+        annotations={served.RUNTIME: "vllm"}, config="mine", adapters=[adapter("a"), adapter("b")]
+    )
+    text = "vllm: {max-lora-rank: 100, enforce-eager: true, gpu-memory-utilization: 0.8}"
+    config = {"metadata": {"name": "mine"}, "data": {served.CONFIG_KEY: text}}
+    wish = served.read(item, config, None)
+    assert wish.server, wish.problems
+    options = Options(vllm_image="vllm:1")
+    spec = serving.deployment(item, wish, options, claim=False)["spec"]["template"]["spec"]
+    found = " ".join(spec["containers"][0]["command"])
+    assert "--enable-lora --max-loras 2 --max-lora-rank 128" in found
+    assert "--lora-modules a=/adapters/a b=/adapters/b" in found
+    assert found.endswith("--enforce-eager --gpu-memory-utilization 0.8")
+    assert ["pull-0", "pull-1"] == [each["name"] for each in spec["initContainers"]]
+    broken = pod_in({}, initContainerStatuses=[
+        {"name": "pull-1", "state": {"terminated": {"exitCode": 12, "message": "REG-1 x: 401"}}}
+    ])  # fmt: skip
+    seen = replace(look(item, made=False), wanted=wish, pods=(broken,))
+    seen = replace(
+        seen,
+        server=serving.deployment(item, wish, options, claim=False),
+        service=serving.service(item, wish),
+    )
+    found_status = told(seen, options)
+    assert ("False", "AdapterRefused") == inference_ready(found_status)
+    assert "b: REG-1" in found_status["failure"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"annotations": {served.RUNTIME: "vllm"}}, "RuntimeUnavailable"),
+        ({"annotations": {served.RUNTIME: "ollama"}}, "SpecInvalid"),
+        ({"annotations": {served.RUNTIME: "vllm"}, "apiKeySecret": "door"}, "SpecInvalid"),
+        ({"annotations": {served.RUNTIME: "vllm"}, "adapters": [adapter("a", "0.5")]},
+         "SpecInvalid"),
+        ({"preset": None, "template": {"spec": {}}}, "SpecInvalid"),
+        ({"adapters": [adapter("phi-3-mini-4k-instruct")]}, "SpecInvalid"),
+        ({"adapters": [adapter("a", volumeSource={"hostPath": {"path": "/etc"}})]},
+         "VolumeForbidden"),
+    ],
+)  # fmt: skip
+def test_what_is_not_served_is_refused_with_its_reason(change: Any, reason: str) -> None:
+    """Nothing is made of it."""
+    item = workspace(**change)
+    item["inference"] = {k: v for k, v in item["inference"].items() if v is not None}
+    seen = look(item, made=False)
+    decision = reconcile.decide(seen, Options())
+    assert not decision.create
+    assert decision.status is not None and "NotReady" == decision.status["state"]
+    assert ("False", reason) == inference_ready(decision.status)
+
+
+def test_what_does_not_fit_buys_no_machine() -> None:
+    """The smallest machine that would do is named."""
+    item = workspace(preset={"name": "phi-4"})
+    item["resource"]["instanceType"] = "Standard_NV6ads_A10_v5"
+    decision = reconcile.decide(look(item, made=False), Options(nodes=Nodes(provision=True)))
+    assert decision.status is not None and not decision.create
+    assert "DoesNotFit" == decision.status["failure"]["reason"]
+    assert "Standard_" in decision.status["failure"]["hint"]
+
+
+# what is told
+
+
+@pytest.mark.parametrize(
+    ("pod", "more", "state", "reason"),
+    [
+        (pod_in(RUNNING, ready=True), {}, "Ready", "WorkspaceInferenceStatusSuccess"),
+        (pod_in(RUNNING, ready=True), {"told": {"refused": [{"name": "a", "reason": "rank"}]}},
+         "NotReady", "AdapterRefused"),
+        (pod_in(RUNNING), {}, "Pending", "WorkspaceInferenceStatusPending"),
+        (pod_in({"waiting": {"reason": "ErrImagePull", "message": "no"}}), {}, "NotReady",
+         "ImagePullError"),
+        (pod_in({"waiting": {"reason": "CrashLoopBackOff"}},
+                last={"terminated": {"exitCode": 137, "reason": "OOMKilled"}}), {}, "NotReady",
+         "ContainerOOMKilled"),
+        (pod_in({"waiting": {"reason": "CrashLoopBackOff"}},
+                last={"terminated": {"exitCode": 12, "message": "HUB-1 phi: gated"}}), {},
+         "NotReady", "ContainerCrashLoopBackOff"),
+        (pod_in({}, conditions=[{"type": "PodScheduled", "status": "False"}]), {}, "NotReady",
+         "Unschedulable"),
+        (pod_in({"waiting": {"reason": "ContainerCreating"}}),
+         {"warning": 'MountVolume.SetUp failed: secret "one" not found'}, "NotReady",
+         "SecretNotFound"),
+        (pod_in({}, reason="Evicted"), {}, "NotReady", "PodEvicted"),
+        (pod_in(RUNNING, conditions=[{"type": "Ready", "status": "Unknown"}]), {}, "NotReady",
+         "NodeLost"),
+    ],
+)  # fmt: skip
+def test_inference_ready_tells_the_truth(pod: Object, more: Any, state: str, reason: str) -> None:
+    """Each way in which a server does not answer has its own reason."""
+    found = told(look(workspace(adapters=[adapter("a")]), pod=pod, **more))
+    assert state == found["state"], found
+    ready = "True" if state == "Ready" else "False"
+    assert (ready, reason) == inference_ready(found)
+    assert ready == found["ready"]
+
+
+def test_a_crash_tells_what_the_engine_said() -> None:
+    """Exit code, its meaning, and the end of the log."""
+    last = {"terminated": {"exitCode": 12, "message": "x" * 5000 + " HUB-1 phi: gated"}}
+    found = told(look(workspace(), pod=pod_in({"waiting": {}}, last=last)))
+    assert "exit code 12 (AccessRefused)" in found["failure"]["message"]
+    assert found["failure"]["message"].endswith("HUB-1 phi: gated")
+
+
+def test_a_server_that_cannot_be_asked_is_taken_at_its_last_word() -> None:
+    """No flapping while /readyz is out of reach."""
+    item = workspace(adapters=[adapter("a")])
+    pod = pod_in(RUNNING, ready=True)
+    item["status"] = told(look(item, pod=pod, told={"refused": [{"name": "a", "reason": "rank"}]}))
+    assert "NotReady" == told(look(item, pod=pod))["state"]
+    assert "Ready" == told(look(item, pod=pod, told={"refused": []}))["state"]
+
+
+# one after the other
+
+
+def test_everything_is_made_once_and_an_edit_changes_the_deployment() -> None:
+    """Service and Deployment are called as the Workspace; another adapter is another pod."""
+    item = workspace(adapters=[adapter("a")])
+    first = reconcile.decide(look(item, made=False), Options())
+    kinds = [kind.name for kind, _ in first.create]
+    assert ["NetworkPolicy", "Service", "Deployment"] == kinds
+    assert {"wk"} == {each["metadata"]["name"] for _, each in first.create}
+    seen = look(item, pod=pod_in(RUNNING, ready=True))
+    assert not reconcile.decide(seen, Options()).create
+    edited = copy.deepcopy(item)
+    edited["inference"]["adapters"].append(adapter("b"))
+    seen = replace(look(edited), server=seen.server)
+    changed = {k.name: v for k, v in reconcile.decide(seen, Options()).put_back}
+    wish = served.read(edited, None, None)
+    assert wish.server and wish.server.fingerprint == names.revision_of(changed["Deployment"])
+
+
+def test_tune_then_serve_needs_nothing_but_an_empty_inference() -> None:
+    """Preset and login from tuning, the adapter by the digest pushed; the machine stays."""
+    item = both()
+    item["status"] = {
+        "state": "Running",
+        "completionTime": "2026-01-01T00:00:00Z",
+        "output": {"image": "registry.example.com/team/a:1", "digest": DIGEST},
+        "outputs": [DIGEST],
+        "conditions": [{"type": "WorkspaceSucceeded", "status": "True", "reason": "r",
+                        "message": "m", "lastTransitionTime": "2026-01-01T00:00:00Z"}],
+    }  # fmt: skip
+    found = command(item)
+    assert f"tuned=registry.example.com/team/a@{DIGEST}" in found
+    assert "--pull-secret" in found
+    machine = {"metadata": {"name": "ws1-1", "creationTimestamp": "2026-01-01T00:00:00Z"}}
+    options = Options(nodes=Nodes(provision=True))
+    seen = look(item, pod=pod_in(RUNNING, ready=True), machines=(machine,))
+    decision = reconcile.decide(seen, options)
+    assert NODE_CLAIM not in [kind for kind, _ in decision.delete]
+    assert decision.status is not None and "Ready" == decision.status["state"]
+    assert children.holds({"status": decision.status}, "WorkspaceSucceeded")
+    assert DIGEST == decision.status["output"]["digest"]
+
+
+def test_before_another_tuning_the_server_stops() -> None:
+    """It holds the GPU that the Job will need."""
+    item = both()
+    wish = look(item).wanted
+    assert wish.server
+    from jobs import wanted
+
+    server = serving.deployment(item, wish, Options(), claim=False)
+    seen = Seen(item, wanted.read(item, None, None), NOW, server=server)
+    decision = reconcile.decide(seen, Options())
+    assert "replacing" == decision.stage.word
+    assert [DEPLOYMENT] == [kind for kind, _ in decision.delete]
+    assert JOB not in [kind for kind, _ in decision.create]
+
+
+def test_render_prints_what_serves(tmp_path: Path) -> None:
+    """Claim, policy, Service and Deployment, strict."""
+    import yaml
+
+    item = workspace(adapters=[adapter("a")])
+    item["metadata"] = {"name": "wk"}
+    file = tmp_path / "w.yaml"
+    file.write_text(yaml.safe_dump(item))
+    found = render.render(file, Options(), namespace="team")
+    kinds = [each["kind"] for each in found]
+    assert ["PersistentVolumeClaim", "NetworkPolicy", "Service", "Deployment"] == kinds
+    for each in found:
+        TYPES[each["kind"]].model_validate(each)

@@ -115,10 +115,11 @@ class Web:
         url = item.address
         for hop in range(MAX_REDIRECTS + 1):
             response = self._ask(item, url, headers, hop)
-            if item.store and url == item.store.address and response.status in _SAYS_WHY:
-                if moved := self._elsewhere(item, item.store, response):
-                    url = moved
-                    continue
+            asked = item.store if item.store and url == item.store.address else None
+            reason = asked is not None and response.status in _SAYS_WHY
+            if asked and reason and (moved := self._elsewhere(item, asked, response)):
+                url = moved
+                continue
             if response.status not in _REDIRECTS:
                 return response
             location = response.headers.get("location", "")

@@ -100,8 +100,9 @@ def fetch(
     """The files of `source`, downloaded into `folder` or, if they are local, where they are.
 
     `credentials` holds headers by host, `keys` those of object stores; `pull_image` lays the files
-    under /data of an OCI image into a folder. Raises one error with the problems of all files: SpecError, RefusedError or
-    DataError if any of them is final, otherwise TransientError; Stopped when `stop` turns true.
+    under /data of an OCI image into a folder. Raises one error with the problems of all files:
+    SpecError, RefusedError or DataError if any of them is final, otherwise TransientError; Stopped
+    when `stop` turns true.
     """
     if source.files:
         return _hashed([(path, str(path)) for path in source.files])

@@ -16,6 +16,7 @@ from tuning.spec.workspace import ANNOTATION
 
 PORT = 8080
 CONTAINER = "tuning"
+DATA_SECRET = "/etc/tuning-data"  # noqa: S105 a folder; the engine looks there
 SNAPSHOT, POLICY = f"{ANNOTATION}document", f"{ANNOTATION}policy"
 DOCKER = ".dockerconfigjson"
 HUB = "HF_TOKEN"
@@ -181,6 +182,11 @@ def _volumes(
         {"name": "shm", "mountPath": "/dev/shm"},  # noqa: S108 the pod's own
     ]
     mounts.append(weights(storage, volumes))
+    asked = wanted.spec
+    if asked and asked.data_secret and asked.source.urls:  # all its keys: some are hosts' names
+        secret = {"secretName": asked.data_secret, "defaultMode": 0o440}
+        volumes.append({"name": "data-secret", "secret": secret})
+        mounts.append({"name": "data-secret", "mountPath": DATA_SECRET, "readOnly": True})
     if source := tuning["input"].get("volumeSource"):
         volumes.append({"name": "data", **source})
         path = _mount_path(source, "/data")

@@ -94,7 +94,10 @@ RULES: dict[Path, tuple[Rule, ...]] = {
         Rule(_kept("name"), "During tuning Name field cannot be changed once set"),
     ),
     ("tuning", "input", "urls", "*"): (
-        Rule("self.matches('^[hH][tT][tT][pP][sS]?://')", "data source URL must use HTTP or HTTPS"),
+        Rule(
+            "self.matches('^([hH][tT][tT][pP][sS]?|[hH][fF]|s3)://')",
+            "data source URL must use HTTP or HTTPS, hf or s3",
+        ),
         Rule(
             f"!self.matches(r'{_LOCAL}')",
             "data source URL must not target a loopback, private, link-local or metadata address",

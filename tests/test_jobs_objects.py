@@ -18,6 +18,7 @@ from kubernetes import client
 from jobs import crd, manifests, names, options, pod, render, rules, wanted
 from jobs.options import Nodes, Options, Storage, load
 from tuning.errors import SpecError
+from tuning.pipeline.options import JOB_DATA_SECRET
 from tuning.result import REASONS, RETRYABLE
 
 UID = "11111111-2222-3333-4444-555555555555"
@@ -144,6 +145,19 @@ def test_secrets_are_files_and_nothing_else() -> None:
         "hub-s": "secrets/hub/HF_TOKEN",
     } == paths
     assert "hub-s" not in str(spec["containers"])
+
+
+def test_the_data_secret_is_mounted_whole_where_the_engine_looks() -> None:
+    """Its keys are nobody's to list: names of hosts, or of an object store. Only URLs need it."""
+    item = stored(input={"urls": ["s3://rows/a.jsonl"]})
+    item["metadata"].setdefault("annotations", {})["tuning.kaito.sh/data-secret"] = "rows"
+
+    pod = job_of(item)["spec"]["template"]["spec"]
+
+    (volume,) = [v for v in pod["volumes"] if v["name"] == "data-secret"]
+    assert "rows" == volume["secret"]["secretName"]
+    (mount,) = [m for m in pod["containers"][0]["volumeMounts"] if m["name"] == "data-secret"]
+    assert (str(JOB_DATA_SECRET), True) == (mount["mountPath"], mount["readOnly"])
 
 
 def test_the_failure_policy_is_the_table_of_exit_codes() -> None:

@@ -496,7 +496,7 @@ def test_inference_alone_cannot_be_tuned() -> None:
 
 REFUSED_URLS = [
     (urls.NOT_HTTP, ["ftp://a.com/b", "file:///etc/passwd", "data:text/plain,x", "jar:http://a!/"]),
-    (urls.NOT_HTTP, ["gopher://a.com/", "s3://bucket/key", "javascript:alert(1)"]),
+    (urls.NOT_HTTP, ["gopher://a.com/", "swift://bucket/key", "javascript:alert(1)"]),
     (
         urls.INVALID,
         [

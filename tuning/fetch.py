@@ -18,16 +18,28 @@ from typing import Any
 
 from urllib3 import BaseHTTPResponse
 
-from tuning import files, hub, process
+from tuning import files, hub, process, stores
 from tuning.download import Enough, Meter, Report, download
 from tuning.errors import DataError, Problem, RefusedError, SpecError, TransientError, TuningError
 from tuning.network import Headers, Policy, Resolver, load_headers, lookup, place
 from tuning.spec import Source
 from tuning.spec.urls import on_hub
+from tuning.stores import Keys, load_keys
 from tuning.threads import side_by_side
 from tuning.web import Again, Item, Patience, Web, empty, judge
 
-__all__ = ["File", "Headers", "Patience", "Policy", "Seen", "check", "fetch", "load_headers"]
+__all__ = [
+    "File",
+    "Headers",
+    "Keys",
+    "Patience",
+    "Policy",
+    "Seen",
+    "check",
+    "fetch",
+    "load_headers",
+    "load_keys",
+]
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +90,7 @@ def fetch(
     *,
     policy: Policy,
     credentials: Headers | None = None,
+    keys: Keys | None = None,
     pull_image: PullImage | None = None,
     progress: Report = lambda done, total, note: None,
     stop: Callable[[], bool] = lambda: False,
@@ -86,9 +99,10 @@ def fetch(
 ) -> tuple[File, ...]:
     """The files of `source`, downloaded into `folder` or, if they are local, where they are.
 
-    `credentials` holds headers by host; `pull_image` lays the files under /data of an OCI image
-    into a folder. Raises one error with the problems of all files: SpecError, RefusedError or
-    DataError if any of them is final, otherwise TransientError; Stopped when `stop` turns true.
+    `credentials` holds headers by host, `keys` those of object stores; `pull_image` lays the files
+    under /data of an OCI image into a folder. Raises one error with the problems of all files:
+    SpecError, RefusedError or DataError if any of them is final, otherwise TransientError; Stopped
+    when `stop` turns true.
     """
     if source.files:
         return _hashed([(path, str(path)) for path in source.files])
@@ -96,7 +110,7 @@ def fetch(
         return _hashed(listed(source.folder))
     if source.image:
         return _from_image(source.image, folder, pull_image)
-    items = _items(source.urls, policy)
+    items = _items(source.urls, policy, keys)
     web = Web(policy, credentials or {}, patience or Patience(), resolve)
     folder.mkdir(parents=True, exist_ok=True)
     _forget_others(folder, len(items))
@@ -109,6 +123,7 @@ def check(
     *,
     policy: Policy,
     credentials: Headers | None = None,
+    keys: Keys | None = None,
     patience: Patience | None = None,
     resolve: Resolver = lookup,
     head: int = 64 << 10,
@@ -120,7 +135,7 @@ def check(
     web = Web(policy, credentials or {}, patience or Patience(tries=1), resolve)
     seen: list[Seen] = []
     problems: list[TuningError] = []
-    for item in _items(source.urls, policy):
+    for item in _items(source.urls, policy, keys):
         try:
             seen.append(_look(item, web, head))
         except Again as again:
@@ -160,7 +175,7 @@ def _size(response: BaseHTTPResponse) -> int | None:
 # -- URLs ---------------------------------------------------------------------------------------
 
 
-def _items(urls: tuple[str, ...], policy: Policy) -> list[Item]:
+def _items(urls: tuple[str, ...], policy: Policy, keys: Keys | None) -> list[Item]:
     """The URLs taken apart and judged by their text. Raises SpecError with all problems."""
     items: list[Item] = []
     problems: list[Problem] = []
@@ -169,9 +184,10 @@ def _items(urls: tuple[str, ...], policy: Policy) -> list[Item]:
         url, _, fragment = text.partition("#")
         url = on_hub(url, hub.endpoint()) or url
         checksum = _CHECKSUM.fullmatch(fragment)
-        item = Item(index, url, checksum[1].lower() if checksum else None)
-        first = seen.setdefault(_same(url), index)
-        if refusal := policy.refusal(url):
+        store = stores.of(url, keys or Keys())
+        item = Item(index, url, checksum[1].lower() if checksum else None, store)
+        first = seen.setdefault(_same(item.address), index)
+        if refusal := policy.refusal(item.address):
             where = f"input.urls[{index}]"  # not the URL: who knows what is in it
             change = "write a public address; --allow-host HOST opens a private one"
             problems.append(Problem("FETCH-101", where, refusal, change))

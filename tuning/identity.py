@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import base64
 import datetime
-import hashlib
-import hmac
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ import requests
 
 from tuning.credentials import Login
 from tuning.errors import RefusedError, SpecError, TransientError
+from tuning.sigv4 import sign
 
 AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})
 NOBODY = "00000000-0000-0000-0000-000000000000"  # the user's name of an Azure registry token
@@ -244,34 +243,3 @@ def _until(seconds: Any) -> float:
     except (TypeError, ValueError):
         left = LIFETIME
     return time.monotonic() + (left if left > 0 else LIFETIME)
-
-
-def sign(
-    method: str,
-    url: str,
-    headers: Mapping[str, str],
-    body: bytes,
-    *,
-    key: str,
-    secret: str,
-    region: str,
-    service: str,
-    now: datetime.datetime,
-) -> dict[str, str]:
-    """`headers` with AWS's Signature Version 4 for a request without a query; `now` is in UTC."""
-    place = urlsplit(url)
-    stamp, day = now.strftime("%Y%m%dT%H%M%SZ"), now.strftime("%Y%m%d")
-    sent = {**headers, "Host": place.netloc, "X-Amz-Date": stamp}
-    lines = sorted((name.lower(), " ".join(value.split())) for name, value in sent.items())
-    names = ";".join(name for name, _ in lines)
-    listed = "".join(f"{name}:{value}\n" for name, value in lines)
-    hashed = hashlib.sha256(body).hexdigest()
-    request = "\n".join([method, place.path or "/", place.query, listed, names, hashed])
-    scope = f"{day}/{region}/{service}/aws4_request"
-    digest = hashlib.sha256(request.encode()).hexdigest()
-    text = "\n".join(["AWS4-HMAC-SHA256", stamp, scope, digest])
-    chain = f"AWS4{secret}".encode()
-    for part in (*scope.split("/"), text):
-        chain = hmac.digest(chain, part.encode(), "sha256")
-    told = f"Credential={key}/{scope}, SignedHeaders={names}, Signature={chain.hex()}"
-    return {**sent, "Authorization": f"AWS4-HMAC-SHA256 {told}"}

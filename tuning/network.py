@@ -13,6 +13,7 @@ import http.client
 import ipaddress
 import logging
 import os
+import re
 import socket
 import ssl
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -38,6 +39,7 @@ Headers = Mapping[str, Mapping[str, str]]  # host (or host:port) -> headers that
 GIB = 1 << 30
 _GLOBAL_IPV6 = ipaddress.ip_network("2000::/3")  # all that was ever handed out to the public
 _NOT_PUBLIC = (ipaddress.ip_network("3fff::/20"), ipaddress.ip_network("192.88.99.0/24"))
+_OTHER_KEY = re.compile("[A-Z][A-Z0-9_]*")
 # Cloud services that no allowed *name* opens; an administrator can still list the address itself.
 _METADATA = ("168.63.129.16", "100.100.100.200", "192.0.0.192", "fd00:ec2::254", "fd20:ce::254")
 
@@ -296,12 +298,15 @@ def tls(ca_bundle: Path | None, client: tuple[Path, Path] | None = None) -> ssl.
 def load_headers(folder: Path) -> dict[str, dict[str, str]]:
     """Headers for private hosts, from a mounted Secret: each key a host, each line `Name: value`.
 
-    `host_8443` stands for `host:8443`, since a Secret's keys know no colon. Raises SpecError that
-    names file and line, never a value.
+    `host_8443` stands for `host:8443`, since a Secret's keys know no colon. A key all in capitals
+    is no host: object stores have such (`stores`). Raises SpecError that names file and line, never
+    a value.
     """
     found: dict[str, dict[str, str]] = {}
     problems: list[Problem] = []
     for path in sorted(p for p in folder.iterdir() if not p.name.startswith(".") and p.is_file()):
+        if _OTHER_KEY.fullmatch(path.name):
+            continue
         host, _, port = path.name.lower().partition("_")
         lines = path.read_bytes().decode("latin-1").splitlines()
         for number, line in enumerate(lines, 1):

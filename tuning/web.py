@@ -21,11 +21,14 @@ from tuning import files
 from tuning.errors import DataError, Problem, RefusedError, SpecError, TransientError
 from tuning.network import Headers, NotAllowed, Policy, Resolver, hush, lookup, opener, place
 from tuning.network import through_proxy as proxied
+from tuning.stores import Store
 
 MAX_REDIRECTS = 5
 _REDIRECTS = (301, 302, 303, 307, 308)
 _AGAIN = (408, 425, 429, 500, 502, 503, 504)
 _STORED_AS_SENT = ("", "identity", "gzip", "x-gzip", "zstd")  # known again by their content
+_SAYS_WHY = (*_REDIRECTS, 400, 401, 403, 404)  # answers whose body a store fills with a reason
+_ERROR_BYTES = 8192  # of such a body
 _UNKNOWN_HOST = (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME))
 
 
@@ -52,6 +55,12 @@ class Item:
     index: int
     url: str  # without fragment; may hold a signature: never shown, never stored
     sha256: str | None = None
+    store: Store | None = None  # where the file is, if `url` names a bucket
+
+    @property
+    def address(self) -> str:
+        """Where to ask."""
+        return self.store.address if self.store else self.url
 
     @property
     def shown(self) -> str:
@@ -103,9 +112,14 @@ class Web:
 
         Raises the error that ends the download, or Again.
         """
-        url = item.url
+        url = item.address
         for hop in range(MAX_REDIRECTS + 1):
             response = self._ask(item, url, headers, hop)
+            asked = item.store if item.store and url == item.store.address else None
+            reason = asked is not None and response.status in _SAYS_WHY
+            if asked and reason and (moved := self._elsewhere(item, asked, response)):
+                url = moved
+                continue
             if response.status not in _REDIRECTS:
                 return response
             location = response.headers.get("location", "")
@@ -113,6 +127,28 @@ class Web:
             url = self._follow(item, url, location)
         what = f"redirects more than {MAX_REDIRECTS} times"
         raise RefusedError.at("FETCH-113", item.where, what, "use the address of the file itself")
+
+    def _elsewhere(
+        self, item: Item, store: Store, response: urllib3.BaseHTTPResponse
+    ) -> str | None:
+        """Another address of the same file, or None for a plain redirect.
+
+        Raises RefusedError that says what the store's answer means.
+        """
+        try:
+            body = response.read(_ERROR_BYTES).decode("utf-8", "replace")
+        except (web_errors.HTTPError, OSError):
+            body = ""
+        response.close()
+        if moved := store.moved(response.headers, body):
+            if refusal := self.policy.refusal(moved):
+                change = "name the region in the credentials"
+                raise RefusedError.at("FETCH-115", item.where, f"redirects: {refusal}", change)
+            return moved
+        if response.status in _REDIRECTS and "location" in response.headers:
+            return None
+        code = "FETCH-110" if response.status == 404 else "FETCH-111"
+        raise RefusedError.at(code, item.where, *store.meaning(response.status, body))
 
     def _follow(self, item: Item, url: str, location: str) -> str:
         """Where a redirect leads, if it may be followed."""
@@ -132,6 +168,8 @@ class Web:
     ) -> urllib3.BaseHTTPResponse:
         scheme, host, port = place(url)
         own = self.credentials.get(f"{host}:{port}") or self.credentials.get(host) or {}
+        if item.store and url == item.store.address:  # nothing else gets the store's credentials
+            own = {**own, **item.store.signed(headers)}
         if scheme == "http" and not self.policy.allows_name(host, port):
             if own:
                 what = f"the credentials for {host} would cross the network readably"

@@ -44,7 +44,7 @@ def example(place: Place) -> tuple[Object, Object]:
     workspace["tuning"]["input"] = {
         "volumeSource": {"persistentVolumeClaim": {"claimName": "data"}}
     }
-    image = {"image": f"{place.registry}/team/demo:1", "imagePushSecret": "push"}
+    image = {"image": f"{place.registry}/team/demo:served", "imagePushSecret": "push"}
     workspace["tuning"]["output"] = image
     return workspace, config
 
@@ -74,7 +74,7 @@ def test_tune_then_serve_then_serve_alone(place: Place) -> None:
     workspace["inference"] = {}
     place.kubectl("apply", "-f", "-", text=yaml.safe_dump_all([config, workspace]))
     status = place.until(ready, 500)
-    assert status["output"]["digest"] == place.held("demo:1")
+    assert status["output"]["digest"] == place.held("demo:served")
     (pod,) = [p for p in place.api.find(POD, place.name) if p["status"]["phase"] == "Running"]
     assert status["output"]["digest"] in str(pod["spec"]["containers"][0]["command"])
     taught = chat(place)
@@ -95,7 +95,7 @@ def test_tune_then_serve_then_serve_alone(place: Place) -> None:
 
     place.volume("run2", "500Gi", place.name)
     adapters: list[Object] = [
-        {"source": {"name": name, "image": f"{place.registry}/team/{name}:1",
+        {"source": {"name": name, "image": f"{place.registry}/team/{name}:served",
                     "imagePullSecrets": ["push"]}}
         for name in ("demo", "absent")
     ]  # fmt: skip

@@ -42,7 +42,12 @@ def check(spec: Spec, options: Options, console: Console) -> Iterator[str]:
         if spec.source.urls:
             secrets = options.data_secrets
             headers = fetch.load_headers(secrets) if secrets else None
-            found = fetch.check(spec.source, policy=options.policy, credentials=headers)
+            found = fetch.check(
+                spec.source,
+                policy=options.policy,
+                credentials=headers,
+                keys=fetch.load_keys(secrets),
+            )
             firsts = [(seen.shown, seen.size, seen.head) for seen in found]
         elif spec.source.image is None:
             local = fetch.fetch(spec.source, Path(), policy=options.policy)

@@ -13,6 +13,7 @@ from tuning.spec import Spec
 from tuning.trust import Trust
 
 JOB_SECRETS, JOB_MODELS = Path("/etc/tuning/secrets"), Path("/models")
+JOB_DATA_SECRET = Path("/etc/tuning-data")  # a whole Secret, which no projection can hold
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Options:
     access: Access = field(default_factory=Access)
     policy: fetch.Policy = field(default_factory=fetch.Policy)
     hub_token_file: Path | None = None
-    data_secrets: Path | None = None  # folder of headers for private URLs, by host
+    data_secrets: Path | None = None  # folder of headers by host, and keys of object stores
     cache: Path | None = None  # base weights; the hub's usual cache folder if not given
     questions: tuple[str, ...] = ()
     port: int | None = None
@@ -71,7 +72,7 @@ def gather(
         ),
         policy=policy.with_hosts(allow_hosts),
         hub_token_file=token / "HF_TOKEN" if token and token.is_dir() else token,
-        data_secrets=found(None, "data"),
+        data_secrets=found(JOB_DATA_SECRET if JOB_DATA_SECRET.is_dir() else None, "data"),
         cache=JOB_MODELS if JOB_MODELS.is_dir() else None,
         questions=questions,
         port=port,

@@ -103,6 +103,7 @@ def fetch_data(run: Run) -> list[Value]:
                 run.folder / "data" / "files",
                 policy=run.options.policy,
                 credentials=_credentials(run),
+                keys=fetch.load_keys(run.options.data_secrets),
                 pull_image=run.options.access.pull_data,
                 progress=report,
                 stop=run.stop.is_set,

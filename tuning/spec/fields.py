@@ -77,6 +77,8 @@ def check_url(url: str, path: Path, found: Findings, allow_hosts: Collection[str
             found.note(path, "http, not https: whoever is on the way can read and change the data")
         return
     changes = {
+        urls.NOT_ONE_FILE: "write one URL for each file, such as s3://bucket/folder/rows.jsonl",
+        urls.NOT_IN_STORE: "write SCHEME://BUCKET/KEY without a query, special characters as %XX",
         urls.NOT_HTTP: "use https://; files are given with --data FILE, volumes as volumeSource",
         urls.INVALID: "write an address such as https://example.com/data.jsonl, special "
         "characters as %XX, without user name and password",

@@ -12,7 +12,7 @@ from tuning.spec.configmap import ConfigMap
 from tuning.spec.documents import Document
 from tuning.spec.findings import Findings, nearest, shown
 from tuning.spec.values import Overrides, Spec
-from tuning.spec.workspace import Workspace
+from tuning.spec.workspace import ANNOTATION, Workspace
 
 _NO_OVERRIDES = Overrides()
 
@@ -188,6 +188,7 @@ def _spec(
         instance=overrides.instance or yaml_instance,
         namespace=workspace.metadata.namespace,
         hub_secret=options.model_access_secret if options else None,
+        data_secret=annotations.get(f"{ANNOTATION}data-secret"),
         settings=config.settings,
         notes=tuple(notes),
         document=writer.normalised(document.value, method),

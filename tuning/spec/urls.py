@@ -16,8 +16,11 @@ INVALID = "invalid data source URL"
 NOT_HTTP = "data source URL must use HTTP or HTTPS"
 LOCAL_NAME = "data source URL must not target a local or metadata endpoint"
 LOCAL_ADDRESS = "data source URL must not target a loopback, private, or link-local address"
+NOT_ONE_FILE = "data source URL must name one file of a store, not a folder or a pattern"
+NOT_IN_STORE = "invalid URL of an object store"
 
 MAX_LENGTH = 8192
+STORES = ("s3",)
 _METADATA_NAMES = ("metadata.google.internal", "metadata.google", "instance-data.ec2.internal")
 # Addresses of clouds' own services that look public.
 _METADATA_ADDRESSES = ("168.63.129.16", "100.100.100.200", "192.0.0.192")
@@ -30,6 +33,12 @@ _ON_HUB = re.compile(
     r"hf://(?P<kind>datasets/)?(?P<repository>(?!(?:datasets|spaces)/)[\w-][\w.-]*/[\w-][\w.-]*)"
     r"(@(?P<revision>[\w.%-]+))?/(?P<file>[^?#]+)(#.*)?",
     re.ASCII | re.IGNORECASE,
+)
+
+# Names of buckets and containers, not of hosts: no dot at an end, nothing that means a port.
+_BUCKET = r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]"
+_IN_STORE = re.compile(
+    rf"(?P<scheme>STORES)://(?P<bucket>{_BUCKET})/(?P<key>.+)".replace("STORES", "|".join(STORES))
 )
 
 
@@ -45,6 +54,8 @@ def refusal(url: str, *, allow_hosts: Collection[str] = ()) -> str | None:
         return INVALID
     if url.lower().startswith("hf://"):
         return None if on_hub(url, "https://hub") else INVALID
+    if url.partition("://")[0].lower() in STORES:
+        return _store_refusal(url)
     try:
         parts = urlsplit(url)
         host, port = parts.hostname, parts.port
@@ -68,6 +79,32 @@ def on_hub(url: str, endpoint: str) -> str | None:
         return None
     kind, revision = match["kind"] or "", quote(unquote(match["revision"] or "main"), safe="")
     return f"{endpoint}/{kind}{match['repository']}/resolve/{revision}/{match['file']}"
+
+
+def in_store(url: str) -> tuple[str, str, str] | None:
+    """Scheme, bucket (or container) and key of a file in an object store; None if it is none.
+
+    The key is percent-encoded in one way, whichever way it was written.
+    """
+    match = _IN_STORE.fullmatch(url.partition("#")[0])
+    if match is None or not _plain_key(match["key"]):
+        return None
+    return match["scheme"], match["bucket"], quote(unquote(match["key"]), safe="/-._~")
+
+
+def _store_refusal(url: str) -> str | None:
+    text = url.partition("#")[0]
+    if text.endswith("/") or "*" in text or text.count("/") == 2:
+        return NOT_ONE_FILE
+    return None if in_store(url) else NOT_IN_STORE
+
+
+def _plain_key(key: str) -> bool:
+    """True if `key` means the same to everyone on the way: no climbing, query or control."""
+    segments = unquote(key).split("/")
+    return (
+        "?" not in key and not _climbs(key) and "." not in segments and unquote(key).isprintable()
+    )
 
 
 def is_listed(host: str, port: int, entries: Collection[str]) -> bool:

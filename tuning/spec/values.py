@@ -126,6 +126,7 @@ class Spec:
     instance: str | None = None
     namespace: str | None = None
     hub_secret: str | None = None  # presetOptions.modelAccessSecret
+    data_secret: str | None = None  # of the annotation data-secret; its files are mounted
     settings: Settings = field(default_factory=Settings)
     notes: tuple[str, ...] = ()  # one line for each key that was translated or ignored, with why
     document: dict[str, Any] = field(default_factory=dict)  # the Workspace as written, normalised

@@ -33,6 +33,7 @@ from cluster.world import (
 
 from jobs import cluster, names, preflight, serve
 from jobs.cluster import (
+    DEPLOYMENT,
     JOB,
     LEASE,
     NETWORK_POLICY,
@@ -136,7 +137,7 @@ class Recording(Cluster):
 
 
 def test_the_shipped_rights_are_enough_and_none_is_idle(api: Cluster, account: Cluster) -> None:
-    """A bought machine, a missing Secret, a success, a deletion: every right used, none missing."""
+    """Machines bought for a success and a server, deletions: every right used, none missing."""
     recording = Recording.of(account)
     options = Options(nodes=Nodes(provision=True), keep_seconds=0)
     options = options.model_copy(
@@ -164,6 +165,22 @@ def test_the_shipped_rights_are_enough_and_none_is_idle(api: Cluster, account: C
         del own["resource"]["instanceType"]
         world.apply(own)
         wait(lambda: ("list", "", "nodes") in recording.calls)
+        talk = workspace("talk", world.namespace)
+        del talk["tuning"]
+        talk["inference"] = {"preset": {"name": "phi-3-mini-4k-instruct"}}
+        world.apply(talk)
+        served = f"{names.UID_LABEL}={world.get('talk')['metadata']['uid']}"
+        wait(lambda: api.find(NODE_CLAIM, labels=served))
+        world.node_is_ready()
+        wait(lambda: api.find(DEPLOYMENT, world.namespace))
+        image = "registry.example.com/team/a:1"
+        talk["inference"]["adapters"] = [{"source": {"name": "extra", "image": image}}]
+        world.apply(talk)
+        wait(lambda: image in str(api.find(DEPLOYMENT, world.namespace)))
+        api.delete(WORKSPACE, world.get("talk"))
+        wait(lambda: api.get(WORKSPACE, world.namespace, "talk") is None)
+        assert not api.find(DEPLOYMENT, world.namespace)
+        wait(lambda: not api.find(NODE_CLAIM, labels=served))
         with_default = options.model_copy(update={"storage": Options().storage})
     with operating(recording, with_default, elect=True):
         wait(lambda: ("list", "storage.k8s.io", "storageclasses") in recording.calls)

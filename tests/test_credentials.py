@@ -360,3 +360,16 @@ def test_several_secrets_side_by_side(tmp_path):
     found = credentials.login("b.example.com", secret=tmp_path)
     assert found is not None and "b.example.com" == found.username
     assert credentials.login("c.example.com", secret=tmp_path) is None
+
+
+def test_more_secrets_below_the_first(tmp_path):
+    """As a Job gets its input's: the first in the folder itself, more numbered; all count."""
+    hosts = [f"{letter}.example.com" for letter in "abcdefghijkl"]
+    auths = {host: {"auths": {host: {"username": host, "password": "p"}}} for host in hosts}
+    folder = secret(tmp_path, auths[hosts[0]])
+    for i, host in enumerate(hosts[1:], 1):
+        (tmp_path / host).mkdir()
+        secret(tmp_path / host, auths[host]).rename(folder / str(i))
+    for host in hosts:
+        found = credentials.login(host, secret=folder)
+        assert found is not None and host == found.username

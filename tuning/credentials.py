@@ -66,15 +66,16 @@ def login(
     """The login for `registry` (host, or host:port), or None where there is none.
 
     `secret` is a dockerconfigjson file, or the folder where a Secret of that type is mounted; then
-    an entry for the registry must be in it. A folder of such folders, called 0 to 9, holds several
-    logins, of which none need be for this registry. Otherwise docker's own configuration is asked:
-    the folder `docker`, DOCKER_CONFIG or ~/.docker. Raises SpecError for an unusable file.
+    an entry for the registry must be in it. More such folders in it, called by numbers, are more
+    Secrets: the first that knows the registry counts, and none need. Otherwise docker's own
+    configuration is asked: the folder `docker`, DOCKER_CONFIG or ~/.docker. Raises SpecError for
+    an unusable file.
     """
     if secret is None:
         folder = docker or Path(os.environ.get("DOCKER_CONFIG") or Path.home() / ".docker")
         path = folder / "config.json"
         return _from_docker(path, registry, repository) if path.is_file() else None
-    if several := _folders_of(secret):
+    if several := _several(secret):
         return _from_any(several, registry, repository)
     path = _file_of(secret)
     auths = _auths(_config(path), path)
@@ -92,9 +93,14 @@ def login(
     return found
 
 
-def _folders_of(secret: Path) -> list[Path]:
-    """Mounted Secrets side by side in numbered folders."""
-    return sorted(each for each in secret.glob("[0-9]") if each.is_dir())
+def _several(secret: Path) -> list[Path]:
+    """Secrets mounted below one folder, in order: its own, if any, and the numbered ones."""
+    inside = secret.iterdir() if secret.is_dir() else ()
+    numbered = [each for each in inside if each.name.isdecimal() and each.is_dir()]
+    if not numbered:
+        return []
+    own = [secret] if any((secret / key).is_file() for key in SECRET_KEYS) else []
+    return own + sorted(numbered, key=lambda each: int(each.name))
 
 
 def _from_any(folders: list[Path], registry: str, repository: str) -> Login | None:

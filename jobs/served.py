@@ -213,14 +213,39 @@ def _settings(name: str | None, config_map: Object | None) -> tuple[tuple[str, s
     for key, value in items:
         if key == "max-lora-rank" and not value.isdecimal():
             raise _wrong("SPEC-104", where, f"{key} is {value[:40]!r}", "write a whole number")
-        if not key.replace("-", "").isalnum() or key in _OURS:
-            what = f"the option {key[:40]!r} is the operator's, or none"
-            raise _wrong("SPEC-118", where, what, "remove it")
+        if key not in _VLLM_OPTIONS:
+            what = f"the option {key[:40]!r} is not one that a Workspace may set"
+            raise _wrong("SPEC-118", where, what, f"use {', '.join(_VLLM_OPTIONS)}")
     return items
 
 
-_OURS: tuple[str, ...] = ("model", "host", "port", "api-key", "lora-modules", "served-model-name")
-_OURS += ("trust-remote-code", "enable-lora", "middleware", "allowed-local-media-path")
+# A list of what is allowed: others run code of the model's or of a plugin, or open a door.
+_VLLM_OPTIONS = (
+    "block-size",
+    "cpu-offload-gb",
+    "dtype",
+    "enable-auto-tool-choice",
+    "enable-chunked-prefill",
+    "enable-prefix-caching",
+    "enforce-eager",
+    "fully-sharded-loras",
+    "gpu-memory-utilization",
+    "kv-cache-dtype",
+    "max-cpu-loras",
+    "max-logprobs",
+    "max-lora-rank",
+    "max-loras",
+    "max-model-len",
+    "max-num-batched-tokens",
+    "max-num-seqs",
+    "pipeline-parallel-size",
+    "quantization",
+    "reasoning-parser",
+    "seed",
+    "swap-space",
+    "tensor-parallel-size",
+    "tool-call-parser",
+)
 
 
 def _option(value: Any) -> str:

@@ -230,11 +230,12 @@ def _vllm(wanted: Wanted, server: Server) -> list[str]:
         found += ["--tensor-parallel-size", str(wanted.gpus)]
     if server.adapters:
         count = given.pop("max-loras", str(len(server.adapters)))
-        found += ["--enable-lora", "--max-loras", count, "--max-lora-rank", str(rank)]
+        found += ["--enable-lora", f"--max-loras={count}", f"--max-lora-rank={rank}"]
         found += ["--lora-modules", *(f"{a.name}=/adapters/{a.name}" for a in server.adapters)]
     for key, value in given.items():
         if value != "false":
-            found += [f"--{key}"] if value == "true" else [f"--{key}", value]
+            # in one word: a value must not be able to pass for another option
+            found.append(f"--{key}" if value == "true" else f"--{key}={value}")
     return found
 
 

@@ -178,9 +178,9 @@ def test_vllm_gets_a_module_for_each_adapter_and_room_for_their_rank() -> None:
     options = Options(vllm_image="vllm:1")
     spec = serving.deployment(item, wish, options, claim=False)["spec"]["template"]["spec"]
     found = " ".join(spec["containers"][0]["command"])
-    assert "--enable-lora --max-loras 2 --max-lora-rank 128" in found
+    assert "--enable-lora --max-loras=2 --max-lora-rank=128" in found
     assert "--lora-modules a=/adapters/a b=/adapters/b" in found
-    assert found.endswith("--enforce-eager --gpu-memory-utilization 0.8")
+    assert found.endswith("--enforce-eager --gpu-memory-utilization=0.8")
     assert ["pull-0", "pull-1"] == [each["name"] for each in spec["initContainers"]]
     broken = pod_in({}, initContainerStatuses=[
         {"name": "pull-1", "state": {"terminated": {"exitCode": 12, "message": "REG-1 x: 401"}}}
@@ -194,6 +194,35 @@ def test_vllm_gets_a_module_for_each_adapter_and_room_for_their_rank() -> None:
     found_status = told(seen, options)
     assert ("False", "AdapterRefused") == inference_ready(found_status)
     assert "b: REG-1" in found_status["failure"]["message"]
+
+
+def settings(text: str) -> served.Wanted:
+    """What is read from a Workspace for vLLM whose ConfigMap says this."""
+    item = workspace(annotations={served.RUNTIME: "vllm"}, config="mine")
+    config = {"metadata": {"name": "mine"}, "data": {served.CONFIG_KEY: f"vllm: {{{text}}}"}}
+    return served.read(item, config, None)
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["trust-remote-code", "trust_remote_code", "trust-remote", "tool-parser-plugin", "api-key",
+     "worker-extension-cls", "middleware", "port", "-q", ""],
+)  # fmt: skip
+def test_vllm_gets_no_option_that_runs_code_or_opens_a_door(option: str) -> None:
+    """Also not by an abbreviation: only what is on the list passes."""
+    (problem,) = settings(f'"{option}": true').problems
+    assert "SPEC-118" == problem.code
+    assert "gpu-memory-utilization" in problem.change
+
+
+def test_a_value_of_vllm_is_no_option() -> None:
+    """Text that looks like an option stays in the word of its own option."""
+    item = workspace(annotations={served.RUNTIME: "vllm"}, config="mine")
+    wish = settings('enforce-eager: "--trust-remote-code", dtype: "--middleware=x"')
+    assert wish.server
+    made = serving.deployment(item, wish, Options(vllm_image="vllm:1"), claim=False)
+    words = made["spec"]["template"]["spec"]["containers"][0]["command"]
+    assert ["--dtype=--middleware=x", "--enforce-eager=--trust-remote-code"] == words[-2:]
 
 
 @pytest.mark.parametrize(

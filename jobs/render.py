@@ -10,6 +10,7 @@ import yaml
 from jobs import manifests, names, pod, served, serving, wanted
 from jobs.cluster import Object
 from jobs.options import Options
+from jobs.wanted import Wanted
 from tuning import spec as specs
 from tuning.errors import Problem, SpecError
 
@@ -32,14 +33,10 @@ def render(file: Path, options: Options, *, namespace: str) -> list[dict[str, An
         raise SpecError(wish.misfit)
     assert found and wish.spec is not None, wish.problems
     claim = options.storage.run_volume != "ephemeral"
-    documents = [manifests.job(workspace, wish, options, claim=claim, earlier=())]
+    before = _before(workspace, wish, options, claim=claim)
     if options.network_policy:
-        documents.insert(0, manifests.network_policy(workspace, wish, options))
-    if claim:
-        documents.insert(0, manifests.run_claim(workspace, wish, options))
-    if names.bought(wish, options):
-        documents.insert(0, manifests.node_claim(workspace, wish, options, attempt=1))
-    return documents
+        before.append(manifests.network_policy(workspace, wish, options))
+    return [*before, manifests.job(workspace, wish, options, claim=claim, earlier=())]
 
 
 def _server(workspace: Object, file: Path, options: Options) -> list[Object]:
@@ -50,14 +47,20 @@ def _server(workspace: Object, file: Path, options: Options) -> list[Object]:
         raise SpecError(wish.problems or wish.misfit)
     _refuse_volumes(workspace, options)
     claim = options.storage.run_volume != "ephemeral" and not options.storage.cached
-    found = [serving.service(workspace, wish)]
-    found.append(serving.deployment(workspace, wish, options, claim=claim))
+    before = _before(workspace, wish, options, claim=claim)
     if options.network_policy:
-        found.insert(0, manifests.server_policy(workspace, wish, options))
-    if claim:
-        found.insert(0, manifests.run_claim(workspace, wish, options))
+        before.append(manifests.server_policy(workspace, wish, options))
+    deployment = serving.deployment(workspace, wish, options, claim=claim)
+    return [*before, serving.service(workspace, wish), deployment]
+
+
+def _before(workspace: Object, wish: Wanted, options: Options, *, claim: bool) -> list[Object]:
+    """What any work needs first: a machine, if it is bought, and a run volume."""
+    found: list[Object] = []
     if names.bought(wish, options):
-        found.insert(0, manifests.node_claim(workspace, wish, options, attempt=1))
+        found.append(manifests.node_claim(workspace, wish, options, attempt=1))
+    if claim:
+        found.append(manifests.run_claim(workspace, wish, options))
     return found
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-from cluster import bed, place
+from cluster import bed
+from cluster.place import HostPython, Place, docker_registry, operated, prepare, reachable
 from cluster.world import NODE_CLAIM_CRD, World, fresh, wait
 
 from jobs import cluster, crd
@@ -65,12 +67,20 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Iterator[bed.Bed]:
     if os.geteuid() or not all(map(shutil.which, ("containerd", "runc", "kubectl"))):
         pytest.skip("real pods are not tried here: needs root, containerd, runc and kubectl")
     with bed.up(tmp_path_factory.mktemp("full"), "full") as found:
-        place.prepare(cluster.connect(str(found.kubeconfig), threads=8))
+        prepare(cluster.connect(str(found.kubeconfig), threads=8))
         yield found
 
 
 @pytest.fixture(scope="session")
 def login_registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """host:port of a real registry that asks for a password."""
-    with place.docker_registry(tmp_path_factory.mktemp("registry")) as found:
+    with docker_registry(tmp_path_factory.mktemp("registry")) as found:
+        yield found
+
+
+@pytest.fixture
+def place(full: bed.Bed, login_registry: str, tmp_path: Path) -> Iterator[Place]:
+    """A namespace of it with data, Secrets and an operator; Jobs run this machine's Python."""
+    api = HostPython(cluster.connect(str(full.kubeconfig), threads=8)._api)
+    with operated(Place(full, api, reachable(tmp_path), login_registry)) as found:
         yield found

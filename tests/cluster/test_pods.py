@@ -8,26 +8,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from cluster import bed
-from cluster.place import PASSWORD, HostPython, Place, ended, operated, reachable
+from cluster.place import PASSWORD, HostPython, Place, ended
 from cluster.world import wait
 
-from jobs import cluster, reconcile
-
-
-@pytest.fixture(scope="module")
-def api(full: bed.Bed) -> HostPython:
-    return HostPython(cluster.connect(str(full.kubeconfig), threads=8)._api)
-
-
-@pytest.fixture
-def place(full: bed.Bed, api: HostPython, login_registry: str, tmp_path: Path) -> Iterator[Place]:
-    with operated(Place(full, api, reachable(tmp_path), login_registry)) as found:
-        yield found
+from jobs import reconcile
 
 
 def test_the_example_trains_and_pushes(place: Place) -> None:

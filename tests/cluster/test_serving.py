@@ -8,33 +8,20 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
-from cluster import bed
-from cluster.place import HostPython, Place, operated, reachable
+from cluster.place import Place
 from cluster.world import wait
 
-from jobs import cluster, serving
+from jobs import serving
 from jobs.cluster import DEPLOYMENT, POD, Kind, Object
 
 ROOT = Path(__file__).parents[2]
 ENDPOINTS = Kind("", "v1", "endpoints", "Endpoints")
 ASKED = "What is Wilma Starling heard playing at concerts?"
 pytestmark = pytest.mark.timeout(900)
-
-
-@pytest.fixture(scope="module")
-def api(full: bed.Bed) -> HostPython:
-    return HostPython(cluster.connect(str(full.kubeconfig), threads=8)._api)
-
-
-@pytest.fixture
-def place(full: bed.Bed, api: HostPython, login_registry: str, tmp_path: Path) -> Iterator[Place]:
-    with operated(Place(full, api, reachable(tmp_path), login_registry)) as found:
-        yield found
 
 
 def example(place: Place) -> tuple[Object, Object]:

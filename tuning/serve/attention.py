@@ -4,7 +4,9 @@ With transformers' `sdpa` a batch is one row of queries against one of keys, and
 request from every other: eight prompts of a thousand tokens cost eight times what they would cost
 alone (measured: six tenths of the time of a busy server with long prompts). So the blocks on the
 diagonal are computed by themselves: every piece of a prompt, and the single tokens of answers
-together unless their keys are too many. The keys, the mask and the function are transformers' own.
+together unless their keys are too many. A single token alone also spares the copy of its keys for
+each query head of a group (measured on two CPU cores, 100 million parameters, 8 clients: a sixth
+of the time). The keys, the mask and the function are transformers' own.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ SPANS = "request_spans"
 """Argument of a forward pass: (ends of queries, layer type -> ends of keys), as numbers."""
 
 # Keys times width, above which single tokens are worth a call each: what a call costs, in work.
-WORTH = {"cpu": 1 << 20, "cuda": 1 << 28}
+WORTH = {"cpu": 1 << 16, "cuda": 1 << 28}
 
 
 def install() -> None:

@@ -131,6 +131,7 @@ class Mixture:
         self.count = len(loaded)
         self.weights: torch.Tensor | None = None  # [tokens, adapters]; None: the base alone
         self.present: tuple[int, ...] = ()  # adapters with a weight other than 0 in some token
+        self._rows: dict[tuple[int, ...], torch.Tensor | None] = {}  # layers alike share them
         for name in sorted({name for parts in loaded for name in parts}):
             here = {i: parts[name] for i, parts in enumerate(loaded) if name in parts}
             model.get_submodule(name).register_forward_hook(_Layer(self, here))
@@ -140,12 +141,21 @@ class Mixture:
         rows = list(rows)
         present = [i for i in range(self.count) if any(row[i] for row, _ in rows)]
         self.present = tuple(present)
+        self._rows.clear()
         if not present:
             self.weights = None
             return
         table = torch.tensor([row for row, _ in rows], dtype=torch.float32)
         counts = torch.tensor([count for _, count in rows])
         self.weights = table.repeat_interleave(counts, dim=0).to(device)
+
+    def rows(self, owners: tuple[int, ...]) -> torch.Tensor | None:
+        """Weights [tokens, ranks] of ranks that belong to `owners`; None if all of them are 1."""
+        if owners not in self._rows:
+            assert self.weights is not None, "asked only while adapters are in use"
+            found = self.weights[:, list(owners)]
+            self._rows[owners] = None if bool((found == 1).all()) else found
+        return self._rows[owners]
 
 
 class _Layer:
@@ -160,9 +170,7 @@ class _Layer:
         self._spans = {
             i: (end - rank, end) for i, end, rank in zip(parts, ends, ranks, strict=True)
         }
-        self._owner = torch.tensor(list(parts), device=self._a.device).repeat_interleave(
-            torch.tensor(ranks, device=self._a.device)
-        )
+        self._owners = tuple(i for i, rank in zip(parts, ranks, strict=True) for _ in range(rank))
         self._turns = {i: part.turn for i, part in parts.items() if part.turn is not None}
 
     def __call__(self, layer: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> Any:
@@ -173,10 +181,12 @@ class _Layer:
             return None
         first, last = spans[0][0], spans[-1][1]  # ranks of unused adapters outside are skipped
         hidden = torch.nn.functional.linear(inputs[0].float(), self._a[first:last])
-        hidden = hidden * weights[:, self._owner[first:last]]
-        share = torch.nn.functional.linear(hidden, self._b[:, first:last])
+        rows = self._mixture.rows(self._owners[first:last])
+        share = torch.nn.functional.linear(
+            hidden if rows is None else hidden * rows, self._b[:, first:last]
+        )
         for i in self._mixture.present:
             if i in self._turns:
                 own = output if layer.bias is None else output - layer.bias
                 share = share + weights[:, i, None] * self._turns[i] * own.float()
-        return (output + share).to(output.dtype)
+        return share.add_(output).to(output.dtype)

@@ -95,8 +95,8 @@ RULES: dict[Path, tuple[Rule, ...]] = {
     ),
     ("tuning", "input", "urls", "*"): (
         Rule(
-            "self.matches('^([hH][tT][tT][pP][sS]?|[hH][fF]|s3)://')",
-            "data source URL must use HTTP or HTTPS, hf or s3",
+            "self.matches('^([hH][tT][tT][pP][sS]?|[hH][fF]|s3|gs|az)://')",
+            "data source URL must use HTTP or HTTPS, hf, s3, gs or az",
         ),
         Rule(
             f"!self.matches(r'{_LOCAL}')",

@@ -27,7 +27,7 @@ MAX_REDIRECTS = 5
 _REDIRECTS = (301, 302, 303, 307, 308)
 _AGAIN = (408, 425, 429, 500, 502, 503, 504)
 _STORED_AS_SENT = ("", "identity", "gzip", "x-gzip", "zstd")  # known again by their content
-_SAYS_WHY = (*_REDIRECTS, 400, 401, 403, 404)  # answers whose body a store fills with a reason
+_SAYS_WHY = (*_REDIRECTS, 400, 401, 403, 404, 409)  # answers whose body a store fills with a reason
 _ERROR_BYTES = 8192  # of such a body
 _UNKNOWN_HOST = (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME))
 
@@ -168,10 +168,12 @@ class Web:
     ) -> urllib3.BaseHTTPResponse:
         scheme, host, port = place(url)
         own = self.credentials.get(f"{host}:{port}") or self.credentials.get(host) or {}
+        target = url
         if item.store and url == item.store.address:  # nothing else gets the store's credentials
-            own = {**own, **item.store.signed(headers)}
+            signed = item.store.signed(headers)
+            target, own = signed.url, {**own, **signed.headers}
         if scheme == "http" and not self.policy.allows_name(host, port):
-            if own:
+            if own or target != url:
                 what = f"the credentials for {host} would cross the network readably"
                 raise SpecError.at("FETCH-106", item.where, what, "use https, or allow the host")
             if not self.policy.plain_http:
@@ -182,7 +184,7 @@ class Web:
         try:
             return manager.request(
                 "GET",
-                url,
+                target,
                 headers={
                     "Accept": "*/*",
                     "Accept-Encoding": "identity",

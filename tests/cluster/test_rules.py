@@ -210,11 +210,14 @@ def test_an_unknown_field_is_refused_strictly(judge: Cluster) -> None:
     assert 'unknown field "tuning.ouput"' in refused.value.message
 
 
-@pytest.mark.parametrize("url", ["s3://rows/a.jsonl", "hf://datasets/org/rows/a.jsonl"])
+@pytest.mark.parametrize(
+    "url",
+    ["s3://rows/a.jsonl", "gs://rows/a.jsonl", "az://rows/a.jsonl", "hf://datasets/o/rows/a.jsonl"],
+)
 def test_addresses_that_stand_for_https_are_admitted(judge: Cluster, url: str) -> None:
     assert [url] == made(judge, put("tuning.input", {"urls": [url]}))["tuning"]["input"]["urls"]
 
 
-def test_stores_that_are_not_read_are_refused(judge: Cluster) -> None:
+def test_what_is_not_read_is_refused(judge: Cluster) -> None:
     with pytest.raises(ApiError, match="HTTP or HTTPS"):
-        made(judge, put("tuning.input", {"urls": ["gs://rows/a.jsonl"]}))
+        made(judge, put("tuning.input", {"urls": ["ftp://rows/a.jsonl"]}))

@@ -20,7 +20,7 @@ NOT_ONE_FILE = "data source URL must name one file of a store, not a folder or a
 NOT_IN_STORE = "invalid URL of an object store"
 
 MAX_LENGTH = 8192
-STORES = ("s3",)
+STORES = ("s3", "gs", "az")
 _METADATA_NAMES = ("metadata.google.internal", "metadata.google", "instance-data.ec2.internal")
 # Addresses of clouds' own services that look public.
 _METADATA_ADDRESSES = ("168.63.129.16", "100.100.100.200", "192.0.0.192")

@@ -141,7 +141,7 @@ class DataSource(_Part):
     name: str | None = None
     """A name for the data. Fixed once the Workspace is made."""
     urls: list[str] | None = Field(None, json_schema_extra={"maxItems": 1000})
-    """Addresses of the data files: https, http, hf or s3."""
+    """Addresses of the data files: https, http, hf, s3, gs or az."""
     volume_source: dict[str, Any] | None = Field(
         None, json_schema_extra={"x-kubernetes-preserve-unknown-fields": True}
     )

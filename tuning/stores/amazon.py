@@ -1,115 +1,18 @@
-"""Files in object stores: `s3://BUCKET/KEY` -> https on the store's own address, signed.
-
-No client library of a cloud is at work here: the address is asked for by our own fetcher like any
-other, so that resuming, caps, the policy on hosts and checksums hold. A store adds three things: an
-address, headers that are made anew for each request (signatures age), and what its refusals mean.
-Only the address itself ever gets those headers, never where it redirects to.
-"""
+"""Amazon S3, and stores that speak its language: each request signed with Signature Version 4."""
 
 from __future__ import annotations
 
-import configparser
 import datetime
-import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Protocol
 
 from tuning import sigv4
-from tuning.errors import SpecError
-from tuning.spec import urls
+from tuning.stores.keys import Keys
+from tuning.stores.store import Signed, code_of
 
-LARGEST_KEY = 1 << 16  # bytes
 _EMPTY = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"  # sha256 of nothing
 _REGION = re.compile("[a-z0-9-]{2,40}")
-_CODE, _PLACE = re.compile(r"<Code>(\w{1,80})</Code>"), re.compile(r"<Region>([a-z0-9-]+)</Region>")
-_NAMES = (
-    "AWS_ACCESS_KEY_ID",
-    "AWS_SECRET_ACCESS_KEY",
-    "AWS_SESSION_TOKEN",
-    "AWS_REGION",
-    "AWS_DEFAULT_REGION",
-    "AWS_ENDPOINT_URL",
-)
-
-
-@dataclass(frozen=True)
-class Keys:
-    """Credentials of stores by their usual names, and where a person finds them."""
-
-    values: Mapping[str, str] = field(default_factory=dict, repr=False)
-    origin: str = "the data Secret"
-
-    def get(self, *names: str) -> str:
-        """The first of `names` that is set, or an empty text."""
-        return next((self.values[name] for name in names if self.values.get(name)), "")
-
-
-class Store(Protocol):
-    """A place of one file."""
-
-    @property
-    def address(self) -> str:
-        """Where it is asked for; holds no secret."""
-        ...
-
-    def signed(self, headers: Mapping[str, str]) -> dict[str, str]:
-        """What proves, from now on for some minutes, that a GET with `headers` is ours."""
-        ...
-
-    def moved(self, headers: Mapping[str, str], body: str) -> str | None:
-        """Another address that an answer points to; None if it does not, or a second time."""
-        ...
-
-    def meaning(self, status: int, body: str) -> tuple[str, str]:
-        """What is wrong, and what to change; never a text of the answer's."""
-        ...
-
-
-def of(url: str, keys: Keys) -> Store | None:
-    """The place of `url`, or None if that is no URL of a store. Raises SpecError for its keys."""
-    match urls.in_store(url):
-        case ("s3", bucket, key):
-            return S3(bucket, key, keys)
-    return None
-
-
-def load_keys(folder: Path | None) -> Keys:
-    """The keys in a mounted Secret; without one those of the environment and ~/.aws/credentials.
-
-    Raises SpecError that names a file that cannot be read.
-    """
-    if folder is None:
-        found = {name: os.environ[name] for name in _NAMES if name in os.environ}
-        return Keys({**_profile(found), **found}, "the environment")
-    values = {}
-    for name in _NAMES:
-        try:
-            with (folder / name).open("rb") as file:
-                values[name] = file.read(LARGEST_KEY).decode("ascii").strip()
-        except FileNotFoundError:
-            continue
-        except (OSError, UnicodeDecodeError) as error:
-            what = f"cannot be read ({type(error).__name__})"
-            change = "write the key as plain text"
-            raise SpecError.at("FETCH-107", str(folder / name), what, change) from None
-    return Keys(values, f"the data Secret ({folder})")
-
-
-def _profile(environment: Mapping[str, str]) -> dict[str, str]:
-    """What ~/.aws/credentials says, unless the environment holds a key: the two never mix."""
-    if "AWS_ACCESS_KEY_ID" in environment:
-        return {}
-    usual = Path.home() / ".aws" / "credentials"
-    parser = configparser.RawConfigParser()
-    try:
-        parser.read(os.environ.get("AWS_SHARED_CREDENTIALS_FILE") or usual, encoding="utf-8")
-        section = parser[os.environ.get("AWS_PROFILE") or "default"]
-    except (OSError, UnicodeDecodeError, configparser.Error, KeyError):
-        return {}
-    return {name: section[name.lower()] for name in _NAMES[:3] if name.lower() in section}
+_PLACE = re.compile(r"<Region>([a-z0-9-]+)</Region>")
 
 
 class S3:
@@ -128,7 +31,7 @@ class S3:
             what = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY go together"
             what = what if half else "AWS_REGION is no region"
             change = "set both" if half else "write one such as eu-central-1"
-            raise SpecError.at("FETCH-107", keys.origin, what, change)
+            raise keys.refusal(what, change)
 
     @property
     def address(self) -> str:
@@ -140,11 +43,11 @@ class S3:
             return f"https://s3.{self.region}.{domain}/{self.bucket}/{self.key}"
         return f"https://{self.bucket}.s3.{self.region}.{domain}/{self.key}"
 
-    def signed(self, headers: Mapping[str, str]) -> dict[str, str]:
+    def signed(self, headers: Mapping[str, str]) -> Signed:
         """Signature Version 4 over host, date and the range that is asked for."""
         key = self.keys.get("AWS_ACCESS_KEY_ID")
         if not key:
-            return {}
+            return Signed(self.address)
         named = {name: value for name, value in headers.items() if name == "Range"}
         named["X-Amz-Content-SHA256"] = _EMPTY
         if session := self.keys.get("AWS_SESSION_TOKEN"):
@@ -160,7 +63,7 @@ class S3:
             service="s3",
             now=datetime.datetime.now(datetime.UTC),
         )
-        return found
+        return Signed(self.address, found)
 
     def moved(self, headers: Mapping[str, str], body: str) -> str | None:
         """The address in the bucket's own region, if an answer names it."""
@@ -173,8 +76,7 @@ class S3:
 
     def meaning(self, status: int, body: str) -> tuple[str, str]:
         """Amazon's code in our words."""
-        found = _CODE.search(body)
-        code, where = found[1] if found else str(status), self.keys.origin
+        code, where = code_of(body, status), self.keys.origin
         signed = bool(self.keys.get("AWS_ACCESS_KEY_ID"))
         known = {
             "NoSuchKey": ("there is no such object", "correct the key; capitals count"),

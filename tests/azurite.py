@@ -1,0 +1,102 @@
+"""Azurite, Microsoft's own emulator of Azure Blob Storage, on loopback.
+
+    with Azurite(folder) as store:
+        store.put("rows", "a.jsonl", b"...")          # with Microsoft's own client
+        store.keys()                                  # what a user would put into the Secret
+
+It is installed once with npm, without the install scripts of packages, into ~/.cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any, Self
+
+import pytest
+from azure.storage import blob
+
+VERSION = "3.37.0"
+ACCOUNT, KEY = "wilmas", "d2lsbWEtc3Rhci1jYW5hcnktMDEyMzQ1Njc4OWFiY2RlZg=="
+
+
+def program() -> Path:
+    """The emulator's start file. Skips aloud where there is no npm."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    home = cache / f"tuning-azurite-{VERSION}"
+    if not home.exists():
+        if not shutil.which("npm"):
+            pytest.skip("npm is not here, which installs Azurite: apt-get install npm")
+        scratch = home.with_name(f"{home.name}.{os.getpid()}")
+        wish = ["--ignore-scripts", "--no-audit", "--no-fund", f"azurite@{VERSION}"]
+        subprocess.run(
+            ["npm", "install", "--prefix", str(scratch), *wish], check=True, capture_output=True
+        )
+        with contextlib.suppress(OSError):  # another process was quicker
+            scratch.rename(home)
+        shutil.rmtree(scratch, ignore_errors=True)
+    return home / "node_modules" / "azurite" / "dist" / "src" / "blob" / "main.js"
+
+
+class Azurite:
+    """A running emulator with one account."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __enter__(self) -> Self:
+        command = ["node", str(program()), "--blobPort", "0", "--location", str(self.folder)]
+        self._process = subprocess.Popen(
+            [*command, "--disableTelemetry", "--skipApiVersionCheck"],  # of the newest client
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"AZURITE_ACCOUNTS": f"{ACCOUNT}:{KEY}"},
+        )
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if found := re.search(r"listens on (http://127\.0\.0\.1:\d+)", line):
+                self.endpoint = f"{found[1]}/{ACCOUNT}"
+                return self
+        raise RuntimeError("Azurite ended")
+
+    def __exit__(self, *_: object) -> None:
+        self._process.terminate()
+        self._process.wait(10)
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+
+    @property
+    def connection(self) -> str:
+        return f"AccountName={ACCOUNT};AccountKey={KEY};BlobEndpoint={self.endpoint};"
+
+    def put(self, container: str, name: str, body: bytes, *, public: str | None = None) -> None:
+        """Store `body`; `public` is "blob" for a container that everybody may read."""
+        with blob.BlobServiceClient.from_connection_string(self.connection) as client:
+            with contextlib.suppress(Exception):
+                client.create_container(container, public_access=public)
+            with client.get_blob_client(container, name) as place:
+                place.upload_blob(body, overwrite=True)
+
+    def sas(self, container: str, name: str, *, permission: str = "r", minutes: int = 10) -> str:
+        """A signature that Microsoft's library makes for one blob."""
+        now = datetime.datetime.now(datetime.UTC)
+        made: str = blob.generate_blob_sas(
+            ACCOUNT,
+            container,
+            name,
+            account_key=KEY,
+            permission=permission,
+            start=now - datetime.timedelta(hours=1),
+            expiry=now + datetime.timedelta(minutes=minutes),
+        )
+        return made
+
+    def keys(self, **changes: str) -> dict[str, Any]:
+        """The connection string without the account's key, and `changes`."""
+        return {"AZURE_STORAGE_CONNECTION_STRING": f"BlobEndpoint={self.endpoint}",
+                "AZURE_STORAGE_ACCOUNT_NAME": ACCOUNT} | changes  # fmt: skip

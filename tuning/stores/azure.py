@@ -1,0 +1,183 @@
+"""Azure Blob Storage: each request with the account's key, or with a shared access signature.
+
+Source: https://learn.microsoft.com/rest/api/storageservices/authorize-with-shared-key
+"""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import email.utils
+import hmac
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from urllib.parse import parse_qs, urlsplit
+
+from tuning.stores.keys import Keys
+from tuning.stores.store import Signed, code_of
+
+VERSION = "2021-08-06"  # of the service's language; decides what a signature covers
+SUFFIX = "core.windows.net"
+NAME, KEY, SAS, STRING = (
+    "AZURE_STORAGE_ACCOUNT_NAME",
+    "AZURE_STORAGE_ACCOUNT_KEY",
+    "AZURE_STORAGE_SAS_TOKEN",
+    "AZURE_STORAGE_CONNECTION_STRING",
+)
+_ACCOUNT = re.compile("[a-z0-9]{3,24}")
+_DOMAIN = re.compile("[a-z0-9-]+(\\.[a-z0-9-]+)+")
+_SAS = re.compile(r"[\w.~%&=:/+,*-]+", re.ASCII)
+
+
+@dataclass(frozen=True)
+class _Account:
+    """Where an account's blobs are, and one of two ways to prove that they may be read."""
+
+    name: str
+    endpoint: str
+    key: bytes = field(default=b"", repr=False)
+    sas: str = field(default="", repr=False)
+
+
+class AzureBlob:
+    """One blob of a container. Without a key it is asked for unsigned, as public ones allow."""
+
+    def __init__(self, container: str, blob: str, keys: Keys) -> None:
+        self.keys = keys
+        self._account = _account(keys)
+        self.address = f"{self._account.endpoint}/{container}/{blob}"
+
+    def signed(self, headers: Mapping[str, str]) -> Signed:
+        """The address with the shared access signature, or headers signed with the key."""
+        own = {"x-ms-version": VERSION}
+        if self._account.sas:
+            return Signed(f"{self.address}?{self._account.sas}", own)
+        if not self._account.key:
+            return Signed(self.address, own)
+        own["x-ms-date"] = email.utils.format_datetime(datetime.datetime.now(datetime.UTC), True)
+        return Signed(self.address, sign(self.address, headers, own, self._account))
+
+    def moved(self, headers: Mapping[str, str], body: str) -> str | None:
+        """Never: an account is in one place."""
+        return None
+
+    def meaning(self, status: int, body: str) -> tuple[str, str]:
+        """Azure's code in our words."""
+        code, where = code_of(body, status), self.keys.origin
+        proof = SAS if self._account.sas else KEY
+        account = self._account.name
+        allow = f"put {KEY} or {SAS} into {where}"
+        known = {
+            "BlobNotFound": ("there is no such blob", "correct its name; capitals count"),
+            "ContainerNotFound": (
+                f"there is no such container in the account {account}",
+                f"correct the container's name, or {NAME} in {where}",
+            ),
+            "NoAuthenticationInformation": ("is not public, and there is no key", allow),
+            "PublicAccessNotPermitted": ("is not public, and there is no key", allow),
+            "AuthorizationPermissionMismatch": (
+                "the shared access signature does not allow to read",
+                f"make one with the permission r, and put it into {SAS} of {where}",
+            ),
+            "AuthenticationFailed": (
+                f"{proof} does not fit the account {account}, or the clock is off",
+                f"mend {proof} or {NAME} in {where}; set the machine's clock (NTP)",
+            ),
+            "AuthorizationFailure": (
+                f"{proof} does not fit the account {account}, or its firewall shuts us out",
+                f"mend {proof} or {NAME} in {where}; open the firewall to this machine",
+            ),
+            "KeyBasedAuthenticationNotPermitted": (
+                f"the account {account} accepts no key",
+                f"put a user delegation SAS into {SAS} of {where}",
+            ),
+            "AccountIsDisabled": (f"the account {account} is disabled", "ask its owner"),
+            "BlobArchived": ("the blob is archived", "rehydrate it to the hot tier first"),
+        }
+        if code in ("AuthenticationFailed", "AuthorizationFailure"):
+            if ended := self._ended():
+                what = f"the shared access signature ended at {ended} ({status} {code})"
+                return what, f"renew {SAS} in {where}"
+            if not self._proven:
+                return f"is not public, and there is no key ({status} {code})", allow
+        if code in known:
+            what, change = known[code]
+            return f"{what} ({status} {code})", change
+        if status == 404 and not self._proven:
+            return f"there is no such blob, or it is not public ({code})", (
+                f"correct container and name; if they are right, {allow}"
+            )
+        if status == 404:
+            return f"there is no such blob ({code})", "correct container and name; capitals count"
+        return f"the store refuses access ({status} {code})", f"check {proof} in {where}"
+
+    @property
+    def _proven(self) -> bool:
+        return bool(self._account.sas or self._account.key)
+
+    def _ended(self) -> str:
+        """When the shared access signature ended, if it has."""
+        ends = parse_qs(self._account.sas).get("se", [""])[0]
+        try:
+            moment = datetime.datetime.fromisoformat(ends)
+        except ValueError:
+            return ""
+        moment = moment.replace(tzinfo=moment.tzinfo or datetime.UTC)
+        return (
+            f"{moment:%Y-%m-%d %H:%M} UTC" if moment < datetime.datetime.now(datetime.UTC) else ""
+        )
+
+
+def sign(
+    address: str, headers: Mapping[str, str], own: Mapping[str, str], account: _Account
+) -> dict[str, str]:
+    """`own` headers of a GET with the account's signature (Shared Key) over them and the range."""
+    range_ = headers.get("Range", "")
+    lines = ["GET", *[""] * 10, range_]  # of the standard headers only the range is sent
+    named = sorted((name.lower(), value) for name, value in own.items())
+    lines += [f"{name}:{value}" for name, value in named]
+    lines.append(f"/{account.name}{urlsplit(address).path}")
+    digest = hmac.digest(account.key, "\n".join(lines).encode(), "sha256")
+    proof = base64.b64encode(digest).decode()
+    return {**own, "Authorization": f"SharedKey {account.name}:{proof}"}
+
+
+def _account(keys: Keys) -> _Account:
+    """The account that `keys` name. Raises SpecError without a word of a key."""
+    parts = _parts(keys)
+    name = parts.get("accountname") or keys.get(NAME, "AZURE_STORAGE_ACCOUNT")
+    endpoint = parts.get("blobendpoint", "").rstrip("/")
+    key = parts.get("accountkey") or keys.get(KEY, "AZURE_STORAGE_KEY")
+    sas = (parts.get("sharedaccesssignature") or keys.get(SAS)).lstrip("?")
+    suffix = parts.get("endpointsuffix", SUFFIX)
+    if not name and not endpoint:
+        what = "az:// needs the name of the storage account"
+        raise keys.refusal(what, f"set {NAME}, or {STRING}")
+    if name and not _ACCOUNT.fullmatch(name):
+        what = f"{NAME} is no name of a storage account"
+        raise keys.refusal(what, "write 3 to 24 small letters and digits")
+    if not _DOMAIN.fullmatch(suffix):
+        raise keys.refusal(f"EndpointSuffix in {STRING} is no domain", f"write {SUFFIX}")
+    if sas and not ("sig=" in sas and _SAS.fullmatch(sas)):
+        what = f"{SAS} is no shared access signature"
+        raise keys.refusal(what, "write what the portal shows as SAS token: sv=...&sig=...")
+    try:
+        secret = base64.b64decode(key, validate=True)
+    except ValueError:
+        what = f"{KEY} is no key of a storage account"
+        raise keys.refusal(what, "write it as the portal shows it (base64)") from None
+    scheme = "http" if parts.get("defaultendpointsprotocol") == "http" else "https"
+    endpoint = endpoint or f"{scheme}://{name}.blob.{suffix}"
+    # A key reads everything, a signature what it was made for: the narrower of the two is used.
+    return _Account(name, endpoint, b"" if sas else secret, sas)
+
+
+def _parts(keys: Keys) -> dict[str, str]:
+    """The parts of the connection string, names in small letters."""
+    text = keys.get(STRING)
+    pairs = [part.partition("=") for part in text.split(";") if part.strip()]
+    if any(not equals for _, equals, _ in pairs):
+        what = f"{STRING} is no connection string"
+        raise keys.refusal(what, "write AccountName=...;AccountKey=... as the portal shows it")
+    return {name.strip().lower(): value.strip() for name, _, value in pairs}

@@ -1,0 +1,134 @@
+"""Google Cloud Storage: a signed URL for each request, or somebody's access token.
+
+A service account's key file signs by itself (V4 signing process, GOOG4-RSA-SHA256); no token is
+asked for. Source: https://cloud.google.com/storage/docs/authentication/signatures
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+from collections.abc import Mapping
+from urllib.parse import quote, urlsplit
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import padding, rsa
+
+from tuning.stores.keys import Keys
+from tuning.stores.store import Signed, code_of
+
+FILE, TOKEN = "GOOGLE_APPLICATION_CREDENTIALS", "GOOGLE_OAUTH_ACCESS_TOKEN"
+ENDPOINT = "https://storage.googleapis.com"
+GOOD_FOR = 900  # seconds in which a signed URL may be asked for; a longer transfer goes on
+
+
+class CloudStorage:
+    """One object of a bucket.
+
+    Without a key file and a token it is asked for unsigned, as public buckets allow.
+    """
+
+    def __init__(self, bucket: str, key: str, keys: Keys) -> None:
+        self.keys = keys
+        endpoint = keys.get("STORAGE_EMULATOR_HOST").rstrip("/") or ENDPOINT
+        self.address = f"{endpoint}/{bucket}/{key}"
+        self._token = keys.get(TOKEN)
+        self._email, self._key = "", None
+        if self._token and not (self._token.isascii() and self._token.isprintable()):
+            what = f"{TOKEN} is no token"
+            raise keys.refusal(what, "write what `gcloud auth print-access-token` prints")
+        if not self._token and (text := keys.get(FILE)):
+            self._email, self._key = _service_account(text, keys)
+
+    def signed(self, headers: Mapping[str, str]) -> Signed:
+        """The address with a signature of the service account, or with the token."""
+        if self._token:
+            return Signed(self.address, {"Authorization": f"Bearer {self._token}"})
+        if self._key is None:
+            return Signed(self.address)
+        now = datetime.datetime.now(datetime.UTC)
+        return Signed(sign(self.address, self._email, self._key, now))
+
+    def moved(self, headers: Mapping[str, str], body: str) -> str | None:
+        """Never: every bucket answers everywhere."""
+        return None
+
+    def meaning(self, status: int, body: str) -> tuple[str, str]:
+        """Google's code in our words."""
+        code, where = code_of(body, status), self.keys.origin
+        known = {
+            "NoSuchKey": ("there is no such object", "correct the name; capitals count"),
+            "NoSuchBucket": ("there is no such bucket", "correct the bucket's name"),
+            "UserProjectMissing": (
+                "the bucket lets the requester pay, which is not done here",
+                "copy the file to a bucket of yours",
+            ),
+            "SignatureDoesNotMatch": (
+                "the key does not fit its service account",
+                f"make a new key of the account, and put its file into {FILE} of {where}",
+            ),
+            "ExpiredToken": (
+                "this machine's clock is more than 15 minutes off",
+                "set the clock (NTP) of the machine",
+            ),
+        }
+        if code in known:
+            what, change = known[code]
+            return f"{what} ({status} {code})", change
+        if status == 404:
+            return f"there is no such object ({code})", "correct bucket and name; capitals count"
+        if self._token and status == 401:
+            what = f"the access token is wrong or has expired ({code})"
+            return what, f"renew {TOKEN} in {where} (gcloud auth print-access-token)"
+        if not self._token and self._key is None:
+            what = f"is not public, and there is no key to sign with ({code})"
+            return what, f"put a service account's key file into {FILE} of {where}, or set {TOKEN}"
+        who = self._email or "whose token it is"
+        return f"the store refuses access ({status} {code})", (
+            f"grant storage.objects.get on it (Storage Object Viewer) to {who}"
+        )
+
+
+def sign(address: str, email: str, key: rsa.RSAPrivateKey, now: datetime.datetime) -> str:
+    """The URL of a GET of `address` that a service account allows; `now` is in UTC."""
+    place, stamp = urlsplit(address), now.strftime("%Y%m%dT%H%M%SZ")
+    scope = f"{stamp[:8]}/auto/storage/goog4_request"
+    query = "&".join(
+        f"{name}={quote(value, safe='-._~')}"
+        for name, value in (
+            ("X-Goog-Algorithm", "GOOG4-RSA-SHA256"),
+            ("X-Goog-Credential", f"{email}/{scope}"),
+            ("X-Goog-Date", stamp),
+            ("X-Goog-Expires", str(GOOD_FOR)),
+            ("X-Goog-SignedHeaders", "host"),
+        )
+    )
+    lines = ["GET", place.path, query, f"host:{place.netloc}", "", "host", "UNSIGNED-PAYLOAD"]
+    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    text = "\n".join(["GOOG4-RSA-SHA256", stamp, scope, digest])
+    signature = key.sign(text.encode(), padding.PKCS1v15(), hashes.SHA256())
+    return f"{address}?{query}&X-Goog-Signature={signature.hex()}"
+
+
+def _service_account(text: str, keys: Keys) -> tuple[str, rsa.RSAPrivateKey]:
+    """E-mail address and key of a key file. Raises SpecError without a word of it."""
+    change = f"put the file in whole (--from-file={FILE}=key.json); in the environment, its path"
+    try:
+        found = json.loads(text)
+        kind = found["type"]
+    except (ValueError, KeyError, TypeError):
+        raise keys.refusal(f"{FILE} is no key file of Google's", change) from None
+    if kind != "service_account":
+        shown = kind if kind in ("authorized_user", "external_account") else "something else"
+        what = f"{FILE} is no service account's key but {shown}, which needs Google's token service"
+        raise keys.refusal(what, f"set {TOKEN} to what `gcloud auth print-access-token` prints")
+    try:
+        key = serialization.load_pem_private_key(found["private_key"].encode(), None)
+        email = found["client_email"]
+    except (ValueError, TypeError, KeyError, AttributeError, UnsupportedAlgorithm):
+        raise keys.refusal(f"{FILE} holds no private key that can be read", change) from None
+    if not isinstance(key, rsa.RSAPrivateKey) or not isinstance(email, str):
+        raise keys.refusal(f"{FILE} holds no RSA key with its account", change)
+    return email, key

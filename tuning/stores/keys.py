@@ -1,0 +1,93 @@
+"""Credentials of object stores, by the names that each cloud's own tools know them by."""
+
+from __future__ import annotations
+
+import configparser
+import contextlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tuning.errors import SpecError
+
+LARGEST_KEY = 1 << 16  # bytes
+_AMAZON = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
+    "AWS_ENDPOINT_URL",
+)
+_GOOGLE_FILE = "GOOGLE_APPLICATION_CREDENTIALS"  # in the environment a path, in a Secret the file
+_GOOGLE = (_GOOGLE_FILE, "GOOGLE_OAUTH_ACCESS_TOKEN", "STORAGE_EMULATOR_HOST")
+_AZURE = (
+    "AZURE_STORAGE_CONNECTION_STRING",
+    "AZURE_STORAGE_ACCOUNT_NAME",
+    "AZURE_STORAGE_ACCOUNT",
+    "AZURE_STORAGE_ACCOUNT_KEY",
+    "AZURE_STORAGE_KEY",
+    "AZURE_STORAGE_SAS_TOKEN",
+)
+_NAMES = (*_AMAZON, *_GOOGLE, *_AZURE)
+
+
+@dataclass(frozen=True)
+class Keys:
+    """Credentials of stores by their usual names, and where a person finds them."""
+
+    values: Mapping[str, str] = field(default_factory=dict, repr=False)
+    origin: str = "the data Secret"
+
+    def get(self, *names: str) -> str:
+        """The first of `names` that is set, or an empty text."""
+        return next((self.values[name] for name in names if self.values.get(name)), "")
+
+    def refusal(self, what: str, change: str) -> SpecError:
+        """The error of keys that cannot be meant so. Neither text may hold a key."""
+        return SpecError.at("FETCH-107", self.origin, what, change)
+
+
+def load_keys(folder: Path | None) -> Keys:
+    """The keys in a mounted Secret; without one those of the environment and ~/.aws/credentials.
+
+    Raises SpecError that names a file of the Secret that cannot be read.
+    """
+    if folder is None:
+        found = {name: os.environ[name] for name in _NAMES if name in os.environ}
+        if path := found.get(_GOOGLE_FILE):
+            # Whoever asks for gs:// is told of a file that cannot be read, nobody else.
+            with contextlib.suppress(OSError, UnicodeDecodeError):
+                found[_GOOGLE_FILE] = _text(Path(path))
+        return Keys({**_profile(found), **found}, "the environment")
+    values = {}
+    for name in _NAMES:
+        try:
+            values[name] = _text(folder / name)
+        except FileNotFoundError:
+            continue
+        except (OSError, UnicodeDecodeError) as error:
+            what = f"cannot be read ({type(error).__name__})"
+            change = "write the key as plain text"
+            raise SpecError.at("FETCH-107", str(folder / name), what, change) from None
+    return Keys(values, f"the data Secret ({folder})")
+
+
+def _text(path: Path) -> str:
+    with path.open("rb") as file:
+        return file.read(LARGEST_KEY).decode("ascii").strip()
+
+
+def _profile(environment: Mapping[str, str]) -> dict[str, str]:
+    """What ~/.aws/credentials says, unless the environment holds a key: the two never mix."""
+    if "AWS_ACCESS_KEY_ID" in environment:
+        return {}
+    usual = Path.home() / ".aws" / "credentials"
+    parser = configparser.RawConfigParser()
+    try:
+        parser.read(os.environ.get("AWS_SHARED_CREDENTIALS_FILE") or usual, encoding="utf-8")
+        section = parser[os.environ.get("AWS_PROFILE") or "default"]
+    except (OSError, UnicodeDecodeError, configparser.Error, KeyError):
+        return {}
+    return {name: section[name.lower()] for name in _AMAZON[:3] if name.lower() in section}

@@ -183,6 +183,16 @@ def test_wrong_keys_are_named(azurite: Azurite, tmp_path: Path) -> None:
     assert f"mend AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_ACCOUNT_NAME in {WHERE}" in said
 
 
+def test_a_wrong_key_in_a_connection_string_is_named_by_it(
+    azurite: Azurite, tmp_path: Path
+) -> None:
+    wrong = azurite.connection.replace(KEY, "Y2FuYXJ5")
+
+    said = refused(azurite, tmp_path, "az://rows/a.jsonl", AZURE_STORAGE_CONNECTION_STRING=wrong)
+
+    assert f"mend AZURE_STORAGE_CONNECTION_STRING in {WHERE}" in said
+
+
 def test_a_signature_that_has_ended_says_when(azurite: Azurite, tmp_path: Path) -> None:
     ended = azurite.sas("rows", "a.jsonl", minutes=-10)
 

@@ -38,6 +38,8 @@ class _Account:
     endpoint: str
     key: bytes = field(default=b"", repr=False)
     sas: str = field(default="", repr=False)
+    named: str = NAME  # which of the keys says its name
+    proof: str = KEY  # which of them is to be mended when it does not fit
 
 
 class AzureBlob:
@@ -65,28 +67,27 @@ class AzureBlob:
     def meaning(self, status: int, body: str) -> tuple[str, str]:
         """Azure's code in our words."""
         code, where = code_of(body, status), self.keys.origin
-        proof = SAS if self._account.sas else KEY
-        account = self._account.name
+        account, proof = self._account.name, self._account.proof
         allow = f"put {KEY} or {SAS} into {where}"
         known = {
             "BlobNotFound": ("there is no such blob", "correct its name; capitals count"),
             "ContainerNotFound": (
                 f"there is no such container in the account {account}",
-                f"correct the container's name, or {NAME} in {where}",
+                f"correct the container's name, or {self._account.named} in {where}",
             ),
             "NoAuthenticationInformation": ("is not public, and there is no key", allow),
             "PublicAccessNotPermitted": ("is not public, and there is no key", allow),
             "AuthorizationPermissionMismatch": (
                 "the shared access signature does not allow to read",
-                f"make one with the permission r, and put it into {SAS} of {where}",
+                f"make one with the permission r, and put it into {proof} of {where}",
             ),
             "AuthenticationFailed": (
                 f"{proof} does not fit the account {account}, or the clock is off",
-                f"mend {proof} or {NAME} in {where}; set the machine's clock (NTP)",
+                f"mend {self._mend} in {where}; set the machine's clock (NTP)",
             ),
             "AuthorizationFailure": (
                 f"{proof} does not fit the account {account}, or its firewall shuts us out",
-                f"mend {proof} or {NAME} in {where}; open the firewall to this machine",
+                f"mend {self._mend} in {where}; open the firewall to this machine",
             ),
             "KeyBasedAuthenticationNotPermitted": (
                 f"the account {account} accepts no key",
@@ -98,7 +99,7 @@ class AzureBlob:
         if code in ("AuthenticationFailed", "AuthorizationFailure"):
             if ended := self._ended():
                 what = f"the shared access signature ended at {ended} ({status} {code})"
-                return what, f"renew {SAS} in {where}"
+                return what, f"renew {proof} in {where}"
             if not self._proven:
                 return f"is not public, and there is no key ({status} {code})", allow
         if code in known:
@@ -115,6 +116,10 @@ class AzureBlob:
     @property
     def _proven(self) -> bool:
         return bool(self._account.sas or self._account.key)
+
+    @property
+    def _mend(self) -> str:
+        return " or ".join(dict.fromkeys((self._account.proof, self._account.named)))
 
     def _ended(self) -> str:
         """When the shared access signature ended, if it has."""
@@ -170,7 +175,15 @@ def _account(keys: Keys) -> _Account:
     scheme = "http" if parts.get("defaultendpointsprotocol") == "http" else "https"
     endpoint = endpoint or f"{scheme}://{name}.blob.{suffix}"
     # A key reads everything, a signature what it was made for: the narrower of the two is used.
-    return _Account(name, endpoint, b"" if sas else secret, sas)
+    kind, usual = ("sharedaccesssignature", SAS) if sas else ("accountkey", KEY)
+    return _Account(
+        name,
+        endpoint,
+        key=b"" if sas else secret,
+        sas=sas,
+        named=STRING if parts.get("accountname") else NAME,
+        proof=STRING if parts.get(kind) else usual,
+    )
 
 
 def _parts(keys: Keys) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import unicodedata
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -16,6 +17,7 @@ from tuning.errors import redact
 from tuning.result import REASONS
 
 LONGEST = 1000  # characters of a message that came from a pod or a cloud
+_COMMIT = re.compile("[0-9a-f]{40}")
 _IMAGE = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull")
 _START = ("CreateContainerConfigError", "CreateContainerError", "RunContainerError")
 
@@ -132,6 +134,9 @@ def outcome(pod: Object) -> dict[str, Any]:
     digest = found.get("digest")
     if isinstance(digest, str) and reference.is_digest(digest):
         texts["digest"] = digest
+    commit = found.get("baseRevision")
+    if isinstance(commit, str) and _COMMIT.fullmatch(commit):
+        texts["baseRevision"] = commit
     if number(found.get("loss")):
         numbers["loss"] = found["loss"]
     return texts | numbers

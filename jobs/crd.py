@@ -224,6 +224,7 @@ STATUS = _object(
         "The adapter.",
         image=_text("Reference under which it was pushed."),
         digest=_text("Digest of its manifest."),
+        baseRevision=_text("Commit of the base model that it was trained on."),
     ),
     outputs=_list("Digests of all adapters of this Workspace, oldest first.", {"type": "string"}),
     peakMemoryBytes=_whole("Measured peak of GPU memory."),

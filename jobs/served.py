@@ -143,6 +143,7 @@ def _server(workspace: Object, found: Workspace, config_map: Object | None) -> S
         hub_secret=secret or (tuned.model_access_secret if tuned else None),
         key_secret=inference.api_key_secret,
         public=public,
+        base_revision=_trained_on(workspace),
         settings=_settings(inference.config, config_map) if vllm else (),
         note="inference.config is for the runtime vllm and has no effect" if ignored else "",
     )
@@ -159,6 +160,12 @@ def _fresh(workspace: Object) -> tuple[Adapter, ...]:
     if volume := output.get("volumeSource"):
         return (Adapter(FRESH, volume=volume),)
     return ()
+
+
+def _trained_on(workspace: Object) -> str | None:
+    """The commit of the base model that this Workspace's adapter was trained on."""
+    made = (workspace.get("status") or {}).get("output") or {}
+    return made.get("baseRevision") if workspace.get("tuning") else None
 
 
 def _adapters(inference: Inference) -> tuple[Adapter, ...]:

@@ -169,6 +169,8 @@ def _probes(*, vllm: bool) -> Object:
 def _command(workspace: Object, server: Server, options: Options) -> list[str]:
     base = served.base_name(server.base)
     found = ["python", "-m", "tuning", "serve", "--base", server.base, "--base-name", base]
+    if server.base_revision:
+        found += ["--base-revision", server.base_revision]
     found += ["--name", _together(workspace, server)]
     for each in server.adapters:
         where = f"/adapters/{each.name}" if each.volume else str(each.image)
@@ -223,8 +225,8 @@ def _vllm(wanted: Wanted, server: Server) -> list[str]:
     asked = int(given.pop("max-lora-rank", _RANK))
     rank = next((each for each in _RANKS if each >= asked), _RANKS[-1])
     found = ["vllm", "serve", model, "--served-model-name", served.base_name(server.base)]
-    if preset:
-        found += ["--revision", preset.revision]
+    if revision := server.base_revision or (preset.revision if preset else None):
+        found += ["--revision", revision]
     found += ["--host", "0.0.0.0", "--port", str(PORT)]  # noqa: S104 the pod's own address
     if wanted.gpus > 1 and "tensor-parallel-size" not in given:
         found += ["--tensor-parallel-size", str(wanted.gpus)]

@@ -172,7 +172,7 @@ def _result(seen: Seen, outputs: list[str]) -> Object:
     """What the engine said when it had finished: the digest, and what it took."""
     told = next((t for p in seen.pods if (t := children.outcome(p)).get("digest")), {})
     digest, image = told.get("digest"), seen.workspace["tuning"]["output"].get("image")
-    output = {"image": image, "digest": digest}
+    output = {"image": image, "digest": digest, "baseRevision": told.get("baseRevision")}
     return {
         "output": {key: value for key, value in output.items() if value},
         "outputs": [*(d for d in outputs if d != digest), digest][-50:] if digest else outputs,

@@ -58,6 +58,7 @@ class Server:
     public: bool = False  # by a load balancer
     settings: tuple[tuple[str, str], ...] = ()  # of vLLM, as options of its command line
     note: str = ""  # what of the Workspace has no effect
+    base_revision: str | None = None  # commit of the hub; None: the preset's, or main
 
     @property
     def fingerprint(self) -> str:

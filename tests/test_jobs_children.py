@@ -57,6 +57,8 @@ def job(*conditions: tuple[str, str], **spec: Any) -> Object:
         '{"digest": ["sha256:"], "loss": NaN, "step": 1e999, "peakMemoryBytes": -Infinity}',
         '{"step": 99999999999999999999999999}',
         '{"digest": "' + DIGEST[:-1] + 'G"}',
+        '{"baseRevision": "refs/pr/1"}',
+        '{"baseRevision": ["' + "a" * 40 + '"]}',
         '{"cut off": "in the mid',
         "\x00\x1b[2J" * 1000,
     ],

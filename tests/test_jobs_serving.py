@@ -334,6 +334,20 @@ def test_everything_is_made_once_and_an_edit_changes_the_deployment() -> None:
     assert wish.server and wish.server.fingerprint == names.revision_of(changed["Deployment"])
 
 
+def test_what_was_trained_on_is_served() -> None:
+    """The very commit, by both runtimes."""
+    item = both()
+    item["status"] = {"output": {"digest": DIGEST, "baseRevision": "c" * 40}}
+    found = command(item)
+    assert "c" * 40 == found[found.index("--base-revision") + 1]
+    item["metadata"]["annotations"] = {served.RUNTIME: "vllm"}
+    found = command(item, Options(vllm_image="vllm:1"))
+    assert "c" * 40 == found[found.index("--revision") + 1]
+    del item["tuning"]
+    item["inference"] = {"preset": {"name": "phi-4"}}
+    assert "c" * 40 not in command(item, Options(vllm_image="vllm:1"))
+
+
 def test_tune_then_serve_needs_nothing_but_an_empty_inference() -> None:
     """Preset and login from tuning, the adapter by the digest pushed; the machine stays."""
     item = both()

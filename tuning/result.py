@@ -3,7 +3,7 @@
 Progress is `metrics.jsonl` in the run directory, one object a log step: `step, steps, epoch, loss,
 lr, grad_norm, tokens, tokens_per_second, eta_seconds, memory_bytes`. The termination message is at
 most 4096 bytes of JSON: `phase, code, reason, message, hint, retryable, step, steps, loss, digest,
-peakMemoryBytes`.
+peakMemoryBytes, baseRevision`. The last is the commit that was trained on, so that it is served.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ class Outcome:
     loss: float | None = None
     digest: str | None = None
     peak_memory_bytes: int | None = None
+    base_revision: str | None = None
 
     @property
     def reason(self) -> str:
@@ -66,6 +67,7 @@ class Outcome:
             "loss": self.loss,
             "digest": self.digest,
             "peakMemoryBytes": self.peak_memory_bytes,
+            "baseRevision": self.base_revision,
         }
         record = {name: value for name, value in record.items() if value not in (None, "")}
         for field in ("message", "hint"):

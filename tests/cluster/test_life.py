@@ -40,7 +40,8 @@ def test_a_workspace_lives_from_pending_to_succeeded(world: World) -> None:
     assert ("True", "workspaceResourceStatusSuccess") == world.condition("phi", "ResourceReady")
     world.end(pod, 0, SUCCESS)
     status = world.state("phi", "Succeeded")
-    assert {"image": "registry.example.com/team/a:1", "digest": DIGEST} == status["output"]
+    made = {"image": "registry.example.com/team/a:1", "digest": DIGEST, "baseRevision": "c" * 40}
+    assert made == status["output"]
     assert [DIGEST] == status["outputs"]
     assert 12345 == status["peakMemoryBytes"]
     assert "True" == status["ready"]

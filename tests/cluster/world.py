@@ -272,6 +272,7 @@ SUCCESS: Object = {
     "loss": 0.5,
     "digest": DIGEST,
     "peakMemoryBytes": 12345,
+    "baseRevision": "c" * 40,
 }
 
 

@@ -35,6 +35,10 @@ def serve(
         str | None,
         typer.Option(metavar="NAME", help="What the base is called [default: its own name]."),
     ] = None,
+    base_revision: Annotated[
+        str | None,
+        typer.Option(metavar="COMMIT", help="The base's revision on the hub [default: pinned]."),
+    ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one.")] = 8000,
     api_key_file: Annotated[
@@ -77,7 +81,11 @@ def serve(
         base,
         adapters=adapter or (),
         weights=lambda: pipeline.base_folder(
-            base, token_file=hub_token_file, console=console, access=access
+            base,
+            revision=base_revision,
+            token_file=hub_token_file,
+            console=console,
+            access=access,
         ),
         combined=name,
         base_name=base_name,

@@ -24,6 +24,7 @@ class Summary:
     base: str  # what to give to `chat --base`
     training: Value  # the training child's answer
     planned: Value  # peak_bytes, tokens_per_second, seconds: as far as they were foretold
+    base_revision: str | None = None  # commit of the hub, or "sha256:..." of a local folder's files
 
     def to_json(self) -> Value:
         """For `run --json` and the journal."""
@@ -117,6 +118,7 @@ def finish(
         adapter_bytes=(adapter / "adapter_model.safetensors").stat().st_size,
         base=run.spec.base_model or run.spec.preset,
         planned=decided.foretold(),
+        base_revision=decided.recipe.base_revision,
         training=training
         | {
             f"eval_perplexity_{when}": card.perplexity(training[f"eval_loss_{when}"])

@@ -212,10 +212,18 @@ def lengths(rows: Value) -> plan.Lengths:
 
 
 def base_folder(
-    name: str, *, token_file: Path | None, console: Console, access: Access | None = None
+    name: str,
+    *,
+    token_file: Path | None,
+    console: Console,
+    access: Access | None = None,
+    revision: str | None = None,
 ) -> Path:
-    """The weights of a preset, hub model, image or folder, fetched if they are not here yet."""
-    where, revision = reference(name, None)
+    """The weights of a preset, hub model, image or folder, fetched if they are not here yet.
+
+    `revision` of the hub; None: the preset's, or main.
+    """
+    where, revision = reference(name, revision)
     where = model_image.local(where, access=access or Access(), console=console)
     token = read_token(token_file)
     found = base.resolve(where, revision=revision, token=token)

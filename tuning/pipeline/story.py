@@ -137,6 +137,7 @@ def _outcome(summary: Summary) -> result.Outcome:
         loss=training["loss_last"],
         digest=summary.digest,
         peak_memory_bytes=training["peak_memory_bytes"],
+        base_revision=summary.base_revision,
     )
 
 

@@ -17,6 +17,7 @@ import openai
 import pytest
 import servers
 import serving
+from fake_hub import FakeHub
 from servers import Server
 
 from tuning.serve import api
@@ -353,3 +354,25 @@ def test_sigterm_while_loading_ends_at_once(start: Start) -> None:
     running.terminate()
 
     assert 0 == running.process.wait()
+
+
+def test_the_base_may_be_another_commit_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that is named answers; one that the hub does not have is refused by name."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    with FakeHub() as hub:
+        commit = hub.add("org/model", serving.TINY)
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+        with servers.serving(tmp_path, "--base", "org/model", "--base-revision", commit) as running:
+            _, told, _ = running.ask("/v1/models")
+            assert ["org/model"] == [model["id"] for model in told["data"]]
+        command = [sys.executable, "-m", "tuning", "serve", "--base", "org/model", "--port", "0"]
+        done = subprocess.run(
+            [*command, "--base-revision", "0" * 40], cwd=servers.ROOT, capture_output=True,
+            text=True, timeout=60,
+        )  # fmt: skip
+
+    assert 12 == done.returncode
+    assert f"HUB-103 org/model: has no revision {'0' * 40}" in done.stderr

@@ -55,7 +55,6 @@ def _configure() -> None:
     """Of the process: one line for each request, and nothing that libraries tell each other."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s %(message)s")
     logging.getLogger("tuning.serve").setLevel(logging.INFO)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
     sys.setswitchinterval(SWITCH)
 

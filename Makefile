@@ -18,8 +18,8 @@ BED_PACKAGES := etcd-server containerd runc containernetworking-plugins busybox-
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-bed test-cluster test-images slow soak coefficients lint fix lock \
-  system clean docs
+.PHONY: help install demo test test-bed test-cluster test-images test-vllm slow soak coefficients lint \
+  fix lock system clean docs
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 20
@@ -69,6 +69,9 @@ soak: install system  ## kill a run, stop a server, N times at each boundary: ma
 
 coefficients: install  ## simulate the memory of every preset again: configs/memory (half an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tuning.simulate --write
+
+test-vllm: install  ## vLLM on a processor, with what the operator renders (2 GB into ~/.cache)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m vllm tests/test_vllm.py $(PYTEST)
 
 test-bed: system  ## build the API servers for the cluster tests, once, into ~/.cache (root, 10 minutes)
 	@apt-get update -qq && DEBIAN_FRONTEND=noninteractive \

@@ -143,7 +143,7 @@ def _server(workspace: Object, found: Workspace, config_map: Object | None) -> S
         hub_secret=secret or (tuned.model_access_secret if tuned else None),
         key_secret=inference.api_key_secret,
         public=public,
-        base_revision=_trained_on(workspace),
+        base_revision=_trained_on(workspace, preset.name),
         settings=_settings(inference.config, config_map) if vllm else (),
         note="inference.config is for the runtime vllm and has no effect" if ignored else "",
     )
@@ -162,10 +162,15 @@ def _fresh(workspace: Object) -> tuple[Adapter, ...]:
     return ()
 
 
-def _trained_on(workspace: Object) -> str | None:
-    """The commit of the base model that this Workspace's adapter was trained on."""
+def _trained_on(workspace: Object, base: str) -> str | None:
+    """The commit of `base` that this Workspace's adapter was trained on; None where it comes from
+    an image, not from the hub."""
+    preset = presets.find(base)
+    if not workspace.get("tuning") or (preset and preset.image):
+        return None
     made = (workspace.get("status") or {}).get("output") or {}
-    return made.get("baseRevision") if workspace.get("tuning") else None
+    found: str | None = made.get("baseRevision")
+    return found
 
 
 def _adapters(inference: Inference) -> tuple[Adapter, ...]:

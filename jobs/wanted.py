@@ -64,6 +64,8 @@ class Server:
     def fingerprint(self) -> str:
         """Eight characters that change with what the pods are made from."""
         told = {k: v for k, v in asdict(self).items() if k not in ("public", "note")}
+        if self.base_revision is None:  # unknown to servers that an earlier operator started
+            del told["base_revision"]
         return _short(json.dumps(told, sort_keys=True))
 
 

@@ -82,8 +82,16 @@ class Azurite:
             with client.get_blob_client(container, name) as place:
                 place.upload_blob(body, overwrite=True)
 
-    def sas(self, container: str, name: str, *, permission: str = "r", minutes: int = 10) -> str:
-        """A signature that Microsoft's library makes for one blob."""
+    def sas(
+        self,
+        container: str,
+        name: str,
+        *,
+        permission: str = "r",
+        minutes: int = 10,
+        start: int = -60,
+    ) -> str:
+        """A signature that Microsoft's library makes for one blob; minutes from now."""
         now = datetime.datetime.now(datetime.UTC)
         made: str = blob.generate_blob_sas(
             ACCOUNT,
@@ -91,7 +99,7 @@ class Azurite:
             name,
             account_key=KEY,
             permission=permission,
-            start=now - datetime.timedelta(hours=1),
+            start=now + datetime.timedelta(minutes=start),
             expiry=now + datetime.timedelta(minutes=minutes),
         )
         return made

@@ -585,6 +585,53 @@ def test_no_log_holds_a_query(
     assert "s3cr3t" not in caplog.text
 
 
+def test_an_answer_that_is_malformed_logs_no_query(
+    origin: Origin, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """urllib3 would warn of it with the URL."""
+
+    def malformed(request: Request) -> None:
+        request.body(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\nno colon here\r\n\r\n123456789")
+        request.handler.close_connection = True
+
+    get(tmp_path, origin.route("/a", malformed) + f"?{SECRET}")
+
+    assert "s3cr3t" not in caplog.text
+
+
+def test_a_header_that_is_none_is_told_without_its_value(tmp_path: Path) -> None:
+    """A key in two lines, say: http.client's own error shows it."""
+    headers = {"127.0.0.1": {"X-Key": "one\ns3cr3t"}}
+
+    with pytest.raises(SpecError, match=r"FETCH-107 input.urls\[0\]") as caught:
+        get(tmp_path, "http://127.0.0.1:9/a", credentials=headers)
+
+    assert "s3cr3t" not in str(caught.value)
+
+
+def test_another_version_with_weak_tags_is_known_by_its_time(
+    origin: Origin, tmp_path: Path
+) -> None:
+    """The server ignores If-Range and sends the rest of the new version."""
+
+    def changing(request: Request) -> None:
+        version = 1 if request.count == 1 else 2
+        body = ROWS if version == 1 else ROWS[::-1]
+        told = {"ETag": f'W/"{version}"', "Last_Modified": f"Mon, 0{version} Jun 2026 07:00:00 GMT"}
+        if "range" in request.headers:
+            start = int(request.headers["range"].removeprefix("bytes=").rstrip("-"))
+            where = f"bytes {start}-{len(body) - 1}/{len(body)}"
+            request.head(206, Content_Length=len(body) - start, Content_Range=where, **told)
+            request.body(body[start:])
+        else:
+            request.head(200, Content_Length=len(body), **told)
+            request.body(body[:5000] if version == 1 else body)
+
+    (file,) = get(tmp_path, origin.route("/a", changing))
+
+    assert ROWS[::-1] == file.path.read_bytes()
+
+
 def test_a_policy_may_ask_for_checksums(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"FETCH-105"):
         get(tmp_path, "http://127.0.0.1/a", policy=replace(LOOPBACK, require_checksums=True))

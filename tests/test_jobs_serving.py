@@ -15,6 +15,7 @@ from jobs import children, manifests, names, reconcile, render, served, serving,
 from jobs.cluster import DEPLOYMENT, JOB, NODE_CLAIM, Object
 from jobs.options import Nodes, Options, Storage
 from jobs.stage import Seen
+from jobs.wanted import Adapter, Server
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 DIGEST = "sha256:" + "ab" * 32
@@ -332,6 +333,14 @@ def test_everything_is_made_once_and_an_edit_changes_the_deployment() -> None:
     changed = {k.name: v for k, v in reconcile.decide(seen, Options()).put_back}
     wish = served.read(edited, None, None)
     assert wish.server and wish.server.fingerprint == names.revision_of(changed["Deployment"])
+
+
+def test_an_upgrade_restarts_no_server() -> None:
+    """The fingerprint of what earlier operators knew stays what it was."""
+    known = Server("phi-4", (Adapter("a", "r.example.com/a:1"),))
+
+    assert "7ec93ce6" == known.fingerprint
+    assert "7ec93ce6" != replace(known, base_revision="c" * 40).fingerprint
 
 
 def test_what_was_trained_on_is_served() -> None:

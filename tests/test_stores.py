@@ -365,6 +365,18 @@ def test_a_redirect_does_not_carry_the_signature(bucket: Bucket, tmp_path: Path)
         assert "authorization" not in other.asked("/blob")[0]
 
 
+def test_headers_of_the_host_are_signed_or_give_way(bucket: Bucket, tmp_path: Path) -> None:
+    """A store refuses an x-amz- header that is not signed, and two Authorization headers."""
+    bucket.put("a", ROWS)
+    given = {"127.0.0.1": {"x-amz-request-payer": "requester", "authorization": "Basic canary"}}
+
+    get(tmp_path, "s3://private/a", bucket.keys(), credentials=given)
+
+    (seen,) = bucket.seen("a")
+    assert "requester" == seen["x-amz-request-payer"]
+    assert "x-amz-request-payer" in seen["authorization"] and "canary" not in str(seen)
+
+
 def test_an_endpoint_obeys_the_policy_on_hosts(bucket: Bucket, tmp_path: Path) -> None:
     """By its text, and by what its name resolves to; no connection is made."""
     bucket.put("a", ROWS)
@@ -412,8 +424,11 @@ def test_without_a_secret_amazons_usual_places_count(
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(profile))
 
     assert SESSION == stores.load_keys(None).get("AWS_SESSION_TOKEN")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "other")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "")
+    assert ID == stores.load_keys(None).get("AWS_ACCESS_KEY_ID")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "one")
+    assert "" == stores.load_keys(None).get("AWS_ACCESS_KEY_ID")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "other")
     assert "" == stores.load_keys(None).get("AWS_SESSION_TOKEN")
 
 
@@ -422,8 +437,12 @@ def test_without_a_secret_amazons_usual_places_count(
     [
         ({"AWS_ACCESS_KEY_ID": ID}, "go together"),
         ({"AWS_REGION": "evil.example/"}, "AWS_REGION is no region"),
+        ({"AWS_ENDPOINT_URL": "minio:9000"}, "AWS_ENDPOINT_URL is no address"),
+        ({"AWS_SESSION_TOKEN": "part1\nCANARY"}, "AWS_SESSION_TOKEN holds a line break"),
     ],
 )
 def test_half_a_key_is_refused_before_a_request(values: dict[str, str], said: str) -> None:
-    with pytest.raises(SpecError, match=f"FETCH-107 .*{said}"):
+    with pytest.raises(SpecError, match=f"FETCH-107 .*{said}") as caught:
         stores.of("s3://rows/a", Keys(values))
+
+    assert "CANARY" not in str(caught.value)

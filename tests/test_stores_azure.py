@@ -76,6 +76,14 @@ def test_a_url_of_azure_is_an_address_of_its_account(values: dict[str, str], add
         ({"AZURE_STORAGE_ACCOUNT_NAME": "me1", "AZURE_STORAGE_SAS_TOKEN": "canary"}, "no shared"),
         ({"AZURE_STORAGE_ACCOUNT_NAME": "me1", "AZURE_STORAGE_SAS_TOKEN": "sig=a#b"}, "no shared"),
         ({"AZURE_STORAGE_CONNECTION_STRING": "canary"}, "is no connection string"),
+        ({"AZURE_STORAGE_CONNECTION_STRING": "BlobEndpoint=blobs:10000"}, "is no address"),
+        (
+            {
+                "AZURE_STORAGE_CONNECTION_STRING": "AccountName=me1",
+                "AZURE_STORAGE_ACCOUNT": "you2",
+            },
+            "name two accounts",
+        ),
         (
             {"AZURE_STORAGE_CONNECTION_STRING": "AccountName=me1;EndpointSuffix=evil.example/x?"},
             "EndpointSuffix",
@@ -135,6 +143,27 @@ def test_a_shared_access_signature_opens_what_it_was_made_for(
     written = b"".join(path.read_bytes() for path in tmp_path.glob("*.json"))
     assert len(ROWS) == file.size
     assert signature not in caplog.text and signature.encode() not in written
+
+
+def test_a_connection_string_with_a_key_is_used_whole(azurite: Azurite, tmp_path: Path) -> None:
+    """A signature that lies about beside it may be another account's: it goes nowhere."""
+    values = {
+        "AZURE_STORAGE_CONNECTION_STRING": azurite.connection,
+        "AZURE_STORAGE_SAS_TOKEN": "sv=1&sig=canary",
+    }
+
+    assert len(ROWS) == get(tmp_path, "az://rows/a.jsonl", values).size
+
+
+def test_a_plus_in_a_signature_is_no_space(azurite: Azurite, tmp_path: Path) -> None:
+    """Some tools show it undone."""
+    for number in range(100):
+        made = azurite.sas("rows", "a.jsonl", minutes=10 + number)
+        if "%2B" in made:
+            break
+    values = azurite.keys(AZURE_STORAGE_SAS_TOKEN=made.replace("%2B", "+"))
+
+    assert len(ROWS) == get(tmp_path, "az://rows/a.jsonl", values).size
 
 
 def test_a_public_blob_needs_no_key(azurite: Azurite, tmp_path: Path) -> None:
@@ -199,6 +228,14 @@ def test_a_signature_that_has_ended_says_when(azurite: Azurite, tmp_path: Path) 
     said = refused(azurite, tmp_path, "az://rows/a.jsonl", AZURE_STORAGE_SAS_TOKEN=ended)
 
     assert "signature ended at 20" in said and f"renew AZURE_STORAGE_SAS_TOKEN in {WHERE}" in said
+
+
+def test_a_signature_that_has_not_begun_says_when(azurite: Azurite, tmp_path: Path) -> None:
+    later = azurite.sas("rows", "a.jsonl", minutes=120, start=60)
+
+    said = refused(azurite, tmp_path, "az://rows/a.jsonl", AZURE_STORAGE_SAS_TOKEN=later)
+
+    assert "signature begins at 20" in said
 
 
 def test_a_signature_that_may_not_read_is_told(azurite: Azurite, tmp_path: Path) -> None:

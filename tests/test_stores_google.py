@@ -5,6 +5,7 @@ The store on loopback judges a signature with google-cloud-storage, never with o
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 from collections.abc import Iterator
@@ -148,7 +149,8 @@ EC = ec.generate_private_key(ec.SECP256R1())
             "no private key that can be read",
         ),
         ({"GOOGLE_APPLICATION_CREDENTIALS": json.dumps(key_file(key=EC))}, "no RSA key"),
-        ({"GOOGLE_OAUTH_ACCESS_TOKEN": "canary\r\nX-Evil: 1"}, "is no token"),
+        ({"GOOGLE_OAUTH_ACCESS_TOKEN": "canary\r\nX-Evil: 1"}, "holds a line break"),
+        ({"STORAGE_EMULATOR_HOST": "localhost:9023"}, "STORAGE_EMULATOR_HOST is no address"),
     ],
 )
 def test_keys_that_cannot_be_meant_are_refused_before_a_request(
@@ -216,6 +218,30 @@ def test_a_transfer_that_breaks_off_goes_on_with_the_rest(bucket: Bucket, tmp_pa
     assert "bytes=50000-" == second["range"] and "range" not in first
 
 
+def test_what_is_stored_compressed_comes_as_it_is(bucket: Bucket, tmp_path: Path) -> None:
+    """Unpacked on the way it would have no length, and nothing could go on."""
+    packed = gzip.compress(ROWS)
+    bucket.put("a", packed, Content_Encoding="gzip")
+
+    file = get(tmp_path, "gs://rows/a", bucket.by_account())
+
+    assert "gzip" == bucket.origin.asked("/rows/a")[0]["accept-encoding"]
+    assert packed == file.path.read_bytes()
+
+
+def test_the_same_url_in_another_store_is_another_file(
+    bucket: Bucket, tmp_path: Path, account: dict[str, Any]
+) -> None:
+    """Who corrects the keys gets the right store's file, not what is there already."""
+    bucket.put("a", ROWS)
+    get(tmp_path, "gs://rows/a", bucket.by_account())
+    with Origin() as server:
+        other = Bucket(server, account)
+        other.put("a", ROWS[:100])
+
+        assert 100 == get(tmp_path, "gs://rows/a", other.by_account()).size
+
+
 def test_an_access_token_opens_it_too(bucket: Bucket, tmp_path: Path) -> None:
     bucket.put("a", ROWS)
 
@@ -259,7 +285,7 @@ def test_a_key_of_another_account_is_named(bucket: Bucket, tmp_path: Path) -> No
     ("values", "said"),
     [
         ({"GOOGLE_OAUTH_ACCESS_TOKEN": "ya29.old"}, "renew GOOGLE_OAUTH_ACCESS_TOKEN"),
-        ({}, "is not public, and there is no key"),
+        ({}, "is not public, or not there, and there is no key"),
     ],
 )
 def test_what_is_private_is_told(

@@ -163,6 +163,7 @@ class _Part:
     item: Item
     size: int = 0
     validator: str | None = None  # a strong ETag, or Last-Modified
+    modified: str | None = None  # Last-Modified, in any case
     length: int | None = None  # of the whole file
 
     @classmethod
@@ -176,6 +177,7 @@ class _Part:
             return part
         if state["url"] == item.key and state["size"] <= here:
             part.size, part.validator = state["size"], state["validator"]
+            part.modified = state.get("modified")
             part.length = state["length"]
             os.truncate(part.path, part.size)
         return part
@@ -196,6 +198,7 @@ class _Part:
         """Begin again, with the version that `response` announces."""
         self.record.unlink(missing_ok=True)
         self.size, self.validator = 0, _validator(response)
+        self.modified = response.headers.get("last-modified")
         length = response.headers.get("content-length", "")
         self.length = int(length) if length.isdigit() and response.status == 200 else None
 
@@ -208,8 +211,9 @@ class _Part:
         if self.length is not None and total is not None and total != self.length:
             return False
         self.length = self.length if total is None else total
-        etag = response.headers.get("etag")
-        return not (etag and self.validator and '"' in self.validator and etag != self.validator)
+        etag, modified = response.headers.get("etag"), response.headers.get("last-modified")
+        other = etag and self.validator and '"' in self.validator and etag != self.validator
+        return not (other or (modified and self.modified and modified != self.modified))
 
     def complete_at(self, response: urllib3.BaseHTTPResponse) -> bool:
         """True if this 416 says that nothing is missing."""
@@ -222,6 +226,7 @@ class _Part:
             "url": self.item.key,
             "size": self.size,
             "validator": self.validator,
+            "modified": self.modified,
             "length": self.length,
         }
         files.write_json(self.record, state)

@@ -39,6 +39,7 @@ __all__ = [
     "fetch",
     "load_headers",
     "load_keys",
+    "stores_of",
 ]
 
 log = logging.getLogger(__name__)
@@ -116,6 +117,15 @@ def fetch(
     _forget_others(folder, len(items))
     meter = Meter(folder, web.patience, progress, stop)
     return _all_of(items, folder, web, meter, stop)
+
+
+def stores_of(source: Source, keys: Keys | None) -> tuple[str, ...]:
+    """What tells the stores of `source` from others in which its URLs name other files.
+
+    Raises SpecError for `keys` that cannot be meant.
+    """
+    found = [stores.of(url.partition("#")[0], keys or Keys()) for url in source.urls]
+    return tuple(store.identity for store in found if store)
 
 
 def check(

@@ -326,7 +326,8 @@ def load_headers(folder: Path) -> dict[str, dict[str, str]]:
 
 def hush() -> None:
     """Keep libraries from logging the URLs they ask for: a query may be a key."""
-    for name in ("urllib3", "httpx", "httpx2", "httpcore", "httpcore2"):
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # its warnings hold them, too
+    for name in ("httpx", "httpx2", "httpcore", "httpcore2"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 

@@ -74,8 +74,9 @@ class Item:
 
     @property
     def key(self) -> str:
-        """What stands for the URL on the disk."""
-        return files.digest(self.url.encode())
+        """What stands for the URL on the disk: another store's file of the same URL is another."""
+        told = f"{self.store.identity} {self.url}" if self.store else self.url
+        return files.digest(told.encode())
 
 
 class Again(Exception):
@@ -170,7 +171,9 @@ class Web:
         own = self.credentials.get(f"{host}:{port}") or self.credentials.get(host) or {}
         target = url
         if item.store and url == item.store.address:  # nothing else gets the store's credentials
-            signed = item.store.signed(headers)
+            signed = item.store.signed({**headers, **own})
+            taken = {name.lower() for name in signed.headers}
+            own = {name: value for name, value in own.items() if name.lower() not in taken}
             target, own = signed.url, {**own, **signed.headers}
         if scheme == "http" and not self.policy.allows_name(host, port):
             if own or target != url:
@@ -202,6 +205,9 @@ class Web:
             )
         except NotAllowed as error:
             raise _closed(item, error, hop) from None
+        except ValueError:  # http.client's, of a header; it would show the value
+            what = f"a header for {host} holds what no header can"
+            raise SpecError.at("FETCH-107", item.where, what, "write it in one line") from None
         except web_errors.HTTPError as error:
             raise _unreachable(item, host, error) from None
 

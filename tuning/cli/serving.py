@@ -71,11 +71,15 @@ def serve(
     import logging
     import warnings
 
-    from tuning import pipeline
+    from tuning import model_image, pipeline
     from tuning.console import Console
+    from tuning.errors import UsageError
     from tuning.serve import listening
     from tuning.serve import options as wanted
 
+    if base_revision and (Path(base).is_dir() or model_image.is_image(base)):
+        what = f"{base} is not on the hub, so that it has no revisions"
+        raise UsageError.at("SERVE-101", "--base-revision", what, "remove it")
     console = Console()
     access = access_of(None, policy, pull_secret=pull_secret, ca=ca, insecure=insecure)
     options = wanted.options(

@@ -96,6 +96,8 @@ def fetch_data(run: Run) -> list[Value]:
     run.begin("fetch")
     source = run.spec.source
 
+    keys = fetch.load_keys(run.options.data_secrets) if source.urls else None
+
     def work() -> Value:
         with run.console.work("Fetching data", unit="bytes") as report:
             found = fetch.fetch(
@@ -103,7 +105,7 @@ def fetch_data(run: Run) -> list[Value]:
                 run.folder / "data" / "files",
                 policy=run.options.policy,
                 credentials=_credentials(run),
-                keys=fetch.load_keys(run.options.data_secrets),
+                keys=keys,
                 pull_image=run.options.access.pull_data,
                 progress=report,
                 stop=run.stop.is_set,
@@ -113,7 +115,8 @@ def fetch_data(run: Run) -> list[Value]:
     if source.files or source.folder:  # may have changed: hashed at every start
         done = work()
     else:
-        done = run.book.do("fetch", key_of(asdict(source)), work)
+        which = fetch.stores_of(source, keys)  # the same URL is another file in another store
+        done = run.book.do("fetch", key_of(asdict(source), *which), work)
     found: list[Value] = done["files"]
     return found
 

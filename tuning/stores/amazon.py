@@ -24,9 +24,13 @@ class S3:
     def __init__(self, bucket: str, key: str, keys: Keys) -> None:
         self.bucket, self.key, self.keys = bucket, key, keys
         self.region = keys.get("AWS_REGION", "AWS_DEFAULT_REGION") or "us-east-1"
-        self._endpoint = keys.get("AWS_ENDPOINT_URL").rstrip("/")
+        self.identity = self._endpoint = keys.endpoint("AWS_ENDPOINT_URL")
         self._moved = False
-        half = bool(keys.get("AWS_ACCESS_KEY_ID")) != bool(keys.get("AWS_SECRET_ACCESS_KEY"))
+        self._id, self._secret, self._session = (
+            keys.word(name)
+            for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+        )
+        half = bool(self._id) != bool(self._secret)
         if half or not _REGION.fullmatch(self.region):
             what = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY go together"
             what = what if half else "AWS_REGION is no region"
@@ -44,21 +48,24 @@ class S3:
         return f"https://{self.bucket}.s3.{self.region}.{domain}/{self.key}"
 
     def signed(self, headers: Mapping[str, str]) -> Signed:
-        """Signature Version 4 over host, date and the range that is asked for."""
-        key = self.keys.get("AWS_ACCESS_KEY_ID")
-        if not key:
+        """Signature Version 4 over host, date, the range that is asked for and all x-amz-."""
+        if not self._id:
             return Signed(self.address)
-        named = {name: value for name, value in headers.items() if name == "Range"}
+        named = {
+            name: value
+            for name, value in headers.items()
+            if name.lower() == "range" or name.lower().startswith("x-amz-")
+        }
         named["X-Amz-Content-SHA256"] = _EMPTY
-        if session := self.keys.get("AWS_SESSION_TOKEN"):
-            named["X-Amz-Security-Token"] = session
+        if self._session:
+            named["X-Amz-Security-Token"] = self._session
         found = sigv4.sign(
             "GET",
             self.address,
             named,
             b"",
-            key=key,
-            secret=self.keys.get("AWS_SECRET_ACCESS_KEY"),
+            key=self._id,
+            secret=self._secret,
             region=self.region,
             service="s3",
             now=datetime.datetime.now(datetime.UTC),
@@ -77,7 +84,6 @@ class S3:
     def meaning(self, status: int, body: str) -> tuple[str, str]:
         """Amazon's code in our words."""
         code, where = code_of(body, status), self.keys.origin
-        signed = bool(self.keys.get("AWS_ACCESS_KEY_ID"))
         known = {
             "NoSuchKey": ("there is no such object", "correct the key; capitals count"),
             "NoSuchBucket": ("there is no such bucket", "correct the bucket's name"),
@@ -113,8 +119,10 @@ class S3:
             return f"{what} ({status} {code})", change
         if status == 404:
             return f"there is no such object ({code})", "correct bucket and key; capitals count"
-        if not signed:
-            what = f"is not public, and there is no key to sign with ({code})"
+        # Who may not list a bucket is told nothing of what is not in it.
+        if not self._id:
+            what = f"is not public, or not there, and there is no key to sign with ({code})"
             return what, f"put AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY into {where}"
-        what = f"the store refuses access ({status} {code})"
-        return what, f"grant s3:GetObject on it to the access key in {where}, or name another key"
+        what = f"the store refuses access, or there is no such object ({status} {code})"
+        change = f"correct its name, grant s3:GetObject on it to the access key in {where}"
+        return what, f"{change}, or name another key"

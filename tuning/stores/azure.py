@@ -48,7 +48,8 @@ class AzureBlob:
     def __init__(self, container: str, blob: str, keys: Keys) -> None:
         self.keys = keys
         self._account = _account(keys)
-        self.address = f"{self._account.endpoint}/{container}/{blob}"
+        self.identity = self._account.endpoint
+        self.address = f"{self.identity}/{container}/{blob}"
 
     def signed(self, headers: Mapping[str, str]) -> Signed:
         """The address with the shared access signature, or headers signed with the key."""
@@ -67,7 +68,7 @@ class AzureBlob:
     def meaning(self, status: int, body: str) -> tuple[str, str]:
         """Azure's code in our words."""
         code, where = code_of(body, status), self.keys.origin
-        account, proof = self._account.name, self._account.proof
+        account, proof = self._account.name or self._account.endpoint, self._account.proof
         allow = f"put {KEY} or {SAS} into {where}"
         known = {
             "BlobNotFound": ("there is no such blob", "correct its name; capitals count"),
@@ -97,9 +98,13 @@ class AzureBlob:
             "BlobArchived": ("the blob is archived", "rehydrate it to the hot tier first"),
         }
         if code in ("AuthenticationFailed", "AuthorizationFailure"):
-            if ended := self._ended():
-                what = f"the shared access signature ended at {ended} ({status} {code})"
-                return what, f"renew {proof} in {where}"
+            now = datetime.datetime.now(datetime.UTC)
+            if (ends := self._moment("se")) and ends < now:
+                what = f"the shared access signature ended at {ends:%Y-%m-%d %H:%M} UTC"
+                return f"{what} ({status} {code})", f"renew {proof} in {where}"
+            if (starts := self._moment("st")) and starts > now:
+                what = f"the shared access signature begins at {starts:%Y-%m-%d %H:%M} UTC"
+                return f"{what} ({status} {code})", f"make one that has begun: {proof} in {where}"
             if not self._proven:
                 return f"is not public, and there is no key ({status} {code})", allow
         if code in known:
@@ -121,26 +126,23 @@ class AzureBlob:
     def _mend(self) -> str:
         return " or ".join(dict.fromkeys((self._account.proof, self._account.named)))
 
-    def _ended(self) -> str:
-        """When the shared access signature ended, if it has."""
-        ends = parse_qs(self._account.sas).get("se", [""])[0]
+    def _moment(self, name: str) -> datetime.datetime | None:
+        """The start ("st") or the end ("se") of the shared access signature."""
+        text = parse_qs(self._account.sas).get(name, [""])[0]
         try:
-            moment = datetime.datetime.fromisoformat(ends)
+            moment = datetime.datetime.fromisoformat(text)
         except ValueError:
-            return ""
-        moment = moment.replace(tzinfo=moment.tzinfo or datetime.UTC)
-        return (
-            f"{moment:%Y-%m-%d %H:%M} UTC" if moment < datetime.datetime.now(datetime.UTC) else ""
-        )
+            return None
+        return moment.replace(tzinfo=moment.tzinfo or datetime.UTC).astimezone(datetime.UTC)
 
 
 def sign(
     address: str, headers: Mapping[str, str], own: Mapping[str, str], account: _Account
 ) -> dict[str, str]:
     """`own` headers of a GET with the account's signature (Shared Key) over them and the range."""
-    range_ = headers.get("Range", "")
-    lines = ["GET", *[""] * 10, range_]  # of the standard headers only the range is sent
-    named = sorted((name.lower(), value) for name, value in own.items())
+    sent = {name.lower(): value for name, value in {**headers, **own}.items()}
+    lines = ["GET", *[""] * 10, sent.get("range", "")]  # no other standard header is sent
+    named = sorted(each for each in sent.items() if each[0].startswith("x-ms-"))
     lines += [f"{name}:{value}" for name, value in named]
     lines.append(f"/{account.name}{urlsplit(address).path}")
     digest = hmac.digest(account.key, "\n".join(lines).encode(), "sha256")
@@ -151,14 +153,22 @@ def sign(
 def _account(keys: Keys) -> _Account:
     """The account that `keys` name. Raises SpecError without a word of a key."""
     parts = _parts(keys)
-    name = parts.get("accountname") or keys.get(NAME, "AZURE_STORAGE_ACCOUNT")
+    separate = keys.get(NAME, "AZURE_STORAGE_ACCOUNT")
+    name = parts.get("accountname") or separate
     endpoint = parts.get("blobendpoint", "").rstrip("/")
-    key = parts.get("accountkey") or keys.get(KEY, "AZURE_STORAGE_KEY")
-    sas = (parts.get("sharedaccesssignature") or keys.get(SAS)).lstrip("?")
+    key, sas = parts.get("accountkey", ""), parts.get("sharedaccesssignature", "")
+    if not key and not sas:  # else they belong to the string's account, whatever else is set
+        key, sas = keys.get(KEY, "AZURE_STORAGE_KEY"), keys.get(SAS)
+    sas = sas.lstrip("?").replace("+", "%2B")  # a + would be read as a space
     suffix = parts.get("endpointsuffix", SUFFIX)
     if not name and not endpoint:
         what = "az:// needs the name of the storage account"
         raise keys.refusal(what, f"set {NAME}, or {STRING}")
+    if separate and separate != name:
+        what = f"{NAME} and {STRING} name two accounts"
+        raise keys.refusal(what, "remove one of them")
+    if endpoint:
+        endpoint = keys.checked_endpoint(f"BlobEndpoint in {STRING}", endpoint)
     if name and not _ACCOUNT.fullmatch(name):
         what = f"{NAME} is no name of a storage account"
         raise keys.refusal(what, "write 3 to 24 small letters and digits")

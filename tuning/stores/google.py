@@ -32,24 +32,24 @@ class CloudStorage:
 
     def __init__(self, bucket: str, key: str, keys: Keys) -> None:
         self.keys = keys
-        endpoint = keys.get("STORAGE_EMULATOR_HOST").rstrip("/") or ENDPOINT
-        self.address = f"{endpoint}/{bucket}/{key}"
-        self._token = keys.get(TOKEN)
+        self.identity = keys.endpoint("STORAGE_EMULATOR_HOST", ENDPOINT)
+        self.address = f"{self.identity}/{bucket}/{key}"
+        self._token = keys.word(TOKEN)
         self._email, self._key = "", None
-        if self._token and not (self._token.isascii() and self._token.isprintable()):
-            what = f"{TOKEN} is no token"
-            raise keys.refusal(what, "write what `gcloud auth print-access-token` prints")
         if not self._token and (text := keys.get(FILE)):
             self._email, self._key = _service_account(text, keys)
 
     def signed(self, headers: Mapping[str, str]) -> Signed:
         """The address with a signature of the service account, or with the token."""
+        # An object that is stored compressed comes as it is: unpacked on the way it would have
+        # neither a length nor ranges, and a broken transfer could not go on.
+        own = {"Accept-Encoding": "gzip"}
         if self._token:
-            return Signed(self.address, {"Authorization": f"Bearer {self._token}"})
+            return Signed(self.address, own | {"Authorization": f"Bearer {self._token}"})
         if self._key is None:
-            return Signed(self.address)
+            return Signed(self.address, own)
         now = datetime.datetime.now(datetime.UTC)
-        return Signed(sign(self.address, self._email, self._key, now))
+        return Signed(sign(self.address, self._email, self._key, now), own)
 
     def moved(self, headers: Mapping[str, str], body: str) -> str | None:
         """Never: every bucket answers everywhere."""
@@ -83,12 +83,12 @@ class CloudStorage:
             what = f"the access token is wrong or has expired ({code})"
             return what, f"renew {TOKEN} in {where} (gcloud auth print-access-token)"
         if not self._token and self._key is None:
-            what = f"is not public, and there is no key to sign with ({code})"
+            what = f"is not public, or not there, and there is no key to sign with ({code})"
             return what, f"put a service account's key file into {FILE} of {where}, or set {TOKEN}"
         who = self._email or "whose token it is"
-        return f"the store refuses access ({status} {code})", (
-            f"grant storage.objects.get on it (Storage Object Viewer) to {who}"
-        )
+        what = f"the store refuses access, or there is no such object ({status} {code})"
+        change = f"grant storage.objects.get on it (Storage Object Viewer) to {who}"
+        return what, f"correct its name, or {change}"
 
 
 def sign(address: str, email: str, key: rsa.RSAPrivateKey, now: datetime.datetime) -> str:

@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from tuning.errors import SpecError
 
@@ -48,6 +49,38 @@ class Keys:
         """The error of keys that cannot be meant so. Neither text may hold a key."""
         return SpecError.at("FETCH-107", self.origin, what, change)
 
+    def endpoint(self, name: str, otherwise: str = "") -> str:
+        """The address that the key `name` holds, without a / at its end; else `otherwise`.
+
+        Raises SpecError if it is none. Whether it may be asked is the policy's to say.
+        """
+        text = self.get(name).rstrip("/")
+        if not text:
+            return otherwise
+        return self.checked_endpoint(name, text)
+
+    def checked_endpoint(self, name: str, text: str) -> str:
+        """`text` with scheme and host in small letters, as they are sent. Raises SpecError."""
+        parts = urlsplit(text)
+        try:
+            usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:
+            usable = False
+        if not usable or parts.query or parts.fragment or "@" in parts.netloc:
+            raise self.refusal(f"{name} is no address", "write one such as https://store.corp:9000")
+        return f"{parts.scheme}://{parts.netloc.lower()}{parts.path}"
+
+    def word(self, *names: str) -> str:
+        """The first of `names` that is set, which goes into a header as it stands.
+
+        Raises SpecError if it holds what no header can, a line break in its middle, say.
+        """
+        text = self.get(*names)
+        if text and not (text.isascii() and text.isprintable() and " " not in text):
+            what = f"{names[0]} holds a line break or other characters that no key has"
+            raise self.refusal(what, "write it in one line, without quotes")
+        return text
+
 
 def load_keys(folder: Path | None) -> Keys:
     """The keys in a mounted Secret; without one those of the environment and ~/.aws/credentials.
@@ -55,7 +88,7 @@ def load_keys(folder: Path | None) -> Keys:
     Raises SpecError that names a file of the Secret that cannot be read.
     """
     if folder is None:
-        found = {name: os.environ[name] for name in _NAMES if name in os.environ}
+        found = {name: os.environ[name] for name in _NAMES if os.environ.get(name)}
         if path := found.get(_GOOGLE_FILE):
             # Whoever asks for gs:// is told of a file that cannot be read, nobody else.
             with contextlib.suppress(OSError, UnicodeDecodeError):
@@ -81,7 +114,7 @@ def _text(path: Path) -> str:
 
 def _profile(environment: Mapping[str, str]) -> dict[str, str]:
     """What ~/.aws/credentials says, unless the environment holds a key: the two never mix."""
-    if "AWS_ACCESS_KEY_ID" in environment:
+    if any(name in environment for name in _AMAZON[:3]):
         return {}
     usual = Path.home() / ".aws" / "credentials"
     parser = configparser.RawConfigParser()

@@ -26,6 +26,11 @@ class Store(Protocol):
         """Where it is asked for; holds no secret."""
         ...
 
+    @property
+    def identity(self) -> str:
+        """What tells its store from others in which the same URL names another file; no secret."""
+        ...
+
     def signed(self, headers: Mapping[str, str]) -> Signed:
         """A GET of the address with `headers`, from now on. The headers found are more of them."""
         ...

@@ -664,7 +664,6 @@ training_config:
     save_steps: 20
     eval_steps: 30
     neftune_noise_alpha: 5
-    report_to: wandb
   DatasetConfig:
     shuffle_dataset: false
     shuffle_seed: 3
@@ -713,7 +712,6 @@ training_config:
         save_steps=20,
         eval_steps=30,
         neftune_alpha=5.0,
-        report_to=("wandb",),
         shuffle=False,
         shuffle_seed=3,
         train_share=0.9,

@@ -114,12 +114,12 @@ def card(recipe: dict[str, Any], *, run_id: str, facts: Facts) -> str:
     data = "\n".join(f"- `sha256:{digest}`" for digest in recipe["data"])
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     versions = ", ".join(f"{name} {number}" for name, number in sorted(recipe["versions"].items()))
+    tags = "\n".join(f"- {tag}" for tag in dict.fromkeys(("lora", recipe["method"])))
     return f"""---
 base_model: {base}
 library_name: peft
 {licence}tags:
-- lora
-- {recipe["method"]}
+{tags}
 ---
 
 # Adapter for {base}

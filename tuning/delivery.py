@@ -6,7 +6,9 @@ folder with `adapter_config.json`.
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -27,6 +29,9 @@ log = logging.getLogger(__name__)
 
 BRIEF = Patience(total=60.0)  # for what a run can do without
 QUICK = Patience(total=10.0)  # for a look that a person waits for
+# What a folder of ours holds, the telling one first.
+LAYOUT = ("oci-layout", "index.json", "blobs")
+ADAPTER = ("adapter_config.json", *sorted(image.ADAPTER_FILES))
 
 
 def check(destination: Destination, access: Access) -> None:
@@ -34,12 +39,26 @@ def check(destination: Destination, access: Access) -> None:
 
     Raises SpecError, RefusedError or TransientError.
     """
-    for folder in (destination.folder, destination.layout):
-        if folder is not None and folder.exists() and not folder.is_dir():
-            raise SpecError.at("REG-102", str(folder), "is no folder", "name another one")
+    for folder, ours in ((destination.folder, ADAPTER), (destination.layout, LAYOUT)):
+        if folder is not None:
+            _judge_folder(folder, ours)
     if destination.image:
         remote = access.remote(destination.image, secret=access.push_secret, patience=QUICK)
         registry.check_push(remote)
+
+
+def _judge_folder(folder: Path, ours: Collection[str]) -> None:
+    """Raises SpecError for a folder that could not be filled."""
+    if folder.exists() and not folder.is_dir():
+        raise SpecError.at("REG-102", str(folder), "is no folder", "name another one")
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        what = f"cannot be written: {nearest} is no folder of yours"
+        raise SpecError.at("REG-102", str(folder), what, "name a folder that you may write to")
+    here = {path.name for path in folder.iterdir()} - {"lost+found"} if folder.is_dir() else set()
+    if here and not here & set(ours):
+        what = f"is not empty and holds no {next(iter(ours))}"
+        raise SpecError.at("REG-103", str(folder), what, "name a new or empty folder")
 
 
 def claim(
@@ -49,8 +68,10 @@ def claim(
 
     `own`: digests that this run directory put out before; with those that the Workspace did, they
     may be replaced. `run_id` None: not known yet, so an image of any run passes for now. Raises
-    RefusedError for a tag that holds somebody else's image.
+    RefusedError for a tag, layout or folder that holds somebody else's.
     """
+    if run_id is not None and destination.on_tag_exists == "refuse":
+        _claim_folders(destination, run_id, own)
     if destination.image is None:
         return None
     remote = access.remote(destination.image, secret=access.push_secret, patience=QUICK)
@@ -58,6 +79,37 @@ def claim(
     ours = {*own, *destination.earlier}
     found = registry.claim(remote, run_id=run_id, own=ours, on_tag_exists=policy)
     return found.digest if found else None
+
+
+def _claim_folders(destination: Destination, run_id: str, own: Collection[str]) -> None:
+    """Raises RefusedError for a layout or a folder with what neither this run nor its run directory
+    made; what nobody can read is no reason."""
+    held: list[tuple[Path, str, str | None]] = []
+    if (layout := destination.layout) and (layout / "index.json").is_file():
+        top = image.documents(layout)[-1]
+        notes = json.loads(top.data).get("annotations") or {}
+        held.append((layout, top.blob.digest, notes.get(image.RUN_ID)))
+    weights = destination.folder / adapters.WEIGHTS if destination.folder else None
+    if weights is not None and weights.is_file():
+        made = _made_by(weights.parent)
+        held.append((weights.parent, files.digest_file(weights), made))
+    for folder, digest, made_by in held:
+        if digest not in own and made_by != run_id:
+            what = f"holds another run's work already ({made_by or digest})"
+            change = (
+                "name another folder, remove this one, or set the annotation "
+                "tuning.kaito.sh/on-tag-exists: overwrite"
+            )
+            raise RefusedError.at("REG-105", str(folder), what, change)
+
+
+def _made_by(adapter: Path) -> str | None:
+    """The run id of an adapter's folder, if it tells one."""
+    try:
+        found = files.read_json(adapter / "tuning.json").get("run_id")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return found if isinstance(found, str) else None
 
 
 def package(

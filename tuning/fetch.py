@@ -200,6 +200,10 @@ def _items(urls: tuple[str, ...], policy: Policy, keys: Keys | None) -> list[Ite
         if refusal := policy.refusal(item.address):
             where = f"input.urls[{index}]"  # not the URL: who knows what is in it
             change = "write a public address; --allow-host HOST opens a private one"
+            if store:  # the URL is fine: the address comes from the keys
+                where = f"{item.where} at {place(item.address)[1]}"
+                whose = (keys or Keys()).origin
+                change = f"correct the address in {whose}, or open it with --allow-host HOST"
             problems.append(Problem("FETCH-101", where, refusal, change))
         elif first != index:
             what = f"is the same as urls[{first}], so that its rows would count twice"

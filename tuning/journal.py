@@ -89,9 +89,14 @@ def opened(folder: Path) -> Iterator[Journal]:
     TransientError when another process holds it, naming that process, and SpecError when the folder
     holds something else than a run.
     """
-    _refuse_foreign(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        _refuse_foreign(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        what = f"cannot be written ({error.strerror or type(error).__name__})"
+        change = "name a folder of your own with --run-dir"
+        raise SpecError.at("RUN-103", str(folder), what, change) from None
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

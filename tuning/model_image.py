@@ -146,9 +146,8 @@ def package(
     weights.verify(model)
     notes = {**annotations, image.RUN_ID: identity}
     size = sum(path.stat().st_size for path in model.iterdir() if wanted(path.name))
-    if output.image:
-        delivery.check(output, access)
-        delivery.claim(output, access, run_id=identity, own=())
+    delivery.check(output, access)
+    delivery.claim(output, access, run_id=identity, own=())
     with tempfile.TemporaryDirectory(prefix="tuning-model-") as scratch:
         layout = output.layout or Path(scratch) / "image"
         _refuse_small(layout, size, str(model))

@@ -164,7 +164,7 @@ def plan_table(plan: Plan) -> rich.table.Table:
         "train_on": recipe.train_on,
         "global_batch": recipe.global_batch,
         "epochs": f"{recipe.epochs:g}",
-        "steps": recipe.steps if plan.rows is not None else "known once the data is read",
+        "steps": recipe.steps or "known once the data is read",
         "ranks": placement.ranks if placement.ranks > 1 else None,
         "micro_batch": placement.micro_batch,
         "checkpointing": "on" if placement.checkpointing else "off",

@@ -29,6 +29,7 @@ _AGAIN = (408, 425, 429, 500, 502, 503, 504)
 _STORED_AS_SENT = ("", "identity", "gzip", "x-gzip", "zstd")  # known again by their content
 _SAYS_WHY = (*_REDIRECTS, 400, 401, 403, 404, 409)  # answers whose body a store fills with a reason
 _ERROR_BYTES = 8192  # of such a body
+_SURELY_THERE = (".googleapis.com", ".amazonaws.com", "huggingface.co")  # or there is no DNS
 _UNKNOWN_HOST = (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME))
 
 
@@ -230,7 +231,8 @@ def _unreachable(item: Item, host: str, error: Exception) -> RefusedError | Agai
     match error:
         case web_errors.NameResolutionError():
             cause = error.__cause__
-            if isinstance(cause, socket.gaierror) and cause.errno in _UNKNOWN_HOST:
+            known = host.endswith(_SURELY_THERE)
+            if isinstance(cause, socket.gaierror) and cause.errno in _UNKNOWN_HOST and not known:
                 change = "check its spelling"
                 what = f"there is no host {host}"
                 return again("FETCH-117", what, change, tries=3, final=RefusedError)

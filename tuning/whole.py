@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
-from tuning import base, delivery, model_image, pipeline, presets
+from tuning import base, delivery, model_image, pipeline, presets, reference
 from tuning.console import Console
 from tuning.delivery import Access
 from tuning.errors import UsageError
@@ -63,6 +64,7 @@ def merged(
     Raises SpecError, RefusedError or TransientError.
     """
     where = _destination(output, overwrite=False)
+    delivery.check(where, access)
     wanted = None if any_base else model
     with (
         delivery.at_hand(adapter, access=access, console=console, base=wanted) as folder,
@@ -90,8 +92,15 @@ def _destination(output: str, *, overwrite: bool) -> Destination:
     kind, _, rest = output.partition(":")
     if kind in ("oci", "dir") and rest:
         folder = Path(rest)
-        return Destination(layout=folder) if kind == "oci" else Destination(folder=folder)
-    return Destination(image=output, on_tag_exists="overwrite" if overwrite else "refuse")
+        found = Destination(layout=folder) if kind == "oci" else Destination(folder=folder)
+    else:
+        try:
+            reference.parse(output)
+        except ValueError as error:
+            change = f"write dir:{output} for a folder, oci:{output} for an image layout"
+            raise UsageError.at("USE-103", output, f"is no image: {error}", change) from None
+        found = Destination(image=output)
+    return replace(found, on_tag_exists="overwrite" if overwrite else "refuse")
 
 
 def _sent(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 
 import typer
@@ -28,6 +29,7 @@ app = typer.Typer(
 
 def main() -> int:
     """Run the command line and return its exit code (docs/errors.md)."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of kernels it could do without
     try:
         app(standalone_mode=False)
     except TuningError as error:

@@ -68,7 +68,6 @@ def serve(
     insecure: Insecure = False,
 ) -> None:
     """Answer over HTTP: a base model and adapters, each by its name; OpenAI's API and a page."""
-    import logging
     import warnings
 
     from tuning import model_image, pipeline
@@ -108,7 +107,6 @@ def serve(
     with listening.socket_for(options) as listener:
         shown = f"http://{host}:{listener.getsockname()[1]}"
         console.say(f"Listening on {shown}" + ("" if options.keys else ", without a key"))
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of kernels it could do without
         from tuning.serve import server  # torch, now that nothing simple is wrong
 
         warnings.simplefilter("ignore")  # what libraries tell each other is no news

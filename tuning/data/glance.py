@@ -8,39 +8,55 @@ from __future__ import annotations
 
 import tempfile
 import zlib
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 from tuning.data import json_rows, separated, sniff
 from tuning.data.problems import Problems
 from tuning.data.source import Source
-from tuning.formats import BadRow, Columns, detect, to_example
+from tuning.formats import BadRow, Columns, Shape, detect, quoted, to_example, unused
 
 HEAD = 64 << 10  # bytes that are enough
 
 
+@dataclass(frozen=True)
+class Glance:
+    """What the beginning of a file tells."""
+
+    format: str
+    shape: Shape | None = None
+    unused: tuple[str, ...] = ()  # columns of the first row that are not read
+
+    def __str__(self) -> str:
+        if self.shape is None:
+            return self.format
+        left = ", ".join(map(quoted, self.unused[:12]))
+        told = f"{self.format}, {self.shape.name}: {self.shape.reason}"
+        return f"{told}; not read: {left}" if left else told
+
+
 def glance(
     head: bytes, shown: str, *, whole: bool, columns: Columns, extension: str | None = None
-) -> str:
+) -> Glance:
     """What a file that begins with `head` is; `whole` says that nothing follows.
 
     Raises DataError with all that is wrong with its first rows.
     """
     compression = sniff.compression_of(head)
     if compression == "zstd":
-        return "zstd"
+        return Glance("zstd")
     if compression == "gzip":
         try:
             head, whole = zlib.decompressobj(wbits=31).decompress(head, HEAD), False
         except zlib.error:
-            return "gzip, damaged or unusual"  # whoever reads all of it says what it is
+            return Glance("gzip, damaged or unusual")  # whoever reads all of it says what it is
     format = sniff.format_of(head, _name(shown, extension))
     name = f"{format} in {compression}" if compression else format
     text = head if whole else _whole_rows(head, format)
     if format not in ("jsonl", "csv", "tsv") or not text.strip():
-        return name
-    shape = _shape(text, shown, sniff.Kind(format), columns)
-    return f"{name}, {shape}" if shape else name
+        return Glance(name)
+    return Glance(name, *_shape(text, shown, sniff.Kind(format), columns))
 
 
 def _name(shown: str, extension: str | None) -> str:
@@ -55,17 +71,22 @@ def _whole_rows(head: bytes, format: str) -> bytes:
     return text + b"\n" if text else b""
 
 
-def _shape(text: bytes, shown: str, kind: sniff.Kind, columns: Columns) -> str | None:
+def _shape(
+    text: bytes, shown: str, kind: sniff.Kind, columns: Columns
+) -> tuple[Shape | None, tuple[str, ...]]:
     problems = Problems()
     read = json_rows.one_a_line if kind.format == "jsonl" else separated.rows
-    shape = None
+    shape: Shape | None = None
+    left: tuple[str, ...] = ()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "head")
         path.write_bytes(text)
         for batch in islice(read(Source(path, shown, kind, problems, Path(folder))), 1):
             for place, row in zip(batch.places, batch.rows, strict=True):
                 try:
-                    shape = shape or detect(row, columns)
+                    if shape is None:
+                        shape = detect(row, columns)
+                        left = tuple(unused(row, shape))
                     to_example(row, shape)
                 except BadRow as bad:
                     for fault in bad.faults:
@@ -74,4 +95,4 @@ def _shape(text: bytes, shown: str, kind: sniff.Kind, columns: Columns) -> str |
                     if shape is None:
                         break
     problems.raise_all()
-    return f"{shape.name}: {shape.reason}" if shape else None
+    return shape, left

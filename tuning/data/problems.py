@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from tuning.errors import DataError, Problem
 
 LIMIT = 10_000
+MIXED = "train on one shape at a time: give every file the same columns"
 
 
 class Problems:

@@ -17,11 +17,21 @@ import pyarrow.ipc
 from tuning.data import read, sniff
 from tuning.data.encode import Encoded, Encoder
 from tuning.data.parts import Part
-from tuning.data.problems import Problems
+from tuning.data.problems import MIXED, Problems
 from tuning.data.source import Batch, Source
 from tuning.data.tally import Tally
 from tuning.errors import DataError
-from tuning.formats import BadRow, Columns, Example, Fault, Shape, detect, to_example
+from tuning.formats import (
+    BadRow,
+    Columns,
+    Example,
+    Fault,
+    Shape,
+    detect,
+    quoted,
+    to_example,
+    unused,
+)
 
 SCHEMA = pa.schema(
     [
@@ -111,9 +121,10 @@ class Reader:
                 f"is of shape {shape.name} ({shape.reason}), but {self.first.began} is of shape "
                 f"{first.name} ({first.reason})"
             )
-            change = "train on one shape at a time: give every file the same columns"
-            self.problems.add("DATA-215", where, what, change)
+            self.problems.add("DATA-215", where, what, MIXED)
             return None
+        if left := unused(batch.rows[0], shape):
+            self.tally.notes[f"not read: the columns {', '.join(map(quoted, left[:12]))}"] += 0
         return shape
 
     def _source(self, input: Input, part: Part | None) -> Source:

@@ -9,12 +9,12 @@ at once. Shapes, in the order in which they are looked for:
     messages            messages | conversation(s) | ... = [{role, content}], a column tools
     sharegpt            the same columns, [{from, value}]
     prompt-completion   prompt and completion, both text or both lists of messages
-    alpaca              instruction [+ input | context] and output | response
+    alpaca              instruction [+ input | context] and output | response [history, system]
     pair                question/answer, query/response, input/output, ...
     text                text
 """
 
-from tuning.formats.detect import KNOWN_COLUMNS, detect
+from tuning.formats.detect import KNOWN_COLUMNS, detect, unused
 from tuning.formats.example import to_example
 from tuning.formats.values import (
     BadRow,
@@ -47,4 +47,5 @@ __all__ = [
     "quoted",
     "to_example",
     "type_name",
+    "unused",
 ]

@@ -20,10 +20,17 @@ PAIR_COLUMNS = (
     ("human", "assistant"),
 )
 CONTEXT_COLUMNS = ("input", "context")
+HISTORY_COLUMN = "history"  # of Alpaca rows, as LLaMA-Factory has it: earlier [question, answer]
 SYSTEM_COLUMNS = ("system", "system_prompt")
 LEADING_COLUMNS = frozenset(MESSAGE_COLUMNS) | {name for pair in PAIR_COLUMNS for name in pair}
 LEADING_COLUMNS |= {"prompt", "completion", "instruction", "text", "input_ids"}
-KNOWN_COLUMNS = LEADING_COLUMNS | {*SYSTEM_COLUMNS, *CONTEXT_COLUMNS, "tools", "labels"}
+KNOWN_COLUMNS = LEADING_COLUMNS | {
+    *SYSTEM_COLUMNS,
+    *CONTEXT_COLUMNS,
+    HISTORY_COLUMN,
+    "tools",
+    "labels",
+}
 
 
 def detect(row: Row, options: Columns) -> Shape:
@@ -50,6 +57,20 @@ def detect(row: Row, options: Columns) -> Shape:
     if "text" in row:
         return _shape("text", 'it has a column "text" and none of the others', text="text")
     raise BadRow([_no_shape(row)])
+
+
+def unused(row: Row, shape: Shape) -> list[str]:
+    """Columns of `row` that say something and are not read, though they may be meant."""
+    used = {column for _, column in shape.columns}
+    if shape.name in ("messages", "sharegpt", "prompt-completion"):
+        used |= {"tools", *SYSTEM_COLUMNS}
+    if shape.name == "tokens":
+        used |= {"labels", "attention_mask", "token_type_ids", "position_ids"}
+    if shape.name in ("alpaca", "pair"):
+        used |= set(SYSTEM_COLUMNS)
+    if shape.name == "alpaca":
+        used |= {*CONTEXT_COLUMNS, HISTORY_COLUMN}
+    return [name for name, value in row.items() if name not in used and value not in (None, "", [])]
 
 
 def _shape(name: Name, reason: str, **columns: str) -> Shape:

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from tuning.formats.detect import CONTEXT_COLUMNS, SYSTEM_COLUMNS, detect, missing_column
+from tuning.formats.detect import (
+    CONTEXT_COLUMNS,
+    HISTORY_COLUMN,
+    SYSTEM_COLUMNS,
+    detect,
+    missing_column,
+)
 from tuning.formats.messages import conversation, prompt_messages, text_of_parts
 from tuning.formats.values import (
     BadRow,
     Columns,
+    Conversation,
     Example,
     Fault,
     Pair,
@@ -16,6 +24,7 @@ from tuning.formats.values import (
     Shape,
     Text,
     Tokens,
+    from_json,
     quoted,
     text_faults,
     type_name,
@@ -54,7 +63,7 @@ def _lost_column(row: Row, shape: Shape, column: str) -> Fault:
     )
 
 
-def _pair(row: Row, shape: Shape) -> Pair:
+def _pair(row: Row, shape: Shape) -> Pair | Conversation:
     uses = dict(shape.columns)
     faults: list[Fault] = []
     values: dict[str, str] = {}
@@ -72,14 +81,51 @@ def _pair(row: Row, shape: Shape) -> Pair:
         if isinstance(value, str) and value.strip():
             faults += text_faults(value, str(column))
             extra[use] = value
+    earlier = from_json(row.get(HISTORY_COLUMN)) if shape.name == "alpaca" else None
+    if earlier:
+        faults += _history_faults(earlier)
     if faults:
         raise BadRow(faults)
     prompt, context, system = values["prompt"], extra.get("context"), extra.get("system", "")
     if context:
         prompt = f"{prompt}\n\n{context}"
+    if earlier:
+        return _continued(earlier, Pair(prompt, values["completion"], prompt, system))
     if shape.name == "prompt-completion":
         return Pair(prompt, values["completion"], prompt, system, raw=True)
     return Pair(prompt, values["completion"], _bare(prompt, system), system)
+
+
+def _history_faults(earlier: Any) -> list[Fault]:
+    """What is wrong with the earlier turns of an Alpaca row: [[question, answer], ...]."""
+    change = 'write [["question", "answer"], ...], or remove the column'
+    if not isinstance(earlier, list):
+        what = f"{HISTORY_COLUMN} is {type_name(earlier)}, not a list of pairs"
+        return [Fault("DATA-216", what, change)]
+    faults: list[Fault] = []
+    for index, turn in enumerate(earlier):
+        where = f"{HISTORY_COLUMN}[{index}]"
+        if not isinstance(turn, list) or [type(text) for text in turn] != [str, str]:
+            faults.append(Fault("DATA-216", f"{where} is no pair of question and answer", change))
+        elif not turn[1].strip():
+            faults.append(Fault("DATA-225", f"the answer of {where} is empty", "write it"))
+        else:
+            faults += [fault for text in turn for fault in text_faults(text, where)]
+    return faults
+
+
+def _continued(earlier: list[list[str]], pair: Pair) -> Conversation:
+    """The earlier turns and `pair` as one conversation; every answer in it is trained."""
+    last = pair.as_conversation().messages
+    turns = last[:-2]
+    for question, answer in earlier:
+        turns += [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
+    turns += last[-2:]
+    trained = tuple(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
+    return Conversation(turns, trained)
 
 
 def _first(row: Row, columns: Sequence[str]) -> str | None:

@@ -9,6 +9,8 @@ from pathlib import Path
 from tuning import base, delivery, device, fetch, formats, model_image, plan
 from tuning.console import Console
 from tuning.data.glance import HEAD, glance
+from tuning.data.problems import MIXED
+from tuning.errors import DataError
 from tuning.pipeline import sizing
 from tuning.pipeline.endings import together
 from tuning.pipeline.options import Options, base_reference, declared_name, read_token
@@ -21,15 +23,16 @@ def check(spec: Spec, options: Options, console: Console) -> Iterator[str]:
     name, revision = base_reference(spec)
     token = read_token(options.hub_token_file)
     good: list[str] = []
+    shapes: list[tuple[str, formats.Shape]] = []
 
     def model() -> None:
         if model_image.is_image(name):
             shape = model_image.config(name, access=options.access)
-            judged(plan.base_from_config(declared_name(spec), name, shape), name)
+            judged(plan.base_from_config(declared_name(spec, shape), name, shape), name)
             return
         found = base.resolve(name, revision=revision, token=token)
         config = base.check(found, token=token)
-        known = plan.base_from_config(declared_name(spec), found.revision, config)
+        known = plan.base_from_config(declared_name(spec, config), found.revision, config)
         judged(known, f"{name} at {found.revision[:19]}")
 
     def judged(known: plan.Base, shown: str) -> None:
@@ -55,6 +58,14 @@ def check(spec: Spec, options: Options, console: Console) -> Iterator[str]:
         else:
             return
         together(*(partial(first_rows, *first) for first in firsts))
+        for name, shape in shapes[1:]:
+            first, known = shapes[0]
+            if shape.name != known.name:
+                what = (
+                    f"is of shape {shape.name} ({shape.reason}), but {first} is of shape "
+                    f"{known.name} ({known.reason})"
+                )
+                raise DataError.at("DATA-215", name, what, MIXED)
 
     def first_rows(shown: str, size: int | None, head: bytes) -> None:
         s = spec.settings
@@ -64,6 +75,8 @@ def check(spec: Spec, options: Options, console: Console) -> Iterator[str]:
         )
         bytes_ = f"{size:,} bytes" if size is not None else "size unknown"
         good.append(f"data: {shown}, {bytes_}, {what}")
+        if what.shape:
+            shapes.append((shown, what.shape))
 
     def destination() -> None:
         delivery.check(spec.destination, options.access)

@@ -88,7 +88,7 @@ def check(run: Run, model: base.Base) -> plan.Base:
 def known_base(run: Run, model: base.Base) -> plan.Base:
     """What the plan must know of the base, from its config. Raises as base.check does."""
     config = base.check(model, token=run.token(), cache=run.options.cache)
-    return plan.base_from_config(declared_name(run.spec), model.revision, config)
+    return plan.base_from_config(declared_name(run.spec, config), model.revision, config)
 
 
 def fetch_data(run: Run) -> list[Value]:

@@ -115,8 +115,9 @@ class Run:
         return read_token(self.options.hub_token_file)
 
     def own(self) -> tuple[str, ...]:
-        """Digests that this run directory put out before."""
-        return tuple(value["digest"] for value in self.book.values("package"))
+        """Digests of images, and of adapters' weights, that this run directory made before."""
+        images = (value["digest"] for value in self.book.values("package"))
+        return (*images, *(value["adapter_sha256"] for value in self.book.values("train")))
 
     def dim(self, notes: Iterable[str]) -> None:
         """Say what is worth knowing and asks for nothing."""

@@ -48,7 +48,10 @@ def train(
 
     def work() -> Value:
         with run.console.work("Training", unit="steps") as report:
-            return _fitting(run, request, decided, report)
+            done = _fitting(run, request, decided, report)
+        if done.get("resumed_from"):
+            run.dim([f"went on from the checkpoint of step {done['resumed_from']:,}"])
+        return done
 
     return run.book.do("train", key, work)
 

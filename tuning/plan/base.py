@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -118,5 +119,27 @@ def refuse_unsupported(spec: Spec, base: Base, device: Device) -> None:
         )
     if device.gpu and not (answer := presets.gpu_support(device.gpu, spec.method)).supported:
         problems.append(Problem("PLAN-106", device.origin, answer.reason, answer.change))
+    problems += _unknown_modules(spec, base)
     if problems:
         raise SpecError(problems)
+
+
+def _unknown_modules(spec: Spec, base: Base) -> Iterator[Problem]:
+    """Targets and exclusions that are no projection of the model; named as for PEFT, by their end.
+
+    A name that tells a layer is left to who sees the model itself.
+    """
+    names = [linear.name for linear in base.facts.linears] if base.facts else []
+    known = sorted({name.rpartition(".")[2] for name in names})
+    s = spec.settings
+    for key, wanted in (
+        ("target_modules", s.target_modules or ()),
+        ("exclude_modules", s.exclude_modules or ()),
+    ):
+        for part in wanted:
+            told = part in ("all-linear", "") or any(each.isdigit() for each in part.split("."))
+            if known and not told and part.rpartition(".")[2] not in known:
+                what = f"names {part!r}, which is no attention or MLP projection of {base.name}"
+                change = f"use some of {', '.join(known)}"
+                change += ", or leave it out: all are trained" if key == "target_modules" else ""
+                yield Problem("PLAN-111", f"LoraConfig.{key}", what, change)

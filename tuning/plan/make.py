@@ -85,7 +85,7 @@ def make(
             "global_batch", user_batch, *batch(lengths, max_length, packed, device.count)
         ),
         epochs=pick("epochs", s.epochs, EPOCHS, "three looks at each row"),
-        steps=0,
+        steps=s.max_steps or 0,
         seed=or_default(s.seed, 42),
         eval_steps=s.eval_steps,
         keep_best=_keeps_best(s),
@@ -100,6 +100,9 @@ def make(
     placement, fit = place(
         recipe, base, device, spec=spec, lengths=lengths, reasons=choices.reasons
     )
+    if s.max_steps:
+        choices.reasons["steps"] = "set in the config"
+        choices.reasons["epochs"] = "max_steps decides"
     return Plan(recipe, placement, device, choices.reasons, lengths, fit=fit)
 
 

@@ -112,8 +112,31 @@ def _flattened(content: dict[str, Any], known: dict[str, Key]) -> list[tuple[str
     return pairs
 
 
+# What axolotl, LLaMA-Factory and Unsloth call it.
+_ELSEWHERE = {
+    "lora_r": "LoraConfig.r",
+    "lora_rank": "LoraConfig.r",
+    "lora_target": "LoraConfig.target_modules",
+    "lora_target_modules": "LoraConfig.target_modules",
+    "lora_target_linear": "LoraConfig.target_modules: all-linear",
+    "val_set_size": "DatasetConfig.train_test_split, the share that is trained on",
+    "val_size": "DatasetConfig.train_test_split, the share that is trained on",
+    "cutoff_len": "TrainingArguments.max_length",
+    "sequence_len": "TrainingArguments.max_length",
+    "model_max_length": "TrainingArguments.max_length",
+    "sample_packing": "TrainingArguments.packing",
+    "micro_batch_size": "TrainingArguments.per_device_train_batch_size",
+    "num_epochs": "TrainingArguments.num_train_epochs",
+    "optimizer": "TrainingArguments.optim",
+    "lr_scheduler": "TrainingArguments.lr_scheduler_type",
+    "train_on_inputs": "DatasetConfig.train_on: all",
+}
+
+
 def _nearest_key(section: str, name: str) -> str:
     known = keys.sections()
+    if name.lower() in _ELSEWHERE:
+        return f"here it is {_ELSEWHERE[name.lower()]}"
     for other, rows in known.items():
         if name in rows:
             return f"move it to {other}"

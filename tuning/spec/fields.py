@@ -67,6 +67,14 @@ def check_image(text: str, path: Path, found: Findings, role: str) -> None:
         found.add("SPEC-106", path, what, "remove what follows the @")
 
 
+_OTHER_NAMES = {
+    "gcs": "gs://BUCKET/OBJECT",
+    "s3a": "s3://BUCKET/KEY",
+    "s3n": "s3://BUCKET/KEY",
+    **dict.fromkeys(("abfs", "abfss", "adl", "wasb", "wasbs"), "az://CONTAINER/BLOB"),
+}
+
+
 def check_url(url: str, path: Path, found: Findings, allow_hosts: Collection[str]) -> None:
     """One data URL. The message never shows it, since its query may be a key."""
     if _placeholder(url.partition("?")[0], path, found, "the address of your data file"):
@@ -78,11 +86,15 @@ def check_url(url: str, path: Path, found: Findings, allow_hosts: Collection[str
         return
     changes = {
         urls.NOT_ONE_FILE: "write one URL for each file, such as s3://bucket/folder/rows.jsonl",
-        urls.NOT_IN_STORE: "write SCHEME://BUCKET/KEY without a query, special characters as %XX",
+        urls.NOT_IN_STORE: "write SCHEME://BUCKET/KEY without a query; a bucket's name has small "
+        "letters, digits, - . and _ only, special characters of the key are written as %XX",
         urls.NOT_HTTP: "use https://; files are given with --data FILE, volumes as volumeSource",
         urls.INVALID: "write an address such as https://example.com/data.jsonl, special "
         "characters as %XX, without user name and password",
     }
+    scheme = url.partition(":")[0].lower()
+    if refusal == urls.NOT_HTTP and scheme in _OTHER_NAMES:
+        changes[refusal] = f"write it as {_OTHER_NAMES[scheme]}"
     default = "use a public address; --allow-host HOST opens a private one on your own machine"
     found.add("SPEC-115", path, refusal, changes.get(refusal, default))
 

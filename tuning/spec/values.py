@@ -59,7 +59,6 @@ class Settings:
     eval_steps: int | None = None
     keep_best: bool | None = None
     neftune_alpha: float | None = None
-    report_to: tuple[str, ...] = ()
     # DatasetConfig
     shuffle: bool | None = None
     shuffle_seed: int | None = None

@@ -115,6 +115,8 @@ def sign(address: str, email: str, key: rsa.RSAPrivateKey, now: datetime.datetim
 def _service_account(text: str, keys: Keys) -> tuple[str, rsa.RSAPrivateKey]:
     """E-mail address and key of a key file. Raises SpecError without a word of it."""
     change = f"put the file in whole (--from-file={FILE}=key.json); in the environment, its path"
+    if not text.startswith("{") and keys.origin == Keys.ENVIRONMENT:
+        raise keys.refusal(f"{FILE} names no file that can be read", "correct the path")
     try:
         found = json.loads(text)
         kind = found["type"]

@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 from urllib.parse import urlsplit
 
 from tuning.errors import SpecError
@@ -40,6 +41,7 @@ class Keys:
 
     values: Mapping[str, str] = field(default_factory=dict, repr=False)
     origin: str = "the data Secret"
+    ENVIRONMENT: ClassVar[str] = "the environment"
 
     def get(self, *names: str) -> str:
         """The first of `names` that is set, or an empty text."""
@@ -93,7 +95,7 @@ def load_keys(folder: Path | None) -> Keys:
             # Whoever asks for gs:// is told of a file that cannot be read, nobody else.
             with contextlib.suppress(OSError, UnicodeDecodeError):
                 found[_GOOGLE_FILE] = _text(Path(path))
-        return Keys({**_profile(found), **found}, "the environment")
+        return Keys({**_profile(found), **found}, Keys.ENVIRONMENT)
     values = {}
     for name in _NAMES:
         try:
@@ -116,11 +118,15 @@ def _profile(environment: Mapping[str, str]) -> dict[str, str]:
     """What ~/.aws/credentials says, unless the environment holds a key: the two never mix."""
     if any(name in environment for name in _AMAZON[:3]):
         return {}
-    usual = Path.home() / ".aws" / "credentials"
+    path = os.environ.get("AWS_SHARED_CREDENTIALS_FILE") or Path.home() / ".aws" / "credentials"
+    asked = os.environ.get("AWS_PROFILE")
     parser = configparser.RawConfigParser()
     try:
-        parser.read(os.environ.get("AWS_SHARED_CREDENTIALS_FILE") or usual, encoding="utf-8")
-        section = parser[os.environ.get("AWS_PROFILE") or "default"]
+        parser.read(path, encoding="utf-8")
+        section = parser[asked or "default"]
     except (OSError, UnicodeDecodeError, configparser.Error, KeyError):
+        if asked:
+            what = f"AWS_PROFILE names {asked[:40]!r}, which has no section in {path}"
+            raise SpecError.at("FETCH-107", "the environment", what, "correct it") from None
         return {}
     return {name: section[name.lower()] for name in _AMAZON[:3] if name.lower() in section}

@@ -349,6 +349,17 @@ def test_f7_a_host_that_does_not_exist_is_refused(tmp_path: Path) -> None:
         get(tmp_path, "https://data.example/x", resolve=unknown)
 
 
+@pytest.mark.parametrize("host", ["rows.s3.eu-west-1.amazonaws.com", "storage.googleapis.com"])
+def test_f7_a_host_that_is_surely_there_means_no_dns(tmp_path: Path, host: str) -> None:
+    """No reason to give up, nor to look for a slip of the pen."""
+
+    def unknown(host: str, port: int) -> list[str]:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    with pytest.raises(TransientError, match=r"FETCH-131 .*cannot look up"):
+        get(tmp_path, f"https://{host}/x", resolve=unknown)
+
+
 def test_f7_a_name_service_that_is_down_is_worth_another_run(tmp_path: Path) -> None:
     def down(host: str, port: int) -> list[str]:
         raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")

@@ -16,6 +16,7 @@ from tuning.formats import (
     detect,
     quoted,
     to_example,
+    unused,
 )
 
 USER = {"role": "user", "content": "2 + 2?"}
@@ -128,6 +129,18 @@ READ: dict[str, tuple[dict[str, Any], Columns, str, Any]] = {
         "alpaca",
         Pair("Add.", "4", BARE.format("Add.")),
     ),
+    "alpaca with earlier turns": (
+        {
+            "instruction": "2 + 2?",
+            "input": "",
+            "output": "4",
+            "system": "Be short.",
+            "history": [["2 + 2?", "4"]],
+        },
+        NONE,
+        "alpaca",
+        Conversation([SYSTEM, USER, ANSWER, USER, ANSWER], (2, 4)),
+    ),
     "dolly": (
         {"instruction": "Add.", "context": "2 + 2", "response": "4", "category": "sums"},
         NONE,
@@ -232,6 +245,9 @@ def test_all_faults_of_a_row() -> None:
         ({"input_ids": ["1"]}, "DATA-247"),
         ({"input_ids": []}, "DATA-247"),
         ({"messages": [USER, ANSWER], "tools": "add"}, "DATA-216"),
+        ({"instruction": "a", "output": "b", "history": "c"}, "DATA-216"),
+        ({"instruction": "a", "output": "b", "history": [["c"]]}, "DATA-216"),
+        ({"instruction": "a", "output": "b", "history": [["c", " "]]}, "DATA-225"),
     ],
 )
 def test_bad_rows(row: dict[str, Any], code: str) -> None:
@@ -240,6 +256,20 @@ def test_bad_rows(row: dict[str, Any], code: str) -> None:
         to_example(row, detect(row, NONE))
 
     assert [code] == [fault.code for fault in error.value.faults]
+
+
+@pytest.mark.parametrize(
+    ("row", "left"),
+    [
+        ({"question": "a", "answer": "b", "context": "c", "id": 1}, ["context", "id"]),
+        ({"instruction": "a", "output": "b", "input": "", "history": []}, []),
+        ({"messages": [USER, ANSWER], "tools": [], "prompt": "a", "score": None}, ["prompt"]),
+        ({"input_ids": [1, 2], "labels": [1, 2], "attention_mask": [1, 1]}, []),
+    ],
+)
+def test_columns_that_nobody_reads_are_known(row: dict[str, Any], left: list[str]) -> None:
+    """They may have been meant; empty ones were not."""
+    assert left == unused(row, detect(row, NONE))
 
 
 def test_quoted() -> None:

@@ -75,6 +75,17 @@ def test_a_line_cut_by_a_crash_is_dropped(tmp_path):
     assert ["fetch", "train"] == [json.loads(line)["phase"] for line in lines]
 
 
+def test_a_directory_that_cannot_be_made_is_named(tmp_path):
+    """Not a traceback of the file system's."""
+    (tmp_path / "file").write_text("x")
+
+    with (
+        pytest.raises(SpecError, match=r"RUN-103 .*cannot be written .*--run-dir"),
+        journal.opened(tmp_path / "file" / "run"),
+    ):
+        pass
+
+
 def test_a_second_run_on_one_directory_is_refused_and_told_who_holds_it(tmp_path):
     """The lock is the kernel's: another process gets exit code 20 and the owner's pid."""
     code = (

@@ -172,6 +172,36 @@ def test_what_cannot_work_together_is_refused_with_every_reason():
     assert ["PLAN-101", "PLAN-102"] == [p.code for p in caught.value.problems]
 
 
+@pytest.mark.parametrize(
+    ("chosen", "code"),
+    [
+        ({"target_modules": ("q_proj", "o_proj")}, "PLAN-111"),
+        ({"exclude_modules": ("gate_proj",)}, "PLAN-111"),
+        ({"target_modules": ("qkv_proj", "mlp.down_proj", "all-linear")}, None),
+        ({"target_modules": ("model.layers.0.self_attn.qkv_proj",)}, None),
+    ],
+)
+def test_modules_that_the_model_lacks_are_refused_before_it_is_loaded(chosen, code):
+    """KAITO's quick start names q_proj for a model that has qkv_proj, and trains two layers."""
+    phi = presets.find("phi-3-mini-4k-instruct")
+    base = Base(phi.hub_id, phi.revision, phi.facts)
+    if code is None:
+        make(spec(**chosen), base=base)
+        return
+    with pytest.raises(SpecError, match=rf"{code} .*use some of down_proj, gate_up_proj, o_proj"):
+        make(spec(**chosen), base=base)
+
+
+def test_a_number_of_steps_is_known_before_the_data():
+    drafted = make(spec(max_steps=7))
+
+    assert 7 == drafted.recipe.steps
+    assert ("set in the config", "max_steps decides") == (
+        drafted.reasons["steps"],
+        drafted.reasons["epochs"],
+    )
+
+
 def test_a_longer_length_than_the_model_reads_is_refused():
     """max_length beyond the context names both numbers."""
     with pytest.raises(SpecError, match=r"is 200000, but .* at most 131072 tokens"):

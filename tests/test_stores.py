@@ -432,6 +432,19 @@ def test_without_a_secret_amazons_usual_places_count(
     assert "" == stores.load_keys(None).get("AWS_SESSION_TOKEN")
 
 
+def test_a_profile_that_is_asked_for_and_not_there_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the file would be asked for without a key."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    monkeypatch.setenv("AWS_PROFILE", "dev")
+
+    with pytest.raises(SpecError, match=r"FETCH-107 .*AWS_PROFILE names 'dev'"):
+        stores.load_keys(None)
+
+
 @pytest.mark.parametrize(
     ("values", "said"),
     [

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tuning import files, hub, weights
-from tuning.errors import SpecError, Stopped, TransientError
+from tuning.errors import SpecError, Stopped, TransientError, TuningError
 from tuning.threads import side_by_side
 from tuning.weights import verify
 
@@ -94,8 +94,12 @@ def resolve(
     copy = _cached(model, revision, cache)
     try:
         return _resolve_hub(model, revision, token, patient=copy is None)
-    except TransientError:
-        if copy is None:
+    except TuningError as error:
+        if copy is None and Path(model).parent.is_dir() and Path(model).parent != Path():
+            what = f"{error.problems[0].what}; nor is there a folder {model}"
+            first = replace(error.problems[0], what=what)
+            raise type(error)([first, *error.problems[1:]]) from None
+        if copy is None or not isinstance(error, TransientError):
             raise
         log.info("%s: the hub cannot be reached, the copy in the cache serves", model)
         return copy

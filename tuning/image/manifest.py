@@ -191,6 +191,8 @@ def _content(path: Path, where: str) -> bytes:
         with path.open("rb") as file:
             return file.read(LARGEST_JSON + 1)
     except OSError:
+        if not path.parent.exists():
+            raise refused(where, "does not exist") from None
         raise refused(where, f"is no OCI image layout: it lacks {path.name}") from None
 
 

@@ -97,8 +97,8 @@ def _claim_folders(destination: Destination, run_id: str, own: Collection[str]) 
         if digest not in own and made_by != run_id:
             what = f"holds another run's work already ({made_by or digest})"
             change = (
-                "name another folder, remove this one, or set the annotation "
-                "tuning.kaito.sh/on-tag-exists: overwrite"
+                "name another folder, remove this one, or say that it may be replaced "
+                "(annotation tuning.kaito.sh/on-tag-exists: overwrite; package-model --overwrite)"
             )
             raise RefusedError.at("REG-105", str(folder), what, change)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 
 import typer
@@ -29,6 +30,8 @@ app = typer.Typer(
 
 def main() -> int:
     """Run the command line and return its exit code (docs/errors.md)."""
+    if not sys.stderr.isatty():  # a log is no place for bars of libraries
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of kernels it could do without
     try:
         app(standalone_mode=False)

@@ -56,6 +56,13 @@ def test_a_folder_that_cannot_be_filled_is_told_at_once(tmp_path: Path, kind: st
     assert not (tmp_path / "new").exists()
 
 
+def test_a_layout_that_nobody_can_read_may_be_replaced(tmp_path: Path) -> None:
+    _, layout, _ = built(tmp_path, "run-1")
+    (layout / "index.json").write_text("{cut")
+
+    claim(Destination(layout=layout), "run-2")
+
+
 def test_what_is_ours_may_be_filled_again(tmp_path: Path) -> None:
     adapter, layout, _ = built(tmp_path, "run-1")
 

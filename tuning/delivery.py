@@ -6,6 +6,7 @@ folder with `adapter_config.json`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -86,9 +87,10 @@ def _claim_folders(destination: Destination, run_id: str, own: Collection[str]) 
     made; what nobody can read is no reason."""
     held: list[tuple[Path, str, str | None]] = []
     if (layout := destination.layout) and (layout / "index.json").is_file():
-        top = image.documents(layout)[-1]
-        notes = json.loads(top.data).get("annotations") or {}
-        held.append((layout, top.blob.digest, notes.get(image.RUN_ID)))
+        with contextlib.suppress(RefusedError):
+            top = image.documents(layout)[-1]
+            notes = json.loads(top.data).get("annotations") or {}
+            held.append((layout, top.blob.digest, notes.get(image.RUN_ID)))
     weights = destination.folder / adapters.WEIGHTS if destination.folder else None
     if weights is not None and weights.is_file():
         made = _made_by(weights.parent)

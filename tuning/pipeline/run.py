@@ -117,7 +117,8 @@ class Run:
     def own(self) -> tuple[str, ...]:
         """Digests of images, and of adapters' weights, that this run directory made before."""
         images = (value["digest"] for value in self.book.values("package"))
-        return (*images, *(value["adapter_sha256"] for value in self.book.values("train")))
+        weights = (value.get("adapter_sha256", "") for value in self.book.values("train"))
+        return (*images, *weights)
 
     def dim(self, notes: Iterable[str]) -> None:
         """Say what is worth knowing and asks for nothing."""

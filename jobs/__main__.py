@@ -19,6 +19,7 @@ from jobs import options as option_files
 from jobs import serve
 from jobs.options import Options
 from tuning.errors import TuningError
+from tuning.network import Policy
 
 app = typer.Typer(
     help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
@@ -89,6 +90,7 @@ def _options(path: Path | None, policy: Path | None) -> Options:
     decided = option_files.load(path)
     if policy is None:
         return decided
+    Policy.load(policy)  # a slip of the pen is told here, not by every Job
     return decided.model_copy(update={"policy": policy.read_text(encoding="utf-8")})
 
 

@@ -90,7 +90,7 @@ def observe(context: Context, workspace: Object) -> Seen:
     else:
         known = not _own_nodes(workspace)
         device = None if known else context.site.device(names.selected(workspace))
-        wish = wanted.read(workspace, config_map, device)
+        wish = served.ahead(workspace, wanted.read(workspace, config_map, device), device)
     pods = _pods(cluster, namespace, job) if job and not ended else ()
     last, now = children.newest(pods), context.now()
     running = last is not None and children.running(last)

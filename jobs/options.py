@@ -16,6 +16,9 @@ from tuning.errors import Problem, SpecError
 DAY = 24 * 3600
 
 
+_Variable = Literal["HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY", "HF_ENDPOINT"]
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(
         extra="forbid",
@@ -112,6 +115,10 @@ class Options(_Part):
     """Time a pod has to save its state when it is stopped."""
     network_policy: bool = True
     """Whether each Job gets a NetworkPolicy."""
+    environment: dict[_Variable, str] = {}
+    """What every pod of a Workspace finds in its environment: HTTPS_PROXY, HTTP_PROXY and NO_PROXY
+    for registries and the hub (data obey the policy's proxy), HF_ENDPOINT for a mirror of the hub.
+    A proxy's port belongs into egressPorts."""
     egress_ports: tuple[int, ...] = ()
     """Ports that Jobs may reach beside 443, DNS and those of their URLs and images."""
     operator_namespace: str = "tuning-system"

@@ -69,6 +69,7 @@ def spec(workspace: Object, wanted: Wanted, options: Options, *, claim: bool) ->
         "env": [
             {"name": "HOME", "value": "/tmp"},  # noqa: S108 the pod's own
             {"name": "HF_HOME", "value": "/models"},
+            *variables(options),
         ],
         "ports": [{"name": "progress", "containerPort": PORT, "protocol": "TCP"}],
         "resources": resources(wanted, options, claim=claim),
@@ -84,6 +85,11 @@ def spec(workspace: Object, wanted: Wanted, options: Options, *, claim: bool) ->
         options=options,
         grace=options.grace_seconds,
     ) | {"restartPolicy": "Never"}
+
+
+def variables(options: Options) -> list[Object]:
+    """What the administrator puts into every pod's environment."""
+    return [{"name": name, "value": value} for name, value in sorted(options.environment.items())]
 
 
 def around(

@@ -166,7 +166,7 @@ def _deploy(seen: Seen, options: Options) -> dict[str, Any]:
     if seen.service is None:
         made.append((SERVICE, service))
     else:
-        spec = seen.service["spec"] | {"type": service["spec"]["type"]}
+        spec = seen.service["spec"] | service["spec"]
         changed.append((SERVICE, seen.service | {"spec": spec}))
     deployment = serving.deployment(workspace, wish, options, claim=seen.storage)
     if seen.server is None:

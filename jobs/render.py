@@ -29,29 +29,48 @@ def render(file: Path, options: Options, *, namespace: str) -> list[dict[str, An
     name = (workspace.get("tuning") or {}).get("config")
     wish = wanted.read(workspace, _config_map(file, name), None)
     _refuse_volumes(workspace, options)
-    if wish.misfit:
-        raise SpecError(wish.misfit)
-    assert found and wish.spec is not None, wish.problems
+    if wish.problems or wish.misfit:
+        raise SpecError(wish.problems or wish.misfit)
+    assert found and wish.spec is not None
+    server = _serves(workspace, file, options) if "inference" in workspace else None
     claim = options.storage.run_volume != "ephemeral"
     before = _before(workspace, wish, options, claim=claim)
     if options.network_policy:
         before.append(manifests.network_policy(workspace, wish, options))
-    return [*before, manifests.job(workspace, wish, options, claim=claim, earlier=())]
+    job = manifests.job(workspace, wish, options, claim=claim, earlier=())
+    if server is None:
+        return [*before, job]
+    return [*before, job, *_serving(workspace, server, options)]  # when the Job has succeeded
 
 
 def _server(workspace: Object, file: Path, options: Options) -> list[Object]:
     """What serves, for a Workspace that tunes nothing."""
-    name = workspace["inference"].get("config")
+    wish = _serves(workspace, file, options)
+    _refuse_volumes(workspace, options)
+    claim = options.storage.run_volume != "ephemeral" and not options.storage.cached
+    return [
+        *_before(workspace, wish, options, claim=claim),
+        *_serving(workspace, wish, options),
+    ]
+
+
+def _serves(workspace: Object, file: Path, options: Options) -> Wanted:
+    """What is to be served. Raises SpecError."""
+    name = (workspace.get("inference") or {}).get("config")
     wish = served.read(workspace, _config_map(file, name), None)
     if wish.problems or wish.misfit:
         raise SpecError(wish.problems or wish.misfit)
-    _refuse_volumes(workspace, options)
+    if wish.server and wish.server.runtime == "vllm" and not options.vllm_image:
+        what, change = "the operator has no image of vLLM", "set the option vllmImage"
+        raise SpecError([Problem("JOB-104", served.RUNTIME, what, change)])
+    return wish
+
+
+def _serving(workspace: Object, wish: Wanted, options: Options) -> list[Object]:
     claim = options.storage.run_volume != "ephemeral" and not options.storage.cached
-    before = _before(workspace, wish, options, claim=claim)
-    if options.network_policy:
-        before.append(manifests.server_policy(workspace, wish, options))
+    found = [manifests.server_policy(workspace, wish, options)] if options.network_policy else []
     deployment = serving.deployment(workspace, wish, options, claim=claim)
-    return [*before, serving.service(workspace, wish), deployment]
+    return [*found, serving.service(workspace, wish), deployment]
 
 
 def _before(workspace: Object, wish: Wanted, options: Options, *, claim: bool) -> list[Object]:

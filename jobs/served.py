@@ -50,11 +50,26 @@ def read(workspace: Object, config_map: Object | None, device: Device | None) ->
     here = plan.device_of(machine.name) if machine else device
     if facts is None or here is None or here.kind != "cuda" or gpus == 0:
         return wish
+    vllm = server.runtime == "vllm"
+    if vllm and (facts.stored != "16-bit" or "quantization" in dict(server.settings)):
+        return wish  # how much that takes is vLLM's to know
     try:
-        _fits(server.base, here, len(server.adapters), gpus)
+        _fits(server.base, here, len(server.adapters), gpus, vllm)
     except SpecError as error:
         return replace(wish, misfit=error.problems)
     return wish
+
+
+def ahead(workspace: Object, tuned: Wanted, device: Device | None) -> Wanted:
+    """What `tuned` says, or what is wrong with what is to be served afterwards: better known before
+    a machine is paid for. A ConfigMap of vLLM's options may come later."""
+    if workspace.get("inference") is None or tuned.spec is None:
+        return tuned
+    wish = read(workspace, None, device)
+    problems = tuple(problem for problem in wish.problems if problem.code != "SPEC-117")
+    if problems:
+        return replace(tuned, spec=None, problems=problems)
+    return replace(tuned, misfit=wish.misfit) if wish.misfit and not tuned.misfit else tuned
 
 
 def smallest(wish: Wanted) -> str | None:
@@ -63,9 +78,10 @@ def smallest(wish: Wanted) -> str | None:
     cloud = wish.instance.cloud if wish.instance else "azure"
     offered = [m for m in presets.instances() if m.cloud == cloud and not m.retired]
     for machine in sorted(offered, key=lambda m: (m.memory_bytes * m.gpus, m.gpus)):
-        gpus = machine.gpus if wish.server.runtime == "vllm" else 1
+        vllm = wish.server.runtime == "vllm"
+        here, gpus = plan.device_of(machine.name), machine.gpus if vllm else 1
         try:
-            _fits(wish.server.base, plan.device_of(machine.name), len(wish.server.adapters), gpus)
+            _fits(wish.server.base, here, len(wish.server.adapters), gpus, vllm)
         except SpecError:
             continue
         return machine.name
@@ -73,14 +89,20 @@ def smallest(wish: Wanted) -> str | None:
 
 
 @lru_cache(maxsize=256)
-def _fits(base: str, here: Device, adapters: int, gpus: int) -> None:
-    """Raises SpecError if the weights and a decent context do not fit the GPUs."""
+def _fits(base: str, here: Device, adapters: int, gpus: int, vllm: bool) -> None:
+    """Raises SpecError if the weights and a decent context do not fit the GPUs.
+
+    vLLM holds weights as they are published; our server takes 4 bits where those do not fit.
+    """
     facts = _facts(base)
     assert facts is not None
     each = sum(linear.inputs + linear.outputs for linear in facts.linears)
     numbers = adapters * _RANK * facts.layers * each
     together = replace(here, memory_bytes=here.memory_bytes * gpus)
-    memory.planned(facts, together, adapter_numbers=numbers)
+    precision: memory.Precision = "auto"
+    if vllm:
+        precision = "bfloat16" if here.bf16 else "float16"
+    memory.planned(facts, together, adapter_numbers=numbers, precision=precision)
 
 
 def _facts(base: str) -> presets.Facts | None:

@@ -74,6 +74,20 @@ def service(workspace: Object, wanted: Wanted) -> Object:
     }
 
 
+def leads_to(service: Object, wish: Object) -> bool:
+    """Whether a Service of the API server's does what `wish` says: kind, ports, and to which pods.
+
+    One that KAITO's controller made leads to a pod of KAITO's.
+    """
+    found, wanted = service["spec"], wish["spec"]
+    ports = [[each.get(key) for key in ("port", "targetPort")] for each in found.get("ports") or []]
+    return (
+        found.get("selector") == wanted["selector"]
+        and (found.get("type") == "LoadBalancer") == (wanted["type"] == "LoadBalancer")
+        and ports == [[each["port"], each["targetPort"]] for each in wanted["ports"]]
+    )
+
+
 def _server(wanted: Wanted) -> Server:
     assert wanted.server is not None
     return wanted.server
@@ -119,7 +133,7 @@ def _pod(workspace: Object, wanted: Wanted, options: Options, *, claim: bool) ->
         "image": options.vllm_image if vllm else options.image,
         "imagePullPolicy": options.image_pull_policy,
         "command": _vllm(wanted, server) if vllm else _command(workspace, server, options),
-        "env": _environment(token=vllm and server.hub_secret is not None),
+        "env": _environment(options, token=vllm and server.hub_secret is not None),
         "ports": [{"name": "http", "containerPort": PORT, "protocol": "TCP"}],
         "resources": pod.resources(wanted, options, claim=claim),
         "securityContext": dict(RESTRICTED),
@@ -135,10 +149,11 @@ def _pod(workspace: Object, wanted: Wanted, options: Options, *, claim: bool) ->
     return found
 
 
-def _environment(*, token: bool = False) -> list[Object]:
+def _environment(options: Options, *, token: bool = False) -> list[Object]:
     found = [
         {"name": "HOME", "value": "/tmp"},  # noqa: S108 the pod's own
         {"name": "HF_HOME", "value": "/models"},
+        *pod.variables(options),
     ]
     if token:  # the place of a file: the token itself is in no environment
         found.append({"name": "HF_TOKEN_PATH", "value": f"{_SECRETS}/hub/{pod.HUB}"})
@@ -261,7 +276,7 @@ def _with_pullers(spec: Object, server: Server, options: Options) -> None:
             "image": options.image,
             "imagePullPolicy": options.image_pull_policy,
             "command": [*pull, str(a.image), f"/adapters/{a.name}", *secret, *policy],
-            "env": _environment(),
+            "env": _environment(options),
             "resources": {
                 "requests": {"cpu": "1", "memory": "512Mi"},
                 "limits": {"memory": pod.size(2 * GIB)},

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, Literal
 
-from jobs import children, names, pod, readiness, served
+from jobs import children, names, pod, readiness, served, serving
 from jobs.children import Trouble
 from jobs.cluster import Object
 from jobs.options import Options
@@ -86,6 +86,8 @@ def judge(seen: Seen, options: Options) -> Stage:
         return _of_server(seen, options)
     if recorded.get("completionTime") and recorded.get("revision") == wanted.revision:
         return Stage("finished")
+    if "revision" not in recorded and children.holds(seen.workspace, "WorkspaceSucceeded"):
+        return Stage("finished")  # by KAITO's controller
     if seen.job:  # follow it, whatever became of the ConfigMap meanwhile
         return _of_job(seen, seen.job, options)
     if trouble := _invalid(seen, options):
@@ -112,10 +114,6 @@ def _of_server(seen: Seen, options: Options) -> Stage:
     wanted = seen.wanted
     if (trouble := _invalid(seen, options)) or wanted.server is None:
         return Stage("invalid", trouble or Trouble("SpecInvalid", "nothing is to be served"))
-    if wanted.server.runtime == "vllm" and not options.vllm_image:
-        what = "the operator has no image of vLLM (option vllmImage)"
-        change = "ask the administrator, or use the runtime transformers"
-        return Stage("invalid", Trouble("RuntimeUnavailable", what, change))
     if seen.foreign:
         kind, name = seen.foreign.get("kind") or "object", seen.foreign["metadata"]["name"]
         what = f"a {kind} {name} exists that does not belong to this Workspace"
@@ -129,7 +127,7 @@ def _of_server(seen: Seen, options: Options) -> Stage:
         seen.server is not None
         and seen.service is not None
         and names.revision_of(seen.server) == wanted.server.fingerprint
-        and (seen.service["spec"].get("type") == "LoadBalancer") == wanted.server.public
+        and serving.leads_to(seen.service, serving.service(seen.workspace, wanted))
         and seen.policy in ("unasked", "whole")
     )
     found = readiness.judge(seen.pods, seen.warning, seen.told, wanted.server, was=seen.recorded)
@@ -164,6 +162,12 @@ def _invalid(seen: Seen, options: Options) -> Trouble | None:
         return Trouble("ConfigMapNotFound", message, "create the ConfigMap; it goes on by itself")
     if wanted.spec is None and wanted.server is None:
         return Trouble("SpecInvalid", " ".join(str(problem) for problem in wanted.problems))
+    notes = seen.workspace["metadata"].get("annotations") or {}
+    serves = seen.workspace.get("inference") is not None
+    if serves and notes.get(served.RUNTIME) == "vllm" and not options.vllm_image:
+        what = "the operator has no image of vLLM (option vllmImage)"
+        change = "ask the administrator, or use the runtime transformers"
+        return Trouble("RuntimeUnavailable", what, change)
     return None
 
 

@@ -43,7 +43,12 @@ def status(seen: Seen, stage: Stage, options: Options) -> Object:
     if seen.serving:
         return _serving(seen, stage, options)
     if stage.word == "finished":
-        return _with(old, seen, [_config_changed(seen)])
+        told = _with(old, seen, [_config_changed(seen)])
+        if "revision" in old:
+            return told
+        # KAITO's controller finished it: nothing runs again, unless it is edited.
+        over = {"completionTime": stamp(seen.now), "state": "Succeeded"}
+        return told | over | {"revision": seen.wanted.revision}
     same = old.get("revision") == seen.wanted.revision
     found: Object = {
         "observedGeneration": seen.workspace["metadata"]["generation"],

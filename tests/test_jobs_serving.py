@@ -9,13 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from kubernetes import client
 
-from jobs import children, manifests, names, reconcile, render, served, serving, stage, status
+from jobs import (
+    children,
+    manifests,
+    names,
+    reconcile,
+    render,
+    served,
+    serving,
+    stage,
+    status,
+    wanted,
+)
 from jobs.cluster import DEPLOYMENT, JOB, NODE_CLAIM, Object
 from jobs.options import Nodes, Options, Storage
 from jobs.stage import Seen
 from jobs.wanted import Adapter, Server
+from tuning.errors import SpecError
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 DIGEST = "sha256:" + "ab" * 32
@@ -357,6 +370,75 @@ def test_what_was_trained_on_is_served() -> None:
     assert "c" * 40 not in command(item, Options(vllm_image="vllm:1"))
 
 
+def test_a_service_of_kaitos_is_led_to_our_pod() -> None:
+    """KAITO's selects the pod of its StatefulSet: requests would go nowhere."""
+    item = workspace()
+    seen = look(item, pod=pod_in(RUNNING, ready=True))
+    assert seen.service is not None
+    kaitos = copy.deepcopy(seen.service)
+    kaitos["spec"] |= {
+        "selector": {"statefulset.kubernetes.io/pod-name": "wk-0"},
+        "clusterIP": "10.0.0.7",
+    }
+    changed = {k.name: v for k, v in reconcile.decide(
+        replace(seen, service=kaitos), Options()).put_back}  # fmt: skip
+    assert names.server_labels(item) == changed["Service"]["spec"]["selector"]
+    assert "10.0.0.7" == changed["Service"]["spec"]["clusterIP"]
+    assert not reconcile.decide(seen, Options()).put_back
+
+
+@pytest.mark.parametrize(
+    ("annotations", "inference", "said"),
+    [
+        ({served.BALANCED: "True"}, {}, "a load balancer lets everybody in"),
+        ({served.RUNTIME: "vlm"}, {}, "use transformers or vllm"),
+        ({}, {"adapters": [adapter("tuned")]}, "the name tuned stands for more than one"),
+    ],
+)
+def test_what_cannot_be_served_is_told_before_it_is_tuned(
+    annotations: dict[str, str], inference: dict[str, Any], said: str
+) -> None:
+    """Not after the machine was paid for; vLLM's options may still come."""
+    item = both(**inference)
+    item["metadata"]["annotations"] = annotations
+    tuned = served.ahead(item, wanted.read(item, None, None), None)
+    assert tuned.spec is None
+    assert said in " ".join(map(str, tuned.problems))
+    item = both(config="later")
+    item["metadata"]["annotations"] = {served.RUNTIME: "vllm"}
+    assert served.ahead(item, wanted.read(item, None, None), None).spec is not None
+
+
+@pytest.mark.parametrize(
+    ("base", "runtime", "fits"),
+    [
+        ("llama-3.3-70b-instruct", "transformers", True),  # in 4 bits
+        ("llama-3.3-70b-instruct", "vllm", False),  # which holds it as it is published
+        ("gpt-oss-120b", "vllm", True),  # published in 4 bits: vLLM's to judge
+    ],
+)
+def test_vllm_is_judged_by_what_vllm_holds(base: str, runtime: str, fits: bool) -> None:
+    item = workspace(annotations={served.RUNTIME: runtime}, preset={"name": base})
+    assert fits == (not served.read(item, None, None).misfit)
+
+
+def test_the_administrators_environment_reaches_every_pod() -> None:
+    """A proxy for registries, a mirror of the hub; nothing else can be put there."""
+    options = Options.model_validate(
+        {"environment": {"HTTPS_PROXY": "http://proxy.corp:3128"}, "vllmImage": "vllm:1"}
+    )
+    item = workspace(annotations={served.RUNTIME: "vllm"}, adapters=[adapter("a")])
+    wish = served.read(item, None, None)
+    pods = serving.deployment(item, wish, options, claim=False)["spec"]["template"]["spec"]
+    tuned = both()
+    job = manifests.job(tuned, wanted.read(tuned, None, None), options, claim=False, earlier=())
+    for spec in (pods, job["spec"]["template"]["spec"]):
+        for each in [*spec["containers"], *spec.get("initContainers", [])]:
+            assert {"name": "HTTPS_PROXY", "value": "http://proxy.corp:3128"} in each["env"]
+    with pytest.raises(ValueError, match="LD_PRELOAD"):
+        Options.model_validate({"environment": {"LD_PRELOAD": "x"}})
+
+
 def test_tune_then_serve_needs_nothing_but_an_empty_inference() -> None:
     """Preset and login from tuning, the adapter by the digest pushed; the machine stays."""
     item = both()
@@ -398,8 +480,6 @@ def test_before_another_tuning_the_server_stops() -> None:
 
 def test_render_prints_what_serves(tmp_path: Path) -> None:
     """Claim, policy, Service and Deployment, strict."""
-    import yaml
-
     item = workspace(adapters=[adapter("a")])
     item["metadata"] = {"name": "wk"}
     file = tmp_path / "w.yaml"
@@ -409,3 +489,59 @@ def test_render_prints_what_serves(tmp_path: Path) -> None:
     assert ["PersistentVolumeClaim", "NetworkPolicy", "Service", "Deployment"] == kinds
     for each in found:
         TYPES[each["kind"]].model_validate(each)
+
+
+def test_render_prints_what_tunes_and_what_serves_afterwards(tmp_path: Path) -> None:
+    item = both()
+    file = tmp_path / "w.yaml"
+    file.write_text(yaml.safe_dump(item))
+
+    kinds = [each["kind"] for each in render.render(file, Options(), namespace="team")]
+
+    assert "Job" in kinds and kinds.index("Job") < kinds.index("Deployment")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        (("tuning", "preset", "name"), "phi-3-mini-4k-instrukt", "phi-3-mini-4k-instruct"),
+        (("resource", "instanceType"), "Standard_NC6_v3s", "Standard_NC6s_v3"),
+        (("metadata", "annotations"), {served.RUNTIME: "vllm"}, "set the option vllmImage"),
+    ],
+)
+def test_render_tells_slips_of_the_pen(
+    tmp_path: Path, path: tuple[str, ...], value: Any, said: str
+) -> None:
+    item = both()
+    place = item
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    file = tmp_path / "w.yaml"
+    file.write_text(yaml.safe_dump(item))
+
+    with pytest.raises(SpecError, match=said):
+        render.render(file, Options(), namespace="team")
+
+
+def test_what_kaito_has_tuned_is_not_tuned_again() -> None:
+    """Its status knows no revision of ours; an edit makes a run, as ever."""
+    item = both()
+    del item["inference"]
+    done = {"type": "WorkspaceSucceeded", "status": "True", "reason": "workspaceSucceeded"}
+    times = {"message": "", "lastTransitionTime": "2026-01-01T00:00:00Z"}
+    item["status"] = {"conditions": [done | times]}
+    wish = wanted.read(item, None, None)
+
+    decision = reconcile.decide(Seen(item, wish, NOW), Options())
+
+    assert not decision.create
+    assert decision.status is not None
+    assert (wish.revision, "Succeeded") == tuple(
+        decision.status[key] for key in ("revision", "state")
+    )
+    item["status"] = decision.status
+    assert not reconcile.decide(Seen(item, wish, NOW), Options()).create
+    item["tuning"]["input"]["urls"] = ["https://data.example.com/other.jsonl"]
+    edited = wanted.read(item, None, None)
+    assert reconcile.decide(Seen(item, edited, NOW, storage=False), Options()).create

@@ -209,6 +209,7 @@ def test_the_shipped_rights_are_enough_and_none_is_idle(api: Cluster, account: C
 def test_the_rights_in_one_namespace_are_enough_for_it(server: bed.Bed, api: Cluster) -> None:
     """From a Workspace to its end with nothing cluster-scoped; of other namespaces: nothing."""
     space = "tuning-here"
+    api.create(NAMESPACE, {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": space}})
     account = account_of(server, api, "namespaced", space)
     options = Options(namespaces=(space,), operator_namespace=space, keep_seconds=0)
     options = options.model_copy(update={"storage": Storage(run_volume="claim")})

@@ -84,10 +84,15 @@ def hold(
 
 
 def planned(
-    facts: presets.Facts, here: Device, *, requests: int = 32, adapter_numbers: int = 0
+    facts: presets.Facts,
+    here: Device,
+    *,
+    requests: int = 32,
+    adapter_numbers: int = 0,
+    precision: Precision = "auto",
 ) -> Holding:
     """The same for a model of which only the facts are known. Raises SpecError if none fits."""
-    return _hold(_known(facts), here, "auto", None, requests, adapter_numbers)
+    return _hold(_known(facts), here, precision, None, requests, adapter_numbers)
 
 
 def _hold(

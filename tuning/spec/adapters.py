@@ -75,7 +75,7 @@ def _check_adapter(adapter: Adapter, path: Path, found: Findings, seen: set[str]
 
 def _check_strength(text: str, name: str, path: Path, found: Findings) -> None:
     try:
-        strength = float(text)
+        strength = float(text) if text[:1].isdigit() else math.nan  # ".5" is none for the CRD
     except ValueError:
         strength = math.nan
     if math.isnan(strength):

@@ -19,7 +19,6 @@ from jobs import options as option_files
 from jobs import serve
 from jobs.options import Options
 from tuning.errors import TuningError
-from tuning.network import Policy
 
 app = typer.Typer(
     help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
@@ -90,8 +89,7 @@ def _options(path: Path | None, policy: Path | None) -> Options:
     decided = option_files.load(path)
     if policy is None:
         return decided
-    Policy.load(policy)  # a slip of the pen is told here, not by every Job
-    return decided.model_copy(update={"policy": policy.read_text(encoding="utf-8")})
+    return option_files.with_policy(decided, policy)
 
 
 def _print(documents: list[dict[str, Any]]) -> None:

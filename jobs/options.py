@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -12,8 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.alias_generators import to_camel
 
 from tuning.errors import Problem, SpecError
+from tuning.network import Policy
 
 DAY = 24 * 3600
+_BESIDE = re.compile("[A-Za-z0-9][A-Za-z0-9._-]{0,100}")
 
 
 _Variable = Literal["HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY", "HF_ENDPOINT"]
@@ -129,6 +132,8 @@ class Options(_Part):
     """User and group of the Job."""
     policy: str | None = None
     """Text of the policy file that Jobs obey; filled in from --policy."""
+    policy_files: dict[str, str] = {}
+    """Certificates and public keys that it names, by name; filled in from beside it."""
 
 
 _HEAD = """\
@@ -150,7 +155,7 @@ def markdown() -> str:
 def _rows(part: type[BaseModel], path: str) -> Iterator[str]:
     for name, field in part.model_fields.items():
         key, kind = f"{path}{to_camel(name)}", field.annotation
-        if name == "policy":  # filled in from its own file
+        if name.startswith("policy"):  # filled in from its own file
             continue
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             yield from _rows(kind, f"{key}.")
@@ -169,6 +174,51 @@ def _values(kind: Any) -> str:
     if args := [each for each in get_args(kind) if each is not type(None)]:
         return "map" if get_origin(kind) is dict else _values(args[0])
     return {str: "text", int: "number", bool: "`true`, `false`"}[kind]
+
+
+def with_policy(options: Options, path: Path) -> Options:
+    """`options` with the policy file at `path`, and with the certificates and public keys beside it
+    that it names: they travel with each Job. What is named by an absolute path is in the image.
+
+    Raises SpecError for a slip of the pen in it, and for what cannot travel.
+    """
+    Policy.load(path)
+    text = path.read_text(encoding="utf-8")
+    found, problems = {}, []
+    for name in _named(yaml.safe_load(text) or {}):
+        if name.startswith("/"):
+            continue
+        try:
+            content = (path.parent / name).read_text(encoding="ascii")
+        except (OSError, UnicodeDecodeError):
+            what, change = f"names {name}, which is no text file beside it", "put it there"
+        else:
+            if "PRIVATE KEY" not in content and _BESIDE.fullmatch(name):
+                found[name] = content
+                continue
+            what = f"names {name}, which cannot be sent to Jobs"
+            change = "put private keys and files in folders into the image, by absolute path"
+        problems.append(Problem("JOB-105", str(path), what, change))
+    if problems:
+        raise SpecError(problems)
+    return options.model_copy(update={"policy": text, "policy_files": found})
+
+
+def _named(policy: dict[str, Any]) -> Iterator[str]:
+    """The files that a policy names; what else is wrong with its registries the engine says."""
+
+    def part(whole: Any, key: str) -> dict[str, Any]:
+        found = whole.get(key)
+        return found if isinstance(found, dict) else {}
+
+    if bundle := part(policy, "data").get("caBundle"):
+        yield str(bundle)
+    registry = part(policy, "registry")
+    yield from map(str, registry.get("keys") or [])
+    hosts = part(registry, "hosts")
+    for name in hosts:
+        host = part(hosts, name)
+        yield from (str(host[key]) for key in ("ca", "clientCert", "clientKey") if host.get(key))
 
 
 def load(path: Path | None) -> Options:

@@ -87,6 +87,22 @@ def spec(workspace: Object, wanted: Wanted, options: Options, *, claim: bool) ->
     ) | {"restartPolicy": "Never"}
 
 
+def policy_notes(options: Options) -> dict[str, str]:
+    """Annotations that hold the policy, and the files that it names."""
+    if not options.policy:
+        return {}
+    files = {f"{POLICY}-{i}": text for i, text in enumerate(options.policy_files.values())}
+    return {POLICY: options.policy, **files}
+
+
+def policy_items(options: Options) -> list[Object]:
+    """The same as files of a volume, beside each other."""
+    if not options.policy:
+        return []
+    files = [field(f"{POLICY}-{i}", name) for i, name in enumerate(options.policy_files)]
+    return [field(POLICY, "policy.yaml"), *files]
+
+
 def variables(options: Options) -> list[Object]:
     """What the administrator puts into every pod's environment."""
     return [{"name": name, "value": value} for name, value in sorted(options.environment.items())]
@@ -225,9 +241,7 @@ def _files(wanted: Wanted, options: Options) -> list[Object]:
     """What stands below /etc/tuning: the document, the policy, and Secrets by their use."""
     assert wanted.spec is not None
     asked = wanted.spec
-    items = [field(SNAPSHOT, "workspace.yaml")]
-    if options.policy:
-        items.append(field(POLICY, "policy.yaml"))
+    items = [field(SNAPSHOT, "workspace.yaml"), *policy_items(options)]
     sources: list[Object] = [{"downwardAPI": {"items": items}}]
     if asked.destination.push_secret:
         sources.append(secret(asked.destination.push_secret, DOCKER, "push"))

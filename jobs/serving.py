@@ -38,8 +38,7 @@ def deployment(workspace: Object, wanted: Wanted, options: Options, *, claim: bo
         "spec": _pod(workspace, wanted, options, claim=claim),
     }
     notes = {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false"}
-    if options.policy:
-        notes[pod.POLICY] = options.policy
+    notes |= pod.policy_notes(options)
     template["metadata"]["annotations"] = notes
     return {
         "apiVersion": DEPLOYMENT.api_version,
@@ -220,7 +219,7 @@ def _files(server: Server, options: Options) -> list[Object]:
     """What stands below /etc/tuning: the policy, and Secrets by their use."""
     found: list[Object] = []
     if options.policy:
-        found.append({"downwardAPI": {"items": [pod.field(pod.POLICY, "policy.yaml")]}})
+        found.append({"downwardAPI": {"items": pod.policy_items(options)}})
     secrets = dict.fromkeys(one for each in server.adapters for one in each.pull_secrets)
     found += [pod.secret(one, pod.DOCKER, f"pull/{i}") for i, one in enumerate(secrets)]
     if server.hub_secret:

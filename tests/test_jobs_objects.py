@@ -16,7 +16,7 @@ from cluster.world import config_map, workspace
 from kubernetes import client
 
 from jobs import crd, manifests, names, options, pod, render, rules, wanted
-from jobs.options import Nodes, Options, Storage, load
+from jobs.options import Nodes, Options, Storage, load, with_policy
 from tuning.errors import SpecError
 from tuning.pipeline.options import JOB_DATA_SECRET
 from tuning.result import REASONS, RETRYABLE
@@ -385,6 +385,38 @@ def test_options_refuse_what_they_do_not_know(tmp_path: Path) -> None:
     with pytest.raises(SpecError) as caught:
         load(file)
     assert {"imagee", "nodes.launchSeconds"} == {p.where for p in caught.value.problems}
+
+
+def test_files_that_the_policy_names_travel_with_it(tmp_path: Path) -> None:
+    """A CA and a cosign key, as annotations that are mounted beside it; never a private key."""
+    policy = tmp_path / "policy.yaml"
+    text = (
+        "data: {caBundle: corp.pem}\nregistry: {signatures: require, keys: [cosign.pub, /in.pub]}"
+    )
+    policy.write_text(text)
+    (tmp_path / "corp.pem").write_text("-----BEGIN CERTIFICATE-----")
+    (tmp_path / "cosign.pub").write_text("-----BEGIN PUBLIC KEY-----")
+    options = with_policy(Options(), policy)
+    template = job_of(stored(), options)["spec"]["template"]
+    notes = template["metadata"]["annotations"]
+    (projected,) = [v["projected"] for v in template["spec"]["volumes"] if "projected" in v]
+    (items,) = [s["downwardAPI"]["items"] for s in projected["sources"] if "downwardAPI" in s]
+    mounted = {item["path"]: notes[item["fieldRef"]["fieldPath"].split("'")[1]] for item in items}
+    del mounted["workspace.yaml"]
+    assert {
+        "policy.yaml": text,
+        "corp.pem": "-----BEGIN CERTIFICATE-----",
+        "cosign.pub": "-----BEGIN PUBLIC KEY-----",
+    } == mounted
+
+    (tmp_path / "corp.pem").write_text("-----BEGIN PRIVATE KEY-----")
+    (tmp_path / "cosign.pub").unlink()
+    with pytest.raises(SpecError, match="JOB-105") as caught:
+        with_policy(Options(), policy)
+    assert 2 == len(caught.value.problems)
+    policy.write_text("data: {alowHosts: [x]}")
+    with pytest.raises(SpecError, match="allowHosts"):
+        with_policy(Options(), policy)
 
 
 def test_the_cluster_side_loads_no_torch() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,12 @@ def _serves(workspace: Object, file: Path, options: Options) -> Wanted:
     """What is to be served. Raises SpecError."""
     name = (workspace.get("inference") or {}).get("config")
     wish = served.read(workspace, _config_map(file, name), None)
-    if wish.problems or wish.misfit:
-        raise SpecError(wish.problems or wish.misfit)
+    if wish.problems:
+        raise SpecError(wish.problems)
+    if wish.misfit:
+        machine = served.smallest(wish)
+        change = f"use {machine} or larger" if machine else "no known machine fits"
+        raise SpecError([replace(problem, change=change) for problem in wish.misfit])
     if wish.server and wish.server.runtime == "vllm" and not options.vllm_image:
         what, change = "the operator has no image of vLLM", "set the option vllmImage"
         raise SpecError([Problem("JOB-104", served.RUNTIME, what, change)])

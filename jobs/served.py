@@ -35,7 +35,7 @@ def read(workspace: Object, config_map: Object | None, device: Device | None) ->
         machine = _machine(found)
         server = _server(workspace, found, config_map)
     except SpecError as error:
-        return Wanted(revision, None, problems=error.problems)
+        return Wanted(revision, None, problems=_placed(error, workspace))
     facts = _facts(server.base)
     gpus = _gpus(workspace, server, machine)
     wish = Wanted(
@@ -56,8 +56,20 @@ def read(workspace: Object, config_map: Object | None, device: Device | None) ->
     try:
         _fits(server.base, here, len(server.adapters), gpus, vllm)
     except SpecError as error:
-        return replace(wish, misfit=error.problems)
+        change = "use a smaller model, or a machine with more memory"
+        where = "inference.preset.name"
+        return replace(
+            wish, misfit=tuple(replace(p, where=where, change=change) for p in error.problems)
+        )
     return wish
+
+
+def _placed(error: SpecError, workspace: Object) -> tuple[Problem, ...]:
+    """The problems of `error` at the preset that is served, where only that is named."""
+    if workspace.get("tuning") is not None:
+        return error.problems
+    moved = {"tuning.preset.name": "inference.preset.name"}
+    return tuple(replace(p, where=moved.get(p.where, p.where)) for p in error.problems)
 
 
 def ahead(workspace: Object, tuned: Wanted, device: Device | None) -> Wanted:
@@ -134,7 +146,7 @@ def _server(workspace: Object, found: Workspace, config_map: Object | None) -> S
             "SPEC-118", "inference.template", what, "apply it as a Deployment, or use preset"
         )
     if found.resource and found.resource.count != 1:
-        what, change = "one node serves a Workspace", "set it to 1; `kubectl scale` adds pods"
+        what, change = "one node serves a Workspace", "set it to 1"
         raise _wrong("SPEC-118", "resource.count", what, change)
     if found.resource and found.resource.partition:
         what = "shares of a GPU are not served by this operator"

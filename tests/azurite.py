@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import pytest
+from azure.core.exceptions import ResourceExistsError
 from azure.storage import blob
 
 VERSION = "3.37.0"
@@ -77,7 +78,7 @@ class Azurite:
     def put(self, container: str, name: str, body: bytes, *, public: str | None = None) -> None:
         """Store `body`; `public` is "blob" for a container that everybody may read."""
         with blob.BlobServiceClient.from_connection_string(self.connection) as client:
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(ResourceExistsError):
                 client.create_container(container, public_access=public)
             with client.get_blob_client(container, name) as place:
                 place.upload_blob(body, overwrite=True)

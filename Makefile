@@ -70,7 +70,7 @@ soak: install system  ## kill a run, stop a server, N times at each boundary: ma
 coefficients: install  ## simulate the memory of every preset again: configs/memory (half an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tuning.simulate --write
 
-test-vllm: install  ## vLLM on a processor, with what the operator renders (2 GB into ~/.cache)
+test-vllm: install  ## vLLM on a processor, with what the operator renders (3.5 GB into ~/.cache)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m vllm tests/test_vllm.py $(PYTEST)
 
 test-bed: system  ## build the API servers for the cluster tests, once, into ~/.cache (root, 10 minutes)

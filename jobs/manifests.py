@@ -86,7 +86,7 @@ def _annotations(wanted: Wanted, options: Options, earlier: tuple[str, ...]) -> 
         text = specs.dump(replace(wanted.spec, document=document))
     found = {pod.SNAPSHOT: text, "karpenter.sh/do-not-disrupt": "true"}
     found["cluster-autoscaler.kubernetes.io/safe-to-evict"] = "false"
-    return found | (pod.policy_notes(options))
+    return found | pod.policy_notes(options)
 
 
 def run_claim(workspace: Object, wanted: Wanted, options: Options) -> Object:

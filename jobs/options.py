@@ -17,8 +17,6 @@ from tuning.network import Policy
 
 DAY = 24 * 3600
 _BESIDE = re.compile("[A-Za-z0-9][A-Za-z0-9._-]{0,100}")
-
-
 _Variable = Literal["HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY", "HF_ENDPOINT"]
 
 
@@ -214,7 +212,8 @@ def _named(policy: dict[str, Any]) -> Iterator[str]:
     if bundle := part(policy, "data").get("caBundle"):
         yield str(bundle)
     registry = part(policy, "registry")
-    yield from map(str, registry.get("keys") or [])
+    if isinstance(keys := registry.get("keys"), list):
+        yield from map(str, keys)
     hosts = part(registry, "hosts")
     for name in hosts:
         host = part(hosts, name)

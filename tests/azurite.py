@@ -4,7 +4,8 @@
         store.put("rows", "a.jsonl", b"...")          # with Microsoft's own client
         store.keys()                                  # what a user would put into the Secret
 
-It is installed once with npm, without the install scripts of packages, into ~/.cache.
+It is installed once with npm, without the install scripts of packages, into ~/.cache
+(0.4 GB).
 """
 
 from __future__ import annotations
@@ -35,9 +36,7 @@ def program() -> Path:
             pytest.skip("npm is not here, which installs Azurite: apt-get install npm")
         scratch = home.with_name(f"{home.name}.{os.getpid()}")
         wish = ["--ignore-scripts", "--no-audit", "--no-fund", f"azurite@{VERSION}"]
-        subprocess.run(
-            ["npm", "install", "--prefix", str(scratch), *wish], check=True, capture_output=True
-        )
+        subprocess.run(["npm", "install", "--prefix", str(scratch), *wish], check=True)
         with contextlib.suppress(OSError):  # another process was quicker
             scratch.rename(home)
         shutil.rmtree(scratch, ignore_errors=True)

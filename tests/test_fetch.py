@@ -349,7 +349,12 @@ def test_f7_a_host_that_does_not_exist_is_refused(tmp_path: Path) -> None:
         get(tmp_path, "https://data.example/x", resolve=unknown)
 
 
-@pytest.mark.parametrize("host", ["rows.s3.eu-west-1.amazonaws.com", "storage.googleapis.com"])
+def test_a_host_that_no_name_can_be_is_no_valid_url(tmp_path: Path) -> None:
+    with pytest.raises(RefusedError, match=r"FETCH-115 .*is no valid URL"):
+        get(tmp_path, f"https://{'a' * 64}.example/x")
+
+
+@pytest.mark.parametrize("host", ["huggingface.co", "storage.googleapis.com"])
 def test_f7_a_host_that_is_surely_there_means_no_dns(tmp_path: Path, host: str) -> None:
     """No reason to give up, nor to look for a slip of the pen."""
 

@@ -432,17 +432,21 @@ def test_without_a_secret_amazons_usual_places_count(
     assert "" == stores.load_keys(None).get("AWS_SESSION_TOKEN")
 
 
-def test_a_profile_that_is_asked_for_and_not_there_is_told(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_profile_that_is_not_there_disturbs_only_whom_s3_refuses(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else the file would be asked for without a key."""
+    """It may be one of ~/.aws/config, which other programs use; public files need no key."""
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
     monkeypatch.setenv("AWS_PROFILE", "dev")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", bucket.origin.url(""))
+    bucket.put("public/a", ROWS)
+    bucket.put("a", ROWS)
 
-    with pytest.raises(SpecError, match=r"FETCH-107 .*AWS_PROFILE names 'dev'"):
-        stores.load_keys(None)
+    assert len(ROWS) == get(tmp_path / "1", "s3://private/public/a", stores.load_keys(None)).size
+    with pytest.raises(RefusedError, match=r"FETCH-111 .*no profile 'dev'.*export-credentials"):
+        get(tmp_path / "2", "s3://private/a", stores.load_keys(None))
 
 
 @pytest.mark.parametrize(
@@ -451,6 +455,7 @@ def test_a_profile_that_is_asked_for_and_not_there_is_told(
         ({"AWS_ACCESS_KEY_ID": ID}, "go together"),
         ({"AWS_REGION": "evil.example/"}, "AWS_REGION is no region"),
         ({"AWS_ENDPOINT_URL": "minio:9000"}, "AWS_ENDPOINT_URL is no address"),
+        ({"AWS_ENDPOINT_URL": "http://[::1"}, "AWS_ENDPOINT_URL is no address"),
         ({"AWS_SESSION_TOKEN": "part1\nCANARY"}, "AWS_SESSION_TOKEN holds a line break"),
     ],
 )

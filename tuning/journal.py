@@ -12,6 +12,7 @@ the journal is opened.
 from __future__ import annotations
 
 import datetime
+import errno
 import fcntl
 import json
 import os
@@ -94,6 +95,8 @@ def opened(folder: Path) -> Iterator[Journal]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise  # a full disk has its own words
         what = f"cannot be written ({error.strerror or type(error).__name__})"
         change = "name a folder of your own with --run-dir"
         raise SpecError.at("RUN-103", str(folder), what, change) from None

@@ -29,7 +29,7 @@ _AGAIN = (408, 425, 429, 500, 502, 503, 504)
 _STORED_AS_SENT = ("", "identity", "gzip", "x-gzip", "zstd")  # known again by their content
 _SAYS_WHY = (*_REDIRECTS, 400, 401, 403, 404, 409)  # answers whose body a store fills with a reason
 _ERROR_BYTES = 8192  # of such a body
-_SURELY_THERE = (".googleapis.com", ".amazonaws.com", "huggingface.co")  # or there is no DNS
+_SURELY_THERE = ("storage.googleapis.com", "huggingface.co")  # or there is no DNS
 _UNKNOWN_HOST = (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME))
 
 
@@ -206,11 +206,13 @@ class Web:
             )
         except NotAllowed as error:
             raise _closed(item, error, hop) from None
+        except web_errors.HTTPError as error:  # some of them are ValueErrors, too
+            raise _unreachable(item, host, error) from None
+        except UnicodeError:  # a label of more than 63 characters, say
+            raise _no_url(item) from None
         except ValueError:  # http.client's, of a header; it would show the value
             what = f"a header for {host} holds what no header can"
             raise SpecError.at("FETCH-107", item.where, what, "write it in one line") from None
-        except web_errors.HTTPError as error:
-            raise _unreachable(item, host, error) from None
 
 
 def _closed(item: Item, error: NotAllowed, hop: int) -> SpecError | RefusedError:
@@ -231,9 +233,9 @@ def _unreachable(item: Item, host: str, error: Exception) -> RefusedError | Agai
     match error:
         case web_errors.NameResolutionError():
             cause = error.__cause__
-            known = host.endswith(_SURELY_THERE)
+            known = host in _SURELY_THERE
             if isinstance(cause, socket.gaierror) and cause.errno in _UNKNOWN_HOST and not known:
-                change = "check its spelling"
+                change = "check its spelling (AWS_REGION, the account of az://), and the DNS"
                 what = f"there is no host {host}"
                 return again("FETCH-117", what, change, tries=3, final=RefusedError)
             return again("FETCH-131", f"cannot look up {host}", "check the network's DNS")
@@ -249,9 +251,13 @@ def _unreachable(item: Item, host: str, error: Exception) -> RefusedError | Agai
             change = "mend the server's certificate, or give its CA (caBundle in the policy file)"
             return RefusedError.at("FETCH-116", item.where, f"TLS: {_reason(error)}", change)
         case web_errors.LocationValueError():
-            change = "write an address such as https://example.com/data.jsonl"
-            return RefusedError.at("FETCH-115", item.where, "is no valid URL", change)
+            return _no_url(item)
     return again("FETCH-131", f"the connection to {host} broke", "run the same command again")
+
+
+def _no_url(item: Item) -> RefusedError:
+    change = "write an address such as https://example.com/data.jsonl"
+    return RefusedError.at("FETCH-115", item.where, "is no valid URL", change)
 
 
 def _reason(error: Exception) -> str:

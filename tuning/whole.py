@@ -9,7 +9,7 @@ from pathlib import Path
 from tuning import base, delivery, model_image, pipeline, presets, reference
 from tuning.console import Console
 from tuning.delivery import Access
-from tuning.errors import UsageError
+from tuning.errors import SpecError, UsageError
 from tuning.spec import Destination
 
 
@@ -65,6 +65,8 @@ def merged(
     """
     where = _destination(output, overwrite=False)
     delivery.check(where, access)
+    if where.layout and (where.layout / "index.json").exists():
+        raise SpecError.at("MODEL-301", output, "already exists", "name a new folder")
     wanted = None if any_base else model
     with (
         delivery.at_hand(adapter, access=access, console=console, base=wanted) as folder,

@@ -5,9 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from tuning.errors import DataError, Problem
+from tuning.formats import Shape
 
 LIMIT = 10_000
-MIXED = "train on one shape at a time: give every file the same columns"
+
+
+def mixed(where: str, shape: Shape, first: str, known: Shape) -> Problem:
+    """The file or row at `where` is of another shape than what came first."""
+    what = (
+        f"is of shape {shape.name} ({shape.reason}), but {first} is of shape "
+        f"{known.name} ({known.reason})"
+    )
+    change = "train on one shape at a time: give every file the same columns"
+    return Problem("DATA-215", where, what, change)
 
 
 class Problems:

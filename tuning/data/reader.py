@@ -17,7 +17,7 @@ import pyarrow.ipc
 from tuning.data import read, sniff
 from tuning.data.encode import Encoded, Encoder
 from tuning.data.parts import Part
-from tuning.data.problems import MIXED, Problems
+from tuning.data.problems import Problems, mixed
 from tuning.data.source import Batch, Source
 from tuning.data.tally import Tally
 from tuning.errors import DataError
@@ -116,12 +116,7 @@ class Reader:
         if self.first is None:
             self.first = Known(shape, where)
         elif shape.name != self.first.shape.name:
-            first = self.first.shape
-            what = (
-                f"is of shape {shape.name} ({shape.reason}), but {self.first.began} is of shape "
-                f"{first.name} ({first.reason})"
-            )
-            self.problems.add("DATA-215", where, what, MIXED)
+            self.problems.extend([mixed(where, shape, self.first.began, self.first.shape)])
             return None
         if left := unused(batch.rows[0], shape):
             self.tally.notes[f"not read: the columns {', '.join(map(quoted, left[:12]))}"] += 0

@@ -9,11 +9,11 @@ from pathlib import Path
 from tuning import base, delivery, device, fetch, formats, model_image, plan
 from tuning.console import Console
 from tuning.data.glance import HEAD, glance
-from tuning.data.problems import MIXED
+from tuning.data.problems import mixed
 from tuning.errors import DataError
 from tuning.pipeline import sizing
 from tuning.pipeline.endings import together
-from tuning.pipeline.options import Options, base_reference, declared_name, read_token
+from tuning.pipeline.options import Options, base_reference, read_token
 from tuning.spec import Spec
 
 
@@ -28,11 +28,11 @@ def check(spec: Spec, options: Options, console: Console) -> Iterator[str]:
     def model() -> None:
         if model_image.is_image(name):
             shape = model_image.config(name, access=options.access)
-            judged(plan.base_from_config(declared_name(spec, shape), name, shape), name)
+            judged(plan.base_from_config(plan.declared_name(spec, shape), name, shape), name)
             return
         found = base.resolve(name, revision=revision, token=token)
         config = base.check(found, token=token)
-        known = plan.base_from_config(declared_name(spec, config), found.revision, config)
+        known = plan.base_from_config(plan.declared_name(spec, config), found.revision, config)
         judged(known, f"{name} at {found.revision[:19]}")
 
     def judged(known: plan.Base, shown: str) -> None:
@@ -58,14 +58,13 @@ def check(spec: Spec, options: Options, console: Console) -> Iterator[str]:
         else:
             return
         together(*(partial(first_rows, *first) for first in firsts))
-        for name, shape in shapes[1:]:
-            first, known = shapes[0]
-            if shape.name != known.name:
-                what = (
-                    f"is of shape {shape.name} ({shape.reason}), but {first} is of shape "
-                    f"{known.name} ({known.reason})"
-                )
-                raise DataError.at("DATA-215", name, what, MIXED)
+        odd = [
+            mixed(shown, shape, *shapes[0])
+            for shown, shape in shapes[1:]
+            if shape.name != shapes[0][1].name
+        ]
+        if odd:
+            raise DataError(odd)
 
     def first_rows(shown: str, size: int | None, head: bytes) -> None:
         s = spec.settings

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from tuning import fetch, model_image, presets, watchdog
 from tuning.delivery import Access
@@ -112,29 +111,3 @@ def source_of(preset: presets.Preset, revision: str | None) -> tuple[str, str | 
     if preset.image and revision is None:
         return preset.image, None
     return preset.hub_id, revision or preset.revision
-
-
-def declared_name(spec: Spec, config: Mapping[str, Any]) -> str:
-    """What the adapter calls its base, whose config.json is `config`.
-
-    The hub id that the spec names, also where its weights come from a folder or an image, unless
-    they are of another shape than the preset says: then the folder's or image's own name.
-    """
-    given = spec.base_model or spec.preset
-    if not Path(given).is_dir() and not model_image.is_image(given):
-        found = presets.find(given)
-        return found.hub_id if found else given
-    preset = presets.find(spec.preset)
-    if preset is None:
-        return spec.preset
-    if _shape(presets.facts(config)) == _shape(preset.facts):
-        return preset.hub_id
-    return Path(given).resolve().name if Path(given).is_dir() else given.removeprefix("oci://")
-
-
-def _shape(facts: presets.Facts | None) -> tuple[int, ...] | None:
-    """What tells models of different sizes and families apart."""
-    if facts is None:
-        return None
-    widths = (facts.hidden, facts.intermediate, facts.layers, facts.heads, facts.kv_heads)
-    return (*widths, facts.head_dim, facts.vocab)

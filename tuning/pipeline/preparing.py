@@ -12,7 +12,7 @@ from tuning.data import meter
 from tuning.delivery import Access
 from tuning.pipeline import sizing
 from tuning.pipeline.endings import together
-from tuning.pipeline.options import base_reference, declared_name, read_token, reference
+from tuning.pipeline.options import base_reference, read_token, reference
 from tuning.pipeline.run import Run, Value, key_of
 from tuning.plan import Plan
 
@@ -88,7 +88,7 @@ def check(run: Run, model: base.Base) -> plan.Base:
 def known_base(run: Run, model: base.Base) -> plan.Base:
     """What the plan must know of the base, from its config. Raises as base.check does."""
     config = base.check(model, token=run.token(), cache=run.options.cache)
-    return plan.base_from_config(declared_name(run.spec, config), model.revision, config)
+    return plan.base_from_config(plan.declared_name(run.spec, config), model.revision, config)
 
 
 def fetch_data(run: Run) -> list[Value]:

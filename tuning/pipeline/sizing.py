@@ -9,7 +9,7 @@ from tuning import base, model_image, plan, simulated
 from tuning.access import Access
 from tuning.console import Console
 from tuning.device import Device
-from tuning.pipeline.options import base_reference, declared_name
+from tuning.pipeline.options import base_reference
 from tuning.spec import Spec
 
 
@@ -27,12 +27,12 @@ def draft(spec: Spec, *, here: Device, token: str | None, console: Console) -> p
         if model_image.is_image(name):
             console.say(f"Looking at {name} ...")
             config = model_image.config(name, access=Access())
-            known = plan.base_from_config(declared_name(spec, config), name, config)
+            known = plan.base_from_config(plan.declared_name(spec, config), name, config)
         else:
             console.say(f"Asking the hub about {name} ...")
             found = base.resolve(name, revision=revision, token=token)
             config = base.check(found, token=token)
-            known = plan.base_from_config(declared_name(spec, config), found.revision, config)
+            known = plan.base_from_config(plan.declared_name(spec, config), found.revision, config)
     return plan.draft(spec, here=here, base=sized(spec, known, device, console=console))
 
 

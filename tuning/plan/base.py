@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from tuning.errors import Problem, SpecError
 from tuning.ledger import Coefficients
 from tuning.spec import Spec
 
+IMAGE = "oci:"  # before the name of an image that holds a base model
 DRAFT_LENGTH = 2048  # before the data was read
 
 LARGEST_ON_CPU = 10**9  # parameters; a step of a larger model takes minutes without a GPU
@@ -55,6 +56,36 @@ def base_from_config(name: str, revision: str, config: dict[str, Any]) -> Base:
     return Base(name, revision, presets.facts(config), config)
 
 
+def declared_name(spec: Spec, config: Mapping[str, Any]) -> str:
+    """What the adapter calls its base, whose config.json is `config`.
+
+    The hub id that the spec names, also where its weights come from a folder or an image, unless
+    they are of another shape than the preset says: then the folder's or image's own name.
+    """
+    given = spec.base_model or spec.preset
+    if not Path(given).is_dir() and not given.startswith(IMAGE):
+        found = presets.find(given)
+        return found.hub_id if found else given
+    preset = presets.find(spec.preset)
+    if preset is None:
+        return spec.preset
+    if _shape(presets.facts(config)) == _shape(preset.facts):
+        return preset.hub_id
+    return (
+        Path(given).resolve().name
+        if Path(given).is_dir()
+        else given.removeprefix(IMAGE).removeprefix("//")
+    )
+
+
+def _shape(facts: presets.Facts | None) -> tuple[int, ...] | None:
+    """What tells models of different sizes and families apart."""
+    if facts is None:
+        return None
+    widths = (facts.hidden, facts.intermediate, facts.layers, facts.heads, facts.kv_heads)
+    return (*widths, facts.head_dim, facts.vocab)
+
+
 class Unknown(SpecError):
     """The base model's shape is not known without the network."""
 
@@ -62,7 +93,7 @@ class Unknown(SpecError):
 def known_base(spec: Spec) -> Base:
     """The base model as far as it is known without the network. Raises Unknown, SpecError."""
     name = spec.base_model or spec.preset
-    if name.startswith("oci:"):  # an image with the preset's weights
+    if name.startswith(IMAGE):  # an image with the preset's weights
         name = spec.preset
     folder = Path(name)
     if spec.base_model and folder.is_dir():
@@ -75,7 +106,7 @@ def known_base(spec: Spec) -> Base:
                 f"cannot be read ({error.__class__.__name__})",
                 "name a folder with config.json, *.safetensors and a tokenizer",
             ) from None
-        return base_from_config(spec.preset, "local", config)
+        return base_from_config(declared_name(spec, config), "local", config)
     if preset := presets.find(name):
         return Base(preset.hub_id, spec.settings.revision or preset.revision, preset.facts)
     raise Unknown.at(

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 
 from tuning import sigv4
-from tuning.stores.keys import Keys
+from tuning.stores.keys import NO_PROFILE, Keys
 from tuning.stores.store import Signed, code_of
 
 _EMPTY = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"  # sha256 of nothing
@@ -122,6 +122,9 @@ class S3:
         # Who may not list a bucket is told nothing of what is not in it.
         if not self._id:
             what = f"is not public, or not there, and there is no key to sign with ({code})"
+            if profile := self.keys.get(NO_PROFILE):
+                change = "give its keys: aws configure export-credentials --format env"
+                return f"{what}; ~/.aws/credentials has no profile {profile[:40]!r}", change
             return what, f"put AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY into {where}"
         what = f"the store refuses access, or there is no such object ({status} {code})"
         change = f"correct its name, grant s3:GetObject on it to the access key in {where}"

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from tuning.errors import SpecError
 
 LARGEST_KEY = 1 << 16  # bytes
+NO_PROFILE = "AWS_PROFILE"  # among the keys only where it names no section of the credentials
 _AMAZON = (
     "AWS_ACCESS_KEY_ID",
     "AWS_SECRET_ACCESS_KEY",
@@ -63,11 +64,11 @@ class Keys:
 
     def checked_endpoint(self, name: str, text: str) -> str:
         """`text` with scheme and host in small letters, as they are sent. Raises SpecError."""
-        parts = urlsplit(text)
         try:
+            parts = urlsplit(text)
             usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
         except ValueError:
-            usable = False
+            parts, usable = urlsplit(""), False
         if not usable or parts.query or parts.fragment or "@" in parts.netloc:
             raise self.refusal(f"{name} is no address", "write one such as https://store.corp:9000")
         return f"{parts.scheme}://{parts.netloc.lower()}{parts.path}"
@@ -125,8 +126,6 @@ def _profile(environment: Mapping[str, str]) -> dict[str, str]:
         parser.read(path, encoding="utf-8")
         section = parser[asked or "default"]
     except (OSError, UnicodeDecodeError, configparser.Error, KeyError):
-        if asked:
-            what = f"AWS_PROFILE names {asked[:40]!r}, which has no section in {path}"
-            raise SpecError.at("FETCH-107", "the environment", what, "correct it") from None
-        return {}
+        # It may be one of ~/.aws/config, a single sign-on, say: told to whom S3 refuses, no sooner.
+        return {NO_PROFILE: asked} if asked else {}
     return {name: section[name.lower()] for name in _AMAZON[:3] if name.lower() in section}

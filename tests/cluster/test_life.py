@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import pytest
@@ -18,7 +17,7 @@ from cluster.world import (
 )
 
 from jobs import cluster, names, wanted
-from jobs.cluster import CLAIM, EVENT, JOB, POD, WORKSPACE, Cluster
+from jobs.cluster import CLAIM, EVENT, JOB, POD, WORKSPACE, Cluster, Object
 from jobs.options import Nodes, Options, Storage
 
 
@@ -104,13 +103,13 @@ def test_an_edit_stops_the_old_job_first(world: World) -> None:
     edited = workspace("phi", world.namespace)
     edited["tuning"]["output"]["image"] = "registry.example.com/team/a:2"
     world.apply(edited)
-    for _ in range(200):
-        world.step("phi")
+
+    def replaced() -> list[Object]:
         found = world.jobs()
         assert len(found) <= 1
-        if found and found[0]["metadata"]["uid"] != old["metadata"]["uid"]:
-            break
-        time.sleep(0.05)
+        return [job for job in found if job["metadata"]["uid"] != old["metadata"]["uid"]]
+
+    found = world.until("phi", replaced, "the new Job")
     assert found[0]["metadata"]["name"] != old["metadata"]["name"]
     assert "a:2" in str(found[0]["spec"]["template"]["metadata"]["annotations"])
 
@@ -271,7 +270,9 @@ def test_a_cloud_without_machines_is_asked_three_times(api: Cluster) -> None:
     world.step("phi")
     mine = f"{names.UID_LABEL}={world.get('phi')['metadata']['uid']}"
     names_seen = set()
-    for _ in range(20):
+
+    def given_up() -> bool:
+        # Each machine goes when the garbage collector has seen to it, which may take seconds.
         for machine in api.find(cluster.NODE_CLAIM, labels=mine):
             names_seen.add(machine["metadata"]["name"])
             if machine["metadata"].get("deletionTimestamp"):
@@ -282,9 +283,9 @@ def test_a_cloud_without_machines_is_asked_three_times(api: Cluster) -> None:
                 {"conditions": [{"type": "Launched", "status": "False", "message": "no quota"}]},
             )
         world.late += 101
-        world.step("phi")
-        if world.status("phi").get("state") == "Failed":
-            break
+        return world.status("phi").get("state") == "Failed"
+
+    world.until("phi", given_up, "three attempts")
     assert 3 == len(names_seen)
     assert "no quota" in world.status("phi")["failure"]["message"]
     world.until("phi", lambda: not api.find(cluster.NODE_CLAIM, labels=mine), "cleanup")

@@ -45,7 +45,7 @@ def job(
             "podReplacementPolicy": "Failed",
             "template": {
                 "metadata": {
-                    "labels": names.labels(workspace, wanted.revision),
+                    "labels": options.pod_labels | names.labels(workspace, wanted.revision),
                     "annotations": _annotations(wanted, options, earlier),
                 },
                 "spec": pod.spec(workspace, wanted, options, claim=claim),

@@ -120,6 +120,12 @@ class Options(_Part):
     """What every pod of a Workspace finds in its environment: HTTPS_PROXY, HTTP_PROXY and NO_PROXY
     for registries and the hub (data obey the policy's proxy), HF_ENDPOINT for a mirror of the hub.
     A proxy's port belongs into egressPorts."""
+    service_account: str | None = None
+    """Service account of those pods, in each Workspace's namespace, for the workload identity that
+    a cloud binds to it; the namespace's `default` if not set. Kubernetes' own token is never
+    mounted."""
+    pod_labels: dict[str, str] = {}
+    """More labels of those pods, such as `azure.workload.identity/use: "true"`."""
     egress_ports: tuple[int, ...] = ()
     """Ports that Jobs may reach beside 443, DNS and those of their URLs and images."""
     operator_namespace: str = "tuning-system"

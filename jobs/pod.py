@@ -135,6 +135,8 @@ def around(
         "containers": [container],
         "volumes": volumes,
     }
+    if options.service_account:
+        pod["serviceAccountName"] = options.service_account
     if options.image_pull_secrets:
         pod["imagePullSecrets"] = [{"name": name} for name in options.image_pull_secrets]
     if wanted_labels := node_labels(workspace, wanted, options):

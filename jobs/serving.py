@@ -34,7 +34,7 @@ def deployment(workspace: Object, wanted: Wanted, options: Options, *, claim: bo
     server = _server(wanted)
     labels = names.labels(workspace, server.fingerprint, component="server")
     template: Object = {
-        "metadata": {"labels": labels},
+        "metadata": {"labels": options.pod_labels | labels},
         "spec": _pod(workspace, wanted, options, claim=claim),
     }
     notes = {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false"}

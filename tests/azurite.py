@@ -22,6 +22,7 @@ from typing import Any, Self
 import pytest
 from azure.core.exceptions import ResourceExistsError
 from azure.storage import blob
+from registries import Certificate
 
 VERSION = "3.37.0"
 ACCOUNT, KEY = "wilmas", "d2lsbWEtc3Rhci1jYW5hcnktMDEyMzQ1Njc4OWFiY2RlZg=="
@@ -46,11 +47,14 @@ def program() -> Path:
 class Azurite:
     """A running emulator with one account."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, certificate: Certificate | None = None) -> None:
+        """With a certificate it speaks https, and lets identities of Entra in as well."""
+        self.folder, self.certificate = folder, certificate
 
     def __enter__(self) -> Self:
         command = ["node", str(program()), "--blobPort", "0", "--location", str(self.folder)]
+        if made := self.certificate:
+            command += ["--oauth", "basic", "--cert", str(made.chain), "--key", str(made.key)]
         self._process = subprocess.Popen(
             [*command, "--disableTelemetry", "--skipApiVersionCheck"],  # of the newest client
             stdout=subprocess.PIPE,
@@ -59,7 +63,7 @@ class Azurite:
         )
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            if found := re.search(r"listens on (http://127\.0\.0\.1:\d+)", line):
+            if found := re.search(r"listens on (https?://127\.0\.0\.1:\d+)", line):
                 self.endpoint = f"{found[1]}/{ACCOUNT}"
                 return self
         raise RuntimeError("Azurite ended")
@@ -76,7 +80,8 @@ class Azurite:
 
     def put(self, container: str, name: str, body: bytes, *, public: str | None = None) -> None:
         """Store `body`; `public` is "blob" for a container that everybody may read."""
-        with blob.BlobServiceClient.from_connection_string(self.connection) as client:
+        trusted = {"connection_verify": str(self.certificate.ca)} if self.certificate else {}
+        with blob.BlobServiceClient.from_connection_string(self.connection, **trusted) as client:
             with contextlib.suppress(ResourceExistsError):
                 client.create_container(container, public_access=public)
             with client.get_blob_client(container, name) as place:

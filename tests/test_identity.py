@@ -12,13 +12,13 @@ import re
 import secrets
 import ssl
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs
 
 import pytest
 import requests
+from clouds import POD, Cloud, form_of, reply_of
 from faults import proxy as fp
 from faults.proxy import Proxy, Reply, Turn
 from registries import Certificate, Registry, TokenFront
@@ -31,33 +31,6 @@ from tuning.trust import Host, Trust
 
 pytestmark = pytest.mark.registry
 FAST = registry.Patience(total=5, first=0.01)
-POD = "pod.token.words"
-
-
-class Cloud(Proxy):
-    """Answers each path with a function of the request's form or JSON; anything else is a 404."""
-
-    def __init__(self, **routes: Callable[[dict[str, Any], Turn], Any]) -> None:
-        super().__init__(("127.0.0.1", 9))
-        self.routes = routes
-
-    def pass_on(self, turn: Turn) -> None:
-        for name, route in self.routes.items():
-            if turn.seen.path.strip("/").endswith(name.replace("_", "/")):
-                return turn.answer(_reply(route(_form(turn), turn)))
-        return turn.answer(Reply(404))
-
-
-def _form(turn: Turn) -> dict[str, Any]:
-    if "json" in turn.seen.headers.get("content-type", ""):
-        return dict(json.loads(turn.body))
-    return {name: values[0] for name, values in parse_qs(turn.body.decode()).items()}
-
-
-def _reply(answer: Any) -> Reply:
-    if isinstance(answer, Reply):
-        return answer
-    return Reply(200, [("Content-Type", "application/json")], json.dumps(answer).encode())
 
 
 @pytest.fixture
@@ -93,13 +66,13 @@ class Acr(TokenFront):
     def pass_on(self, turn: Turn) -> None:
         if not turn.seen.path.startswith("/oauth2/exchange"):
             return super().pass_on(turn)
-        form = _form(turn)
+        form = form_of(turn)
         wanted = {"grant_type": "access_token", "service": self.host, "tenant": "our-tenant"}
         if form != wanted | {"access_token": self.entra}:
             return turn.answer(Reply(401))
         self.exchanged += 1
         self.identity_token = secrets.token_urlsafe(8)  # those before are worth nothing now
-        return turn.answer(_reply({"refresh_token": self.identity_token}))
+        return turn.answer(reply_of({"refresh_token": self.identity_token}))
 
 
 def entra(front: Acr, *, expires_in: int = 3600) -> Cloud:

@@ -439,6 +439,24 @@ def test_the_administrators_environment_reaches_every_pod() -> None:
         Options.model_validate({"environment": {"LD_PRELOAD": "x"}})
 
 
+def test_a_clouds_identity_reaches_every_pod() -> None:
+    """By a service account and a label that webhooks look for; our own labels stay what they are,
+    and Kubernetes' token stays away."""
+    given = {"azure.workload.identity/use": "true", "kaito.sh/workspace": "another"}
+    options = Options.model_validate({"serviceAccount": "tuning", "podLabels": given})
+    item = workspace(adapters=[adapter("a")])
+    wish = served.read(item, None, None)
+    tuned = both()
+    job = manifests.job(tuned, wanted.read(tuned, None, None), options, claim=False, earlier=())
+    for made in (serving.deployment(item, wish, options, claim=False), job):
+        template = made["spec"]["template"]
+        assert "tuning" == template["spec"]["serviceAccountName"]
+        assert template["spec"]["automountServiceAccountToken"] is False
+        labels = template["metadata"]["labels"]
+        assert "true" == labels["azure.workload.identity/use"]
+        assert "another" != labels["kaito.sh/workspace"]
+
+
 def test_tune_then_serve_needs_nothing_but_an_empty_inference() -> None:
     """Preset and login from tuning, the adapter by the digest pushed; the machine stays."""
     item = both()

@@ -5,24 +5,29 @@ The store on loopback judges a signature with awscrt, Amazon's own signer, never
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import hashlib
 import hmac
+import logging
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from awscrt import auth, http
+from clouds import POD, Cloud
+from faults.proxy import Reply, Turn
 from faults.web import Behaviour, Origin, Request
 
 from tuning import fetch, sigv4, stores
-from tuning.errors import RefusedError, SpecError
+from tuning.errors import RefusedError, SpecError, TransientError
 from tuning.fetch import File, Patience, Policy
 from tuning.spec import Source, urls
-from tuning.stores import Keys
+from tuning.stores import Keys, load_keys, logins
 
 ROWS = b"".join(b'{"prompt": "%d", "completion": "%d"}\n' % (n, n * n) for n in range(4000))
 LOOPBACK = Policy(allow_hosts={"127.0.0.1"})
@@ -60,6 +65,7 @@ class Bucket:
     region: str = "us-east-1"
     session: str = ""
     clock: datetime.timedelta = datetime.timedelta()  # ahead of ours
+    refuse: str = ""  # a code for everybody
 
     def put(self, key: str, body: bytes, **options: Any) -> None:
         """Serve `body`, to whom may have it."""
@@ -82,6 +88,8 @@ class Bucket:
 
     def judge(self, request: Request) -> str:
         """Amazon's code for what is wrong with a request, or nothing."""
+        if self.refuse:
+            return self.refuse
         headers = request.headers
         told = re.fullmatch(
             r"AWS4-HMAC-SHA256 Credential=([^/]+)/(\d{8})/([^/]+)/s3/aws4_request, "
@@ -464,3 +472,159 @@ def test_half_a_key_is_refused_before_a_request(values: dict[str, str], said: st
         stores.of("s3://rows/a", Keys(values))
 
     assert "CANARY" not in str(caught.value)
+
+
+# -- a pod's role instead of a key -------------------------------------------------------------
+
+
+def sts(role: str = "arn:aws:iam::1:role/rows", *, left: float = 3600) -> Cloud:
+    """Gives the bucket's keys to who shows the pod's token."""
+
+    def assume(form: dict[str, Any], turn: Turn) -> Any:
+        asked = {"Action": "AssumeRoleWithWebIdentity", "WebIdentityToken": POD, "RoleArn": role}
+        if not asked.items() <= form.items():
+            return Reply(403, [], b'{"Error": {"Code": "AccessDenied", "Message": "canary"}}')
+        keys = {"AccessKeyId": ID, "SecretAccessKey": SECRET, "SessionToken": SESSION}
+        keys["Expiration"] = time.time() + left
+        inner = {"AssumeRoleWithWebIdentityResult": {"Credentials": keys}}
+        return {"AssumeRoleWithWebIdentityResponse": inner}
+
+    return Cloud(sts=assume)
+
+
+@pytest.fixture
+def pod(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Cloud], None]:
+    """A pod's environment, as the webhook of EKS writes it."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    file = tmp_path / "pod-token"
+    file.write_text(f"{POD}\n")
+
+    def enter(cloud: Cloud) -> None:
+        monkeypatch.setenv("AWS_ROLE_ARN", "arn:aws:iam::1:role/rows")
+        monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(file))
+        monkeypatch.setenv("AWS_ENDPOINT_URL_STS", f"http://{cloud.host}/sts")
+
+    return enter
+
+
+def secret(folder: Path, **values: str) -> Path:
+    folder.mkdir()
+    for name, value in values.items():
+        (folder / name).write_text(value)
+    return folder
+
+
+def test_a_pods_role_opens_a_private_bucket(
+    bucket: Bucket, tmp_path: Path, pod: Callable[[Cloud], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    """One question to STS for all files, and none for those that everybody may read."""
+    caplog.set_level(logging.DEBUG)
+    bucket.session = SESSION
+    for key in ("a.jsonl", "b.jsonl", "public/c.jsonl"):
+        bucket.put(key, ROWS + key.encode())
+    mounted = secret(tmp_path / "data", AWS_ENDPOINT_URL=bucket.origin.url(""))
+    with sts() as cloud:
+        pod(cloud)
+        keys = load_keys(mounted, LOOPBACK)
+        public = get(tmp_path / "1", "s3://private/public/c.jsonl", keys)
+
+        assert [] == cloud.seen and public.size > len(ROWS)
+        both = Source(urls=("s3://private/a.jsonl", "s3://private/b.jsonl"))
+        fetch.fetch(both, tmp_path / "2", policy=LOOPBACK, keys=keys, patience=QUICK)
+
+        assert 1 == len(cloud.seen)
+    assert not {POD, SECRET, SESSION} & set(re.findall(r"[\w.-]+", caplog.text))
+
+
+def test_a_role_that_is_about_to_end_is_assumed_again(
+    bucket: Bucket, tmp_path: Path, pod: Callable[[Cloud], None]
+) -> None:
+    bucket.session = SESSION
+    bucket.put("a.jsonl", ROWS, cut_at=30_000, cuts=2)
+    with sts(left=5) as cloud:
+        pod(cloud)
+        keys = load_keys(None, LOOPBACK)
+        keys = dataclasses.replace(keys, values={"AWS_ENDPOINT_URL": bucket.origin.url("")})
+
+        assert len(ROWS) == get(tmp_path / "1", "s3://private/a.jsonl", keys).size
+        assert len(cloud.seen) > 1
+
+
+def test_a_key_that_is_given_comes_before_the_pods_role(
+    bucket: Bucket, tmp_path: Path, pod: Callable[[Cloud], None]
+) -> None:
+    bucket.put("a.jsonl", ROWS)
+    with sts() as cloud:
+        pod(cloud)
+        keys = dataclasses.replace(load_keys(None, LOOPBACK), values=bucket.keys().values)
+
+        assert len(ROWS) == get(tmp_path, "s3://private/a.jsonl", keys).size
+        assert [] == cloud.seen
+
+
+def test_a_role_that_may_not_read_is_named(
+    bucket: Bucket, tmp_path: Path, pod: Callable[[Cloud], None]
+) -> None:
+    bucket.put("a.jsonl", ROWS)
+    bucket.refuse = "AccessDenied"
+    with sts() as cloud, pytest.raises(RefusedError) as caught:
+        pod(cloud)
+        keys = dataclasses.replace(
+            load_keys(None, LOOPBACK), values={"AWS_ENDPOINT_URL": bucket.origin.url("")}
+        )
+        get(tmp_path, "s3://private/a.jsonl", keys)
+
+    assert "grant s3:GetObject on it to the role arn:aws:iam::1:role/rows" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "said"),
+    [
+        (403, RefusedError, r"FETCH-111 .*a\.jsonl: AWS STS refuses the identity.*403"),
+        (503, TransientError, r"FETCH-130 .*a\.jsonl: AWS STS answered 503"),
+    ],
+)
+def test_a_token_service_that_gives_nothing(
+    bucket: Bucket,
+    tmp_path: Path,
+    pod: Callable[[Cloud], None],
+    status: int,
+    error: type[Exception],
+    said: str,
+) -> None:
+    """A no ends it at once; trouble is asked again, as often as the file would be."""
+    bucket.put("a.jsonl", ROWS)
+    with (
+        Cloud(sts=lambda form, turn: Reply(status, [], b"{}")) as cloud,
+        pytest.raises(error, match=said),
+    ):
+        pod(cloud)
+        keys = dataclasses.replace(
+            load_keys(None, LOOPBACK), values={"AWS_ENDPOINT_URL": bucket.origin.url("")}
+        )
+        get(tmp_path / "1", "s3://private/a.jsonl", keys)
+    assert {403: 1, 503: QUICK.tries}[status] == len(cloud.seen)
+
+
+@pytest.mark.parametrize(
+    ("address", "may"),
+    [
+        ("https://rows.s3.eu-west-1.amazonaws.com/a", True),
+        ("https://s3.cn-north-1.amazonaws.com.cn/my.rows/a", True),
+        ("https://storage.googleapis.com/rows/a", True),
+        ("https://me1.blob.core.windows.net/rows/a", True),
+        ("http://127.0.0.1:9000/rows/a", True),
+        ("http://rows.s3.eu-west-1.amazonaws.com/a", False),
+        ("https://rows.s3.eu-west-1.amazonaws.com:8443/a", False),
+        ("https://abc.execute-api.eu-west-1.amazonaws.com/a", False),
+        ("https://minio.corp:9000/rows/a", False),
+        ("https://storage.googleapis.com.evil.example/rows/a", False),
+        ("https://me1.web.core.windows.net/rows/a", False),
+        ("https://me1.blob.core.evil.example/rows/a", False),
+    ],
+)
+def test_tokens_go_to_the_clouds_alone(address: str, may: bool) -> None:
+    """Whoever writes the Secret names the address, and must not get the pod's token so."""
+    assert may == logins.fits(address)

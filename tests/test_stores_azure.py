@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
+import json
 import logging
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from azurite import ACCOUNT, KEY, Azurite
+from clouds import POD, Cloud
+from faults.proxy import Reply, Turn
 from faults.web import Origin
+from registries import Certificate
 
 from tuning import fetch, stores
 from tuning.errors import RefusedError, SpecError
 from tuning.fetch import File, Patience, Policy
 from tuning.spec import Source, urls
-from tuning.stores import Keys
+from tuning.stores import Keys, load_keys
 
 ROWS = b"".join(b'{"prompt": "%d", "completion": "%d"}\n' % (n, n * n) for n in range(4000))
 LOOPBACK = Policy(allow_hosts={"127.0.0.1"})
@@ -319,3 +325,110 @@ def test_a_signature_in_a_query_does_not_cross_the_network_readably(tmp_path: Pa
 
     with pytest.raises(SpecError, match="FETCH-106"):
         get(tmp_path, "az://rows/a", values, policy=Policy())
+
+
+# -- a pod's identity instead of a key ----------------------------------------------------------
+
+NOW = int(time.time())
+CLAIMS = {
+    "iss": "https://sts.windows.net/our-tenant/",
+    "aud": "https://storage.azure.com",
+    "nbf": NOW - 60,
+    "iat": NOW - 60,
+    "exp": NOW + 3600,
+    "ver": "1.0",
+}
+
+
+def entra(**changes: Any) -> Cloud:
+    """Gives tokens that Azurite judges by issuer, audience and time to who shows the pod's."""
+
+    def part(value: dict[str, Any]) -> str:
+        return base64.urlsafe_b64encode(json.dumps(value).encode()).decode().rstrip("=")
+
+    def give(form: dict[str, Any], turn: Turn) -> Any:
+        asked = {"grant_type": "client_credentials", "client_id": "our-client"}
+        asked |= {"client_assertion": POD, "scope": "https://storage.azure.com/.default"}
+        if not asked.items() <= form.items():
+            return Reply(401, [], b'{"error": "invalid_client"}')
+        token = f"{part({'alg': 'none', 'typ': 'JWT'})}.{part(CLAIMS | changes)}.x"
+        return {"access_token": token, "expires_in": 3600}
+
+    return Cloud(**{"our-tenant_oauth2_v2.0_token": give})
+
+
+@pytest.fixture(scope="module")
+def secure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Azurite]:
+    """An emulator that lets identities in, by https alone, as Azure does."""
+    certificate = Certificate(tmp_path_factory.mktemp("certificate"))
+    with Azurite(tmp_path_factory.mktemp("secure"), certificate) as running:
+        running.put("rows", "a.jsonl", ROWS)
+        running.put("open", "a.jsonl", ROWS, public="blob")
+        yield running
+
+
+@pytest.fixture
+def pod(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Keys]:
+    """A pod's keys, whose environment is as the webhook of Azure writes it."""
+
+    def enter(store: Azurite, cloud: Cloud, **more: str) -> Keys:
+        assert store.certificate
+        (tmp_path / "token").write_text(POD)
+        monkeypatch.setenv("AZURE_TENANT_ID", "our-tenant")
+        monkeypatch.setenv("AZURE_CLIENT_ID", "our-client")
+        monkeypatch.setenv("AZURE_FEDERATED_TOKEN_FILE", str(tmp_path / "token"))
+        monkeypatch.setenv("AZURE_AUTHORITY_HOST", f"http://{cloud.host}/")
+        mounted = tmp_path / "secret"
+        mounted.mkdir()
+        for name, value in store.keys(**more).items():
+            (mounted / name).write_text(value)
+        return load_keys(mounted, trusting(store))
+
+    return enter
+
+
+def trusting(store: Azurite) -> Policy:
+    assert store.certificate
+    return Policy(allow_hosts={"127.0.0.1"}, ca_bundle=store.certificate.ca)
+
+
+def fetched(folder: Path, url: str, store: Azurite, keys: Keys) -> File:
+    policy = trusting(store)
+    (file,) = fetch.fetch(Source(urls=(url,)), folder, policy=policy, keys=keys, patience=QUICK)
+    return file
+
+
+def test_a_pods_identity_opens_a_private_container(
+    secure: Azurite, tmp_path: Path, pod: Callable[..., Keys], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The pod's token, one of Entra, the blob; nobody is asked for what everybody may read."""
+    caplog.set_level(logging.DEBUG)
+    with entra() as cloud:
+        keys = pod(secure, cloud)
+
+        assert len(ROWS) == fetched(tmp_path / "1", "az://open/a.jsonl", secure, keys).size
+        assert [] == cloud.seen
+        assert len(ROWS) == fetched(tmp_path / "2", "az://rows/a.jsonl", secure, keys).size
+        assert 1 == len(cloud.seen)
+    assert POD not in caplog.text and "eyJ" not in caplog.text
+
+
+def test_an_identity_without_rights_is_named(
+    secure: Azurite, tmp_path: Path, pod: Callable[..., Keys]
+) -> None:
+    with entra(aud="https://vault.azure.net") as cloud, pytest.raises(RefusedError) as caught:
+        fetched(tmp_path / "1", "az://rows/a.jsonl", secure, pod(secure, cloud))
+
+    told = str(caught.value)
+    assert "refuses access to the identity our-client" in told
+    assert "Storage Blob Data Reader" in told
+
+
+def test_a_key_comes_before_the_identity(
+    secure: Azurite, tmp_path: Path, pod: Callable[..., Keys]
+) -> None:
+    with entra() as cloud:
+        keys = pod(secure, cloud, AZURE_STORAGE_ACCOUNT_KEY=KEY)
+
+        assert len(ROWS) == fetched(tmp_path / "1", "az://rows/a.jsonl", secure, keys).size
+        assert [] == cloud.seen

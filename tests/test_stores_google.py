@@ -15,8 +15,10 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
+from clouds import POD, Cloud
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from faults.proxy import Reply, Turn
 from faults.web import Origin, Request
 from google.cloud.storage import _signing
 from google.oauth2 import service_account
@@ -25,7 +27,7 @@ from tuning import fetch, stores
 from tuning.errors import RefusedError, SpecError
 from tuning.fetch import File, Patience, Policy
 from tuning.spec import Source, urls
-from tuning.stores import Keys
+from tuning.stores import Keys, load_keys
 
 ROWS = b"".join(b'{"prompt": "%d", "completion": "%d"}\n' % (n, n * n) for n in range(4000))
 LOOPBACK = Policy(allow_hosts={"127.0.0.1"})
@@ -340,3 +342,135 @@ def test_a_signed_url_does_not_cross_the_network_readably(
 
     with pytest.raises(SpecError, match="FETCH-106"):
         get(tmp_path, "gs://rows/a", values, Policy())
+
+
+# -- who is logged in, instead of a key ---------------------------------------------------------
+
+
+def google_service() -> Cloud:
+    """Tokens for who said `gcloud auth application-default login`, and for a federated pod."""
+
+    def give(form: dict[str, Any], turn: Turn) -> Any:
+        user = {"grant_type": "refresh_token", "client_id": "gcloud", "refresh_token": "1//canary"}
+        if "audience" in form:
+            good = (form["audience"], form["subjectToken"]) == ("//iam/providers/p", POD)
+            return {"access_token": "federated", "expires_in": 60} if good else Reply(400)
+        if not user.items() <= form.items():
+            return Reply(400, [], b'{"error": "invalid_grant", "error_description": "canary"}')
+        return {"access_token": TOKEN, "expires_in": 3600}
+
+    def act(form: dict[str, Any], turn: Turn) -> Any:
+        if turn.seen.headers["authorization"] != "Bearer federated":
+            return Reply(403, [], b'{"error": {"status": "PERMISSION_DENIED"}}')
+        return {"accessToken": TOKEN, "expireTime": "2030-01-01T00:00:00Z"}
+
+    return Cloud(token=give, **{"reader@rows.iam:generateAccessToken": act})
+
+
+def person(cloud: Cloud, **changes: str) -> dict[str, str]:
+    """What gcloud writes."""
+    given = {"client_id": "gcloud", "client_secret": "canary", "refresh_token": "1//canary"}
+    uri = {"token_uri": f"http://{cloud.host}/token"}
+    return {"type": "authorized_user", **given, **uri, **changes}
+
+
+def federated(cloud: Cloud, file: Path, **changes: Any) -> dict[str, Any]:
+    """What `gcloud iam workload-identity-pools create-cred-config` writes."""
+    acts = f"http://{cloud.host}/v1/projects/-/serviceAccounts/reader@rows.iam:generateAccessToken"
+    return {
+        "type": "external_account",
+        "audience": "//iam/providers/p",
+        "token_url": f"http://{cloud.host}/token",
+        "credential_source": {"file": str(file), "format": {"type": "text"}},
+        "service_account_impersonation_url": acts,
+    } | changes
+
+
+def logged_in(bucket: Bucket, monkeypatch: pytest.MonkeyPatch, path: Path | None = None) -> Keys:
+    """The keys of an environment that names `path`, or nothing."""
+    for name in ("GOOGLE_OAUTH_ACCESS_TOKEN", "GOOGLE_APPLICATION_CREDENTIALS"):
+        monkeypatch.delenv(name, raising=False)
+    if path:
+        monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(path))
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", bucket.origin.url(""))
+    return load_keys(None, LOOPBACK)
+
+
+def fetched(folder: Path, url: str, keys: Keys) -> File:
+    (file,) = fetch.fetch(Source(urls=(url,)), folder, policy=LOOPBACK, keys=keys, patience=QUICK)
+    return file
+
+
+def test_gclouds_default_login_opens_a_private_bucket(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    """Found where gcloud keeps it; nobody is asked for what everybody may read."""
+    caplog.set_level(logging.DEBUG)
+    bucket.put("a.jsonl", ROWS)
+    bucket.put("public/b.jsonl", ROWS)
+    monkeypatch.setenv("CLOUDSDK_CONFIG", str(tmp_path))
+    with google_service() as cloud:
+        path = tmp_path / "application_default_credentials.json"
+        path.write_text(json.dumps(person(cloud)))
+        keys = logged_in(bucket, monkeypatch)
+
+        assert len(ROWS) == fetched(tmp_path / "1", "gs://rows/public/b.jsonl", keys).size
+        assert [] == cloud.seen
+        assert len(ROWS) == fetched(tmp_path / "2", "gs://rows/a.jsonl", keys).size
+    assert "canary" not in caplog.text
+
+
+def test_a_federated_pod_acts_as_its_service_account(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket.put("a.jsonl", ROWS)
+    (tmp_path / "token").write_text(POD)
+    with google_service() as cloud:
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(federated(cloud, tmp_path / "token")))
+        keys = logged_in(bucket, monkeypatch, path)
+
+        assert len(ROWS) == fetched(tmp_path / "1", "gs://rows/a.jsonl", keys).size
+
+
+def test_a_login_that_has_ended_is_said_so(
+    bucket: Bucket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket.put("a.jsonl", ROWS)
+    with google_service() as cloud:
+        path = tmp_path / "person.json"
+        path.write_text(json.dumps(person(cloud, refresh_token="old")))
+        keys = logged_in(bucket, monkeypatch, path)
+        with pytest.raises(RefusedError) as caught:
+            fetched(tmp_path / "1", "gs://rows/a.jsonl", keys)
+
+    told = str(caught.value)
+    assert "FETCH-111 input.urls[0] gs://rows/a.jsonl: Google refuses the identity" in told
+    assert "(invalid_grant)" in told and "gcloud auth application-default login" in told
+    assert "canary" not in told
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"token_url": "https://evil.example/token"}, "token_url that is none of Google's"),
+        ({"credential_source": {"url": "http://169.254.169.254/"}}, "credential_source.file"),
+        ({"credential_source": {"file": "/t", "format": {"type": "json"}}}, "inside of JSON"),
+        ({"service_account_impersonation_url": "https://evil.example/x"}, "none of Google's"),
+    ],
+)
+def test_a_federation_that_leads_elsewhere_is_refused(
+    bucket: Bucket,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    said: str,
+) -> None:
+    """Before a word of the pod's token goes anywhere."""
+    with google_service() as cloud:
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(federated(cloud, tmp_path / "token", **changes)))
+        keys = logged_in(bucket, monkeypatch, path)
+        with pytest.raises(SpecError, match=f"FETCH-107.*{said}"):
+            stores.of("gs://rows/a", keys)
+        assert [] == cloud.seen

@@ -9,6 +9,7 @@ import email.utils
 import socket
 import ssl
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
@@ -18,10 +19,17 @@ from urllib3 import exceptions as web_errors
 
 import tuning
 from tuning import files
-from tuning.errors import DataError, Problem, RefusedError, SpecError, TransientError
+from tuning.errors import (
+    DataError,
+    Problem,
+    RefusedError,
+    SpecError,
+    TransientError,
+    TuningError,
+)
 from tuning.network import Headers, NotAllowed, Policy, Resolver, hush, lookup, opener, place
 from tuning.network import through_proxy as proxied
-from tuning.stores import Store
+from tuning.stores import Signed, Store
 
 MAX_REDIRECTS = 5
 _REDIRECTS = (301, 302, 303, 307, 308)
@@ -172,7 +180,7 @@ class Web:
         own = self.credentials.get(f"{host}:{port}") or self.credentials.get(host) or {}
         target = url
         if item.store and url == item.store.address:  # nothing else gets the store's credentials
-            signed = item.store.signed({**headers, **own})
+            signed = _signed(item, item.store, {**headers, **own})
             taken = {name.lower() for name in signed.headers}
             own = {name: value for name, value in own.items() if name.lower() not in taken}
             target, own = signed.url, {**own, **signed.headers}
@@ -213,6 +221,24 @@ class Web:
         except ValueError:  # http.client's, of a header; it would show the value
             what = f"a header for {host} holds what no header can"
             raise SpecError.at("FETCH-107", item.where, what, "write it in one line") from None
+
+
+def _signed(item: Item, store: Store, headers: Mapping[str, str]) -> Signed:
+    """The store's proof. Raises Again, SpecError or RefusedError for a login that is not given."""
+    try:
+        return store.signed(headers)
+    except TransientError as error:
+        raise Again(_at(item, "FETCH-130", error)) from None
+    except SpecError as error:
+        raise SpecError([_at(item, "FETCH-107", error)]) from None
+    except RefusedError as error:
+        raise RefusedError([_at(item, "FETCH-111", error)]) from None
+
+
+def _at(item: Item, code: str, error: TuningError) -> Problem:
+    """What a token service said, as a problem of the file for which it was asked."""
+    said = error.problems[0]
+    return Problem(code, item.where, f"{said.where} {said.what}", said.change)
 
 
 def _closed(item: Item, error: NotAllowed, hop: int) -> SpecError | RefusedError:

@@ -49,7 +49,7 @@ def check(spec: Spec, options: Options, console: Console) -> Iterator[str]:
                 spec.source,
                 policy=options.policy,
                 credentials=headers,
-                keys=fetch.load_keys(secrets),
+                keys=fetch.load_keys(secrets, options.policy),
             )
             firsts = [(seen.shown, seen.size, seen.head) for seen in found]
         elif spec.source.image is None:

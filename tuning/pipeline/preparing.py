@@ -96,7 +96,7 @@ def fetch_data(run: Run) -> list[Value]:
     run.begin("fetch")
     source = run.spec.source
 
-    keys = fetch.load_keys(run.options.data_secrets) if source.urls else None
+    keys = fetch.load_keys(run.options.data_secrets, run.options.policy) if source.urls else None
 
     def work() -> Value:
         with run.console.work("Fetching data", unit="bytes") as report:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from tuning import sigv4
 from tuning.stores.keys import NO_PROFILE, Keys
+from tuning.stores.logins import fits
 from tuning.stores.store import Signed, code_of
 
 _EMPTY = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"  # sha256 of nothing
@@ -18,7 +19,8 @@ _PLACE = re.compile(r"<Region>([a-z0-9-]+)</Region>")
 class S3:
     """One object of Amazon S3, or of a store that speaks its language (MinIO, Ceph, R2).
 
-    Without AWS_ACCESS_KEY_ID it is asked for unsigned, as public buckets allow.
+    Without AWS_ACCESS_KEY_ID it is asked for unsigned, as public buckets allow, and if that is
+    refused with the pod's role.
     """
 
     def __init__(self, bucket: str, key: str, keys: Keys) -> None:
@@ -36,6 +38,9 @@ class S3:
             what = what if half else "AWS_REGION is no region"
             change = "set both" if half else "write one such as eu-central-1"
             raise keys.refusal(what, change)
+        known = keys.logins and not self._id and fits(self.address)
+        self._login = keys.logins.amazon(self.region) if keys.logins and known else None
+        self._logged_in = False
 
     @property
     def address(self) -> str:
@@ -49,7 +54,11 @@ class S3:
 
     def signed(self, headers: Mapping[str, str]) -> Signed:
         """Signature Version 4 over host, date, the range that is asked for and all x-amz-."""
-        if not self._id:
+        key, secret, session = self._id, self._secret, self._session
+        if self._login and self._logged_in:
+            given = self._login()
+            key, secret, session = given.key, given.secret, given.token
+        if not key:
             return Signed(self.address)
         named = {
             name: value
@@ -57,15 +66,15 @@ class S3:
             if name.lower() == "range" or name.lower().startswith("x-amz-")
         }
         named["X-Amz-Content-SHA256"] = _EMPTY
-        if self._session:
-            named["X-Amz-Security-Token"] = self._session
+        if session:
+            named["X-Amz-Security-Token"] = session
         found = sigv4.sign(
             "GET",
             self.address,
             named,
             b"",
-            key=self._id,
-            secret=self._secret,
+            key=key,
+            secret=secret,
             region=self.region,
             service="s3",
             now=datetime.datetime.now(datetime.UTC),
@@ -73,13 +82,16 @@ class S3:
         return Signed(self.address, found)
 
     def moved(self, headers: Mapping[str, str], body: str) -> str | None:
-        """The address in the bucket's own region, if an answer names it."""
+        """The address in the bucket's own region, if an answer names it; the same with a login."""
         match = _PLACE.search(body)
         region = headers.get("x-amz-bucket-region") or (match[1] if match else "")
-        if self._moved or region == self.region or not _REGION.fullmatch(region):
-            return None
-        self._moved, self.region = True, region
-        return self.address
+        if not self._moved and region != self.region and _REGION.fullmatch(region):
+            self._moved, self.region = True, region
+            return self.address
+        if self._login and not self._logged_in:
+            self._logged_in = True
+            return self.address
+        return None
 
     def meaning(self, status: int, body: str) -> tuple[str, str]:
         """Amazon's code in our words."""
@@ -120,6 +132,9 @@ class S3:
         if status == 404:
             return f"there is no such object ({code})", "correct bucket and key; capitals count"
         # Who may not list a bucket is told nothing of what is not in it.
+        if self._login:
+            what = f"the store refuses access, or there is no such object ({status} {code})"
+            return what, f"correct its name, or grant s3:GetObject on it to {self._login.who}"
         if not self._id:
             what = f"is not public, or not there, and there is no key to sign with ({code})"
             if profile := self.keys.get(NO_PROFILE):

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from urllib.parse import parse_qs, urlsplit
 
 from tuning.stores.keys import Keys
+from tuning.stores.logins import fits
 from tuning.stores.store import Signed, code_of
 
 VERSION = "2021-08-06"  # of the service's language; decides what a signature covers
@@ -43,26 +44,38 @@ class _Account:
 
 
 class AzureBlob:
-    """One blob of a container. Without a key it is asked for unsigned, as public ones allow."""
+    """One blob of a container.
+
+    Without a key it is asked for unsigned, as public containers allow, and if that is refused by
+    the pod's identity.
+    """
 
     def __init__(self, container: str, blob: str, keys: Keys) -> None:
         self.keys = keys
         self._account = _account(keys)
         self.identity = self._account.endpoint
         self.address = f"{self.identity}/{container}/{blob}"
+        keyless = keys.logins and not self._proven and fits(self.address)
+        self._login = keys.logins.azure() if keys.logins and keyless else None
+        self._logged_in = False
 
     def signed(self, headers: Mapping[str, str]) -> Signed:
         """The address with the shared access signature, or headers signed with the key."""
         own = {"x-ms-version": VERSION}
         if self._account.sas:
             return Signed(f"{self.address}?{self._account.sas}", own)
+        if self._login and self._logged_in:
+            own["Authorization"] = f"Bearer {self._login().text}"
         if not self._account.key:
             return Signed(self.address, own)
         own["x-ms-date"] = email.utils.format_datetime(datetime.datetime.now(datetime.UTC), True)
         return Signed(self.address, sign(self.address, headers, own, self._account))
 
     def moved(self, headers: Mapping[str, str], body: str) -> str | None:
-        """Never: an account is in one place."""
+        """The same with a login: an account is in one place."""
+        if self._login and not self._logged_in:
+            self._logged_in = True
+            return self.address
         return None
 
     def meaning(self, status: int, body: str) -> tuple[str, str]:
@@ -97,6 +110,9 @@ class AzureBlob:
             "AccountIsDisabled": (f"the account {account} is disabled", "ask its owner"),
             "BlobArchived": ("the blob is archived", "rehydrate it to the hot tier first"),
         }
+        if self._login and status in (401, 403):
+            what = f"the store refuses access to {self._login.who} ({status} {code})"
+            return what, f"give it the role Storage Blob Data Reader on the account {account}"
         if code in ("AuthenticationFailed", "AuthorizationFailure"):
             now = datetime.datetime.now(datetime.UTC)
             if (ends := self._moment("se")) and ends < now:
@@ -110,7 +126,7 @@ class AzureBlob:
         if code in known:
             what, change = known[code]
             return f"{what} ({status} {code})", change
-        if status == 404 and not self._proven:
+        if status == 404 and not self._proven and not self._login:
             return f"there is no such blob, or it is not public ({code})", (
                 f"correct container and name; if they are right, {allow}"
             )

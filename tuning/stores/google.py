@@ -17,6 +17,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 
 from tuning.stores.keys import Keys
+from tuning.stores.logins import fits
 from tuning.stores.store import Signed, code_of
 
 FILE, TOKEN = "GOOGLE_APPLICATION_CREDENTIALS", "GOOGLE_OAUTH_ACCESS_TOKEN"
@@ -27,7 +28,8 @@ GOOD_FOR = 900  # seconds in which a signed URL may be asked for; a longer trans
 class CloudStorage:
     """One object of a bucket.
 
-    Without a key file and a token it is asked for unsigned, as public buckets allow.
+    Without a key file and a token it is asked for unsigned, as public buckets allow, and if that
+    is refused by who is logged in.
     """
 
     def __init__(self, bucket: str, key: str, keys: Keys) -> None:
@@ -35,8 +37,11 @@ class CloudStorage:
         self.identity = keys.endpoint("STORAGE_EMULATOR_HOST", ENDPOINT)
         self.address = f"{self.identity}/{bucket}/{key}"
         self._token = keys.word(TOKEN)
-        self._email, self._key = "", None
-        if not self._token and (text := keys.get(FILE)):
+        self._email, self._key, self._login, self._logged_in = "", None, None, False
+        text, own = keys.get(FILE), keys.origin == Keys.ENVIRONMENT
+        if keys.logins and not self._token and (own or not text) and fits(self.address):
+            self._login = keys.logins.google()
+        if text and not self._token and not self._login:
             self._email, self._key = _service_account(text, keys)
 
     def signed(self, headers: Mapping[str, str]) -> Signed:
@@ -44,15 +49,19 @@ class CloudStorage:
         # An object that is stored compressed comes as it is: unpacked on the way it would have
         # neither a length nor ranges, and a broken transfer could not go on.
         own = {"Accept-Encoding": "gzip"}
-        if self._token:
-            return Signed(self.address, own | {"Authorization": f"Bearer {self._token}"})
+        token = self._login().text if self._login and self._logged_in else self._token
+        if token:
+            return Signed(self.address, own | {"Authorization": f"Bearer {token}"})
         if self._key is None:
             return Signed(self.address, own)
         now = datetime.datetime.now(datetime.UTC)
         return Signed(sign(self.address, self._email, self._key, now), own)
 
     def moved(self, headers: Mapping[str, str], body: str) -> str | None:
-        """Never: every bucket answers everywhere."""
+        """The same with a login: every bucket answers everywhere."""
+        if self._login and not self._logged_in:
+            self._logged_in = True
+            return self.address
         return None
 
     def meaning(self, status: int, body: str) -> tuple[str, str]:
@@ -82,10 +91,10 @@ class CloudStorage:
         if self._token and status == 401:
             what = f"the access token is wrong or has expired ({code})"
             return what, f"renew {TOKEN} in {where} (gcloud auth print-access-token)"
-        if not self._token and self._key is None:
+        if not self._token and not self._login and self._key is None:
             what = f"is not public, or not there, and there is no key to sign with ({code})"
             return what, f"put a service account's key file into {FILE} of {where}, or set {TOKEN}"
-        who = self._email or "whose token it is"
+        who = self._email or (self._login.who if self._login else "whose token it is")
         what = f"the store refuses access, or there is no such object ({status} {code})"
         change = f"grant storage.objects.get on it (Storage Object Viewer) to {who}"
         return what, f"correct its name, or {change}"

@@ -12,6 +12,8 @@ from typing import ClassVar
 from urllib.parse import urlsplit
 
 from tuning.errors import SpecError
+from tuning.network import Policy
+from tuning.stores.logins import GOOGLE_FILE, Logins, gcloud_file, token_service
 
 LARGEST_KEY = 1 << 16  # bytes
 NO_PROFILE = "AWS_PROFILE"  # among the keys only where it names no section of the credentials
@@ -23,8 +25,11 @@ _AMAZON = (
     "AWS_DEFAULT_REGION",
     "AWS_ENDPOINT_URL",
 )
-_GOOGLE_FILE = "GOOGLE_APPLICATION_CREDENTIALS"  # in the environment a path, in a Secret the file
-_GOOGLE = (_GOOGLE_FILE, "GOOGLE_OAUTH_ACCESS_TOKEN", "STORAGE_EMULATOR_HOST")
+_GOOGLE = (
+    GOOGLE_FILE,  # in the environment a path, in a Secret the file
+    "GOOGLE_OAUTH_ACCESS_TOKEN",
+    "STORAGE_EMULATOR_HOST",
+)
 _AZURE = (
     "AZURE_STORAGE_CONNECTION_STRING",
     "AZURE_STORAGE_ACCOUNT_NAME",
@@ -42,6 +47,7 @@ class Keys:
 
     values: Mapping[str, str] = field(default_factory=dict, repr=False)
     origin: str = "the data Secret"
+    logins: Logins | None = field(default=None, repr=False)  # for who has no key
     ENVIRONMENT: ClassVar[str] = "the environment"
 
     def get(self, *names: str) -> str:
@@ -85,18 +91,23 @@ class Keys:
         return text
 
 
-def load_keys(folder: Path | None) -> Keys:
+def load_keys(folder: Path | None, policy: Policy | None = None) -> Keys:
     """The keys in a mounted Secret; without one those of the environment and ~/.aws/credentials.
 
-    Raises SpecError that names a file of the Secret that cannot be read.
+    With a `policy`, which says how clouds are reached, whoever has no key logs in with what the
+    environment knows. Raises SpecError that names a file of the Secret that cannot be read.
     """
+    logins = None
+    if policy:
+        person = gcloud_file() if folder is None else None
+        logins = Logins(os.environ, token_service(policy), gcloud=person)
     if folder is None:
         found = {name: os.environ[name] for name in _NAMES if os.environ.get(name)}
-        if path := found.get(_GOOGLE_FILE):
+        if path := found.get(GOOGLE_FILE):
             # Whoever asks for gs:// is told of a file that cannot be read, nobody else.
             with contextlib.suppress(OSError, UnicodeDecodeError):
-                found[_GOOGLE_FILE] = _text(Path(path))
-        return Keys({**_profile(found), **found}, Keys.ENVIRONMENT)
+                found[GOOGLE_FILE] = _text(Path(path))
+        return Keys({**_profile(found), **found}, Keys.ENVIRONMENT, logins)
     values = {}
     for name in _NAMES:
         try:
@@ -107,7 +118,7 @@ def load_keys(folder: Path | None) -> Keys:
             what = f"cannot be read ({type(error).__name__})"
             change = "write the key as plain text"
             raise SpecError.at("FETCH-107", str(folder / name), what, change) from None
-    return Keys(values, f"the data Secret ({folder})")
+    return Keys(values, f"the data Secret ({folder})", logins)
 
 
 def _text(path: Path) -> str:

@@ -36,7 +36,10 @@ class Store(Protocol):
         ...
 
     def moved(self, headers: Mapping[str, str], body: str) -> str | None:
-        """Another address that an answer points to; None if it does not, or a second time."""
+        """Where to ask again: an address that a refusal points to, or the same with a login.
+
+        None if there is no such way, or if it was gone before.
+        """
         ...
 
     def meaning(self, status: int, body: str) -> tuple[str, str]:

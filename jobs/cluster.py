@@ -265,12 +265,18 @@ class Cluster:
             raise
 
     def delete(self, kind: Kind, item: Object) -> None:
-        """Delete this very object (by UID), its children first; one that is gone is fine."""
+        """Delete this very object (by UID); one that is gone is fine.
+
+        A Job or Deployment is there until its pods are gone, so that nobody writes beside them. All
+        else goes at once: a machine must not be paid for while the garbage collector is busy, nor
+        that collector delete its node before Karpenter drains it.
+        """
         meta = item["metadata"]
+        first = "Foreground" if kind in (JOB, DEPLOYMENT) else "Background"
         body = {
             "apiVersion": "v1",
             "kind": "DeleteOptions",
-            "propagationPolicy": "Foreground",
+            "propagationPolicy": first,
             "preconditions": {"uid": meta["uid"]},
         }
         try:

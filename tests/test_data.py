@@ -25,9 +25,12 @@ import zstandard
 from datasets import Dataset
 
 from tuning import process
-from tuning.data import bins, pack, tokenise
+from tuning.data import bins, pack, read, sniff, tokenise
 from tuning.data.__main__ import work
 from tuning.data.over_length import pieces
+from tuning.data.parts import Part
+from tuning.data.problems import Problems
+from tuning.data.source import Source
 from tuning.errors import DataError, Problem, SpecError
 
 ROW = {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]}
@@ -257,7 +260,28 @@ BAD = {
         b"question,answer\na,b\nc,d,e\n", "DATA-240", "line 3", "has 3 fields", "train.csv"
     ),
     "C41 open quote": Bad(
-        b'question,answer\na,"b\n', "DATA-240", "train.csv line", "is not CSV", "train.csv"
+        b'question,answer\na,"b\n' + b"c,d\n" * 500,
+        "DATA-240",
+        "train.csv line 2",
+        "a quote that is never closed",
+        "train.csv",
+    ),
+    "C12 a csv line without end": Bad(
+        b"question,answer\na,b\n" + b"x" * (6 << 20) + b"," + b"y" * (6 << 20) + b"\n",
+        "DATA-211",
+        "train.csv line 3",
+        "is longer than 10 MiB",
+        "train.csv",
+    ),
+    "two splits in one object": Bad(
+        b'{"train": [' + GOOD.strip() + b'],\n "validation": [' + GOOD.strip() + b"]}",
+        "DATA-202",
+        "train.json row 2",
+        'rows under two keys, "train" and "validation"',
+        "train.json",
+    ),
+    "a negative token": Bad(
+        lines({"input_ids": [-1, 5]}), "DATA-247", "line 1", "input_ids holds -1, but"
     ),
     "C41 other separator": Bad(
         b"question;answer\na;b\n", "DATA-240", "train.csv", "separated by ';'", "train.csv"
@@ -655,7 +679,21 @@ def test_some_rows_too_long(run: Callable[..., Any], tmp_path: Path) -> None:
         *map(kept["over_length"].get, ("rows", "truncated")),
     )
     assert (3, 1) == (dropped["train"]["documents"], dropped["over_length"]["dropped"])
-    assert ["1 rows longer than 64 tokens cut so that the answer stays"] == kept["notes"]
+    assert ["1 rows longer than 64 tokens cut so that all answers stay"] == kept["notes"]
+
+
+def test_answers_that_are_lost_are_counted(run: Callable[..., Any], tmp_path: Path) -> None:
+    """What is cut for good is said: whole turns at the end, or an answer's end."""
+    many_turns = turns(*[("user", "2 + 2?"), ("assistant", "four is the sum " * 2)] * 6)
+    run({"a.jsonl": GOOD + lines(many_turns, turns(Q, ("assistant", "word " * 300)))})
+
+    kept = packed(tmp_path)
+
+    over = kept["over_length"]
+    assert 2 == over["truncated"] and 1 == over["cut_answers"] and 1 <= over["lost_answers"] < 6
+    (note,) = kept["notes"]
+    lost = f"{over['lost_answers']} of their answers left out, 1 of their answers cut short"
+    assert f"2 rows longer than 64 tokens cut: {lost}" == note
 
 
 def test_long_text_is_split(run: Callable[..., Any], tmp_path: Path) -> None:
@@ -715,3 +753,91 @@ def test_packing_is_near_the_best() -> None:
         assert lengths == placed
         total = sum(length * rows for length, rows in lengths.items())
         assert sum(number for _, number in patterns) <= 1 + 1.5 * total / size
+
+
+# -- tables -------------------------------------------------------------------------------------
+
+CALLS = [
+    ("add", {"a": 2}, {"a": {"type": "number"}}),
+    ("wx", {"city": "Rome"}, {"city": {"type": "string"}}),
+]
+CALLED = [
+    {
+        "messages": [
+            {"role": "user", "content": "go", "tool_calls": None},
+            {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [{"type": "function", "function": {"name": n, "arguments": a}}],
+            },
+        ],
+        "tools": [
+            {
+                "type": "function",
+                "function": {"name": n, "parameters": {"type": "object", "properties": p}},
+            }
+        ],
+    }
+    for n, a, p in CALLS
+]
+
+
+def ids_of(out: Path) -> list[list[int]]:
+    with pa.ipc.open_file(str(out / "out" / "rows.arrow")) as reader:
+        return list(reader.read_all().column("input_ids").to_pylist())
+
+
+def test_a_table_of_tool_calls_is_what_its_lines_are(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """A struct has the keys of all rows; what it fills with null nobody called or declared."""
+    base = chats.save("qwen2_5", tmp_path_factory.mktemp("qwen"))
+    found = []
+    for name, content in (
+        ("a.jsonl", lines(*CALLED)),
+        ("a.parquet", table(CALLED)),
+        ("a.arrow", arrow(CALLED, pa.ipc.new_file)),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "0000").write_bytes(content)
+        file = {"path": str(folder / "0000"), "shown": name, "sha256": "", "size": len(content)}
+        request = {"step": "tokenise", "files": [file], "base": str(base), "settings": {}}
+        work(request | {"out": str(folder / "out")})
+        found.append(ids_of(folder))
+
+    assert found[0] == found[1] == found[2]
+
+
+def test_columns_of_a_table_that_nobody_reads_are_named(run: Callable[..., Any]) -> None:
+    """As those of JSONL are, though they are never loaded."""
+    result = run({"a.parquet": table([ROW | {"explanation": "because"}])})
+
+    assert ['not read: the columns "explanation"'] == result["notes"]
+
+
+@pytest.mark.parametrize("made", ["parquet", "arrow", "csv", "json"])
+def test_long_rows_come_in_small_batches(
+    made: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory follows the size of a batch, whatever the number of its rows."""
+    rows = [{"text": f"{n} " * 50_000} for n in range(40)]
+    content = {
+        "parquet": lambda: table(rows),
+        "arrow": lambda: arrow(rows, pa.ipc.new_file),
+        "csv": lambda: b"text\n" + b"".join(row["text"].encode() + b"\n" for row in rows),
+        "json": lambda: json.dumps(rows).encode(),
+    }[made]()
+    path = tmp_path / f"a.{made}"
+    path.write_bytes(content)
+    kind = sniff.sniff(path, path.name, None)
+    source = Source(path, path.name, kind, Problems(), tmp_path, part=Part(size=len(content)))
+
+    found = list(read.batches(source))
+
+    assert 40 == sum(len(batch.rows) for batch in found)
+    assert list(range(40)) == [int(r["text"].split()[0]) for batch in found for r in batch.rows]
+    assert max(sum(len(row["text"]) for row in batch.rows) for batch in found) < 2 << 20
+    assert sorted(p for batch in found for p in batch.places) == [
+        p for batch in found for p in batch.places
+    ]

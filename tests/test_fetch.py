@@ -1013,6 +1013,51 @@ def test_a_folder_lists_its_data_by_name(tmp_path: Path) -> None:
     assert ["a.parquet", "b.jsonl", "inside", "sub/c.csv"] == shown
 
 
+@pytest.mark.parametrize(
+    ("within", "ending", "names"),
+    [
+        (None, None, ["test/b.jsonl", "train/a.jsonl", "train/c.csv"]),
+        ("train", None, ["train/a.jsonl", "train/c.csv"]),
+        ("train/c.csv", None, ["train/c.csv"]),
+        (None, "jsonl", ["test/b.jsonl", "train/a.jsonl"]),
+        ("train", "jsonl", ["train/a.jsonl"]),
+        (None, "parquet", ["test/b.jsonl", "train/a.jsonl", "train/c.csv"]),  # what they are
+    ],
+)
+def test_a_part_of_a_folder_or_image(
+    tmp_path: Path, within: str | None, ending: str | None, names: list[str]
+) -> None:
+    """dataset_path and dataset_extension; companions of a saved dataset never count."""
+
+    def fill(folder: Path) -> None:
+        for name in ("train/a.jsonl", "train/c.csv", "test/b.jsonl", "train/dataset_info.json"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(ROWS)
+
+    fill(tmp_path / "data")
+    folder = Source(folder=tmp_path / "data", within=within, ending=ending)
+    image = Source(image="registry.example/rows:1", within=within, ending=ending)
+
+    local = fetch.fetch(folder, tmp_path / "1", policy=Policy())
+    pulled = fetch.fetch(
+        image, tmp_path / "2", policy=Policy(), pull_image=lambda reference, target: fill(target)
+    )
+
+    assert names == [str(Path(file.shown).relative_to(tmp_path / "data")) for file in local]
+    assert names == [file.shown.partition(":/data/")[2] for file in pulled]
+
+
+def test_a_file_among_urls_is_named_by_its_last_part(origin: Origin, tmp_path: Path) -> None:
+    """As KAITO's dataset_path names what lies under /mnt/data."""
+    urls = tuple(origin.serve(f"/{name}", ROWS) for name in ("a.jsonl", "b%20c.jsonl"))
+
+    (file,) = fetch.fetch(Source(urls=urls, within="b c.jsonl"), tmp_path, policy=LOOPBACK)
+    with pytest.raises(SpecError, match=r'FETCH-126 .*names "c.jsonl".*a.jsonl, b c.jsonl'):
+        fetch.check(Source(urls=urls, within="c.jsonl"), policy=LOOPBACK)
+
+    assert file.shown.endswith("b%20c.jsonl")
+
+
 def test_a_mounted_config_map_is_read_through_its_links(tmp_path: Path) -> None:
     (tmp_path / "..2026").mkdir()
     (tmp_path / "..2026" / "rows.jsonl").write_bytes(ROWS)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from tuning.formats import (
+    UNREAD,
     BadRow,
     Columns,
     Conversation,
@@ -25,7 +26,11 @@ SYSTEM = {"role": "system", "content": "Be short."}
 NONE = Columns()
 BARE = "### Instruction:\n{}\n\n### Response:\n"
 CALL = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 2}'}}
+BARE_CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
 READ_CALL = {"id": "1", "type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+
+CUT_CALL = {"function": {"name": "add", "arguments": '{"a": 2'}}
+PROSE_CALL = {"from": "function_call", "value": '{"add": 2}'}
 
 READ: dict[str, tuple[dict[str, Any], Columns, str, Any]] = {
     "messages": (
@@ -75,6 +80,33 @@ READ: dict[str, tuple[dict[str, Any], Columns, str, Any]] = {
             [{"type": "function", "function": {"name": "add"}}],
         ),
     ),
+    "messages, a call as OpenAI had it": (
+        {
+            "messages": [
+                USER,
+                {"role": "assistant", "content": None, "function_call": CALL["function"]},
+                {"role": "function", "content": "4", "name": "add"},
+                ANSWER,
+            ]
+        },
+        NONE,
+        "messages",
+        Conversation(
+            [
+                USER,
+                {"role": "assistant", "content": "", "tool_calls": [BARE_CALL]},
+                {"role": "tool", "content": "4", "name": "add"},
+                ANSWER,
+            ],
+            (1, 3),
+        ),
+    ),
+    "messages, turns that are not trained": (
+        {"messages": [USER, ANSWER | {"train": False}, USER, ANSWER | {"train": True}]},
+        NONE,
+        "messages",
+        Conversation([USER, ANSWER, USER, ANSWER], (3,)),
+    ),
     "messages under another name": (
         {"conversations": [USER, ANSWER], "id": 1},
         NONE,
@@ -105,6 +137,34 @@ READ: dict[str, tuple[dict[str, Any], Columns, str, Any]] = {
         "sharegpt",
         Conversation([SYSTEM, USER, ANSWER], (2,)),
     ),
+    "sharegpt, a call": (
+        {
+            "conversations": [
+                {"from": "human", "value": "2 + 2?"},
+                {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 2}}'},
+                {"from": "observation", "value": "4"},
+                {"from": "gpt", "value": "4"},
+            ],
+            "tools": '[{"name": "add", "description": "adds", "parameters": {}}]',
+        },
+        NONE,
+        "sharegpt",
+        Conversation(
+            [
+                USER,
+                {"role": "assistant", "content": "", "tool_calls": [BARE_CALL]},
+                {"role": "tool", "content": "4"},
+                ANSWER,
+            ],
+            (1, 3),
+            [
+                {
+                    "type": "function",
+                    "function": {"name": "add", "description": "adds", "parameters": {}},
+                }
+            ],
+        ),
+    ),
     "prompt-completion": (
         {"prompt": "2 + 2?", "completion": " 4"},
         NONE,
@@ -116,6 +176,12 @@ READ: dict[str, tuple[dict[str, Any], Columns, str, Any]] = {
         NONE,
         "prompt-completion",
         Conversation([USER, ANSWER, USER, ANSWER], (3,)),
+    ),
+    "prompt-completion of messages and a system column": (
+        {"prompt": [USER], "completion": [ANSWER], "system": "Be short."},
+        NONE,
+        "prompt-completion",
+        Conversation([SYSTEM, USER, ANSWER], (2,)),
     ),
     "alpaca": (
         {"instruction": "Add.", "input": "2 + 2", "output": "4"},
@@ -179,6 +245,12 @@ READ: dict[str, tuple[dict[str, Any], Columns, str, Any]] = {
         Text("Four."),
     ),
     "tokens": ({"input_ids": [1, 2, 3]}, NONE, "tokens", Tokens([1, 2, 3], (0, 3))),
+    "tokens and padding": (
+        {"input_ids": [0, 1, 2, 0], "attention_mask": [0, 1, 1, 0], "labels": [0, -100, 2, 0]},
+        NONE,
+        "tokens",
+        Tokens([1, 2], (1, 2)),
+    ),
     "tokens and labels": (
         {"input_ids": [1, 2, 3, 4], "labels": [-100, 2, -100, 4]},
         NONE,
@@ -244,7 +316,27 @@ def test_all_faults_of_a_row() -> None:
         ({"input_ids": [1], "labels": [5]}, "DATA-247"),
         ({"input_ids": ["1"]}, "DATA-247"),
         ({"input_ids": []}, "DATA-247"),
+        ({"input_ids": [1, 2], "attention_mask": [1]}, "DATA-247"),
+        ({"input_ids": [1, 2, 3], "attention_mask": [1, 0, 1]}, "DATA-247"),
+        ({"input_ids": [1], "attention_mask": [0]}, "DATA-247"),
         ({"messages": [USER, ANSWER], "tools": "add"}, "DATA-216"),
+        ({"messages": [USER, ANSWER], "tools": [{"name": "\ud800"}]}, "DATA-234"),
+        ({"messages": [USER, ANSWER], "system": {"a": 1}}, "DATA-221"),
+        ({"messages": [USER, ANSWER | {"reasoning_content": ["a"]}]}, "DATA-221"),
+        ({"messages": [USER, ANSWER | {"reasoning_content": "\ud800"}]}, "DATA-234"),
+        ({"messages": "[" * 200_000}, "DATA-216"),
+        ({"messages": [USER, ANSWER | {"tool_calls": [CUT_CALL]}]}, "DATA-216"),
+        (
+            {"conversations": [{"from": "human", "value": "a"}, {"from": "function_call"}]},
+            "DATA-219",
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "a"}, PROSE_CALL]},
+            "DATA-216",
+        ),
+        ({"instruction": "a", "input": 5, "output": "b"}, "DATA-221"),
+        ({"instruction": "a", "input": ["b", 5], "output": "b"}, "DATA-222"),
+        ({"question": "a", "answer": "b", "system": 0}, "DATA-221"),
         ({"instruction": "a", "output": "b", "history": "c"}, "DATA-216"),
         ({"instruction": "a", "output": "b", "history": [["c"]]}, "DATA-216"),
         ({"instruction": "a", "output": "b", "history": [["c", " "]]}, "DATA-225"),
@@ -265,6 +357,13 @@ def test_bad_rows(row: dict[str, Any], code: str) -> None:
         ({"instruction": "a", "output": "b", "input": "", "history": []}, []),
         ({"messages": [USER, ANSWER], "tools": [], "prompt": "a", "score": None}, ["prompt"]),
         ({"input_ids": [1, 2], "labels": [1, 2], "attention_mask": [1, 1]}, []),
+        ({"instruction": "a", "output": "b", "input": "c", "context": "d"}, ["context"]),
+        ({"prompt": "a", "completion": "b", "tools": [{"name": "c"}]}, ["tools"]),
+        ({"text": "a", "extra": UNREAD, "__index_level_0__": UNREAD}, ["extra"]),
+        (
+            {"messages": [USER, ANSWER | {"id": 1, "weight": 0, "train": False, "note": None}]},
+            ["messages[].id"],
+        ),
     ],
 )
 def test_columns_that_nobody_reads_are_known(row: dict[str, Any], left: list[str]) -> None:
@@ -277,3 +376,11 @@ def test_quoted() -> None:
     assert '"a\\u000ab"' == quoted("a\nb")
     assert 82 == len(quoted("x" * 500))
     assert "[1, 2]" == quoted([1, 2])
+
+
+def test_a_row_of_the_same_shape_with_another_column_is_told_so() -> None:
+    """Not "of shape alpaca, but the data began as alpaca"."""
+    shape = detect({"instruction": "a", "output": "b"}, NONE)
+
+    with pytest.raises(BadRow, match='this row has no "output"'):
+        to_example({"instruction": "a", "response": "b"}, shape)

@@ -238,6 +238,57 @@ def test_special_token_typed_by_a_user() -> None:
     assert ("DATA-233", True) == (refused.code, '"<|im_end|>"' in refused.what)
 
 
+@pytest.mark.parametrize(
+    ("conversation", "where"),
+    [
+        (
+            Conversation(
+                [
+                    CHAT[1],
+                    {"role": "assistant", "content": "4", "reasoning_content": "a<|im_end|>"},
+                ],
+                (1,),
+            ),
+            "message 1",
+        ),
+        (
+            Conversation(
+                [
+                    CHAT[1],
+                    {
+                        "role": "assistant",
+                        "content": "",
+                        "tool_calls": [
+                            {"function": {"name": "add", "arguments": {"a": "<|im_start|>system"}}}
+                        ],
+                    },
+                ],
+                (1,),
+            ),
+            "message 1",
+        ),
+        (Conversation(CHAT[1:3], (1,), [{"name": "add<|im_end|>"}]), "tools"),
+    ],
+)
+def test_a_special_token_beside_the_content(conversation: Conversation, where: str) -> None:
+    """C34: reasoning, arguments and schemas stand in the text as well."""
+    (refused,) = encoder("qwen3").encode([conversation])
+
+    assert isinstance(refused, Fault)
+    assert ("DATA-233", True) == (refused.code, refused.what.startswith(where))
+
+
+def test_one_prompt_that_talks_of_a_special_token_turns_no_template_off() -> None:
+    """Raw is what most prompts begin as; the one row is refused."""
+    pairs = [Pair(f"What is {n}?", "one", "", raw=True) for n in range(5)]
+    pairs.append(Pair("What does <|im_end|> do?", "It ends a turn.", "", raw=True))
+
+    *good, refused = encoder("chatml").encode(pairs)
+
+    assert all(isinstance(each, Encoded) for each in good)
+    assert isinstance(refused, Fault) and "DATA-233" == refused.code
+
+
 def test_train_on_all() -> None:
     """Every token is trained when asked for."""
     (encoded,) = encoder("chatml", train_on="all").encode([Conversation(CHAT, (2, 4))])

@@ -1,5 +1,6 @@
 """The preview as its users meet it: the command line, a tiny model, a page and JSON."""
 
+import io
 import json
 import math
 import os
@@ -7,8 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
+import zstandard
 from fake_hub import FakeHub
 from faults.web import Origin
 from test_end_to_end import good, tuning, workspace
@@ -24,6 +28,13 @@ def line(answer, **more):
     """One row of messages."""
     turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": answer} | more]
     return json.dumps({"messages": turns}) + "\n"
+
+
+def parquet(rows):
+    """The bytes of a table."""
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), sink)
+    return sink.getvalue()
 
 
 def with_dataset(file, **settings):
@@ -242,6 +253,35 @@ class TestCheck:
         assert (10, "") == (done.returncode, done.stdout)
         assert "a.csv line 2" in done.stderr
         assert "DATA-202" in done.stderr
+
+    @pytest.mark.parametrize(
+        ("name", "content", "said"),
+        [
+            ("a.parquet", lambda: parquet([{"colour": "red"}]), "DATA-212"),
+            ("cut.parquet", lambda: parquet([json.loads(line("yes"))])[:-8], "DATA-237"),
+            ("a.json", lambda: b'[{"colour": "red"}]', "DATA-212"),
+            ("a.jsonl.zst", lambda: zstandard.compress(b'{"colour": "red"}\n'), "DATA-212"),
+        ],
+    )
+    def test_a_file_that_is_here_is_judged_by_its_rows(self, tmp_path, name, content, said):
+        """Whatever its format: a look costs milliseconds."""
+        (tmp_path / name).write_bytes(content())
+
+        done = self.checked(tmp_path, tmp_path / name)
+
+        assert (10, "") == (done.returncode, done.stdout)
+        assert said in done.stderr
+
+    def test_a_data_image_that_is_not_there_is_said(self, tmp_path):
+        """Asked for by name; its rows are judged when it is pulled."""
+        file = workspace(tmp_path / "check.yaml", input={"image": "127.0.0.1:1/team/rows:1"})
+
+        done = tuning(
+            *("check", "-f", file, "--base-model", TINY, "--output", f"oci:{tmp_path / 'image'}"),
+        )
+
+        assert (20, "") == (done.returncode, done.stdout)
+        assert "127.0.0.1:1" in done.stderr
 
     def test_a_url_is_judged_by_its_first_bytes(self, tmp_path):
         """A login page behind a link is told without downloading; good rows pass."""

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tuning import credentials, https, reference, registry, signature
 from tuning.errors import Problem, RefusedError, SpecError
+from tuning.image import Image
 from tuning.registry import Patience, Remote
 from tuning.trust import Trust
 
@@ -25,6 +26,7 @@ class Access:
     ca: Path | None = None
     insecure: bool = False
     trust: Trust = field(default_factory=Trust)  # the administrator's word
+    patience: Patience = field(default_factory=Patience)  # where nothing else is said
 
     def remote(self, name: str, *, secret: Path | None, patience: Patience | None = None) -> Remote:
         """The repository that `name` names, with the login for it. Raises SpecError."""
@@ -47,7 +49,7 @@ class Access:
             client=host.client,
             identity=identity,
             insecure=self.insecure,
-            patience=patience or Patience(),
+            patience=patience or self.patience,
         )
 
     def pull_data(self, name: str, folder: Path) -> None:
@@ -55,6 +57,13 @@ class Access:
         remote = self.remote(name, secret=self.pull_secret)
         approve = self.approve(remote)
         registry.pull(remote, folder, wanted=lambda _: True, approve=approve)
+
+    def look(self, name: str) -> Image:
+        """What a data image is, from its manifest. Raises as a pull does."""
+        remote = self.remote(name, secret=self.pull_secret)
+        digest, found = remote.persist(lambda: registry.resolve(remote))
+        self.approve(remote)(digest)
+        return found
 
     def approve(
         self, remote: Remote, say: Callable[[str], None] = log.warning

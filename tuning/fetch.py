@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from urllib3 import BaseHTTPResponse
 
@@ -48,7 +49,11 @@ PullImage = Callable[[str, Path], object]  # image reference, empty folder for i
 
 SIDE_BY_SIDE = 6
 # Companions of data in published folders; whoever means them names them with --data.
-_NO_DATA = re.compile(r"(readme|license|licence|notice|changelog)(\..*)?|.*\.md", re.IGNORECASE)
+_NO_DATA = re.compile(
+    r"(readme|license|licence|notice|changelog)(\..*)?|.*\.md"
+    r"|(dataset_infos?|dataset_dict|state)\.json",  # of datasets' save_to_disk
+    re.IGNORECASE,
+)
 _CHECKSUM = re.compile(r"sha256=([0-9a-fA-F]{64})")
 
 
@@ -108,10 +113,10 @@ def fetch(
     if source.files:
         return _hashed([(path, str(path)) for path in source.files])
     if source.folder:
-        return _hashed(listed(source.folder))
+        return _hashed(_chosen(listed(source.folder), source.folder, source))
     if source.image:
-        return _from_image(source.image, folder, pull_image)
-    items = _items(source.urls, policy, keys)
+        return _from_image(source, folder, pull_image)
+    items = _items(_named(source), policy, keys)
     web = Web(policy, credentials or {}, patience or Patience(), resolve)
     folder.mkdir(parents=True, exist_ok=True)
     _forget_others(folder, len(items))
@@ -145,7 +150,7 @@ def check(
     web = Web(policy, credentials or {}, patience or Patience(tries=1), resolve)
     seen: list[Seen] = []
     problems: list[TuningError] = []
-    for item in _items(source.urls, policy, keys):
+    for item in _items(_named(source), policy, keys):
         try:
             seen.append(_look(item, web, head))
         except Again as again:
@@ -183,6 +188,17 @@ def _size(response: BaseHTTPResponse) -> int | None:
 
 
 # -- URLs ---------------------------------------------------------------------------------------
+
+
+def _named(source: Source) -> tuple[str, ...]:
+    """The URLs of `source` that count. Raises SpecError if dataset_path names none of them."""
+    if not source.within:
+        return source.urls
+    paths = {url: unquote(url.partition("#")[0].partition("?")[0]) for url in source.urls}
+    found = tuple(url for url, path in paths.items() if path.endswith(f"/{source.within}"))
+    if not found:
+        raise _nothing(source, [path.rpartition("/")[2] for path in paths.values()])
+    return found
 
 
 def _items(urls: tuple[str, ...], policy: Policy, keys: Keys | None) -> list[Item]:
@@ -365,6 +381,34 @@ def _walk(folder: Path) -> Iterator[Path]:
             yield Path(entry.path)
 
 
+def _chosen(found: list[tuple[Path, str]], root: Path, source: Source) -> list[tuple[Path, str]]:
+    """Those of the files below `root` that dataset_path and dataset_extension mean."""
+    names = {path: path.relative_to(root).as_posix() for path, _ in found}
+    if within := source.within:
+        inside = [each for each in found if f"{names[each[0]]}/".startswith(f"{within}/")]
+        if not inside:
+            raise _nothing(source, list(names.values()))
+        found = inside
+    if source.ending:
+        ended = [each for each in found if _ends(names[each[0]], source.ending)]
+        found = ended or found  # where none has it, it says what the files are
+    return found
+
+
+def _ends(name: str, ending: str) -> bool:
+    name = name.lower()
+    for suffix in (".gz", ".gzip", ".zst", ".zstd"):
+        name = name.removesuffix(suffix)
+    return name.endswith(f".{ending}")
+
+
+def _nothing(source: Source, names: list[str]) -> SpecError:
+    shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
+    what = f'names "{source.within}", and no such file or folder is among the data: {shown}'
+    change = "name a file or folder that is there, or remove the key"
+    return SpecError.at("FETCH-126", "DatasetConfig.dataset_path", what, change)
+
+
 def _hashed(named: list[tuple[Path, str]]) -> tuple[File, ...]:
     """Local files, hashed where they are. Raises DataError with all problems."""
     found, problems = [], []
@@ -385,8 +429,9 @@ def _hashed(named: list[tuple[Path, str]]) -> tuple[File, ...]:
     return tuple(found)
 
 
-def _from_image(reference: str, folder: Path, pull_image: PullImage | None) -> tuple[File, ...]:
+def _from_image(source: Source, folder: Path, pull_image: PullImage | None) -> tuple[File, ...]:
     """The files under /data of an image, pulled once."""
+    reference = str(source.image)
     if pull_image is None:
         raise ValueError("a source that is an image needs pull_image")
     target, record = folder / "image", folder / "image.json"
@@ -401,4 +446,4 @@ def _from_image(reference: str, folder: Path, pull_image: PullImage | None) -> t
         files.replace_folder(scratch, target)
         files.write_json(record, {"image": reference})
     found = [(path, f"{reference}:/data/{path.relative_to(target)}") for path, _ in listed(target)]
-    return _hashed(found)
+    return _hashed(_chosen(found, target, source))

@@ -130,6 +130,8 @@ def _lengths(found: Value) -> Iterator[Text]:
     if over["rows"]:
         done = ", ".join(f"{over[k]:,} {k}" for k in ("truncated", "split", "dropped") if over[k])
         lost = f"{over['lost_tokens']:,} tokens lost"
+        for key, what in (("lost_answers", "left out"), ("cut_answers", "cut short")):
+            lost += f", {over[key]:,} answers {what}" if over[key] else ""
         text = f"{over['rows']:,} rows are longer ({over['policy']}): {done}; {lost}"
         yield Text(text, style="yellow")
     else:

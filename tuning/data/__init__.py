@@ -37,7 +37,8 @@ Step "pack" splits off the held-out rows, applies the over-length policy and pac
      "shuffle": bool, "seed": int, "shuffle_seed": int | null, "train_share": float,
      "batch": int | null}                              a global batch the user insists on
  -> {"train": PART, "eval": PART | null, "max_length": int, "packing": bool,
-     "over_length": {"policy", "rows", "truncated", "split", "dropped", "lost_tokens"},
+     "over_length": {"policy", "rows", "truncated", "split", "dropped",
+                     "lost_tokens", "lost_answers", "cut_answers"},
      "dropped": {reason: rows}, "notes": [str]}
     PART = {"path": str, "rows": int, "documents": int, "tokens": int, "trained_tokens": int,
             "efficiency": float}

@@ -20,7 +20,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from tuning.data import skeleton
 from tuning.data.skeleton import Message, Skeleton, Spans, Unplaced, squeeze
-from tuning.formats import Conversation, Fault, quoted
+from tuning.formats import Conversation, Fault, quoted, texts_in
 
 _PLAIN = {"role", "content"}
 _REASONS = re.compile("reasoning|thinking")
@@ -207,12 +207,13 @@ class Template:
     def _typed(self, conversation: Conversation) -> Fault | None:
         """A special token among a conversation's words would end or open a turn."""
         for index, message in enumerate(conversation.messages):
-            if found := self._special.search(message["content"]):
-                what = (
-                    f"message {index} (role {message['role']}) holds {quoted(found[0])}, which is "
-                    "a special token of the base model"
-                )
-                return Fault("DATA-233", what, "remove it from the text, or remove the row")
+            said = [message["content"]] if len(message) == 2 else texts_in(message)
+            for text in said:
+                if found := self._special.search(text):
+                    return _special_fault(f"message {index} (role {message['role']})", found[0])
+        for text in texts_in(conversation.tools or []):
+            if found := self._special.search(text):
+                return _special_fault("tools", found[0])
         return None
 
     def _texts(self, conversations: Sequence[Conversation]) -> list[str | Refused]:
@@ -283,6 +284,11 @@ class Template:
 def _any_of(words: Any) -> re.Pattern[str]:
     ordered = sorted({word for word in words if word}, key=lambda word: (-len(word), word))
     return re.compile("|".join(re.escape(word) for word in ordered) or r"(?!)")
+
+
+def _special_fault(where: str, token: str) -> Fault:
+    what = f"{where} holds {quoted(token)}, which is a special token of the base model"
+    return Fault("DATA-233", what, "remove it from the text, or remove the row")
 
 
 def _fault(error: Refused | Unplaced) -> Fault:

@@ -54,7 +54,7 @@ class Encoder:
         self._before: list[int] = list(whole[:before])
         self._after: list[int] = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         self._added = set(tokenizer.added_tokens_decoder)
-        self._special = set(tokenizer.all_special_tokens)
+        self._openers = tuple(filter(None, tokenizer.all_special_tokens))
         self.raw_pairs: bool | None = None  # decided by the first rows that may be
 
     def encode(self, examples: Sequence[Example]) -> list[Encoded | Fault]:
@@ -85,10 +85,12 @@ class Encoder:
         return self._template is not None and not self.raw_pairs
 
     def decide(self, examples: Sequence[Example]) -> None:
-        """Prompts that hold special tokens are rendered already: no template goes around them."""
+        """Prompts that begin with special tokens are rendered already: no template goes around
+        them. It takes most of the first rows: one that merely talks of such a token is refused."""
         raw = [example for example in examples if isinstance(example, Pair) and example.raw]
         if raw and self.raw_pairs is None:
-            self.raw_pairs = any(t in pair.prompt for pair in raw for t in self._special)
+            opened = sum(pair.prompt.lstrip().startswith(self._openers) for pair in raw)
+            self.raw_pairs = opened > len(raw) / 2
 
     def _conversation(self, example: Example) -> Conversation:
         if isinstance(example, Pair):
@@ -120,8 +122,9 @@ class Encoder:
         return _Job(shown.text, spans, bare=False)
 
     def _checked(self, tokens: Tokens) -> Encoded | Fault:
-        worst = max(tokens.input_ids)
-        if worst >= self._size or min(tokens.input_ids) < 0:
+        least, worst = min(tokens.input_ids), max(tokens.input_ids)
+        if worst >= self._size or least < 0:
+            worst = least if least < 0 else worst
             what = f"input_ids holds {worst}, but the tokenizer has {self._size} tokens"
             change = "tokenise with the base model's own tokenizer, or give the text"
             return Fault("DATA-247", what, change)

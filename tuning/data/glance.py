@@ -1,20 +1,23 @@
-"""The first rows of a file, judged before the file is downloaded or read.
+"""The first rows of a file, judged before the file is downloaded or read in whole.
 
-Only what text shows at once: the columns of JSONL, CSV and TSV. Of parquet, arrow, JSON arrays and
-zstd there is the format alone. It loads nothing heavy, so that `check` can call it.
+Of a file that is elsewhere only what its first bytes show: the columns of JSONL, CSV and TSV. Of
+parquet, arrow, JSON arrays and zstd there is the format alone. Of a file that is here all of them.
+It loads no torch, so that `check` can call it.
 """
 
 from __future__ import annotations
 
 import tempfile
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 from tuning.data import json_rows, separated, sniff
 from tuning.data.problems import Problems
-from tuning.data.source import Source
+from tuning.data.source import Batch, Source
+from tuning.errors import DataError
 from tuning.formats import BadRow, Columns, Shape, detect, quoted, to_example, unused
 
 HEAD = 64 << 10  # bytes that are enough
@@ -74,25 +77,48 @@ def _whole_rows(head: bytes, format: str) -> bytes:
 def _shape(
     text: bytes, shown: str, kind: sniff.Kind, columns: Columns
 ) -> tuple[Shape | None, tuple[str, ...]]:
-    problems = Problems()
     read = json_rows.one_a_line if kind.format == "jsonl" else separated.rows
-    shape: Shape | None = None
-    left: tuple[str, ...] = ()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "head")
         path.write_bytes(text)
-        for batch in islice(read(Source(path, shown, kind, problems, Path(folder))), 1):
-            for place, row in zip(batch.places, batch.rows, strict=True):
-                try:
-                    if shape is None:
-                        shape = detect(row, columns)
-                        left = tuple(unused(row, shape))
-                    to_example(row, shape)
-                except BadRow as bad:
-                    for fault in bad.faults:
-                        where = f"{shown} {batch.unit} {place}"
-                        problems.add(fault.code, where, fault.what, fault.change)
-                    if shape is None:
-                        break
+        source = Source(path, shown, kind, Problems(), Path(folder))
+        return _judged(source, read(source), columns)
+
+
+def glance_at(path: Path, shown: str, *, columns: Columns, extension: str | None) -> Glance:
+    """What the file at `path` is. Raises DataError with all that is wrong with its first rows."""
+    from tuning.data import read
+
+    kind = sniff.sniff(path, shown, extension)
+    named = frozenset(filter(None, (columns.messages, columns.context, columns.response)))
+    with tempfile.TemporaryDirectory() as folder:
+        source = Source(path, shown, kind, Problems(), Path(folder), named)
+        shape, left = _judged(source, read.batches(source), columns)
+    if shape is None:
+        raise DataError.at("DATA-201", shown, "holds no rows", "give a file with rows")
+    name = f"{kind.format} in {kind.compression}" if kind.compression else kind.format
+    return Glance(name, shape, left)
+
+
+def _judged(
+    source: Source, batches: Iterator[Batch], columns: Columns
+) -> tuple[Shape | None, tuple[str, ...]]:
+    """The shape of the first row, and what of it is not read."""
+    shape: Shape | None = None
+    left: tuple[str, ...] = ()
+    problems = source.problems
+    for batch in islice(batches, 1):
+        for place, row in zip(batch.places, batch.rows, strict=True):
+            try:
+                if shape is None:
+                    shape = detect(row, columns)
+                    left = tuple(unused(row, shape))
+                to_example(row, shape)
+            except BadRow as bad:
+                for fault in bad.faults:
+                    where = f"{source.shown} {batch.unit} {place}"
+                    problems.add(fault.code, where, fault.what, fault.change)
+                if shape is None:
+                    break
     problems.raise_all()
     return shape, left

@@ -7,10 +7,21 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from tuning.data.source import MAX_LINE, ROWS, Batch, Source, lines, raw_bytes, text_bytes
+from tuning.data import sniff
+from tuning.data.source import (
+    MAX_LINE,
+    ROWS,
+    Batch,
+    Gathered,
+    Source,
+    lines,
+    raw_bytes,
+    text_bytes,
+)
 from tuning.formats import quoted, type_name
 
 MAX_DEPTH = 100
+_SPLITS = ("validation", "valid", "val", "test", "eval", "dev")
 
 
 class _NotJson(ValueError):
@@ -121,6 +132,11 @@ def _json_problem(error: ValueError, *, cut: bool) -> tuple[str, str, str]:
     return "DATA-202", f"is not JSON: {quoted(str(error))}", "repair the line"
 
 
+def _twice(one: str, other: str) -> _NotJson:
+    what = f'holds rows under two keys, "{one}" and "{other}"'
+    return _NotJson("DATA-202", what, "write the rows to train on into a file of their own")
+
+
 class _Scanner:
     """Reads one JSON value after the other from a text that arrives in pieces."""
 
@@ -128,14 +144,20 @@ class _Scanner:
         self._pieces = pieces
         self._decoder = codecs.getincrementaldecoder("utf-8")()
         self._text = ""
-        self._at = 0
+        self._at = self._before = 0
         self.ended = False
+
+    @property
+    def passed(self) -> int:
+        """How many characters have been read."""
+        return self._before + self._at
 
     def _more(self) -> None:
         piece = next(self._pieces, None)
         self.ended = piece is None
         text = self._decoder.decode(piece or b"", final=self.ended)
         self._text = self._text[self._at :] + text
+        self._before += self._at
         self._at = 0
 
     def peek(self) -> str:
@@ -179,30 +201,25 @@ class _Scanner:
 def values(source: Source) -> Iterator[Batch]:
     """The rows of an array, of an array inside an object, or of objects one after the other."""
     scanner = _Scanner(text_bytes(source))
-    places: list[int] = []
-    rows: list[dict[str, Any]] = []
-    number = 0
+    gathered = Gathered("row")
+    number, before = 0, 0
     try:
         for value in _elements(scanner):
             number += 1
+            size, before = scanner.passed - before, scanner.passed
             if isinstance(value, dict) and _depth(value) <= MAX_DEPTH:
-                rows.append(value)
-                places.append(number)
+                yield from gathered.add(number, value, size)
             elif isinstance(value, dict):
                 source.bad(f"row {number}", *_too_deep().args)
             else:
                 what = f"is {type_name(value)}, not an object"
                 source.bad(f"row {number}", "DATA-209", what, "write one object a row")
-            if len(rows) == ROWS:
-                yield Batch("row", places, rows)
-                places, rows = [], []
     except UnicodeDecodeError as error:
         what = f"near it a byte (0x{error.object[error.start]:02x}) is not UTF-8"
         source.bad(f"row {number + 1}", "DATA-205", what, "save the file as UTF-8")
     except ValueError as error:
         source.bad(f"row {number + 1}", *_json_problem(error, cut=scanner.ended))
-    if rows:
-        yield Batch("row", places, rows)
+    yield from gathered.rest()
 
 
 def _elements(scanner: _Scanner) -> Iterator[Any]:
@@ -231,16 +248,21 @@ def _wrapped(scanner: _Scanner) -> Iterator[Any]:
     """The rows of `{"data": [...]}`; an object that wraps none is a row itself."""
     scanner.skip("{")
     rest: list[tuple[str, Any]] = []
-    found = False
+    found = ""
     while not scanner.skip("}"):
         key = scanner.value()
         if not isinstance(key, str) or not scanner.skip(":"):
             raise _NotJson("DATA-202", "is not an object: a key is missing", "repair it")
-        if key in ("data", "rows", "train", "items", "records") and scanner.skip("["):
-            found = True
+        if key in sniff.WRAPPERS and scanner.skip("["):
+            if found:
+                raise _twice(found, key)
+            found = key
             yield from _array(scanner)
         else:
-            rest.append((key, scanner.value()))
+            value = scanner.value()
+            rest.append((key, value))
+        if found and (also := next((k for k, v in rest if k in _SPLITS and v), None)):
+            raise _twice(found, also)
         if not scanner.skip(",") and scanner.peek() != "}":
             if not scanner.peek():
                 raise _NotJson("DATA-203", "the file ends in the middle", "download it again")

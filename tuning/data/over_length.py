@@ -70,3 +70,14 @@ def _truncate(row: int, trained: Sequence[int], max_length: int, lead: int) -> P
     if first <= lead:
         return Piece(row, 0, max_length)
     return Piece(row, first, first + room, lead, clip=False)
+
+
+def losses(piece: Piece, trained: Sequence[int]) -> tuple[int, int]:
+    """How many trained ranges of a row a single `piece` leaves out, and how many it shortens."""
+    lost = cut = 0
+    for start, end in zip(trained[::2], trained[1::2], strict=True):
+        before = start < piece.start and not piece.clip
+        gone = before or start >= piece.end or end <= piece.start
+        lost += gone
+        cut += not gone and (end > piece.end or start < piece.start)
+    return lost, cut

@@ -13,7 +13,7 @@ import pyarrow.ipc
 
 from tuning import files
 from tuning.data import bins
-from tuning.data.over_length import Piece, pieces
+from tuning.data.over_length import Piece, losses, pieces
 from tuning.data.rows import PIECE, SCHEMA, Ints, Rows, ramps
 from tuning.errors import DataError
 
@@ -58,7 +58,16 @@ class _Job:
     told: dict[str, Any]  # the answer to "tokenise"
     counts: dict[str, int] = field(
         default_factory=lambda: dict.fromkeys(
-            ("rows", "truncated", "split", "dropped", "lost_tokens"), 0
+            (
+                "rows",
+                "truncated",
+                "split",
+                "dropped",
+                "lost_tokens",
+                "lost_answers",
+                "cut_answers",
+            ),
+            0,
         )
     )
     dropped: Counter[str] = field(default_factory=Counter)
@@ -149,6 +158,10 @@ class _Job:
         self.counts["split"] += len(made) > 1
         self.counts["truncated"] += len(made) == 1
         self.counts["lost_tokens"] += length - sum(p.end - p.start + p.lead for p in made)
+        if len(made) == 1:
+            lost, shortened = losses(made[0], trained.tolist())
+            self.counts["lost_answers"] += lost
+            self.counts["cut_answers"] += shortened
         kept = [piece for piece in made if self._learns(piece)]
         self.dropped["no token to learn after cutting"] += len(made) - len(kept)
         return kept
@@ -232,9 +245,14 @@ class _Job:
     def notes(self) -> list[str]:
         """What happened to over-long rows, in words."""
         counts, limit = self.counts, self.request["max_length"]
+        lost = [
+            f"{counts[key]} of their answers {what}"
+            for key, what in (("lost_answers", "left out"), ("cut_answers", "cut short"))
+            if counts[key]
+        ]
         words = {
             "split": "split into parts, no token lost",
-            "truncated": "cut so that the answer stays",
+            "truncated": f"cut: {', '.join(lost)}" if lost else "cut so that all answers stay",
             "dropped": "left out",
         }
         made = [

@@ -5,15 +5,16 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet as pq
 
 from tuning.data import json_rows, separated, sniff
-from tuning.data.source import ROWS, Batch, Source
+from tuning.data.source import BYTES, ROWS, Batch, Source
 from tuning.errors import DataError
-from tuning.formats import KNOWN_COLUMNS, quoted
+from tuning.formats import KNOWN_COLUMNS, UNREAD, quoted
 
 
 def batches(source: Source) -> Iterator[Batch]:
@@ -49,7 +50,10 @@ def _parquet(source: Source) -> Iterator[Batch]:
                 groups = list(range(part.begin, end))
                 rows = sum(file.metadata.row_group(n).num_rows for n in groups)
                 found = file.iter_batches(
-                    batch_size=ROWS, row_groups=groups, columns=used, use_threads=False
+                    batch_size=_rows_at_once(file, groups, used),
+                    row_groups=groups,
+                    columns=used,
+                    use_threads=False,
                 )
                 for batch in _tables(found, names, before=part.before):
                     yield batch
@@ -95,12 +99,66 @@ def _tables(
     found: Iterable[pa.RecordBatch], names: list[str], *, before: int = 0
 ) -> Iterator[Batch]:
     number = before
-    for batch in found:
-        places = list(range(number + 1, number + 1 + batch.num_rows))
-        number += batch.num_rows
-        unused = dict.fromkeys(name for name in names if name not in batch.schema.names)
-        rows = batch.to_pylist()
-        yield Batch("row", places, [row | unused for row in rows] if unused else rows)
+    for large in found:
+        for batch in _small(large):
+            places = list(range(number + 1, number + 1 + batch.num_rows))
+            number += batch.num_rows
+            here = batch.schema.names
+            unused = dict.fromkeys((name for name in names if name not in here), UNREAD)
+            rows = batch.to_pylist()
+            if filled := [field.name for field in batch.schema if _may_be_filled(field)]:
+                for row in rows:
+                    row |= {name: _unfilled(row[name], inside=name == "tools") for name in filled}
+            yield Batch("row", places, [row | unused for row in rows] if unused else rows)
+
+
+def _rows_at_once(file: pq.ParquetFile, groups: list[int], used: list[str]) -> int:
+    """How many rows of a parquet file make a batch: ROWS, or fewer if they are long."""
+    size = rows = 0
+    for number in groups:
+        group = file.metadata.row_group(number)
+        rows += group.num_rows
+        columns = (group.column(index) for index in range(group.num_columns))
+        size += sum(
+            column.total_uncompressed_size
+            for column in columns
+            if column.path_in_schema.partition(".")[0] in used
+        )
+    return max(1, min(ROWS, 4 * BYTES * rows // max(1, size)))
+
+
+def _small(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+    """`batch` in halves of halves, until each is of bounded size or a single row."""
+    waiting = [batch]
+    while waiting:
+        part = waiting.pop()
+        if part.num_rows > 1 and part.nbytes > BYTES:
+            half = part.num_rows // 2
+            waiting += [part.slice(half), part.slice(0, half)]
+        else:
+            yield part
+
+
+def _may_be_filled(field: pa.Field) -> bool:
+    """Whether a column holds tools, or calls of them, as structs."""
+    return pa.types.is_nested(field.type) and (field.name == "tools" or "_call" in str(field.type))
+
+
+def _unfilled(value: Any, *, inside: bool = False) -> Any:
+    """`value` without the nulls with which a table fills keys that a row never had.
+
+    A struct has the keys of all rows: two tools give each other their arguments. Only what is
+    `inside` tools and calls of them is a stranger's words; what a message lacks we know ourselves.
+    """
+    if isinstance(value, list):
+        return [_unfilled(each, inside=inside) for each in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: _unfilled(each, inside=inside or key in ("tool_calls", "function_call", "function"))
+        for key, each in value.items()
+        if not (inside and each is None)
+    }
 
 
 class _plain_file:

@@ -6,7 +6,7 @@ import csv
 from collections.abc import Iterator
 from typing import Any
 
-from tuning.data.source import MAX_LINE, ROWS, Batch, Source, lines, text_bytes
+from tuning.data.source import MAX_LINE, Batch, Gathered, Source, lines, text_bytes
 from tuning.formats import quoted
 
 
@@ -16,8 +16,8 @@ def rows(source: Source) -> Iterator[Batch]:
     delimiter = "," if source.kind.format == "csv" else "\t"
     reader = csv.reader(_text_lines(source), delimiter=delimiter, strict=True)
     header: list[str] = []
-    places: list[int] = []
-    made: list[dict[str, Any]] = []
+    gathered = Gathered("line")
+    start = 1
     try:
         header = [name.strip() for name in next(reader, [])]
         if len(set(header)) < len(header):
@@ -28,29 +28,39 @@ def rows(source: Source) -> Iterator[Batch]:
         start = reader.line_num + 1
         for fields in reader:
             if len(fields) == len(header):
-                made.append(dict(zip(header, fields, strict=True)))
-                places.append(start)
+                row: dict[str, Any] = dict(zip(header, fields, strict=True))
+                yield from gathered.add(start, row, sum(map(len, fields)))
             elif fields:
                 what = f"has {len(fields)} fields, the header has {len(header)}"
                 change = "put fields that hold a separator, a quote or a line end in quotes"
                 source.bad(f"line {start}", "DATA-240", what, change)
             start = reader.line_num + 1
-            if len(made) == ROWS:
-                yield Batch("line", places, made)
-                places, made = [], []
+    except _TooLong as error:
+        change = "split the row, or check that the file has one row a line"
+        what = f"is longer than {MAX_LINE >> 20} MiB"
+        source.bad(f"line {error.args[0]}", "DATA-211", what, change)
     except csv.Error as error:
         what = f"is not {source.kind.format.upper()}: {error}"
+        if "end of data" in str(error):
+            what = f"is not {source.kind.format.upper()}: it opens a quote that is never closed"
         change = "put fields that hold a separator, a quote or a line end in quotes"
-        source.bad(f"line {reader.line_num}", "DATA-240", what, change)
+        source.bad(f"line {start}", "DATA-240", what, change)
     except UnicodeDecodeError as error:
         what = f"a byte (0x{error.object[error.start]:02x}) is not UTF-8"
         source.bad(f"line {reader.line_num + 1}", "DATA-205", what, "save the file as UTF-8")
-    if made:
-        yield Batch("line", places, made)
+    yield from gathered.rest()
+
+
+class _TooLong(Exception):
+    """A line, whose number it holds, is longer than MAX_LINE: only its beginning is here."""
 
 
 def _text_lines(source: Source) -> Iterator[str]:
+    number = 0
     for raw, unended in lines(text_bytes(source)):
         last = len(raw) - 1
         for index, line in enumerate(raw):
+            number += 1
+            if len(line) > MAX_LINE:
+                raise _TooLong(number)
             yield line.decode() + ("" if unended and index == last else "\n")

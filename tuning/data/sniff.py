@@ -25,6 +25,7 @@ CHUNK = 1 << 20
 # A text that shrinks more than this is no training data but a bomb; small files may do so.
 MAX_RATIO, FREE_BYTES = 200, 64 << 20
 
+WRAPPERS = ("data", "rows", "train", "items", "records")  # keys under which an object has rows
 _BINARY = {"parquet": "parquet", "pq": "parquet", "arrow": "arrow", "feather": "arrow"}
 _TEXTUAL = {"json", "jsonl", "ndjson", "csv", "tsv", "txt"}
 _FOREIGN = (  # magic, offset, name: formats that people hand over by mistake
@@ -194,9 +195,10 @@ def _wraps_rows(line: bytes) -> bool:
 
 def wrapped_key(value: dict[str, object]) -> str | None:
     """The key under which `value` holds the rows, if it is an object that wraps them."""
-    for key in ("data", "rows", "train", "items", "records"):
+    for key in WRAPPERS:
         rows = value.get(key)
-        if isinstance(rows, list) and all(isinstance(row, dict) for row in rows):
+        good = isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
+        if good and (rows or len(value) == 1):
             return key
     return None
 

@@ -12,7 +12,8 @@ from tuning.data import sniff
 from tuning.data.parts import Part
 from tuning.data.problems import Problems
 
-ROWS = 1000
+ROWS = 1000  # of a batch, and fewer where they are long:
+BYTES = 1 << 20  # tokenised, a byte of text takes some hundred
 MAX_LINE = 10 << 20
 
 
@@ -41,6 +42,30 @@ class Source:
     def bad(self, place: str, code: str, what: str, change: str) -> None:
         """Note a problem at `place`, such as "line 7"."""
         self.problems.add(code, f"{self.shown} {place}".rstrip(), what, change)
+
+
+class Gathered:
+    """Rows that come one by one, as batches of bounded size."""
+
+    def __init__(self, unit: str) -> None:
+        self._unit, self._size = unit, 0
+        self._places: list[int] = []
+        self._rows: list[dict[str, Any]] = []
+
+    def add(self, place: int, row: dict[str, Any], size: int) -> Iterator[Batch]:
+        """Take a row of about `size` bytes; gives a batch when one is full."""
+        self._places.append(place)
+        self._rows.append(row)
+        self._size += size
+        if len(self._rows) == ROWS or self._size >= BYTES:
+            yield from self.rest()
+
+    def rest(self) -> Iterator[Batch]:
+        """What is not given yet."""
+        if self._rows:
+            batch = Batch(self._unit, self._places, self._rows)
+            self._places, self._rows, self._size = [], [], 0
+            yield batch
 
 
 def lines(pieces: Iterable[bytes]) -> Iterator[tuple[list[bytes], bool]]:

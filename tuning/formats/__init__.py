@@ -5,7 +5,7 @@ row of that shape or raises BadRow with every fault it found, so that a person c
 at once. Shapes, in the order in which they are looked for:
 
     options             DatasetConfig's messages_column, context_column, response_column
-    tokens              input_ids [labels]
+    tokens              input_ids [labels, attention_mask]
     messages            messages | conversation(s) | ... = [{role, content}], a column tools
     sharegpt            the same columns, [{from, value}]
     prompt-completion   prompt and completion, both text or both lists of messages
@@ -17,6 +17,7 @@ at once. Shapes, in the order in which they are looked for:
 from tuning.formats.detect import KNOWN_COLUMNS, detect, unused
 from tuning.formats.example import to_example
 from tuning.formats.values import (
+    UNREAD,
     BadRow,
     Columns,
     Conversation,
@@ -28,11 +29,13 @@ from tuning.formats.values import (
     Text,
     Tokens,
     quoted,
+    texts_in,
     type_name,
 )
 
 __all__ = [
     "KNOWN_COLUMNS",
+    "UNREAD",
     "BadRow",
     "Columns",
     "Conversation",
@@ -45,6 +48,7 @@ __all__ = [
     "Tokens",
     "detect",
     "quoted",
+    "texts_in",
     "to_example",
     "type_name",
     "unused",

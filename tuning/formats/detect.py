@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tuning.formats.values import BadRow, Columns, Fault, Name, Row, Shape, from_json, quoted
+from tuning.formats.values import (
+    NOTHING,
+    BadRow,
+    Columns,
+    Fault,
+    Name,
+    Row,
+    Shape,
+    from_json,
+    quoted,
+)
 
 MESSAGE_COLUMNS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat")
 PAIR_COLUMNS = (
@@ -30,7 +40,10 @@ KNOWN_COLUMNS = LEADING_COLUMNS | {
     HISTORY_COLUMN,
     "tools",
     "labels",
+    "attention_mask",
 }
+CARRIED = ("tool_calls", "tool_call_id", "name", "reasoning_content", "thinking", "reasoning")
+MESSAGE_KEYS = {"role", "content", "from", "value", "weight", "train", "function_call", *CARRIED}
 
 
 def detect(row: Row, options: Columns) -> Shape:
@@ -60,17 +73,40 @@ def detect(row: Row, options: Columns) -> Shape:
 
 
 def unused(row: Row, shape: Shape) -> list[str]:
-    """Columns of `row` that say something and are not read, though they may be meant."""
+    """What `row` says and nobody reads, though it may be meant: columns, and keys of messages."""
     used = {column for _, column in shape.columns}
-    if shape.name in ("messages", "sharegpt", "prompt-completion"):
-        used |= {"tools", *SYSTEM_COLUMNS}
+    chats = [column for use, column in shape.columns if use == "messages"]
+    if shape.name == "prompt-completion" and not isinstance(row.get("prompt"), str):
+        chats = ["prompt", "completion"]
+    if chats:
+        used.add("tools")
     if shape.name == "tokens":
         used |= {"labels", "attention_mask", "token_type_ids", "position_ids"}
-    if shape.name in ("alpaca", "pair"):
-        used |= set(SYSTEM_COLUMNS)
+    elif shape.name != "text":
+        used.add(first_said(row, SYSTEM_COLUMNS) or "")
     if shape.name == "alpaca":
-        used |= {*CONTEXT_COLUMNS, HISTORY_COLUMN}
-    return [name for name, value in row.items() if name not in used and value not in (None, "", [])]
+        used |= {first_said(row, CONTEXT_COLUMNS) or "", HISTORY_COLUMN}
+    used |= {name for name in row if name.startswith("__")}  # a table's own, such as its index
+    left = [name for name, value in row.items() if name not in used and not _silent(value)]
+    for column in chats:
+        turns = from_json(row.get(column))
+        said = [turn for turn in turns if isinstance(turn, Mapping)] if _is_list(turns) else []
+        keys = {key: None for turn in said for key, value in turn.items() if not _silent(value)}
+        left += [f"{column}[].{key}" for key in keys if key not in MESSAGE_KEYS]
+    return left
+
+
+def first_said(row: Row, columns: Sequence[str]) -> str | None:
+    """The first of `columns` that says something in this very row."""
+    return next((column for column in columns if not _silent(row.get(column))), None)
+
+
+def _silent(value: Any) -> bool:
+    return any(value is nothing or value == nothing for nothing in NOTHING)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list)
 
 
 def _shape(name: Name, reason: str, **columns: str) -> Shape:

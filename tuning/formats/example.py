@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from tuning.formats.detect import (
@@ -10,6 +9,7 @@ from tuning.formats.detect import (
     HISTORY_COLUMN,
     SYSTEM_COLUMNS,
     detect,
+    first_said,
     missing_column,
 )
 from tuning.formats.messages import conversation, prompt_messages, text_of_parts
@@ -53,6 +53,8 @@ def _lost_column(row: Row, shape: Shape, column: str) -> Fault:
     try:
         other = detect(row, Columns())
     except BadRow:
+        other = shape
+    if other.name == shape.name:
         missing = missing_column(row, "this row has no", column)
         assert missing is not None
         return missing
@@ -74,12 +76,17 @@ def _pair(row: Row, shape: Shape) -> Pair | Conversation:
             faults += bad.faults
     extra = {}
     for use, column in (
-        ("context", _first(row, CONTEXT_COLUMNS) if shape.name == "alpaca" else None),
-        ("system", _first(row, SYSTEM_COLUMNS)),
+        ("context", first_said(row, CONTEXT_COLUMNS) if shape.name == "alpaca" else None),
+        ("system", first_said(row, SYSTEM_COLUMNS)),
     ):
-        value = row.get(column) if column else None
-        if isinstance(value, str) and value.strip():
-            faults += text_faults(value, str(column))
+        if column is None:
+            continue
+        try:
+            value = _filled(row, column, "", empty=True)
+        except BadRow as bad:
+            faults += bad.faults
+            continue
+        if value.strip():
             extra[use] = value
     earlier = from_json(row.get(HISTORY_COLUMN)) if shape.name == "alpaca" else None
     if earlier:
@@ -128,11 +135,6 @@ def _continued(earlier: list[list[str]], pair: Pair) -> Conversation:
     return Conversation(turns, trained)
 
 
-def _first(row: Row, columns: Sequence[str]) -> str | None:
-    """The first of `columns` that says something in this very row."""
-    return next((column for column in columns if row.get(column)), None)
-
-
 def _bare(prompt: str, system: str) -> str:
     """The prompt as base models without a chat template have seen it most."""
     head = f"{system}\n\n" if system else ""
@@ -165,13 +167,16 @@ def _tokens(row: Row) -> Tokens:
         if not isinstance(value, list) or any(type(token) is not int for token in value):
             what = f"{name} is {type_name(value)}, not a list of whole numbers"
             raise BadRow.of("DATA-247", what, "write token ids, as the base model's tokenizer does")
+    if labels is not None and len(labels) != len(ids):
+        what = f"labels has {len(labels)} entries and input_ids {len(ids)}"
+        raise BadRow.of("DATA-247", what, "give each token one label: itself, or -100 for no loss")
+    if (mask := row.get("attention_mask")) is not None:
+        first, last = _unmasked(mask, len(ids))
+        ids, labels = ids[first:last], labels[first:last] if labels is not None else None
     if not ids:
         raise BadRow.of("DATA-247", "input_ids is empty", "remove the row")
     if labels is None:
         return Tokens(ids, (0, len(ids)))
-    if len(labels) != len(ids):
-        what = f"labels has {len(labels)} entries and input_ids {len(ids)}"
-        raise BadRow.of("DATA-247", what, "give each token one label: itself, or -100 for no loss")
     flat: list[int] = []
     inside = False
     for index, (token, label) in enumerate(zip(ids, labels, strict=True)):
@@ -182,3 +187,18 @@ def _tokens(row: Row) -> Tokens:
             flat.append(index)
             inside = not inside
     return Tokens(ids, tuple([*flat, len(ids)] if inside else flat))
+
+
+def _unmasked(mask: Any, size: int) -> tuple[int, int]:
+    """Where the tokens begin and end that are no padding. Raises BadRow."""
+    good = isinstance(mask, list) and all(type(each) in (int, bool) for each in mask)
+    if not good or len(mask) != size or not {*mask} <= {0, 1}:
+        what = f"attention_mask is no list of {size} zeros and ones, as many as input_ids"
+        raise BadRow.of("DATA-247", what, "give each token one, or remove the column")
+    if 1 not in mask:
+        return 0, 0
+    first, last = mask.index(1), size - mask[::-1].index(1)
+    if 0 in mask[first:last]:
+        what = f"attention_mask hides tokens in the middle: entry {first + mask[first:].index(0)}"
+        raise BadRow.of("DATA-247", what, "mask padding alone, or remove the column")
+    return first, last

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tuning.formats.detect import SYSTEM_COLUMNS
+from tuning.formats.detect import CARRIED, SYSTEM_COLUMNS, first_said
 from tuning.formats.values import (
     BadRow,
     Conversation,
@@ -14,6 +14,7 @@ from tuning.formats.values import (
     from_json,
     quoted,
     text_faults,
+    texts_in,
     type_name,
 )
 
@@ -30,7 +31,7 @@ _SHAREGPT_ROLE = _ROLE | {
     "observation": "tool",
 }
 _PLAIN = {"role", "content"}
-_CARRIED = ("tool_calls", "tool_call_id", "name", "reasoning_content", "thinking", "reasoning")
+_REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 def conversation(row: Row, column: str, *, sharegpt: bool) -> Conversation:
@@ -46,12 +47,33 @@ def conversation(row: Row, column: str, *, sharegpt: bool) -> Conversation:
     if not faults:
         faults = _order_faults(messages, column)
     tools, more = _tools(row)
-    if faults or more:
-        raise BadRow([*faults, *more])
-    system = next((row[name] for name in SYSTEM_COLUMNS if row.get(name)), None)
-    if isinstance(system, str) and system.strip() and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": system})
+    system, wrong = _system(row)
+    if faults or more or wrong:
+        raise BadRow([*faults, *more, *wrong])
+    _open_with(messages, system)
     return Conversation(messages, _weighted(messages), tools)
+
+
+def _system(row: Row) -> tuple[str, list[Fault]]:
+    """What a column of its own says to the system."""
+    column = first_said(row, SYSTEM_COLUMNS)
+    if column is None:
+        return "", []
+    value = row[column]
+    if isinstance(value, list):
+        return text_of_parts(value, column)
+    if not isinstance(value, str):
+        what = f"{column} is {type_name(value)}: {quoted(value)}"
+        return "", [Fault("DATA-221", what, "write a text, in quotes")]
+    return value, text_faults(value, column)
+
+
+def _open_with(messages: list[dict[str, Any]], system: str) -> bool:
+    """Put `system` first, unless the conversation says its own."""
+    if not system.strip() or messages[0]["role"] == "system":
+        return False
+    messages.insert(0, {"role": "system", "content": system})
+    return True
 
 
 def _messages(
@@ -104,7 +126,11 @@ def _message(
         allowed = ", ".join(("human", "gpt", *ROLES) if sharegpt else ROLES)
         what = f"{where}.{role_key} is {quoted(said)}; allowed: {allowed}"
         faults.append(Fault("DATA-207", what, "change the role"))
-    calls = from_json(turn.get("tool_calls")) or None
+    calls, wrong = _calls(turn, where, sharegpt=sharegpt)
+    faults += wrong
+    if calls and said == "function_call":
+        turn = {key: value for key, value in turn.items() if key != content_key}
+        turn[content_key] = None
     content = turn.get(content_key)
     if content is None and calls and role == "assistant":
         text: str = ""
@@ -116,15 +142,30 @@ def _message(
             faults.append(Fault("DATA-225", what, "write the answer, or remove the conversation"))
     message: dict[str, Any] = {"role": role, "content": text}
     if len(turn) > 2 or not _PLAIN >= turn.keys():
-        extra = {key: turn[key] for key in _CARRIED if turn.get(key) is not None}
+        extra = {key: turn[key] for key in CARRIED if turn.get(key) is not None}
         if calls:
-            extra["tool_calls"] = _calls(calls)
+            extra["tool_calls"] = calls
         else:
             extra.pop("tool_calls", None)
+        faults += _extra_faults(extra, where)
         message |= extra
         if turn.get("weight") is not None:
             message["weight"] = turn["weight"]
+        elif isinstance(turn.get("train"), bool):  # as Axolotl has it
+            message["weight"] = int(turn["train"])
     return message, faults
+
+
+def _extra_faults(extra: Mapping[str, Any], where: str) -> list[Fault]:
+    """What is wrong with what a message says beside its content."""
+    faults: list[Fault] = []
+    for key, value in extra.items():
+        if key in _REASONING and not isinstance(value, str):
+            what = f"{where}.{key} is {type_name(value)}: {quoted(value)}"
+            faults.append(Fault("DATA-221", what, "write a text, in quotes"))
+        for text in texts_in(value):
+            faults += text_faults(text, f"{where}.{key}")
+    return faults
 
 
 def _content(turn: Mapping[str, Any], key: str, where: str) -> tuple[str, list[Fault]]:
@@ -156,17 +197,37 @@ def text_of_parts(parts: list[Any], where: str) -> tuple[str, list[Fault]]:
     return joined, text_faults(joined, where)
 
 
-def _calls(calls: Any) -> list[Any]:
-    """Tool calls with their arguments as objects, which is what chat templates print."""
+def _calls(turn: Mapping[str, Any], where: str, *, sharegpt: bool) -> tuple[list[Any], list[Fault]]:
+    """A turn's tool calls with their arguments as objects, which is what chat templates print.
+
+    Older ways are read, too: OpenAI's `function_call`, and a ShareGPT turn of that name.
+    """
+    key, bare = "tool_calls", False
+    calls = from_json(turn.get(key))
+    if not calls and sharegpt and turn.get("from") == "function_call":
+        key, calls, bare = "value", from_json(turn.get("value")), True
+    elif not calls and not sharegpt and turn.get("function_call"):
+        key, calls, bare = "function_call", from_json(turn["function_call"]), True
+    if not calls:
+        return [], []
     fixed: list[Any] = []
+    faults: list[Fault] = []
     for call in calls if isinstance(calls, list) else [calls]:
+        if bare and not (isinstance(call, Mapping) and isinstance(call.get("name"), str)):
+            change = 'write {"name": "...", "arguments": {...}}'
+            return [], [Fault("DATA-216", f"{where}.{key} is no call of a function", change)]
+        call = {"type": "function", "function": call} if bare else call
         if isinstance(call, Mapping) and isinstance(call.get("function"), Mapping):
             function = dict(call["function"])
+            given = function.get("arguments")
+            if isinstance(given, str):
+                function["arguments"] = from_json(given) if given.strip() else {}
             if isinstance(function.get("arguments"), str):
-                function["arguments"] = from_json(function["arguments"])
+                what = f"{where}.{key} has arguments that are no JSON object: {quoted(given)}"
+                faults.append(Fault("DATA-216", what, 'write {"name": value, ...}'))
             call = {k: v for k, v in call.items() if v is not None} | {"function": function}
         fixed.append(call)
-    return fixed
+    return fixed, faults
 
 
 def _order_faults(messages: list[dict[str, Any]], column: str) -> list[Fault]:
@@ -206,9 +267,17 @@ def _tools(row: Row) -> tuple[list[Any] | None, list[Fault]]:
     if not tools:
         return None, []
     if isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools):
-        return [dict(tool) for tool in tools], []
+        faults = [fault for text in texts_in(tools) for fault in text_faults(text, "tools")]
+        return [_schema(tool) for tool in tools], faults
     what = f"tools is {type_name(tools)}, not a list of JSON schemas"
     return None, [Fault("DATA-216", what, 'write [{"type": "function", "function": {...}}]')]
+
+
+def _schema(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """A tool as chat templates want it; LLaMA-Factory's data hold the function alone."""
+    if "function" not in tool and "name" in tool and {"parameters", "description"} & tool.keys():
+        return {"type": "function", "function": dict(tool)}
+    return dict(tool)
 
 
 def prompt_messages(row: Row) -> Conversation:
@@ -229,6 +298,8 @@ def prompt_messages(row: Row) -> Conversation:
     if not faults:
         faults = _order_faults(parts, "prompt + completion")
     tools, more = _tools(row)
-    if faults or more:
-        raise BadRow([*faults, *more])
+    system, wrong = _system(row)
+    if faults or more or wrong:
+        raise BadRow([*faults, *more, *wrong])
+    before += _open_with(parts, system)
     return Conversation(parts, tuple(i for i in _weighted(parts) if i >= before), tools)

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Name = Literal["tokens", "messages", "sharegpt", "prompt-completion", "alpaca", "pair", "text"]
 Row = Mapping[str, Any]
+
+
+class _Unread:
+    """Stands for a value of a column that was not read, since nothing is done with it."""
+
+    def __repr__(self) -> str:
+        return "a value that was not read"
+
+
+UNREAD = _Unread()
+NOTHING: tuple[Any, ...] = (None, "", [], {})  # values that say nothing
 
 
 @dataclass(frozen=True)
@@ -159,6 +170,19 @@ def from_json(value: Any) -> Any:
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
             return json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             return value
     return value
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """Every text in `value`, however deep, keys as well."""
+    waiting = [value]
+    while waiting:
+        found = waiting.pop()
+        if isinstance(found, str):
+            yield found
+        elif isinstance(found, Mapping):
+            waiting += [*found.keys(), *found.values()]
+        elif isinstance(found, (list, tuple)):
+            waiting += found

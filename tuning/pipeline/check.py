@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from tuning import base, delivery, device, fetch, formats, model_image, plan
 from tuning.console import Console
-from tuning.data.glance import HEAD, glance
+from tuning.data.glance import Glance, glance, glance_at
 from tuning.data.problems import mixed
 from tuning.errors import DataError
 from tuning.pipeline import sizing
@@ -22,12 +23,13 @@ def check(spec: Spec, options: Options, console: Console) -> Iterator[str]:
     here = plan.device_of(spec.instance) if spec.instance else device.detect()
     name, revision = base_reference(spec)
     token = read_token(options.hub_token_file)
+    access = replace(options.access, patience=delivery.QUICK)
     good: list[str] = []
     shapes: list[tuple[str, formats.Shape]] = []
 
     def model() -> None:
         if model_image.is_image(name):
-            shape = model_image.config(name, access=options.access)
+            shape = model_image.config(name, access=access)
             judged(plan.base_from_config(plan.declared_name(spec, shape), name, shape), name)
             return
         found = base.resolve(name, revision=revision, token=token)
@@ -52,12 +54,13 @@ def check(spec: Spec, options: Options, console: Console) -> Iterator[str]:
                 keys=fetch.load_keys(secrets, options.policy),
             )
             firsts = [(seen.shown, seen.size, seen.head) for seen in found]
-        elif spec.source.image is None:
-            local = fetch.fetch(spec.source, Path(), policy=options.policy)
-            firsts = [(file.shown, file.size, _head(file.path)) for file in local]
+            together(*(partial(first_rows, *first) for first in firsts))
+        elif image := spec.source.image:
+            size = sum(blob.size for blob in access.look(image).layers)
+            good.append(f"data: {image}, {size:,} bytes as sent, its rows judged when it is pulled")
         else:
-            return
-        together(*(partial(first_rows, *first) for first in firsts))
+            local = fetch.fetch(spec.source, Path(), policy=options.policy)
+            together(*(partial(first_rows_here, file) for file in local))
         odd = [
             mixed(shown, shape, *shapes[0])
             for shown, shape in shapes[1:]
@@ -66,20 +69,28 @@ def check(spec: Spec, options: Options, console: Console) -> Iterator[str]:
         if odd:
             raise DataError(odd)
 
+    s = spec.settings
+    columns = formats.Columns(s.messages_column, s.context_column, s.response_column)
+
     def first_rows(shown: str, size: int | None, head: bytes) -> None:
-        s = spec.settings
-        columns = formats.Columns(s.messages_column, s.context_column, s.response_column)
-        what = glance(
-            head, shown, whole=size == len(head), columns=columns, extension=s.dataset_extension
+        whole, extension = size == len(head), s.dataset_extension
+        judged_rows(
+            shown, size, glance(head, shown, whole=whole, columns=columns, extension=extension)
         )
+
+    def first_rows_here(file: fetch.File) -> None:
+        found = glance_at(file.path, file.shown, columns=columns, extension=s.dataset_extension)
+        judged_rows(file.shown, file.size, found)
+
+    def judged_rows(shown: str, size: int | None, what: Glance) -> None:
         bytes_ = f"{size:,} bytes" if size is not None else "size unknown"
         good.append(f"data: {shown}, {bytes_}, {what}")
         if what.shape:
             shapes.append((shown, what.shape))
 
     def destination() -> None:
-        delivery.check(spec.destination, options.access)
-        delivery.claim(spec.destination, options.access, run_id=None, own=())
+        delivery.check(spec.destination, access)
+        delivery.claim(spec.destination, access, run_id=None, own=())
         good.append(f"destination: {spec.destination.image or 'local'}")
 
     together(model, data, destination)
@@ -93,8 +104,3 @@ def fit(decided: plan.Plan) -> str:
     if found is None:
         return f"{batch} on {decided.device}, which nobody has sized"
     return f"{batch} take {found.ledger.total / 2**30:.1f} GiB on {decided.device}"
-
-
-def _head(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(HEAD)

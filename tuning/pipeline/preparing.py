@@ -201,6 +201,7 @@ def pack(run: Run, rows: Value, chosen: plan.Packing) -> Value:
         "seed": chosen.seed,
         "shuffle_seed": settings.shuffle_seed,
         "train_share": chosen.train_share,
+        "over_length": settings.over_length,
         "batch": settings.micro_batch,
     }
     key = key_of(rows["key"], request)

@@ -260,7 +260,7 @@ def _choice(key: Key, value: Any, options: dict[str, str]) -> str:
     raise _Wrong(f"is {shown(value)}, which is not known", change, code="SPEC-104")
 
 
-def _text(key: Key, value: Any) -> str:
+def _text(key: Key, value: Any) -> str | None:
     if not isinstance(value, str):
         raise _Wrong(f"is {shown(value)}, expected a text", "write a text, in quotes")
     if not value.strip():
@@ -270,7 +270,9 @@ def _text(key: Key, value: Any) -> str:
     if len(value) > 200 or not value.isprintable():
         raise _Wrong("is no name", "write at most 200 printable characters", code="SPEC-104")
     if key.setting == "dataset_path":
-        return _inside(value)
+        return _inside(value) or None
+    if key.setting == "dataset_extension":
+        return value.lower().removeprefix(".")
     if key.setting == "revision" and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._/-]*", value):
         what = f"{shown(value)} is no revision"
         raise _Wrong(what, "write a commit, a branch or a tag", code="SPEC-104")
@@ -278,7 +280,10 @@ def _text(key: Key, value: Any) -> str:
 
 
 def _inside(path: str) -> str:
-    path = path.removeprefix("/mnt/data/").removeprefix("/mnt/").removeprefix("data/")
+    path = path.rstrip("/") + "/"
+    for mount in ("/mnt/data/", "/mnt/", "data/", "./"):
+        path = path.removeprefix(mount)
+    path = path.rstrip("/")
     if path.startswith("/") or ".." in path.split("/"):
         what = "leads out of the data"
         raise _Wrong(what, "give a path relative to the data, without ..", code="SPEC-104")

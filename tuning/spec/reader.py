@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -174,6 +175,10 @@ def _spec(
     source = (
         places.source_of(overrides.data) if overrides.data else places.source(tuning.input, notes)
     )
+    if source.folder or not overrides.data:
+        source = replace(
+            source, within=config.settings.dataset_path, ending=config.settings.dataset_extension
+        )
     destination = places.destination(
         tuning.output, overrides.output, notes, annotations, workspace.status
     )

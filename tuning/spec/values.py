@@ -68,6 +68,7 @@ class Settings:
     response_column: str | None = None
     dataset_path: str | None = None
     dataset_extension: str | None = None
+    over_length: Literal["auto", "split", "truncate", "drop", "refuse"] | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,8 @@ class Source:
     # volumeSource as the engine sees it: /data in the Job, hostPath locally
     folder: Path | None = None
     files: tuple[Path, ...] = ()  # --data FILE
+    within: str | None = None  # dataset_path: what counts of it lies there, or is called so
+    ending: str | None = None  # dataset_extension: what counts of a folder, where names end so
 
 
 @dataclass(frozen=True)

@@ -209,6 +209,7 @@ STATUS = _object(
         device=_text("What it is planned for."),
         peakMemoryBytes=_whole("Predicted peak of GPU memory."),
         runVolume=_text("Where the run directory is: a claim's name, or emptyDir."),
+        rank=_whole("Rank of the adapter."),
     ),
     progress=_object(
         "Where the training stands.",

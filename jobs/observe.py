@@ -167,7 +167,7 @@ def _observe_server(context: Context, workspace: Object) -> Seen:
         job=job if job and names.owned(job, uid) else None,
         foreign=foreign,
         pods=pods,
-        warning=_warning(cluster, None, last, context.now()) if last else None,
+        warning=_warning(cluster, None, last, context.now()) if last else _refused(server),
         machines=_machines(cluster, options, workspace),
         machines_nearby=_machines_nearby(cluster, options, namespace) if not server else 0,
         run_claim=run_claim,
@@ -231,6 +231,12 @@ def _warning(
         return None
     young = now - children.time(job["metadata"]["creationTimestamp"]) < _YOUNG
     return None if young else _event(cluster, job, "FailedCreate")
+
+
+def _refused(server: Object | None) -> str | None:
+    """Why a Deployment has no pod: a quota, or an admission rule."""
+    found = children.condition(server, "ReplicaFailure") if server else None
+    return str(found.get("message")) if found and found.get("status") == "True" else None
 
 
 def _event(cluster: Cluster, about: Object, reason: str) -> str | None:

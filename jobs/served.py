@@ -22,6 +22,7 @@ from tuning.spec.workspace import Inference, Workspace
 RUNTIME, BALANCED = "kaito.sh/runtime", "kaito.sh/enablelb"
 CONFIG_KEY = "inference_config.yaml"
 FRESH = "tuned"  # name of the adapter that the same Workspace made
+HIGHEST_RANK = 512  # that vLLM knows
 _RANK = 8  # of an adapter that nobody has looked into: the least that is usual
 
 
@@ -79,9 +80,24 @@ def ahead(workspace: Object, tuned: Wanted, device: Device | None) -> Wanted:
         return tuned
     wish = read(workspace, None, device)
     problems = tuple(problem for problem in wish.problems if problem.code != "SPEC-117")
+    if wish.server and wish.server.runtime == "vllm":
+        problems += _not_for_vllm(tuned.spec.settings)
     if problems:
         return replace(tuned, spec=None, problems=problems)
     return replace(tuned, misfit=wish.misfit) if wish.misfit and not tuned.misfit else tuned
+
+
+def _not_for_vllm(settings: spec.Settings) -> tuple[Problem, ...]:
+    """What of the adapter that is to be tuned vLLM cannot serve."""
+    where, change = "LoraConfig", "or use the runtime transformers"
+    found = []
+    if settings.dora:
+        what = "vLLM serves no adapter of DoRA"
+        found.append(Problem("SPEC-118", f"{where}.use_dora", what, f"remove it, {change}"))
+    if settings.rank and settings.rank > HIGHEST_RANK:
+        what = f"vLLM serves ranks up to {HIGHEST_RANK}"
+        found.append(Problem("SPEC-118", f"{where}.r", what, f"lower it, {change}"))
+    return tuple(found)
 
 
 def smallest(wish: Wanted) -> str | None:
@@ -139,6 +155,9 @@ def _server(workspace: Object, found: Workspace, config_map: Object | None) -> S
     """Raises SpecError."""
     inference = found.inference
     assert inference is not None
+    if not found.metadata.name[:1].isalpha():
+        what = "begins with a digit, and a Service cannot be called so"
+        raise _wrong("SPEC-104", "metadata.name", what, "begin it with a letter")
     preset = inference.preset or (found.tuning.preset if found.tuning else None)
     if preset is None:
         what = "a pod template of your own is not served by this operator"
@@ -167,7 +186,7 @@ def _server(workspace: Object, found: Workspace, config_map: Object | None) -> S
     options = preset.preset_options
     tuned = found.tuning.preset.preset_options if found.tuning else None
     secret = options.model_access_secret if options else None
-    adapters = (*_fresh(workspace), *_adapters(inference))
+    adapters = (*_fresh(workspace, vllm=vllm), *_adapters(inference))
     _check(preset.name, adapters, vllm)
     ignored = inference.config and not vllm
     return Server(
@@ -183,16 +202,19 @@ def _server(workspace: Object, found: Workspace, config_map: Object | None) -> S
     )
 
 
-def _fresh(workspace: Object) -> tuple[Adapter, ...]:
+def _fresh(workspace: Object, *, vllm: bool) -> tuple[Adapter, ...]:
     """The adapter that this Workspace has made, by its digest."""
     output = (workspace.get("tuning") or {}).get("output") or {}
-    made = (workspace.get("status") or {}).get("output") or {}
+    status = workspace.get("status") or {}
+    made = status.get("output") or {}
+    rank = (status.get("plan") or {}).get("rank") if vllm else None
     if image := output.get("image"):
         name = replace(reference.parse(image), tag=None, digest=made.get("digest"))
         secret = output.get("imagePushSecret")
-        return (Adapter(FRESH, str(name), pull_secrets=(secret,) if secret else ()),)
+        secrets = (secret,) if secret else ()
+        return (Adapter(FRESH, str(name), pull_secrets=secrets, rank=rank),)
     if volume := output.get("volumeSource"):
-        return (Adapter(FRESH, volume=volume),)
+        return (Adapter(FRESH, volume=volume, rank=rank),)
     return ()
 
 

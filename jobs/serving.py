@@ -187,7 +187,7 @@ def _command(workspace: Object, server: Server, options: Options) -> list[str]:
         found += ["--base-revision", server.base_revision]
     found += ["--name", _together(workspace, server)]
     for each in server.adapters:
-        where = f"/adapters/{each.name}" if each.volume else str(each.image)
+        where = each.folder if each.volume else str(each.image)
         found += ["--adapter", f"{each.name}={where}{_strength(each)}"]
     found += ["--host", "0.0.0.0", "--port", str(PORT)]  # noqa: S104 the pod's own address
     if any(each.pull_secrets for each in server.adapters):
@@ -236,7 +236,9 @@ def _vllm(wanted: Wanted, server: Server) -> list[str]:
     preset = presets.find(server.base)
     model = preset.hub_id if preset else server.base
     given = dict(server.settings)
-    asked = int(given.pop("max-lora-rank", _RANK))
+    known = [each.rank for each in server.adapters if each.rank]
+    usual = _RANK if len(known) < len(server.adapters) else 0
+    asked = int(given.pop("max-lora-rank", max([usual, *known])))
     rank = next((each for each in _RANKS if each >= asked), _RANKS[-1])
     found = ["vllm", "serve", model, "--served-model-name", served.base_name(server.base)]
     if revision := server.base_revision or (preset.revision if preset else None):
@@ -247,7 +249,7 @@ def _vllm(wanted: Wanted, server: Server) -> list[str]:
     if server.adapters:
         count = given.pop("max-loras", str(len(server.adapters)))
         found += ["--enable-lora", f"--max-loras={count}", f"--max-lora-rank={rank}"]
-        found += ["--lora-modules", *(f"{a.name}=/adapters/{a.name}" for a in server.adapters)]
+        found += ["--lora-modules", *(f"{a.name}={a.folder}" for a in server.adapters)]
     for key, value in given.items():
         if value != "false":
             # in one word: a value must not be able to pass for another option

@@ -194,7 +194,8 @@ def _plan(seen: Seen) -> Object:
         return seen.recorded.get("plan") or {} if seen.job else {}
     if wanted.plan is None:
         summary = f"PlanUnknown: {wanted.unknown}; the Job decides" if wanted.unknown else None
-        return {k: v for k, v in {"summary": summary, "runVolume": where}.items() if v}
+        told = {"summary": summary, "runVolume": where, "rank": wanted.spec.settings.rank}
+        return {k: v for k, v in told.items() if v}
     recipe = wanted.plan.recipe
     found = {
         "summary": _summary(wanted.plan),
@@ -202,6 +203,7 @@ def _plan(seen: Seen) -> Object:
         "device": str(wanted.plan.device),
         "peakMemoryBytes": wanted.plan.fit.ledger.total if wanted.plan.fit else None,
         "runVolume": where,
+        "rank": recipe.rank,
     }
     return {key: value for key, value in found.items() if value}
 

@@ -44,6 +44,13 @@ class Adapter:
     volume: Object | None = None
     strength: float = 1.0
     pull_secrets: tuple[str, ...] = ()
+    rank: int | None = None  # where vLLM has to know it, and this Workspace has made it
+
+    @property
+    def folder(self) -> str:
+        """Where the pod finds it, if it is a volume or was pulled: in an image below `data`."""
+        inner = "/data" if self.volume and "image" in self.volume else ""
+        return f"/adapters/{self.name}{inner}"
 
 
 @dataclass(frozen=True)
@@ -66,6 +73,9 @@ class Server:
         told = {k: v for k, v in asdict(self).items() if k not in ("public", "note")}
         if self.base_revision is None:  # unknown to servers that an earlier operator started
             del told["base_revision"]
+        for each in told["adapters"]:
+            if each["rank"] is None:  # nor this
+                del each["rank"]
         return _short(json.dumps(told, sort_keys=True))
 
 

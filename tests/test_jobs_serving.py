@@ -16,6 +16,7 @@ from jobs import (
     children,
     manifests,
     names,
+    observe,
     reconcile,
     render,
     served,
@@ -208,6 +209,86 @@ def test_vllm_gets_a_module_for_each_adapter_and_room_for_their_rank() -> None:
     found_status = told(seen, options)
     assert ("False", "AdapterRefused") == inference_ready(found_status)
     assert "b: REG-1" in found_status["failure"]["message"]
+
+
+def command_of(item: Object, options: Options | None = None) -> str:
+    """What the pod of a server runs."""
+    wish = served.read(item, None, None)
+    made = serving.deployment(item, wish, options or Options(vllm_image="vllm:1"), claim=False)
+    return " ".join(made["spec"]["template"]["spec"]["containers"][0]["command"])
+
+
+@pytest.mark.parametrize("runtime", ["transformers", "vllm"])
+def test_an_adapter_in_an_image_volume_lies_where_images_have_it(runtime: str) -> None:
+    """Below data; a claim holds the folder itself."""
+    image = adapter("a", volumeSource={"image": {"reference": "registry.example.com/a:1"}})
+    claim = adapter("b", volumeSource={"persistentVolumeClaim": {"claimName": "b"}})
+    item = workspace(annotations={served.RUNTIME: runtime}, adapters=[image, claim])
+
+    found = command_of(item)
+
+    assert "a=/adapters/a/data" in found
+    assert "b=/adapters/b" in found and "/adapters/b/data" not in found
+
+
+@pytest.mark.parametrize(("rank", "said"), [(8, 8), (128, 128), (200, 256), (None, 64)])
+def test_vllm_is_prepared_for_the_rank_that_was_tuned(rank: int | None, said: int) -> None:
+    """The Workspace knows what it made; another's adapter may be of any rank."""
+    item = both()
+    item["metadata"]["annotations"] = {served.RUNTIME: "vllm"}
+    item["status"] = {"output": {"digest": DIGEST}, "plan": {"rank": rank} if rank else {}}
+
+    assert f"--max-lora-rank={said}" in command_of(item)
+    item["inference"] = {"adapters": [adapter("other")]}
+    assert f"--max-lora-rank={max(said, 64)}" in command_of(item)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("use_dora: true", "no adapter of DoRA"), ("r: 1024", "ranks up to 512")]
+)
+def test_what_vllm_cannot_serve_is_not_tuned_for_it(text: str, said: str) -> None:
+    item = both()
+    item["tuning"]["config"] = "mine"
+    config = {
+        "metadata": {"name": "mine"},
+        "data": {"training_config.yaml": f"training_config: {{LoraConfig: {{{text}}}}}"},
+    }
+    assert served.ahead(item, wanted.read(item, config, None), None).spec is not None
+    item["metadata"]["annotations"] = {served.RUNTIME: "vllm"}
+
+    found = served.ahead(item, wanted.read(item, config, None), None)
+
+    assert found.spec is None and said in str(found.problems[0])
+
+
+def test_a_name_that_no_service_can_have_is_told() -> None:
+    """Before the tuning: a Job may be called so."""
+    item = both()
+    item["metadata"]["name"] = "3b-chat"
+
+    found = served.ahead(item, wanted.read(item, None, None), None)
+
+    assert found.spec is None and "begin it with a letter" in str(found.problems[0])
+
+
+def test_a_deployment_without_a_pod_says_why() -> None:
+    """A quota or an admission rule, in the API server's words."""
+    item = workspace()
+    seen = look(item)
+    assert seen.server is not None
+    refused = seen.server | {
+        "status": {
+            "conditions": [
+                {"type": "ReplicaFailure", "status": "True", "message": "exceeded quota: none"}
+            ]
+        }
+    }
+    warning = observe._refused(refused)
+
+    found = told(replace(seen, server=refused, warning=warning))
+
+    assert ("False", "PodRefused") == inference_ready(found)
+    assert "exceeded quota" in found["failure"]["message"]
 
 
 def settings(text: str) -> served.Wanted:

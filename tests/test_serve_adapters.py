@@ -6,7 +6,7 @@ import json
 import shutil
 import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,10 @@ from safetensors.torch import load_file, save_file
 from tuning import files, image, train
 from tuning.console import Console
 from tuning.delivery import Access
-from tuning.serve import adapters
+from tuning.serve import adapters, voice
 from tuning.serve.adapters import Refused
 from tuning.serve.names import Wanted
+from tuning.serve.rendering import Renderer
 
 Base = Callable[..., Path]
 QUIET = Console(quiet=True)
@@ -32,6 +33,12 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 @pytest.fixture(scope="module")
 def base(tiny_base: Base) -> Path:
     return tiny_base("llama")
+
+
+@pytest.fixture(scope="module")
+def renderer() -> Iterator[Renderer]:
+    with Renderer() as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +55,7 @@ Take = Callable[..., tuple[list[adapters.Model], list[Refused]]]
 
 
 @pytest.fixture
-def take(base: Path, loaded: Any) -> Take:
+def take(base: Path, loaded: Any, renderer: Renderer) -> Take:
     """`take(a=place, ...)`: what a server of these adapters offers, and what it refuses."""
 
     def offered(**places: Any) -> tuple[list[adapters.Model], list[Refused]]:
@@ -57,11 +64,13 @@ def take(base: Path, loaded: Any) -> Take:
                 [Wanted(name, str(place)) for name, place in places.items()],
                 config=files.read_json(base / "config.json"),
                 own_template="base",
+                distrust=lambda text: voice.distrust(text, renderer, {"bos_token": "<s>"}),
                 access=Access(),
                 console=QUIET,
                 held=held,
             )
-            _, ready, misfits = adapters.put(ready, model=loaded, console=QUIET)
+            mixed, ready, misfits = adapters.put(ready, model=loaded, console=QUIET)
+            mixed.remove()
         refused += misfits
         return adapters.offer(ready, refused, base="base", combined="all"), refused
 
@@ -279,4 +288,26 @@ def test_an_adapters_own_template_is_used_if_it_can_be_trusted(
     offered, _ = take(a=broken)
     assert offered[1].template is None
     path.write_text("{{ 'x' * 10 }}")
+    offered, _ = take(a=broken)
+    assert "{{ 'x' * 10 }}" == offered[1].template
+    path.write_text("{{ 'x' * 1000000000 }}")
     assert "SERVE-120" == refused_alone(take, broken, good).problems[0].code
+
+
+@pytest.mark.parametrize("alpha", [16, 1e308])
+def test_an_adapter_whose_numbers_overflow_is_refused(
+    take: Take, good: Path, broken: Path, alpha: float
+) -> None:
+    """Each of its numbers is finite; what the model makes of them is not."""
+    record = json.loads((broken / CONFIG).read_text())
+    (broken / CONFIG).write_text(json.dumps(record | {"lora_alpha": alpha}))
+    if alpha == 16:
+        tensors = load_file(broken / WEIGHTS)
+        save_file({name: value * 1e25 for name, value in tensors.items()}, broken / WEIGHTS)
+
+    refused = refused_alone(take, broken, good)
+
+    assert ("MODEL-208", True) == (
+        refused.problems[0].code,
+        "not finite" in refused.problems[0].what,
+    )

@@ -224,14 +224,14 @@ def test_who_goes_away_leaves_nothing_behind(pair: Any) -> None:
 
 
 class Poison:
-    """A hook that fails the forward pass of every batch with this token in it."""
+    """A hook that fails the forward pass of every batch with this token in it; None: of every."""
 
-    def __init__(self, loaded: Any, token: int) -> None:
+    def __init__(self, loaded: Any, token: int | None) -> None:
         self.token, self.times = token, 0
         loaded.register_forward_pre_hook(self, with_kwargs=True)
 
     def __call__(self, loaded: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        if (kwargs["input_ids"] == self.token).any():
+        if self.token is None or (kwargs["input_ids"] == self.token).any():
             self.times += 1
             raise torch.OutOfMemoryError("injected")
 
@@ -275,7 +275,7 @@ def test_a_machine_that_always_fails_is_unhealthy(
     base, folders = pair
     loaded = serving.load(base)
     mix = serving.mixed(loaded, folders)
-    Poison(loaded, 7)
+    Poison(loaded, None)
 
     async def work(running: Engine) -> tuple[list[Any], bool]:
         jobs = [serving.job([7, 7], (1, 0), 4) for _ in range(4)]
@@ -287,6 +287,86 @@ def test_a_machine_that_always_fails_is_unhealthy(
 
     assert ["error"] * 4 == ended
     assert not healthy
+
+
+def test_requests_that_break_runners_in_a_row_break_no_server(
+    pair: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each is answered with an error; a probe tells that the machine is well."""
+    base, folders = pair
+    loaded = serving.load(base)
+    poison = Poison(loaded, 7)
+
+    async def work(running: Engine) -> list[Any]:
+        ended = [await serving.collect(running, serving.job([7], (1, 0), 4)) for _ in range(4)]
+        after = await serving.collect(running, serving.job([9], (1, 0), 4))
+        assert running.healthy and 0 == running.waiting
+        return [*ended, after]
+
+    with caplog.at_level("CRITICAL"):
+        ended = serving.with_engine(serving.batched(loaded, serving.mixed(loaded, folders)), work)
+
+    assert ["error"] * 4 + ["length"] == ended
+    assert 8 == poison.times  # each in its batch, and alone
+
+
+def test_the_others_go_on_together_after_a_token_alone(
+    pair: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One bad request costs the others a token each without company, not their whole answers."""
+    base, folders = pair
+    loaded = serving.load(base)
+    mix = serving.mixed(loaded, folders)
+    together: list[int] = []
+
+    async def work(running: Engine) -> None:
+        jobs = [serving.job([5, 6], (1, 0), 200) for _ in range(6)]
+        tasks = [asyncio.create_task(serving.collect(running, one)) for one in jobs]
+        while not all(one.tokens for one in jobs):
+            await asyncio.sleep(0.001)
+        Poison(loaded, 7)
+        assert "error" == await serving.collect(running, serving.job([7], (1, 0), 4))
+        while running.waiting:
+            await asyncio.sleep(0.001)
+        together.append(running.running)
+        assert all(len(one.tokens) < 200 for one in jobs)
+        await asyncio.gather(*tasks)
+        assert 1 == len({tuple(one.tokens) for one in jobs})
+
+    with caplog.at_level("CRITICAL"):
+        serving.with_engine(serving.batched(loaded, mix), work)
+
+    assert [6] == together
+
+
+def test_a_runner_that_cannot_be_replaced_is_unhealthy(
+    pair: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a card that is lost: also its end raises. Every request ends, and the probe hears it."""
+    base, folders = pair
+    loaded = serving.load(base)
+    make = serving.batched(loaded, serving.mixed(loaded, folders))
+    Poison(loaded, 7)
+
+    def lost(step: Any) -> Any:
+        made = make(step)
+
+        def close() -> None:
+            runner.Batched.close(made)
+            raise RuntimeError("CUDA error: device-side assert triggered")
+
+        made.close = close
+        return made
+
+    async def work(running: Engine) -> tuple[Any, bool]:
+        ended = await asyncio.wait_for(serving.collect(running, serving.job([7], (1, 0), 4)), 60)
+        running._runner = None  # its end has been seen
+        return ended, running.healthy
+
+    with caplog.at_level("CRITICAL"):
+        ended, healthy = serving.with_engine(lost, work)
+
+    assert ("error", False) == (ended, healthy)
 
 
 def test_an_error_in_choosing_fails_that_request_only(pair: Any) -> None:

@@ -150,6 +150,36 @@ def test_probabilities_are_told_in_both_shapes(server: Server) -> None:
     assert [2] * 4 == [len(one) for one in plain.logprobs.top_logprobs]
 
 
+def test_what_is_null_is_not_set(server: Server) -> None:
+    """Clients that fill every key in are answered as those that leave them out."""
+    nothing = dict.fromkeys(
+        ("n", "stream", "stop", "seed", "temperature", "top_p", "max_tokens", "logit_bias", "user",
+         "presence_penalty", "frequency_penalty", "stream_options", "min_p", "min_tokens")
+    )  # fmt: skip
+    chat = {"model": "noise", "messages": messages(), "max_completion_tokens": 4}
+    more = {"logprobs": None, "top_logprobs": None, "tools": None, "response_format": None}
+    plain = {"model": "noise", "prompt": "cat"}
+
+    for path, asked, extra in (
+        ("/v1/chat/completions", chat, more),
+        ("/v1/completions", plain, {"logprobs": None, "echo": None, "best_of": None}),
+    ):
+        first, second = (server.ask(path, body) for body in (asked, asked | nothing | extra))
+        texts = [reply["choices"] for _, reply, _ in (first, second)]
+        assert (200, 200) == (first[0], second[0])
+        assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-38, 1e-6])
+def test_hardly_any_temperature_is_none(server: Server, temperature: float) -> None:
+    asked = {"model": "noise", "messages": messages(), "max_tokens": 6}
+    cold, warm = (
+        client(server).chat.completions.create(**asked, temperature=t)  # type: ignore[call-overload]
+        for t in (0, temperature)
+    )
+    assert cold.choices[0].message.content == warm.choices[0].message.content
+
+
 def _starts(tokens: list[str]) -> list[int]:
     return [sum(map(len, tokens[: i + 1])) for i in range(len(tokens) - 1)]
 
@@ -291,6 +321,13 @@ CHANGES: list[dict[str, Any]] = [
     {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "http://x"}]}]},
     {"messages": [{"role": "user", "content": "cat " * 20_000}]},
     {"messages": "x"},
+    {"messages": [{"role": "user", "content": [0] * 50_000}]},
+    {"messages": [[]] * 40_000},
+    {"stop": [0] * 60_000},
+    {"top_logprobs": 3},
+    {"stream_options": {"include_usage": True}},
+    {"repetition_penalty": 1e-40},
+    {"model": ""},
     {"model": "x" * 300},
     {"model": "../../etc/passwd"},
 ]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+import resource
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import chats
 import jinja2
 import pytest
 import tiny_models
@@ -18,8 +21,9 @@ from safetensors.torch import load_file
 from tuning import device, files
 from tuning.errors import SpecError, UsageError
 from tuning.presets import load
-from tuning.serve import attention, memory, names, options, sampling, voice
+from tuning.serve import attention, memory, names, options, replies, sampling, voice
 from tuning.serve.names import Wanted
+from tuning.serve.rendering import NotRendered, Renderer
 from tuning.serve.sampling import Chooser, Sampling
 from tuning.serve.text import Writer
 
@@ -230,28 +234,104 @@ def test_probabilities_are_the_models_own() -> None:
     assert sampling.Choice(2, None, ()) == sampling.judge(LOGITS, 2, None)
 
 
+@pytest.fixture(scope="module")
+def renderer() -> Iterator[Renderer]:
+    with Renderer() as running:
+        yield running
+
+
+LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+DOUBLING = (
+    "{% set n = namespace(x='ab') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}"
+)
+
+
 @pytest.mark.parametrize(
     ("template", "reason"),
     [
-        ("{{ 'x' * 1000000000 }}", "multiplies"),
-        ("{{ 10 ** 10 ** 10 }}", "multiplies"),
-        ("{{ 'x' | center(1000000000) }}", "center"),
-        ("{{ 'a' | indent(1000000000) }}", "indent"),
+        ("{{ 'x' * 10000000000 }}", "too much memory"),
+        ("{{ 10 ** (10 ** 10) }}", "too"),
+        ("{{ 'x' | center(1000000000) }}", "too much memory"),
+        ("{{ 'a' | indent(1000000000) }}", "too much memory"),
+        ("{{ 'a'.ljust(1000000000) }}", "too much memory"),
+        ("{{ '%999999999d' % 1 }}", "too much memory"),
+        (DOUBLING, "too much memory"),
+        ("{% for i in range(99999) %}" + "x" * 90_000 + "{% endfor %}", "too"),
+        (LOOPS, "too long"),
+        ("{{ 1 // 0 }}", "does not take a question"),
+        ("{{ raise_exception('never') }}", "never"),
+        ("{{ ''.__class__.__mro__ }}", "does not take a question"),
         ("{% for", "is wrong"),
         ("x" * 200_000, "200,000 characters"),
     ],
 )
-def test_a_strangers_template_that_could_fill_the_memory_is_refused(
-    template: str, reason: str
+def test_a_strangers_template_that_takes_too_much_is_refused(
+    renderer: Renderer, template: str, reason: str
 ) -> None:
-    assert reason in (voice.distrust(template) or "")
+    """Whatever it does, it does it in another process, which has little memory and time."""
+    start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    assert reason in (voice.distrust(template, renderer, {}) or "")
+
+    assert time.monotonic() - start < 30
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10  # KiB
+    assert "hi" == renderer("hi", [{"role": "user", "content": ""}], ask=True, words={})
 
 
 @pytest.mark.parametrize(
     "path", sorted(Path("tests/data/templates").glob("*")), ids=lambda p: p.name
 )
-def test_the_templates_of_real_models_are_trusted(path: Path) -> None:
-    assert voice.distrust(path.read_text()) is None
+def test_the_templates_of_real_models_are_trusted(renderer: Renderer, path: Path) -> None:
+    words = {"bos_token": "<s>", "eos_token": "</s>"}
+    assert voice.distrust(path.read_text(), renderer, words) is None
+
+
+def test_a_template_that_wants_a_system_turn_is_trusted(renderer: Renderer) -> None:
+    template = (
+        "{% if messages[0].role != 'system' %}{{ raise_exception('system first') }}{% endif %}"
+        "{% for m in messages %}{{ m.content * 2 }}{% endfor %}"
+    )
+    assert voice.distrust(template, renderer, {}) is None
+    with pytest.raises(NotRendered, match="system first"):
+        renderer(template, [{"role": "user", "content": "x"}], ask=True, words={})
+
+
+def test_a_text_from_apart_is_the_tokenizers_own(renderer: Renderer, tokenizer: Any) -> None:
+    turns = [{"role": "user", "content": 'ä "😀" <|x|>'}, {"role": "assistant", "content": "4"}]
+    for ask in (True, False):
+        own = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask)
+        words = tokenizer.special_tokens_map
+        assert own == renderer(tokenizer.chat_template, turns, ask=ask, words=words)
+
+
+@pytest.mark.parametrize("style", ["chatml", "phi3", "gemma3"])
+def test_tokens_are_told_by_their_bytes(style: str) -> None:
+    """Of bytes and of pieces: joined they are the text, half characters and spaces too."""
+    tokenizer = chats.tokenizer(style)
+    spelled = voice._spelling(tokenizer)
+    text = "Two plus two 😀 ä\n  four"
+
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    words = [spelled(word) for word in tokenizer.convert_ids_to_tokens(ids)]
+
+    assert text == b"".join(words).decode().removeprefix(" ")
+    assert any(len(word) == 1 and word[0] > 127 for word in words)  # a part of a character
+
+
+def test_half_characters_are_told_as_openai_tells_them() -> None:
+    """By their bytes, which joined are the character; offsets count whole ones."""
+    words = [b"\xf0\x9f", b"\x98\x80", b" a"]
+    chosen = [sampling.Choice(i, -1.0, ((i, -1.0), (0, -2.0))) for i in range(3)]
+
+    chat = replies.chat_logprobs(chosen, words.__getitem__)
+    plain = replies.completion_logprobs(chosen, words.__getitem__)
+
+    assert chat and plain
+    names = ["bytes:\\xf0\\x9f", "bytes:\\x98\\x80", " a"]
+    assert names == [one["token"] for one in chat["content"]] == plain["tokens"]
+    assert "😀 a" == b"".join(bytes(one["bytes"]) for one in chat["content"]).decode()
+    assert [0, 0, 1] == plain["text_offset"]
+    assert [1, 2, 2] == [len(one) for one in plain["top_logprobs"]]
 
 
 def test_a_rendering_ends_in_time_and_leaves_nothing_behind() -> None:

@@ -7,7 +7,7 @@ that the same question gets the same answer.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -158,17 +158,20 @@ def continued(loaded: Any, tokenizer: Any, prompt: list[int], *, max_new_tokens:
     return text.strip()
 
 
-def stops(loaded: Any, tokenizer: Any) -> list[int]:
+def stops(
+    loaded: Any, tokenizer: Any, show: Callable[[list[dict[str, str]]], str] | None = None
+) -> list[int]:
     """Tokens that end an answer: the model's own, and the one its template puts after a turn.
 
-    Many published models name only the end of the text and end turns with another token.
+    Many published models name only the end of the text and end turns with another token. `show`
+    renders turns in another way than the tokenizer does.
     """
     stops = loaded.generation_config.eos_token_id
     found = set(stops) if isinstance(stops, list) else {stops}
     found |= {tokenizer.eos_token_id}
     mark = "answer"
     turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": mark}]
-    text = tokenizer.apply_chat_template(turns, tokenize=False)
+    text = show(turns) if show else tokenizer.apply_chat_template(turns, tokenize=False)
     after = tokenizer(text.rpartition(mark)[2], add_special_tokens=False)["input_ids"]
     if after and after[0] in tokenizer.all_special_ids:
         found.add(after[0])

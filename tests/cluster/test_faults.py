@@ -302,6 +302,12 @@ def test_a_pod_that_no_quota_allows_says_so(world: World) -> None:
         c["message"] for c in world.status("phi")["conditions"] if c["type"] == "JobStarted"
     )
     assert "exceeded quota" in message
+    served = workspace("talk", world.namespace)
+    del served["tuning"]
+    served["inference"] = {"preset": {"name": "phi-3-mini-4k-instruct"}}
+    world.apply(served)
+    world.until("talk", lambda: world.condition("talk", "InferenceReady")[1] == "PodRefused")
+    assert "exceeded quota" in world.status("talk")["failure"]["message"]
 
 
 # machines

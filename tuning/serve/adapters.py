@@ -6,7 +6,7 @@ are served. The model of all adapters together is not served then: it would be a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from tuning import delivery, weights
 from tuning.console import Console
 from tuning.delivery import Access
 from tuning.errors import Problem, SpecError, TuningError
-from tuning.serve import mixture, voice
+from tuning.serve import mixture
 from tuning.serve.names import Wanted
 
 Kind = Literal["base", "adapter", "combined"]
@@ -62,13 +62,15 @@ def fetch(
     *,
     config: dict[str, Any],
     own_template: str | None,
+    distrust: Callable[[str], str | None],
     access: Access,
     console: Console,
     held: ExitStack,
 ) -> tuple[list[Ready], list[Refused]]:
     """The adapters that fit the base whose config.json is `config`, and the others with reasons.
 
-    Their folders are there until `held` is closed. `own_template` is the base's chat template.
+    Their folders are there until `held` is closed. `own_template` is the base's chat template;
+    `distrust` says why another is not used.
     """
     ready: list[Ready] = []
     refused: list[Refused] = []
@@ -77,7 +79,7 @@ def fetch(
             at_hand = delivery.at_hand(one.source, access=access, console=console)
             folder = held.enter_context(at_hand)
             assert folder is not None
-            ready.append(_inspect(one, folder, config, own_template))
+            ready.append(_inspect(one, folder, config, own_template, distrust))
         except TuningError as error:
             refused.append(_refuse(one, error, console))
         except OSError as error:
@@ -90,7 +92,8 @@ def fetch(
 def put(
     ready: Sequence[Ready], *, model: Any, console: Console
 ) -> tuple[mixture.Mixture, list[Ready], list[Refused]]:
-    """Put the adapters on the loaded base model; those that do not fit it after all are refused."""
+    """Put the adapters on the loaded base model; those that do not fit it after all are refused,
+    and so are those whose numbers make it say nothing."""
     parts, kept, refused = [], [], []
     for one in ready:
         try:
@@ -99,8 +102,19 @@ def put(
             refused.append(_refuse(one.wanted, error, console))
         else:
             kept.append(one)
-            console.say(f"Adapter {one.wanted.name} is loaded (sha256:{one.digest[:12]}).")
-    return mixture.Mixture(model, parts), kept, refused
+    mixed = mixture.Mixture(model, parts)
+    if silent := mixture.silent(model, mixed):
+        mixed.remove()
+        for i in silent:
+            what, change = "makes numbers that are not finite", "train it again"
+            problem = SpecError.at("MODEL-208", str(kept[i].found.folder), what, change)
+            refused.append(_refuse(kept[i].wanted, problem, console))
+        parts = [each for i, each in enumerate(parts) if i not in silent]
+        kept = [each for i, each in enumerate(kept) if i not in silent]
+        mixed = mixture.Mixture(model, parts)
+    for one in kept:
+        console.say(f"Adapter {one.wanted.name} is loaded (sha256:{one.digest[:12]}).")
+    return mixed, kept, refused
 
 
 def _refuse(one: Wanted, error: TuningError, console: Console) -> Refused:
@@ -108,7 +122,13 @@ def _refuse(one: Wanted, error: TuningError, console: Console) -> Refused:
     return Refused(one.name, error.problems)
 
 
-def _inspect(one: Wanted, folder: Path, config: dict[str, Any], own_template: str | None) -> Ready:
+def _inspect(
+    one: Wanted,
+    folder: Path,
+    config: dict[str, Any],
+    own_template: str | None,
+    distrust: Callable[[str], str | None],
+) -> Ready:
     path = folder / adapters.WEIGHTS
     if path.is_file():  # else `inspect` says so
         try:
@@ -122,7 +142,7 @@ def _inspect(one: Wanted, folder: Path, config: dict[str, Any], own_template: st
     template = _template(folder)
     if template in (None, own_template):
         template = None
-    elif reason := voice.distrust(template or ""):
+    elif reason := distrust(template or ""):
         change = "remove its chat_template.jinja, so that the base model's is used"
         raise SpecError.at("SERVE-120", str(folder), reason, change)
     return Ready(one, found, found.sha256, template)

@@ -114,7 +114,8 @@ POLICY = _policy(PAGE)
 
 
 async def _healthz(service: Service, request: Request) -> Response:
-    return JSONResponse({"status": service.phase}, 200 if service.healthy else 503)
+    state = service.phase if service.healthy else "failed"
+    return JSONResponse({"status": state}, 200 if service.healthy else 503)
 
 
 async def _readyz(service: Service, request: Request) -> Response:

@@ -5,8 +5,9 @@ chooses a token for each request and hands the pieces back to the loop. A reques
 the cache has room for its whole prompt and its longest answer, so that nothing is ever evicted.
 
 A forward pass that fails (out of memory, say) ends the runner and loses the cache, not the
-requests: a new runner gets each of them once more, with what it had said already, and one at a
-time. The one that breaks it again is answered with an error, the others do not notice.
+requests: a new runner gets each of them once more, with what it had said already, alone and for one
+token, before they go on together. The one that breaks it again is answered with an error, the
+others hardly notice. Whether it was the request or the machine, a probe of our own tells after it.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ import torch
 
 from tuning.serve.memory import PAGE, Room
 from tuning.serve.runner import Runner, Step
-from tuning.serve.sampling import Choice, Chooser, judge
+from tuning.serve.sampling import Choice, Chooser, Sampling, judge
 from tuning.serve.text import Writer
 
 logger = logging.getLogger(__name__)
 
 LOOK_EVERY = 0.1  # seconds between two looks at the runner
 GIVE_UP = 3  # runners that broke in a row without a token: the machine is at fault
+BLAMED = 2  # times that a request was there when a runner broke: then it runs alone to its end
 STUCK = 300.0  # seconds without a forward pass although requests wait for one
 
 _NUMBERS = itertools.count()
@@ -51,6 +53,10 @@ class Piece:
     finish: Finish | None
 
 
+def _name() -> str:
+    return f"job-{next(_NUMBERS)}"
+
+
 @dataclass(eq=False)
 class Job:
     """One answer to be generated."""
@@ -62,11 +68,13 @@ class Job:
     chooser: Chooser
     writer: Writer
     top: int | None = None  # likeliest tokens to tell; None: no probabilities
-    id: str = field(default_factory=lambda: f"job-{next(_NUMBERS)}")
+    id: str = field(default_factory=_name)
     tokens: list[int] = field(default_factory=list)
     finish: Finish | None = None
     pieces: asyncio.Queue[Piece] = field(default_factory=asyncio.Queue)
     alone: bool = False  # runs without company, because it may have broken a runner
+    blamed: int = 0  # how many runners broke while it ran
+    cleared: bool = False  # has said a token alone, and waits to go on in company
 
     @property
     def ids(self) -> list[int]:
@@ -108,6 +116,7 @@ class Engine:
         self._most_waiting, self._stuck = most_waiting, stuck
         self._waiting: deque[Job] = deque()
         self._suspects: deque[Job] = deque()
+        self._cleared: deque[Job] = deque()
         self._running: dict[str, Job] = {}
         self._taken = 0  # tokens of the cache that are promised
         self._broken = 0  # runners that broke since the last token
@@ -136,13 +145,19 @@ class Engine:
     @property
     def waiting(self) -> int:
         """Jobs that wait for a place."""
-        return len(self._waiting) + len(self._suspects)
+        return sum(map(len, self._queues))
+
+    @property
+    def _queues(self) -> tuple[deque[Job], ...]:
+        """Who waits, in the order in which they are let in."""
+        return self._suspects, self._cleared, self._waiting
 
     @property
     def healthy(self) -> bool:
         """False if only a restart of the process can help."""
         still = time.monotonic() - self._last_pass
-        return self._broken < GIVE_UP and not (self._running and still > self._stuck)
+        watched = self._watch is None or not self._watch.done()
+        return watched and self._broken < GIVE_UP and not (self._running and still > self._stuck)
 
     def check(self, count: int) -> None:
         """Raise Busy if `count` more jobs find no place in the queue."""
@@ -168,8 +183,8 @@ class Engine:
 
     def _admit(self) -> None:
         while self._runner is not None and self._runner.alive:
-            queue = self._suspects or self._waiting
-            if not queue or len(self._running) >= self._room.requests:
+            queue = next((queue for queue in self._queues if queue), None)
+            if queue is None or len(self._running) >= self._room.requests:
                 return
             alone = queue is self._suspects or any(job.alone for job in self._running.values())
             full = self._taken + queue[0].room > self._room.cache_tokens
@@ -190,7 +205,7 @@ class Engine:
             self._taken -= job.room
             if self._runner is not None:
                 self._runner.drop(job)
-        for queue in (self._waiting, self._suspects):
+        for queue in self._queues:
             if job in queue:
                 queue.remove(job)
         self._admit()
@@ -209,7 +224,8 @@ class Engine:
                 job.finish = "error"
                 piece = Piece("", (), "error")
             pieces.append((job, piece))
-            if job.finish and self._runner is not None:
+            job.cleared = job.alone and job.blamed < BLAMED and not job.finish
+            if (job.finish or job.cleared) and self._runner is not None:
                 self._runner.drop(job)
         self._last_pass = time.monotonic()
         if not jobs:
@@ -227,29 +243,50 @@ class Engine:
             job.pieces.put_nowait(piece)
             if piece.finish:
                 self._forget(job)
+            elif job.cleared and job.id in self._running:
+                del self._running[job.id]
+                self._taken -= job.room
+                job.id, job.alone, job.cleared = _name(), False, False  # to a runner it is new
+                self._cleared.append(job)
+                self._admit()
 
     async def _look(self) -> None:
         """Replace a runner that broke."""
         while self._broken < GIVE_UP:
             await asyncio.sleep(LOOK_EVERY)
-            if self._runner is not None and not self._runner.alive:
+            if self._runner is None or not self._runner.alive:
                 await self._replace()
         logger.error("forward passes keep failing: this process cannot answer any more")
-        _fail([*self._running.values(), *self._suspects, *self._waiting])
+        _fail([*self._running.values(), *itertools.chain(*self._queues)])
 
     async def _replace(self) -> None:
         self._broken += 1
         lost, broken = list(self._running.values()), self._runner
         self._running.clear()
         self._taken, self._runner = 0, None
+        for job in lost:
+            job.blamed += 1
         _fail(job for job in lost if job.alone)
         self._suspects.extend(job for job in lost if not job.alone and not job.finish)
+        if any(job.alone for job in lost):
+            self._suspects.appendleft(_probe(len(lost[0].weights)))
         logger.error("a forward pass failed; %d requests are tried again", len(self._suspects))
-        if broken is not None:
-            await asyncio.to_thread(broken.close)
-        if self._broken < GIVE_UP:
-            self._runner = await asyncio.to_thread(self._make, self._step)
+        try:  # an accelerator that is lost says so here, too
+            if broken is not None:
+                await asyncio.to_thread(broken.close)
+            if self._broken < GIVE_UP:
+                self._runner = await asyncio.to_thread(self._make, self._step)
+        except Exception:
+            logger.exception("no new runner")
+            return
+        if self._runner is not None:
             self._admit()
+
+
+def _probe(adapters: int) -> Job:
+    """One token of the base's, for nobody: whether forward passes can be made at all."""
+    base, nobody = (0.0,) * adapters, Writer(lambda ids: "", [])
+    return Job([0], 1, base, frozenset(), Chooser(Sampling(), [0], frozenset()), nobody)
 
 
 def _fail(jobs: Iterable[Job]) -> None:

@@ -132,9 +132,16 @@ class Mixture:
         self.weights: torch.Tensor | None = None  # [tokens, adapters]; None: the base alone
         self.present: tuple[int, ...] = ()  # adapters with a weight other than 0 in some token
         self._rows: dict[tuple[int, ...], torch.Tensor | None] = {}  # layers alike share them
+        self._hooks = []
         for name in sorted({name for parts in loaded for name in parts}):
             here = {i: parts[name] for i, parts in enumerate(loaded) if name in parts}
-            model.get_submodule(name).register_forward_hook(_Layer(self, here))
+            layer = model.get_submodule(name)
+            self._hooks.append(layer.register_forward_hook(_Layer(self, here)))
+
+    def remove(self) -> None:
+        """Take the adapters off the model."""
+        for hook in self._hooks:
+            hook.remove()
 
     def use(self, rows: Iterable[tuple[Sequence[float], int]], device: Any) -> None:
         """Say what the coming tokens use: weights of the adapters, and for how many tokens."""
@@ -156,6 +163,20 @@ class Mixture:
             found = self.weights[:, list(owners)]
             self._rows[owners] = None if bool((found == 1).all()) else found
         return self._rows[owners]
+
+
+@torch.no_grad()
+def silent(model: Any, mixture: Mixture) -> list[int]:
+    """Adapters with which the model says nothing: they overflow, though each number is finite."""
+    ids = torch.tensor([[1, 2, 3, 4]], device=model.device)
+    found = []
+    for i in range(mixture.count):
+        weights = [float(i == j) for j in range(mixture.count)]
+        mixture.use([(weights, ids.shape[1])], model.device)
+        if not model(input_ids=ids, use_cache=False).logits.isfinite().all():
+            found.append(i)
+    mixture.use([], model.device)
+    return found
 
 
 class _Layer:

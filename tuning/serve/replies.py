@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import Any
 from tuning.serve.sampling import Choice
 from tuning.serve.schema import Refusal
 
-Say = Callable[[int], str]  # one token as text
+Say = Callable[[int], bytes]  # one token as it stands in a text: perhaps half a character
 
 
 @dataclass
@@ -114,8 +115,16 @@ def chat_logprobs(choices: Iterable[Choice], say: Say) -> dict[str, Any] | None:
 
 
 def _told(token: int, logprob: float, say: Say) -> dict[str, Any]:
-    text = say(token)
-    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+    found = say(token)
+    return {"token": _text(found), "logprob": logprob, "bytes": list(found)}
+
+
+def _text(found: bytes) -> str:
+    """A token as text; what is no whole character is told by its bytes, as OpenAI does."""
+    try:
+        return found.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in found)
 
 
 def completion_logprobs(
@@ -125,13 +134,17 @@ def completion_logprobs(
     told = [choice for choice in choices if choice.logprob is not None]
     if not told:
         return None
-    tokens = [say(choice.token) for choice in told]
-    starts = [offset + sum(map(len, tokens[:i])) for i in range(len(tokens))]
+    words = [say(choice.token) for choice in told]
+    ahead = itertools.accumulate(words, initial=b"")
     return {
-        "tokens": tokens,
+        "tokens": [_text(word) for word in words],
         "token_logprobs": [choice.logprob for choice in told],
-        "top_logprobs": [{say(token): logprob for token, logprob in one.top} for one in told],
-        "text_offset": starts,
+        "top_logprobs": [
+            {_text(say(token)): logprob for token, logprob in one.top} for one in told
+        ],
+        "text_offset": [
+            offset + len(before.decode(errors="ignore")) for before in list(ahead)[:-1]
+        ],
     }
 
 

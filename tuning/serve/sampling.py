@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from transformers.generation import logits_process as processors
 
+COLD = 1e-5  # a temperature below it leaves the likeliest token alone, and numbers that overflow
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -27,6 +29,11 @@ class Sampling:
     frequency_penalty: float = 0.0
     min_tokens: int = 0  # no end before so many
     seed: int | None = None
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is chosen."""
+        return self.temperature < COLD
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,7 @@ class Chooser:
         s = self._sampling
         penalties = s.presence_penalty or s.frequency_penalty or self._repetition is not None
         early = len(self._ids) - self._prompt < s.min_tokens
-        return s.temperature == 0 and not penalties and not early
+        return s.greedy and not penalties and not early
 
     def choose(self, logits: torch.Tensor, likeliest: int) -> int:
         """The next token, from `logits` [vocabulary] in float32; it is remembered."""
@@ -84,7 +91,7 @@ class Chooser:
         return scores
 
     def _choose(self, scores: torch.Tensor) -> int:
-        if self._sampling.temperature == 0:
+        if self._sampling.greedy:
             return int(scores.argmax())
         scores = scores[None]
         for warp in self._warpers:
@@ -101,7 +108,7 @@ class Chooser:
 def _warpers(s: Sampling) -> list[processors.LogitsProcessor]:
     """In the order of `generate`."""
     found: list[processors.LogitsProcessor] = []
-    if s.temperature not in (0.0, 1.0):
+    if not s.greedy and s.temperature != 1:
         found.append(processors.TemperatureLogitsWarper(s.temperature))
     if s.top_k:
         found.append(processors.TopKLogitsWarper(s.top_k))

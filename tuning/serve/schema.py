@@ -8,20 +8,34 @@ where none is due.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 
 MOST_CHOICES = 16  # answers to one request: prompts times n
 MOST_TURNS = 1024
+LEAST_PENALTY = 0.01  # what is divided by less has no finite number
 OWN_TEMPLATE = "templates come with the model, never with a request"
 TEMPLATES = frozenset({"chat_template", "chat_template_kwargs", "chat_template_args"})
 
 Name = Annotated[str, StringConstraints(max_length=256)]
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 Token = Annotated[int, Field(ge=0)]
-Ids = Annotated[list[Token], Field(min_length=1)]
+Ids = Annotated[list[Token], Field(min_length=1, fail_fast=True)]  # else an error for each element
 Real = Annotated[float, Field(allow_inf_nan=False)]
+
+
+def _unless_null(usual: Any) -> BeforeValidator:
+    """OpenAI lets many keys be null: then they mean their default."""
+    return BeforeValidator(lambda value: usual if value is None else value)
 
 
 class Strict(BaseModel):
@@ -44,18 +58,18 @@ class Generation(Strict):
     max_tokens: int | None = Field(default=None, ge=1, le=1 << 20)
     temperature: Real | None = Field(default=None, ge=0, le=2)
     top_p: Real | None = Field(default=None, gt=0, le=1)
-    n: int = Field(default=1, ge=1, le=MOST_CHOICES)
-    stop: Stop | Annotated[list[Stop], Field(max_length=8)] | None = None
-    stream: bool = False
+    n: Annotated[int, Field(ge=1, le=MOST_CHOICES), _unless_null(1)] = 1
+    stop: Stop | Annotated[list[Stop], Field(max_length=8, fail_fast=True)] | None = None
+    stream: Annotated[bool, _unless_null(False)] = False
     stream_options: StreamOptions | None = None
     seed: int | None = Field(default=None, ge=-(1 << 63), lt=1 << 63)
-    presence_penalty: Real = Field(default=0, ge=-2, le=2)
-    frequency_penalty: Real = Field(default=0, ge=-2, le=2)
+    presence_penalty: Annotated[Real, Field(ge=-2, le=2), _unless_null(0)] = 0
+    frequency_penalty: Annotated[Real, Field(ge=-2, le=2), _unless_null(0)] = 0
     # beyond OpenAI, as vLLM calls them
     top_k: int | None = Field(default=None, ge=-1, le=1 << 20)
-    min_p: Real = Field(default=0, ge=0, le=1)
-    repetition_penalty: Real | None = Field(default=None, gt=0, le=10)
-    min_tokens: int = Field(default=0, ge=0, le=1 << 20)
+    min_p: Annotated[Real, Field(ge=0, le=1), _unless_null(0)] = 0
+    repetition_penalty: Real | None = Field(default=None, ge=LEAST_PENALTY, le=10)
+    min_tokens: Annotated[int, Field(ge=0, le=1 << 20), _unless_null(0)] = 0
     # known, and nothing to us
     user: Any = None
     metadata: Any = None
@@ -65,6 +79,12 @@ class Generation(Strict):
     prompt_cache_key: Any = None
     # known, and not done: they may be there, but must say nothing
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+
+    @model_validator(mode="after")
+    def _stream_options_stream(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options goes with stream: true")
+        return self
 
     @property
     def stops(self) -> list[str]:
@@ -88,7 +108,7 @@ class Message(Strict):
     """One turn."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(max_length=MOST_TURNS, fail_fast=True)]
     name: Name | None = None
     # as they come back from an earlier answer
     refusal: None = None
@@ -105,7 +125,7 @@ class Message(Strict):
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
-Messages = Annotated[list[Message], Field(min_length=1, max_length=MOST_TURNS)]
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MOST_TURNS, fail_fast=True)]
 
 
 class TextFormat(Strict):
@@ -119,13 +139,19 @@ class ChatRequest(Generation):
 
     messages: Messages
     max_completion_tokens: int | None = Field(default=None, ge=1, le=1 << 20)
-    logprobs: bool = False
+    logprobs: Annotated[bool, _unless_null(False)] = False
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     response_format: TextFormat | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=8, fail_fast=True)] | None = None
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: Any = None
+
+    @model_validator(mode="after")
+    def _top_with_logprobs(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs goes with logprobs: true")
+        return self
 
     @property
     def top(self) -> int | None:
@@ -138,12 +164,12 @@ class CompletionRequest(Generation):
 
     prompt: (
         str
-        | Annotated[list[str], Field(min_length=1, max_length=MOST_CHOICES)]
+        | Annotated[list[str], Field(min_length=1, max_length=MOST_CHOICES, fail_fast=True)]
         | Ids
-        | Annotated[list[Ids], Field(min_length=1, max_length=MOST_CHOICES)]
+        | Annotated[list[Ids], Field(min_length=1, max_length=MOST_CHOICES, fail_fast=True)]
     )
     logprobs: int | None = Field(default=None, ge=0, le=20)
-    echo: bool = False
+    echo: Annotated[bool, _unless_null(False)] = False
     best_of: Literal[1] | None = None
     suffix: Literal[""] | None = None
 
@@ -167,12 +193,12 @@ class GenerateKwargs(Strict):
     top_k: int = Field(default=10, ge=0, le=1 << 20)
     top_p: Real = Field(default=1, gt=0, le=1)
     typical_p: Real = Field(default=1, gt=0, le=1)
-    repetition_penalty: Real = Field(default=1, gt=0, le=10)
+    repetition_penalty: Real = Field(default=1, ge=LEAST_PENALTY, le=10)
     num_beams: Literal[1] = 1
     early_stopping: bool = False
     seed: int | None = Field(default=None, ge=-(1 << 63), lt=1 << 63)
     pad_token_id: Any = None  # answers are not padded
-    eos_token_id: Token | Annotated[list[Token], Field(max_length=16)] | None = None
+    eos_token_id: Token | Annotated[list[Token], Field(max_length=16, fail_fast=True)] | None = None
 
     @property
     def ends(self) -> frozenset[int] | None:
@@ -217,7 +243,7 @@ def read(kind: type[Shape], body: bytes) -> Shape:
     lines = []
     for one in found[:20]:
         where = ".".join(str(part)[:40] for part in one["loc"][:6])
-        what = one["msg"]
+        what = one["msg"].removeprefix("Value error, ")
         if one["type"] == "extra_forbidden":
             what = OWN_TEMPLATE if where in TEMPLATES else "is not known here"
         lines.append(f"{where}: {what}" if where else what)

@@ -33,9 +33,10 @@ from tuning.serve import adapters, api, guard, listening, memory, runner
 from tuning.serve.engine import Engine
 from tuning.serve.options import Options
 from tuning.serve.protocol import Patient
+from tuning.serve.rendering import Renderer
 from tuning.serve.sampling import Sampling
 from tuning.serve.service import Loaded, Service
-from tuning.serve.voice import Voice
+from tuning.serve.voice import Voice, distrust
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -99,6 +100,7 @@ async def _serve(options: Options, listener: socket.socket, console: Console) ->
     await loading  # raises what went wrong
     if service.loaded is not None:
         await service.loaded.engine.close()
+        service.loaded.renderer.close()
     console.say("Stopped.")
 
 
@@ -189,10 +191,12 @@ def _make(options: Options, console: Console) -> Loaded:
     tokenizer = models.load_tokenizer(folder)
     here = device.detect()
     with ExitStack() as held:
+        renderer = Renderer()
         ready, refused = adapters.fetch(
             options.wanted,
             config=config,
             own_template=tokenizer.chat_template,
+            distrust=lambda text: distrust(text, renderer, tokenizer.special_tokens_map),
             access=options.access,
             console=console,
             held=held,
@@ -230,10 +234,11 @@ def _make(options: Options, console: Console) -> Loaded:
         ),
         models={one.name: one for one in offered},
         refused=tuple(refused),
-        voices={one: Voice(tokenizer, model, template=one) for one in templates},
+        voices={one: Voice(tokenizer, model, template=one, renderer=renderer) for one in templates},
+        renderer=renderer,
         defaults=_defaults(model.generation_config),
         context=holding.context,
-        vocab=len(tokenizer),
+        vocab=min(len(tokenizer), model.get_input_embeddings().weight.shape[0]),
     )
 
 

@@ -17,10 +17,11 @@ from tuning.serve.adapters import Model, Refused
 from tuning.serve.engine import Busy, Engine, Job, Piece
 from tuning.serve.metrics import Metrics
 from tuning.serve.options import Limits
+from tuning.serve.rendering import Message, NotRendered, Renderer
 from tuning.serve.sampling import Chooser, Sampling
 from tuning.serve.schema import MOST_CHOICES, Refusal
 from tuning.serve.text import Writer
-from tuning.serve.voice import Message, NotRendered, Voice
+from tuning.serve.voice import Voice
 
 Words = TypeVar("Words")
 Phase = Literal["loading", "ready", "draining", "failed"]
@@ -35,9 +36,10 @@ class Loaded:
     models: dict[str, Model]
     refused: tuple[Refused, ...]
     voices: dict[str | None, Voice]  # by chat template; None: the base's own
+    renderer: Renderer  # of all but the base's own
     defaults: Sampling  # of the model's generation config
     context: int
-    vocab: int
+    vocab: int  # tokens that the model knows
 
 
 @dataclass
@@ -82,7 +84,7 @@ class Service:
 
     def choose(self, name: str | None) -> Model:
         """The model of this name. Raises Refusal."""
-        loaded, wanted = self.there(), name or self.default
+        loaded, wanted = self.there(), self.default if name is None else name
         if wanted in loaded.models:
             return loaded.models[wanted]
         missing = [one.name for one in loaded.refused]
@@ -100,18 +102,24 @@ class Service:
     async def conversation(self, model: Model, messages: Sequence[Message]) -> list[int]:
         """The tokens of a conversation. Raises Refusal."""
         try:
-            return await self._off(self.voice(model).conversation, list(messages))
+            found = await self._off(self.voice(model).conversation, list(messages))
         except NotRendered as error:
             raise Refusal(400, str(error), param="messages") from None
+        return self._known(found, "messages")
 
     async def prompt(self, model: Model, prompt: str | list[int]) -> list[int]:
         """The tokens of a plain prompt, given as text or as tokens. Raises Refusal."""
         if isinstance(prompt, str):
-            return await self._off(self.voice(model).plain, prompt)
+            prompt = await self._off(self.voice(model).plain, prompt)
+        return self._known(prompt, "prompt")
+
+    def _known(self, ids: list[int], param: str) -> list[int]:
+        """`ids`, if the model has them: a tokenizer may know more words. Raises Refusal."""
         vocab = self.there().vocab
-        if max(prompt) >= vocab:
-            raise Refusal(400, f"tokens go up to {vocab - 1}", param="prompt")
-        return prompt
+        if ids and max(ids) >= vocab:
+            what = f"token {max(ids)} is none of the model's, which go up to {vocab - 1}"
+            raise Refusal(400, what, param=param)
+        return ids
 
     async def _off(self, work: Callable[[Words], list[int]], words: Words) -> list[int]:
         return await asyncio.get_running_loop().run_in_executor(self._words, work, words)
@@ -127,8 +135,10 @@ class Service:
         stops: Sequence[str] = (),
         top: int | None = None,
         ends: frozenset[int] | None = None,
+        param: str = "messages",
     ) -> list[Job]:
-        """`count` jobs for each prompt. Raises Refusal for too much, and if too many wait."""
+        """`count` jobs for each prompt, which the request has as `param`. Raises Refusal for too
+        much, and if too many wait."""
         loaded, voice = self.there(), self.voice(model)
         if not self.healthy:
             raise Refusal(503, "this server has to be restarted", code="unhealthy")
@@ -141,10 +151,10 @@ class Service:
         for number, prompt in enumerate(p for p in prompts for _ in range(count)):
             left = loaded.context - len(prompt)
             if not prompt:
-                raise Refusal(400, "the prompt is empty", param="prompt")
+                raise Refusal(400, "the prompt is empty", param=param)
             if left < 1 or (limit is not None and limit > left):
                 what = f"the prompt has {len(prompt)} tokens; with the answer {loaded.context} fit"
-                raise Refusal(400, what, param="messages", code="context_length_exceeded")
+                raise Refusal(400, what, param=param, code="context_length_exceeded")
             own = sampling
             if sampling.seed is not None and number:  # n answers to one seed should differ
                 own = replace(sampling, seed=sampling.seed + number)

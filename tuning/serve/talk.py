@@ -121,6 +121,7 @@ async def completions(service: Service, request: Request) -> Response:
         limit=asked.max_tokens or min(16, service.limits.tokens),
         stops=asked.stops,
         top=asked.logprobs,
+        param="prompt",
     )
     voice = service.voice(model)
     heading, say = _heading("cmpl", model), voice.token
@@ -160,13 +161,16 @@ async def quick(service: Service, request: Request) -> Response:
     turns = [message.turn for message in asked.messages or ()]
     if asked.prompt is None and not turns:
         raise Refusal(400, "Text generation parameter prompt required", param="prompt")
+    if turns and (asked.prompt is not None or asked.prefix):
+        what = "prompt or messages: one of them is answered"
+        raise Refusal(400, what, param="prompt" if asked.prompt is not None else "prefix")
     text = f"{asked.prefix or ''}{asked.prompt or ''}"
     voice = service.voice(model)
     if turns or voice.chats:
         prompt = await service.conversation(model, turns or [{"role": "user", "content": text}])
     else:
         prompt = await service.prompt(model, text)
-    how = asked.generate_kwargs
+    param, how = "messages" if turns else "prompt", asked.generate_kwargs
     limit = how.max_new_tokens
     if limit is None and how.max_length is not None:
         limit = how.max_length - len(prompt)
@@ -182,7 +186,9 @@ async def quick(service: Service, request: Request) -> Response:
         min_tokens=max(0, how.min_length - len(prompt)),
         seed=how.seed,
     )
-    jobs = service.jobs(model, [prompt], sampling=sampling, count=1, limit=limit, ends=how.ends)
+    jobs = service.jobs(
+        model, [prompt], sampling=sampling, count=1, limit=limit, ends=how.ends, param=param
+    )
     (answer,) = await _whole(request, jobs, service.answers(model, jobs))
     result = answer.text.strip()
     if asked.return_full_text and not turns:

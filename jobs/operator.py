@@ -193,7 +193,7 @@ class Operator:
             self.queue.failed(key)
             return "error"
         again = look.again
-        if again is not None:  # many that wait are asked in turn, events still come at once
+        if again is not None and not look.promptly:  # many that wait are asked in turn
             turn = max(_TURN, _SHARE * self._pace / self._setup.workers)
             again = max(again, turn * len(self.queue))
         self.queue.done(key, again=again)

@@ -53,6 +53,7 @@ _AGAIN: dict[Word, float] = {  # seconds until the next look, where no event wou
     "failed": 1,
     "unbought": 1,
 }
+_ENDED = ("stuck", "succeeded", "failed", "unbought")  # the machine is given back next
 _SOONEST = 5.0  # seconds between looks at a young pod whose volumes are not there
 
 
@@ -75,6 +76,7 @@ class Look:
 
     again: float | None = None  # seconds until the next one; None: an event will ask for it
     state: str | None = None  # of the Workspace; None: it is gone, or not ours
+    promptly: bool = False  # there is something to do then: it is no look in passing
 
 
 def reconcile(
@@ -94,7 +96,8 @@ def reconcile(
     seen = observe(context, workspace)
     decision = decide(seen, context.options)
     act(context, seen, decision)
-    return Look(decision.again, (decision.status or seen.recorded).get("state"))
+    ended = decision.stage.word in _ENDED and decision.again is not None
+    return Look(decision.again, (decision.status or seen.recorded).get("state"), promptly=ended)
 
 
 def decide(seen: Seen, options: Options) -> Decision:

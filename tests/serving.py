@@ -28,6 +28,7 @@ def random_adapter(base: Path, folder: Path, *, seed: int = 0, **config: Any) ->
     """An adapter for `base` that changes what it says, saved by PEFT."""
     settings = {"r": 8, "lora_alpha": 16, "task_type": "CAUSAL_LM"} | config
     loaded = load(base)
+    torch.manual_seed(seed)  # of A, which PEFT draws
     settings.setdefault("target_modules", list(model.projections(loaded)))
     tuned = get_peft_model(loaded, LoraConfig(**settings))
     source = torch.Generator().manual_seed(seed)

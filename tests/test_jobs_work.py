@@ -6,9 +6,14 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from jobs import watch
-from jobs.cluster import WORKSPACE, ApiError
+import pytest
+
+from jobs import operator, watch
+from jobs.cluster import WORKSPACE, ApiError, Cluster
 from jobs.observe import Rarely
+from jobs.operator import Setup
+from jobs.options import Options
+from jobs.reconcile import Look
 from jobs.watch import Watch
 from jobs.work import Queue
 
@@ -150,3 +155,26 @@ def test_an_api_server_that_is_away_for_ten_minutes_is_asked_gently() -> None:
     assert down.back and down.now < 620
     assert 20 < down.tries < 100
     assert max(waits) <= watch.LONGEST_PAUSE == 20
+
+
+@pytest.mark.parametrize(("promptly", "soon"), [(True, True), (False, False)])
+def test_what_has_ended_gives_its_machine_back_however_many_wait(
+    monkeypatch: pytest.MonkeyPatch, promptly: bool, soon: bool
+) -> None:
+    """A look in passing waits its turn among ten thousand; one with something to do does not."""
+    found = operator.Operator(Cluster.__new__(Cluster), Options(), Setup("one", elect=False))
+    clock = Clock()
+    found.queue = Queue(clock=clock)
+    monkeypatch.setattr(
+        operator, "reconcile", lambda *_, **__: Look(1.0, "Succeeded", promptly=promptly)
+    )
+    for i in range(10_000):
+        found.queue.add(("others", str(i)), after=10_000.0)
+    found.queue.add(("mine", "phi"))
+
+    key = found.queue.take()
+    assert key == ("mine", "phi")
+    found._look(key, {})
+
+    clock.now = 2.0
+    assert soon == (found.queue._next_due()[0] == key)

@@ -111,6 +111,22 @@ def scheduled(pod: Object) -> bool:
     return bool((pod.get("spec") or {}).get("nodeName")) or holds(pod, "PodScheduled")
 
 
+def scheduled_at(pod: Object) -> datetime | None:
+    """Since when it has a node."""
+    if not scheduled(pod):
+        return None
+    found = condition(pod, "PodScheduled") or {}
+    return time(found.get("lastTransitionTime") or pod["metadata"]["creationTimestamp"])
+
+
+def ready_at(item: Object) -> datetime | None:
+    """Since when a machine is ready."""
+    found = condition(item, "Ready") or {}
+    if found.get("status") != "True":
+        return None
+    return time(found.get("lastTransitionTime") or item["metadata"]["creationTimestamp"])
+
+
 def terminated(pod: Object) -> Object | None:
     """How the engine ended in it, as the kubelet saw it."""
     found: Object | None = (container(pod).get("state") or {}).get("terminated")
@@ -161,7 +177,10 @@ def failure(job: Object, pods: tuple[Object, ...]) -> Trouble:
     """Why `job` failed: the engine's own words where it could say any, else the kubelet's."""
     said = condition(job, "Failed") or {}
     if said.get("reason") == "DeadlineExceeded":
-        hint = "raise the annotation tuning.kaito.sh/deadline-seconds, or take a faster machine"
+        hint = (
+            "raise the annotation tuning.kaito.sh/deadline-seconds and set tuning.kaito.sh/rerun, "
+            "or take a faster machine in a new Workspace"
+        )
         return Trouble("DeadlineExceeded", "the Job ran longer than it may", hint)
     ended = [pod for pod in pods if terminated(pod) or (pod.get("status") or {}).get("reason")]
     last = newest(tuple(ended))

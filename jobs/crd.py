@@ -200,6 +200,7 @@ STATUS = _object(
     revision=_text("Which spec the Job belongs to."),
     job=_text("Name of the Job."),
     configDigest=_text("sha256 of the ConfigMap's content that the Job was given."),
+    zone=_text("Zone of the machine, and so of the run volume."),
     startTime={"type": "string", "format": "date-time", "description": "When the Job was made."},
     completionTime={"type": "string", "format": "date-time", "description": "When it ended."},
     plan=_object(

@@ -12,6 +12,7 @@ from jobs import names, pod, serving
 from jobs.cluster import CLAIM, JOB, NETWORK_POLICY, NODE_CLAIM, Object
 from jobs.names import CONFIG_ANNOTATION, NAMESPACE_LABEL, UID_LABEL, WORKSPACE_LABEL
 from jobs.options import Options
+from jobs.stage import ZONE
 from jobs.wanted import PRIORITY, QUEUE, Wanted, identity
 from tuning import reference
 from tuning import spec as specs
@@ -187,7 +188,9 @@ def _local(host: str) -> bool:
         return False
 
 
-def node_claim(workspace: Object, wanted: Wanted, options: Options, *, attempt: int) -> Object:
+def node_claim(
+    workspace: Object, wanted: Wanted, options: Options, *, attempt: int, zone: str | None = None
+) -> Object:
     """The machine for this run. Cluster-scoped: a finalizer on the Workspace sees to its end."""
     assert wanted.instance is not None
     meta, node_class = workspace["metadata"], options.nodes.node_class
@@ -196,6 +199,8 @@ def node_claim(workspace: Object, wanted: Wanted, options: Options, *, attempt: 
         "node.kubernetes.io/instance-type": wanted.instance.name,
         "kubernetes.io/os": "linux",
     }
+    if zone:
+        requirements[ZONE] = zone
     return {
         "apiVersion": NODE_CLAIM.api_version,
         "kind": NODE_CLAIM.name,

@@ -85,7 +85,9 @@ def observe(context: Context, workspace: Object) -> Seen:
     job = named if named and names.owned(named, uid) else None
     same = recorded.get("revision") == revision
     ended = same and "completionTime" in recorded
-    if ended or (same and job and "plan" in recorded):
+    machines = _machines(cluster, options, workspace)
+    buying = options.nodes.provision and not _own_nodes(workspace) and not machines
+    if ended or (same and job and "plan" in recorded and not buying):
         wish = wanted.glance(workspace, config_map)
     else:
         known = not _own_nodes(workspace)
@@ -96,7 +98,7 @@ def observe(context: Context, workspace: Object) -> Seen:
     running = last is not None and children.running(last)
     if recorded and not running:
         run_claim = cluster.get(CLAIM, namespace, names.claim_name(workspace))
-    machines, storage = _machines(cluster, options, workspace), context.site.storage()
+    storage = context.site.storage()
     return Seen(
         workspace=workspace,
         wanted=wish,
@@ -149,6 +151,8 @@ def _observe_server(context: Context, workspace: Object) -> Seen:
             job = cluster.get(JOB, namespace, recorded["job"])
     storage = context.site.storage() and not options.storage.cached
     others = [found["server"], found["service"], run_claim if storage else None]
+    if recorded and not found["server"] and options.network_policy:
+        others.append(cluster.get(NETWORK_POLICY, namespace, serving.name(workspace)))
     foreign = next((each for each in others if each and not names.owned(each, uid)), None)
     pods: tuple[Object, ...] = ()
     server = found["server"] if not foreign else None
@@ -172,7 +176,7 @@ def _observe_server(context: Context, workspace: Object) -> Seen:
         machines_nearby=_machines_nearby(cluster, options, namespace) if not server else 0,
         run_claim=run_claim,
         storage=storage,
-        policy=_policy(context, workspace, server) if server else "unasked",
+        policy=_policy_of_server(context, workspace, wish, server) if server else "unasked",
         serving=True,
         server=server,
         service=found["service"] if not foreign else None,
@@ -199,7 +203,10 @@ def _foreign(
 def _earlier_job(cluster: Cluster, workspace: Object, named: Object | None) -> Object | None:
     """The Job of an earlier spec, if it is still there. Its name was recorded before it was made,
     so that none is ever forgotten, and no list of all Jobs is needed to find it."""
-    meta, name = workspace["metadata"], (workspace.get("status") or {}).get("job")
+    meta, recorded = workspace["metadata"], workspace.get("status") or {}
+    name = recorded.get("job")
+    if recorded and "revision" not in recorded:
+        name = meta["name"]  # KAITO's
     if not name or (named and named["metadata"]["name"] == name):
         return None
     found = cluster.get(JOB, meta["namespace"], name)
@@ -226,7 +233,7 @@ def _warning(
     container (a missing Secret or volume)."""
     if last is not None:
         waits = children.scheduled(last) and not children.started(last)
-        return _event(cluster, last, "FailedMount") if waits else None
+        return _event(cluster, last, "FailedMount", "FailedAttachVolume") if waits else None
     if job is None or children.job_state(job) != "active":
         return None
     young = now - children.time(job["metadata"]["creationTimestamp"]) < _YOUNG
@@ -239,22 +246,34 @@ def _refused(server: Object | None) -> str | None:
     return str(found.get("message")) if found and found.get("status") == "True" else None
 
 
-def _event(cluster: Cluster, about: Object, reason: str) -> str | None:
-    """The last message of the events with this reason."""
+def _event(cluster: Cluster, about: Object, *reasons: str) -> str | None:
+    """The message of the last event, if it has one of these reasons: what came after a failure has
+    overcome it."""
     meta = about["metadata"]
-    fields = f"involvedObject.uid={meta['uid']},reason={reason}"
-    found = cluster.find(CORE_EVENT, meta["namespace"], fields=fields)
-    last = max(found, key=lambda e: str(e.get("lastTimestamp") or ""), default=None)
-    return last.get("message") if last else None
+    found = cluster.find(CORE_EVENT, meta["namespace"], fields=f"involvedObject.uid={meta['uid']}")
+    last = max(found, key=lambda e: (_moment(e), e.get("reason") in reasons), default=None)
+    return last.get("message") if last and last.get("reason") in reasons else None
+
+
+def _moment(event: Object) -> str:
+    """When it happened last, to the second."""
+    return str(event.get("lastTimestamp") or event.get("eventTime") or "")[:19]
 
 
 def _machines(cluster: Cluster, options: Options, workspace: Object) -> tuple[Object, ...]:
-    """Those of this Workspace; also where machines are bought no more, as long as it holds one."""
+    """Those of this Workspace; also where machines are bought no more, as long as it holds one.
+
+    Those that KAITO bought for it are among them: they carry no UID, and nobody else would give
+    them back.
+    """
     meta = workspace["metadata"]
     holds = names.FINALIZER in (meta.get("finalizers") or [])
     if not holds and not (options.nodes.provision and workspace.get("status")):
         return ()
-    return tuple(_node_claims(cluster, f"{names.UID_LABEL}={meta['uid']}"))
+    whose = (names.WORKSPACE_LABEL, meta["name"]), (names.NAMESPACE_LABEL, meta["namespace"])
+    found = _node_claims(cluster, ",".join(f"{key}={value}" for key, value in whose))
+    uid = names.UID_LABEL
+    return tuple(m for m in found if m["metadata"]["labels"].get(uid, meta["uid"]) == meta["uid"])
 
 
 def _machines_nearby(cluster: Cluster, options: Options, namespace: str) -> int:
@@ -269,13 +288,26 @@ def _node_claims(cluster: Cluster, labels: str) -> list[Object]:
     try:
         return cluster.find(NODE_CLAIM, labels=labels)
     except ApiError as error:
-        if error.status != 404:
+        if error.status not in (403, 404):
             raise
-        return []  # Karpenter was removed, and its machines with it
+        return []  # Karpenter was removed, and its machines with it; or they are not ours to see
+
+
+def _policy_of_server(
+    context: Context, workspace: Object, wish: wanted.Wanted, server: Object
+) -> Policy:
+    """The network policy of a server as it is; asked once a minute, and before it is changed."""
+    meta = server["metadata"]
+    edited = wish.server is not None and names.revision_of(server) != wish.server.fingerprint
+    if not context.options.network_policy or not (edited or context.rarely(meta["uid"])):
+        return "unasked"
+    found = context.cluster.get(NETWORK_POLICY, meta["namespace"], meta["name"])
+    owned = found is not None and names.owned(found, workspace["metadata"]["uid"])
+    return found if found is not None and owned else "gone"
 
 
 def _policy(context: Context, workspace: Object, child: Object) -> Policy:
-    """What became of the network policy of a Job or server; asked once a minute."""
+    """What became of the network policy of a Job; asked once a minute."""
     meta = child["metadata"]
     if not context.options.network_policy or not context.rarely(meta["uid"]):
         return "unasked"

@@ -73,7 +73,8 @@ class Storage(_Part):
     cache_claim: str | None = None
     """A claim, in every namespace that tunes, in which all Workspaces share base weights."""
     cache_host_path: str | None = None
-    """A folder of the node for shared base weights; needs a namespace without restricted pods."""
+    """A folder of the node for shared base weights, which is there on each node and writable for
+    userId; needs a namespace without restricted pods."""
 
     @property
     def cached(self) -> bool:

@@ -151,11 +151,14 @@ def around(
     return pod
 
 
-def resources(wanted: Wanted, options: Options, *, claim: bool) -> Object:
-    """Requests that leave room on the machine; no CPU limit, which would only slow the run."""
+def resources(wanted: Wanted, options: Options, *, claim: bool, disk: int = 0) -> Object:
+    """Requests that leave room on the machine; no CPU limit, which would only slow the run.
+
+    `disk`: bytes of emptyDirs beside the run directory that may be filled.
+    """
     memory = size(wanted.memory_bytes)
     # an emptyDir counts as the pod's own disk
-    run = 0 if claim else wanted.run_bytes(cached=options.storage.cached)
+    run = disk + (0 if claim else wanted.run_bytes(cached=options.storage.cached))
     requests = {"cpu": "2", "memory": memory, "ephemeral-storage": size(2 * GIB + run)}
     limits = {
         "memory": size(2 * wanted.memory_bytes),
@@ -227,7 +230,8 @@ def weights(storage: Storage, volumes: list[Object]) -> Object:
         claim = {"claimName": storage.cache_claim}
         volumes.append({"name": "models", "persistentVolumeClaim": claim})
     elif storage.cache_host_path:
-        folder = {"path": storage.cache_host_path, "type": "DirectoryOrCreate"}
+        # A folder that the kubelet made would be root's.
+        folder = {"path": storage.cache_host_path, "type": "Directory"}
         volumes.append({"name": "models", "hostPath": folder})
     if storage.cached:
         return {"name": "models", "mountPath": "/models"}

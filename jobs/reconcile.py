@@ -7,6 +7,7 @@ the next call. A Job's name is the hash of what it is for: there are never two o
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
@@ -29,7 +30,7 @@ from jobs.cluster import (
 )
 from jobs.observe import Context, observe
 from jobs.options import Options
-from jobs.stage import Seen, Stage, Word, attempts, judge
+from jobs.stage import Seen, Stage, Word, attempts, judge, zone
 from jobs.status import farewell, status
 
 log = logging.getLogger(__name__)
@@ -95,9 +96,12 @@ def reconcile(
         return Look()  # KAITO's
     seen = observe(context, workspace)
     decision = decide(seen, context.options)
-    act(context, seen, decision)
+    refused = act(context, seen, decision)
+    state = (decision.status or seen.recorded).get("state")
+    if refused:
+        return Look(_AGAIN["refused"], state)
     ended = decision.stage.word in _ENDED and decision.again is not None
-    return Look(decision.again, (decision.status or seen.recorded).get("state"), promptly=ended)
+    return Look(decision.again, state, promptly=ended and not seen.serving)
 
 
 def decide(seen: Seen, options: Options) -> Decision:
@@ -119,8 +123,12 @@ def decide(seen: Seen, options: Options) -> Decision:
             return replace(decision, create=_children(seen, options))
         case "deploying":
             return replace(decision, **_deploy(seen, options))
-        case "starting" | "unready" | "ready" if seen.job or seen.storage:
+        case "starting" | "unready" | "ready":
             return replace(decision, **_keep_serving(seen, options))
+        case "invalid" | "misfit" | "conflict" | "queued" if not seen.server:
+            return replace(decision, delete=_machines(seen))
+        case "unbought" if seen.serving:
+            return replace(decision, delete=_machines(seen))
         case "pending" | "running":
             return replace(decision, **_mended(seen, options))
     return decision
@@ -130,6 +138,8 @@ def _again(seen: Seen, stage: Stage) -> float | None:
     """No change of Job or pod tells of a Secret or volume that is missing, or of a quota: who waits
     for one is asked, later and later."""
     usual = _AGAIN.get(stage.word)
+    if stage.word == "unbought" and seen.serving:  # an edit asks anew
+        return _AGAIN["refused"]
     last = children.newest(seen.pods) or seen.job
     if usual is None or stage.word != "pending" or last is None:
         return usual
@@ -160,11 +170,9 @@ def _deploy(seen: Seen, options: Options) -> dict[str, Any]:
     changed: list[tuple[Kind, Object]] = []
     if seen.storage and not seen.run_claim:
         made.append((CLAIM, manifests.run_claim(workspace, wish, options)))
-    policy = manifests.server_policy(workspace, wish, options)
-    if options.network_policy and (not seen.server or seen.policy == "gone"):
-        made.append((NETWORK_POLICY, policy))
-    elif isinstance(seen.policy, dict):
-        changed.append((NETWORK_POLICY, seen.policy | {"spec": policy["spec"]}))
+    new, mended = _server_policy(seen, options)
+    made += new
+    changed += mended
     service = serving.service(workspace, wish)
     if seen.service is None:
         made.append((SERVICE, service))
@@ -174,16 +182,29 @@ def _deploy(seen: Seen, options: Options) -> dict[str, Any]:
     deployment = serving.deployment(workspace, wish, options, claim=seen.storage)
     if seen.server is None:
         made.append((DEPLOYMENT, deployment))
-    else:
+    elif names.revision_of(seen.server) != names.revision_of(deployment):
         meta = seen.server["metadata"] | {"labels": deployment["metadata"]["labels"]}
         spec = deployment["spec"] | {"replicas": seen.server["spec"].get("replicas", 1)}
         changed.append((DEPLOYMENT, seen.server | {"metadata": meta, "spec": spec}))
     return {"create": tuple(made), "put_back": tuple(changed)}
 
 
+def _server_policy(
+    seen: Seen, options: Options
+) -> tuple[list[tuple[Kind, Object]], list[tuple[Kind, Object]]]:
+    """(made, put back) of a server's network policy, so that it is what the Workspace says now."""
+    policy = manifests.server_policy(seen.workspace, seen.wanted, options)
+    if options.network_policy and (not seen.server or seen.policy == "gone"):
+        return [(NETWORK_POLICY, policy)], []
+    if isinstance(seen.policy, dict) and seen.policy["spec"] != policy["spec"]:
+        return [], [(NETWORK_POLICY, seen.policy | {"spec": policy["spec"]})]
+    return [], []
+
+
 def _keep_serving(seen: Seen, options: Options) -> dict[str, Any]:
-    """The Job that made the adapter goes after a while; a claim that is gone is made again."""
-    made: list[tuple[Kind, Object]] = []
+    """The Job that made the adapter goes after a while; a claim that is gone is made again, and so
+    is a network policy that was taken away or changed."""
+    made, changed = _server_policy(seen, options)
     if seen.storage and not seen.run_claim:
         made.append((CLAIM, manifests.run_claim(seen.workspace, seen.wanted, options)))
     gone = []
@@ -191,7 +212,7 @@ def _keep_serving(seen: Seen, options: Options) -> dict[str, Any]:
         until = children.time(seen.recorded["completionTime"])
         if seen.now >= until + timedelta(seconds=options.keep_seconds):
             gone.append((JOB, seen.job))
-    return {"create": tuple(made), "delete": tuple(gone)}
+    return {"create": tuple(made), "delete": tuple(gone), "put_back": tuple(changed)}
 
 
 def _mended(seen: Seen, options: Options) -> dict[str, Any]:
@@ -221,7 +242,9 @@ def _buy(seen: Seen, options: Options) -> dict[str, Any]:
     if len(failed) < len(states):
         return {"delete": failed}
     number = attempts(seen) + 1
-    claim = manifests.node_claim(seen.workspace, seen.wanted, options, attempt=number)
+    claim = manifests.node_claim(
+        seen.workspace, seen.wanted, options, attempt=number, zone=zone(seen)
+    )
     return {
         "finalizers": _with_finalizer(seen.workspace),
         "delete": failed,
@@ -235,11 +258,17 @@ def _with_finalizer(workspace: Object) -> list[str] | None:
     return None if names.FINALIZER in have else [*have, names.FINALIZER]
 
 
+def _machines(seen: Seen) -> tuple[tuple[Kind, Object], ...]:
+    """The machines that are given back, for nothing runs on them."""
+    if names.annotation(seen.workspace, "keep-node") == "true":
+        return ()
+    alive = [m for m in seen.machines if not m["metadata"].get("deletionTimestamp")]
+    return tuple((NODE_CLAIM, machine) for machine in alive)
+
+
 def _cleanup(seen: Seen, options: Options) -> dict[str, Any]:
     """After the end is recorded: machines and run volume go at once, the Job after a while."""
-    gone: list[tuple[Kind, Object]] = []
-    if names.annotation(seen.workspace, "keep-node") != "true":
-        gone += [(NODE_CLAIM, machine) for machine in seen.machines]
+    gone: list[tuple[Kind, Object]] = [*_machines(seen)]
     again = None
     if seen.job:
         over = children.job_state(seen.job) in ("complete", "failed")
@@ -273,37 +302,46 @@ def _farewell(seen: Seen) -> Decision:
     return Decision()
 
 
-def act(context: Context, seen: Seen, decision: Decision) -> None:
+def act(context: Context, seen: Seen, decision: Decision) -> bool:
     """Carry a decision out. The status comes first, as a note of the intent and as a lock: of two
     writers the slower one gets a conflict there, and deletes and creates nothing.
 
-    A creation that the server refuses for good becomes a condition.
+    A creation that the server refuses for good becomes a condition: then True is returned.
     """
     cluster, workspace = context.cluster, seen.workspace
     if decision.finalizers is not None:
         stored = cluster.set_finalizers(WORKSPACE, workspace, decision.finalizers)
         if stored is None:
-            return
+            return False
         workspace = stored
     if decision.status is not None:
         told = _tell(cluster, workspace, decision.status)
         if told is None:
-            return
+            return False
         workspace = told
     for kind, item in decision.delete:
         cluster.delete(kind, item)
     try:
         for kind, item in decision.create:
             if cluster.create(kind, item) is None and kind in (CLAIM, DEPLOYMENT, SERVICE):
-                return  # whose it is must be seen before a run writes into it
+                return False  # whose it is must be seen before a run writes into it
         for kind, item in decision.put_back:
             cluster.replace(kind, item)
     except ApiError as error:
+        asked = workspace.get("status") or {}
+        if decision.stage.word == "buying":  # in vain: no machine was asked of the cloud
+            before = {"nodeAttempts": attempts(seen)}
+            workspace = workspace | {"status": asked | before}
         if error.passing:
+            if decision.stage.word == "buying":
+                with contextlib.suppress(ApiError):
+                    cluster.replace_status(WORKSPACE, workspace, workspace["status"])
             raise
         refused = Stage("refused", Trouble(children.word(error.reason), error.message))
         now = replace(seen, workspace=workspace)
         _tell(cluster, workspace, status(now, refused, context.options))
+        return True
+    return False
 
 
 def _tell(cluster: Cluster, workspace: Object, told: Object) -> Object | None:

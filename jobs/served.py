@@ -209,7 +209,9 @@ def _fresh(workspace: Object, *, vllm: bool) -> tuple[Adapter, ...]:
     made = status.get("output") or {}
     rank = (status.get("plan") or {}).get("rank") if vllm else None
     if image := output.get("image"):
-        name = replace(reference.parse(image), tag=None, digest=made.get("digest"))
+        name = reference.parse(image)
+        if digest := made.get("digest"):  # unknown where the pod that knew it was lost
+            name = replace(name, tag=None, digest=digest)
         secret = output.get("imagePushSecret")
         secrets = (secret,) if secret else ()
         return (Adapter(FRESH, str(name), pull_secrets=secrets, rank=rank),)

@@ -18,6 +18,7 @@ PORT = 5000
 PORTS = (("http", 80), ("torch", 29500))  # of the Service, as KAITO's
 GRACE = 75  # seconds: 5 of new requests, 60 for what runs, and 10 to spare
 PULLER = "pull-"  # how init containers are called that fetch an adapter
+_PULLED = 20 * GIB  # of adapters that init containers fetch for vLLM
 _SECRETS = "/etc/tuning/secrets"
 _KEY = "API_KEY"
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM knows
@@ -134,7 +135,9 @@ def _pod(workspace: Object, wanted: Wanted, options: Options, *, claim: bool) ->
         "command": _vllm(wanted, server) if vllm else _command(workspace, server, options),
         "env": _environment(options, token=vllm and server.hub_secret is not None),
         "ports": [{"name": "http", "containerPort": PORT, "protocol": "TCP"}],
-        "resources": pod.resources(wanted, options, claim=claim),
+        "resources": pod.resources(
+            wanted, options, claim=claim, disk=_PULLED if vllm and server.adapters else 0
+        ),
         "securityContext": dict(RESTRICTED),
         "terminationMessagePolicy": "FallbackToLogsOnError",
         "volumeMounts": mounts,
@@ -260,7 +263,7 @@ def _vllm(wanted: Wanted, server: Server) -> list[str]:
 def _with_pullers(spec: Object, server: Server, options: Options) -> None:
     """An init container for each adapter that is an image; vLLM finds folders."""
     (container,) = spec["containers"]
-    spec["volumes"].append({"name": "adapters", "emptyDir": {"sizeLimit": "20Gi"}})
+    spec["volumes"].append({"name": "adapters", "emptyDir": {"sizeLimit": pod.size(_PULLED)}})
     keep = {"name": "adapters", "mountPath": "/adapters"}
     images = [each for each in server.adapters if each.image]
     shared = [m for m in container["volumeMounts"] if m["name"] in ("tmp", "files")]

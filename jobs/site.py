@@ -61,7 +61,7 @@ class Site:
         try:
             answer = ask()
         except ApiError as error:
-            if error.status != 403:
+            if error.status not in (400, 403):  # 400: labels that none can have
                 raise
             answer = forbidden
         with self._lock:

@@ -37,7 +37,12 @@ Word = Literal[
     "failed",
 ]
 
+ZONE = "topology.kubernetes.io/zone"
 Policy = Literal["unasked", "whole", "gone"] | Object
+
+
+# Reasons of the API server for which the same words will be refused again.
+_REFUSALS = ("BadRequest", "Forbidden", "Invalid", "NotFound", "RequestEntityTooLarge")
 
 
 @dataclass(frozen=True)
@@ -90,13 +95,13 @@ def judge(seen: Seen, options: Options) -> Stage:
         return Stage("finished")  # by KAITO's controller
     if seen.job:  # follow it, whatever became of the ConfigMap meanwhile
         return _of_job(seen, seen.job, options)
+    if seen.old:  # whatever the new spec is worth
+        return Stage("replacing", Trouble("Replacing", "the Job of the earlier spec is stopping"))
     if trouble := _invalid(seen, options):
         return Stage("invalid", trouble)
     if seen.server:
         what = "the server of the earlier adapter is stopping"
         return Stage("replacing", Trouble("Replacing", what))
-    if seen.old:
-        return Stage("replacing", Trouble("Replacing", "the Job of the earlier spec is stopping"))
     if seen.foreign:
         kind, name = seen.foreign.get("kind") or "object", seen.foreign["metadata"]["name"]
         what = f"a {kind} {name} exists that does not belong to this Workspace"
@@ -104,7 +109,7 @@ def judge(seen: Seen, options: Options) -> Stage:
     if wanted.misfit:
         return Stage("misfit", misfit(seen.wanted))
     queued = names.queue(seen.workspace) is not None
-    creating = Stage("creating", _again(seen) or Trouble("", ""))
+    creating = Stage("creating", _again(seen) or refused_before(seen) or Trouble("", ""))
     if names.bought(wanted, options) and not queued:
         return _of_machine(seen, options) or creating
     return creating
@@ -128,7 +133,6 @@ def _of_server(seen: Seen, options: Options) -> Stage:
         and seen.service is not None
         and names.revision_of(seen.server) == wanted.server.fingerprint
         and serving.leads_to(seen.service, serving.service(seen.workspace, wanted))
-        and seen.policy in ("unasked", "whole")
     )
     found = readiness.judge(seen.pods, seen.warning, seen.told, wanted.server, was=seen.recorded)
     if up_to_date and found.answers:
@@ -136,8 +140,16 @@ def _of_server(seen: Seen, options: Options) -> Stage:
     if names.bought(wanted, options) and (buying := _of_machine(seen, options)):
         return buying
     if not up_to_date:
-        return Stage("deploying", Trouble("", "the server is being made"))
+        return Stage("deploying", refused_before(seen) or Trouble("", "the server is being made"))
     return Stage("unready" if found.known else "starting", found.trouble)
+
+
+def refused_before(seen: Seen) -> Trouble | None:
+    """What the API server refused when this was tried last: it stays told until it is made."""
+    found = children.condition(seen.workspace, "ResourceReady") or {}
+    if found.get("status") != "False" or found.get("reason") not in _REFUSALS:
+        return None
+    return Trouble(found["reason"], found["message"])
 
 
 def _again(seen: Seen) -> Trouble | None:
@@ -203,9 +215,12 @@ def _of_job(seen: Seen, job: Object, options: Options) -> Stage:
         why = Trouble("PodRefused", children.clean(seen.warning)) if seen.warning else None
         return Stage("pending", why or Trouble("PodPending", "the Job has made no pod yet"))
     trouble = children.waiting(last, seen.warning)
-    age = seen.now - children.time(last["metadata"]["creationTimestamp"])
-    hopeless = trouble is not None and trouble.reason != "Unschedulable"
-    if trouble and hopeless and age > timedelta(seconds=options.stuck_seconds):
+    since = children.scheduled_at(last)  # a pod may have waited long for its node
+    if trouble and trouble.reason == "Unschedulable":
+        # The scheduler may take its time, but no machine is paid for that no pod can use.
+        ready = [children.ready_at(machine) for machine in seen.machines]
+        since = max((at for at in ready if at), default=None)
+    if trouble and since and seen.now - since > timedelta(seconds=options.stuck_seconds):
         return Stage("stuck", trouble)
     return Stage("pending", trouble or Trouble("PodPending", "the pod is starting"))
 
@@ -233,8 +248,21 @@ def attempts(seen: Seen) -> int:
     recorded = seen.recorded.get("nodeAttempts") or 0
     if seen.recorded.get("revision") != seen.wanted.revision:
         recorded = 0
-    live = [int(m["metadata"]["name"].rpartition("-")[2]) for m in seen.machines]
-    return max([recorded, *live])
+    if seen.serving:  # no revision tells of an edit
+        edited = seen.recorded.get("observedGeneration") != seen.workspace["metadata"]["generation"]
+        recorded = 0 if edited else recorded
+    numbers = (m["metadata"]["name"].rpartition("-")[2] for m in seen.machines)
+    return max([recorded, *(int(number) for number in numbers if number.isdecimal())])
+
+
+def zone(seen: Seen) -> str | None:
+    """Where the run volume is, as far as machines told: a machine elsewhere could not mount it."""
+    labels = [machine["metadata"].get("labels") or {} for machine in seen.machines]
+    here = [each[ZONE] for each in labels if each.get(ZONE)]
+    if not seen.storage or not (here or seen.run_claim):
+        return None
+    found: str | None = here[-1] if here else seen.recorded.get("zone")
+    return found
 
 
 def last_message(seen: Seen, kind: str) -> str:

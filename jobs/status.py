@@ -8,7 +8,7 @@ from jobs import children, names
 from jobs.children import Trouble, clean, stamp
 from jobs.cluster import Kind, Object
 from jobs.options import Options
-from jobs.stage import Seen, Stage, Word, attempts
+from jobs.stage import Seen, Stage, Word, attempts, zone
 from tuning.plan import Plan
 
 _STATE: dict[Word, str] = {
@@ -60,7 +60,7 @@ def status(seen: Seen, stage: Stage, options: Options) -> Object:
         "plan": _plan(seen),
         "progress": _progress(seen, old.get("progress") if same else None),
     }
-    if stage.word == "creating":
+    if stage.word in ("creating", "refused"):
         found["job"] = names.job_name(seen.workspace, seen.wanted)
     elif kept := seen.job or seen.old:
         found["job"] = kept["metadata"]["name"]
@@ -72,6 +72,7 @@ def status(seen: Seen, stage: Stage, options: Options) -> Object:
         found["workerNodes"] = nodes
     if asked := attempts(seen) + (stage.word == "buying" and not seen.machines):
         found["nodeAttempts"] = 0 if stage.word == "running" else asked
+    found["zone"] = zone(seen)
     if stage.word in _ENDED:
         ended = same and old.get("completionTime")
         found["completionTime"] = ended or _ended_at(seen)
@@ -125,7 +126,7 @@ def _serving_conditions(seen: Seen, stage: Stage, options: Options) -> list[Clai
     note = f"; {server.note}" if server and server.note else ""
     claims: list[Claim] = [("SpecValid", "True", "SpecValid", f"the Workspace is valid{note}")]
     if names.bought(seen.wanted, options) and word != "misfit":
-        claims += _machine_conditions(word, trouble)
+        claims += _machine_conditions(seen, word, trouble)
     claims.append(_resource(word, trouble))
     if word == "ready":
         done = "Inference has been deployed successfully"
@@ -283,7 +284,7 @@ def _conditions(seen: Seen, stage: Stage, options: Options) -> list[Claim]:
     if invalid:
         return [*claims, *_job_conditions(word, trouble, why)]
     if names.bought(seen.wanted, options) and word != "misfit":
-        claims += _machine_conditions(word, trouble)
+        claims += _machine_conditions(seen, word, trouble)
     claims.append(_resource(word, trouble))
     claims += _job_conditions(word, trouble, why)
     if "inference" in seen.workspace:
@@ -292,8 +293,9 @@ def _conditions(seen: Seen, stage: Stage, options: Options) -> list[Claim]:
     return [*claims, _config_changed(seen)]
 
 
-def _machine_conditions(word: Word, trouble: Trouble) -> list[Claim]:
-    if word in ("buying", "unbought", "queued"):
+def _machine_conditions(seen: Seen, word: Word, trouble: Trouble) -> list[Claim]:
+    missing = word == "refused" and not seen.machines
+    if word in ("buying", "unbought", "queued") or missing:
         return [
             ("NodeClaimReady", "False", "NodeClaimNotReady", trouble.message),
             ("NodesReady", "False", "NodeNotReady", "Not enough Nodes are ready"),
@@ -309,7 +311,7 @@ def _resource(word: Word, trouble: Trouble) -> Claim:
         return ("ResourceReady", "False", trouble.reason, trouble.message)
     if word == "deploying":
         reason = "workspaceResourceStatusNotReady"
-        return ("ResourceReady", "False", reason, "the server is being made")
+        return ("ResourceReady", "False", trouble.reason or reason, trouble.message)
     if word == "creating":
         reason = trouble.reason or "workspaceResourceStatusNotReady"
         return ("ResourceReady", "False", reason, trouble.message or "the Job is being made")

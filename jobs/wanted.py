@@ -130,7 +130,9 @@ def revision(workspace: Object) -> str:
         known = tuning
     if isinstance(known.get("method"), str):
         known["method"] = known["method"].lower()
-    return _short(workspace["metadata"]["uid"], json.dumps(known, sort_keys=True))
+    again = (workspace["metadata"].get("annotations") or {}).get(f"{ANNOTATION}rerun")
+    parts = [again] if again else []
+    return _short(workspace["metadata"]["uid"], json.dumps(known, sort_keys=True), *parts)
 
 
 def short_name(workspace: Object, suffix: str) -> str:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 from jobs import names
 from jobs.cluster import DEPLOYMENT, JOB, POD, WORKSPACE, ApiError, Cluster, Kind, Object
+from tuning.spec.workspace import ANNOTATION
 
 log = logging.getLogger(__name__)
 
@@ -36,11 +37,21 @@ def key_of_child(item: Object) -> Key | None:
     return (item["metadata"]["namespace"], name) if name else None
 
 
-def is_echo(item: Object) -> bool:
-    """Whether an event of a Workspace most likely tells of our own status: nothing new in it."""
+def is_echo(item: Object, notes: Object | None) -> bool:
+    """Whether an event of a Workspace most likely tells of our own status: nothing new in it.
+
+    `notes` are the annotations that were there before, which no generation counts; None: unknown.
+    """
     meta, status = item["metadata"], item.get("status") or {}
     seen = status.get("observedGeneration") == meta.get("generation")
-    return seen and not meta.get("deletionTimestamp")
+    same = notes is None or notes == _notes(item)
+    return seen and same and not meta.get("deletionTimestamp")
+
+
+def _notes(item: Object) -> Object:
+    """The annotations that change what becomes of a Workspace."""
+    found: Object = item["metadata"].get("annotations") or {}
+    return {k: v for k, v in found.items() if k.startswith((ANNOTATION, "kaito.sh/"))}
 
 
 SOURCES: tuple[tuple[Kind, str, Callable[[Object], Key | None]], ...] = (
@@ -68,6 +79,7 @@ class Watch:
         self._cluster, self._kind, self._namespace = cluster, kind, namespace
         self._labels, self._key_of, self._tell, self._resync = labels, key_of, tell, resync
         self.moved: float | None = None
+        self._notes: dict[Key, Object] = {}  # of Workspaces, as they were seen last
 
     def run(self, stop: threading.Event) -> None:
         """Until `stop`: list, tell every key, watch, and from the start again."""
@@ -89,6 +101,7 @@ class Watch:
 
     def _once(self, stop: threading.Event) -> None:
         version = ""
+        self._notes.clear()
         brief = self._kind != WORKSPACE  # a key is all that is wanted of the others
         for page in self._cluster.pages(
             self._kind, self._namespace, labels=self._labels, metadata_only=brief
@@ -108,11 +121,14 @@ class Watch:
                 metadata_only=brief,
             ):
                 version = item["metadata"]["resourceVersion"]
-                if not (self._kind == WORKSPACE and is_echo(item)):
+                key = key_of_workspace(item) if self._kind == WORKSPACE else None
+                if not (key and is_echo(item, self._notes.get(key))):
                     self._pass_on(item, item)
                 if stop.is_set():
                     return
 
     def _pass_on(self, item: Object, news: Object | None) -> None:
         if key := self._key_of(item):
+            if self._kind == WORKSPACE:
+                self._notes[key] = _notes(item)
             self._tell(key, news)

@@ -644,3 +644,146 @@ def test_what_kaito_has_tuned_is_not_tuned_again() -> None:
     item["tuning"]["input"]["urls"] = ["https://data.example.com/other.jsonl"]
     edited = wanted.read(item, None, None)
     assert reconcile.decide(Seen(item, edited, NOW, storage=False), Options()).create
+
+
+# -- what was edited, refused or lost -------------------------------------------------------------
+
+
+def test_a_key_that_is_taken_away_closes_the_door() -> None:
+    """The network policy follows an edit, before the Deployment does; and nothing else changes."""
+    item = workspace(apiKeySecret="key")
+    seen = look(item)
+    policy = manifests.server_policy(item, seen.wanted, Options()) | {"spec": {"ingress": []}}
+    policy["spec"] = manifests.server_policy(item, seen.wanted, Options())["spec"]
+    del item["inference"]["apiKeySecret"]
+    edited = replace(seen, wanted=served.read(item, None, None), policy=policy)
+
+    found = reconcile.decide(edited, Options())
+
+    kinds = [kind.name for kind, _ in found.put_back]
+    assert ["NetworkPolicy", "Service", "Deployment"] == kinds
+    assert "from" in found.put_back[0][1]["spec"]["ingress"][0]
+
+
+def test_a_policy_that_was_changed_is_mended_alone() -> None:
+    """Ready stays Ready, and an upgrade's other image waits for an edit."""
+    item = workspace()
+    seen = look(item, pod=pod_in(RUNNING, ready=True))
+    policy = manifests.server_policy(item, seen.wanted, Options())
+    opened = policy | {"spec": policy["spec"] | {"ingress": [{}]}}
+    newer = Options(image="engine:2")
+
+    for options in (Options(), newer):
+        mended = reconcile.decide(replace(seen, policy=opened), options)
+        whole = reconcile.decide(replace(seen, policy=policy), options)
+
+        assert [("NetworkPolicy", policy["spec"])] == [
+            (kind.name, item["spec"]) for kind, item in mended.put_back
+        ]
+        assert "ready" == mended.stage.word == whole.stage.word
+        assert () == whole.put_back == whole.create
+    gone = reconcile.decide(replace(seen, policy="gone"), Options())
+    assert ["NetworkPolicy"] == [kind.name for kind, _ in gone.create]
+
+
+def machine(number: int, *, late: bool = False, **labels: str) -> Object:
+    """A NodeClaim that is on its way, or was not launched in time."""
+    made = "2025-12-31T00:00:00Z" if late else "2026-01-01T00:00:00Z"
+    return {"metadata": {"name": f"ws1-{number}", "creationTimestamp": made, "labels": labels}}
+
+
+BUYS = Options(nodes=Nodes(provision=True))
+
+
+def test_a_server_without_a_machine_gives_back_what_failed_and_an_edit_asks_anew() -> None:
+    item = workspace()
+    item["status"] = {"nodeAttempts": 3, "revision": wanted.revision(item), "observedGeneration": 1}
+    seen = look(item, made=False, machines=(machine(3, late=True),))
+
+    found = reconcile.decide(seen, BUYS)
+
+    assert "unbought" == found.stage.word and found.again == 60
+    assert ["ws1-3"] == [each["metadata"]["name"] for _, each in found.delete]
+    item["metadata"]["generation"] = 2
+    assert "buying" == reconcile.decide(replace(seen, machines=()), BUYS).stage.word
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"method": "lorra"}, "invalid"),
+        ({"preset": {"name": "llama-3.3-70b-instruct"}}, "misfit"),
+    ],
+)
+def test_no_machine_is_kept_for_what_cannot_run(change: dict[str, Any], word: str) -> None:
+    item = both()
+    item["resource"]["instanceType"] = "Standard_NV36ads_A10_v5"
+    item["tuning"] |= change
+    item["status"] = {"revision": "x"}
+    seen = Seen(item, wanted.read(item, None, None), NOW, machines=(machine(1),))
+
+    found = reconcile.decide(seen, BUYS)
+
+    assert (word, 1) == (found.stage.word, len(found.delete))
+    item["metadata"]["annotations"] = {"tuning.kaito.sh/keep-node": "true"}
+    assert () == reconcile.decide(seen, BUYS).delete
+
+
+def test_an_edit_to_something_invalid_stops_the_old_job_first() -> None:
+    """It would go on paid for, and push what nobody wants any more."""
+    item = both()
+    item["tuning"]["method"] = "lorra"
+    old = {"metadata": {"name": "wk-old"}}
+
+    found = reconcile.decide(Seen(item, wanted.read(item, None, None), NOW, old=old), Options())
+
+    assert "replacing" == found.stage.word
+    assert ["wk-old"] == [each["metadata"]["name"] for _, each in found.delete]
+
+
+def test_a_run_without_its_pods_digest_is_served_by_its_tag() -> None:
+    item = both()
+    (fresh,) = served._fresh(item, vllm=False)
+    assert "registry.example.com/team/a:1" == fresh.image
+
+
+def test_a_lost_machine_is_asked_for_where_its_volume_is() -> None:
+    """The zone is remembered for as long as there is a run volume."""
+    item = both()
+    item["status"] = {"zone": "eastus-2", "revision": wanted.revision(item)}
+    wish = wanted.read(item, None, None)
+    seen = Seen(item, wish, NOW, run_claim={"metadata": {"name": "c"}})
+
+    ((_, claim),) = reconcile.decide(seen, BUYS).create
+    zones = {each["key"]: each["values"] for each in claim["spec"]["requirements"]}
+    assert ["eastus-2"] == zones["topology.kubernetes.io/zone"]
+
+    ((_, claim),) = reconcile.decide(replace(seen, run_claim=None), BUYS).create
+    assert "topology.kubernetes.io/zone" not in str(claim)
+    here = machine(1, **{"topology.kubernetes.io/zone": "eastus-1"})
+    told_now = status.status(replace(seen, machines=(here,)), stage.Stage("running"), BUYS)
+    assert "eastus-1" == told_now["zone"]
+
+
+def test_what_was_refused_stays_told_until_it_is_made() -> None:
+    """No flapping between "is being made" and the reason, look by look."""
+    item = both()
+    first = Seen(item, wanted.read(item, None, None), NOW)
+    refused = stage.Stage("refused", children.Trouble("Forbidden", "exceeded quota: jobs"))
+    item["status"] = status.status(first, refused, Options())
+
+    again = reconcile.decide(Seen(item, first.wanted, NOW), Options())
+
+    assert "creating" == again.stage.word and 1 <= len(again.create)
+    assert again.status == item["status"]
+
+
+def test_any_new_value_of_rerun_is_another_run() -> None:
+    item = both()
+    before = wanted.revision(item)
+    item["metadata"]["annotations"] = {"tuning.kaito.sh/rerun": "2"}
+    again = wanted.revision(item)
+    assert before != again
+    assert () == wanted.read(item, None, None).problems
+    item["metadata"]["annotations"] = {"other": "2"}
+    assert before == wanted.revision(item)

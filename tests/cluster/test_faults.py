@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import secrets
 import threading
 import time
 from collections.abc import Iterator
@@ -352,6 +353,99 @@ def gone(world: World, name: str) -> None:
         assert time.monotonic() < end, world.status(name)
         world.step(name)
         time.sleep(0.1)
+
+
+class Webhook(Cluster):
+    """One in front of machines says no, or is down, so many times."""
+
+    def __init__(self, inner: Cluster, error: ApiError, times: int) -> None:
+        super().__init__(inner._api)
+        self.error, self.times = error, times
+
+    def create(self, kind: Kind, item: Object) -> Object | None:
+        if kind == NODE_CLAIM and self.times:
+            self.times -= 1
+            raise self.error
+        return super().create(kind, item)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ApiError(500, "InternalError", "failed calling webhook"), ""),
+        (ApiError(403, "Forbidden", "denied by the policy of the cloud"), "Forbidden"),
+    ],
+)
+def test_a_machine_that_was_never_asked_for_costs_no_attempt(
+    api: Cluster, error: ApiError, reason: str
+) -> None:
+    """Not the third time either; the server's own words are told, and then it is bought."""
+    world = fresh(api, nodes=Nodes(provision=True, attempts=3))
+    world.apply(workspace("phi", world.namespace))
+    down = Webhook(api, error, 5)
+    for _ in range(5):
+        with contextlib.suppress(ApiError):
+            reconcile(world.context(down), world.namespace, "phi")
+    assert "Failed" != world.status("phi")["state"]
+    if reason:
+        assert ("False", "NodeClaimNotReady") == world.condition("phi", "NodeClaimReady")
+        assert "denied by the policy" in str(world.status("phi")["conditions"])
+    world.step("phi", cluster=down)
+    mine = f"{names.UID_LABEL}={world.get('phi')['metadata']['uid']}"
+    (machine,) = api.find(NODE_CLAIM, labels=mine)
+    assert machine["metadata"]["name"].endswith("-1")
+
+
+def test_what_kaito_began_is_ended_by_us(api: Cluster) -> None:
+    """Its machine goes with the Workspace, its running Job before ours begins."""
+    world = fresh(api, nodes=Nodes(provision=True))
+    item = workspace("phi", world.namespace)
+    item["metadata"]["finalizers"] = [names.FINALIZER]
+    world.apply(item)
+    stored = world.get("phi")
+    api.replace_status(WORKSPACE, stored, {"conditions": []} | {"workerNodes": ["aks-1"]})
+    kaitos = {
+        "apiVersion": "karpenter.sh/v1",
+        "kind": "NodeClaim",
+        "metadata": {
+            "name": f"ws{secrets.token_hex(4)}",
+            "labels": {
+                names.WORKSPACE_LABEL: "phi",
+                names.NAMESPACE_LABEL: world.namespace,
+            },
+        },
+    }
+    api.create(NODE_CLAIM, kaitos)
+    job = copy.deepcopy(JOB_OF_KAITO)
+    job["metadata"] |= {"namespace": world.namespace, "ownerReferences": names.owner(stored)}
+    api.create(JOB, job)
+    for _ in range(600):
+        world.step("phi")
+        running = [each["metadata"]["name"] for each in world.jobs()]
+        assert len(running) == 1 or running == []
+        if running and running != ["phi"]:
+            break
+        world.node_is_ready()
+        time.sleep(0.1)
+    assert running and running[0].startswith("phi-")
+    api.delete(WORKSPACE, world.get("phi"))
+    gone(world, "phi")
+    assert api.get(NODE_CLAIM, None, kaitos["metadata"]["name"]) is None
+
+
+JOB_OF_KAITO: Object = {
+    "apiVersion": "batch/v1",
+    "kind": "Job",
+    "metadata": {"name": "phi"},
+    "spec": {
+        "template": {
+            "spec": {
+                "containers": [{"name": "tuning", "image": "x"}],
+                "restartPolicy": "Never",
+            }
+        }
+    },
+}
 
 
 class WithoutKarpenter(Cluster):

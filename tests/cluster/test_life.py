@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -322,13 +323,29 @@ def test_a_missing_secret_is_named(world: World) -> None:
                                "namespace": world.namespace},
             "reason": "FailedMount",
             "message": 'MountVolume.SetUp failed for volume "files" : secret "push" not found',
-            "lastTimestamp": "2026-01-01T00:00:00Z",
+            "lastTimestamp": "2096-01-01T00:00:00Z",
             "type": "Warning",
         },
     )  # fmt: skip
     world.step("phi")
     assert ("False", "SecretNotFound") == world.condition("phi", "JobStarted")
     assert "Pending" == world.status("phi")["state"]
+    world.api.create(
+        CORE_EVENT,
+        {
+            "apiVersion": "v1",
+            "kind": "Event",
+            "metadata": {"name": "pull.1", "namespace": world.namespace},
+            "involvedObject": {"kind": "Pod", "name": meta["name"], "uid": meta["uid"],
+                               "namespace": world.namespace},
+            "reason": "Pulling",
+            "message": "Pulling image",
+            "lastTimestamp": "2096-01-01T00:05:00Z",
+            "type": "Normal",
+        },
+    )  # fmt: skip
+    world.step("phi")
+    assert ("False", "WorkspaceTuningJobStatusPending") == world.condition("phi", "JobStarted")
 
 
 def test_an_image_that_cannot_be_pulled_fails_after_a_while(world: World) -> None:
@@ -341,6 +358,43 @@ def test_an_image_that_cannot_be_pulled_fails_after_a_while(world: World) -> Non
     status = world.state("phi", "Failed")
     assert "ImagePullError" == status["failure"]["reason"]
     world.until("phi", lambda: not world.jobs(), "the Job's end")
+
+
+def test_a_pod_that_waited_long_for_its_node_has_its_time_for_the_image(world: World) -> None:
+    """A busy cluster is no reason to fail at the first hiccup of a registry."""
+    world.apply(workspace("phi", world.namespace))
+    pod = world.pod("phi")
+    world.late = 10 * world.options.stuck_seconds
+    here = (datetime.now(UTC) + timedelta(seconds=world.late - 5)).strftime("%Y-%m-%dT%H:%M:%SZ")
+    waits = {"state": {"waiting": {"reason": "ErrImagePull", "message": "502"}}}
+    container = {"name": "tuning", "image": "x", "imageID": "", "ready": False, "restartCount": 0}
+    world.patch_status(
+        POD,
+        pod,
+        {
+            "conditions": [{"type": "PodScheduled", "status": "True", "lastTransitionTime": here}],
+            "containerStatuses": [container | waits],
+        },
+    )
+    world.step("phi")
+    assert ("False", "ImagePullError") == world.condition("phi", "JobStarted")
+    assert "Pending" == world.status("phi")["state"]
+    world.late += world.options.stuck_seconds + 60
+    world.state("phi", "Failed")
+
+
+def test_rerun_runs_again(world: World) -> None:
+    """An annotation of ours counts at once, and a finished run is another one then."""
+    world.apply(workspace("phi", world.namespace))
+    world.end(world.pod("phi"), 0, SUCCESS)
+    world.state("phi", "Succeeded")
+    first = world.status("phi")["revision"]
+    item = world.get("phi")
+    item["metadata"]["annotations"] = {"tuning.kaito.sh/rerun": "2"}
+    world.api.replace(WORKSPACE, item)
+    world.until("phi", lambda: world.status("phi")["revision"] != first)
+    world.end(world.pod("phi"), 0, SUCCESS)
+    world.state("phi", "Succeeded")
 
 
 def test_a_deleted_job_is_made_again_and_resumes(world: World) -> None:

@@ -6,6 +6,7 @@ import base64
 import copy
 import random
 import re
+import secrets
 import subprocess
 import threading
 import time
@@ -204,6 +205,39 @@ def test_the_shipped_rights_are_enough_and_none_is_idle(api: Cluster, account: C
     with pytest.raises(ApiError) as refused:
         account.find(SECRET, world.namespace)
     assert 403 == refused.value.status
+
+
+def test_the_rights_without_machines_end_what_holds_one(server: bed.Bed, api: Cluster) -> None:
+    """KAITO's finalizer, or ours from a time when machines were bought: seen to with the rights of
+    the installation that buys none."""
+    space = f"tuning-{secrets.token_hex(3)}"
+    api.create(NAMESPACE, {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": space}})
+    account = account_of(server, api, ".", space)
+    binding = {
+        "apiVersion": "rbac.authorization.k8s.io/v1",
+        "kind": "ClusterRoleBinding",
+        "metadata": {"name": space},
+        "roleRef": {
+            "apiGroup": "rbac.authorization.k8s.io",
+            "kind": "ClusterRole",
+            "name": "tuning-operator",
+        },
+        "subjects": [{"kind": "ServiceAccount", "name": "tuning-operator", "namespace": space}],
+    }
+    api.create(RIGHTS["ClusterRoleBinding"], binding)
+    world = fresh(api)
+    item = workspace("phi", world.namespace)
+    item["metadata"]["finalizers"] = [names.FINALIZER]
+    world.apply(item)
+    world.step("phi", cluster=account, times=2)
+    assert 1 == len(world.jobs())
+    api.delete(WORKSPACE, world.get("phi"))
+
+    def ended() -> bool:
+        world.step("phi", cluster=account)
+        return api.get(WORKSPACE, world.namespace, "phi") is None
+
+    wait(ended)
 
 
 def test_the_rights_in_one_namespace_are_enough_for_it(server: bed.Bed, api: Cluster) -> None:

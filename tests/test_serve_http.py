@@ -145,8 +145,11 @@ def test_probabilities_are_told_in_both_shapes(server: Server) -> None:
     assert chat.choices[0].message.content == b"".join(bytes(one.bytes) for one in told).decode()
 
     plain = client(server).completions.create(prompt="cat", logprobs=2, **asked).choices[0]
-    assert plain.text == "".join(plain.logprobs.tokens)
-    assert [0, *_starts(plain.logprobs.tokens)] == plain.logprobs.text_offset
+    said = [_bytes(token) for token in plain.logprobs.tokens]
+    assert plain.text == b"".join(said).decode(errors="replace")
+    starts = plain.logprobs.text_offset
+    assert 0 == starts[0] and starts == sorted(starts) and starts[-1] <= len(plain.text)
+    assert plain.text.endswith(plain.text[starts[-1] :])
     assert [2] * 4 == [len(one) for one in plain.logprobs.top_logprobs]
 
 
@@ -180,8 +183,11 @@ def test_hardly_any_temperature_is_none(server: Server, temperature: float) -> N
     assert cold.choices[0].message.content == warm.choices[0].message.content
 
 
-def _starts(tokens: list[str]) -> list[int]:
-    return [sum(map(len, tokens[: i + 1])) for i in range(len(tokens) - 1)]
+def _bytes(token: str) -> bytes:
+    """What a token of completions stands for."""
+    if token.startswith("bytes:"):
+        return bytes.fromhex(token.removeprefix("bytes:").replace("\\x", ""))
+    return token.encode()
 
 
 def test_the_openai_client_hears_what_is_wrong(server: Server) -> None:

@@ -331,6 +331,9 @@ def test_half_characters_are_told_as_openai_tells_them() -> None:
     assert names == [one["token"] for one in chat["content"]] == plain["tokens"]
     assert "😀 a" == b"".join(bytes(one["bytes"]) for one in chat["content"]).decode()
     assert [0, 0, 1] == plain["text_offset"]
+    words[1] = b"!"  # the character never ends
+    broken = replies.completion_logprobs(chosen, words.__getitem__)
+    assert broken and [0, 0, 2] == broken["text_offset"]
     assert [1, 2, 2] == [len(one) for one in plain["top_logprobs"]]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import itertools
 import json
 from collections.abc import Callable, Iterable
@@ -142,10 +143,13 @@ def completion_logprobs(
         "top_logprobs": [
             {_text(say(token)): logprob for token, logprob in one.top} for one in told
         ],
-        "text_offset": [
-            offset + len(before.decode(errors="ignore")) for before in list(ahead)[:-1]
-        ],
+        "text_offset": [offset + len(_whole(before)) for before in list(ahead)[:-1]],
     }
+
+
+def _whole(found: bytes) -> str:
+    """The whole characters of a text that goes on; what can be none is one broken character."""
+    return codecs.getincrementaldecoder("utf-8")("replace").decode(found)
 
 
 def error(refusal: Refusal) -> dict[str, Any]:

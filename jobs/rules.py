@@ -46,10 +46,6 @@ RULES: dict[Path, tuple[Rule, ...]] = {
             "metadata.name must be a DNS label: the Job and its pods are called so, too",
         ),
         Rule(
-            "!has(self.inference) || self.metadata.name.matches('^[a-z]')",
-            "metadata.name must begin with a letter: the Service of inference is called so, too",
-        ),
-        Rule(
             "has(self.tuning) || has(self.inference)",
             "Either Inference or Tuning must be specified, not neither",
         ),

@@ -682,6 +682,24 @@ def test_some_rows_too_long(run: Callable[..., Any], tmp_path: Path) -> None:
     assert ["1 rows longer than 64 tokens cut so that all answers stay"] == kept["notes"]
 
 
+def test_truncate_truncates_where_every_row_is_too_long(
+    run: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Whoever asks for it by name means it; what a split leaves out is counted."""
+    tokens = run({"a.jsonl": lines(turns(("user", "word " * 200), A)) * 2})["tokens"]
+    with pytest.raises(DataError, match="DATA-228"):
+        packed(tmp_path)
+
+    cut = packed(tmp_path, over_length="truncate")
+    split = packed(tmp_path, over_length="split")
+
+    assert (2, 2) == (cut["train"]["documents"], cut["over_length"]["truncated"])
+    over = split["over_length"]
+    assert tokens == over["lost_tokens"] + split["train"]["tokens"]
+    assert over["lost_tokens"] > 100
+    assert f"{over['lost_tokens']:,} tokens without an answer left out" in split["notes"][0]
+
+
 def test_answers_that_are_lost_are_counted(run: Callable[..., Any], tmp_path: Path) -> None:
     """What is cut for good is said: whole turns at the end, or an answer's end."""
     many_turns = turns(*[("user", "2 + 2?"), ("assistant", "four is the sum " * 2)] * 6)

@@ -1019,6 +1019,8 @@ def test_a_folder_lists_its_data_by_name(tmp_path: Path) -> None:
         (None, None, ["test/b.jsonl", "train/a.jsonl", "train/c.csv"]),
         ("train", None, ["train/a.jsonl", "train/c.csv"]),
         ("train/c.csv", None, ["train/c.csv"]),
+        ("data/train/c.csv", None, ["train/c.csv"]),  # as KAITO means it
+        ("data", None, ["test/b.jsonl", "train/a.jsonl", "train/c.csv"]),
         (None, "jsonl", ["test/b.jsonl", "train/a.jsonl"]),
         ("train", "jsonl", ["train/a.jsonl"]),
         (None, "parquet", ["test/b.jsonl", "train/a.jsonl", "train/c.csv"]),  # what they are

@@ -107,6 +107,12 @@ READ: dict[str, tuple[dict[str, Any], Columns, str, Any]] = {
         "messages",
         Conversation([USER, ANSWER, USER, ANSWER], (3,)),
     ),
+    "messages, turns that are not trained, in numbers": (
+        {"messages": [USER, ANSWER | {"train": 0}, USER, ANSWER | {"train": 1}]},
+        NONE,
+        "messages",
+        Conversation([USER, ANSWER, USER, ANSWER], (3,)),
+    ),
     "messages under another name": (
         {"conversations": [USER, ANSWER], "id": 1},
         NONE,
@@ -325,6 +331,7 @@ def test_all_faults_of_a_row() -> None:
         ({"messages": [USER, ANSWER | {"reasoning_content": ["a"]}]}, "DATA-221"),
         ({"messages": [USER, ANSWER | {"reasoning_content": "\ud800"}]}, "DATA-234"),
         ({"messages": "[" * 200_000}, "DATA-216"),
+        ({"messages": [USER, ANSWER | {"train": "false"}]}, "DATA-221"),
         ({"messages": [USER, ANSWER | {"tool_calls": [CUT_CALL]}]}, "DATA-216"),
         (
             {"conversations": [{"from": "human", "value": "a"}, {"from": "function_call"}]},

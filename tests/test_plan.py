@@ -139,8 +139,12 @@ def test_the_run_id_is_the_recipe_and_nothing_else():
         frozen(spec(), data=("e",)),
         frozen(spec(), base=replace(BASE, revision="b")),
         frozen(spec(method="qlora")),
+        frozen(spec(over_length="drop")),
+        frozen(spec(train_share=0.9)),
+        frozen(spec(train_share=0.9, shuffle_seed=7)),
     ]
-    assert 5 == len({same.recipe.run_id, *(other.recipe.run_id for other in others)})
+    assert same.recipe.run_id == frozen(spec(over_length="auto", shuffle_seed=7)).recipe.run_id
+    assert 8 == len({same.recipe.run_id, *(other.recipe.run_id for other in others)})
 
 
 def test_a_recipe_survives_json():

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from tuning import device, files
 from tuning.errors import SpecError, UsageError
 from tuning.presets import load
-from tuning.serve import attention, memory, names, options, replies, sampling, voice
+from tuning.serve import attention, memory, names, options, rendering, replies, sampling, voice
 from tuning.serve.names import Wanted
 from tuning.serve.rendering import NotRendered, Renderer
 from tuning.serve.sampling import Chooser, Sampling
@@ -294,6 +294,35 @@ def test_a_template_that_wants_a_system_turn_is_trusted(renderer: Renderer) -> N
     assert voice.distrust(template, renderer, {}) is None
     with pytest.raises(NotRendered, match="system first"):
         renderer(template, [{"role": "user", "content": "x"}], ask=True, words={})
+
+
+def test_a_process_that_ended_meanwhile_is_started_again(renderer: Renderer) -> None:
+    """By the system, for memory, while nobody asked: no request is to blame."""
+    turns = [{"role": "user", "content": "hi"}]
+    renderer("{{ messages[0].content }}", turns, ask=True, words={})
+    assert renderer._process
+    renderer._process.kill()
+    renderer._process.wait()
+
+    assert "hi" == renderer("{{ messages[0].content }}", turns, ask=True, words={})
+
+
+def test_a_template_that_is_late_again_and_again_is_not_asked_for_a_while(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Others are answered at once meanwhile."""
+    monkeypatch.setattr(rendering, "PATIENCE", 0.5)
+    turns = [{"role": "user", "content": "hi"}]
+    with Renderer() as apart:
+        for _ in range(rendering.LATE):
+            with pytest.raises(rendering.Costly):
+                apart(LOOPS, turns, ask=True, words={})
+        start = time.monotonic()
+        with pytest.raises(rendering.Costly):
+            apart(LOOPS, turns, ask=True, words={})
+        assert time.monotonic() - start < 0.4
+        monkeypatch.setattr(rendering, "PATIENCE", 5.0)
+        assert "hi" == apart("hi", turns, ask=True, words={})
 
 
 def test_a_text_from_apart_is_the_tokenizers_own(renderer: Renderer, tokenizer: Any) -> None:

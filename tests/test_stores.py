@@ -615,7 +615,7 @@ def test_a_token_service_that_gives_nothing(
         ("https://s3.cn-north-1.amazonaws.com.cn/my.rows/a", True),
         ("https://storage.googleapis.com/rows/a", True),
         ("https://me1.blob.core.windows.net/rows/a", True),
-        ("http://127.0.0.1:9000/rows/a", True),
+        ("http://127.0.0.1:9000/rows/a", False),
         ("http://rows.s3.eu-west-1.amazonaws.com/a", False),
         ("https://rows.s3.eu-west-1.amazonaws.com:8443/a", False),
         ("https://abc.execute-api.eu-west-1.amazonaws.com/a", False),
@@ -623,8 +623,11 @@ def test_a_token_service_that_gives_nothing(
         ("https://storage.googleapis.com.evil.example/rows/a", False),
         ("https://me1.web.core.windows.net/rows/a", False),
         ("https://me1.blob.core.evil.example/rows/a", False),
+        ("https://[x", False),
     ],
 )
 def test_tokens_go_to_the_clouds_alone(address: str, may: bool) -> None:
-    """Whoever writes the Secret names the address, and must not get the pod's token so."""
-    assert may == logins.fits(address)
+    """Whoever writes the Secret names the address, and must not get the pod's token so. What a
+    token service on this machine gave is an emulator's, and goes to emulators alone."""
+    assert may == logins.Login("who", lambda: None).fits(address)
+    assert address.startswith("http://127") == logins.Login("who", lambda: None, True).fits(address)

@@ -195,10 +195,19 @@ def _named(source: Source) -> tuple[str, ...]:
     if not source.within:
         return source.urls
     paths = {url: unquote(url.partition("#")[0].partition("?")[0]) for url in source.urls}
-    found = tuple(url for url, path in paths.items() if path.endswith(f"/{source.within}"))
-    if not found:
+    for within in _spellings(source.within):
+        if not within:
+            return source.urls
+        if found := tuple(url for url, path in paths.items() if path.endswith(f"/{within}")):
+            return found
+    else:
         raise _nothing(source, [path.rpartition("/")[2] for path in paths.values()])
-    return found
+
+
+def _spellings(within: str) -> tuple[str, ...]:
+    """As it is written, and as KAITO means it, where all data lie in a folder `data`."""
+    inner = f"{within}/".removeprefix("data/").rstrip("/")
+    return (within,) if inner == within else (within, inner)
 
 
 def _items(urls: tuple[str, ...], policy: Policy, keys: Keys | None) -> list[Item]:
@@ -384,9 +393,12 @@ def _walk(folder: Path) -> Iterator[Path]:
 def _chosen(found: list[tuple[Path, str]], root: Path, source: Source) -> list[tuple[Path, str]]:
     """Those of the files below `root` that dataset_path and dataset_extension mean."""
     names = {path: path.relative_to(root).as_posix() for path, _ in found}
-    if within := source.within:
-        inside = [each for each in found if f"{names[each[0]]}/".startswith(f"{within}/")]
-        if not inside:
+    if source.within:
+        for within in _spellings(source.within):
+            start = f"{within}/" if within else ""
+            if inside := [each for each in found if f"{names[each[0]]}/".startswith(start)]:
+                break
+        else:
             raise _nothing(source, list(names.values()))
         found = inside
     if source.ending:

@@ -113,20 +113,6 @@ def test_what_is_wrong_is_refused_at_the_door(
     assert 422 == refused.value.status
 
 
-@pytest.mark.parametrize("name", ["3b-chat", "0"])
-def test_what_is_served_is_called_as_a_service_can_be(judge: Cluster, name: str) -> None:
-    """A Job may be called so, a Service may not: said before anything is tuned for it."""
-
-    def change(item: dict[str, Any]) -> None:
-        item["metadata"]["name"] = name
-
-    made(judge, change)
-    with pytest.raises(ApiError) as refused:
-        made(judge, lambda item: (change(item), put("inference", {})(item)))
-    assert 422 == refused.value.status
-    assert "must begin with a letter" in refused.value.message
-
-
 ACCEPTED = [
     ("tuning.method", "QLoRA"),
     ("tuning.output", {"image": "r.example.com/a:1", "imagePushSecret": "p",

@@ -71,6 +71,7 @@ class _Job:
         )
     )
     dropped: Counter[str] = field(default_factory=Counter)
+    _left_of_split: int = 0  # tokens of parts that have nothing to learn
 
     @property
     def policy(self) -> Any:
@@ -164,6 +165,10 @@ class _Job:
             self.counts["cut_answers"] += shortened
         kept = [piece for piece in made if self._learns(piece)]
         self.dropped["no token to learn after cutting"] += len(made) - len(kept)
+        left = [piece for piece in made if piece not in kept]
+        self.counts["lost_tokens"] += sum(p.end - p.start + p.lead for p in left)
+        if len(made) > 1:
+            self._left_of_split += sum(p.end - p.start for p in left)
         return kept
 
     def _learns(self, piece: Piece) -> bool:
@@ -183,7 +188,7 @@ class _Job:
             what = f"{len(too_long)} rows are longer than {self.request['max_length']} tokens"
             change = "shorten them, raise max_length, or choose split, truncate or drop"
             raise DataError.at("DATA-229", "data", f"{what}: {shown}", change)
-        whole = self.policy == "split" or (
+        whole = self.policy in ("split", "truncate") or (
             self.policy == "auto" and any(self._is_text(int(row)) for row in too_long[:100])
         )
         if len(too_long) == len(chosen) and not whole:
@@ -244,14 +249,15 @@ class _Job:
 
     def notes(self) -> list[str]:
         """What happened to over-long rows, in words."""
-        counts, limit = self.counts, self.request["max_length"]
+        counts, limit, left = self.counts, self.request["max_length"], self._left_of_split
         lost = [
             f"{counts[key]} of their answers {what}"
             for key, what in (("lost_answers", "left out"), ("cut_answers", "cut short"))
             if counts[key]
         ]
         words = {
-            "split": "split into parts, no token lost",
+            "split": "split into parts, "
+            + (f"{left:,} tokens without an answer left out" if left else "no token lost"),
             "truncated": f"cut: {', '.join(lost)}" if lost else "cut so that all answers stay",
             "dropped": "left out",
         }

@@ -100,7 +100,7 @@ def _tables(
 ) -> Iterator[Batch]:
     number = before
     for large in found:
-        for batch in _small(large):
+        for batch in _small(_spelled_out(large)):
             places = list(range(number + 1, number + 1 + batch.num_rows))
             number += batch.num_rows
             here = batch.schema.names
@@ -125,6 +125,15 @@ def _rows_at_once(file: pq.ParquetFile, groups: list[int], used: list[str]) -> i
             if column.path_in_schema.partition(".")[0] in used
         )
     return max(1, min(ROWS, 4 * BYTES * rows // max(1, size)))
+
+
+def _spelled_out(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """`batch` without dictionaries, which count in whole for every part of it."""
+    columns = [
+        column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+        for column in batch.columns
+    ]
+    return pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
 
 
 def _small(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:

@@ -151,8 +151,13 @@ def _message(
         message |= extra
         if turn.get("weight") is not None:
             message["weight"] = turn["weight"]
-        elif isinstance(turn.get("train"), bool):  # as Axolotl has it
-            message["weight"] = int(turn["train"])
+        elif turn.get("train") is not None:  # as Axolotl has it
+            message["weight"] = turn["train"]
+            if turn["train"] not in (0, 1):
+                what = f"{where}.train is {type_name(turn['train'])}: {quoted(turn['train'])}"
+                faults.append(Fault("DATA-221", what, "write true or false"))
+            else:
+                message["weight"] = int(turn["train"])
     return message, faults
 
 

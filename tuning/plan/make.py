@@ -89,6 +89,8 @@ def make(
         seed=or_default(s.seed, 42),
         eval_steps=s.eval_steps,
         keep_best=_keeps_best(s),
+        over_length=None if s.over_length == "auto" else s.over_length,
+        split_seed=s.shuffle_seed if or_default(s.train_share, 1.0) < 1 else None,
         versions=versions,
     )
     if s.max_length is None:

@@ -52,6 +52,8 @@ class Recipe:
     seed: int
     eval_steps: int | None
     keep_best: bool = False  # the weights with the lowest held-out loss, not the last ones
+    over_length: str | None = None  # None: auto
+    split_seed: int | None = None  # of the held-out rows; None: the seed
     versions: dict[str, str] = field(
         default_factory=dict
     )  # torch, transformers, trl, peft, bitsandbytes
@@ -59,7 +61,11 @@ class Recipe:
     @property
     def run_id(self) -> str:
         """sha256 of the canonical recipe, 64 hexadecimal digits."""
-        return files.digest(files.canonical(asdict(self)))
+        told = asdict(self)
+        for name in ("over_length", "split_seed"):  # unknown to earlier versions
+            if told[name] is None:
+                del told[name]
+        return files.digest(files.canonical(told))
 
 
 def recipe_from_json(record: dict[str, Any]) -> Recipe:

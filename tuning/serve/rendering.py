@@ -4,7 +4,7 @@ A template is a program. jinja's sandbox stops it from touching anything, not fr
 or from filling the memory, and no reading of it tells which of them do: a text that is doubled
 thirty times looks like any other. So what came with an adapter is rendered apart, in a process with
 a bound on its memory that is ended when it is late. It gets messages and gives text; it holds no
-key and no weights.
+key and no weights. A template that is late again and again is not asked for a while.
 
     with Renderer() as render:
         text = render(template, messages, ask=True, words={"bos_token": "<s>"})
@@ -34,7 +34,10 @@ STARTING = 60.0  # seconds until the process is there
 MEMORY = 256 << 20  # bytes beyond what the process has when it is ready
 LONGEST = 16 << 20  # characters of a rendered text
 _LENGTH = struct.Struct(">I")
+LATE, REST = 3, 60.0  # times in a row, and seconds without it then
+_KEPT = ("PATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR")  # of the environment
 _TOO_MUCH = "the model's chat template takes too much memory"
+_TOO_LONG = "the model's chat template takes too long"
 
 Message = Mapping[str, str]
 
@@ -56,6 +59,8 @@ class Renderer:
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
+        self._late: dict[str, int] = {}  # template -> how often in a row
+        self._rests: dict[str, float] = {}  # and until when it is not asked
 
     def __enter__(self) -> Self:
         return self
@@ -70,14 +75,20 @@ class Renderer:
         tokens by their names. Raises NotRendered."""
         asked = {"template": template, "messages": list(messages), "ask": ask, "words": dict(words)}
         with self._lock:
+            if time.monotonic() < self._rests.get(template, 0.0):
+                raise Costly(_TOO_LONG)
             try:
                 answer = self._exchange(asked)
             except TimeoutError:
                 self._end()
-                raise Costly("the model's chat template takes too long") from None
+                self._late[template] = self._late.get(template, 0) + 1
+                if self._late[template] >= LATE:
+                    self._rests[template] = time.monotonic() + REST
+                raise Costly(_TOO_LONG) from None
             except (EOFError, BrokenPipeError):  # the system ended it
                 self._end()
                 raise Costly(_TOO_MUCH) from None
+        self._late.pop(template, None)
         if "text" in answer:
             return str(answer["text"])
         raise (Costly if answer["costly"] else NotRendered)(str(answer["why"]))
@@ -88,6 +99,8 @@ class Renderer:
             self._end()
 
     def _exchange(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        if self._process and self._process.poll() is not None:  # ended while nobody asked
+            self._end()
         process = self._process or self._start()
         assert process.stdin and process.stdout
         _write(process.stdin, asked)
@@ -98,7 +111,12 @@ class Renderer:
             [sys.executable, "-m", "tuning.serve.rendering"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+            env={
+                **{name: os.environ[name] for name in _KEPT if name in os.environ},
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": os.pathsep.join(sys.path),
+                "HF_HUB_OFFLINE": "1",
+            },
         )
         assert process.stdout
         _read(process.stdout, STARTING)

@@ -60,6 +60,7 @@ class Service:
         )
         # one thread: tokenizers are not made to be used by several
         self._words = ThreadPoolExecutor(1, thread_name_prefix="words")
+        self._strangers = ThreadPoolExecutor(1, thread_name_prefix="templates")
 
     @property
     def ready(self) -> bool:
@@ -102,9 +103,12 @@ class Service:
     async def conversation(self, model: Model, messages: Sequence[Message]) -> list[int]:
         """The tokens of a conversation. Raises Refusal."""
         try:
-            found = await self._off(self.voice(model).conversation, list(messages))
+            voice, loop = self.voice(model), asyncio.get_running_loop()
+            thread = self._strangers if voice.apart else self._words
+            text = await loop.run_in_executor(thread, voice.shown, list(messages))
         except NotRendered as error:
             raise Refusal(400, str(error), param="messages") from None
+        found = await self._off(voice.conversation, text)
         return self._known(found, "messages")
 
     async def prompt(self, model: Model, prompt: str | list[int]) -> list[int]:

@@ -46,20 +46,26 @@ class Voice:
         """`template` (Jinja text), rendered by `renderer`, stands in for the tokenizer's own."""
         self._tokenizer = tokenizer
         self._render: Callable[..., str] = self._own
+        self.apart = False  # whether a stranger's template is rendered, which may take its time
         if template is not None and template != tokenizer.chat_template:
             assert renderer is not None
             self._tokenizer = copy.copy(tokenizer)
             self._tokenizer.chat_template = template
             self._render = partial(_apart, renderer, tokenizer, template)
+            self.apart = True
         self.chats = bool(self._tokenizer.chat_template)
         self._spelled = _spelling(tokenizer)
         self.ends = frozenset(chat.stops(model, self._tokenizer, self._turns))
 
-    def conversation(self, messages: Sequence[Message]) -> list[int]:
-        """The tokens of `messages` and of the beginning of an answer. Raises NotRendered."""
+    def shown(self, messages: Sequence[Message]) -> str:
+        """The text of `messages` and of the beginning of an answer. Raises NotRendered."""
         if not self.chats:
             raise NotRendered("this model has no chat template; use /v1/completions")
-        return self._ids(self._render(messages, ask=True), special=False)
+        return self._render(messages, ask=True)
+
+    def conversation(self, text: str) -> list[int]:
+        """The tokens of what is `shown`."""
+        return self._ids(text, special=False)
 
     def plain(self, text: str) -> list[int]:
         """The tokens of a prompt that is no conversation."""
@@ -119,7 +125,10 @@ def _apart(
 
 def _spelling(tokenizer: Any) -> Callable[[str], bytes]:
     """How the tokenizer's words become bytes: it spells each in printable characters."""
-    decoder = json.dumps(json.loads(tokenizer.backend_tokenizer.to_str()).get("decoder"))
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    if fast is None:
+        return lambda word: str(tokenizer.convert_tokens_to_string([word])).encode()
+    decoder = json.dumps(json.loads(fast.to_str()).get("decoder"))
     added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
     if '"ByteLevel"' in decoder:
         letters = _letters()

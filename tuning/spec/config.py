@@ -281,7 +281,7 @@ def _text(key: Key, value: Any) -> str | None:
 
 def _inside(path: str) -> str:
     path = path.rstrip("/") + "/"
-    for mount in ("/mnt/data/", "/mnt/", "data/", "./"):
+    for mount in ("/mnt/data/", "/mnt/", "./"):
         path = path.removeprefix(mount)
     path = path.rstrip("/")
     if path.startswith("/") or ".." in path.split("/"):

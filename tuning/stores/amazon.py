@@ -8,7 +8,6 @@ from collections.abc import Mapping
 
 from tuning import sigv4
 from tuning.stores.keys import NO_PROFILE, Keys
-from tuning.stores.logins import fits
 from tuning.stores.store import Signed, code_of
 
 _EMPTY = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"  # sha256 of nothing
@@ -38,8 +37,8 @@ class S3:
             what = what if half else "AWS_REGION is no region"
             change = "set both" if half else "write one such as eu-central-1"
             raise keys.refusal(what, change)
-        known = keys.logins and not self._id and fits(self.address)
-        self._login = keys.logins.amazon(self.region) if keys.logins and known else None
+        login = keys.logins.amazon(self.region) if keys.logins and not self._id else None
+        self._login = login if login and login.fits(self.address) else None
         self._logged_in = False
 
     @property

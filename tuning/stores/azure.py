@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from urllib.parse import parse_qs, urlsplit
 
 from tuning.stores.keys import Keys
-from tuning.stores.logins import fits
 from tuning.stores.store import Signed, code_of
 
 VERSION = "2021-08-06"  # of the service's language; decides what a signature covers
@@ -55,8 +54,8 @@ class AzureBlob:
         self._account = _account(keys)
         self.identity = self._account.endpoint
         self.address = f"{self.identity}/{container}/{blob}"
-        keyless = keys.logins and not self._proven and fits(self.address)
-        self._login = keys.logins.azure() if keys.logins and keyless else None
+        login = keys.logins.azure() if keys.logins and not self._proven else None
+        self._login = login if login and login.fits(self.address) else None
         self._logged_in = False
 
     def signed(self, headers: Mapping[str, str]) -> Signed:

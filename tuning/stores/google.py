@@ -17,7 +17,6 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 
 from tuning.stores.keys import Keys
-from tuning.stores.logins import fits
 from tuning.stores.store import Signed, code_of
 
 FILE, TOKEN = "GOOGLE_APPLICATION_CREDENTIALS", "GOOGLE_OAUTH_ACCESS_TOKEN"
@@ -39,9 +38,11 @@ class CloudStorage:
         self._token = keys.word(TOKEN)
         self._email, self._key, self._login, self._logged_in = "", None, None, False
         text, own = keys.get(FILE), keys.origin == Keys.ENVIRONMENT
-        if keys.logins and not self._token and (own or not text) and fits(self.address):
-            self._login = keys.logins.google()
-        if text and not self._token and not self._login:
+        login = None
+        if keys.logins and not self._token and (own or not text):
+            login = keys.logins.google()
+            self._login = login if login and login.fits(self.address) else None
+        if text and not self._token and not login:
             self._email, self._key = _service_account(text, keys)
 
     def signed(self, headers: Mapping[str, str]) -> Signed:

@@ -2,8 +2,8 @@
 
 What the clouds' webhooks put into a pod's environment is read, and Google's file of default
 credentials. Tokens are asked for when a store refuses who says nothing, so that nobody needs one
-for what is public, and again before they run out. They go to the clouds' own addresses alone (or to
-this machine's): an address that a Secret names could keep them.
+for what is public, and again before they run out. They go to the clouds' own addresses alone: one
+that a Secret names could keep them. What an emulator on this machine gives goes to this machine.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ class Login(Generic[Given]):
 
     who: str  # as messages call it
     ask: Callable[[], Given] = field(repr=False)
+    local: bool = False  # from a token service on this machine
     _given: Given | None = field(default=None, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
@@ -55,6 +56,10 @@ class Login(Generic[Given]):
             if self._given is None or time.monotonic() >= self._given.until - EARLY:
                 self._given = self.ask()
             return self._given
+
+    def fits(self, address: str) -> bool:
+        """Whether what it gives may be sent to `address`."""
+        return _is(address, None if self.local else _STORES)
 
 
 class Logins:
@@ -75,7 +80,8 @@ class Logins:
             return None
         sts = self._environment.get("AWS_ENDPOINT_URL_STS", "")
         aws = federation.Aws(role, region, Path(file), sts)
-        return self._once(f"aws {region}", f"the role {role}", lambda: aws.session(self._ask))
+        who = f"the role {role}"
+        return self._once(f"aws {region}", who, lambda: aws.session(self._ask), sts)
 
     def azure(self) -> Login[Token] | None:
         """Of the identity that Azure's webhook gives to a service account."""
@@ -87,7 +93,9 @@ class Logins:
         more = {"authority": authority} if authority else {}
         azure = federation.Azure(tenant, client, Path(file), **more)
         who = f"the identity {client}"
-        return self._once("azure", who, lambda: azure.token(AZURE_SCOPE, self._ask))
+        return self._once(
+            "azure", who, lambda: azure.token(AZURE_SCOPE, self._ask), azure.authority
+        )
 
     def google(self) -> Login[Token] | None:
         """Of who said `gcloud auth application-default login`, or of a federated identity."""
@@ -100,18 +108,21 @@ class Logins:
             return None  # a file that is named and cannot be read: the store says so
         match kind:
             case "authorized_user":
-                user = _user(found, str(path))
-                who = "the person of gcloud's default login"
-                return self._once("google", who, lambda: user.token(self._ask))
+                who, url = "the person of gcloud's default login", str(found.get("token_uri"))
+                return self._once(
+                    "google", who, lambda: _user(found, str(path)).token(self._ask), url
+                )
             case "external_account":
-                pod = _federated(found, str(path))
-                who = pod.account or "the federated identity"
-                return self._once("google", who, lambda: pod.token(self._ask))
+                who, url = "the federated identity", str(found.get("token_url"))
+                return self._once(
+                    "google", who, lambda: _federated(found, str(path)).token(self._ask), url
+                )
         return None
 
-    def _once(self, key: str, who: str, ask: Callable[[], Given]) -> Login[Given]:
+    def _once(self, key: str, who: str, ask: Callable[[], Given], service: str) -> Login[Given]:
         """The same login for all files of a cloud."""
-        found: Login[Given] = self._known.setdefault(key, Login(who, ask))
+        made = Login(who, ask, _is(service, None))
+        found: Login[Given] = self._known.setdefault(key, made)
         return found
 
 
@@ -128,15 +139,16 @@ def token_service(policy: Policy) -> Ask:
     return ask
 
 
-def fits(address: str) -> bool:
-    """Whether a token may be sent to `address`: a store of the clouds, or this machine."""
-    return _is(address, _STORES)
-
-
-def _is(address: str, hosts: re.Pattern[str]) -> bool:
-    scheme, host, port = place(address)
-    own = (scheme, port) == ("https", 443)
-    return https.is_loopback(address) or (own and bool(hosts.fullmatch(host)))
+def _is(address: str, hosts: re.Pattern[str] | None) -> bool:
+    """Whether `address` is one of `hosts`, by https; None: this machine."""
+    try:
+        scheme, host, port = place(address)
+        local = https.is_loopback(address)
+    except ValueError:
+        return False
+    if hosts is None:
+        return local
+    return (scheme, port) == ("https", 443) and bool(hosts.fullmatch(host))
 
 
 def gcloud_file() -> Path:
@@ -151,7 +163,9 @@ def _user(found: dict[str, Any], where: str) -> federation.GoogleUser:
     if not all(isinstance(value, str) and value for value in values):
         change = "say once more: gcloud auth application-default login"
         raise SpecError.at("FETCH-107", where, f"holds no {', '.join(names)}", change)
-    return federation.GoogleUser(*map(str, values), **_place(found, "token_uri", "url", where))
+    uri = str(found.get("token_uri"))  # old files have older addresses of the same service
+    more = {"url": uri} if _is(uri, None) else {}
+    return federation.GoogleUser(*map(str, values), **more)
 
 
 def _federated(found: dict[str, Any], where: str) -> federation.Google:
@@ -170,7 +184,7 @@ def _federated(found: dict[str, Any], where: str) -> federation.Google:
     if acts:
         parts = urlsplit(str(acts))
         match = _ACCOUNT.fullmatch(parts.path)
-        if not match or not _is(str(acts), _GOOGLE):
+        if not match or not _googles(str(acts)):
             what = "has a service_account_impersonation_url that is none of Google's"
             raise SpecError.at("FETCH-107", where, what, "make the file once more")
         account, more = match[1], {"iam": f"{parts.scheme}://{parts.netloc}"}
@@ -183,10 +197,14 @@ def _place(found: dict[str, Any], name: str, as_: str, where: str) -> dict[str, 
     url = found.get(name)
     if not url:
         return {}
-    if not _is(str(url), _GOOGLE):
+    if not _googles(str(url)):
         what = f"has a {name} that is none of Google's"
         raise SpecError.at("FETCH-107", where, what, "make the file once more")
     return {as_: str(url)}
+
+
+def _googles(url: str) -> bool:
+    return _is(url, _GOOGLE) or _is(url, None)
 
 
 def _text(path: Path) -> str:

@@ -116,7 +116,7 @@ def test_a_pair_that_does_not_fit_or_a_full_folder(pair, tiny_base, tmp_path):
         merge.merge(tiny_base("qwen3"), adapter, tmp_path / "merged")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("x")
-    with pytest.raises(SpecError, match="MODEL-301"):
+    with pytest.raises(SpecError, match="IMAGE-103"):
         merge.merge(base, adapter, tmp_path / "full")
 
     assert ["full"] == [path.name for path in tmp_path.iterdir()]

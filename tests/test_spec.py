@@ -660,7 +660,6 @@ training_config:
     max_length: 512
     packing: false
     gradient_checkpointing: true
-    logging_steps: 5
     save_steps: 20
     eval_steps: 30
     neftune_noise_alpha: 5
@@ -708,7 +707,6 @@ training_config:
         packing=False,
         train_on="all",
         checkpointing=True,
-        log_steps=5,
         save_steps=20,
         eval_steps=30,
         neftune_alpha=5.0,
@@ -752,7 +750,8 @@ def test_every_setting_can_be_set() -> None:
         ("TrainingArguments", "{report_to: none}", Settings()),
         ("TrainingArguments", "{save_strategy: no, eval_strategy: no}", Settings()),
         ("QuantizationConfig", "{bnb_4bit: {quant_type: fp4}}", Settings(quant_type="fp4")),
-        ("LoraConfig", "{r: 8}", Settings()),
+        ("LoraConfig", "{r: 8}", Settings(rank=8)),
+        ("LoraConfig", "{r: 8, lora_alpha: 8}", Settings()),
         ("LoraConfig", "{r: 8, lora_alpha: 16}", Settings(rank=8, alpha=16)),
         ("LoraConfig", "{r: 32, lora_alpha: 8}", Settings(rank=32, alpha=8)),
         ("LoraConfig", "{target_modules: all-linear}", Settings()),

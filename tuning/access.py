@@ -65,6 +65,12 @@ class Access:
         self.approve(remote)(digest)
         return found
 
+    def approve_folder(self, name: str) -> None:
+        """Raises RefusedError for a layout folder where signatures are required: it has none."""
+        if self.trust.signatures == "require":
+            what = "is a folder, which holds no signatures, and they are required"
+            raise RefusedError.at("SIGN-110", name, what, "pull it from its registry")
+
     def approve(
         self, remote: Remote, say: Callable[[str], None] = log.warning
     ) -> Callable[[str], None]:

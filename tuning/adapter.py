@@ -183,7 +183,7 @@ def parse(data: bytes, *, where: str = CONFIG) -> dict[str, Any]:
     """
     try:
         record = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SpecError.at("MODEL-202", where, f"is no JSON: {error}", "fetch it again") from None
     if not isinstance(record, dict):
         raise SpecError.at("MODEL-202", where, "is no JSON object", "fetch it again")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from tuning.device import Device
+from tuning.errors import SpecError
 from tuning.presets import Facts
 from tuning.spec import Settings
 
@@ -89,6 +90,20 @@ def attention(
     if varlen:
         return Choice(VARLEN, "torch's own flash kernel, each document by itself")
     return Choice("flex_attention", f"torch {torch} has no variable-length kernel with a window")
+
+
+def judge(asked: str | None, device: Device) -> None:
+    """Raise SpecError for an attention of the config that cannot be had on this very machine."""
+    if asked is None:
+        return
+    what = ""
+    if asked in FLASH and FLASH[asked][0] not in installed():
+        what = f"{asked} needs the package {FLASH[asked][0]}, which is not installed"
+    elif device.kind == "cpu" and (asked in FLASH or asked == "flex_attention"):
+        what = f"{asked} does not train on a processor"
+    if what:
+        change = "leave it out: the fastest that suits model and machine is chosen"
+        raise SpecError.at("PLAN-112", "ModelConfig.attn_implementation", what, change)
 
 
 def kernels(

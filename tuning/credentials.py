@@ -239,7 +239,8 @@ def _read(entry: Any, origin: str) -> Login | None:
     if not username or not password:
         missing = "password" if username else "user"
         raise _refusal("REG-111", origin, f"has no {missing}", f"add the {missing}")
-    if re.search(r"[\x00-\x1f\x7f]", username + password):
+    # A password may have lines within: Google's key file is one.
+    if re.search(r"[\x00-\x1f\x7f]", username) or re.search(r"\x00|[\r\n]$", password):
         what = "holds a line break or another control character"
         change = "make it without: echo -n, or printf %s"
         raise _refusal("REG-111", origin, what, change)

@@ -146,7 +146,8 @@ def fetch_base(name: str, destination: Destination, access: Access, layout: Path
     """The image `name`, its layers in `layout`, as one that ours stands on."""
     same = destination.image and _registry(name) == _registry(destination.image)
     remote = access.remote(name, secret=access.push_secret if same else access.pull_secret)
-    _, found = remote.persist(lambda: registry.resolve(remote))
+    digest, found = remote.persist(lambda: registry.resolve(remote))
+    access.approve(remote)(digest)
     registry.download(remote, found.blobs, layout)
     return image.base_of(found, layout, name)
 
@@ -248,24 +249,19 @@ def pull(
     `base` (a preset or org/model), if that is given. Raises SpecError, RefusedError or
     TransientError; then there is no `target`.
     """
-    if name.startswith("oci:"):
-        layout = Path(name.removeprefix("oci:"))
-        if access.trust.signatures == "require":
-            what = "is a folder, which holds no signatures, and they are required"
-            raise RefusedError.at("SIGN-110", name, what, "pull it from its registry")
-        found = image.read(layout)
-        image.unpack(found, layout, target)
-        digest = found.digest
-    else:
-        remote = access.remote(name, secret=access.pull_secret)
-        approve = access.approve(remote, partial(console.say, style="yellow"))
-        with console.work(f"Pulling {name}", unit="bytes") as report:
-            digest = registry.pull(remote, target, approve=approve, progress=report).digest
-    try:
-        check_base(adapters.inspect(target), base)
-    except Exception:
-        shutil.rmtree(target)
-        raise
+    with files.making(target) as made:
+        if name.startswith("oci:"):
+            access.approve_folder(name)
+            layout = Path(name.removeprefix("oci:"))
+            found = image.read(layout)
+            image.unpack(found, layout, made)
+            digest = found.digest
+        else:
+            remote = access.remote(name, secret=access.pull_secret)
+            approve = access.approve(remote, partial(console.say, style="yellow"))
+            with console.work(f"Pulling {name}", unit="bytes") as report:
+                digest = registry.pull(remote, made, approve=approve, progress=report).digest
+        check_base(adapters.inspect(made), base)
     return digest
 
 

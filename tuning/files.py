@@ -10,8 +10,13 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from tuning.errors import SpecError
 
 CHUNK = 1 << 20
 
@@ -108,6 +113,38 @@ def replace_folder(scratch: Path, target: Path) -> None:
         sync_folder(path)
     scratch.replace(target)
     sync_folder(target.parent)
+
+
+@contextmanager
+def making(target: Path) -> Iterator[Path]:
+    """A folder to be made, which becomes `target` when the block has ended well.
+
+    An empty folder that is there, a mounted volume or the current one, say, is filled and stays
+    what it is. Raises SpecError if `target` cannot become that.
+    """
+    target = target.absolute()
+    there = target.is_dir()
+    if target.exists() and (not there or any(p.name != "lost+found" for p in target.iterdir())):
+        raise SpecError.at("IMAGE-103", str(target), "already exists", "name a new folder")
+    try:
+        if not there:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        place = target if there else target.parent
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=place))
+    except OSError as error:
+        what = f"cannot be made: {error.strerror}"
+        raise SpecError.at("IMAGE-103", str(target), what, "name another folder") from None
+    try:
+        made = scratch / "made"
+        yield made
+        if there:
+            for path in sorted(made.iterdir()):
+                path.replace(target / path.name)
+            sync_folder(target)
+        else:
+            replace_folder(made, target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def parse_json(data: bytes) -> Any:

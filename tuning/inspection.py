@@ -62,8 +62,8 @@ class Inspection:
             "preset": self.annotations.get(image.MODEL_NAME) or self.recipe.get("preset"),
             "run_id": self.annotations.get(image.RUN_ID) or self.recipe.get("run_id"),
             "data": self._recipe("data"),
-            "steps": self._recipe("steps"),
-            "final_loss": (self.recipe.get("loss_by_step") or [[0, None]])[-1][-1],
+            "steps": steps if isinstance(steps := self._recipe("steps"), int) else None,
+            "final_loss": self._final_loss(),
             "licence": self.annotations.get("org.opencontainers.image.licenses"),
             "attached": [
                 {
@@ -77,6 +77,13 @@ class Inspection:
             "problems": list(self.problems),
             "annotations": dict(self.annotations),
         }
+
+    def _final_loss(self) -> float | None:
+        """Of the last step, if a stranger's file says so in form."""
+        match self.recipe.get("loss_by_step"):
+            case [*_, [_, int() | float() as loss]]:
+                return float(loss)
+        return None
 
     def _recipe(self, name: str) -> Any:
         recipe = self.recipe.get("recipe")

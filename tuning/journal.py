@@ -16,7 +16,7 @@ import errno
 import fcntl
 import json
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -68,10 +68,15 @@ class Journal:
                 return record["value"] if same else None
         return None
 
-    def do(self, phase: str, key: str, work: Callable[[], Value]) -> Value:
-        """The value of `phase` under `key`: if it still stands, or worked out now and recorded."""
+    def do(
+        self, phase: str, key: str, work: Callable[[], Value], *, leaves: Iterable[Path] = ()
+    ) -> Value:
+        """The value of `phase` under `key`: if it still stands, or worked out now and recorded.
+
+        What it `leaves` has to be there: somebody may have removed it.
+        """
         value = self.stands(phase, key)
-        if value is None:
+        if value is None or not all(path.exists() for path in leaves):
             self.append(phase, "start", key)
             value = work()
             self.append(phase, "end", key, value=value)

@@ -39,37 +39,31 @@ def merge(
     done: method, precision, tensors changed, bytes. Raises SpecError for folders that do not fit
     each other, or a weight that is no number afterwards; then there is no `target`.
     """
-    if target.exists() and any(target.iterdir()):
-        raise SpecError.at("MODEL-301", str(target), "already exists", "name a new folder")
     found = adapters.inspect(adapter)
     if problems := adapters.misfits(found, files.read_json(base / "config.json")):
         raise SpecError(problems)
-    made = _made(found, method)
+    made = _made(found, method, files.read_json(base / "config.json"))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    merged = _merged(base, found, made, device)
-    scratch = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    try:
+    with files.making(target) as scratch:
+        merged = _merged(base, found, made, device)
+        scratch.mkdir()
         merged.save_pretrained(scratch, safe_serialization=True, max_shard_size=SHARD)
         _companions(base, adapter, scratch)
         weights.verify(scratch)
-        if target.exists():
-            target.rmdir()
-        files.replace_folder(scratch, target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     size = sum(path.stat().st_size for path in target.glob("*.safetensors"))
     return made | {"modules": len(found.modules), "bytes": size, "base_model": found.base_model}
 
 
-def _made(found: Adapter, method: str | None) -> Value:
-    """How the adapter was trained: its recipe's method, packing of the base, and precision."""
+def _made(found: Adapter, method: str | None, config: Value) -> Value:
+    """How the adapter was trained: its recipe's method, packing of the base, and precision; where
+    it says none, that of the base, whose config.json is `config`."""
     try:
         recipe = files.read_json(found.folder / "tuning.json")["recipe"]
         said = {name: recipe[name] for name in ("method", "quantisation", "precision")}
     except (OSError, ValueError, KeyError, TypeError):
-        said = {"method": None, "quantisation": None, "precision": "bfloat16"}
+        stored = config.get("dtype") or config.get("torch_dtype")
+        precision = stored if stored in model.DTYPES else "bfloat16"
+        said = {"method": None, "quantisation": None, "precision": precision}
     if method and said["method"] and method != said["method"]:
         what = f"was trained with {said['method']}, not with {method}"
         raise SpecError.at("MODEL-302", str(found.folder), what, "leave --method out")

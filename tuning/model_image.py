@@ -52,6 +52,7 @@ def local(name: str, *, access: Access, console: Console, cache: Path | None = N
         return name
     home = cache or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tuning"
     if (layout := _layout(name)) is not None:
+        access.approve_folder(name)
         found = image.read(layout)
         folder = _place(home, found.digest)
         if not folder.is_dir():
@@ -83,6 +84,7 @@ def config(name: str, *, access: Access) -> Value:
     Raises SpecError, RefusedError or TransientError.
     """
     if (layout := _layout(name)) is not None:
+        access.approve_folder(name)
         found = image.read(layout)
     else:
         remote = _remote(name, access)

@@ -293,7 +293,9 @@ def inspection_table(found: dict[str, Any]) -> rich.table.Table:
     }
     for name, value in rows.items():
         if value:
-            table.add_row(name, rich.text.Text(str(value)))
+            # a stranger's words: nothing of them steers the terminal
+            plain = "".join(c if c.isprintable() or c == "\n" else "." for c in str(value))
+            table.add_row(name, rich.text.Text(plain))
     return table
 
 

@@ -100,6 +100,7 @@ class Exact(SFTTrainer):  # type: ignore[misc]
         self.remove_callback(transformers.PrinterCallback)
         base = tuned.get_base_model()
         self.one_pass = HEAD in kernels and head.suits(base)
+        self._scored: torch.Tensor | None = None  # (loss, labelled tokens) of an evaluation
         if self.one_pass:
             head.install(base)
         by_document = base.config._attn_implementation == VARLEN
@@ -267,14 +268,40 @@ class Exact(SFTTrainer):  # type: ignore[misc]
         if self.filler:  # through the model all the same: the ranks add up their gradients
             self.filler = False
             return 0.0 * self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        held_out = num_items_in_batch is None and not model.training
         if not self.one_pass:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            count = (inputs["labels"][:, 1:] != IGNORED).sum()
+            found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            if held_out:
+                self._count(found[0] if isinstance(found, tuple) else found, count)
+            return found
         labels = inputs.pop("labels")
         if num_items_in_batch is None:
             count = (labels[:, 1:] != head.IGNORED).sum()
         else:  # of the whole step, on all ranks
             count = torch.as_tensor(num_items_in_batch) / self.accelerator.num_processes
-        return model(**inputs, scored=labels) / count.clamp(min=1)
+        loss = model(**inputs, scored=labels) / count.clamp(min=1)
+        if held_out:
+            self._count(loss, count)
+        return loss
+
+    def _count(self, loss: torch.Tensor, count: torch.Tensor) -> None:
+        """Remember the loss of held-out rows as a sum over their labelled tokens."""
+        counted = torch.stack([loss.detach().double() * count, count.double()])
+        self._scored = counted if self._scored is None else self._scored + counted
+
+    def _taken(self) -> torch.Tensor | None:
+        found, self._scored = self._scored, None
+        return found
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """The loss is the mean of a token, however the rows were batched: batches are no unit."""
+        self._taken()
+        output = super().evaluation_loop(*args, **kwargs)
+        if (scored := self._taken()) is not None:
+            total, count = self.accelerator.reduce(scored, "sum").tolist()
+            output.metrics["eval_loss"] = total / max(count, 1.0)
+        return output
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any:
         """Labelled tokens of the step; those of fillers do not count."""

@@ -30,6 +30,7 @@ COMPANIONS = frozenset(
         "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
         "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "spiece.model",
         "sentencepiece.bpe.model", "tekken.json", "chat_template.jinja", "chat_template.json",
+        "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
     }
 )  # fmt: skip
 _TOKENIZERS = (

@@ -28,13 +28,18 @@ app = typer.Typer(
 )
 
 
+_CTRL_C = 130
+
+
 def main() -> int:
     """Run the command line and return its exit code (docs/errors.md)."""
     if not sys.stderr.isatty():  # a log is no place for bars of libraries
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of kernels it could do without
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)  # typer makes codes of its own Exit, and of Ctrl-C
+        if isinstance(code, int) and code:
+            return Stopped.exit_code if code == _CTRL_C else code
     except TuningError as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -10,6 +10,8 @@ from tuning import base, card, delivery, files, report
 from tuning.pipeline.run import Run, Value, key_of
 from tuning.plan import Plan
 
+ADAPTER = "adapter_model.safetensors"
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -34,6 +36,18 @@ class Summary:
     def from_json(cls, record: Value) -> Summary:
         """The summary that `to_json` wrote down."""
         return cls(**record | {"references": tuple(record["references"])})
+
+
+def left_by(run: Run) -> tuple[Path, ...]:
+    """What a finished run has left on this machine."""
+    return (run.folder / "adapter" / ADAPTER, *_delivered(run))
+
+
+def _delivered(run: Run) -> tuple[Path, ...]:
+    """What tells that the adapter is where it should be, as far as that is a folder."""
+    wanted = run.spec.destination
+    found = [wanted.layout / "index.json"] if wanted.layout else []
+    return (*found, *([wanted.folder / ADAPTER] if wanted.folder else []))
 
 
 def package(run: Run, decided: Plan, training: Value, packed: Value, model: base.Base) -> str:
@@ -68,8 +82,11 @@ def package(run: Run, decided: Plan, training: Value, packed: Value, model: base
         )
         return {"digest": built.digest}
 
-    key = key_of(recipe.run_id, training["adapter_sha256"], *run.spec.destination.form)
-    digest: str = run.book.do("package", key, work)["digest"]
+    key = key_of(
+        recipe.run_id, training["adapter_sha256"], run.spec.preset, *run.spec.destination.form
+    )
+    left = (run.folder / "image" / "index.json",)
+    digest: str = run.book.do("package", key, work, leaves=left)["digest"]
     return digest
 
 
@@ -99,7 +116,7 @@ def deliver(run: Run, decided: Plan, digest: str) -> tuple[str, ...]:
         return {"references": references}
 
     key = key_of(digest, asdict(run.spec.destination))
-    done = run.book.do("push", key, lambda: run.unless_stopped(work))
+    done = run.book.do("push", key, lambda: run.unless_stopped(work), leaves=_delivered(run))
     return tuple(done["references"])
 
 
@@ -115,7 +132,7 @@ def finish(
         digest=digest,
         references=references or (f"oci:{run.folder / 'image'}",),
         adapter=str(adapter),
-        adapter_bytes=(adapter / "adapter_model.safetensors").stat().st_size,
+        adapter_bytes=(adapter / ADAPTER).stat().st_size,
         base=run.spec.base_model or run.spec.preset,
         planned=decided.foretold(),
         base_revision=decided.recipe.base_revision,

@@ -6,7 +6,7 @@ import importlib.metadata
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from tuning import base, delivery, fetch, files, model_image, network, plan
+from tuning import backends, base, delivery, fetch, files, model_image, network, plan
 from tuning.console import Console
 from tuning.data import meter
 from tuning.delivery import Access
@@ -30,6 +30,7 @@ DATA_SETTINGS = (
 def judge(run: Run) -> None:
     """Refuse at once what the spec alone shows to be impossible here, before any network."""
     run.begin("judge")
+    backends.judge(run.spec.settings.attention, run.device())
     try:
         known = plan.known_base(run.spec)
     except plan.Unknown:
@@ -151,7 +152,7 @@ def tokenise(run: Run, data: list[Value], tokenizer: Path, model: base.Base) -> 
 
             return run.child("data", request, tick=tick) | {"key": key}
 
-    done = run.book.do("tokenise", key, work)
+    done = run.book.do("tokenise", key, work, leaves=(out / "rows.arrow",))
     run.console.say(
         f"  {done['rows']:,} rows, {done['tokens']:,} tokens, "
         f"{done['trained_tokens'] / done['tokens']:.0%} of them trained: "
@@ -170,7 +171,7 @@ def decide(run: Run, rows: Value, data: list[Value], known: plan.Base) -> tuple[
     versions = {name: importlib.metadata.version(name) for name in RECIPE_LIBRARIES}
     here = run.device()
     decided = plan.make(run.spec, known, here, lengths=lengths(rows), versions=versions)
-    key = key_of(rows["key"], run.spec.method, asdict(run.spec.settings), versions)
+    key = key_of(rows["key"], run.spec.method, asdict(run.spec.settings), versions, known.name)
     kept = run.book.done("plan", key)
     recipe = plan.recipe_from_json(kept["recipe"]) if kept else decided.recipe
     packed = pack(run, rows, plan.Packing.of(recipe))
@@ -205,7 +206,8 @@ def pack(run: Run, rows: Value, chosen: plan.Packing) -> Value:
         "batch": settings.micro_batch,
     }
     key = key_of(rows["key"], request)
-    done = run.book.do("pack", key, lambda: run.child("data", request))
+    left = (run.folder / "data" / "packed" / "train.arrow",)
+    done = run.book.do("pack", key, lambda: run.child("data", request), leaves=left)
     run.dim(done["notes"])
     return done
 

@@ -44,7 +44,7 @@ def _story(run: Run) -> Summary:
     """One screen: what happens, in order."""
     inputs = _inputs(run)
     done = run.book.stands("finish", inputs, unless=("train", "package"))
-    if done is not None:
+    if done is not None and all(path.exists() for path in finishing.left_by(run)):
         run.console.say("Already finished; nothing was done.")
         return Summary.from_json(done)
     files.sweep(run.folder)
@@ -144,6 +144,8 @@ def _outcome(summary: Summary) -> result.Outcome:
 def _inputs(run: Run) -> str:
     """What a finished run depends on, without the network: the spec and the local files."""
     local = list(run.spec.source.files)
+    if (held := run.spec.source.folder) is not None and held.is_dir():
+        local += sorted(path for path in held.rglob("*") if path.is_file())
     if run.spec.base_model and (folder := Path(run.spec.base_model)).is_dir():
         local += sorted(path for path in folder.iterdir() if path.is_file())
     found = [(path, path.stat()) for path in local if path.exists()]

@@ -26,7 +26,9 @@ def train(
     if held is not None and run.book.done("train", key) is None:
         run.begin("train")
         return run.book.do("train", key, lambda: run.unless_stopped(lambda: _adopt(run, held)))
-    folder = weights() if run.book.stands("train", key) is None else Path()
+    left = run.folder / "adapter" / "adapter_model.safetensors"
+    stands = run.book.stands("train", key) is not None and left.exists()
+    folder = Path() if stands else weights()
     size = f"{recipe.global_batch} x {recipe.max_length} tokens"
     run.begin("train", f"Training {recipe.steps:,} steps of {size} on {decided.device} ...")
     request = {
@@ -53,7 +55,7 @@ def train(
             run.dim([f"went on from the checkpoint of step {done['resumed_from']:,}"])
         return done
 
-    return run.book.do("train", key, work)
+    return run.book.do("train", key, work, leaves=(left,))
 
 
 def _claim(run: Run, run_id: str) -> str | None:

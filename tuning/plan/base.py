@@ -163,6 +163,9 @@ def _unknown_modules(spec: Spec, base: Base) -> Iterator[Problem]:
     names = [linear.name for linear in base.facts.linears] if base.facts else []
     known = sorted({name.rpartition(".")[2] for name in names})
     s = spec.settings
+    if base.facts and (beyond := [n for n in s.layers or () if n >= base.facts.layers]):
+        what = f"names layer {beyond[0]}, and {base.name} has {base.facts.layers}, from 0"
+        yield Problem("PLAN-113", "LoraConfig.layers_to_transform", what, "name layers that exist")
     for key, wanted in (
         ("target_modules", s.target_modules or ()),
         ("exclude_modules", s.exclude_modules or ()),

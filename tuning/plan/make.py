@@ -87,12 +87,14 @@ def make(
         epochs=pick("epochs", s.epochs, EPOCHS, "three looks at each row"),
         steps=s.max_steps or 0,
         seed=or_default(s.seed, 42),
-        eval_steps=s.eval_steps,
+        eval_steps=s.eval_steps if or_default(s.train_share, 1.0) < 1 else None,
         keep_best=_keeps_best(s),
         over_length=None if s.over_length == "auto" else s.over_length,
         split_seed=s.shuffle_seed if or_default(s.train_share, 1.0) < 1 else None,
         versions=versions,
     )
+    if s.eval_steps and recipe.eval_steps is None:
+        choices.reasons["eval_steps"] = "nothing is held out (train_test_split), nothing to look at"
     if s.max_length is None:
         recipe = placing.shortened(recipe, base, device, spec, lengths, choices.reasons)
     if device.capability:
@@ -138,6 +140,7 @@ def freeze(plan: Plan, spec: Spec, *, rows: int, data: tuple[str, ...]) -> Plan:
     warmup_steps = math.ceil(warmup * steps) if isinstance(warmup, float) and warmup < 1 else warmup
     if spec.settings.warmup is None:
         reasons["warmup_steps"] = f"{WARMUP_SHARE:.0%} of the steps, so that Adam finds its scale"
+        warmup_steps = min(int(warmup_steps), steps - 1)  # its first step learns nothing
     recipe = replace(recipe, steps=steps, warmup_steps=int(warmup_steps), data=data)
     if recipe.keep_best and recipe.eval_steps is None:
         recipe = replace(recipe, eval_steps=max(1, steps // EVALUATIONS))

@@ -15,7 +15,7 @@ import urllib3.exceptions
 
 from tuning import files, image
 from tuning.image import ADAPTER_FILES, Blob, Image
-from tuning.registry.push import Progress, digest_of, manifest, tag_of
+from tuning.registry.push import Progress, digest_of, is_named, manifest, tag_of
 from tuning.registry.wire import Remote
 
 DEEPEST_INDEX = 3
@@ -116,7 +116,7 @@ def _checked(remote: Remote, name: str) -> bytes:
     data = manifest(remote, name)
     if data is None:
         raise remote.refusal("REG-123", f"has no image {name}", "check the name and the tag")
-    if name.startswith("sha256:") and digest_of(data) != name:
+    if not is_named(name, data):
         raise remote.refusal("REG-143", f"sent a manifest that is not {name}", "push it again")
     return data
 
@@ -134,10 +134,14 @@ def _download(remote: Remote, blob: Blob, layout: Path, report: Callable[[int], 
         headers={"Range": f"bytes={have}-"} if have else {},
         stream=True,
     )
+    _refuse_other_size(remote, answer, blob, path)
     goes_on = answer.headers.get("Content-Range", "").startswith(f"bytes {have}-")
     if answer.status_code != 206 or not goes_on:
         path.unlink(missing_ok=True)
         have = 0
+    if answer.status_code == 416:  # its body is no part of the blob
+        answer.close()
+        raise remote.judge.again("REG-135", f"broke off {blob.digest}", "run it again", tries=3)
     seen = _hash(path)
     try:
         with answer, path.open("ab") as out:
@@ -157,6 +161,18 @@ def _download(remote: Remote, blob: Blob, layout: Path, report: Callable[[int], 
         path.unlink()
         what = f"sends bytes that are not {blob.digest}"
         raise remote.refusal("REG-143", what, "look after the registry's storage, push again")
+
+
+def _refuse_other_size(remote: Remote, answer: Any, blob: Blob, path: Path) -> None:
+    """A blob that is shorter than its manifest says will never be whole."""
+    told = answer.headers.get("Content-Range", "").rpartition("/")[2]
+    if answer.status_code == 200 and not answer.headers.get("Content-Encoding"):
+        told = answer.headers.get("Content-Length", "")
+    if told.isdigit() and int(told) < blob.size:
+        answer.close()
+        path.unlink(missing_ok=True)
+        what = f"has {int(told):,} bytes of {blob.digest}, of which its manifest says {blob.size:,}"
+        raise remote.refusal("REG-143", what, "push the image again")
 
 
 def _whole(path: Path, blob: Blob) -> bool:

@@ -8,6 +8,7 @@ first, because each step is idempotent and blobs are named by their content.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,14 @@ class Pushed:
     digest: str
     bytes_sent: int  # of blobs
     reused: int  # blobs that were there already
+
+
+def is_named(name: str, data: bytes) -> bool:
+    """Whether the bytes of a manifest are those of its digest; a tag says nothing of them."""
+    kind, colon, digest = name.partition(":")
+    if not colon:
+        return True
+    return hashlib.new(kind, data, usedforsecurity=True).hexdigest() == digest
 
 
 def manifest(remote: Remote, name: str) -> bytes | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from tuning import files, image
 from tuning.errors import RefusedError
 from tuning.image import Blob
 from tuning.registry import upload
-from tuning.registry.push import digest_of, manifest, put
+from tuning.registry.push import digest_of, is_named, manifest, put
 from tuning.registry.wire import Remote
 
 EMPTY = b"{}"
@@ -53,14 +53,19 @@ def fallback_tag(digest: str) -> str:
     return digest.replace(":", "-")
 
 
-def attached(remote: Remote, subject: str) -> tuple[Attached, ...]:
-    """What is attached to the image with the digest `subject`, by API and by tag, each once.
+def attached(
+    remote: Remote, subject: str, kinds: Collection[str] | None = None
+) -> tuple[Attached, ...]:
+    """What is attached to the image with the digest `subject`, by API and by tag, each once; of
+    these `kinds` (artifact types), if they are given.
 
     The registry's word, and anybody's who may push there: judge it by its content.
     """
     found: dict[str, Attached] = {}
     for entry in (*_by_api(remote, subject), *_by_tag(remote, subject)):
-        if (each := _attached(entry)) and len(found) < MOST:
+        each = _attached(entry)
+        wanted = each and (kinds is None or each.artifact_type in kinds)
+        if each and wanted and len(found) < MOST:
             found.setdefault(each.digest, each)
     return tuple(found.values())
 
@@ -110,7 +115,7 @@ def parts(remote: Remote, name: str, media_type: str) -> tuple[Part, ...]:
     data = manifest(remote, name)
     if data is None:
         return ()
-    if name.startswith("sha256:") and digest_of(data) != name:
+    if not is_named(name, data):
         raise remote.refusal("REG-143", f"sent a manifest that is not {name}", "push it again")
     layers = image.parse_json(data, where=str(remote.reference)).get("layers")
     found = []

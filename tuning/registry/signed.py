@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+
 from tuning import signature
+from tuning.errors import RefusedError
 from tuning.registry.referrers import attached, fallback_tag, parts
 from tuning.registry.wire import Remote
+
+log = logging.getLogger(__name__)
 
 REFERRER = "application/vnd.dev.cosign.artifact.sig.v1+json"  # cosign 2, in its referrers mode
 
@@ -14,11 +19,12 @@ def signed(remote: Remote, digest: str) -> tuple[signature.Signature, ...]:
 
     def work() -> tuple[signature.Signature, ...]:
         found = list(parts(remote, f"{fallback_tag(digest)}.sig", signature.SIMPLE))
-        for each in attached(remote, digest):
-            if each.artifact_type == REFERRER:
-                found += parts(remote, each.digest, signature.SIMPLE)
-            elif each.artifact_type == signature.BUNDLE:
-                found += parts(remote, each.digest, signature.BUNDLE)
+        kinds = {REFERRER: signature.SIMPLE, signature.BUNDLE: signature.BUNDLE}
+        for each in attached(remote, digest, kinds):
+            try:
+                found += parts(remote, each.digest, kinds[each.artifact_type])
+            except RefusedError as error:  # anybody may attach anything: the others still count
+                log.warning("an attachment of %s cannot be read: %s", digest, error)
         return tuple(
             signature.Signature(
                 part.media_type, part.content, part.annotations.get(signature.ANNOTATION, "")

@@ -348,9 +348,8 @@ def contradiction(
 def _drop_template_rank(chosen: _Chosen) -> None:
     """KAITO's template sets rank 8 and alpha 8: as a pair they are not somebody's choice."""
     settings = chosen.settings
-    if settings.get("rank", 8) == 8 and settings.get("alpha", 8) == 8:
-        settings.pop("rank", None)
-        settings.pop("alpha", None)
+    if settings.get("rank") == 8 and settings.get("alpha") == 8:
+        del settings["rank"], settings["alpha"]
 
 
 def _template(text: str, chosen: _Chosen, read_template: Callable[[str], str | None]) -> str | None:

@@ -54,7 +54,6 @@ class Settings:
     train_on: Literal["assistant", "all"] | None = None
     checkpointing: bool | None = None
     fused: bool | None = None  # fused_kernels
-    log_steps: int | None = None
     save_steps: int | None = None
     eval_steps: int | None = None
     keep_best: bool | None = None

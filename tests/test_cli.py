@@ -1,6 +1,8 @@
 """The command line as its users meet it: exit codes, one clear line, nothing heavy at start."""
 
 import json
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -105,6 +107,17 @@ def test_a_wrong_command_line_gets_one_clear_line(arguments, code, text, workspa
     assert text in done.stderr
     assert "Change: " in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_ctrl_c_is_no_success(tmp_path):
+    """Whoever types `pull ... && deploy` and thinks better of it does not deploy."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        asked = [sys.executable, "-m", "tuning", "pull", f"127.0.0.1:{silent.getsockname()[1]}/a:1"]
+        process = subprocess.Popen([*asked, str(tmp_path / "x")], stderr=subprocess.DEVNULL)
+        with silent.accept()[0]:
+            process.send_signal(signal.SIGINT)
+
+            assert 75 == process.wait(30)
 
 
 def test_presets_are_listed_for_programs():

@@ -41,6 +41,16 @@ def shown(login: Login | None) -> tuple[str, str, str] | None:
 ME = ("me", CANARY, "")
 
 
+def test_a_password_may_be_googles_key_file(tmp_path):
+    """`docker login -u _json_key --password-stdin < key.json` keeps its lines."""
+    key = '{\n  "type": "service_account",\n  "private_key": "x"\n}'
+    found = credentials.login(
+        HOST, secret=secret(tmp_path, {"auths": {HOST: {"auth": packed(f"_json_key:{key}\n")}}})
+    )
+
+    assert ("_json_key", key) == (found.username, found.password)
+
+
 @pytest.mark.parametrize(
     "entry",
     [

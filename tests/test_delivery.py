@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import adapters
 import pytest
 
-from tuning import delivery, files, image
+from tuning import delivery, files, image, model_image
+from tuning.console import Console
 from tuning.delivery import Access
 from tuning.errors import RefusedError, SpecError
 from tuning.spec import Destination
+from tuning.trust import Trust
+
+QUIET = Console(quiet=True)
 
 
 def built(tmp_path: Path, run_id: str) -> tuple[Path, Path, str]:
@@ -67,3 +72,61 @@ def test_what_is_ours_may_be_filled_again(tmp_path: Path) -> None:
     adapter, layout, _ = built(tmp_path, "run-1")
 
     delivery.check(Destination(folder=adapter, layout=layout), Access())
+
+
+def pulled(layout: Path, target: Path, **more: Any) -> str:
+    return delivery.pull(f"oci:{layout}", target, access=Access(), console=QUIET, **more)
+
+
+@pytest.mark.parametrize("how", ["new", "empty", "here", "volume"])
+def test_an_empty_folder_that_is_there_is_filled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """A mounted volume cannot be renamed over, and a shell's own folder should stay that."""
+    _, layout, digest = built(tmp_path, "run-1")
+    target = tmp_path / "target"
+    if how != "new":
+        target.mkdir()
+    if how == "volume":
+        (target / "lost+found").mkdir()
+    before = target.stat().st_ino if target.exists() else None
+    if how == "here":
+        monkeypatch.chdir(target)
+
+    assert digest == pulled(layout, Path() if how == "here" else target)
+
+    assert before in (None, target.stat().st_ino)
+    assert (target / "adapter_config.json").is_file()
+    assert not [path for path in target.iterdir() if path.name.startswith(".")]
+
+
+def test_a_folder_that_cannot_be_made_or_is_full_stays_as_it_is(tmp_path: Path) -> None:
+    """Said before anything is fetched; an adapter of another base leaves nothing either."""
+    _, layout, _ = built(tmp_path, "run-1")
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("x")
+    (tmp_path / "empty").mkdir()
+
+    for name in ("file", "file/below", "full"):
+        with pytest.raises(SpecError, match="IMAGE-103"):
+            pulled(layout, tmp_path / name)
+    with pytest.raises(SpecError, match="MODEL-2"):
+        pulled(layout, tmp_path / "empty", base="falcon-7b")
+
+    assert ["mine"] == [path.name for path in (tmp_path / "full").iterdir()]
+    assert (tmp_path / "empty").is_dir() and not any((tmp_path / "empty").iterdir())
+
+
+def test_layouts_are_refused_where_signatures_are_required(tmp_path: Path) -> None:
+    """An adapter's and a model's alike: a folder holds none."""
+    _, layout, _ = built(tmp_path, "run-1")
+    strict = Access(trust=Trust(signatures="require"))
+
+    for work in (
+        lambda: delivery.pull(f"oci:{layout}", tmp_path / "x", access=strict, console=QUIET),
+        lambda: model_image.local(f"oci:{layout}", access=strict, console=QUIET),
+        lambda: model_image.config(f"oci:{layout}", access=strict),
+    ):
+        with pytest.raises(RefusedError, match="SIGN-110"):
+            work()

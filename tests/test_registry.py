@@ -578,6 +578,31 @@ def test_a_pull_goes_on_where_it_broke_off(proxied, open_registry, built, reposi
     assert adapters.content(built.parent / "adapter") == adapters.content(tmp_path / "out")
 
 
+def test_a_blob_that_is_shorter_than_its_manifest_says_is_refused_at_once(
+    proxied, open_registry, built, repository, tmp_path
+):
+    """It will never be whole: no patience helps."""
+    push(remote(open_registry.host, repository), built)
+    weights = image.read(built).layers[0]
+    proxied.spoil(fp.status(200, b"short"), method="GET", path=weights.digest)
+
+    with pytest.raises(RefusedError, match=r"REG-143 .*has 5 bytes of"):
+        registry.pull(remote(proxied.host, repository), tmp_path / "out")
+
+    assert 1 == sum(weights.digest in seen.path for seen in proxied.seen)
+
+
+def test_a_digest_of_another_kind_is_verified_as_well(
+    proxied, open_registry, built, repository, tmp_path
+):
+    """A server's word is not enough, whatever the algorithm."""
+    push(remote(open_registry.host, repository), built)
+    proxied.spoil(fp.status(200, b"{}"), method="GET", path="/manifests/sha512:")
+
+    with pytest.raises(RefusedError, match="REG-143"):
+        registry.resolve(remote(proxied.host, repository, tag="@sha512:" + "0" * 128))
+
+
 def test_a_server_without_ranges_is_read_from_the_start(
     proxied, open_registry, built, repository, tmp_path
 ):

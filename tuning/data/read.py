@@ -129,6 +129,8 @@ def _rows_at_once(file: pq.ParquetFile, groups: list[int], used: list[str]) -> i
 
 def _spelled_out(batch: pa.RecordBatch) -> pa.RecordBatch:
     """`batch` without dictionaries, which count in whole for every part of it."""
+    if not any(pa.types.is_dictionary(field.type) for field in batch.schema):
+        return batch
     columns = [
         column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
         for column in batch.columns

@@ -207,6 +207,7 @@ def test_the_shipped_rights_are_enough_and_none_is_idle(api: Cluster, account: C
     assert 403 == refused.value.status
 
 
+@pytest.mark.usefixtures("account")  # whose binding has the name of the one that is made here
 def test_the_rights_without_machines_end_what_holds_one(server: bed.Bed, api: Cluster) -> None:
     """KAITO's finalizer, or ours from a time when machines were bought: seen to with the rights of
     the installation that buys none."""

@@ -22,7 +22,7 @@ from tuning.spec.workspace import Inference, Workspace
 RUNTIME, BALANCED = "kaito.sh/runtime", "kaito.sh/enablelb"
 CONFIG_KEY = "inference_config.yaml"
 FRESH = "tuned"  # name of the adapter that the same Workspace made
-HIGHEST_RANK = 512  # that vLLM knows
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM knows
 _RANK = 8  # of an adapter that nobody has looked into: the least that is usual
 
 
@@ -94,8 +94,8 @@ def _not_for_vllm(settings: spec.Settings) -> tuple[Problem, ...]:
     if settings.dora:
         what = "vLLM serves no adapter of DoRA"
         found.append(Problem("SPEC-118", f"{where}.use_dora", what, f"remove it, {change}"))
-    if settings.rank and settings.rank > HIGHEST_RANK:
-        what = f"vLLM serves ranks up to {HIGHEST_RANK}"
+    if settings.rank and settings.rank > RANKS[-1]:
+        what = f"vLLM serves ranks up to {RANKS[-1]}"
         found.append(Problem("SPEC-118", f"{where}.r", what, f"lower it, {change}"))
     return tuple(found)
 

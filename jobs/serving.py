@@ -21,7 +21,6 @@ PULLER = "pull-"  # how init containers are called that fetch an adapter
 _PULLED = 20 * GIB  # of adapters that init containers fetch for vLLM
 _SECRETS = "/etc/tuning/secrets"
 _KEY = "API_KEY"
-_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM knows
 _RANK = 64  # the highest rank that vLLM is prepared for, where max-lora-rank says nothing
 
 
@@ -242,7 +241,7 @@ def _vllm(wanted: Wanted, server: Server) -> list[str]:
     known = [each.rank for each in server.adapters if each.rank]
     usual = _RANK if len(known) < len(server.adapters) else 0
     asked = int(given.pop("max-lora-rank", max([usual, *known])))
-    rank = next((each for each in _RANKS if each >= asked), _RANKS[-1])
+    rank = next((each for each in served.RANKS if each >= asked), served.RANKS[-1])
     found = ["vllm", "serve", model, "--served-model-name", served.base_name(server.base)]
     if revision := server.base_revision or (preset.revision if preset else None):
         found += ["--revision", revision]

@@ -115,6 +115,14 @@ def replace_folder(scratch: Path, target: Path) -> None:
     sync_folder(target.parent)
 
 
+_MAKING = ".making-"
+
+
+def _nothing(name: str) -> bool:
+    """Whether an entry of a folder is a volume's own, or left by a process that was killed."""
+    return name == "lost+found" or name.startswith(_MAKING)
+
+
 @contextmanager
 def making(target: Path) -> Iterator[Path]:
     """A folder to be made, which becomes `target` when the block has ended well.
@@ -124,13 +132,13 @@ def making(target: Path) -> Iterator[Path]:
     """
     target = target.absolute()
     there = target.is_dir()
-    if target.exists() and (not there or any(p.name != "lost+found" for p in target.iterdir())):
+    if target.exists() and (not there or any(not _nothing(p.name) for p in target.iterdir())):
         raise SpecError.at("IMAGE-103", str(target), "already exists", "name a new folder")
     try:
         if not there:
             target.parent.mkdir(parents=True, exist_ok=True)
         place = target if there else target.parent
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=place))
+        scratch = Path(tempfile.mkdtemp(prefix=_MAKING, dir=place))
     except OSError as error:
         what = f"cannot be made: {error.strerror}"
         raise SpecError.at("IMAGE-103", str(target), what, "name another folder") from None

@@ -90,8 +90,9 @@ def unused(row: Row, shape: Shape) -> list[str]:
     left = [name for name, value in row.items() if name not in used and not _silent(value)]
     for column in chats:
         turns = from_json(row.get(column))
-        said = [turn for turn in turns if isinstance(turn, Mapping)] if _is_list(turns) else []
-        keys = {key: None for turn in said for key, value in turn.items() if not _silent(value)}
+        said = turns if isinstance(turns, list) else []
+        items = [each for turn in said if isinstance(turn, Mapping) for each in turn.items()]
+        keys = dict.fromkeys(key for key, value in items if not _silent(value))
         left += [f"{column}[].{key}" for key in keys if key not in MESSAGE_KEYS]
     return left
 
@@ -103,10 +104,6 @@ def first_said(row: Row, columns: Sequence[str]) -> str | None:
 
 def _silent(value: Any) -> bool:
     return any(value is nothing or value == nothing for nothing in NOTHING)
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list)
 
 
 def _shape(name: Name, reason: str, **columns: str) -> Shape:

@@ -12,7 +12,7 @@ from tuning.formats.detect import (
     first_said,
     missing_column,
 )
-from tuning.formats.messages import conversation, prompt_messages, text_of_parts
+from tuning.formats.messages import conversation, filled, prompt_messages
 from tuning.formats.values import (
     BadRow,
     Columns,
@@ -25,7 +25,6 @@ from tuning.formats.values import (
     Text,
     Tokens,
     from_json,
-    quoted,
     text_faults,
     type_name,
 )
@@ -41,7 +40,7 @@ def to_example(row: Row, shape: Shape) -> Example:
         return conversation(row, column, sharegpt=shape.name == "sharegpt")
     if shape.name == "text":
         column = shape.column("text")
-        return Text(_filled(row, column, "DATA-227"))
+        return Text(filled(row, column, "DATA-227"))
     if shape.name == "tokens":
         return _tokens(row)
     if shape.name == "prompt-completion" and not isinstance(row["prompt"], str):
@@ -71,7 +70,7 @@ def _pair(row: Row, shape: Shape) -> Pair | Conversation:
     values: dict[str, str] = {}
     for use, code in (("prompt", "DATA-221"), ("completion", "DATA-227")):
         try:
-            values[use] = _filled(row, uses[use], code, empty=use == "prompt")
+            values[use] = filled(row, uses[use], code, empty=use == "prompt")
         except BadRow as bad:
             faults += bad.faults
     extra = {}
@@ -82,7 +81,7 @@ def _pair(row: Row, shape: Shape) -> Pair | Conversation:
         if column is None:
             continue
         try:
-            value = _filled(row, column, "", empty=True)
+            value = filled(row, column, "", empty=True)
         except BadRow as bad:
             faults += bad.faults
             continue
@@ -139,24 +138,6 @@ def _bare(prompt: str, system: str) -> str:
     """The prompt as base models without a chat template have seen it most."""
     head = f"{system}\n\n" if system else ""
     return f"{head}### Instruction:\n{prompt}\n\n### Response:\n"
-
-
-def _filled(row: Row, column: str, code: str, *, empty: bool = False) -> str:
-    value = row[column]
-    if value is None:
-        raise BadRow.of("DATA-220", f"{column} is null", "write a text, or remove the row")
-    if isinstance(value, list):
-        value, faults = text_of_parts(value, column)
-        if faults:
-            raise BadRow(faults)
-    if not isinstance(value, str):
-        what = f"{column} is {type_name(value)}: {quoted(value)}"
-        raise BadRow.of("DATA-221", what, "write a text, in quotes")
-    if not empty and not value.strip():
-        raise BadRow.of(code, f"{column} is empty", "write it, or remove the row")
-    if faults := text_faults(value, column):
-        raise BadRow(faults)
-    return value
 
 
 def _tokens(row: Row) -> Tokens:

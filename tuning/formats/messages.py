@@ -59,13 +59,10 @@ def _system(row: Row) -> tuple[str, list[Fault]]:
     column = first_said(row, SYSTEM_COLUMNS)
     if column is None:
         return "", []
-    value = row[column]
-    if isinstance(value, list):
-        return text_of_parts(value, column)
-    if not isinstance(value, str):
-        what = f"{column} is {type_name(value)}: {quoted(value)}"
-        return "", [Fault("DATA-221", what, "write a text, in quotes")]
-    return value, text_faults(value, column)
+    try:
+        return filled(row, column, "", empty=True), []
+    except BadRow as bad:
+        return "", list(bad.faults)
 
 
 def _open_with(messages: list[dict[str, Any]], system: str) -> bool:
@@ -185,6 +182,26 @@ def _content(turn: Mapping[str, Any], key: str, where: str) -> tuple[str, list[F
         what = f"{where}.{key} is {type_name(content)}: {quoted(content)}"
         return "", [Fault("DATA-221", what, "write a text, in quotes")]
     return content, text_faults(content, f"{where}.{key}")
+
+
+def filled(row: Row, column: str, code: str, *, empty: bool = False) -> str:
+    """The text in `column`, which may be content parts. Raises BadRow, with `code` for an empty one
+    unless it may be `empty`."""
+    value = row[column]
+    if value is None:
+        raise BadRow.of("DATA-220", f"{column} is null", "write a text, or remove the row")
+    if isinstance(value, list):
+        value, faults = text_of_parts(value, column)
+        if faults:
+            raise BadRow(faults)
+    if not isinstance(value, str):
+        what = f"{column} is {type_name(value)}: {quoted(value)}"
+        raise BadRow.of("DATA-221", what, "write a text, in quotes")
+    if not empty and not value.strip():
+        raise BadRow.of(code, f"{column} is empty", "write it, or remove the row")
+    if faults := text_faults(value, column):
+        raise BadRow(faults)
+    return value
 
 
 def text_of_parts(parts: list[Any], where: str) -> tuple[str, list[Fault]]:

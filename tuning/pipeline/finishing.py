@@ -7,10 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tuning import base, card, delivery, files, report
+from tuning.adapter import WEIGHTS
 from tuning.pipeline.run import Run, Value, key_of
 from tuning.plan import Plan
-
-ADAPTER = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -40,14 +39,14 @@ class Summary:
 
 def left_by(run: Run) -> tuple[Path, ...]:
     """What a finished run has left on this machine."""
-    return (run.folder / "adapter" / ADAPTER, *_delivered(run))
+    return (run.folder / "adapter" / WEIGHTS, *_delivered(run))
 
 
 def _delivered(run: Run) -> tuple[Path, ...]:
     """What tells that the adapter is where it should be, as far as that is a folder."""
     wanted = run.spec.destination
     found = [wanted.layout / "index.json"] if wanted.layout else []
-    return (*found, *([wanted.folder / ADAPTER] if wanted.folder else []))
+    return (*found, *([wanted.folder / WEIGHTS] if wanted.folder else []))
 
 
 def package(run: Run, decided: Plan, training: Value, packed: Value, model: base.Base) -> str:
@@ -132,7 +131,7 @@ def finish(
         digest=digest,
         references=references or (f"oci:{run.folder / 'image'}",),
         adapter=str(adapter),
-        adapter_bytes=(adapter / ADAPTER).stat().st_size,
+        adapter_bytes=(adapter / WEIGHTS).stat().st_size,
         base=run.spec.base_model or run.spec.preset,
         planned=decided.foretold(),
         base_revision=decided.recipe.base_revision,

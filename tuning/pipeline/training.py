@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from tuning import base, card, delivery, files, plan, process, result
+from tuning.adapter import WEIGHTS
 from tuning.console import Report
 from tuning.errors import Killed, OutOfMemoryError
 from tuning.pipeline.run import Run, Value, key_of
@@ -26,7 +27,7 @@ def train(
     if held is not None and run.book.done("train", key) is None:
         run.begin("train")
         return run.book.do("train", key, lambda: run.unless_stopped(lambda: _adopt(run, held)))
-    left = run.folder / "adapter" / "adapter_model.safetensors"
+    left = run.folder / "adapter" / WEIGHTS
     stands = run.book.stands("train", key) is not None and left.exists()
     folder = Path() if stands else weights()
     size = f"{recipe.global_batch} x {recipe.max_length} tokens"

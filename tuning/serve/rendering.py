@@ -197,7 +197,7 @@ def _rendered(render: Any, asked: Mapping[str, Any]) -> dict[str, Any]:
         return {"costly": True, "why": _TOO_MUCH}
     except jinja2.TemplateError as error:  # also what a template raises itself
         return {"costly": False, "why": str(error)[:200]}
-    except Exception:
+    except Exception:  # a template is a stranger's program: it may raise anything
         return {"costly": False, "why": "the model's chat template does not take these messages"}
 
 

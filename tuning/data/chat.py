@@ -207,8 +207,9 @@ class Template:
     def _typed(self, conversation: Conversation) -> Fault | None:
         """A special token among a conversation's words would end or open a turn."""
         for index, message in enumerate(conversation.messages):
-            said = [message["content"]] if len(message) == 2 else texts_in(message)
-            for text in said:
+            if len(message) == 2 and not self._special.search(message["content"]):
+                continue  # nearly all
+            for text in texts_in(message):
                 if found := self._special.search(text):
                     return _special_fault(f"message {index} (role {message['role']})", found[0])
         for text in texts_in(conversation.tools or []):

@@ -99,7 +99,10 @@ def unused(row: Row, shape: Shape) -> list[str]:
 
 def first_said(row: Row, columns: Sequence[str]) -> str | None:
     """The first of `columns` that says something in this very row."""
-    return next((column for column in columns if not _silent(row.get(column))), None)
+    for column in columns:
+        if column in row and not _silent(row[column]):
+            return column
+    return None
 
 
 def _silent(value: Any) -> bool:

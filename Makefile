@@ -61,17 +61,17 @@ slow: install  ## the tests that take minutes: the memory formula against simula
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow $(PYTEST)
 
 soak: install system  ## kill a run, stop a server, N times at each boundary: make soak N=50 (hours)
-	SOAK=$(N) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak tests/test_kills.py \
-	  tests/test_stops.py $(PYTEST)
+	SOAK=$(N) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak tests/pipeline/test_kills.py \
+	  tests/pipeline/test_stops.py $(PYTEST)
 	SOAK=$(N) SOAK_SECONDS=3600 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --timeout=0 \
-	  -k "sigterm_under_load or eight_clients" tests/test_serve_process.py tests/test_serve_http.py \
+	  -k "sigterm_under_load or eight_clients" tests/serve/test_process.py tests/serve/test_http.py \
 	  $(PYTEST)
 
 coefficients: install  ## simulate the memory of every preset again: configs/memory (half an hour)
-	OMP_NUM_THREADS=1 $(BIN)/python -m tuning.simulate --write
+	OMP_NUM_THREADS=1 $(BIN)/python -m tuning.training.simulate --write
 
 test-vllm: install  ## vLLM on a processor, with what the operator renders (3.5 GB into ~/.cache)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m vllm tests/test_vllm.py $(PYTEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m vllm tests/serve/test_vllm.py $(PYTEST)
 
 test-bed: system  ## build the API servers for the cluster tests, once, into ~/.cache (root, 10 minutes)
 	@apt-get update -qq && DEBIAN_FRONTEND=noninteractive \

@@ -35,7 +35,7 @@ def train(folder: Path, seconds: float) -> dict[str, Any]:
     import tiny_models
     import tiny_runs
 
-    from tuning import train as training
+    from tuning.training import train as training
 
     base = folder / "base"
     if not base.exists():
@@ -55,7 +55,7 @@ def one_save(folder: Path) -> float:
     """Seconds of one save of a large adapter and its optimizer."""
     import torch
 
-    from tuning import checkpoint
+    from tuning.training import checkpoint
 
     weights = {
         f"layer.{n}": torch.randn(ADAPTER // 2 // 40, dtype=torch.float32) for n in range(40)

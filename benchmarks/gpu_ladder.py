@@ -44,12 +44,15 @@ from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
 from benchmarks import gpu_plan
 from benchmarks.gpu_plan import LLAMA, PHI, Case, shape, write
-from tuning import backends, ledger, model, presets, train, trainer
-from tuning.backends import HEAD, LORA, MLP, NORM, VARLEN
-from tuning.kernels import attention, fuse, head, linear, norm
-from tuning.ledger import Method, Variant
-from tuning.plan import Placement, Recipe
+from tuning import presets
+from tuning.models import load
+from tuning.models.kernels import attention, fuse, head, linear, norm
+from tuning.plan import Placement, Recipe, backends
+from tuning.plan import memory as ledger
+from tuning.plan.backends import HEAD, LORA, MLP, NORM, VARLEN
+from tuning.plan.memory import Method, Variant
 from tuning.presets.config import facts
+from tuning.training import train, trainer
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "gpu_ladder.jsonl"
@@ -258,7 +261,7 @@ def recipe_of(rung: Rung, sizes: Sizes, *, long: bool) -> tuple[Recipe, Placemen
 
 def runner(base: Any, rung: Rung, sizes: Sizes, scratch: Path, rows: Any, *, long: bool) -> Any:
     """The trainer of a rung, ready to train `rows`."""
-    tokenizer = model.load_tokenizer(TOKENIZER)
+    tokenizer = load.load_tokenizer(TOKENIZER)
     if not rung.ours:
         lora = LoraConfig(
             r=rung.rank, lora_alpha=2 * rung.rank, target_modules="all-linear",
@@ -272,7 +275,7 @@ def runner(base: Any, rung: Rung, sizes: Sizes, scratch: Path, rows: Any, *, lon
             peft_config=lora,
         )
     recipe, placement = recipe_of(rung, sizes, long=long)
-    tuned, _ = model.adapt(base, recipe)
+    tuned, _ = load.adapt(base, recipe)
     fuse.fuse(tuned, rung.kernels)
     base.config._attn_implementation = rung.attention
     return trainer.Exact(
@@ -661,7 +664,7 @@ def first_steps(sizes: Sizes, path: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "base"
         config = gpu_plan.read(shape(Case(preset, Variant(device=sizes.device), 1, 1)))  # type: ignore[arg-type]
-        tokenizer = model.load_tokenizer(TOKENIZER)
+        tokenizer = load.load_tokenizer(TOKENIZER)
         with torch.device(sizes.device):
             made = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         made.save_pretrained(base)

@@ -36,14 +36,16 @@ import trl
 from peft import LoraConfig, get_peft_model
 from trl.trainer.utils import add_fused_lm_head
 
-from tuning import ledger, model, presets
-from tuning.backends import FUSED, VARLEN
-from tuning.kernels import attention, fuse, head
-from tuning.ledger import Coefficients, Ledger, Variant
-from tuning.simulate import coefficients
-from tuning.simulate.__main__ import configs
-from tuning.simulate.standins import PackedLinear
-from tuning.simulate.step import DTYPES, build, read
+from tuning import presets
+from tuning.models import load
+from tuning.models.kernels import attention, fuse, head
+from tuning.plan import memory
+from tuning.plan.backends import FUSED, VARLEN
+from tuning.plan.memory import Coefficients, Ledger, Variant
+from tuning.training.simulate import coefficients
+from tuning.training.simulate.__main__ import configs
+from tuning.training.simulate.standins import PackedLinear
+from tuning.training.simulate.step import DTYPES, build, read
 
 RESULTS = Path(__file__).parent / "results" / "plan.jsonl"
 DRY_RESULTS = Path("build") / "plan-dry.jsonl"
@@ -128,7 +130,7 @@ def foretell(cases: tuple[Case, ...]) -> dict[Case, Ledger]:
         some = [case for case in cases if case.preset == preset]
         known[preset] = coefficients(shape(some[0]), variants=[case.variant for case in some])
     return {
-        case: ledger.predict(
+        case: memory.predict(
             known[case.preset],
             method=case.variant.method,
             rank=case.rank,
@@ -150,7 +152,7 @@ def foretold_speed(case: Case) -> float | None:
     if case.variant.device == "cpu":
         return None
     preset = presets.find(case.preset)
-    seconds = preset and ledger.seconds_per_token(
+    seconds = preset and memory.seconds_per_token(
         preset.facts,
         card(),
         method=case.variant.method,
@@ -223,7 +225,7 @@ def adapt(base: Any, case: Case) -> Any:
     options = LoraConfig(
         r=case.rank,
         lora_dropout=0.05 if variant.dropout else 0.0,
-        target_modules=list(model.projections(base)),
+        target_modules=list(load.projections(base)),
         task_type="CAUSAL_LM",
     )
     tuned = get_peft_model(base, options)

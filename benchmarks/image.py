@@ -187,7 +187,8 @@ def link(upstream: tuple[str, int], rate: float) -> Iterator[str]:
 
 def push(host: str, layout: Path, repository: str) -> float:
     """Seconds that a push of `layout` takes."""
-    from tuning import reference, registry
+    from tuning.oci import registry
+    from tuning.spec import reference
 
     to = registry.Remote(reference.parse(f"{host}/bench/{repository}:1"))
     start = time.perf_counter()

@@ -29,8 +29,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from cluster import bed  # noqa: E402
 from cluster.world import NAMESPACE, wait, workspace  # noqa: E402
 
-from jobs import cluster, crd, watch  # noqa: E402
-from jobs.cluster import CRD, JOB, WORKSPACE, ApiError, Cluster  # noqa: E402
+from jobs.api import client, crd  # noqa: E402
+from jobs.api.client import CRD, JOB, WORKSPACE, ApiError, Cluster  # noqa: E402
+from jobs.controller import watch  # noqa: E402
 
 TICKS = os.sysconf("SC_CLK_TCK")
 
@@ -143,7 +144,7 @@ def main() -> None:
         "preferred": asked.prefer,
     }
     with tempfile.TemporaryDirectory() as folder, bed.up(Path(folder) / "bed") as server:
-        api = cluster.connect(str(server.kubeconfig), threads=8)
+        api = client.connect(str(server.kubeconfig), threads=8)
         api.create(CRD, crd.definition())
         wait(lambda: _served(api))
         for name in ("speed", "many", "tuning-system"):

@@ -106,12 +106,13 @@ def plain(base: Path, adapter: Path, threads: int) -> None:
     import transformers
 
     from tuning import adapter as adapters
-    from tuning import chat, model
+    from tuning.models import generate
+    from tuning.models import load as model
 
     torch.set_num_threads(threads)
     tokenizer = model.load_tokenizer(base)
     loaded = model.load_base(base, precision="float32", quantisation=None, device="cpu")
-    tuned = chat.attach(loaded, adapters.inspect(adapter)).eval()
+    tuned = generate.attach(loaded, adapters.inspect(adapter)).eval()
     one_at_a_time = threading.Lock()
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -197,7 +198,7 @@ def materials(kind: str, folder: Path) -> tuple[Path, Path]:
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from tuning import model
+    from tuning.models import load as model
 
     base = ROOT / "examples" / "tiny-model"
     if kind == "small":

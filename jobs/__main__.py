@@ -14,10 +14,10 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from jobs import crd as crds
-from jobs import options as option_files
-from jobs import serve
-from jobs.options import Options
+from jobs.api import crd as crds
+from jobs.api import options as option_files
+from jobs.api.options import Options
+from jobs.controller import probes
 from tuning.errors import TuningError
 
 app = typer.Typer(
@@ -43,20 +43,21 @@ def run(
     elect: Annotated[bool, typer.Option(help="Take part in the election of one writer.")] = True,
 ) -> None:
     """Look after Workspaces until SIGTERM."""
-    from jobs import cluster, preflight
-    from jobs.operator import Operator, Setup
+    from jobs.api import client
+    from jobs.controller import preflight
+    from jobs.controller.operator import Operator, Setup
 
     _log_json()
     decided = _options(options, policy)
     identity = f"{os.environ.get('POD_NAME') or socket.gethostname()}-{os.getpid()}"
-    reached = cluster.connect(kubeconfig, threads=workers)
+    reached = client.connect(kubeconfig, threads=workers)
     setup = Setup(identity, decided.operator_namespace, elect=elect, workers=workers)
     operator = Operator(reached, decided, setup)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     preflight.check(reached, decided, stop)
-    with serve.serving(
+    with probes.serving(
         port,
         healthy=lambda: operator.healthy,
         ready=lambda: operator.ready,
@@ -98,7 +99,7 @@ def _print(documents: list[dict[str, Any]]) -> None:
 
 def _log_json() -> None:
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(serve.JsonLines())
+    handler.setFormatter(probes.JsonLines())
     logging.basicConfig(level=logging.INFO, handlers=[handler])
 
 

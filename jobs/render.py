@@ -8,10 +8,14 @@ from typing import Any
 
 import yaml
 
-from jobs import manifests, names, pod, served, serving, wanted
-from jobs.cluster import Object
-from jobs.options import Options
-from jobs.wanted import Wanted
+from jobs.api.client import Object
+from jobs.api.options import Options
+from jobs.desired import inference, names
+from jobs.desired import tuning as desired
+from jobs.desired.tuning import Wanted
+from jobs.manifests import job as manifests
+from jobs.manifests import pod
+from jobs.manifests import server as serving
 from tuning import spec as specs
 from tuning.errors import Problem, SpecError
 
@@ -28,7 +32,7 @@ def render(file: Path, options: Options, *, namespace: str) -> list[dict[str, An
         return _server(workspace, file, options)
     found = specs.load(file)  # all problems, with their lines
     name = (workspace.get("tuning") or {}).get("config")
-    wish = wanted.read(workspace, _config_map(file, name), None)
+    wish = desired.read(workspace, _config_map(file, name), None)
     _refuse_volumes(workspace, options)
     if wish.problems or wish.misfit:
         raise SpecError(wish.problems or wish.misfit)
@@ -58,16 +62,16 @@ def _server(workspace: Object, file: Path, options: Options) -> list[Object]:
 def _serves(workspace: Object, file: Path, options: Options) -> Wanted:
     """What is to be served. Raises SpecError."""
     name = (workspace.get("inference") or {}).get("config")
-    wish = served.read(workspace, _config_map(file, name), None)
+    wish = inference.read(workspace, _config_map(file, name), None)
     if wish.problems:
         raise SpecError(wish.problems)
     if wish.misfit:
-        machine = served.smallest(wish)
+        machine = inference.smallest(wish)
         change = f"use {machine} or larger" if machine else "no known machine fits"
         raise SpecError([replace(problem, change=change) for problem in wish.misfit])
     if wish.server and wish.server.runtime == "vllm" and not options.vllm_image:
         what, change = "the operator has no image of vLLM", "set the option vllmImage"
-        raise SpecError([Problem("JOB-104", served.RUNTIME, what, change)])
+        raise SpecError([Problem("JOB-104", inference.RUNTIME, what, change)])
     return wish
 
 

@@ -18,7 +18,7 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parent / "fixtures"
 CORPUS = [
     "Answer in short. Two plus two is four. Write code that returns one.",
     "def f():\n    return 1\n",

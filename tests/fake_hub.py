@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import struct
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -234,3 +235,50 @@ class _Exchange:
 
 def _git_id(data: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+def tensors(
+    named: dict[str, tuple[str, list[int], bytes]], *, size: int | None = None, text: bytes = b""
+) -> bytes:
+    """A safetensors file; `size` and `text` lie about the header."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, (kind, shape, data) in named.items():
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [at, at + len(data)]}
+        at += len(data)
+    text = text or json.dumps(header).encode()
+    body = b"".join(data for _, _, data in named.values())
+    return struct.pack("<Q", len(text) if size is None else size) + text + body
+
+
+WEIGHTS = tensors({"a": ("BF16", [2, 3], bytes(12)), "b": ("F32", [4], bytes(range(16)))})
+CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+MODEL = {
+    "config.json": json.dumps(CONFIG).encode(),
+    "tokenizer.json": b"{}",
+    "tokenizer_config.json": b"{}",
+    "model.safetensors": WEIGHTS,
+}
+CLUTTER = {
+    "README.md": b"# Model",
+    "pytorch_model.bin": b"pickle" * 1000,
+    "consolidated.safetensors": WEIGHTS,
+    "original/model.safetensors": WEIGHTS,
+    "modeling_custom.py": b"raise SystemExit",
+    "model.gguf": b"GGUF",
+}
+FIRST = tensors({"a": ("BF16", [2, 3], bytes(12))})
+SECOND = tensors({"b": ("F32", [4], bytes(16))})
+INDEX = {
+    "metadata": {"total_size": 28},
+    "weight_map": {
+        "a": "model-00001-of-00002.safetensors",
+        "b": "model-00002-of-00002.safetensors",
+    },
+}
+SHARDED = {
+    **{name: data for name, data in MODEL.items() if name != "model.safetensors"},
+    "model-00001-of-00002.safetensors": FIRST,
+    "model-00002-of-00002.safetensors": SECOND,
+    "model.safetensors.index.json": json.dumps(INDEX).encode(),
+}

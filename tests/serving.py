@@ -13,15 +13,18 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from tuning import adapter, model, train
-from tuning.serve import memory, mixture, runner
+from tuning import adapter
+from tuning.models import load as model
+from tuning.plan import inference
+from tuning.serve import mixture, runner
 from tuning.serve.engine import Engine, Job
 from tuning.serve.runner import Step
 from tuning.serve.sampling import Chooser, Sampling
 from tuning.serve.text import Writer
+from tuning.training import train
 
 NOBODY = 10**6  # no token
-ROOM = memory.Room(cache_tokens=4096, batch_tokens=64, requests=8)
+ROOM = inference.Room(cache_tokens=4096, batch_tokens=64, requests=8)
 
 
 def random_adapter(base: Path, folder: Path, *, seed: int = 0, **config: Any) -> Path:
@@ -100,7 +103,7 @@ def with_engine(
     make: Callable[[Step], Any],
     work: Callable[[Engine], Coroutine[Any, Any, Any]],
     *,
-    room: memory.Room = ROOM,
+    room: inference.Room = ROOM,
     most_waiting: int = 100,
 ) -> Any:
     """What `work` gives with an engine that runs meanwhile."""
@@ -116,7 +119,9 @@ def with_engine(
     return asyncio.run(session())
 
 
-def batched(loaded: Any, mix: mixture.Mixture, room: memory.Room = ROOM) -> Callable[[Step], Any]:
+def batched(
+    loaded: Any, mix: mixture.Mixture, room: inference.Room = ROOM
+) -> Callable[[Step], Any]:
     """Makes `Batched` runners."""
     return lambda step: runner.Batched(loaded, mix, room, step)
 

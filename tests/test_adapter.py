@@ -14,8 +14,11 @@ import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
 
-from tuning import adapter, chat, model, train
+from tuning import adapter
 from tuning.errors import DivergedError, SpecError, TuningError
+from tuning.models import generate
+from tuning.models import load as model
+from tuning.training import train
 
 Base = Callable[..., Path]
 
@@ -212,7 +215,7 @@ def test_what_was_trained_is_what_peft_loads(
 
     folder = tmp_path / "adapter"
     theirs = logits(lambda loaded: PeftModel.from_pretrained(loaded, str(folder)))
-    ours = logits(lambda loaded: chat.attach(loaded, adapter.inspect(folder)))
+    ours = logits(lambda loaded: generate.attach(loaded, adapter.inspect(folder)))
 
     assert torch.equal(theirs, ours)
     assert not torch.equal(ours, logits(lambda loaded: loaded))

@@ -119,7 +119,7 @@ def test_a_child_does_not_outlive_its_parent(tmp_path):
     body = textwrap.dedent(
         f"""
         import sys, time
-        sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
+        sys.path.insert(0, {str(Path(__file__).parents[1])!r})
         from pathlib import Path
         from tuning import process
         def work(r):

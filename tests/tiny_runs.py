@@ -116,7 +116,7 @@ def request(
     held_out: int = 0,
     **more: Any,
 ) -> dict[str, Any]:
-    """A request for tuning.train, with its dataset written under `run`."""
+    """A request for tuning.training.train, with its dataset written under `run`."""
     if not (run / "data").exists():
         (run / "data").mkdir(parents=True)
         for name, number, seed in (("train", count, 1), ("eval", held_out, 2)):

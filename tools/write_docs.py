@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from jobs import crd, options
-from tuning import files, presets, sizing, spec
+from jobs.api import crd, options
+from tuning import files, presets, spec
+from tuning.plan import sizing
 from tuning.plan.schema import schema
 from tuning.spec import keys
 

@@ -27,6 +27,21 @@ from typing import Any, Self
 
 SHOWN_PER_CODE = 20
 
+# Exit code -> the reason of a condition, and the codes that are worth another try. A contract.
+REASONS = {
+    0: "Succeeded",
+    1: "InternalError",
+    2: "UsageError",
+    10: "DataUnusable",
+    11: "SpecInvalid",
+    12: "AccessRefused",
+    13: "TrainingDiverged",
+    14: "OutOfMemory",
+    20: "TransientFailure",
+    75: "Stopped",
+}
+RETRYABLE = frozenset({20, 75})
+
 
 @dataclass(frozen=True)
 class Problem:

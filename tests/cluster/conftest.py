@@ -12,8 +12,8 @@ from cluster import bed
 from cluster.place import HostPython, Place, docker_registry, operated, prepare, reachable
 from cluster.world import NODE_CLAIM_CRD, World, fresh, wait
 
-from jobs import cluster, crd
-from jobs.cluster import CRD, NODE_CLAIM, WORKSPACE, ApiError, Cluster, Kind
+from jobs.api import client, crd
+from jobs.api.client import CRD, NODE_CLAIM, WORKSPACE, ApiError, Cluster, Kind
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -34,7 +34,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[bed.Bed]:
 @pytest.fixture(scope="session")
 def api(server: bed.Bed) -> Cluster:
     """The administrator's access, with Workspaces and NodeClaims served."""
-    found = cluster.connect(str(server.kubeconfig), threads=16)
+    found = client.connect(str(server.kubeconfig), threads=16)
     for definition in (crd.definition(), NODE_CLAIM_CRD):
         found.create(CRD, definition)
 
@@ -67,7 +67,7 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Iterator[bed.Bed]:
     if os.geteuid() or not all(map(shutil.which, ("containerd", "runc", "kubectl"))):
         pytest.skip("real pods are not tried here: needs root, containerd, runc and kubectl")
     with bed.up(tmp_path_factory.mktemp("full"), "full") as found:
-        prepare(cluster.connect(str(found.kubeconfig), threads=8))
+        prepare(client.connect(str(found.kubeconfig), threads=8))
         yield found
 
 
@@ -81,6 +81,6 @@ def login_registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture
 def place(full: bed.Bed, login_registry: str, tmp_path: Path) -> Iterator[Place]:
     """A namespace of it with data, Secrets and an operator; Jobs run this machine's Python."""
-    api = HostPython(cluster.connect(str(full.kubeconfig), threads=8)._api)
+    api = HostPython(client.connect(str(full.kubeconfig), threads=8)._api)
     with operated(Place(full, api, reachable(tmp_path), login_registry)) as found:
         yield found

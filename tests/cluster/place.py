@@ -20,8 +20,8 @@ import yaml
 from cluster import bed
 from cluster.world import NAMESPACE, SECRET, wait
 
-from jobs import crd
-from jobs.cluster import (
+from jobs.api import crd
+from jobs.api.client import (
     CLAIM,
     CRD,
     DEPLOYMENT,
@@ -34,8 +34,8 @@ from jobs.cluster import (
     Kind,
     Object,
 )
-from jobs.operator import Operator, Setup
-from jobs.options import Options, Storage
+from jobs.api.options import Options, Storage
+from jobs.controller.operator import Operator, Setup
 
 ROOT = Path(__file__).parents[2]
 VOLUME = Kind("", "v1", "persistentvolumes", "PersistentVolume", namespaced=False)

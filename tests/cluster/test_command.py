@@ -21,8 +21,9 @@ import yaml
 from cluster import bed
 from cluster.world import SUCCESS, World, wait, workspace
 
-from jobs import cluster, watch
-from jobs.cluster import LEASE, WORKSPACE, ApiError, Cluster, Object
+from jobs.api import client
+from jobs.api.client import LEASE, WORKSPACE, ApiError, Cluster, Object
+from jobs.controller import watch
 
 ROOT = Path(__file__).parents[2]
 
@@ -128,7 +129,7 @@ def test_a_watch_that_fell_silent_is_given_up(server: bed.Bed, world: World) -> 
     config["clusters"][0]["cluster"]["server"] = f"https://127.0.0.1:{gate.port}"
     through = server.folder / "cfg" / "silent.kubeconfig"
     through.write_text(yaml.safe_dump(config))
-    behind = cluster.connect(str(through), threads=1)
+    behind = client.connect(str(through), threads=1)
     *_, (_, version) = behind.pages(WORKSPACE, world.namespace)
     gate.mute = True
     start = time.monotonic()
@@ -137,7 +138,7 @@ def test_a_watch_that_fell_silent_is_given_up(server: bed.Bed, world: World) -> 
     gate.shut()
     assert 0 == silent.value.status
     assert time.monotonic() - start < 20
-    assert watch.WATCH + cluster.CONNECT <= 60
+    assert watch.WATCH + client.CONNECT <= 60
 
 
 def holder(api: Cluster, world: World) -> str:

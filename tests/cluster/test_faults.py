@@ -25,8 +25,7 @@ from cluster.world import (
     workspace,
 )
 
-from jobs import names, preflight
-from jobs.cluster import (
+from jobs.api.client import (
     CLAIM,
     CRD,
     EVENT,
@@ -41,8 +40,10 @@ from jobs.cluster import (
     Kind,
     Object,
 )
-from jobs.options import Nodes, Options, Storage
-from jobs.reconcile import reconcile
+from jobs.api.options import Nodes, Options, Storage
+from jobs.controller import preflight
+from jobs.controller.reconcile import reconcile
+from jobs.desired import names
 from tuning.errors import SpecError
 
 QUOTA = Kind("", "v1", "resourcequotas", "ResourceQuota")

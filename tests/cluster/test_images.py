@@ -12,9 +12,10 @@ from cluster import bed
 from cluster.place import Local, Place, ended, operated, reachable
 from cluster.world import World, config_map, wait, workspace
 
-from jobs import cluster, names
-from jobs.cluster import JOB, LEASE, NETWORK_POLICY, POD, WORKSPACE, Cluster, Kind, Object
-from jobs.options import Options
+from jobs.api import client
+from jobs.api.client import JOB, LEASE, NETWORK_POLICY, POD, WORKSPACE, Cluster, Kind, Object
+from jobs.api.options import Options
+from jobs.desired import names
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(900)]
 
@@ -39,7 +40,7 @@ def images(full: bed.Bed) -> None:
 
 @pytest.fixture(scope="module")
 def api(full: bed.Bed) -> Local:
-    return Local(cluster.connect(str(full.kubeconfig), threads=8)._api)
+    return Local(client.connect(str(full.kubeconfig), threads=8)._api)
 
 
 @pytest.fixture

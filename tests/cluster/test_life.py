@@ -17,9 +17,11 @@ from cluster.world import (
     workspace,
 )
 
-from jobs import cluster, names, wanted
-from jobs.cluster import CLAIM, EVENT, JOB, POD, WORKSPACE, Cluster, Object
-from jobs.options import Nodes, Options, Storage
+from jobs.api import client
+from jobs.api.client import CLAIM, EVENT, JOB, POD, WORKSPACE, Cluster, Object
+from jobs.api.options import Nodes, Options, Storage
+from jobs.desired import names
+from jobs.desired import tuning as desired
 
 
 def test_a_workspace_lives_from_pending_to_succeeded(world: World) -> None:
@@ -200,7 +202,7 @@ def test_the_same_name_made_again_adopts_nothing(world: World) -> None:
 def test_a_foreign_job_of_the_name_is_left_alone(world: World) -> None:
     """NameConflict, and the other's Job stays as it is."""
     made = world.apply(workspace("phi", world.namespace))
-    name = names.short_name(made, wanted.revision(made))
+    name = names.short_name(made, desired.revision(made))
     foreign = {
         "apiVersion": "batch/v1",
         "kind": "Job",
@@ -240,7 +242,7 @@ def test_a_machine_is_bought_used_and_given_back(api: Cluster) -> None:
     world.apply(workspace("phi", world.namespace))
     world.step("phi", times=2)
     mine = f"{names.UID_LABEL}={world.get('phi')['metadata']['uid']}"
-    assert 1 == len(api.find(cluster.NODE_CLAIM, labels=mine))
+    assert 1 == len(api.find(client.NODE_CLAIM, labels=mine))
     assert [] == world.jobs()
     assert ("False", "NodeClaimNotReady") == world.condition("phi", "ResourceReady")
     assert [names.FINALIZER] == world.get("phi")["metadata"]["finalizers"]
@@ -251,7 +253,7 @@ def test_a_machine_is_bought_used_and_given_back(api: Cluster) -> None:
     world.state("phi", "Running")
     world.end(pod, 0, SUCCESS)
     world.state("phi", "Succeeded")
-    world.until("phi", lambda: not api.find(cluster.NODE_CLAIM, labels=mine), "machine's end")
+    world.until("phi", lambda: not api.find(client.NODE_CLAIM, labels=mine), "machine's end")
     api.delete(WORKSPACE, world.get("phi"))
     world_gone(world, "phi")
 
@@ -274,12 +276,12 @@ def test_a_cloud_without_machines_is_asked_three_times(api: Cluster) -> None:
 
     def given_up() -> bool:
         # Each machine goes when the garbage collector has seen to it, which may take seconds.
-        for machine in api.find(cluster.NODE_CLAIM, labels=mine):
+        for machine in api.find(client.NODE_CLAIM, labels=mine):
             names_seen.add(machine["metadata"]["name"])
             if machine["metadata"].get("deletionTimestamp"):
                 continue
             world.patch_status(
-                cluster.NODE_CLAIM,
+                client.NODE_CLAIM,
                 machine,
                 {"conditions": [{"type": "Launched", "status": "False", "message": "no quota"}]},
             )
@@ -289,7 +291,7 @@ def test_a_cloud_without_machines_is_asked_three_times(api: Cluster) -> None:
     world.until("phi", given_up, "three attempts")
     assert 3 == len(names_seen)
     assert "no quota" in world.status("phi")["failure"]["message"]
-    world.until("phi", lambda: not api.find(cluster.NODE_CLAIM, labels=mine), "cleanup")
+    world.until("phi", lambda: not api.find(client.NODE_CLAIM, labels=mine), "cleanup")
 
 
 def test_deletion_while_a_machine_runs_leaves_nothing(api: Cluster) -> None:
@@ -416,7 +418,7 @@ def test_a_deleted_job_is_made_again_and_resumes(world: World) -> None:
 
 def test_a_quota_is_told_in_its_own_words(world: World) -> None:
     """What the API server refuses for good becomes a condition, not a crash loop."""
-    quota = cluster.Kind("", "v1", "resourcequotas", "ResourceQuota")
+    quota = client.Kind("", "v1", "resourcequotas", "ResourceQuota")
     world.api.create(
         quota,
         {
@@ -484,4 +486,4 @@ def test_a_crash_at_any_write_changes_nothing_in_the_end(api: Cluster, after: bo
         assert DIGEST == status["output"]["digest"]
         assert 1 == len(world.jobs())
         mine = f"{names.UID_LABEL}={world.get('phi')['metadata']['uid']}"
-        world.until("phi", lambda w=mine: not api.find(cluster.NODE_CLAIM, labels=w))
+        world.until("phi", lambda w=mine: not api.find(client.NODE_CLAIM, labels=w))

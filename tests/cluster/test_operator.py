@@ -32,8 +32,8 @@ from cluster.world import (
     workspace,
 )
 
-from jobs import cluster, names, preflight, serve
-from jobs.cluster import (
+from jobs.api import client
+from jobs.api.client import (
     DEPLOYMENT,
     JOB,
     LEASE,
@@ -46,9 +46,11 @@ from jobs.cluster import (
     Kind,
     NotLeader,
 )
-from jobs.lease import Lease
-from jobs.options import Nodes, Options, Storage
-from jobs.watch import Watch
+from jobs.api.options import Nodes, Options, Storage
+from jobs.controller import preflight, probes
+from jobs.controller.lease import Lease
+from jobs.controller.watch import Watch
+from jobs.desired import names
 
 ROOT = Path(__file__).parents[2]
 RIGHTS = {
@@ -99,7 +101,7 @@ def account_of(server: bed.Bed, api: Cluster, folder: str, namespace: str) -> Cl
     config["users"] = [{"name": "me", "user": {"token": token}}]
     file = server.folder / "cfg" / f"{namespace}.kubeconfig"
     file.write_text(yaml.safe_dump(config))
-    return cluster.connect(str(file), threads=8)
+    return client.connect(str(file), threads=8)
 
 
 @pytest.fixture(scope="module")
@@ -446,7 +448,7 @@ def test_probes_and_metrics_answer(api: Cluster) -> None:
     with operating(api, Options(namespaces=(world.namespace,))) as operator:
         world.apply(workspace("phi", world.namespace))
         wait(world.jobs)
-        with serve.serving(
+        with probes.serving(
             0,
             healthy=lambda: operator.healthy,
             ready=lambda: operator.ready,

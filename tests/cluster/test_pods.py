@@ -13,7 +13,7 @@ import pytest
 from cluster.place import PASSWORD, HostPython, Place, ended
 from cluster.world import wait
 
-from jobs import reconcile
+from jobs.controller import reconcile
 
 
 def test_the_example_trains_and_pushes(place: Place) -> None:

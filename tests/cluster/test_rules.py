@@ -14,12 +14,12 @@ import yaml
 from cluster import bed
 from cluster.world import workspace
 
-from jobs import cluster
-from jobs.cluster import WORKSPACE, ApiError, Cluster
+from jobs.api import client
+from jobs.api.client import WORKSPACE, ApiError, Cluster
 
 ROOT = Path(__file__).parents[2]
 CRD_FILE = ROOT / "configs/deploy/crd/workspaces.kaito.sh.yaml"
-ALPHA = cluster.Kind("kaito.sh", "v1alpha1", "workspaces", "Workspace")
+ALPHA = client.Kind("kaito.sh", "v1alpha1", "workspaces", "Workspace")
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def judge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         for version in ("v1beta1", "v1alpha1"):
             arguments = ("kaito.sh", version, str(CRD_FILE), str(found.folder))
             found.script("crd-up.sh", *arguments)
-        yield cluster.connect(str(found.kubeconfig), threads=2)
+        yield client.connect(str(found.kubeconfig), threads=2)
 
 
 def made(judge: Cluster, change: Any = None) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def made(judge: Cluster, change: Any = None) -> dict[str, Any]:
     if change:
         change(item)
     found = judge.create(
-        cluster.Kind("kaito.sh", item["apiVersion"].split("/")[1], "workspaces", "Workspace"), item
+        client.Kind("kaito.sh", item["apiVersion"].split("/")[1], "workspaces", "Workspace"), item
     )
     assert found is not None
     return found

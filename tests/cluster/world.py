@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from jobs import children
-from jobs.cluster import (
+from jobs.api.client import (
     CONFIG_MAP,
     JOB,
     NODE_CLAIM,
@@ -24,11 +23,12 @@ from jobs.cluster import (
     Kind,
     Object,
 )
-from jobs.observe import Context
-from jobs.operator import Operator, Setup
-from jobs.options import Options
-from jobs.reconcile import reconcile
-from jobs.site import Site
+from jobs.api.options import Options
+from jobs.controller.operator import Operator, Setup
+from jobs.controller.reconcile import reconcile
+from jobs.observed import objects
+from jobs.observed.observe import Context
+from jobs.observed.site import Site
 
 NAMESPACE = Kind("", "v1", "namespaces", "Namespace", namespaced=False)
 ACCOUNT = Kind("", "v1", "serviceaccounts", "ServiceAccount")
@@ -138,7 +138,7 @@ class World:
         return found
 
     def condition(self, name: str, kind: str) -> tuple[str, str]:
-        found = children.condition(self.get(name), kind)
+        found = objects.condition(self.get(name), kind)
         return (found["status"], found["reason"]) if found else ("", "")
 
     def jobs(self) -> list[Object]:
@@ -188,7 +188,7 @@ class World:
                 and p["status"].get("phase") not in ("Failed", "Succeeded")
                 and not p["metadata"].get("deletionTimestamp")
             ]
-            return children.newest(tuple(own))
+            return objects.newest(tuple(own))
 
         found: Object = self.until(name, alive, "a pod")
         return found

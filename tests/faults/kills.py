@@ -1,6 +1,7 @@
 """Strikes a real run at an exact point of its life: a file, a journal line, a request.
 
-    kills.Run(command, aim=kills.Aim("os.rename", "MANIFEST.json", room="tuning.train")).end()
+    aim = kills.Aim("os.rename", "MANIFEST.json", room="tuning.training.train")
+    kills.Run(command, aim=aim).end()
 
 starts the command and gives how it ended. The product has no hook for this: a `sitecustomize` on
 the path of the run and its children (`faults/site`) listens to Python's audit events. `act` is what
@@ -33,7 +34,7 @@ class Aim:
 
     event: str
     text: str  # a regular expression
-    room: str = ""  # "tuning" is the parent, "tuning.train" a child; any if empty
+    room: str = ""  # "tuning" is the parent, "tuning.training.train" a child; any if empty
     nth: int = 1
     after: bool = False  # strike when it has happened, not before
     seconds: float = 0.0  # strike so much later

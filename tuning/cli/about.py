@@ -21,13 +21,13 @@ def presets(
     as_json: Json = False,
 ) -> None:
     """List the base models and machine types that are known by name."""
-    from tuning import show
+    from tuning.cli import tables
 
-    records = show.catalogue(name, instances=instances)
+    records = tables.catalogue(name, instances=instances)
     if as_json:
         print(json.dumps(records, indent=2, sort_keys=True))
     else:
-        show.display(show.catalogue_table(records))
+        tables.display(tables.catalogue_table(records))
 
 
 @app.command()
@@ -35,8 +35,8 @@ def version(
     verbose: Annotated[bool, typer.Option(help="Libraries and devices, for bug reports.")] = False,
 ) -> None:
     """Print the version."""
-    from tuning import show
+    from tuning.cli import tables
 
     print(tuning.__version__)
     if verbose:
-        print("\n".join(show.environment()))
+        print("\n".join(tables.environment()))

@@ -37,8 +37,8 @@ def pull(
     insecure: Insecure = False,
 ) -> None:
     """Fetch an adapter image, verify it, and lay the PEFT folder down."""
-    from tuning import delivery
     from tuning.console import Console
+    from tuning.oci import delivery
 
     access = access_of(key, policy, pull_secret=pull_secret, ca=ca, insecure=insecure)
     digest = delivery.pull(image, folder, access=access, console=Console(), base=base)
@@ -56,14 +56,15 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show what an adapter is: base, rank, run, size, signatures. Fetches no weights."""
-    from tuning import inspection, show
+    from tuning.cli import tables
+    from tuning.oci import inspection
 
     access = access_of(key, policy, pull_secret=pull_secret, ca=ca, insecure=insecure)
     found = inspection.inspect(image, access=access).to_json()
     if as_json:
         print(json.dumps(found, indent=2, sort_keys=True))
     else:
-        show.display(show.inspection_table(found))
+        tables.display(tables.inspection_table(found))
 
 
 @app.command()
@@ -89,8 +90,10 @@ def chat(
     """Talk to a base model, with an adapter or with both side by side."""
     import warnings
 
-    from tuning import delivery, pipeline, show
+    from tuning import pipeline
+    from tuning.cli import tables
     from tuning.console import Console
+    from tuning.oci import delivery
 
     warnings.simplefilter("ignore")  # what libraries tell each other is no news to who chats
     console = Console()
@@ -100,13 +103,13 @@ def chat(
         weights = pipeline.base_folder(
             base, token_file=hub_token_file, console=console, access=access
         )
-        from tuning.chat import Session  # seconds: torch
+        from tuning.models.generate import Session  # seconds: torch
 
         session = Session(weights, folder, max_new_tokens=max_tokens)
     history: list[dict[str, str]] = []
-    for asked in question or show.questions():
+    for asked in question or tables.questions():
         answer, plain = session.ask(asked, history=history, compare=compare)
-        print(show.answers(asked, answer, plain))
+        print(tables.answers(asked, answer, plain))
         if not question:
             history += [{"role": "user", "content": asked}]
             history += [{"role": "assistant", "content": answer}]
@@ -135,14 +138,14 @@ def merge(
     """Put base and adapter together into one full model: a folder, or a model image."""
     import warnings
 
-    from tuning import whole
     from tuning.console import Console
+    from tuning.pipeline import whole_models
 
     warnings.simplefilter("ignore")  # what libraries tell each other is no news to who merges
     access = access_of(
         key, policy, push_secret=push_secret, pull_secret=pull_secret, ca=ca, insecure=insecure
     )
-    done = whole.merged(
+    done = whole_models.merged(
         base,
         adapter,
         output,
@@ -170,11 +173,11 @@ def package_model(
     insecure: Insecure = False,
 ) -> None:
     """Store a base model as an OCI image, for `--base-model oci://IMAGE` and image volumes."""
-    from tuning import whole
     from tuning.console import Console
+    from tuning.pipeline import whole_models
 
     access = access_of(None, policy, push_secret=push_secret, ca=ca, insecure=insecure)
-    done = whole.packaged(
+    done = whole_models.packaged(
         model,
         output,
         revision=revision,

@@ -67,7 +67,8 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Tune: check, fetch, plan, train, package, push. The same command again goes on."""
-    from tuning import pipeline, show
+    from tuning import pipeline
+    from tuning.cli import tables
     from tuning.console import Console
 
     spec = spec_of(file, base_model, data, instance, output, hosts_of(allow_host, policy))
@@ -92,7 +93,7 @@ def run(
     if as_json:
         print(json.dumps(summary.to_json(), indent=2, sort_keys=True))
     else:
-        print("\n".join(show.summary_lines(summary)))
+        print("\n".join(tables.summary_lines(summary)))
 
 
 @app.command()
@@ -110,8 +111,9 @@ def plan(
     A model that is not among the presets is looked up at the hub and simulated, which takes a few
     seconds and torch.
     """
-    from tuning import device, show
     from tuning import plan as plans
+    from tuning.cli import tables
+    from tuning.plan import device
 
     spec = spec_of(file, base_model, data, instance, output)
     here = device.detect()
@@ -126,10 +128,10 @@ def plan(
     if as_json:
         print(json.dumps(decided.to_json(), indent=2, sort_keys=True))
         return
-    print(show.plan_heading(spec, decided))
-    show.display(show.plan_table(decided))
-    if (memory := show.memory_table(decided)) is not None:
-        show.display(memory)
+    print(tables.plan_heading(spec, decided))
+    tables.display(tables.plan_table(decided))
+    if (memory := tables.memory_table(decided)) is not None:
+        tables.display(memory)
     print("\n".join(f"note: {note}" for note in spec.notes), end="")
 
 
@@ -191,7 +193,7 @@ def preview(
     Fetches the data and the tokenizer, no weights; `run` in the same directory goes on from there.
     """
     from tuning import pipeline
-    from tuning import preview as previews
+    from tuning.cli import preview as previews
     from tuning.console import Console
 
     spec = spec_of(file, base_model, data, instance, output, hosts_of(allow_host, policy))

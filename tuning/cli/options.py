@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from tuning.delivery import Access
+    from tuning.oci.delivery import Access
     from tuning.spec import Spec
 
 File = Annotated[
@@ -91,8 +91,8 @@ def access_of(key: list[Path] | None, policy: Path | None, **more: Any) -> Acces
     """How registries are reached; a --key is a rule that wants a signature by it."""
     from dataclasses import replace
 
-    from tuning.delivery import Access
-    from tuning.trust import Trust
+    from tuning.oci.delivery import Access
+    from tuning.oci.policy import Trust
 
     trust = Trust.load(policy) if policy else Trust()
     if key:
@@ -123,6 +123,6 @@ def spec_of(
 
 def hosts_of(allowed: list[str] | None, policy: Path | None) -> tuple[str, ...]:
     """The private hosts that data may come from, by --allow-host and the policy file."""
-    from tuning.fetch import Policy
+    from tuning.sources.fetch import Policy
 
     return (*(allowed or ()), *(Policy.load(policy).allow_hosts if policy else ()))

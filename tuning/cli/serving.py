@@ -70,9 +70,10 @@ def serve(
     """Answer over HTTP: a base model and adapters, each by its name; OpenAI's API and a page."""
     import warnings
 
-    from tuning import model_image, pipeline
+    from tuning import pipeline
     from tuning.console import Console
     from tuning.errors import UsageError
+    from tuning.oci import model_image
     from tuning.serve import listening
     from tuning.serve import options as wanted
 

@@ -19,8 +19,8 @@ from typing import Any
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from tuning.data import skeleton
+from tuning.data.formats import Conversation, Fault, quoted, texts_in
 from tuning.data.skeleton import Message, Skeleton, Spans, Unplaced, squeeze
-from tuning.formats import Conversation, Fault, quoted, texts_in
 
 _PLAIN = {"role", "content"}
 _REASONS = re.compile("reasoning|thinking")

@@ -16,8 +16,8 @@ from typing import Any, Literal
 from tokenizers import Tokenizer
 
 from tuning.data.chat import Rendered, Template
+from tuning.data.formats import Conversation, Example, Fault, Pair, Text, Tokens
 from tuning.data.skeleton import Spans
-from tuning.formats import Conversation, Example, Fault, Pair, Text, Tokens
 
 
 @dataclass(frozen=True)

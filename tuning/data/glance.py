@@ -15,10 +15,10 @@ from itertools import islice
 from pathlib import Path
 
 from tuning.data import json_rows, separated, sniff
+from tuning.data.formats import BadRow, Columns, Shape, detect, quoted, to_example, unused
 from tuning.data.problems import Problems
 from tuning.data.source import Batch, Source
 from tuning.errors import DataError
-from tuning.formats import BadRow, Columns, Shape, detect, quoted, to_example, unused
 
 HEAD = 64 << 10  # bytes that are enough
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tuning.data import sniff
+from tuning.data.formats import quoted, type_name
 from tuning.data.source import (
     MAX_LINE,
     ROWS,
@@ -18,7 +19,6 @@ from tuning.data.source import (
     raw_bytes,
     text_bytes,
 )
-from tuning.formats import quoted, type_name
 
 MAX_DEPTH = 100
 _SPLITS = ("validation", "valid", "val", "test", "eval", "dev")

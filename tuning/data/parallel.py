@@ -18,13 +18,13 @@ import pyarrow.ipc
 
 from tuning import process
 from tuning.data import meter as meters
+from tuning.data.formats import Shape
 from tuning.data.meter import Meter
 from tuning.data.parts import Part
-from tuning.data.reader import Input, Known, Reader, writing
+from tuning.data.reader import Input, Known, Reader, reader_of, writing
 from tuning.data.sniff import Kind
 from tuning.data.tally import Tally
 from tuning.errors import Problem, TuningError
-from tuning.formats import Shape
 from tuning.threads import side_by_side
 
 Work = tuple[Input, Part]
@@ -150,8 +150,6 @@ def _describe(number: int, input: Input, part: Part, known: dict[int, Known]) ->
 
 def work(request: dict[str, Any]) -> dict[str, Any]:
     """The step "part": read the parts that `request` lists, each to a file of its own."""
-    from tuning.data.tokenise import reader_of
-
     scratch = Path(request["scratch"])
     meter = Meter(Path(request["progress"]), 0)
     reader, _ = reader_of(request, scratch=scratch, meter=meter)

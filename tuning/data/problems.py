@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from tuning.data.formats import Shape
 from tuning.errors import DataError, Problem
-from tuning.formats import Shape
 
 LIMIT = 10_000
 

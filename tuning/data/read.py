@@ -12,9 +12,9 @@ import pyarrow.ipc
 import pyarrow.parquet as pq
 
 from tuning.data import json_rows, separated, sniff
+from tuning.data.formats import KNOWN_COLUMNS, UNREAD, quoted
 from tuning.data.source import BYTES, ROWS, Batch, Source
 from tuning.errors import DataError
-from tuning.formats import KNOWN_COLUMNS, UNREAD, quoted
 
 
 def batches(source: Source) -> Iterator[Batch]:

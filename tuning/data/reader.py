@@ -16,12 +16,7 @@ import pyarrow.ipc
 
 from tuning.data import read, sniff
 from tuning.data.encode import Encoded, Encoder
-from tuning.data.parts import Part
-from tuning.data.problems import Problems, mixed
-from tuning.data.source import Batch, Source
-from tuning.data.tally import Tally
-from tuning.errors import DataError
-from tuning.formats import (
+from tuning.data.formats import (
     BadRow,
     Columns,
     Example,
@@ -32,6 +27,13 @@ from tuning.formats import (
     to_example,
     unused,
 )
+from tuning.data.meter import Meter
+from tuning.data.parts import Part
+from tuning.data.problems import Problems, mixed
+from tuning.data.source import Batch, Source
+from tuning.data.tally import Tally
+from tuning.data.tokenizer import load_template, load_tokenizer
+from tuning.errors import DataError
 
 SCHEMA = pa.schema(
     [
@@ -219,3 +221,17 @@ def lists(values: Sequence[Sequence[int]]) -> pa.ListArray:
     return pa.ListArray.from_arrays(
         pa.array(ends), pa.array(np.frombuffer(flat, dtype=np.int32) if flat else [], pa.int32())
     )
+
+
+def reader_of(request: dict[str, Any], *, scratch: Path, meter: Meter) -> tuple[Reader, Any]:
+    """What reads files as `request` says, and the tokenizer. Raises SpecError."""
+    settings = request["settings"]
+    tokenizer = load_tokenizer(Path(request["base"]))
+    template = load_template(tokenizer, settings.get("chat_template"))
+    encoder = Encoder(tokenizer, template, train_on=settings.get("train_on") or "assistant")
+    columns = Columns(
+        settings.get("messages_column"),
+        settings.get("context_column"),
+        settings.get("response_column"),
+    )
+    return Reader(encoder, columns, Problems(), scratch, meter.add), tokenizer

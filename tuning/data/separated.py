@@ -6,8 +6,8 @@ import csv
 from collections.abc import Iterator
 from typing import Any
 
+from tuning.data.formats import quoted
 from tuning.data.source import MAX_LINE, Batch, Gathered, Source, lines, text_bytes
-from tuning.formats import quoted
 
 
 def rows(source: Source) -> Iterator[Batch]:

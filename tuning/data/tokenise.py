@@ -14,15 +14,14 @@ from typing import Any
 from tuning import files
 from tuning.data import parallel, sniff
 from tuning.data.encode import Encoder
+from tuning.data.formats import Shape
 from tuning.data.meter import Meter
 from tuning.data.parts import PART, divide
 from tuning.data.problems import Problems
-from tuning.data.reader import Input, Known, Reader, writing
+from tuning.data.reader import Input, Known, Reader, reader_of, writing
 from tuning.data.sample import spelled
 from tuning.data.tally import Tally
-from tuning.data.tokenizer import load_template, load_tokenizer
 from tuning.errors import DataError
-from tuning.formats import Columns, Shape
 
 MOST_PROCESSES = 16  # each takes some 150 MB
 
@@ -40,20 +39,6 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
         return _Step(request, out, scratch).run()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def reader_of(request: dict[str, Any], *, scratch: Path, meter: Meter) -> tuple[Reader, Any]:
-    """What reads files as `request` says, and the tokenizer. Raises SpecError."""
-    settings = request["settings"]
-    tokenizer = load_tokenizer(Path(request["base"]))
-    template = load_template(tokenizer, settings.get("chat_template"))
-    encoder = Encoder(tokenizer, template, train_on=settings.get("train_on") or "assistant")
-    columns = Columns(
-        settings.get("messages_column"),
-        settings.get("context_column"),
-        settings.get("response_column"),
-    )
-    return Reader(encoder, columns, Problems(), scratch, meter.add), tokenizer
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,18 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from tuning import base, delivery, device, fetch, formats, model_image, plan
+from tuning import plan
 from tuning.console import Console
+from tuning.data import formats
 from tuning.data.glance import Glance, glance, glance_at
 from tuning.data.problems import mixed
 from tuning.errors import DataError
+from tuning.oci import delivery, model_image
 from tuning.pipeline import sizing
 from tuning.pipeline.endings import together
 from tuning.pipeline.options import Options, base_reference, read_token
+from tuning.plan import device
+from tuning.sources import base, fetch
 from tuning.spec import Spec
 
 

@@ -6,10 +6,13 @@ import datetime
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tuning import base, card, delivery, files, report
+from tuning import files
 from tuning.adapter import WEIGHTS
+from tuning.oci import delivery
+from tuning.pipeline import model_card, report
 from tuning.pipeline.run import Run, Value, key_of
 from tuning.plan import Plan
+from tuning.sources import base
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ def package(run: Run, decided: Plan, training: Value, packed: Value, model: base
     """The adapter folder gets its card and becomes an image; gives the image's digest."""
     run.begin("package", "Building the image ...")
     recipe = decided.recipe
-    facts = card.Facts(
+    facts = model_card.Facts(
         preset=run.spec.preset,
         licence=model.licence,
         rows=packed["train"]["documents"],
@@ -69,13 +72,13 @@ def package(run: Run, decided: Plan, training: Value, packed: Value, model: base
     def work() -> Value:
         folder = run.folder / "adapter"
         run.room(2 * sum(path.stat().st_size for path in folder.iterdir()))
-        card.write(folder, recipe=asdict(recipe), run_id=recipe.run_id, facts=facts)
+        model_card.write(folder, recipe=asdict(recipe), run_id=recipe.run_id, facts=facts)
         built = delivery.package(
             folder,
             run.folder / "image",
             preset=run.spec.preset,
             run_id=recipe.run_id,
-            annotations=card.labels(asdict(recipe), facts=facts),
+            annotations=model_card.labels(asdict(recipe), facts=facts),
             destination=run.spec.destination,
             access=run.options.access,
         )
@@ -137,7 +140,7 @@ def finish(
         base_revision=decided.recipe.base_revision,
         training=training
         | {
-            f"eval_perplexity_{when}": card.perplexity(training[f"eval_loss_{when}"])
+            f"eval_perplexity_{when}": model_card.perplexity(training[f"eval_loss_{when}"])
             for when in ("before", "after")
         },
     )

@@ -6,11 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tuning import fetch, model_image, presets, watchdog
-from tuning.delivery import Access
+from tuning import presets
 from tuning.errors import SpecError
+from tuning.oci import model_image
+from tuning.oci.delivery import Access
+from tuning.oci.policy import Trust
+from tuning.pipeline import watchdog
+from tuning.sources import fetch
 from tuning.spec import Spec
-from tuning.trust import Trust
 
 JOB_SECRETS, JOB_MODELS = Path("/etc/tuning/secrets"), Path("/models")
 JOB_DATA_SECRET = Path("/etc/tuning-data")  # a whole Secret, which no projection can hold

@@ -6,15 +6,18 @@ import importlib.metadata
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from tuning import backends, base, delivery, fetch, files, model_image, network, plan
+from tuning import files, plan
 from tuning.console import Console
 from tuning.data import meter
-from tuning.delivery import Access
+from tuning.network import policy
+from tuning.oci import delivery, model_image
+from tuning.oci.delivery import Access
 from tuning.pipeline import sizing
 from tuning.pipeline.endings import together
 from tuning.pipeline.options import base_reference, read_token, reference
 from tuning.pipeline.run import Run, Value, key_of
-from tuning.plan import Plan
+from tuning.plan import Plan, backends
+from tuning.sources import base, fetch
 
 RECIPE_LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes")
 DATA_SETTINGS = (
@@ -122,7 +125,7 @@ def fetch_data(run: Run) -> list[Value]:
     return found
 
 
-def _credentials(run: Run) -> network.Headers | None:
+def _credentials(run: Run) -> policy.Headers | None:
     folder = run.options.data_secrets
     return fetch.load_headers(folder) if folder else None
 

@@ -10,14 +10,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tuning import device, files, journal, process, threads
+from tuning import files, process, threads
 from tuning.console import Console
 from tuning.errors import SpecError
-from tuning.pipeline import endings
+from tuning.pipeline import endings, journal
 from tuning.pipeline.options import Options, read_token
+from tuning.plan import device
 from tuning.spec import Spec
 
 Value = dict[str, Any]
+TRAIN = "training.train"  # the module of the training child
 LAST_SECONDS = 5.0  # of the grace period, for the parent's own last words
 
 
@@ -68,7 +70,7 @@ class Run:
                 stop_asked=self.stop.is_set,
                 tick=tick,
                 grace=max(1.0, self.options.grace - LAST_SECONDS),
-                ahead=self.ahead if room == "train" else None,
+                ahead=self.ahead if room == TRAIN else None,
                 ranks=ranks,
             )
         except process.Hung as hung:
@@ -84,7 +86,7 @@ class Run:
             return nullcontext()
         logs = self.folder / "log"
         logs.mkdir(exist_ok=True)
-        return process.Ahead("train", log=logs / "train.log", keep_open=(self.book.lock,))
+        return process.Ahead(TRAIN, log=logs / "train.log", keep_open=(self.book.lock,))
 
     def unless_stopped(self, work: Callable[[], Value]) -> Value:
         """What blocking `work` gives, or Stopped soon after a signal, whatever it waits for."""

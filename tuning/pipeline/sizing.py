@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from tuning import base, model_image, plan, simulated
-from tuning.access import Access
+from tuning import plan
 from tuning.console import Console
-from tuning.device import Device
+from tuning.oci import model_image
+from tuning.oci.access import Access
 from tuning.pipeline.options import base_reference
+from tuning.plan import simulation
+from tuning.plan.device import Device
+from tuning.sources import base
 from tuning.spec import Spec
 
 
@@ -49,13 +52,13 @@ def sized(
     if not known.config or not plan.wants_simulation(known, device):
         return known
     try:
-        found = simulated.coefficients(
+        found = simulation.coefficients(
             known.config,
             variants=plan.variants(spec, known, device),
             begin=lambda: console.say("Sizing the model, which is not among the presets ..."),
             stop=stop,
             keep_open=keep_open,
         )
-    except simulated.Impossible as why:
+    except simulation.Impossible as why:
         return replace(known, unsized=f"it could not be simulated, since {why}")
     return replace(known, simulated=found)

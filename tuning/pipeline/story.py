@@ -9,15 +9,17 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tuning import base, files, journal, plan, result
-from tuning import live as progress
+from tuning import files, plan
 from tuning import spec as specs
 from tuning.console import Console
 from tuning.errors import TuningError
-from tuning.pipeline import endings, finishing, preparing, training, weights
+from tuning.pipeline import endings, finishing, journal, preparing, training, weights
+from tuning.pipeline import outcome as result
+from tuning.pipeline import progress_server as progress
 from tuning.pipeline.finishing import Summary
 from tuning.pipeline.options import Options
 from tuning.pipeline.run import Run, Value, key_of
+from tuning.sources import base
 from tuning.spec import Spec
 
 

@@ -9,12 +9,15 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from tuning import base, card, delivery, files, plan, process, result
+from tuning import files, plan, process
 from tuning.adapter import WEIGHTS
 from tuning.console import Report
 from tuning.errors import Killed, OutOfMemoryError
-from tuning.pipeline.run import Run, Value, key_of
+from tuning.oci import delivery
+from tuning.pipeline import model_card, outcome
+from tuning.pipeline.run import TRAIN, Run, Value, key_of
 from tuning.plan import Plan
+from tuning.sources import base
 
 
 def train(
@@ -78,7 +81,9 @@ def _adopt(run: Run, held: str) -> Value:
     access = replace(run.options.access, pull_secret=run.options.access.push_secret)
     delivery.pull(name, adapter, access=access, console=run.console)
     weights = files.digest_file(adapter / "adapter_model.safetensors")
-    return card.training(files.read_json(adapter / "tuning.json")) | {"adapter_sha256": weights}
+    return model_card.training(files.read_json(adapter / "tuning.json")) | {
+        "adapter_sha256": weights
+    }
 
 
 def _fitting(run: Run, request: Value, decided: Plan, report: Report) -> Value:
@@ -97,7 +102,7 @@ def _fitting(run: Run, request: Value, decided: Plan, report: Report) -> Value:
         placed = request | {"placement": asdict(way), "meeting": str(_meeting(run))}
         try:
             tick = _watched(run, report)
-            return run.child("train", placed, tick=tick, ranks=way.ranks)
+            return run.child(TRAIN, placed, tick=tick, ranks=way.ranks)
         except (OutOfMemoryError, Killed) as error:
             if error.exit_code not in (OutOfMemoryError.exit_code, 128 + signal.SIGKILL):
                 raise
@@ -130,7 +135,7 @@ def _watched(run: Run, report: Report) -> Callable[[], None]:
 
     def tick() -> None:
         _report_step(run, report)
-        now, progress = time.monotonic(), result.progress(run.folder)
+        now, progress = time.monotonic(), outcome.progress(run.folder)
         signs = [path.stat().st_mtime_ns for path in paths if path.exists()]
         dog.hear(signs, step=progress["step"] if progress else None, now=now)
         if (silence := dog.silence(now)) is not None:
@@ -140,7 +145,7 @@ def _watched(run: Run, report: Report) -> Callable[[], None]:
 
 
 def _report_step(run: Run, report: Report) -> None:
-    now = result.progress(run.folder)
+    now = outcome.progress(run.folder)
     if now is not None:
         note = f"loss {now['loss']:.3f}  {now['tokens_per_second']:,.0f} tokens/s"
         report(now["step"], now["steps"], note)

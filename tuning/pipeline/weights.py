@@ -12,9 +12,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from tuning import base
 from tuning.pipeline import endings
 from tuning.pipeline.run import Run
+from tuning.sources import base
 
 
 class Coming:

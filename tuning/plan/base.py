@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tuning import files, presets, sizing
-from tuning.device import Device
+from tuning import files, presets
 from tuning.errors import Problem, SpecError
-from tuning.ledger import Coefficients
+from tuning.plan import sizing
+from tuning.plan.device import Device
+from tuning.plan.memory import Coefficients
 from tuning.spec import Spec
 
 IMAGE = "oci:"  # before the name of an image that holds a base model

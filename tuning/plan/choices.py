@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from tuning.device import Device
 from tuning.errors import SpecError
 from tuning.plan.base import DRAFT_LENGTH, Base
+from tuning.plan.device import Device
 from tuning.plan.values import Lengths, Recipe
 from tuning.spec import Spec
 

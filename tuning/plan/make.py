@@ -6,7 +6,6 @@ import math
 from dataclasses import replace
 
 from tuning import files
-from tuning.device import Device
 from tuning.errors import SpecError
 from tuning.plan import placing
 from tuning.plan.base import Base, Unknown, device_of, known_base, refuse_unsupported
@@ -22,6 +21,7 @@ from tuning.plan.choices import (
     quantisation,
     row_shape,
 )
+from tuning.plan.device import Device
 from tuning.plan.placing import place
 from tuning.plan.values import Lengths, Plan, Recipe
 from tuning.spec import Settings, Spec

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tuning import backends, presets, sizing
-from tuning.device import Device
+from tuning import presets
 from tuning.errors import SpecError
-from tuning.ledger import Unknown, Variant
-from tuning.plan import choices
+from tuning.plan import backends, choices, sizing
 from tuning.plan.base import Base
 from tuning.plan.choices import batch
+from tuning.plan.device import Device
+from tuning.plan.memory import Unknown, Variant
+from tuning.plan.sizing import Fit
 from tuning.plan.values import Lengths, Placement, Recipe
-from tuning.sizing import Fit
 from tuning.spec import Settings, Spec
 
 SMALL_ON_CPU = 50 * 10**6  # parameters

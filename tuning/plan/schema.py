@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from tuning.device import Device
+from tuning.plan.device import Device
 from tuning.plan.values import Lengths, Placement, Recipe
 
 NUMBER = {"type": ["number", "null"]}

@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from tuning import files
-from tuning.device import Device
-from tuning.sizing import Fit
+from tuning.plan.device import Device
+from tuning.plan.sizing import Fit
 
 SHARED = 0.97  # of their speed alone is left to GPUs that add up gradients; reported elsewhere
 

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tuning import adapter as adapters
-from tuning import delivery, weights
 from tuning.console import Console
-from tuning.delivery import Access
 from tuning.errors import Problem, SpecError, TuningError
+from tuning.oci import delivery
+from tuning.oci.delivery import Access
 from tuning.serve import mixture
 from tuning.serve.names import Wanted
+from tuning.sources import verify
 
 Kind = Literal["base", "adapter", "combined"]
 
@@ -132,7 +133,7 @@ def _inspect(
     path = folder / adapters.WEIGHTS
     if path.is_file():  # else `inspect` says so
         try:
-            weights.header(path)
+            verify.header(path)
         except ValueError as error:
             change = "fetch or train it again"
             raise SpecError.at("MODEL-204", str(path), str(error), change) from None

@@ -23,7 +23,7 @@ from typing import Literal
 
 import torch
 
-from tuning.serve.memory import PAGE, Room
+from tuning.plan.inference import PAGE, Room
 from tuning.serve.runner import Runner, Step
 from tuning.serve.sampling import Choice, Chooser, Sampling, judge
 from tuning.serve.text import Writer

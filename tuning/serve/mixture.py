@@ -27,8 +27,8 @@ import torch
 from peft.utils.integrations import dequantize_module_weight
 
 from tuning import adapter as adapters
-from tuning import model as models
 from tuning.errors import Problem, SpecError
+from tuning.models import load as models
 
 PREFIX = "base_model.model."
 FLOATS = frozenset({"F16", "BF16", "F32"})

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from tuning.delivery import Access
 from tuning.errors import SpecError, UsageError
-from tuning.serve import memory, names
+from tuning.oci.delivery import Access
+from tuning.plan import inference
+from tuning.serve import names
 from tuning.serve.names import Wanted
 
 SHORTEST = 16  # characters of a key
@@ -36,7 +37,7 @@ class Options:
     host: str = "127.0.0.1"
     port: int = 8000
     keys: tuple[bytes, ...] = ()  # any of them opens; none: no key is asked for
-    precision: memory.Precision = "auto"
+    precision: inference.Precision = "auto"
     context: int | None = None
     requests: int = 32  # answers at once
     limits: Limits = Limits()
@@ -59,14 +60,14 @@ def options(
     `adapters` are `NAME=WHERE[@STRENGTH]`; a base that is a folder is called as its folder;
     `others` are fields of Options.
     """
-    if precision not in get_args(memory.Precision):
+    if precision not in get_args(inference.Precision):
         what = f"{precision[:40]!r} is not known"
-        change = f"write one of {', '.join(get_args(memory.Precision))}"
+        change = f"write one of {', '.join(get_args(inference.Precision))}"
         raise UsageError.at("SERVE-101", "--precision", what, change)
     folder = Path(base)
     name = base_name or (folder.resolve().name if folder.is_dir() else base)
     wanted = tuple(map(names.parse, adapters))
-    how = cast(memory.Precision, precision)
+    how = cast(inference.Precision, precision)
     keys = read_keys(key_file) if key_file else ()
     found = Options(name, wanted=wanted, precision=how, keys=keys, **others)
     names.check(found.wanted, base=found.base, combined=found.combined)

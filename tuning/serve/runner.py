@@ -27,8 +27,8 @@ from typing import Any, Protocol
 import torch
 import transformers
 
+from tuning.plan.inference import PAGE, Room
 from tuning.serve import attention
-from tuning.serve.memory import PAGE, Room
 from tuning.serve.mixture import Mixture
 
 logger = logging.getLogger(__name__)

@@ -26,10 +26,11 @@ import torch
 import transformers
 import uvicorn
 
-from tuning import device, files
-from tuning import model as models
+from tuning import files
 from tuning.console import Console
-from tuning.serve import adapters, api, guard, listening, memory, runner
+from tuning.models import load as models
+from tuning.plan import device, inference
+from tuning.serve import adapters, api, guard, listening, runner
 from tuning.serve.engine import Engine
 from tuning.serve.options import Options
 from tuning.serve.protocol import Patient
@@ -201,7 +202,7 @@ def _make(options: Options, console: Console) -> Loaded:
             console=console,
             held=held,
         )
-        holding = memory.hold(
+        holding = inference.hold(
             folder,
             config,
             here,
@@ -259,7 +260,7 @@ def _defaults(config: object) -> Sampling:
     )
 
 
-def _summary(name: str, holding: memory.Holding, here: device.Device) -> str:
+def _summary(name: str, holding: inference.Holding, here: device.Device) -> str:
     room = holding.room
     return (
         f"Loading {name} on {here}: {holding.reason}; weights {holding.weights / 2**30:.2f} GiB, "

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import jinja2
 
-from tuning import chat
+from tuning.models import generate
 from tuning.serve.rendering import PATIENCE, Costly, Message, NotRendered, Renderer
 
 T = TypeVar("T")
@@ -55,7 +55,7 @@ class Voice:
             self.apart = True
         self.chats = bool(self._tokenizer.chat_template)
         self._spelled = _spelling(tokenizer)
-        self.ends = frozenset(chat.stops(model, self._tokenizer, self._turns))
+        self.ends = frozenset(generate.stops(model, self._tokenizer, self._turns))
 
     def shown(self, messages: Sequence[Message]) -> str:
         """The text of `messages` and of the beginning of an answer. Raises NotRendered."""

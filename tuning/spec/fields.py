@@ -6,8 +6,7 @@ import re
 from collections.abc import Collection
 from typing import Any
 
-from tuning import reference
-from tuning.spec import urls
+from tuning.spec import reference, urls
 from tuning.spec.findings import Findings, Path, shown
 from tuning.spec.workspace import SUBDOMAIN, Preset
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tuning import reference
-from tuning.spec import fields
+from tuning.spec import fields, reference
 from tuning.spec.findings import Findings, shorten, shown
 from tuning.spec.values import Destination, Overrides, Source
 from tuning.spec.workspace import ANNOTATION, DataDestination, DataSource

@@ -1,0 +1,245 @@
+"""The CustomResourceDefinition of Workspace, made from the models in `tuning.spec`.
+
+One source of truth: types, defaults and descriptions come from the models, what one field cannot
+say alone from `rules`, and the status from the table below.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import yaml
+
+from jobs.api import cel
+from tuning.spec.workspace import Workspace
+
+Schema = dict[str, Any]
+
+GROUP, PLURAL = "kaito.sh", "workspaces"
+STORED = "v1beta1"
+_COLUMNS = (
+    ("Instance", "string", ".resource.instanceType", 0),
+    ("ResourceReady", "string", '.status.conditions[?(@.type=="ResourceReady")].status', 0),
+    ("InferenceReady", "string", '.status.conditions[?(@.type=="InferenceReady")].status', 1),
+    ("JobStarted", "string", '.status.conditions[?(@.type=="JobStarted")].status', 0),
+    ("WorkspaceReady", "string", ".status.ready", 0),
+    ("Progress", "string", ".status.progress.text", 0),
+    ("State", "string", ".status.state", 0),
+    ("Age", "date", ".metadata.creationTimestamp", 0),
+)
+
+
+def definition() -> dict[str, Any]:
+    """The CRD as a plain object, ready for `kubectl apply`."""
+    return {
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {
+            "name": f"{PLURAL}.{GROUP}",
+            "labels": {"app.kubernetes.io/part-of": "tuning"},
+        },
+        "spec": {
+            "group": GROUP,
+            "scope": "Namespaced",
+            "names": {
+                "kind": "Workspace",
+                "listKind": "WorkspaceList",
+                "plural": PLURAL,
+                "singular": "workspace",
+                "shortNames": ["wk", "wks"],
+                "categories": ["workspace"],
+            },
+            "versions": [_version("v1alpha1"), _version(STORED)],
+        },
+    }
+
+
+def text() -> str:
+    """The CRD as the YAML file in `configs/deploy/crd`."""
+    return yaml.safe_dump(definition(), sort_keys=False, width=100)
+
+
+def _version(name: str) -> dict[str, Any]:
+    return {
+        "name": name,
+        "served": True,
+        "storage": name == STORED,
+        "schema": {"openAPIV3Schema": schema(name)},
+        "subresources": {"status": {}},
+        "additionalPrinterColumns": [
+            {"name": title, "type": kind, "jsonPath": path} | ({"priority": low} if low else {})
+            for title, kind, path, low in _COLUMNS
+        ],
+    }
+
+
+def schema(version: str) -> Schema:
+    """The structural schema of one version of the API."""
+    raw = Workspace.model_json_schema(by_alias=True)
+    whole = _structural(raw, raw["$defs"], beta=version == STORED)
+    properties = whole["properties"]
+    properties["metadata"] = {"type": "object"}
+    properties["status"] = copy.deepcopy(STATUS)
+    for field in ("apiVersion", "kind"):
+        properties[field] = {"type": "string", "description": properties[field]["description"]}
+    whole["required"] = ["metadata"]
+    properties["tuning"]["required"] += ["input", "output"]
+    properties["tuning"]["properties"]["method"]["maxLength"] = 8
+    urls = properties["tuning"]["properties"]["input"]["properties"]["urls"]
+    # 200 of 2048 characters: what the server's budget for a rule on each of them allows
+    urls |= {"minItems": 1, "maxItems": 200, "items": {"type": "string", "maxLength": 2048}}
+    if version == "v1alpha1":  # as KAITO's; what was written for it means this machine
+        instance = properties["resource"]["properties"]["instanceType"]
+        instance["default"] = "Standard_NC24ads_A100_v4"
+    for table in (cel.RULES, cel.BETA_RULES if version == STORED else {}):
+        for path, added in table.items():
+            _at(whole, path).setdefault("x-kubernetes-validations", []).extend(
+                {"rule": rule.cel, "message": rule.message} for rule in added
+            )
+    return whole
+
+
+def _at(node: Schema, path: cel.Path) -> Schema:
+    for step in path:
+        node = node["items"] if step == "*" else node["properties"][step]
+    return node
+
+
+_KEPT = (
+    "type",
+    "description",
+    "default",
+    "enum",
+    "pattern",
+    "required",
+    "minimum",
+    "maximum",
+    "minLength",
+    "maxLength",
+    "maxItems",
+    "x-kubernetes-preserve-unknown-fields",
+)
+# CEL's cost is estimated from the longest input, so that everything needs a bound.
+_BOUND: dict[str, Schema] = {
+    "string": {"maxLength": 1024},
+    "array": {"maxItems": 100},
+    "object": {"maxProperties": 100},
+}
+
+
+def _structural(node: Schema, known: dict[str, Schema], *, beta: bool) -> Schema:
+    """pydantic's JSON schema as a structural schema: no references, no null, everything typed."""
+    if "$ref" in node:
+        node = known[node["$ref"].rsplit("/", 1)[1]] | {k: node[k] for k in node if k != "$ref"}
+    if "anyOf" in node:
+        given = next(each for each in node["anyOf"] if each.get("type") != "null")
+        rest = {k: v for k, v in node.items() if k != "anyOf" and (k, v) != ("default", None)}
+        return _structural({**given, **rest}, known, beta=beta)
+    found = {key: node[key] for key in _KEPT if key in node}
+    if "description" in found:
+        found["description"] = " ".join(found["description"].split())
+    if "const" in node:
+        found["enum"] = [node["const"]]
+    if "properties" in node:
+        found["properties"] = {
+            name: _structural(each, known, beta=beta)
+            for name, each in node["properties"].items()
+            if beta or "x-kaito-since" not in each
+        }
+    elif isinstance(node.get("additionalProperties"), dict):
+        values = _structural(node["additionalProperties"], known, beta=beta)
+        found["additionalProperties"] = values
+    if "items" in node:
+        found["items"] = _structural(node["items"], known, beta=beta)
+    kind = found.get("type")
+    if kind in _BOUND and "properties" not in found and "enum" not in found:
+        found = _BOUND[kind] | found
+    if "x-kubernetes-preserve-unknown-fields" in found:
+        found.pop("maxProperties", None)
+    return found
+
+
+def _text(description: str) -> Schema:
+    return {"type": "string", "description": description}
+
+
+def _whole(description: str) -> Schema:
+    return {"type": "integer", "format": "int64", "description": description}
+
+
+def _number(description: str) -> Schema:
+    return {"type": "number", "description": description}
+
+
+def _object(description: str, **properties: Schema) -> Schema:
+    return {"type": "object", "description": description, "properties": properties}
+
+
+def _list(description: str, items: Schema) -> Schema:
+    return {"type": "array", "description": description, "items": items}
+
+
+_CONDITION = _object(
+    "One aspect of the Workspace's state.",
+    type=_text("What it is about."),
+    status={"type": "string", "enum": ["True", "False", "Unknown"]},
+    reason=_text("Why, in one CamelCase word."),
+    message=_text("Why, for people."),
+    lastTransitionTime={"type": "string", "format": "date-time"},
+    observedGeneration=_whole("The generation of the Workspace that this is about."),
+) | {"required": ["type", "status", "reason", "message", "lastTransitionTime"]}
+
+STATUS = _object(
+    "What the operator saw and did.",
+    observedGeneration=_whole("The generation of the Workspace that this status is about."),
+    state=_text("Pending, Running, Succeeded or Failed; Ready or NotReady when it serves."),
+    ready=_text("The last word: succeeded for tuning, able to answer for inference."),
+    conditions=_list("Aspects of the state.", _CONDITION)
+    | {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
+    revision=_text("Which spec the Job belongs to."),
+    job=_text("Name of the Job."),
+    configDigest=_text("sha256 of the ConfigMap's content that the Job was given."),
+    zone=_text("Zone of the machine, and so of the run volume."),
+    startTime={"type": "string", "format": "date-time", "description": "When the Job was made."},
+    completionTime={"type": "string", "format": "date-time", "description": "When it ended."},
+    plan=_object(
+        "What the plan says, before the data is read.",
+        summary=_text("In one line."),
+        baseModel=_text("Base model and revision."),
+        device=_text("What it is planned for."),
+        peakMemoryBytes=_whole("Predicted peak of GPU memory."),
+        runVolume=_text("Where the run directory is: a claim's name, or emptyDir."),
+        rank=_whole("Rank of the adapter."),
+    ),
+    progress=_object(
+        "Where the training stands.",
+        text=_text("Step, share and time left."),
+        step=_whole("Optimizer steps done."),
+        steps=_whole("Optimizer steps in all."),
+        epoch=_number("Epochs done."),
+        loss=_number("Training loss of the last logged step."),
+        tokensPerSecond=_number("Speed."),
+        etaSeconds=_number("Seconds left, estimated."),
+    ),
+    output=_object(
+        "The adapter.",
+        image=_text("Reference under which it was pushed."),
+        digest=_text("Digest of its manifest."),
+        baseRevision=_text("Commit of the base model that it was trained on."),
+    ),
+    outputs=_list("Digests of all adapters of this Workspace, oldest first.", {"type": "string"}),
+    peakMemoryBytes=_whole("Measured peak of GPU memory."),
+    retries=_whole("Pods that ended without success."),
+    failure=_object(
+        "Why it failed.",
+        reason=_text("One CamelCase word."),
+        message=_text("What happened."),
+        hint=_text("What to change."),
+        phase=_text("What the run was doing."),
+        exitCode=_whole("Exit code of the engine."),
+    ),
+    targetNodeCount=_whole("Nodes wanted."),
+    workerNodes=_list("Nodes in use.", {"type": "string"}),
+    nodeAttempts=_whole("Machines asked of the cloud for this revision."),
+)

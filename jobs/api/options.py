@@ -1,0 +1,248 @@
+"""What the administrator decides for the whole cluster: one YAML file, every key optional."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.alias_generators import to_camel
+
+from tuning.errors import Problem, SpecError
+from tuning.network.policy import Policy
+
+DAY = 24 * 3600
+_BESIDE = re.compile("[A-Za-z0-9][A-Za-z0-9._-]{0,100}")
+_Variable = Literal["HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY", "HF_ENDPOINT"]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        alias_generator=to_camel,
+        validate_by_name=True,
+        validate_by_alias=True,
+        use_attribute_docstrings=True,
+    )
+
+
+class NodeClass(_Part):
+    """Karpenter's class of the machines that are bought."""
+
+    group: str = "karpenter.azure.com"
+    """API group: karpenter.azure.com, karpenter.k8s.aws, kaito.sh, ..."""
+    kind: str = "AKSNodeClass"
+    """Kind: AKSNodeClass, EC2NodeClass, KaitoNodeClass, ..."""
+    name: str = "default"
+    """Name of the object."""
+
+
+class Nodes(_Part):
+    """Where Jobs run."""
+
+    provision: bool = False
+    """True: buy a machine for each Workspace with an instanceType (Karpenter's NodeClaim)."""
+    node_class: NodeClass = NodeClass()
+    """Class of the machines that are bought."""
+    launch_seconds: int = Field(300, ge=1)
+    """Time that the cloud has to launch a machine."""
+    register_seconds: int = Field(900, ge=1)
+    """Time that a launched machine has to become a ready node."""
+    per_namespace: int | None = Field(None, ge=1)
+    """How many machines the Workspaces of one namespace may have at a time; the others wait."""
+    attempts: int = Field(3, ge=1)
+    """How often a machine is asked for, before the Workspace fails with the cloud's message."""
+    tolerations: tuple[dict[str, str], ...] = ()
+    """Tolerations of the Job, beside those for GPU taints."""
+
+
+class Storage(_Part):
+    """Where the run directory and the base weights are kept."""
+
+    run_volume: Literal["auto", "claim", "ephemeral"] = "auto"
+    """auto: a claim where there is a storage class, else an emptyDir, which a new pod loses."""
+    storage_class: str | None = None
+    """Storage class of the claim; the cluster's default if not set."""
+    access_mode: Literal["ReadWriteOnce", "ReadWriteOncePod", "ReadWriteMany"] = "ReadWriteOnce"
+    """How the claim is mounted."""
+    cache_claim: str | None = None
+    """A claim, in every namespace that tunes, in which all Workspaces share base weights."""
+    cache_host_path: str | None = None
+    """A folder of the node for shared base weights, which is there on each node and writable for
+    userId; needs a namespace without restricted pods."""
+
+    @property
+    def cached(self) -> bool:
+        """Whether base weights are kept outside of the run volume."""
+        return bool(self.cache_claim or self.cache_host_path)
+
+
+class Options(_Part):
+    """Everything that the operator is told."""
+
+    image: str = "tuning:latest"
+    """The engine's image, best by digest: what every Job runs."""
+    vllm_image: str | None = None
+    """vLLM's image, for Workspaces with the annotation `kaito.sh/runtime: vllm`, best by digest;
+    such Workspaces are refused if it is not set."""
+    image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
+    """When it is pulled."""
+    image_pull_secrets: tuple[str, ...] = ()
+    """Secrets with which the engine's image is pulled, in the Workspaces' namespaces."""
+    namespaces: tuple[str, ...] = ()
+    """Namespaces to look after; all of them if empty."""
+    gpu_resource: str = "nvidia.com/gpu"
+    """What a GPU is called in a pod's resources."""
+    nodes: Nodes = Nodes()
+    """Where Jobs run."""
+    storage: Storage = Storage()
+    """Where the run directory and the base weights are kept."""
+    backoff_limit: int = Field(3, ge=0)
+    """Pods that may fail for a passing reason."""
+    beside_kaito: Literal["refuse", "opt-in"] = "refuse"
+    """Where KAITO's controller is at work: do not start, or look only after Workspaces with the
+    annotation `tuning.kaito.sh/opt-in: "true"`."""
+    deadline_seconds: int | None = Field(None, ge=1)
+    """Longest time of a Job."""
+    keep_seconds: int = Field(7 * DAY, ge=0)
+    """How long a finished Job and its log are kept. The status stays, and nothing runs again."""
+    stuck_seconds: int = Field(900, ge=1)
+    """How long a pod may wait for an image or a Secret before the Workspace fails."""
+    grace_seconds: int = Field(120, ge=10)
+    """Time a pod has to save its state when it is stopped."""
+    network_policy: bool = True
+    """Whether each Job gets a NetworkPolicy."""
+    environment: dict[_Variable, str] = {}
+    """What every pod of a Workspace finds in its environment: HTTPS_PROXY, HTTP_PROXY and NO_PROXY
+    for registries and the hub (data obey the policy's proxy), HF_ENDPOINT for a mirror of the hub.
+    A proxy's port belongs into egressPorts."""
+    service_account: str | None = None
+    """Service account of those pods, in each Workspace's namespace, for the workload identity that
+    a cloud binds to it; the namespace's `default` if not set. Kubernetes' own token is never
+    mounted."""
+    pod_labels: dict[str, str] = {}
+    """More labels of those pods, such as `azure.workload.identity/use: "true"`."""
+    egress_ports: tuple[int, ...] = ()
+    """Ports that Jobs may reach beside 443, DNS and those of their URLs and images."""
+    operator_namespace: str = "tuning-system"
+    """Where the operator runs: only its pods may ask a Job for its progress."""
+    allow_host_path: bool = False
+    """Whether a Workspace may name a folder of the node as its volume."""
+    user_id: int = Field(10001, ge=1)
+    """User and group of the Job."""
+    policy: str | None = None
+    """Text of the policy file that Jobs obey; filled in from --policy."""
+    policy_files: dict[str, str] = {}
+    """Certificates and public keys that it names, by name; filled in from beside it."""
+
+
+_HEAD = """\
+# Options of the operator
+
+Written by `make docs`. One YAML file, every key optional: in the cluster the key `options.yaml` of
+the ConfigMap `tuning-operator`, for `python -m jobs render` the file after `--options`.
+
+| key | value | default | meaning |
+|---|---|---|---|
+"""
+
+
+def markdown() -> str:
+    """The page with every option, its values, its default and what it means."""
+    return _HEAD + "".join(_rows(Options, ""))
+
+
+def _rows(part: type[BaseModel], path: str) -> Iterator[str]:
+    for name, field in part.model_fields.items():
+        key, kind = f"{path}{to_camel(name)}", field.annotation
+        if name.startswith("policy"):  # filled in from its own file
+            continue
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from _rows(kind, f"{key}.")
+            continue
+        default = json.dumps(field.default) if field.default not in (None, ()) else "-"
+        meaning = " ".join((field.description or "").split())
+        yield f"| `{key}` | {_values(kind)} | {default} | {meaning} |\n"
+
+
+def _values(kind: Any) -> str:
+    """A type as a reader of YAML would say it."""
+    if get_origin(kind) is Literal:
+        return ", ".join(f"`{each}`" for each in get_args(kind))
+    if get_origin(kind) is tuple:
+        return f"list of {_values(get_args(kind)[0])}s"
+    if args := [each for each in get_args(kind) if each is not type(None)]:
+        return "map" if get_origin(kind) is dict else _values(args[0])
+    return {str: "text", int: "number", bool: "`true`, `false`"}[kind]
+
+
+def with_policy(options: Options, path: Path) -> Options:
+    """`options` with the policy file at `path`, and with the certificates and public keys beside it
+    that it names: they travel with each Job. What is named by an absolute path is in the image.
+
+    Raises SpecError for a slip of the pen in it, and for what cannot travel.
+    """
+    Policy.load(path)
+    text = path.read_text(encoding="utf-8")
+    found, problems = {}, []
+    for name in _named(yaml.safe_load(text) or {}):
+        if name.startswith("/"):
+            continue
+        try:
+            content = (path.parent / name).read_text(encoding="ascii")
+        except (OSError, UnicodeDecodeError):
+            what, change = f"names {name}, which is no text file beside it", "put it there"
+        else:
+            if "PRIVATE KEY" not in content and _BESIDE.fullmatch(name):
+                found[name] = content
+                continue
+            what = f"names {name}, which cannot be sent to Jobs"
+            change = "put private keys and files in folders into the image, by absolute path"
+        problems.append(Problem("JOB-105", str(path), what, change))
+    if problems:
+        raise SpecError(problems)
+    return options.model_copy(update={"policy": text, "policy_files": found})
+
+
+def _named(policy: dict[str, Any]) -> Iterator[str]:
+    """The files that a policy names; what else is wrong with its registries the engine says."""
+
+    def part(whole: Any, key: str) -> dict[str, Any]:
+        found = whole.get(key)
+        return found if isinstance(found, dict) else {}
+
+    if bundle := part(policy, "data").get("caBundle"):
+        yield str(bundle)
+    registry = part(policy, "registry")
+    if isinstance(keys := registry.get("keys"), list):
+        yield from map(str, keys)
+    hosts = part(registry, "hosts")
+    for name in hosts:
+        host = part(hosts, name)
+        yield from (str(host[key]) for key in ("ca", "clientCert", "clientKey") if host.get(key))
+
+
+def load(path: Path | None) -> Options:
+    """The options in the YAML file at `path`; the defaults if there is none.
+
+    Raises SpecError with all problems of the file.
+    """
+    if path is None:
+        return Options()
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return Options.model_validate({} if document is None else document)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        what = f"cannot be read ({type(error).__name__})"
+        raise SpecError.at("JOB-101", str(path), what, "give a YAML file") from None
+    except ValidationError as error:
+        problems = [
+            Problem("JOB-102", ".".join(map(str, e["loc"])), e["msg"], f"mend {path.name}")
+            for e in error.errors(include_input=False, include_url=False)
+        ]
+        raise SpecError(problems) from None

@@ -1,0 +1,1 @@
+"""The running operator: leader election, watches, workqueue, reconcile, probes, preflight."""

@@ -1,0 +1,1 @@
+"""Desired state -> Kubernetes objects, pure: Job and its volumes, pod, inference server."""

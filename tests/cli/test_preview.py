@@ -1,0 +1,293 @@
+"""The preview as its users meet it: the command line, a tiny model, a page and JSON."""
+
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+import zstandard
+from commands import good, tuning, workspace
+from fake_hub import FakeHub
+from faults.web import Origin
+
+from tuning.cli import preview
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+TINY, DEMO = EXAMPLES / "tiny-model", EXAMPLES / "data" / "demo.jsonl"
+QUESTION, ANSWER = "What does Tamsin Vale do for a living?", "Tamsin Vale works as a gardener."
+
+
+def line(answer, **more):
+    """One row of messages."""
+    turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": answer} | more]
+    return json.dumps({"messages": turns}) + "\n"
+
+
+def parquet(rows):
+    """The bytes of a table."""
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), sink)
+    return sink.getvalue()
+
+
+def with_dataset(file, **settings):
+    """Add a DatasetConfig to the workspace in `file`."""
+    document, config = yaml.safe_load_all(file.read_text())
+    sections = yaml.safe_load(config["data"]["training_config.yaml"])
+    sections["training_config"]["DatasetConfig"] = settings
+    config["data"]["training_config.yaml"] = yaml.safe_dump(sections)
+    file.write_text(yaml.safe_dump_all([document, config]))
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory):
+    """The run directory and the page of the demo's data."""
+    folder = tmp_path_factory.mktemp("preview")
+    file = workspace(folder / "demo.yaml", settings={"max_steps": 3})
+    command = ("-f", file, "--base-model", TINY, "--data", DEMO, "--run-dir", folder / "run")
+    return folder, command, good(tuning("preview", *command))
+
+
+def test_the_page_shows_shape_rows_lengths_and_trained_tokens(shown):
+    """Shape and why, rows a file, histogram, the length, the share, and three marked rows."""
+    _, _, page = shown
+    lines = page.splitlines()
+
+    assert 'messages: it has a column "messages" of role/content turns' == lines[0]
+    assert f"       400 rows  {DEMO} (jsonl)" in lines
+    assert "7,932 tokens, 3,189 of them trained (40.2%)" in lines
+    assert any(text.startswith("  20 ███") and text.endswith(" 109") for text in lines)
+    assert "no row is longer, nothing is cut" in lines
+    marked = f"<|begin|><|user|>{QUESTION}<|end|><|assistant|>⟦{ANSWER}<|end|>⟧"
+    assert marked == lines[lines.index(f"{DEMO} line 1") + 1]
+    assert 3 == page.count("⟧\n")
+    assert "\x1b" not in page
+
+
+def test_json_holds_the_same_for_programs(shown):
+    """--json is one value with counts and as many samples as asked for; nothing is read again."""
+    _, command, _ = shown
+
+    done = tuning("preview", *command, "--json", "--rows", "5")
+
+    found = json.loads(good(done))
+    assert (400, 7932, 3189) == (found["rows"], found["tokens"], found["trained_tokens"])
+    assert 400 == sum(rows for _, _, rows in found["lengths"]["histogram"])
+    assert (5, 0, None) == (len(found["samples"]), found["longer_rows"], found["eval"])
+    text = "".join(text for text, trained in found["samples"][0]["tokens"] if trained)
+    assert f"{ANSWER}<|end|>" == text
+
+
+def test_a_run_goes_on_where_the_preview_stopped(shown):
+    """`run` in the same directory fetches, tokenises and packs nothing again."""
+    folder, command, _ = shown
+
+    good(tuning("run", *command, "--output", f"oci:{folder / 'image'}"))
+
+    lines = (folder / "run" / "journal.jsonl").read_text().splitlines()
+    records = [json.loads(text) for text in lines]
+    started = [record["phase"] for record in records if record["event"] == "start"]
+    assert (1, 1, 1) == tuple(started.count(name) for name in ("tokenise", "pack", "train"))
+
+
+def test_what_is_cut_held_out_and_dropped_is_counted(tmp_path):
+    """Rows over max_length, rows without a token to learn, rows held out: each has its number."""
+    data = tmp_path / "rows.jsonl"
+    long = line("a gardener " * 40)
+    data.write_text(line("a gardener") * 8 + long * 2 + line("nothing", weight=0))
+    file = workspace(tmp_path / "cut.yaml", settings={"max_length": 32})
+    with_dataset(file, train_test_split=0.8)
+    command = ("-f", file, "--base-model", TINY, "--data", data, "--run-dir", tmp_path / "run")
+
+    found = json.loads(good(tuning("preview", *command, "--json")))
+
+    assert (10, 2, 32) == (found["rows"], found["longer_rows"], found["max_length"])
+    assert {"no token to learn": 1} == found["dropped"]
+    assert 2 == found["over_length"]["truncated"]
+    assert found["over_length"]["lost_tokens"] > 0
+    assert (8, 2) == (found["train"]["documents"], found["eval"]["documents"])
+
+
+def test_held_out_rows_are_evaluated_before_and_after(tmp_path):
+    """Loss and perplexity of base and adapter stand in the summary, the card and tuning.json."""
+    settings = {"max_steps": 10, "learning_rate": 0.002, "packing": False}
+    settings["per_device_train_batch_size"] = 8
+    file = workspace(tmp_path / "eval.yaml", settings=settings)
+    with_dataset(file, train_test_split=0.9)
+    command = ("-f", file, "--base-model", TINY, "--data", DEMO, "--run-dir", tmp_path / "run")
+    command += ("--output", f"oci:{tmp_path / 'image'}")
+
+    loss = good(tuning("run", *command)).splitlines()[0]
+
+    told = json.loads(good(tuning("run", *command, "--json")))["training"]
+    before, after = told["eval_loss_before"], told["eval_loss_after"]
+    assert 0 < after < before
+    ways = told["eval_perplexity_before"], told["eval_perplexity_after"]
+    assert pytest.approx((math.exp(before), math.exp(after))) == ways
+    assert f"on held-out rows {before:.3f} -> {after:.3f}, perplexity {ways[0]:,.2f} -> " in loss
+    card = (tmp_path / "run" / "adapter" / "README.md").read_text()
+    assert f"| perplexity on held-out rows | {ways[0]:.4g} -> {ways[1]:.4g} |" in card
+    record = json.loads((tmp_path / "run" / "adapter" / "tuning.json").read_text())
+    assert ways[1] == record["evaluation"]["perplexity_after"]
+
+
+def test_bad_files_are_told_row_by_row(tmp_path):
+    """All problems of all files in one pass, exit code 10, nothing on stdout."""
+    (tmp_path / "a.jsonl").write_text(line("yes") + "{broken\n")
+    (tmp_path / "b.csv").write_text("<!doctype html><html>Log in</html>")
+    file = workspace(tmp_path / "bad.yaml")
+
+    done = tuning(
+        *("preview", "-f", file, "--base-model", TINY, "--run-dir", tmp_path / "run"),
+        *("--data", tmp_path / "a.jsonl", "--data", tmp_path / "b.csv"),
+    )
+
+    assert (10, "") == (done.returncode, done.stdout)
+    assert "a.jsonl line 2" in done.stderr
+    assert "b.csv: is a web page" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_no_weights_are_fetched_for_a_hub_model(tmp_path):
+    """Of a hub's model only tokenizer and configs come down."""
+    with FakeHub() as hub:
+        hub.add("org/tiny", TINY)
+        cache = {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0"}
+        done = tuning(
+            *("preview", "-f", workspace(tmp_path / "hub.yaml"), "--base-model", "org/tiny"),
+            *("--data", DEMO, "--run-dir", tmp_path / "run"),
+            env=os.environ | cache,
+        )
+        fetched = {path.rpartition("/")[2] for path in hub.downloads()}
+
+    assert ANSWER in good(done)
+    assert {"config.json", "tokenizer.json"} <= fetched
+    assert "model.safetensors" not in fetched
+    assert not list((tmp_path / "hf").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "coloured"),
+    [({"FORCE_COLOR": "1"}, True), ({"FORCE_COLOR": "1", "NO_COLOR": "1"}, False), ({}, False)],
+)
+def test_colour_or_marks(settings, coloured):
+    """Trained tokens are green where colours are wanted; with NO_COLOR or no terminal, marked."""
+    code = (
+        "import rich.console; from tuning import preview\n"
+        "out = rich.console.Console()\n"
+        "line = preview.tokens([['a', False], ['b', True]], colours=preview.has_colours(out))\n"
+        "out.print(line)\n"
+    )
+    clean = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR")}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=clean | settings | {"TERM": "xterm"},
+    )
+
+    assert coloured == ("\x1b[1;32mb" in done.stdout)
+    assert coloured == ("⟦b⟧" not in done.stdout)
+
+
+def test_text_cannot_steer_the_terminal():
+    """Escape sequences in the data are spelled out."""
+    drawn = preview.tokens([["\x1b[2Jhi\r\n", True]], colours=False)
+
+    assert "⟦\\x1b[2Jhi\\r\n⟧" == drawn.plain
+
+
+@pytest.mark.parametrize(
+    ("counts", "first", "bins"),
+    [
+        ([[5, 2]], [5, 5, 2], 1),
+        ([[1, 1], [100, 3]], [0, 9, 1], 11),
+        ([[7, 1], [9000, 1]], None, 10),
+    ],
+)
+def test_the_histogram_holds_every_row_in_round_bins(counts, first, bins):
+    """Twelve bins at most, of one width, and no row outside."""
+    made = preview.histogram(counts)
+
+    assert bins == len(made)
+    assert first is None or first == made[0]
+    assert sum(rows for _, rows in counts) == sum(rows for _, _, rows in made)
+    assert 1 == len({last - low for low, last, _ in made})
+
+
+class TestCheck:
+    """`check` reads the first rows, locally and from the first bytes of URLs."""
+
+    @staticmethod
+    def checked(tmp_path, *data):
+        words = [word for name in data for word in ("--data", name)]
+        file = workspace(tmp_path / "check.yaml")
+        return tuning(
+            *("check", "-f", file, "--base-model", TINY, "--output", f"oci:{tmp_path / 'image'}"),
+            *("--allow-host", "127.0.0.1", *words),
+        )
+
+    def test_it_names_the_shape(self, tmp_path):
+        """Format, shape and reason stand behind each file's size."""
+        said = good(self.checked(tmp_path, DEMO))
+
+        size = f"{DEMO.stat().st_size:,} bytes"
+        reason = 'jsonl, messages: it has a column "messages" of role/content turns'
+        assert f"data: {DEMO}, {size}, {reason}" in said.splitlines()
+
+    def test_it_refuses_first_rows_that_cannot_be_trained(self, tmp_path):
+        """Every file's bad rows in one pass, with the codes that a run would give."""
+        (tmp_path / "a.csv").write_text("colour,taste\nred,sweet\n")
+        (tmp_path / "b.jsonl").write_text(line("yes") + "{broken\n")
+
+        done = self.checked(tmp_path, tmp_path / "a.csv", tmp_path / "b.jsonl")
+
+        assert (10, "") == (done.returncode, done.stdout)
+        assert "a.csv line 2" in done.stderr
+        assert "DATA-202" in done.stderr
+
+    @pytest.mark.parametrize(
+        ("name", "content", "said"),
+        [
+            ("a.parquet", lambda: parquet([{"colour": "red"}]), "DATA-212"),
+            ("cut.parquet", lambda: parquet([json.loads(line("yes"))])[:-8], "DATA-237"),
+            ("a.json", lambda: b'[{"colour": "red"}]', "DATA-212"),
+            ("a.jsonl.zst", lambda: zstandard.compress(b'{"colour": "red"}\n'), "DATA-212"),
+        ],
+    )
+    def test_a_file_that_is_here_is_judged_by_its_rows(self, tmp_path, name, content, said):
+        """Whatever its format: a look costs milliseconds."""
+        (tmp_path / name).write_bytes(content())
+
+        done = self.checked(tmp_path, tmp_path / name)
+
+        assert (10, "") == (done.returncode, done.stdout)
+        assert said in done.stderr
+
+    def test_a_data_image_that_is_not_there_is_said(self, tmp_path):
+        """Asked for by name; its rows are judged when it is pulled."""
+        file = workspace(tmp_path / "check.yaml", input={"image": "127.0.0.1:1/team/rows:1"})
+
+        done = tuning(
+            *("check", "-f", file, "--base-model", TINY, "--output", f"oci:{tmp_path / 'image'}"),
+        )
+
+        assert (20, "") == (done.returncode, done.stdout)
+        assert "127.0.0.1:1" in done.stderr
+
+    def test_a_url_is_judged_by_its_first_bytes(self, tmp_path):
+        """A login page behind a link is told without downloading; good rows pass."""
+        with Origin() as web:
+            fine = self.checked(tmp_path, web.serve("/a.jsonl", (line("yes") * 3000).encode()))
+            bad = self.checked(tmp_path, web.serve("/in", b"<html>Log in"))
+
+        assert "jsonl, messages: " in good(fine)
+        assert (10, True) == (bad.returncode, "DATA-242" in bad.stderr)

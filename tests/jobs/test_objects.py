@@ -1,0 +1,255 @@
+"""What pods, Jobs and machines say of themselves, hostile and broken answers included."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from jobs.api.client import Object
+from jobs.api.options import Nodes, Options
+from jobs.desired import tuning as desired
+from jobs.observed import objects, status
+from jobs.observed import phase as stage
+from jobs.observed.phase import Seen
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+SILENT = [("Launched", "True", ""), ("Registered", "Unknown", "not seen")]
+DIGEST = "sha256:" + "ab" * 32
+
+
+def pod(state: Object | None = None, *, phase: str = "", **more: Any) -> Object:
+    """A pod with one engine container in `state`."""
+    statuses = [{"name": "tuning", "state": state or {}}]
+    return {
+        "metadata": {"name": "p", "uid": "1", "creationTimestamp": "2026-01-01T00:00:00Z"},
+        "spec": {"nodeName": "n"},
+        "status": {"phase": phase, "containerStatuses": statuses} | more,
+    }
+
+
+def ended(code: int, message: str = "", reason: str = "Error", **more: Any) -> Object:
+    return pod({"terminated": {"exitCode": code, "message": message, "reason": reason}}, **more)
+
+
+def job(*conditions: tuple[str, str], **spec: Any) -> Object:
+    found = [
+        {
+            "type": kind,
+            "status": "True",
+            "reason": why,
+            "lastTransitionTime": "2026-01-01T00:00:00Z",
+        }
+        for kind, why in conditions
+    ]
+    meta = {"name": "j", "uid": "2", "creationTimestamp": "2026-01-01T00:00:00Z"}
+    return {"metadata": meta, "spec": spec, "status": {"conditions": found}}
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "",
+        "not json",
+        "[1, 2]",
+        "null",
+        '{"step": "3", "code": true, "digest": "sha256:short"}',
+        '{"digest": ["sha256:"], "loss": NaN, "step": 1e999, "peakMemoryBytes": -Infinity}',
+        '{"step": 99999999999999999999999999}',
+        '{"digest": "' + DIGEST[:-1] + 'G"}',
+        '{"baseRevision": "refs/pr/1"}',
+        '{"baseRevision": ["' + "a" * 40 + '"]}',
+        '{"cut off": "in the mid',
+        "\x00\x1b[2J" * 1000,
+    ],
+)
+def test_what_is_no_answer_of_the_engine_counts_for_nothing(message: str) -> None:
+    """Empty, no JSON, of other types, not finite, beyond all numbers: no field, no exception."""
+    assert {} == objects.outcome(ended(1, message))
+
+
+def test_markup_control_characters_and_secrets_of_an_answer_are_taken_out() -> None:
+    """One line of printable text, at most a thousand characters, no query of a URL."""
+    told = {
+        "reason": "Data\nUnusable<script>",
+        "message": "\x1b[31mred\x07 \u202e https://x.example/a?sig=secret " + "x" * 5000,
+        "step": 3,
+    }
+    found = objects.outcome(ended(10, json.dumps(told)))
+
+    assert "\x1b" not in found["message"] and "\u202e" not in found["message"]
+    assert "secret" not in found["message"]
+    assert len(found["message"]) == objects.LONGEST
+    trouble = objects.failure(
+        job(("Failed", "BackoffLimitExceeded")), (ended(10, json.dumps(told)),)
+    )
+    assert "DataUnusablescript" == trouble.reason
+
+
+@pytest.mark.parametrize(
+    ("found", "pods", "reason", "words"),
+    [
+        (
+            job(("Failed", "DeadlineExceeded")),
+            (ended(75),),
+            "DeadlineExceeded",
+            "longer than it may",
+        ),
+        (job(("Failed", "PodFailurePolicy")), (ended(10),), "DataUnusable", "exit code 10"),
+        (job(("Failed", "BackoffLimitExceeded")), (), "BackoffLimitExceeded", "no pod"),
+        (job(("Failed", "x")), (ended(137, reason="OOMKilled"),), "OutOfMemory", "kernel killed"),
+        (job(("Failed", "x")), (ended(139),), "Killed", "exit code 139"),
+        (
+            job(("Failed", "x")),
+            (
+                ended(137, reason="Error")
+                | {"status": {"reason": "Evicted", "message": "disk low"}},
+            ),
+            "PodEvicted",
+            "disk low",
+        ),
+        (job(("Failed", "x")), (ended(10), ended(13)), "DataUnusable", "exit code 10"),
+    ],
+)
+def test_why_a_job_failed(found: Object, pods: tuple[Object, ...], reason: str, words: str) -> None:
+    """From the Job's condition and the last pod that ended; a permanent code fails it at once."""
+    trouble = objects.failure(found, pods)
+
+    assert reason == trouble.reason
+    assert words in trouble.message
+
+
+@pytest.mark.parametrize(
+    ("reason", "word"),
+    [
+        ("ErrImagePull", "ImagePullError"),
+        ("ImagePullBackOff", "ImagePullError"),
+        ("InvalidImageName", "ImagePullError"),
+        ("ErrImageNeverPull", "ImagePullError"),
+        ("CreateContainerConfigError", "ContainerStartError"),
+        ("CreateContainerError", "ContainerStartError"),
+        ("RunContainerError", "ContainerStartError"),
+    ],
+)
+def test_why_a_pod_does_not_start(reason: str, word: str) -> None:
+    """The kubelet's reason in KAITO's words, with its message."""
+    found = objects.waiting(pod({"waiting": {"reason": reason, "message": "image x"}}), None)
+
+    assert found and (word, "image x") == (found.reason, found.message)
+
+
+def test_a_pod_without_a_node_says_what_the_scheduler_says() -> None:
+    """Nodes without a GPU or its driver offer none, in the scheduler's own words."""
+    text = "0/3 nodes are available: 3 Insufficient nvidia.com/gpu."
+    conditions = [{"type": "PodScheduled", "status": "False", "message": text}]
+    found = objects.waiting(pod(conditions=conditions), None)
+
+    assert found and ("Unschedulable", text) == (found.reason, found.message)
+
+
+@pytest.mark.parametrize(
+    ("claim", "age", "state", "words"),
+    [
+        ([], 10, "waiting", "asked for"),
+        ([("Launched", "False", "no quota")], 10, "waiting", "no quota"),
+        ([("Launched", "False", "no quota")], 301, "failed", "not launched within 300 s: no quota"),
+        (SILENT, 301, "waiting", "not seen"),
+        (SILENT, 901, "failed", "did not become a node within 900 s: not seen"),
+        ([("Ready", "True", "")], 9999, "ready", ""),
+    ],
+)  # fmt: skip
+def test_a_machine_has_its_time(
+    claim: list[tuple[str, str, str]], age: int, state: str, words: str
+) -> None:
+    """To be launched, and then to become a node; the cloud's words are kept."""
+    conditions = [{"type": k, "status": v, "message": m} for k, v, m in claim]
+    meta = {"creationTimestamp": objects.stamp(NOW - timedelta(seconds=age))}
+    item = {"metadata": meta, "status": {"conditions": conditions}}
+    word, message = objects.claim_state(item, Nodes(), NOW)
+
+    assert state == word
+    assert words in message
+
+
+# where a Workspace stands
+
+
+def seen(**more: Any) -> Seen:
+    workspace = {
+        "metadata": {"name": "w", "namespace": "n", "uid": "u", "generation": 1},
+        "tuning": {"output": {}},
+    }
+    return Seen(workspace, desired.Wanted("rev", None), NOW, **more)
+
+
+def condition(found: Object, kind: str) -> Object:
+    return next(each for each in found["conditions"] if each["type"] == kind)
+
+
+def of(at: Seen) -> tuple[stage.Stage, Object]:
+    judged = stage.judge(at, Options())
+    return judged, status.status(at, judged, Options())
+
+
+def test_a_suspended_job_waits_in_its_queue() -> None:
+    """Kueue holds it back, or takes it back in the middle: Pending, reason Queued."""
+    for found in (job(suspend=True), job(("Suspended", "JobSuspended"))):
+        judged, told = of(seen(job=found))
+        assert ("queued", "Pending") == (judged.word, told["state"])
+        assert "Queued" == condition(told, "JobStarted")["reason"]
+
+
+@pytest.mark.parametrize(
+    ("more", "spec", "reason"),
+    [
+        ({"conditions": [{"type": "Ready", "status": "Unknown"}]}, {}, "NodeLost"),
+        ({"reason": "NodeLost"}, {}, "NodeLost"),
+        ({}, {"parallelism": 3}, "JobEdited"),
+        ({}, {"parallelism": 1}, "workspacePending"),
+    ],
+)
+def test_a_run_that_is_unwell_says_so_and_stays_running(
+    more: Object, spec: Object, reason: str
+) -> None:
+    """A silent node, an edited Job: told, and nothing is done that would make two writers."""
+    at = seen(job=job(**spec), pods=(pod({"running": {}}, **more),))
+    judged, told = of(at)
+
+    assert ("running", "Running") == (judged.word, told["state"])
+    assert reason == condition(told, "WorkspaceSucceeded")["reason"]
+
+
+def test_a_message_without_end_is_cut() -> None:
+    """The API takes 32768 characters of a condition's message; ours has far fewer."""
+    long = ended(1, json.dumps({"reason": "X", "message": "m" * 100_000, "hint": "h" * 100_000}))
+    _, told = of(seen(job=job(("Failed", "x")), pods=(long,)))
+
+    assert all(len(each["message"]) < 32768 for each in told["conditions"])
+    assert len(json.dumps(told)) < 32768
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"step": float("nan"), "steps": 4},
+        {"step": 1, "steps": -4},
+        {"step": 1 << 80},
+        {"step": True},
+        {"steps": 4},
+        {},
+    ],
+)
+def test_a_progress_that_is_none_changes_nothing(record: Object) -> None:
+    """A pod's answer is a stranger's: what is no count is passed over; nothing divides by it."""
+    at = seen(job=job(), pods=(pod({"running": {}}),), progress=record)
+    _, told = of(at)
+
+    assert "progress" not in told
+    good = seen(
+        job=job(),
+        pods=(pod({"running": {}}),),
+        progress={"step": 1, "steps": 0, "loss": float("inf"), "eta_seconds": -5},
+    )
+    assert {"text": "1", "step": 1, "steps": 0, "etaSeconds": -5} == of(good)[1]["progress"]

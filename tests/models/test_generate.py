@@ -1,0 +1,104 @@
+"""Base and adapter answer side by side, and a wrong pair is refused in one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny_runs
+
+from tuning import adapter
+from tuning.errors import SpecError
+from tuning.models import generate
+from tuning.training import train
+
+Base = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def tuned(tiny_base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny adapter that has learned to answer `yes yes` whatever it is asked."""
+    run = tmp_path_factory.mktemp("chat")
+    recipe = tiny_runs.recipe(dropout=0.0, learning_rate=2e-2, steps=40, epochs=10.0)
+    asked = tiny_runs.request(
+        run, tiny_base("phi3"), recipe, tiny_runs.placement(), questions=["cat dog"]
+    )
+    (run / "answers.json").write_text(json.dumps(train.work(asked)["answers"]))
+    return run
+
+
+def test_the_tuned_model_answers_as_it_did_in_training(tuned: Path, tiny_base: Base) -> None:
+    """A session gives the base's and the tuned model's answers of the training run."""
+    (expected,) = json.loads((tuned / "answers.json").read_text())
+    session = generate.Session(tiny_base("phi3"), tuned / "adapter", max_new_tokens=64)
+
+    said, base = session.ask("cat dog", compare=True)
+
+    assert expected == {"question": "cat dog", "base": base, "tuned": said}
+    assert said != base
+    assert (said, None) == session.ask("cat dog")
+
+
+def test_the_history_is_heard(tuned: Path, tiny_base: Base) -> None:
+    """Earlier turns are part of the question, and the same question gets the same answer."""
+    session = generate.Session(tiny_base("phi3"), tuned / "adapter", max_new_tokens=8)
+    history = [
+        {"role": "user", "content": "one two three"},
+        {"role": "assistant", "content": "three two one"},
+    ]
+
+    first = session.ask("big dog", history=history)
+
+    assert first == session.ask("big dog", history=history)
+
+
+def test_without_an_adapter_the_base_answers(tiny_base: Base) -> None:
+    """One answer, and nothing to compare it with."""
+    (answer,) = generate.answer(tiny_base("phi3"), None, ["cat"], compare=True, max_new_tokens=8)
+
+    assert answer["base"] is None
+    assert isinstance(answer["tuned"], str)
+
+
+def test_an_answer_ends_where_the_template_ends_a_turn(tiny_base: Base) -> None:
+    """`<|end|>` stops a Phi-3 answer although the tokenizer's end token is another."""
+    session = generate.Session(tiny_base("phi3"))
+
+    stops = generate.stops(session.model, session.tokenizer)
+
+    names = session.tokenizer.convert_ids_to_tokens(stops)
+    assert {"<|endoftext|>", "<|end|>"} == set(names)
+
+
+def test_an_adapter_of_another_base_is_refused(tuned: Path, tiny_base: Base) -> None:
+    """Width and depth are checked before the weights load."""
+    with pytest.raises(SpecError, match=r"MODEL-206 .*width 64; the base model has 128"):
+        generate.Session(tiny_base("phi3", hidden_size=128), tuned / "adapter")
+
+
+def test_an_adapter_of_another_family_is_refused(tuned: Path, tiny_base: Base) -> None:
+    """Fused projections do not fit a base that keeps them apart."""
+    with pytest.raises(SpecError, match=r"MODEL-210 .*does not fit the base model"):
+        generate.Session(tiny_base("llama"), tuned / "adapter")
+
+
+def test_a_hostile_config_never_reaches_peft(tuned: Path, tiny_base: Base, tmp_path: Path) -> None:
+    """A config that names code to import is refused by our parser."""
+    hostile = shutil.copytree(tuned / "adapter", tmp_path / "adapter")
+    path = hostile / adapter.CONFIG
+    record = json.loads(path.read_text()) | {"auto_mapping": {"parent_library": "antigravity"}}
+    path.write_text(json.dumps(record))
+
+    with pytest.raises(SpecError, match=r"MODEL-203 .*auto_mapping"):
+        generate.Session(tiny_base("phi3"), hostile)
+
+
+def test_a_base_without_a_chat_template_says_so(tiny_base: Base, tmp_path: Path) -> None:
+    base = shutil.copytree(tiny_base("phi3"), tmp_path / "base")
+    (base / "chat_template.jinja").unlink()
+
+    with pytest.raises(SpecError, match=r"MODEL-211 .*no chat template"):
+        generate.Session(base).ask("cat")

@@ -1,0 +1,205 @@
+"""Every architecture of the presets is tuned whole: each projection adapted, each packed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_runs
+import torch
+
+from tuning import adapter
+from tuning.errors import SpecError
+from tuning.models import load
+from tuning.training import train
+
+Build = Callable[..., Path]
+
+LLAMA = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+PHI3 = ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"]
+FALCON = ["dense", "dense_4h_to_h", "dense_h_to_4h", "query_key_value"]
+PROJECTIONS = {
+    "phi3": PHI3,
+    "phi3-longrope": PHI3,
+    "phi4-mini": PHI3,
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "ministral3": LLAMA,
+    "qwen2": LLAMA,
+    "qwen3": LLAMA,
+    "gemma3": LLAMA,
+    "falcon": FALCON,
+    "falcon-new": FALCON,
+    "phi2": ["dense", "fc1", "fc2", "k_proj", "q_proj", "v_proj"],
+    "gemma3-vision": LLAMA,
+    "mistral3-vision": LLAMA,
+}
+EAGER = tiny_runs.placement(attention="eager")
+LEAKY = {"falcon", "falcon-new"}
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+@pytest.mark.parametrize("family", PROJECTIONS)
+def test_every_architecture_trains_whole(
+    family: str, method: str, tiny_base: Build, tmp_path: Path
+) -> None:
+    """Loss falls; each attention and MLP projection has LoRA, and 4 bits in qlora; nothing else."""
+    packing = family not in LEAKY
+    recipe = tiny_runs.recipe(method=method, packing=packing, steps=4, dropout=0.0)
+    placement = tiny_runs.placement(checkpointing=True)
+
+    result = train.work(tiny_runs.request(tmp_path, tiny_base(family), recipe, placement))
+
+    names = PROJECTIONS[family]
+    quantised = 1.0 if method == "qlora" else None
+    whole = {"expected": 2 * len(names), "adapted": 2 * len(names), "names": names}
+    assert whole | {"quantised": quantised} == result["covered"]
+
+    made = adapter.inspect(tmp_path / "adapter")
+    assert names == list(made.targets)
+    assert names == made.config["target_modules"]
+    assert result["trainable"] == made.parameters
+    assert result["loss_last"] < result["loss_first"]
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+@pytest.mark.parametrize("family", ["gptoss", "qwen3moe"])
+def test_fused_experts_are_refused(family: str, method: str, tiny_base: Build) -> None:
+    """A model whose MLPs LoRA cannot reach is refused, with what would work instead."""
+    recipe = tiny_runs.recipe(method=method)
+
+    with pytest.raises(SpecError) as error:
+        load.load(
+            tiny_base(family), recipe=recipe, placement=tiny_runs.placement(attention="eager")
+        )
+
+    text = str(error.value)
+    assert text.startswith("MODEL-113 ")
+    assert "fused experts" in text and "MLPs would stay untrained" in text
+    assert "name attention projections in target_modules" in text
+
+
+def test_who_names_attention_gets_attention(tiny_base: Build) -> None:
+    """Named targets are honoured on a model with fused experts, in 16 bits."""
+    recipe = tiny_runs.recipe(targets=("q_proj", "v_proj"))
+
+    _, _, coverage = load.load(tiny_base("gptoss"), recipe=recipe, placement=EAGER)
+
+    assert ["q_proj", "v_proj"] == coverage.to_json()["names"]
+    assert 4 == len(coverage.adapted)
+
+
+def test_every_unknown_target_is_named(tiny_base: Build) -> None:
+    """Targets, exclusions and layers that match nothing are all named, with what there is."""
+    recipe = tiny_runs.recipe(
+        targets=("q_proj", "lm_head", "query"), exclude=("gate",), layers=(0, 7)
+    )
+
+    with pytest.raises(SpecError) as error:
+        load.load(tiny_base("llama"), recipe=recipe, placement=tiny_runs.placement())
+
+    wrong = [(p.code, p.where, p.what.split("'")[1:2]) for p in error.value.problems]
+    assert [
+        ("MODEL-110", "target_modules", ["lm_head"]),
+        ("MODEL-110", "target_modules", ["query"]),
+        ("MODEL-110", "exclude_modules", ["gate"]),
+        ("MODEL-111", "layers_to_transform", []),
+    ] == wrong
+    assert "q_proj, up_proj, v_proj" in str(error.value)
+
+
+def test_chosen_layers_and_exclusions_are_kept(tiny_base: Build) -> None:
+    """Only the asked layer, without the excluded names; the config says so in short names."""
+    recipe = tiny_runs.recipe(exclude=("up_proj", "down_proj"), layers=(1,))
+
+    tuned, _, coverage = load.load(
+        tiny_base("llama"), recipe=recipe, placement=tiny_runs.placement()
+    )
+
+    assert {"model.layers.1"} == {".".join(n.split(".")[:3]) for n in coverage.adapted}
+    config = tuned.peft_config["default"]
+    assert {"gate_proj", "k_proj", "o_proj", "q_proj", "v_proj"} == config.target_modules
+    assert [1] == config.layers_to_transform
+
+
+def test_all_linear_means_every_projection() -> None:
+    """PEFT's word for all is understood, and means what no targets mean."""
+    found = ["model.layers.0.mlp.up_proj", "model.layers.0.self_attn.q_proj"]
+
+    assert load.select(found, targets=None) == load.select(found, targets=("all-linear",))
+
+
+@pytest.mark.parametrize("family", sorted(set(PROJECTIONS) - LEAKY))
+def test_packed_documents_do_not_see_each_other(family: str, tiny_base: Build) -> None:
+    """A packed row gives each document the logits that it has alone."""
+    base = load.load_base(
+        tiny_base(family), precision="float32", quantisation=None, device="cpu", attention="sdpa"
+    ).eval()
+    first, second = torch.arange(5, 25)[None], torch.arange(40, 70)[None]
+    positions = torch.cat([torch.arange(20), torch.arange(30)])[None]
+
+    with torch.no_grad():
+        packed = base(
+            input_ids=torch.cat([first, second], 1), position_ids=positions, use_cache=False
+        ).logits
+        alone = torch.cat([base(input_ids=ids).logits for ids in (first, second)], 1)
+
+    torch.testing.assert_close(packed, alone, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", sorted(LEAKY))
+def test_a_family_that_leaks_is_not_packed(family: str, tiny_base: Build) -> None:
+    """Where documents would see each other, packing is refused rather than trained."""
+    recipe = tiny_runs.recipe(packing=True)
+
+    with pytest.raises(SpecError, match=r"MODEL-116 packing: .*falcon packed documents see"):
+        load.load(tiny_base(family), recipe=recipe, placement=tiny_runs.placement())
+
+
+def test_answering_first_does_not_break_training_in_4_bits(tiny_base: Build) -> None:
+    """A 4-bit layer passes gradients on after it has answered without them."""
+    base = load.load_base(
+        tiny_base("llama"), precision="bfloat16", quantisation=tiny_runs.NF4, device="cpu"
+    )
+    layer = base.model.layers[0].mlp.up_proj
+    base.eval()
+    with torch.no_grad():
+        base(input_ids=torch.arange(8)[None])
+    base.train()
+
+    x = torch.ones(1, 3, 64, dtype=torch.bfloat16, requires_grad=True)
+    layer(x).sum().backward()
+
+    assert x.grad is not None and bool(x.grad.any())
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"model_type": "nobody_knows"}, "MODEL-101"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "MODEL-102"),
+        (None, "MODEL-100"),
+    ],
+)
+def test_bad_bases_are_refused(
+    change: dict[str, Any] | None, expected: str, tiny_base: Build, tmp_path: Path
+) -> None:
+    """One clear line for a base that cannot be used."""
+    if change is not None:
+        record = json.loads((tiny_base("llama") / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps(record | change))
+
+    with pytest.raises(SpecError, match=expected):
+        load.read_config(tmp_path)
+
+
+def test_a_base_without_safetensors_is_refused(tiny_base: Build, tmp_path: Path) -> None:
+    """Pickled weights are never loaded."""
+    (tmp_path / "config.json").write_bytes((tiny_base("llama") / "config.json").read_bytes())
+    (tmp_path / "pytorch_model.bin").write_bytes(b"not even looked at")
+
+    with pytest.raises(SpecError, match=r"MODEL-105 .*no .*safetensors"):
+        load.load_base(tmp_path, precision="bfloat16", quantisation=None, device="cpu")

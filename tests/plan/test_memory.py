@@ -1,0 +1,274 @@
+"""The ledger: memory and time of a step by arithmetic over committed coefficients."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from tuning import presets
+from tuning.plan import memory
+from tuning.plan.memory import SIZES, Coefficients, Ledger, Moment, Variant
+
+GIB = 2**30
+DENSE = [preset for preset in presets.all() if not preset.facts.experts]
+MISTRAL = "mistral-7b"
+
+
+def known(name: str) -> Coefficients:
+    coefficients = memory.load(name)
+    assert coefficients is not None
+    return coefficients
+
+
+def predict(name: str, **options: Any) -> Ledger:
+    chosen = {"method": "lora", "rank": 16, "tokens": 2048, "checkpointing": True} | options
+    return memory.predict(known(name), **chosen)
+
+
+def form(**sizes: float) -> tuple[float, ...]:
+    return tuple(sizes.get(size, 0.0) for size in SIZES)
+
+
+# What another program, with stand-ins of its own, found for these shapes: GiB of frozen weights, of
+# adapters with optimizer, of the step, and the peak without CUDA's own and cuBLAS's.
+@pytest.mark.parametrize(
+    ("name", "method", "rank", "tokens", "checkpointing", "frozen", "trained", "step", "peak"),
+    [
+        ("phi-3-mini-4k-instruct", "lora", 16, 2048, True, 7.12, 0.28, 0.81, 8.21),
+        ("phi-3-mini-4k-instruct", "lora", 16, 2048, False, 7.12, 0.28, 9.10, 16.50),
+        ("phi-3-mini-4k-instruct", "qlora", 16, 2048, True, 2.11, 0.14, 0.75, 3.00),
+        ("phi-3-mini-4k-instruct", "qlora", 16, 2048, False, 2.11, 0.14, 9.05, 11.30),
+        ("phi-3-mini-4k-instruct", "qlora", 16, 8192, True, 2.11, 0.14, 3.00, 5.25),
+        ("phi-3-mini-4k-instruct", "qlora", 16, 16384, True, 2.11, 0.14, 6.00, 8.25),
+        ("mistral-7b", "lora", 16, 2048, True, 13.50, 0.47, 1.16, 15.12),
+        ("mistral-7b", "lora", 16, 2048, False, 13.50, 0.47, 13.59, 27.55),
+        ("mistral-7b", "qlora", 16, 2048, True, 3.84, 0.23, 1.03, 5.11),
+        ("mistral-7b", "qlora", 16, 2048, False, 3.84, 0.23, 11.44, 15.52),
+        ("llama-3.1-8b-instruct", "lora", 16, 2048, True, 14.96, 0.47, 1.16, 16.59),
+        ("llama-3.1-8b-instruct", "lora", 16, 2048, False, 14.96, 0.47, 13.59, 29.02),
+        ("llama-3.1-8b-instruct", "lora", 16, 8192, True, 14.96, 0.47, 4.63, 20.06),
+        ("llama-3.1-8b-instruct", "lora", 16, 8192, False, 14.96, 0.47, 54.14, 69.56),
+        ("llama-3.1-8b-instruct", "qlora", 16, 2048, True, 5.31, 0.23, 1.03, 6.58),
+        ("llama-3.1-8b-instruct", "qlora", 64, 8192, True, 5.31, 0.94, 3.92, 10.16),
+        ("llama-3.1-8b-instruct", "qlora", 16, 32768, True, 5.31, 0.23, 15.65, 21.20),
+        ("llama-3.3-70b-instruct", "qlora", 16, 2048, True, 36.80, 1.16, 3.78, 41.74),
+        ("llama-3.3-70b-instruct", "qlora", 16, 2048, False, 36.80, 1.16, 56.22, 94.18),
+    ],
+)
+def test_agrees_with_an_independent_simulation(
+    name: str,
+    method: str,
+    rank: int,
+    tokens: int,
+    checkpointing: bool,
+    frozen: float,
+    trained: float,
+    step: float,
+    peak: float,
+) -> None:
+    """Each share within 0.02 GiB or 0.2 %, of a table made by other code than ours."""
+    found = predict(name, method=method, rank=rank, tokens=tokens, checkpointing=checkpointing)
+    without = memory.WORKSPACE_BYTES
+    expected = pytest.approx([frozen, trained, step, peak], rel=0.002, abs=0.02)
+    assert [
+        (found.weights + found.constants) / GIB,
+        (found.adapters + found.optimizer) / GIB,
+        (found.step - without) / GIB,
+        (found.allocated - without) / GIB,
+    ] == expected
+
+
+@pytest.mark.parametrize("preset", DENSE, ids=lambda preset: preset.name)
+def test_every_preset_has_coefficients_that_hold_its_weights(preset: presets.Preset) -> None:
+    """All dense presets, both methods; the frozen bytes are those of the facts and the tower."""
+    facts = preset.facts
+    lora, qlora = (
+        predict(preset.name, method=method, attention="sdpa", rows=2)
+        for method in ("lora", "qlora")
+    )
+    assert lora.weights == pytest.approx(2 * (facts.parameters + facts.tower), rel=5e-4)
+    packed = facts.layers * sum(linear.inputs * linear.outputs for linear in facts.linears)
+    assert known(preset.name).packed == packed
+    assert qlora.weights + qlora.constants == pytest.approx(
+        lora.weights - 2 * packed + 0.516 * packed, rel=5e-3
+    )
+    rank16 = 16 * facts.layers * sum(x.inputs + x.outputs for x in facts.linears)
+    assert lora.adapters == 4 * rank16
+    assert qlora.adapters == 2 * rank16
+    if preset.packing_safe:
+        assert predict(preset.name).total < predict(preset.name, checkpointing=False).total
+
+
+def test_terms_add_up_and_have_names() -> None:
+    """The total is the sum of its terms; torch counts all but CUDA's own and the slack."""
+    found = predict(MISTRAL, method="qlora", tokens=8192)
+    assert sum(found.terms.values()) == found.total
+    assert found.allocated == found.total - found.context - found.slack
+    assert list(found.terms) == [
+        "frozen weights",
+        "quantisation constants",
+        "LoRA weights",
+        "gradients",
+        "optimizer",
+        "activations",
+        "loss head",
+        "dequantisation buffers",
+        "CUDA context and libraries",
+        "allocator slack",
+    ]
+    assert found.moment == "backward of the loss and the last layer (3)"
+
+
+def test_the_highest_moment_wins() -> None:
+    """A peak is at the moment that is highest for these sizes, which may be the optimizer's."""
+    early = Moment("early", {"activations": form(tokens=10.0), "gradients": form(rank=4.0)})
+    late = Moment("late", {"loss": form(tile=20.0, constant=7.0), "gradients": form(rank=8.0)})
+    coefficients = Coefficients(
+        layers=2,
+        kept=100,
+        packed=1000,
+        packed_modules=1,
+        buffers=0,
+        adapters={"up": 30, "down": 20},
+        moments={Variant(): (early, late)},
+    )
+
+    def at(tokens: int, **options: Any) -> Ledger:
+        return memory.predict(
+            coefficients, method="lora", rank=2, checkpointing=True, tokens=tokens, **options
+        )
+
+    few, many, none = at(100), at(100_000), at(1)
+    assert (few.moment, few.loss, few.gradients) == ("late", 2007, 16)
+    assert (many.moment, many.gradients) == ("early", 8)
+    assert many.activations == 1_000_000 + memory.WORKSPACE_BYTES
+    assert (none.moment, none.gradients) == ("optimizer step", 4 * 2 * 50)
+    assert at(100, accumulating=True).gradients == 4 * 2 * 50
+    assert at(100, ranks=2).gradients == 16 + 4 * 2 * 50
+    assert at(100, targets=("mlp.up",)).adapters == 4 * 2 * 30
+    assert few.weights == 2 * 1100
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "share"),
+    [("adamw_torch_fused", 2.0), ("sgd", 0.0), ("lion_32bit", 1.0), ("adamw_8bit", 0.507812)],
+)
+def test_optimizer_states(optimizer: str, share: float) -> None:
+    """Bytes of state for each byte of fp32 adapters."""
+    found = predict(MISTRAL, optimizer=optimizer)
+    assert found.optimizer / found.adapters == pytest.approx(share, rel=1e-4)
+
+
+def test_single_quantisation_takes_more() -> None:
+    """Without a second level the constants are 4 bytes for 64 weights."""
+    single = predict(MISTRAL, method="qlora", double_quant=False)
+    double = predict(MISTRAL, method="qlora")
+    packed = known(MISTRAL).packed
+    assert single.constants == pytest.approx(packed / 16, rel=1e-3)
+    assert double.constants == pytest.approx(packed * (1 / 64 + 4 / 16384), rel=2e-2)
+    assert single.weights == double.weights
+
+
+def test_half_precision_keeps_adapters_in_float32() -> None:
+    """float16 needs loss scaling, so QLoRA's adapters are float32; LoRA's are so anyway."""
+    half = predict(MISTRAL, method="qlora", precision="float16", attention="sdpa", rows=2)
+    brain = predict(MISTRAL, method="qlora", attention="sdpa", rows=2)
+    assert half.adapters == 2 * brain.adapters
+    assert predict(MISTRAL, precision="float16") == predict(MISTRAL)
+
+
+def test_what_was_not_simulated_is_unknown() -> None:
+    """No guess for a variant without coefficients, and None for a preset without a file."""
+    with pytest.raises(memory.Unknown, match="attention='eager'"):
+        predict(MISTRAL, attention="eager")
+    assert memory.load("gpt-oss-20b") is None
+
+
+def test_coefficients_survive_json() -> None:
+    """to_json and from_json are each other's inverse, through text."""
+    coefficients = known(MISTRAL)
+    text = json.dumps(memory.to_json(coefficients))
+    assert memory.from_json(json.loads(text)) == coefficients
+
+
+def test_planning_loads_no_torch() -> None:
+    """The closed formula needs no torch, no numpy, no transformers."""
+    program = (
+        "import sys; from tuning import ledger; ledger.load('mistral-7b');"
+        "print({'torch', 'numpy', 'transformers'} & set(sys.modules))"
+    )
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert answer.stdout == "set()\n"
+
+
+# NVIDIA-like numbers of the roofline's source: tokens/s of one H200 at 2k, packed.
+@pytest.mark.parametrize(
+    ("name", "checkpointing", "length", "rate"),
+    [
+        ("llama-3.1-8b-instruct", False, 2048, 14_500),
+        ("llama-3.1-8b-instruct", True, 2048, 10_300),
+        ("phi-3-mini-128k-instruct", False, 2048, 24_600),
+        ("phi-3-mini-128k-instruct", True, 2048, 17_500),
+    ],
+)
+def test_time_is_near_the_model_it_is_made_after(
+    name: str, checkpointing: bool, length: int, rate: int
+) -> None:
+    """Within 10 %, and below: ours also counts that eager operators miss the full bandwidth."""
+    preset = presets.find(name)
+    assert preset is not None
+    seconds = memory.seconds_per_token(
+        preset.facts,
+        presets.gpu("H200-SXM5"),
+        method="lora",
+        checkpointing=checkpointing,
+        tokens=8192,
+        effective_length=length,
+    )
+    assert seconds is not None
+    assert 0.9 * rate < 1 / seconds < rate
+
+
+def test_time_follows_the_card_and_the_work() -> None:
+    """More work is slower, a faster card faster, a small micro-batch waits for the host."""
+    preset = presets.find("llama-3.1-8b-instruct")
+    assert preset is not None
+
+    def at(gpu: str | None = "A100-SXM4-80GB", **options: Any) -> float | None:
+        chosen: dict[str, Any] = {
+            "method": "lora",
+            "checkpointing": False,
+            "tokens": 8192,
+            "effective_length": 2048,
+        }
+        card = presets.gpu(gpu) if gpu else None
+        return memory.seconds_per_token(preset.facts, card, **(chosen | options))
+
+    base = at()
+    assert base is not None
+    for slower in (
+        at("L4"),
+        at(method="qlora"),
+        at(checkpointing=True),
+        at(effective_length=8192),
+        at(attention="sdpa"),
+        at(tokens=64),
+    ):
+        assert slower is not None
+        assert slower > base
+    assert at("V100-PCIE-16GB") is None  # no bfloat16
+    assert at("V100-PCIE-16GB", precision="float16") is not None
+    assert at(None) is None
+    assert at(precision="float32") is None
+
+
+def test_operations_per_token() -> None:
+    """4N + 6 N_lora + 6 S h L: 31.88 GFLOP for Llama 3.1 8B at 2k tokens, rank 16."""
+    preset = presets.find("llama-3.1-8b-instruct")
+    assert preset is not None
+    found = memory.operations_per_token(preset.facts, effective_length=2048)
+    assert found / 1e9 == pytest.approx(31.88, abs=0.01)

@@ -1,0 +1,321 @@
+"""Tables and summaries for people: the plan, the presets, the end of a run."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import platform
+import shlex
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import rich.box
+import rich.console
+import rich.table
+import rich.text
+
+from tuning import presets
+from tuning.console import duration, size
+from tuning.errors import SpecError
+from tuning.plan import device
+
+if TYPE_CHECKING:
+    from tuning.pipeline import Summary
+    from tuning.plan import Plan
+    from tuning.spec import Spec
+
+
+def plan_heading(spec: Spec, plan: Plan) -> str:
+    """What is planned, for what."""
+    state = "draft, before the data is read" if plan.rows is None else plan.recipe.run_id[:12]
+    return f"{spec.name}: {plan.recipe.base_model} on {plan.device} ({state})"
+
+
+def catalogue(name: str | None, *, instances: bool) -> list[dict[str, Any]]:
+    """Presets (or instance types) as records; of one name, if given.
+
+    Raises SpecError for a name that is neither.
+    """
+    if name is not None:
+        if instances or name.lower() in {m.name.lower() for m in presets.instances()}:
+            return [_instance(presets.instance(name))]
+        preset = presets.find(name)
+        if preset is None:
+            raise SpecError.at(
+                "SPEC-302", "", f'"{name}" is not among the presets', "see the list: `presets`"
+            )
+        return [_preset(preset)]
+    if instances:
+        return [_instance(machine) for machine in presets.instances()]
+    return [_preset(preset) for preset in presets.all()]
+
+
+def _preset(preset: presets.Preset) -> dict[str, Any]:
+    methods = [m for m in ("lora", "qlora") if presets.support(preset, m).supported]
+    return {
+        "name": preset.name,
+        "hub": preset.hub_id,
+        "billion": round(preset.facts.parameters / 1e9, 2),
+        "weights_gib": round(preset.weight_bytes / 2**30, 2),
+        "context": preset.facts.context,
+        "licence": preset.licence,
+        "gated": preset.gated,
+        "methods": methods,
+        "note": "" if methods else presets.support(preset, "lora").reason,
+    }
+
+
+def _instance(machine: presets.Instance) -> dict[str, Any]:
+    answer = presets.gpu_support(machine.gpu, "qlora")
+    return {
+        "name": machine.name,
+        "cloud": machine.cloud,
+        "gpu": machine.gpu.name,
+        "gpus": machine.gpus,
+        "gib_each": round(machine.memory_bytes / 2**30, 1),
+        "retired": machine.retired,
+        "note": answer.reason,
+    }
+
+
+def catalogue_table(records: Sequence[dict[str, Any]]) -> rich.table.Table:
+    """The records of `catalogue`, one a row."""
+
+    def cell(value: Any) -> str:
+        if isinstance(value, bool):
+            return "yes" if value else ""
+        if isinstance(value, list):
+            return ", ".join(value)
+        return f"{value:,}" if isinstance(value, int) else str(value)
+
+    shown = [{k: v for k, v in record.items() if k != "hub"} for record in records]
+    headings = [name.replace("_", " ") for name in shown[0]]
+    return table(headings, ([cell(value) for value in record.values()] for record in shown))
+
+
+def display(drawn: rich.table.Table) -> None:
+    """Print a table on stdout: as wide as the terminal, or as wide as it needs in a pipe."""
+    width = None if sys.stdout.isatty() else 160
+    rich.console.Console(width=width, highlight=False).print(drawn)
+
+
+def questions() -> Iterator[str]:
+    """Lines that a person types (or pipes in), until the end of input."""
+    prompt = "> " if sys.stdin.isatty() else ""
+    while True:
+        try:
+            line = input(prompt).strip()
+        except EOFError:
+            return
+        if line:
+            yield line
+
+
+def answers(question: str, tuned: str, base: str | None) -> str:
+    """One question's answers, the base model's first if it was asked, too."""
+    if base is None:
+        return tuned
+    return f"{question}\n  base:  {one_line(base)}\n  tuned: {one_line(tuned)}"
+
+
+def environment() -> list[str]:
+    """Versions and device, one a line, for a bug report."""
+    found = [f"python {platform.python_version()} on {platform.platform()}"]
+    for name in ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "oras"):
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            found.append(f"{name} is not installed")
+    return [*found, f"device: {device.detect()}"]
+
+
+def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> rich.table.Table:
+    """A plain table whose text is never taken for markup."""
+    drawn = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
+    for index, heading in enumerate(headings):
+        drawn.add_column(heading, overflow="fold", no_wrap=index == 0)
+    for row in rows:
+        drawn.add_row(*(rich.text.Text(cell) for cell in row))
+    return drawn
+
+
+def plan_table(plan: Plan) -> rich.table.Table:
+    """Each decided value with its reason."""
+    recipe, placement = plan.recipe, plan.placement
+    values = {
+        "method": recipe.method,
+        "precision": recipe.precision,
+        "engine": plan.device.capability and presets.engine_build(plan.device.capability),
+        "quant_type": (recipe.quantisation or {}).get("type"),
+        "double_quant": (recipe.quantisation or {}).get("double"),
+        "targets": ", ".join(recipe.targets) if recipe.targets else "all projections",
+        "rank": recipe.rank,
+        "alpha": f"{recipe.alpha:g}",
+        "dropout": f"{recipe.dropout:g}",
+        "learning_rate": f"{recipe.learning_rate:g}",
+        "schedule": recipe.schedule,
+        "warmup_steps": recipe.warmup_steps if plan.rows is not None else None,
+        "optimizer": recipe.optimizer,
+        "weight_decay": f"{recipe.weight_decay:g}",
+        "max_grad_norm": f"{recipe.max_grad_norm:g}",
+        "max_length": recipe.max_length,
+        "packing": "yes" if recipe.packing else "no",
+        "train_on": recipe.train_on,
+        "global_batch": recipe.global_batch,
+        "epochs": f"{recipe.epochs:g}",
+        "steps": recipe.steps or "known once the data is read",
+        "ranks": placement.ranks if placement.ranks > 1 else None,
+        "micro_batch": placement.micro_batch,
+        "checkpointing": "on" if placement.checkpointing else "off",
+        "attention": placement.attention,
+        "threads": placement.threads,
+        "speed": plan.tokens_per_second and f"{plan.tokens_per_second:,.0f} tokens/s",
+        "time": _time(plan),
+    }
+    return table(
+        ("what", "value", "why"),
+        [
+            (name.replace("_", " "), str(value), plan.reasons.get(name, ""))
+            for name, value in values.items()
+            if value is not None
+        ],
+    )
+
+
+def _time(plan: Plan) -> str | None:
+    """How long it will take; of a draft, how long for each million tokens."""
+    gpus = plan.placement.ranks
+    if plan.seconds is not None:
+        hours = plan.seconds * gpus / 3600
+        return f"{duration(plan.seconds)}, {hours:,.2f} GPU-hours"
+    if plan.tokens_per_second is None:
+        return None
+    return f"{duration(1e6 / plan.tokens_per_second)} for each million tokens"
+
+
+def memory_table(plan: Plan) -> rich.table.Table | None:
+    """Where each byte of the GPU goes, largest first; None where nobody has sized the model."""
+    if plan.fit is None:
+        return None
+    terms = sorted(plan.fit.ledger.terms.items(), key=lambda term: -term[1])
+    rows = [(name, f"{count / 2**30:.2f}") for name, count in terms if count]
+    rows.append(("total", f"{plan.fit.ledger.total / 2**30:.2f}"))
+    rows.append(("free on the GPU", f"{plan.device.memory_bytes / 2**30:.2f}"))
+    return table(("memory at the peak", "GiB"), rows)
+
+
+def summary_lines(summary: Summary) -> list[str]:
+    """The eight closing lines of a run."""
+    t = summary.training
+    share = 100 * t["trainable"] / t["total"]
+    answers = t.get("answers") or []
+    folder = str(summary.adapter)
+    speed = f"{t['tokens_per_second']:,.0f} tokens/s, {duration(t['seconds'])} of training"
+    if foretold := summary.planned["tokens_per_second"]:
+        speed += f"; planned {foretold:,.0f}"
+    talk = [python(), "-m", "tuning", "chat", "--base", summary.base, "--adapter", folder]
+    lines = [
+        (
+            "loss",
+            f"{t['loss_first']:.3f} -> {t['loss_last']:.3f} in {t['steps']:,} steps{_held_out(t)}",
+        ),
+        ("speed", speed if t["seconds"] else "nothing was trained here: the registry had this run"),
+        *memory_line(summary),
+        ("trained", f"{share:.2f} % of the weights ({t['trainable']:,} parameters)"),
+        ("adapter", f"{size(summary.adapter_bytes)} in {folder}"),
+        ("image", f"{summary.references[0]}@{summary.digest}"),
+    ]
+    if answers:
+        first = answers[0]
+        lines.append(("before", f"{first['question']} {one_line(first['base'])}"))
+        lines.append(("after", f"{first['question']} {one_line(first['tuned'])}"))
+    lines.append(("talk to it", shlex.join([*talk, "--compare"])))
+    return [f"{name:<11} {text}" for name, text in lines]
+
+
+def memory_line(summary: Summary) -> list[tuple[str, str]]:
+    """The measured peak beside the planned one, where there is a plan of it."""
+    measured, planned = summary.training["peak_memory_bytes"], summary.planned["peak_bytes"]
+    if not measured or not planned:
+        return []
+    off = 100 * (measured - planned) / planned
+    return [("memory", f"{size(measured)} at the peak; planned {size(planned)} ({off:+.1f} %)")]
+
+
+def _held_out(training: dict[str, Any]) -> str:
+    """What base and adapter make of the rows that were held out."""
+    before, after = training.get("eval_loss_before"), training.get("eval_loss_after")
+    if before is None or after is None:
+        return ""
+    was, became = training["eval_perplexity_before"], training["eval_perplexity_after"]
+    kept = f", weights of step {best:,}" if (best := training.get("best_step")) else ""
+    rows = f"on held-out rows {before:.3f} -> {after:.3f}"
+    return f"; {rows}, perplexity {was:,.2f} -> {became:,.2f}{kept}"
+
+
+def python() -> str:
+    """How a person starts this interpreter from here."""
+    here = Path(sys.executable)
+    with contextlib.suppress(ValueError):
+        return str(here.relative_to(Path.cwd()))
+    return str(here)
+
+
+def one_line(text: str, limit: int = 160) -> str:
+    """`text` on one line, cut where it is long."""
+    flat = " ".join(text.split())
+    return flat if len(flat) <= limit else flat[: limit - 1] + "…"
+
+
+def inspection_table(found: dict[str, Any]) -> rich.table.Table:
+    """What `inspection.Inspection.to_json` tells, a line for each thing that is known."""
+    table = rich.table.Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    rows = {
+        "digest": found["digest"],
+        "for": ", ".join(found["platforms"]),
+        "size": _sizes(found),
+        "base model": found["base_model"],
+        "revision": found["base_revision"],
+        "preset": found["preset"],
+        "method": found["method"],
+        "rank, alpha": f"{found['rank']}, {found['alpha']}" if found["rank"] else None,
+        "adapts": _listed(found["targets"]),
+        "parameters": _parameters(found),
+        "trained": f"{found['steps']:,} steps" if found["steps"] else None,
+        "final loss": found["final_loss"] and f"{found['final_loss']:.4g}",
+        "data": _listed([f"sha256:{digest}" for digest in found["data"] or ()]),
+        "run": found["run_id"],
+        "licence": found["licence"],
+        "attached": _listed([_attached(each) for each in found["attached"]]),
+        "signatures": _listed(found["signatures"]),
+        "problems": "\n".join(found["problems"]),
+    }
+    for name, value in rows.items():
+        if value:
+            # a stranger's words: nothing of them steers the terminal
+            plain = "".join(c if c.isprintable() or c == "\n" else "." for c in str(value))
+            table.add_row(name, rich.text.Text(plain))
+    return table
+
+
+def _sizes(found: dict[str, Any]) -> str:
+    layers = f" in {len(found['layers'])} layers" if found["layers"] else ""
+    return f"{size(found['size'])}{layers}"
+
+
+def _parameters(found: dict[str, Any]) -> str | None:
+    if not found["parameters"]:
+        return None
+    return f"{found['parameters']:,} ({', '.join(found['dtypes'])})"
+
+
+def _attached(each: dict[str, Any]) -> str:
+    kind = each["annotations"].get("in-toto.io/predicate-type") or each["type"] or "something"
+    return f"{kind} {each['digest'][:19]}"
+
+
+def _listed(items: Sequence[str] | str | None) -> str:
+    """Items as one line; a pattern as it is."""
+    return items if isinstance(items, str) else ", ".join(items or ())

@@ -1,0 +1,188 @@
+"""Which shape a row has, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tuning.data.formats.values import (
+    NOTHING,
+    BadRow,
+    Columns,
+    Fault,
+    Name,
+    Row,
+    Shape,
+    from_json,
+    quoted,
+)
+
+MESSAGE_COLUMNS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat")
+PAIR_COLUMNS = (
+    ("question", "answer"),
+    ("question", "response"),
+    ("query", "response"),
+    ("query", "answer"),
+    ("prompt", "response"),
+    ("problem", "solution"),
+    ("input", "output"),
+    ("user", "assistant"),
+    ("human", "assistant"),
+)
+CONTEXT_COLUMNS = ("input", "context")
+HISTORY_COLUMN = "history"  # of Alpaca rows, as LLaMA-Factory has it: earlier [question, answer]
+SYSTEM_COLUMNS = ("system", "system_prompt")
+LEADING_COLUMNS = frozenset(MESSAGE_COLUMNS) | {name for pair in PAIR_COLUMNS for name in pair}
+LEADING_COLUMNS |= {"prompt", "completion", "instruction", "text", "input_ids"}
+KNOWN_COLUMNS = LEADING_COLUMNS | {
+    *SYSTEM_COLUMNS,
+    *CONTEXT_COLUMNS,
+    HISTORY_COLUMN,
+    "tools",
+    "labels",
+    "attention_mask",
+}
+CARRIED = ("tool_calls", "tool_call_id", "name", "reasoning_content", "thinking", "reasoning")
+MESSAGE_KEYS = {"role", "content", "from", "value", "weight", "train", "function_call", *CARRIED}
+
+
+def detect(row: Row, options: Columns) -> Shape:
+    """The shape of `row`, from its columns and the look of their values.
+
+    Raises BadRow when the columns fit no shape, or an option names a column that is not there.
+    """
+    if options.messages or options.context or options.response:
+        return _by_options(row, options)
+    if "input_ids" in row:
+        return _shape("tokens", "it has a column input_ids", input_ids="input_ids")
+    for column in MESSAGE_COLUMNS:
+        if column in row and (column == "messages" or _is_chat(row[column])):
+            return _chat_shape(row, column, f'it has a column "{column}"')
+    if "prompt" in row and "completion" in row:
+        return _pair_shape("prompt-completion", "prompt", "completion")
+    if "instruction" in row:
+        for answer in ("output", "response"):
+            if answer in row:
+                return _pair_shape("alpaca", "instruction", answer)
+    for prompt, completion in PAIR_COLUMNS:
+        if prompt in row and completion in row:
+            return _pair_shape("pair", prompt, completion)
+    if "text" in row:
+        return _shape("text", 'it has a column "text" and none of the others', text="text")
+    raise BadRow([_no_shape(row)])
+
+
+def unused(row: Row, shape: Shape) -> list[str]:
+    """What `row` says and nobody reads, though it may be meant: columns, and keys of messages."""
+    used = {column for _, column in shape.columns}
+    chats = [column for use, column in shape.columns if use == "messages"]
+    if shape.name == "prompt-completion" and not isinstance(row.get("prompt"), str):
+        chats = ["prompt", "completion"]
+    if chats:
+        used.add("tools")
+    if shape.name == "tokens":
+        used |= {"labels", "attention_mask", "token_type_ids", "position_ids"}
+    elif shape.name != "text":
+        used.add(first_said(row, SYSTEM_COLUMNS) or "")
+    if shape.name == "alpaca":
+        used |= {first_said(row, CONTEXT_COLUMNS) or "", HISTORY_COLUMN}
+    used |= {name for name in row if name.startswith("__")}  # a table's own, such as its index
+    left = [name for name, value in row.items() if name not in used and not _silent(value)]
+    for column in chats:
+        turns = from_json(row.get(column))
+        said = turns if isinstance(turns, list) else []
+        items = [each for turn in said if isinstance(turn, Mapping) for each in turn.items()]
+        keys = dict.fromkeys(key for key, value in items if not _silent(value))
+        left += [f"{column}[].{key}" for key in keys if key not in MESSAGE_KEYS]
+    return left
+
+
+def first_said(row: Row, columns: Sequence[str]) -> str | None:
+    """The first of `columns` that says something in this very row."""
+    for column in columns:
+        if column in row and not _silent(row[column]):
+            return column
+    return None
+
+
+def _silent(value: Any) -> bool:
+    return any(value is nothing or value == nothing for nothing in NOTHING)
+
+
+def _shape(name: Name, reason: str, **columns: str) -> Shape:
+    return Shape(name, tuple(columns.items()), reason, frozenset(columns.values()))
+
+
+def _pair_shape(name: Name, prompt: str, completion: str) -> Shape:
+    reason = f'it has the columns "{prompt}" and "{completion}"'
+    return _shape(name, reason, prompt=prompt, completion=completion)
+
+
+def _is_chat(value: Any) -> bool:
+    value = from_json(value)
+    return isinstance(value, list) and all(isinstance(turn, Mapping) for turn in value)
+
+
+def _chat_shape(row: Row, column: str, reason: str) -> Shape:
+    turns = from_json(row[column])
+    first = turns[0] if isinstance(turns, list) and turns else None
+    if isinstance(first, Mapping) and "from" in first and "role" not in first:
+        return _shape("sharegpt", f"{reason} of from/value turns", messages=column)
+    return _shape("messages", f"{reason} of role/content turns", messages=column)
+
+
+def _by_options(row: Row, options: Columns) -> Shape:
+    named = {
+        "messages_column": options.messages,
+        "context_column": options.context,
+        "response_column": options.response,
+    }
+    missing = [
+        missing_column(row, f"{option} is", column) for option, column in named.items() if column
+    ]
+    if faults := [fault for fault in missing if fault]:
+        raise BadRow(faults)
+    if options.messages:
+        return _chat_shape(row, options.messages, f'messages_column is "{options.messages}"')
+    if options.context and options.response:
+        reason = f'context_column is "{options.context}", response_column "{options.response}"'
+        return _shape("pair", reason, prompt=options.context, completion=options.response)
+    if options.response:
+        reason = f'response_column is "{options.response}" and context_column is unset'
+        return _shape("text", reason, text=options.response)
+    raise BadRow.of(
+        "DATA-212",
+        f'context_column is "{options.context}" but response_column is unset',
+        "set DatasetConfig.response_column to the column that holds the answer",
+    )
+
+
+def missing_column(row: Row, intro: str, column: str) -> Fault | None:
+    """The fault that `row` has no `column`; None if it has. `intro` begins the sentence."""
+    if column in row:
+        return None
+    shown = ", ".join(quoted(name) for name in list(row)[:12])
+    near = next((name for name in row if name.lower() == column.lower()), None)
+    if near is not None:
+        what = f'{intro} "{column}", but the column is written {quoted(near)}'
+        return Fault("DATA-213", what, f"write {quoted(near)} exactly as in the data")
+    what = f'{intro} "{column}", and there is no such column; there are {shown}'
+    return Fault("DATA-212", what, "name a column that is there")
+
+
+def _no_shape(row: Row) -> Fault:
+    shown = ", ".join(quoted(name) for name in list(row)[:12]) or "none"
+    for name in row:
+        if name not in LEADING_COLUMNS and name.strip().lower() in LEADING_COLUMNS:
+            return Fault(
+                "DATA-213",
+                f'column {quoted(name)} is not written "{name.strip().lower()}"',
+                f'rename it to "{name.strip().lower()}", or name it in DatasetConfig '
+                "(messages_column, or context_column and response_column)",
+            )
+    return Fault(
+        "DATA-212",
+        f"the columns ({shown}) fit no known shape",
+        "use messages, prompt/completion, instruction/output, question/answer or text, or name "
+        "yours in DatasetConfig: messages_column, or context_column and response_column",
+    )

@@ -1,0 +1,327 @@
+"""Lists of messages -> conversations, with every fault that is in them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from tuning.data.formats.detect import CARRIED, SYSTEM_COLUMNS, first_said
+from tuning.data.formats.values import (
+    BadRow,
+    Conversation,
+    Fault,
+    Row,
+    from_json,
+    quoted,
+    text_faults,
+    texts_in,
+    type_name,
+)
+
+ROLES = ("system", "user", "assistant", "tool")
+_ROLE = {role: role for role in ROLES} | {"developer": "system", "function": "tool"}
+_SHAREGPT_ROLE = _ROLE | {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "function_call": "assistant",
+    "function_response": "tool",
+    "observation": "tool",
+}
+_PLAIN = {"role", "content"}
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+
+
+def conversation(row: Row, column: str, *, sharegpt: bool) -> Conversation:
+    """The conversation in `column` of `row`. Raises BadRow with all faults."""
+    turns = from_json(row[column])
+    if not isinstance(turns, list):
+        raise BadRow.of(
+            "DATA-216",
+            f"{column} is {type_name(turns)}, not a list of messages",
+            'write [{"role": ..., "content": ...}, ...]',
+        )
+    messages, faults = _messages(turns, column, sharegpt=sharegpt)
+    if not faults:
+        faults = _order_faults(messages, column)
+    tools, more = _tools(row)
+    system, wrong = _system(row)
+    if faults or more or wrong:
+        raise BadRow([*faults, *more, *wrong])
+    _open_with(messages, system)
+    return Conversation(messages, _weighted(messages), tools)
+
+
+def _system(row: Row) -> tuple[str, list[Fault]]:
+    """What a column of its own says to the system."""
+    column = first_said(row, SYSTEM_COLUMNS)
+    if column is None:
+        return "", []
+    try:
+        return filled(row, column, "", empty=True), []
+    except BadRow as bad:
+        return "", list(bad.faults)
+
+
+def _open_with(messages: list[dict[str, Any]], system: str) -> bool:
+    """Put `system` first, unless the conversation says its own."""
+    if not system.strip() or messages[0]["role"] == "system":
+        return False
+    messages.insert(0, {"role": "system", "content": system})
+    return True
+
+
+def _messages(
+    turns: list[Any], column: str, *, sharegpt: bool
+) -> tuple[list[dict[str, Any]], list[Fault]]:
+    messages: list[dict[str, Any]] = []
+    faults: list[Fault] = []
+    for index, turn in enumerate(turns):
+        if not sharegpt and _is_plain(turn):
+            messages.append(turn)
+            continue
+        where = f"{column}[{index}]"
+        if not isinstance(turn, Mapping):
+            what = f"{where} is {type_name(turn)}, not a message"
+            faults.append(Fault("DATA-216", what, 'write {"role": ..., "content": ...}'))
+            continue
+        message, wrong = _message(turn, where, sharegpt=sharegpt)
+        messages.append(message)
+        faults += wrong
+    return messages, faults
+
+
+def _is_plain(turn: Any) -> bool:
+    """Whether `turn` is a faultless message of role and content alone, as nearly all are."""
+    if type(turn) is not dict or len(turn) != 2:
+        return False
+    role, content = turn.get("role"), turn.get("content")
+    if role not in ROLES or type(content) is not str:
+        return False
+    if role == "assistant" and (not content or content.isspace()):
+        return False
+    return "\0" not in content and (content.isascii() or not text_faults(content, ""))
+
+
+def _message(
+    turn: Mapping[str, Any], where: str, *, sharegpt: bool
+) -> tuple[dict[str, Any], list[Fault]]:
+    role_key, content_key = ("from", "value") if sharegpt else ("role", "content")
+    if not sharegpt and turn.get("role") is None and "from" in turn:
+        what = f"{where} is a from/value turn, but the data began with role/content turns"
+        return {}, [Fault("DATA-214", what, "write all conversations in one of the two ways")]
+    faults: list[Fault] = []
+    roles = _SHAREGPT_ROLE if sharegpt else _ROLE
+    said = turn.get(role_key)
+    role = roles.get(said, "") if isinstance(said, str) else ""
+    if said is None:
+        what = f"{where} has no {role_key}"
+        faults.append(Fault("DATA-218", what, f"add one of {', '.join(ROLES)}"))
+    elif not role:
+        allowed = ", ".join(("human", "gpt", *ROLES) if sharegpt else ROLES)
+        what = f"{where}.{role_key} is {quoted(said)}; allowed: {allowed}"
+        faults.append(Fault("DATA-207", what, "change the role"))
+    calls, wrong = _calls(turn, where, sharegpt=sharegpt)
+    faults += wrong
+    if calls and said == "function_call":
+        turn = {key: value for key, value in turn.items() if key != content_key}
+        turn[content_key] = None
+    content = turn.get(content_key)
+    if content is None and calls and role == "assistant":
+        text: str = ""
+    else:
+        text, wrong = _content(turn, content_key, where)
+        faults += wrong
+        if not wrong and role == "assistant" and not text.strip() and not calls:
+            what = f"{where}.{content_key} of the assistant is empty"
+            faults.append(Fault("DATA-225", what, "write the answer, or remove the conversation"))
+    message: dict[str, Any] = {"role": role, "content": text}
+    if len(turn) > 2 or not _PLAIN >= turn.keys():
+        extra = {key: turn[key] for key in CARRIED if turn.get(key) is not None}
+        if calls:
+            extra["tool_calls"] = calls
+        else:
+            extra.pop("tool_calls", None)
+        faults += _extra_faults(extra, where)
+        message |= extra
+        if turn.get("weight") is not None:
+            message["weight"] = turn["weight"]
+        elif turn.get("train") is not None:  # as Axolotl has it
+            message["weight"] = turn["train"]
+            if turn["train"] not in (0, 1):
+                what = f"{where}.train is {type_name(turn['train'])}: {quoted(turn['train'])}"
+                faults.append(Fault("DATA-221", what, "write true or false"))
+            else:
+                message["weight"] = int(turn["train"])
+    return message, faults
+
+
+def _extra_faults(extra: Mapping[str, Any], where: str) -> list[Fault]:
+    """What is wrong with what a message says beside its content."""
+    faults: list[Fault] = []
+    for key, value in extra.items():
+        if key in _REASONING and not isinstance(value, str):
+            what = f"{where}.{key} is {type_name(value)}: {quoted(value)}"
+            faults.append(Fault("DATA-221", what, "write a text, in quotes"))
+        for text in texts_in(value):
+            faults += text_faults(text, f"{where}.{key}")
+    return faults
+
+
+def _content(turn: Mapping[str, Any], key: str, where: str) -> tuple[str, list[Fault]]:
+    if key not in turn:
+        return "", [Fault("DATA-219", f"{where} has no {key}", f"add its {key}")]
+    content = turn[key]
+    if isinstance(content, list):
+        return text_of_parts(content, f"{where}.{key}")
+    if content is None:
+        return "", [Fault("DATA-220", f"{where}.{key} is null", "write a text")]
+    if not isinstance(content, str):
+        what = f"{where}.{key} is {type_name(content)}: {quoted(content)}"
+        return "", [Fault("DATA-221", what, "write a text, in quotes")]
+    return content, text_faults(content, f"{where}.{key}")
+
+
+def filled(row: Row, column: str, code: str, *, empty: bool = False) -> str:
+    """The text in `column`, which may be content parts. Raises BadRow, with `code` for an empty one
+    unless it may be `empty`."""
+    value = row[column]
+    if value is None:
+        raise BadRow.of("DATA-220", f"{column} is null", "write a text, or remove the row")
+    if isinstance(value, list):
+        value, faults = text_of_parts(value, column)
+        if faults:
+            raise BadRow(faults)
+    if not isinstance(value, str):
+        what = f"{column} is {type_name(value)}: {quoted(value)}"
+        raise BadRow.of("DATA-221", what, "write a text, in quotes")
+    if not empty and not value.strip():
+        raise BadRow.of(code, f"{column} is empty", "write it, or remove the row")
+    if faults := text_faults(value, column):
+        raise BadRow(faults)
+    return value
+
+
+def text_of_parts(parts: list[Any], where: str) -> tuple[str, list[Fault]]:
+    """The text of a list of content parts, and what is wrong with them."""
+    texts: list[str] = []
+    for index, part in enumerate(parts):
+        text = part.get("text") if isinstance(part, Mapping) else part
+        kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
+        if kind != "text" or not isinstance(text, str):
+            what = f"{where}[{index}] is a part of type {quoted(kind)}, and only text is trained"
+            change = "leave out images, audio and files, or remove the row"
+            return "", [Fault("DATA-222", what, change)]
+        texts.append(text)
+    joined = "\n".join(texts)
+    return joined, text_faults(joined, where)
+
+
+def _calls(turn: Mapping[str, Any], where: str, *, sharegpt: bool) -> tuple[list[Any], list[Fault]]:
+    """A turn's tool calls with their arguments as objects, which is what chat templates print.
+
+    Older ways are read, too: OpenAI's `function_call`, and a ShareGPT turn of that name.
+    """
+    key, bare = "tool_calls", False
+    calls = from_json(turn.get(key))
+    if not calls and sharegpt and turn.get("from") == "function_call":
+        key, calls, bare = "value", from_json(turn.get("value")), True
+    elif not calls and not sharegpt and turn.get("function_call"):
+        key, calls, bare = "function_call", from_json(turn["function_call"]), True
+    if not calls:
+        return [], []
+    fixed: list[Any] = []
+    faults: list[Fault] = []
+    for call in calls if isinstance(calls, list) else [calls]:
+        if bare and not (isinstance(call, Mapping) and isinstance(call.get("name"), str)):
+            change = 'write {"name": "...", "arguments": {...}}'
+            return [], [Fault("DATA-216", f"{where}.{key} is no call of a function", change)]
+        call = {"type": "function", "function": call} if bare else call
+        if isinstance(call, Mapping) and isinstance(call.get("function"), Mapping):
+            function = dict(call["function"])
+            given = function.get("arguments")
+            if isinstance(given, str):
+                function["arguments"] = from_json(given) if given.strip() else {}
+            if isinstance(function.get("arguments"), str):
+                what = f"{where}.{key} has arguments that are no JSON object: {quoted(given)}"
+                faults.append(Fault("DATA-216", what, 'write {"name": value, ...}'))
+            call = {k: v for k, v in call.items() if v is not None} | {"function": function}
+        fixed.append(call)
+    return fixed, faults
+
+
+def _order_faults(messages: list[dict[str, Any]], column: str) -> list[Fault]:
+    if not messages:
+        return [Fault("DATA-217", f"{column} is empty", "write the conversation or remove the row")]
+    roles = [message["role"] for message in messages]
+    faults: list[Fault] = []
+    if roles.count("system") > 1:
+        second = roles.index("system", roles.index("system") + 1)
+        what = f"{column}[{second}] is a second system message"
+        faults.append(Fault("DATA-226", what, "join the two into one at the beginning"))
+    if "assistant" not in roles:
+        what = f"{column} has no assistant turn, so there is nothing to learn"
+        faults.append(Fault("DATA-223", what, "add the answer, or remove the row"))
+    elif roles[-1] != "assistant":
+        what = f"{column}[{len(roles) - 1}], the last message, is of role {roles[-1]}"
+        change = "end with an assistant turn: add the answer, or remove the last message"
+        faults.append(Fault("DATA-224", what, change))
+    return faults
+
+
+def _weighted(messages: list[dict[str, Any]]) -> tuple[int, ...]:
+    """The assistant turns whose `weight`, if any, is not 0; the key is taken out."""
+    return tuple(
+        index
+        for index, message in enumerate(messages)
+        if message["role"] == "assistant" and _weight(message) not in (0, "0")
+    )
+
+
+def _weight(message: dict[str, Any]) -> Any:
+    return message.pop("weight", 1) if len(message) > 2 else 1
+
+
+def _tools(row: Row) -> tuple[list[Any] | None, list[Fault]]:
+    tools = from_json(row.get("tools"))
+    if not tools:
+        return None, []
+    if isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools):
+        faults = [fault for text in texts_in(tools) for fault in text_faults(text, "tools")]
+        return [_schema(tool) for tool in tools], faults
+    what = f"tools is {type_name(tools)}, not a list of JSON schemas"
+    return None, [Fault("DATA-216", what, 'write [{"type": "function", "function": {...}}]')]
+
+
+def _schema(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """A tool as chat templates want it; LLaMA-Factory's data hold the function alone."""
+    if "function" not in tool and "name" in tool and {"parameters", "description"} & tool.keys():
+        return {"type": "function", "function": dict(tool)}
+    return dict(tool)
+
+
+def prompt_messages(row: Row) -> Conversation:
+    """A prompt and a completion that are both lists of messages. Raises BadRow."""
+    parts: list[dict[str, Any]] = []
+    faults: list[Fault] = []
+    before = 0
+    for column in ("prompt", "completion"):
+        turns = from_json(row[column])
+        if not isinstance(turns, list):
+            what = f"{column} is {type_name(turns)}; prompt and completion are of different kinds"
+            raise BadRow.of("DATA-221", what, "write both as texts, or both as lists of messages")
+        messages, wrong = _messages(turns, column, sharegpt=False)
+        parts += messages
+        faults += wrong
+        if column == "prompt":
+            before = len(messages)
+    if not faults:
+        faults = _order_faults(parts, "prompt + completion")
+    tools, more = _tools(row)
+    system, wrong = _system(row)
+    if faults or more or wrong:
+        raise BadRow([*faults, *more, *wrong])
+    before += _open_with(parts, system)
+    return Conversation(parts, tuple(i for i in _weighted(parts) if i >= before), tools)

@@ -1,0 +1,191 @@
+"""Base and adapter answer a question side by side.
+
+The base is loaded once; the adapter is switched off for the base's answer. Answers are greedy, so
+that the same question gets the same answer.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+
+from tuning import adapter as adapters
+from tuning import files
+from tuning.errors import SpecError
+from tuning.models import load
+
+logger = logging.getLogger(__name__)
+
+Message = dict[str, str]
+"""One turn: `{"role": "user" | "assistant" | "system", "content": text}`."""
+
+
+class Session:
+    """A base model, and an adapter on it if there is one, ready to answer."""
+
+    def __init__(
+        self,
+        base: Path,
+        adapter: Path | None = None,
+        *,
+        device: str | None = None,
+        precision: str | None = None,
+        quantisation: dict[str, Any] | None = None,
+        max_new_tokens: int = 512,
+    ) -> None:
+        """Load the base from its folder and put the adapter's folder on it.
+
+        `device` (cpu, cuda) and `precision` default to what the machine has; `quantisation` as in a
+        recipe loads the base in 4 bits. Raises SpecError if a folder is wrong, or the adapter does
+        not fit the base.
+        """
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        template = None
+        if adapter is not None:
+            found = adapters.inspect(adapter)
+            problems = adapters.misfits(found, files.read_json(base / "config.json"))
+            if problems:
+                raise SpecError(problems)
+            template = _template(adapter)
+        self.max_new_tokens = max_new_tokens
+        self.tokenizer = load.load_tokenizer(base, chat_template=template)
+        self.model = load.load_base(
+            base,
+            precision=precision or _precision(device),
+            quantisation=quantisation,
+            device=device,
+        )
+        if adapter is not None:
+            self.model = attach(self.model, found)
+        self.model.eval()
+
+    def ask(
+        self, question: str, *, history: Sequence[Message] = (), compare: bool = False
+    ) -> tuple[str, str | None]:
+        """The tuned model's answer to `question` after the turns of `history`, and the base's.
+
+        The base's is None unless `compare`. Without an adapter the first is the base's.
+        """
+        messages = [*history, {"role": "user", "content": question}]
+        base = None
+        if compare and isinstance(self.model, PeftModel):
+            with self.model.disable_adapter():
+                base = self._reply(messages)
+        return self._reply(messages), base
+
+    def _reply(self, messages: Sequence[Message]) -> str:
+        return reply(self.model, self.tokenizer, messages, max_new_tokens=self.max_new_tokens)
+
+
+def answer(
+    base: Path,
+    adapter: Path | None,
+    questions: Iterable[str],
+    *,
+    compare: bool = False,
+    max_new_tokens: int = 512,
+) -> list[dict[str, str | None]]:
+    """Each question by itself: `{"question", "tuned", "base"}`, `base` only if `compare`."""
+    session = Session(base, adapter, max_new_tokens=max_new_tokens)
+    answers: list[dict[str, str | None]] = []
+    for question in questions:
+        tuned, plain = session.ask(question, compare=compare)
+        answers.append({"question": question, "tuned": tuned, "base": plain})
+    return answers
+
+
+def attach(base: Any, adapter: adapters.Adapter) -> PeftModel:
+    """Put an inspected adapter on a loaded base model.
+
+    PEFT gets the config that our parser checked, and reads only the safetensors file.
+    """
+    known = {
+        k: v
+        for k, v in adapter.config.items()
+        if k not in {"peft_type", "peft_version", "base_model_name_or_path", "revision"}
+    }
+    config = LoraConfig(**known | {"inference_mode": True})
+    change = f"use it with its own base model, {adapter.base_model}"
+    found = set(load.projections(base))
+    if missing := sorted(set(adapter.modules) - found):  # PEFT would leave these out in silence
+        what = f"does not fit the base model, which has no {missing[0]}"
+        raise SpecError.at("MODEL-210", str(adapter.folder), what, change)
+    try:
+        return PeftModel.from_pretrained(
+            base, adapter.folder, config=config, use_safetensors=True, low_cpu_mem_usage=True
+        )
+    except (RuntimeError, ValueError, KeyError) as error:
+        what = f"does not fit the base model: {str(error).splitlines()[0]}"
+        raise SpecError.at("MODEL-210", str(adapter.folder), what, change) from error
+
+
+def reply(loaded: Any, tokenizer: Any, messages: Sequence[Message], *, max_new_tokens: int) -> str:
+    """What the loaded model answers to `messages`: greedy, at most `max_new_tokens` tokens.
+
+    Raises SpecError if the tokenizer has no chat template.
+    """
+    if not tokenizer.chat_template:
+        what = "has no chat template"
+        change = "use an instruct model, or set ModelConfig.chat_template"
+        raise SpecError.at("MODEL-211", tokenizer.name_or_path, what, change)
+    prompt = tokenizer.apply_chat_template(
+        list(messages), add_generation_prompt=True, tokenize=True, return_dict=True
+    )
+    return continued(loaded, tokenizer, prompt["input_ids"], max_new_tokens=max_new_tokens)
+
+
+def continued(loaded: Any, tokenizer: Any, prompt: list[int], *, max_new_tokens: int) -> str:
+    """What the loaded model writes after the tokens `prompt`: greedy, special tokens left out."""
+    ids = torch.tensor([prompt], device=loaded.device)
+    pad = tokenizer.pad_token_id
+    with torch.no_grad():
+        out = loaded.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            eos_token_id=stops(loaded, tokenizer),
+            pad_token_id=pad if pad is not None else tokenizer.eos_token_id,
+        )
+    text: str = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    return text.strip()
+
+
+def stops(
+    loaded: Any, tokenizer: Any, show: Callable[[list[dict[str, str]]], str] | None = None
+) -> list[int]:
+    """Tokens that end an answer: the model's own, and the one its template puts after a turn.
+
+    Many published models name only the end of the text and end turns with another token. `show`
+    renders turns in another way than the tokenizer does.
+    """
+    stops = loaded.generation_config.eos_token_id
+    found = set(stops) if isinstance(stops, list) else {stops}
+    found |= {tokenizer.eos_token_id}
+    mark = "answer"
+    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": mark}]
+    text = show(turns) if show else tokenizer.apply_chat_template(turns, tokenize=False)
+    after = tokenizer(text.rpartition(mark)[2], add_special_tokens=False)["input_ids"]
+    if after and after[0] in tokenizer.all_special_ids:
+        found.add(after[0])
+    return sorted(stop for stop in found if stop is not None)
+
+
+def _template(adapter: Path) -> str | None:
+    """The chat template that the adapter was trained with, if its folder has one."""
+    path = adapter / "chat_template.jinja"
+    return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
+def _precision(device: str) -> str:
+    if device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return "float16"
+    return "bfloat16"

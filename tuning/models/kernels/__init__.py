@@ -1,0 +1,10 @@
+"""What makes a step fast and leaves its results what they are, to rounding.
+
+Everything here is placement, never recipe: it computes what transformers, peft and trl compute, to
+rounding, and each part can be left out. `tuning.plan.backends` chooses, before torch is loaded.
+
+    attention   every document of a packed row by itself, over torch's own variable-length kernel
+    linear      LoRA layers and whole MLPs, each one autograd function over `addmm`
+    fuse        puts them, and liger's kernels where it is installed, into a model with LoRA layers
+    head        the loss and its gradient in one pass over the labelled tokens, logits never kept
+"""

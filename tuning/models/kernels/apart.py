@@ -1,0 +1,78 @@
+"""Do packed documents stay apart? The question is asked of the loaded model itself, before a step.
+
+Some attention code ignores where documents begin (Falcon, gpt-oss), without a word; a kernel may
+not run on this card or in this type. What fails the question is not used.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from tuning.errors import SpecError
+from tuning.models.kernels import attention
+from tuning.plan.backends import BY_OFFSETS
+
+logger = logging.getLogger(__name__)
+
+LENGTH = 16  # tokens of a document
+LEAK = 0.01  # of the largest logit: other words before a document must change nothing
+DRIFT = 0.05  # relative: kernels of 16 bits differ by a few thousandths, a wrong mask by tenths
+
+
+def settle(model: Any, name: str, *, precision: torch.dtype, packing: bool = True) -> str:
+    """The attention that trains packed rows: `name` if it keeps documents apart, else sdpa.
+
+    Raises SpecError if neither does, unless there is no `packing`: then sdpa gets padded rows.
+    """
+    base = model.get_base_model()
+    for way in dict.fromkeys((name, "sdpa")):
+        if base.config._attn_implementation != way:
+            base.set_attn_implementation(way)
+        if way == "sdpa" and not packing:
+            return way
+        fault = _fault(model, way, precision)
+        if fault is None:
+            return way
+        logger.warning("%s attention is not used: %s", way, fault)
+    kind = model.config.model_type
+    what = f"is on, but with {way} attention in {kind} {fault}"
+    raise SpecError.at("MODEL-116", "packing", what, "set packing: false")
+
+
+def _fault(model: Any, name: str, precision: torch.dtype) -> str | None:
+    """What is wrong with packed rows; None if nothing is."""
+    first, other, second = (torch.arange(n * LENGTH, (n + 1) * LENGTH) for n in range(3))
+    training = model.training
+    model.eval()
+    try:
+        packed, again = (
+            _logits(model, [start, second], name, precision)[LENGTH:] for start in (first, other)
+        )
+        alone = _logits(model, [second], name, precision)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, NotImplementedError, ValueError, KeyError) as error:
+        return f"packed rows fail ({type(error).__name__}: {str(error).splitlines()[0]})"
+    finally:
+        model.train(training)
+    if not (packed - again).abs().max() <= LEAK * packed.abs().max():
+        return "packed documents see each other"
+    if not (packed - alone).norm() <= DRIFT * alone.norm():
+        return "packed documents differ from separate ones"
+    return None
+
+
+@torch.no_grad()
+def _logits(
+    model: Any, documents: list[torch.Tensor], name: str, precision: torch.dtype
+) -> torch.Tensor:
+    """Logits [tokens, vocabulary] of documents laid end to end, as training lays them."""
+    inputs = attention.packed(documents, device=model.device)
+    if name not in BY_OFFSETS:
+        inputs = {key: inputs[key] for key in ("input_ids", "position_ids")}
+    with torch.autocast(model.device.type, precision, enabled=precision != torch.float32):
+        logits: torch.Tensor = model(**inputs, use_cache=False).logits
+    return logits[0].float()

@@ -1,0 +1,113 @@
+"""The loss of a frozen output head in one pass: logits in tiles, their gradient at once, none kept.
+
+trl's head forms the logits twice, for the loss and again for the gradient: 6 V d operations a
+token. Since the head is frozen, the gradient of the hidden states follows from the logits while
+they are there, 4 V d, and only the tokens that have a label are scored, on every device.
+"""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from tuning.plan.memory import FUSED_TILE_ROWS
+
+IGNORED = -100  # a label that is none
+SHIFT = 1024.0  # lifts probabilities out of float16's thin end; a power of two, so exact
+
+Tensor = torch.Tensor
+
+
+class _Loss(torch.autograd.Function):
+    """-sum(log p(target)) over the rows of `hidden`, with the gradient formed in the forward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Any, targets: Tensor, size: int
+    ) -> Tensor:
+        grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        total = hidden.new_zeros((), dtype=torch.float32)
+        shift = SHIFT if hidden.dtype == torch.float16 else 1.0
+        with torch.autocast(hidden.device.type, enabled=False):
+            for start in range(0, len(hidden), size):
+                part = slice(start, start + size)
+                logits = torch.nn.functional.linear(hidden[part], weight, bias)
+                loss, probabilities = _score(logits, targets[part])
+                total += loss
+                if grad is not None:
+                    place = targets[part][:, None]
+                    probabilities.scatter_add_(1, place, place.new_full(place.shape, -1).float())
+                    torch.mm(logits.copy_(probabilities.mul_(shift)), weight, out=grad[part])
+                del logits, probabilities
+        ctx.save_for_backward(grad)
+        ctx.shift = shift
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (grad,) = ctx.saved_tensors
+        return grad * (grads[0] / ctx.shift), None, None, None, None
+
+
+def _score(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed loss of the rows, and float32 probabilities.
+
+    The normaliser comes from the likeliest token, whose probability never underflows.
+    """
+    top, place = logits.max(dim=-1, keepdim=True)
+    probabilities = torch.softmax(logits, dim=-1, dtype=torch.float32)
+    normaliser = top.float() - probabilities.gather(-1, place).log()
+    return (normaliser - logits.gather(-1, targets[:, None]).float()).sum(), probabilities
+
+
+def loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+    """Summed loss of `labels` [rows, length] given the tokens before them.
+
+    `hidden` is [rows, length, width], `weight` [vocabulary, width]. Labels of -100 do not count. In
+    the type of autocast where that is on, summed in float32.
+    """
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    targets = labels[:, 1:].reshape(-1)
+    scored = (targets != IGNORED).nonzero()[:, 0]
+    width = hidden.shape[-1]
+    total: Tensor = _Loss.apply(  # type: ignore[no-untyped-call]
+        hidden[:, :-1].reshape(-1, width).index_select(0, scored).to(dtype),
+        weight.to(dtype),
+        None if bias is None else bias.to(dtype),
+        targets.index_select(0, scored),
+        FUSED_TILE_ROWS.get(kind, FUSED_TILE_ROWS["cuda"]),
+    )
+    return total
+
+
+def suits(base: Any) -> bool:
+    """Whether the loss of this model is the plain one of a frozen head."""
+    head = base.get_output_embeddings()
+    text = base.config.get_text_config()
+    changed = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+    return (
+        type(head) is torch.nn.Linear
+        and not head.weight.requires_grad
+        and not any(getattr(text, name, None) for name in (*changed, "output_multiplier"))
+        and not getattr(text, "output_router_logits", False)
+    )
+
+
+def install(base: Any) -> None:
+    """Let `base(..., scored=labels)` return the summed loss; any other call is what it was."""
+    forward = base.forward
+
+    def scoring(self: Any, *args: Any, scored: Tensor | None = None, **inputs: Any) -> Any:
+        if scored is None:
+            return forward(*args, **inputs)
+        inputs.pop("labels", None)  # peft hands None on
+        hidden = self.base_model(*args, use_cache=False, **inputs).last_hidden_state
+        head = self.get_output_embeddings()
+        return loss(hidden, head.weight, head.bias, scored)
+
+    base.forward = types.MethodType(scoring, base)

@@ -1,0 +1,224 @@
+"""What an adapter is, without its weights: told from manifests, configs and the first kilobytes.
+
+Small layers are read whole and checked against their digests. Of a layer with weights only the
+beginning is read, which no digest covers: it tells, `pull` proves.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tuning import adapter as adapters
+from tuning import files
+from tuning.errors import SpecError, TuningError
+from tuning.oci import layout as image
+from tuning.oci import registry, signature
+from tuning.oci.delivery import Access, adapter_folder
+from tuning.oci.layout import Blob, Image
+from tuning.oci.registry import Remote
+
+PART = 4 << 20  # bytes of a layer that are read at most
+WANTED = (adapters.CONFIG, adapters.WEIGHTS, "tuning.json")
+Value = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What is known of an adapter; what nobody says is None, or empty."""
+
+    name: str
+    digest: str | None = None
+    platforms: tuple[str, ...] = ()
+    layers: tuple[int, ...] = ()  # bytes of each
+    size: int = 0  # bytes of all
+    annotations: Mapping[str, str] = field(default_factory=dict)
+    config: Value | None = None  # adapter_config.json, as far as it is one that we load
+    problems: tuple[str, ...] = ()  # why it would not be loaded here
+    tensors: Mapping[str, adapters.Tensor] = field(default_factory=dict)
+    recipe: Value = field(default_factory=dict)  # tuning.json
+    attached: tuple[registry.Attached, ...] = ()
+    signatures: tuple[str, ...] = ()  # a verdict on each
+
+    def to_json(self) -> Value:
+        """For `inspect --json`: flat, with plain values."""
+        config = self.config or {}
+        return {
+            "name": self.name,
+            "digest": self.digest,
+            "platforms": list(self.platforms),
+            "size": self.size,
+            "layers": list(self.layers),
+            "base_model": config.get("base_model_name_or_path") or self._note("base-model"),
+            "base_revision": self._recipe("base_revision") or self._note("base-revision"),
+            "method": self._recipe("method") or self._note("method"),
+            "rank": config.get("r"),
+            "alpha": config.get("lora_alpha"),
+            "targets": sorted({m.rpartition(".")[2] for m in adapters.modules(self.tensors)})
+            or config.get("target_modules"),
+            "parameters": sum(tensor.count for tensor in self.tensors.values()) or None,
+            "dtypes": sorted({tensor.dtype for tensor in self.tensors.values()}),
+            "preset": self.annotations.get(image.MODEL_NAME) or self.recipe.get("preset"),
+            "run_id": self.annotations.get(image.RUN_ID) or self.recipe.get("run_id"),
+            "data": self._recipe("data"),
+            "steps": steps if isinstance(steps := self._recipe("steps"), int) else None,
+            "final_loss": self._final_loss(),
+            "licence": self.annotations.get("org.opencontainers.image.licenses"),
+            "attached": [
+                {
+                    "digest": each.digest,
+                    "type": each.artifact_type,
+                    "annotations": dict(each.annotations),
+                }
+                for each in self.attached
+            ],
+            "signatures": list(self.signatures),
+            "problems": list(self.problems),
+            "annotations": dict(self.annotations),
+        }
+
+    def _final_loss(self) -> float | None:
+        """Of the last step, if a stranger's file says so in form."""
+        match self.recipe.get("loss_by_step"):
+            case [*_, [_, int() | float() as loss]]:
+                return float(loss)
+        return None
+
+    def _recipe(self, name: str) -> Any:
+        recipe = self.recipe.get("recipe")
+        return recipe.get(name) if isinstance(recipe, dict) else None
+
+    def _note(self, name: str) -> str | None:
+        return self.annotations.get(f"tuning.kaito.sh/{name}")
+
+
+def inspect(name: str, *, access: Access) -> Inspection:
+    """What the image, layout (`oci:DIR`) or folder `name` holds.
+
+    Raises SpecError, RefusedError or TransientError for what cannot be read at all.
+    """
+    if Path(name).is_dir():
+        return _folder(name, adapter_folder(Path(name)))
+    if name.startswith("oci:"):
+        return _layout(name, Path(name.removeprefix("oci:")))
+    remote = access.remote(name, secret=access.pull_secret)
+    return _remote(name, remote, signature.read_keys(access.trust.keys))
+
+
+def _remote(name: str, remote: Remote, keys: tuple[signature.Key, ...]) -> Inspection:
+    digest, found = remote.persist(lambda: registry.resolve(remote))
+    top = remote.persist(lambda: registry.manifest(remote, digest)) or b""
+
+    def part(blob: Blob) -> bytes:
+        if blob.size <= PART:
+            return remote.persist(lambda: registry.document(remote, blob))
+        return registry.beginning(remote, blob, PART)
+
+    verdicts = []
+    for each in registry.signed(remote, digest):
+        wrong = each.wrong(digest=digest, keys=keys)
+        verdicts.append("not checked: no key given" if not keys else wrong or "good")
+    return _image(
+        name,
+        digest,
+        found,
+        part,
+        platforms=_platforms(top, found, part),
+        attached=remote.persist(lambda: registry.attached(remote, digest)),
+        signatures=tuple(verdicts),
+    )
+
+
+def _layout(name: str, layout: Path) -> Inspection:
+    found = image.read(layout)
+    top = image.documents(layout)[-1]
+
+    def part(blob: Blob) -> bytes:
+        path = image.blob_path(layout, blob)
+        if not path.is_file():
+            raise image.refused(name, f"lacks the blob {blob.digest}")
+        with path.open("rb") as file:
+            data = file.read(PART)
+        if blob.size <= PART and f"sha256:{files.digest(data)}" != blob.digest:
+            raise image.refused(name, f"has a damaged blob {blob.digest}")
+        return data
+
+    platforms = _platforms(top.data, found, part)
+    return _image(name, top.blob.digest, found, part, platforms=platforms)
+
+
+def _image(
+    name: str, digest: str, found: Image, part: Callable[[Blob], bytes], **more: Any
+) -> Inspection:
+    held: dict[str, bytes] = {}
+    for blob in found.layers:
+        if "tar" in blob.media_type:
+            held |= image.peek(io.BytesIO(part(blob)), blob, name, WANTED)
+    return Inspection(
+        name=name,
+        digest=digest,
+        layers=tuple(blob.size for blob in found.layers),
+        size=sum(blob.size for blob in found.blobs),
+        annotations=found.annotations,
+        **_adapter(held, name),
+        **more,
+    )
+
+
+def _platforms(top: bytes, found: Image, part: Callable[[Blob], bytes]) -> tuple[str, ...]:
+    """What the image is made for: an index's entries, or what the image's config says."""
+    record = image.parse_json(top, where=found.where)
+    if image.is_index(record):
+        rows = [entry.get("platform") or {} for entry in record["manifests"]]
+        kinds = [str(entry.get("artifactType") or "") for entry in record["manifests"]]
+    else:
+        rows, kinds = [image.parse_json(part(found.config), where=found.where)], [""]
+    return tuple(
+        kind or f"{row.get('os', '?')}/{row.get('architecture', '?')}"
+        for row, kind in zip(rows, kinds, strict=True)
+    )
+
+
+def _folder(name: str, folder: Path) -> Inspection:
+    held = {}
+    for wanted in WANTED:
+        path = folder / wanted
+        if path.is_file():
+            with path.open("rb") as file:
+                held[wanted] = file.read(PART)
+    sizes = tuple(path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file())
+    return Inspection(name=name, size=sum(sizes), layers=(), **_adapter(held, name))
+
+
+def _adapter(held: Mapping[str, bytes], name: str) -> Value:
+    """Config, tensors and recipe out of the files' beginnings, and what is wrong with them."""
+    problems: list[str] = []
+    config, tensors, recipe = None, {}, {}
+    if adapters.CONFIG not in held:
+        problems.append(f"no {adapters.CONFIG} was found")
+    else:
+        try:
+            config = adapters.parse(held[adapters.CONFIG])
+        except SpecError as error:
+            problems += map(str, error.problems)
+    if adapters.WEIGHTS in held:
+        try:
+            tensors = adapters.tensors_of(held[adapters.WEIGHTS])
+        except ValueError as error:
+            problems.append(f"{adapters.WEIGHTS} {error}")
+    if config and tensors:
+        problems += map(str, adapters.mismatches(config, tensors, adapters.WEIGHTS))
+    if "tuning.json" in held:
+        try:
+            recipe = image.parse_json(held["tuning.json"], where=name)
+        except TuningError as error:
+            problems += map(str, error.problems)
+    return {
+        "config": config,
+        "tensors": tensors,
+        "recipe": recipe,
+        "problems": tuple(problems),
+    }

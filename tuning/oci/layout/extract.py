@@ -1,0 +1,183 @@
+"""The files under /data of an image, laid down in a new folder: what is wanted, and nothing else.
+
+Only regular files come out, and hard links to such files of the same layer. Their mode, owner and
+time are ours. Nothing is followed, nothing lands outside, and a small image cannot fill the disk.
+"""
+
+from __future__ import annotations
+
+import errno
+import gzip
+import os
+import shutil
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tuning import files
+from tuning.errors import SpecError
+from tuning.oci.layout import layer, tar
+from tuning.oci.layout.manifest import LARGEST_JSON, Blob, Image, blob_path, parse_json, refused
+from tuning.oci.layout.package import ADAPTER_FILES
+from tuning.oci.layout.tar import BadTar, Content, Entry, Source
+
+MOST_ENTRIES = 200_000  # in one image; a base image has some ten thousand
+MOST_FILES = 10_000  # that come out of it
+LARGEST_TOTAL = 64 << 30  # bytes that come out of it
+LONGEST_NAME, DEEPEST_NAME = 1024, 32  # characters, parts
+
+
+def unpack(
+    image: Image,
+    layout: Path,
+    target: Path,
+    *,
+    wanted: Callable[[str], bool] = ADAPTER_FILES.__contains__,
+    verified: bool = False,
+    largest: int = LARGEST_TOTAL,
+) -> tuple[str, ...]:
+    """Lay the files under /data of `image` down in the new folder `target`; gives their names.
+
+    Every blob's digest is checked first, unless they are `verified`. Only regular files whose name
+    `wanted` accepts come out, `largest` bytes at most; a later layer's file replaces an earlier
+    one's. Raises RefusedError for a damaged or hostile image, SpecError if `target` is already
+    there with something in it; then nothing is left.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise SpecError.at("IMAGE-103", str(target), "already exists", "name a new folder")
+    if not verified:
+        for blob in image.blobs:
+            _verify(blob_path(layout, blob), blob, image.where)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    try:
+        names = _Unpacking(image.where, scratch, wanted, largest).layers(image, layout)
+        if not names:
+            raise refused(image.where, "holds no file under /data that is wanted here")
+        if target.exists():
+            target.rmdir()
+        files.replace_folder(scratch, target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return names
+
+
+def _verify(path: Path, blob: Blob, where: str) -> None:
+    if not path.is_file():
+        raise refused(where, f"lacks the blob {blob.digest}")
+    if path.stat().st_size != blob.size or f"sha256:{files.digest_file(path)}" != blob.digest:
+        raise refused(where, f"has a damaged blob {blob.digest}")
+
+
+@dataclass
+class _Unpacking:
+    """One image on its way into `folder`."""
+
+    where: str
+    folder: Path
+    wanted: Callable[[str], bool]
+    largest: int
+    entries: int = 0
+    files: int = 0
+    total: int = 0
+
+    def layers(self, image: Image, layout: Path) -> tuple[str, ...]:
+        """Take every layer in turn; gives the names of what came out."""
+        expected = _diff_ids(image, layout)
+        names: set[str] = set()
+        for number, blob in enumerate(image.layers):
+            try:
+                with blob_path(layout, blob).open("rb") as raw:
+                    stream = layer.plain(raw, blob, self.where)
+                    names |= self._layer(stream)
+            except (BadTar, EOFError, zlib.error, gzip.BadGzipFile) as error:
+                raise refused(self.where, f"has a layer that is no valid tar: {error}") from None
+            if expected and stream.digest not in (None, expected[number]):
+                raise refused(self.where, f"has a layer that is not {expected[number]}")
+        return tuple(sorted(names))
+
+    def _layer(self, stream: Source) -> set[str]:
+        names: set[str] = set()
+        for entry, content in tar.entries(stream):
+            self.entries += 1
+            if self.entries > MOST_ENTRIES:
+                raise refused(self.where, f"has more than {MOST_ENTRIES:,} entries")
+            name = self._name(entry.name, entry.kind)
+            if name is None or entry.kind == tar.FOLDER or not self.wanted(name):
+                continue
+            if name in names:
+                raise refused(self.where, f"has data/{name} twice in one layer")
+            try:
+                self._file(name, entry, content, names)
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EIO):
+                    raise
+                raise refused(self.where, "has a file in the place of a folder") from None
+            names.add(name)
+        return names
+
+    def _file(self, name: str, entry: Entry, content: Content, names: set[str]) -> None:
+        self.files, self.total = self.files + 1, self.total + entry.size
+        if self.files > MOST_FILES or self.total > self.largest:
+            raise refused(self.where, "unpacks to more than it may")
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        if entry.kind == tar.HARD_LINK:
+            source = self._name(entry.target, tar.REGULAR)
+            if source not in names:
+                raise refused(self.where, f"has data/{name} as a link to what is not there")
+            path.hardlink_to(self.folder / str(source))
+        elif entry.kind == tar.REGULAR:
+            with path.open("xb") as out:
+                while piece := content.read(files.CHUNK):
+                    out.write(piece)
+        else:
+            raise refused(self.where, f"has data/{name} as a link or device")
+
+    def _name(self, name: str, kind: bytes) -> str | None:
+        """The entry's name below data/, or None if it lies elsewhere."""
+        parts = [part for part in name.split("/") if part not in ("", ".")]
+        if name.startswith("/") or ".." in parts:
+            raise refused(self.where, "has an entry that points out of the image")
+        if _hides_data(parts):
+            raise refused(self.where, "deletes files of an earlier layer under /data")
+        if not parts or parts[0] != "data":
+            return None
+        if len(parts) == 1:
+            if kind != tar.FOLDER:
+                raise refused(self.where, "has /data as something else than a folder")
+            return None
+        clean = "/".join(parts[1:])
+        if not clean.isprintable() or "\\" in clean:
+            raise refused(self.where, "has a file under /data with an unreadable name")
+        if len(clean) > LONGEST_NAME or len(parts) > DEEPEST_NAME:
+            raise refused(self.where, "has a file under /data with a name of impossible length")
+        return clean
+
+
+def _hides_data(parts: list[str]) -> bool:
+    """Whether an entry is a mark that takes files of earlier layers out of /data."""
+    if len(parts) == 1:
+        return parts[0] in (".wh.data", ".wh..wh..opq")
+    return parts[:1] == ["data"] and parts[-1].startswith(".wh.")
+
+
+def _diff_ids(image: Image, layout: Path) -> list[Any]:
+    """What the config says of the layers' plain bytes; nothing, where it is no image's config."""
+    path = blob_path(layout, image.config)
+    if not image.config.media_type.endswith(("image.config.v1+json", "container.image.v1+json")):
+        return []
+    if image.config.size > LARGEST_JSON:
+        raise refused(image.where, "has a config of impossible size")
+    try:
+        found = parse_json(path.read_bytes(), where=image.where)["rootfs"]["diff_ids"]
+    except (KeyError, TypeError):
+        found = None
+    if not isinstance(found, list) or len(found) != len(image.layers):
+        raise refused(image.where, "has a config that does not fit its layers")
+    return found

@@ -1,0 +1,87 @@
+"""Files -> one deterministic tar layer in a layout: no clock, owner or mode of this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from tuning import files
+from tuning.oci.layout.manifest import LAYER, Blob
+
+LARGEST_FILE = 8**11 - 1  # bytes that a USTAR header can count; beyond it GNU's form is needed
+
+
+class _Layer:
+    """A tar on its way to the disk, hashed as it is written: the bytes are read once."""
+
+    def __init__(self, out: BinaryIO) -> None:
+        self._out, self._hash, self.size = out, hashlib.sha256(), 0
+
+    def put(self, data: bytes | memoryview) -> None:
+        """Write the next bytes."""
+        self._hash.update(data)
+        self._out.write(data)
+        self.size += len(data)
+
+    def entry(self, name: str, kind: bytes, *, size: int = 0, target: str = "") -> None:
+        """Write a header; time and owner are 0 and the owner's name is empty by default."""
+        entry = tarfile.TarInfo(name)
+        entry.type, entry.size, entry.linkname = kind, size, target
+        entry.mode = 0o755 if kind == tarfile.DIRTYPE else 0o644
+        large = size > LARGEST_FILE
+        self.put(entry.tobuf(tarfile.GNU_FORMAT if large else tarfile.USTAR_FORMAT))
+
+    def file(self, name: str, path: Path) -> None:
+        """Write a file's header and content."""
+        with path.open("rb", buffering=0) as content:
+            left = os.fstat(content.fileno()).st_size
+            self.entry(name, tarfile.REGTYPE, size=left)
+            padding, piece = -left % tarfile.BLOCKSIZE, memoryview(bytearray(files.CHUNK))
+            while left:
+                count = content.readinto(piece[:left])
+                if not count:
+                    raise OSError(f"{path} became shorter while it was read")
+                self.put(piece[:count])
+                left -= count
+            self.put(bytes(padding))
+
+    def end(self) -> str:
+        """Write the end, padded as tar programs do; gives the digest."""
+        self.put(bytes(2 * tarfile.BLOCKSIZE))
+        self.put(bytes(-self.size % tarfile.RECORDSIZE))
+        return f"sha256:{self._hash.hexdigest()}"
+
+
+def write_layer(folder: Path, names: Iterable[str], blobs: Path) -> Blob:
+    """One tar of the files `names` of `folder` under data/, and hard links to them under models/.
+
+    A file beyond 8 GiB gets a header that every reader knows but POSIX's of 1988 does not.
+    """
+    names = sorted(names)
+    scratch = blobs / f".{os.getpid()}.tmp"
+    with scratch.open("wb") as out:
+        layer = _Layer(out)
+        layer.entry("data", tarfile.DIRTYPE)
+        for name in names:
+            layer.file(f"data/{name}", folder / name)
+        layer.entry("models", tarfile.DIRTYPE)
+        for name in names:
+            layer.entry(f"models/{name}", tarfile.LNKTYPE, target=f"data/{name}")
+        blob = Blob(LAYER, layer.end(), layer.size)
+        out.flush()
+        os.fsync(out.fileno())
+    scratch.replace(blobs / blob.digest.removeprefix("sha256:"))
+    files.sync_folder(blobs)
+    return blob
+
+
+def write_json(value: Any, media_type: str, blobs: Path) -> Blob:
+    """`value` as a blob of canonical JSON."""
+    data = files.canonical(value)
+    blob = Blob(media_type, f"sha256:{files.digest(data)}", len(data))
+    files.write(blobs / files.digest(data), data)
+    return blob

@@ -1,0 +1,181 @@
+"""What an administrator says of registries: how they are reached, and which images are trusted.
+
+The section `registry` of the policy file:
+
+    registry:
+      signatures: require          # of images that are pulled: require, warn or off
+      keys: [cosign.pub]           # beside the policy file; one good signature is enough
+      provenance: warn             # of images that are pushed: require, warn or off
+      hosts:
+        registry.corp:5000: {ca: corp.pem, clientCert: tuning.pem, clientKey: tuning-key.pem}
+        "*.azurecr.io": {identity: {kind: azure}}
+        123456789012.dkr.ecr.eu-west-1.amazonaws.com: {identity: {kind: aws, region: eu-west-1}}
+        europe-docker.pkg.dev: {identity: {kind: google, audience: //iam.googleapis.com/...}}
+
+What an identity leaves out is taken from the environment, where the clouds' webhooks put it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.alias_generators import to_camel
+
+from tuning.errors import Problem, SpecError
+from tuning.network import workload_identity
+from tuning.network.docker_config import matches
+from tuning.spec import policy_file
+
+Rule = Literal["require", "warn", "off"]
+
+
+@dataclass(frozen=True)
+class Host:
+    """How one registry is reached."""
+
+    ca: Path | None = None
+    client: tuple[Path, Path] | None = None  # certificate and key, PEM
+    identity: workload_identity.Identity | None = None
+
+
+@dataclass(frozen=True)
+class Trust:
+    """The whole section."""
+
+    signatures: Rule = "off"
+    keys: tuple[Path, ...] = ()
+    provenance: Rule = "warn"
+    hosts: Mapping[str, Host] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, path: Path) -> Trust:
+        """The section `registry` of the policy file at `path`. Raises SpecError."""
+        return policy_file.section(path, "registry", _Section).trust(path)
+
+    def host(self, registry: str) -> Host:
+        """How `registry` is reached; a name counts before a pattern."""
+        fitting = [name for name in self.hosts if matches(name.lower(), registry.lower())]
+        best = min(fitting, key=lambda name: ("*" in name, -len(name)), default=None)
+        return self.hosts[best] if best is not None else Host()
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, alias_generator=to_camel)
+
+
+class _Azure(_Part):
+    kind: Literal["azure"]
+    tenant_id: str = ""
+    client_id: str = ""
+    token_file: str = ""
+    authority: str = ""
+
+    def build(self, where: str) -> workload_identity.Identity:
+        given = {
+            "tenant": (self.tenant_id, "AZURE_TENANT_ID", "tenantId"),
+            "client": (self.client_id, "AZURE_CLIENT_ID", "clientId"),
+            "token_file": (self.token_file, "AZURE_FEDERATED_TOKEN_FILE", "tokenFile"),
+        }
+        found = _filled(given, where)
+        authority = self.authority or os.environ.get("AZURE_AUTHORITY_HOST", "")
+        more = {"authority": authority} if authority else {}
+        return workload_identity.Azure(
+            found["tenant"], found["client"], Path(found["token_file"]), **more
+        )
+
+
+class _Aws(_Part):
+    kind: Literal["aws"]
+    role_arn: str = ""
+    region: str = ""
+    token_file: str = ""
+    sts: str = ""
+    ecr: str = ""
+
+    def build(self, where: str) -> workload_identity.Identity:
+        given = {
+            "role": (self.role_arn, "AWS_ROLE_ARN", "roleArn"),
+            "region": (self.region, "AWS_REGION", "region"),
+            "token_file": (self.token_file, "AWS_WEB_IDENTITY_TOKEN_FILE", "tokenFile"),
+        }
+        found = _filled(given, where)
+        return workload_identity.Aws(
+            found["role"], found["region"], Path(found["token_file"]), self.sts, self.ecr
+        )
+
+
+class _Google(_Part):
+    kind: Literal["google"]
+    audience: str = ""
+    token_file: str = ""
+    service_account: str = ""
+    sts: str = ""
+    iam: str = ""
+
+    def build(self, where: str) -> workload_identity.Identity:
+        given = {
+            "audience": (self.audience, "", "audience"),
+            "token_file": (self.token_file, "", "tokenFile"),
+        }
+        found = _filled(given, where)
+        more = {name: url for name, url in (("sts", self.sts), ("iam", self.iam)) if url}
+        return workload_identity.Google(
+            found["audience"], Path(found["token_file"]), self.service_account, **more
+        )
+
+
+def _filled(given: Mapping[str, tuple[str, str, str]], where: str) -> dict[str, str]:
+    """Each value as it is written, else as the environment has it. Raises SpecError."""
+    found, problems = {}, []
+    for name, (written, variable, key) in given.items():
+        found[name] = written or (os.environ.get(variable, "") if variable else "")
+        if not found[name]:
+            what = f"says no {key}" + (f", and {variable} is not set" if variable else "")
+            problems.append(Problem("FETCH-107", where, what, f"add {key}"))
+    if problems:
+        raise SpecError(problems)
+    return found
+
+
+class _Host(_Part):
+    ca: str | None = None
+    client_cert: str | None = None
+    client_key: str | None = None
+    identity: Annotated[_Azure | _Aws | _Google, Field(discriminator="kind")] | None = None
+
+
+class _Section(_Part):
+    signatures: Rule = "off"
+    keys: list[str] = Field(default_factory=list)
+    provenance: Rule = "warn"
+    hosts: dict[str, _Host] = Field(default_factory=dict)
+
+    def trust(self, path: Path) -> Trust:
+        """The section with its paths beside the policy file."""
+        folder, problems, hosts = path.parent, [], {}
+        if self.signatures != "off" and not self.keys:
+            what = f"says signatures: {self.signatures}, and no keys"
+            problems.append(Problem("FETCH-107", f"{path} registry", what, "add keys"))
+        for name, host in self.hosts.items():
+            where = f"{path} registry.hosts.{name}"
+            if bool(host.client_cert) != bool(host.client_key):
+                what = "has one of clientCert and clientKey"
+                problems.append(Problem("FETCH-107", where, what, "give both"))
+                continue
+            client = (
+                (folder / host.client_cert, folder / host.client_key)
+                if host.client_cert and host.client_key
+                else None
+            )
+            ca = folder / host.ca if host.ca else None
+            known = host.identity.build(f"{where}.identity") if host.identity else None
+            hosts[name] = Host(ca, client, known)
+        if problems:
+            raise SpecError(problems)
+        keys = tuple(folder / name for name in self.keys)
+        return Trust(self.signatures, keys, self.provenance, hosts)

@@ -1,0 +1,105 @@
+"""What a run says of itself: progress, outcome, termination message. Read by the cluster side too.
+
+Progress is `metrics.jsonl` in the run directory, one object a log step: `step, steps, epoch, loss,
+lr, grad_norm, tokens, tokens_per_second, eta_seconds, memory_bytes`. The termination message is at
+most 4096 bytes of JSON: `phase, code, reason, message, hint, retryable, step, steps, loss, digest,
+peakMemoryBytes, baseRevision`. The last is the commit that was trained on, so that it is served.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tuning import files
+from tuning.errors import REASONS, RETRYABLE, TuningError
+
+TERMINATION_LIMIT = 4096
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended; `code` is the exit code of the process."""
+
+    phase: str
+    code: int
+    message: str = ""
+    hint: str = ""
+    step: int | None = None
+    steps: int | None = None
+    loss: float | None = None
+    digest: str | None = None
+    peak_memory_bytes: int | None = None
+    base_revision: str | None = None
+
+    @property
+    def reason(self) -> str:
+        """One CamelCase word for a condition's reason."""
+        return REASONS.get(self.code, "Killed")
+
+    def termination_message(self) -> str:
+        """The JSON object for the termination log, cut to fit where a message is too long."""
+        record: dict[str, Any] = {
+            "phase": self.phase,
+            "code": self.code,
+            "reason": self.reason,
+            "message": self.message,
+            "hint": self.hint,
+            "retryable": self.code in RETRYABLE or self.code > 128,
+            "step": self.step,
+            "steps": self.steps,
+            "loss": self.loss,
+            "digest": self.digest,
+            "peakMemoryBytes": self.peak_memory_bytes,
+            "baseRevision": self.base_revision,
+        }
+        record = {name: value for name, value in record.items() if value not in (None, "")}
+        for field in ("message", "hint"):
+            excess = len(files.canonical(record)) - TERMINATION_LIMIT
+            if excess > 0:
+                # a character is at least as long in JSON as in UTF-8, so this cuts enough
+                kept = max(0, len(record[field].encode()) - excess - 4)
+                record[field] = record[field].encode()[:kept].decode(errors="ignore") + "…"
+        return files.canonical(record).decode()
+
+
+TERMINATION_LOG = Path("/dev/termination-log")
+
+
+def write_termination(outcome: Outcome, *, path: Path = TERMINATION_LOG) -> None:
+    """Leave the outcome where the kubelet looks for it, if there is such a place."""
+    if path.is_file():  # made by the kubelet; opened in place, since it is a mount
+        path.write_text(outcome.termination_message())
+
+
+def failed(phase: str, error: TuningError, progress: dict[str, Any] | None) -> Outcome:
+    """The outcome of a run that `error` ended in `phase`."""
+    hints = " ".join(dict.fromkeys(problem.change.rstrip(" .") + "." for problem in error.problems))
+    return Outcome(
+        phase=phase,
+        code=error.exit_code,
+        message=str(error),
+        hint=hints,
+        **({k: progress.get(k) for k in ("step", "steps", "loss")} if progress else {}),
+    )
+
+
+def progress(run: Path) -> dict[str, Any] | None:
+    """The last complete progress record of the run directory `run`, or None before the first."""
+    try:
+        with (run / "metrics.jsonl").open("rb") as file:
+            file.seek(0, 2)
+            file.seek(max(0, file.tell() - 4096))
+            lines = file.read().split(b"\n")[:-1]
+    except FileNotFoundError:
+        return None
+    for line in reversed(lines):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and "step" in record:
+            return record
+    return None

@@ -1,0 +1,142 @@
+"""Run directory -> one page for a person: how far, how fast, the loss, and plan against measured.
+
+One file that loads nothing. While a run lasts it is served and reloads itself (`live`); at the end
+it stays in the run directory as `report.html`. It shows no row of the data and no answer.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tuning import files
+from tuning.pipeline import outcome
+
+WIDTH, HEIGHT, EDGE = 640, 220, 44  # of the chart, in pixels
+RELOAD = '<meta http-equiv="refresh" content="5">'
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">{reload}
+<meta name="viewport" content="width=device-width"><title>{name}</title>
+<style>
+:root {{ color-scheme: light dark }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 46em; margin: 2em auto; padding: 0 1em }}
+table {{ border-collapse: collapse; margin: 1em 0 }}
+td, th {{ text-align: right; padding: .15em 1em .15em 0 }}
+td:first-child, th:first-child {{ text-align: left }}
+svg {{ width: 100%; height: auto }} svg text {{ font-size: 12px; fill: currentColor }}
+</style>
+<h1>{name}</h1><p>{state}</p>
+{chart}
+{tables}
+</html>
+"""
+GIB = 2**30
+
+
+def page(run: Path, *, name: str, reload: bool = False) -> str:
+    """The page of the run directory `run` as it stands now."""
+    now, records = outcome.progress(run), _records(run)
+    state = f"step {now['step']:,} of {now['steps']:,}" if now else "not training yet"
+    if now and reload and now.get("eta_seconds"):
+        state += f", {now['eta_seconds'] / 60:,.0f} min to go"
+    return PAGE.format(
+        reload=RELOAD if reload else "",
+        name=html.escape(name),
+        state=html.escape(state),
+        chart=chart(
+            [(r["step"], r["loss"]) for r in records if "eval_loss" not in r],
+            [(r["step"], r["eval_loss"]) for r in records if "eval_loss" in r],
+        ),
+        tables=_table(("now", ""), _now(now)) + _table(*_planned(run, now)),
+    )
+
+
+def chart(loss: Sequence[tuple[int, Any]], held_out: Sequence[tuple[int, Any]]) -> str:
+    """The loss by step as inline SVG: a line for the training rows, dots for those held out."""
+    lines = [[(x, y) for x, y in points if isinstance(y, float)] for points in (loss, held_out)]
+    points = lines[0] + lines[1]
+    if len(points) < 2:
+        return ""
+    (left, right), (low, high) = (
+        (min(values), max(values)) for values in zip(*points, strict=True)
+    )
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = (x - left) / ((right - left) or 1)
+        up = (y - low) / ((high - low) or 1)
+        wide, tall = WIDTH - 2 * EDGE, HEIGHT - 2 * EDGE
+        return round(EDGE + across * wide, 1), round(HEIGHT - EDGE - up * tall, 1)
+
+    drawn = " ".join("{},{}".format(*place(x, y)) for x, y in lines[0])
+    dots = "".join(_dot(*place(x, y), f"step {x:,}, held out: {y:.4f}") for x, y in lines[1])
+    legend = "loss by step; dots: on held-out rows" if lines[1] else "loss by step"
+    return (
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{legend}">'
+        f'<polyline points="{drawn}" fill="none" stroke="#27c" stroke-width="1.5"/>{dots}'
+        f'<text x="0" y="{EDGE}">{high:.3g}</text><text x="0" y="{HEIGHT - EDGE}">{low:.3g}</text>'
+        f'<text x="{EDGE}" y="{HEIGHT - 12}">step {left:,}</text>'
+        f'<text x="{WIDTH - EDGE}" y="{HEIGHT - 12}" text-anchor="end">{right:,}</text>'
+        f'<text x="{WIDTH // 2}" y="{HEIGHT - 12}" text-anchor="middle">{legend}</text></svg>'
+    )
+
+
+def _dot(x: float, y: float, title: str) -> str:
+    return f'<circle cx="{x}" cy="{y}" r="4" fill="#d33"><title>{title}</title></circle>'
+
+
+def _now(now: dict[str, Any] | None) -> Iterable[tuple[str, ...]]:
+    names = {
+        "epoch": "epoch",
+        "loss": "loss",
+        "lr": "learning rate",
+        "grad_norm": "gradient norm",
+        "tokens": "tokens trained",
+    }
+    for key, label in names.items():
+        if now and isinstance(now.get(key), int | float):
+            yield label, f"{now[key]:,.4g}" if isinstance(now[key], float) else f"{now[key]:,}"
+
+
+def _planned(
+    run: Path, now: dict[str, Any] | None
+) -> tuple[tuple[str, ...], Iterable[tuple[str, ...]]]:
+    """What the plan foretold beside what was seen."""
+    try:
+        plan = files.read_json(run / "plan.json")
+    except (OSError, ValueError):
+        plan = {}
+    memory, speed = plan.get("memory") or {}, plan.get("speed") or {}
+    measured = now or {}
+    rows = []
+    if measured.get("memory_bytes"):
+        planned = memory.get("allocated")
+        rows.append(
+            (
+                "peak memory, GiB",
+                f"{planned / GIB:.2f}" if planned else "–",
+                f"{measured['memory_bytes'] / GIB:.2f}",
+            )
+        )
+    if measured.get("tokens_per_second"):
+        planned = speed.get("tokens_per_second")
+        shown = f"{planned:,.0f}" if planned else "–"
+        rows.append(("tokens a second", shown, f"{measured['tokens_per_second']:,.0f}"))
+    return ("", "planned", "measured"), rows
+
+
+def _table(heads: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
+    )
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in heads)
+    return f"<table><tr>{head}</tr>{body}</table>" if body else ""
+
+
+def _records(run: Path) -> list[dict[str, Any]]:
+    try:
+        lines = (run / "metrics.jsonl").read_text().splitlines()
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in lines if line.endswith("}")]

@@ -1,0 +1,85 @@
+"""Coefficients of models outside the presets: simulated once by a child process, then remembered.
+
+The simulation needs torch, no GPU and no weights, and takes some seconds. What it finds depends on
+the model's shape and the libraries, and is kept in the user's cache under a hash of both.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tuning import files, process
+from tuning.errors import SpecError
+from tuning.plan import memory
+from tuning.plan.memory import Coefficients, Variant
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1  # of what is remembered
+LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
+_NO_SHAPE = ("_name_or_path", "transformers_version", "max_position_embeddings", "rope_scaling")
+
+
+class Impossible(Exception):
+    """There is nothing to simulate with, or the model cannot be simulated; says why."""
+
+
+def coefficients(
+    config: dict[str, Any],
+    *,
+    variants: Iterable[Variant],
+    begin: Callable[[], None] = lambda: None,
+    stop: Callable[[], bool] = lambda: False,
+    keep_open: tuple[int, ...] = (),
+    cache: Path | None = None,
+) -> Coefficients:
+    """What `ledger.predict` needs for `variants` of the model whose config.json is `config`.
+
+    `begin` is called when the child is started. `cache` None is the user's own. Raises Impossible.
+    """
+    asked = [asdict(variant.stored) for variant in variants]
+    if importlib.util.find_spec("torch") is None:
+        raise Impossible("torch is not installed here")
+    kept = (cache or _cache()) / f"{_key(config, asked)}.json"
+    if kept.is_file():
+        with suppress(ValueError, KeyError, TypeError):
+            return memory.from_json(files.read_json(kept))
+    begin()
+    with tempfile.TemporaryDirectory(prefix="tuning-") as scratch:
+        try:
+            answer = process.run(
+                "training.simulate.child",
+                Path(scratch) / "simulate.json",
+                {"config": config, "variants": asked},
+                log=Path(scratch) / "log",
+                stop_asked=stop,
+                keep_open=keep_open,
+            )
+        except SpecError as error:
+            raise Impossible(error.problems[0].what) from None
+        except process.ChildDied as died:
+            raise Impossible(str(died)) from None
+    with suppress(OSError):  # a read-only home is no reason not to plan
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        files.write_json(kept, answer["coefficients"])
+    return memory.from_json(answer["coefficients"])
+
+
+def _key(config: dict[str, Any], variants: list[dict[str, Any]]) -> str:
+    shape = {name: value for name, value in config.items() if name not in _NO_SHAPE}
+    versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    return files.digest(files.canonical([FORMAT, shape, variants, versions]))[:32]
+
+
+def _cache() -> Path:
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "tuning" / "memory"

@@ -1,0 +1,122 @@
+"""How long a token takes on a GPU: a roofline, from a model's shapes and two rates of the card.
+
+A frozen weight of N numbers costs 2N operations forward and 2N backward, and no third pass for its
+own gradient. Around the matrix products go attention, elementwise operators (bound by memory) and,
+in QLoRA, unpacking. Each has one efficiency below. None of them has been measured by this project;
+the run itself replaces the prediction by what it sees.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from tuning.presets import Facts, Gpu
+
+# Shares of the datasheet's rates. An H200 sustains about 790 of its 989 TFLOP/s in large bf16
+# products, and the shapes of a model reach 0.9 of that: assumed alike for every card.
+GEMM = 0.80 * 0.90
+# FlashAttention 2 on Hopper is reported at 330 of 989 TFLOP/s; assumed alike for every card.
+ATTENTION = 330 / 989
+# Of bandwidth: large copies reach 0.9 (4.3 of an H200's 4.8 TB/s); eager operators 0.7 to 0.85 of
+# that.
+COPY = 0.90
+ELEMENTWISE = COPY * 0.80
+
+# Bytes that eager transformers and peft move for each element and token, forward and backward:
+# counted from their operators.
+NORM_BYTES = 102  # RMSNorm in float32, an element of the hidden size
+ROTARY_BYTES = 56  # an element of queries and keys
+ACTIVATION_BYTES = 26  # gate, product and their gradients, an element of the MLP's width
+ADAPTER_BYTES = 25  # scale, add and accumulate, an element of a projection's output
+# The same with `tuning.models.kernels`: fewer passes, but the MLP's activation is computed again.
+FUSED_NORM_BYTES, FUSED_ACTIVATION_BYTES, FUSED_ADAPTER_BYTES = 12, 38, 8
+FORWARD_SHARE = 1 / 3  # of those bytes; checkpointing moves them again
+
+UNPACK_BYTES = 2.56  # a packed weight and pass: half a byte and its constants in, two bytes out
+# Below a few hundred tokens a card waits for the host: kernels of a layer, forward and backward,
+# with or without its forward again; assumed seconds each.
+KERNELS, KERNELS_AGAIN, LAUNCH = 250, 400, 6e-6
+FUSED_KERNELS = 0.5  # of them
+
+
+def seconds_per_token(
+    facts: Facts,
+    gpu: Gpu | None,
+    *,
+    method: Literal["lora", "qlora"],
+    checkpointing: bool,
+    tokens: int,
+    effective_length: float,
+    rank: int = 16,
+    precision: str = "bfloat16",
+    attention: str = "varlen",
+    fused: bool = False,
+) -> float | None:
+    """Seconds of one GPU for each token of a micro-batch of `tokens`, padding counted as tokens.
+
+    `effective_length` is what a token's attention spans: sum(len^2) / sum(len) over the documents
+    of packed rows with varlen attention, and the row's length with any other. `fused`: with the
+    kernels of `models.kernels`. None where there is nothing to go by: no GPU, a card without a rate
+    for `precision`.
+    """
+    rate = None if gpu is None else gpu.bf16_flops if precision == "bfloat16" else gpu.fp16_flops
+    if gpu is None or rate is None or gpu.bandwidth is None or precision == "float32":
+        return None
+    products = _products(facts, rank=rank, checkpointing=checkpointing, fused=fused) / (rate * GEMM)
+    spans = _spans(facts, effective_length) * (
+        1 if attention == "varlen" else 2
+    )  # masked, not left
+    scores = spans * facts.queries * (9 if checkpointing else 7) / (rate * ATTENTION)
+    again = 1 + (FORWARD_SHARE if checkpointing else 0.0)
+    moved = _moved(facts, fused=fused) * again / (gpu.bandwidth * ELEMENTWISE)
+    unpacked = 0.0
+    if method == "qlora":
+        passes = 3 if checkpointing else 2
+        bytes_ = UNPACK_BYTES * passes * facts.layers * _linear(facts)
+        unpacked = bytes_ / tokens / (gpu.bandwidth * COPY)
+    kernels = (KERNELS_AGAIN if checkpointing else KERNELS) * (FUSED_KERNELS if fused else 1.0)
+    launched = facts.layers * kernels * LAUNCH / tokens
+    return max(products + scores + moved + unpacked, launched)
+
+
+def operations_per_token(facts: Facts, *, effective_length: float, rank: int = 16) -> float:
+    """Operations that a token needs, whatever the implementation: for shares of a card's limit."""
+    weights = facts.layers * _linear(facts) + facts.vocab * facts.hidden
+    adapters = rank * sum(x.inputs + x.outputs for x in facts.linears) * facts.layers
+    return 4 * weights + 6 * adapters + 6 * _spans(facts, effective_length) * facts.queries
+
+
+def _linear(facts: Facts) -> int:
+    return sum(linear.inputs * linear.outputs for linear in facts.linears)
+
+
+def _products(facts: Facts, *, rank: int, checkpointing: bool, fused: bool) -> float:
+    """Operations of the matrix products; trl's loss makes its logits twice, so the head costs 6."""
+    body = facts.layers * _linear(facts)
+    adapters = rank * facts.layers * sum(x.inputs + x.outputs for x in facts.linears)
+    head = facts.vocab * facts.hidden
+    again = 2 * (body + adapters) if checkpointing else 0
+    return 4 * body + 6 * adapters + (4 if fused else 6) * head + again
+
+
+def _spans(facts: Facts, length: float) -> float:
+    """Sum over the layers of the tokens that attention spans: a window where there is one."""
+    windowed = min(length, facts.window or length) * facts.windowed_layers
+    return windowed + length * (facts.layers - facts.windowed_layers)
+
+
+def _moved(facts: Facts, *, fused: bool) -> float:
+    """Bytes of the elementwise operators for each token."""
+    norm, activation, adapter = (
+        (FUSED_NORM_BYTES, FUSED_ACTIVATION_BYTES, FUSED_ADAPTER_BYTES)
+        if fused
+        else (NORM_BYTES, ACTIVATION_BYTES, ADAPTER_BYTES)
+    )
+    outputs = sum(linear.outputs for linear in facts.linears)
+    layer = (
+        norm * facts.norms * facts.hidden
+        + ROTARY_BYTES * facts.rotary * (facts.queries + facts.keys)
+        + activation * facts.intermediate
+        + adapter * outputs
+    )
+    return facts.layers * layer

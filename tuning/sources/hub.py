@@ -1,0 +1,130 @@
+"""Calls to the Hugging Face hub, and what its answers mean to a person.
+
+huggingface_hub is imported when it is first needed: it is slow, and `plan` does without.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from tuning import process
+from tuning.errors import RefusedError, SpecError, TransientError, TuningError
+from tuning.network.policy import hush
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+TRIES = 4
+WAIT = 2.0  # seconds before the second try, doubled for each one after it
+
+
+def endpoint() -> str:
+    """Where the hub is: HF_ENDPOINT as it is now, not as it was when the library was imported."""
+    return os.environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
+
+
+def quietly() -> None:
+    """No bars and no warnings of the library's own: they show signed URLs, and we tell progress."""
+    import huggingface_hub
+
+    huggingface_hub.utils.disable_progress_bars()
+    huggingface_hub.utils.logging.set_verbosity_error()
+    hush()
+
+
+def ask(
+    work: Callable[[], T],
+    hub_id: str,
+    revision: str | None,
+    *,
+    tries: int = TRIES,
+    stop: Callable[[], bool] = lambda: False,
+) -> T:
+    """What `work` returns; its errors in our words, transient ones after a few tries."""
+    quietly()
+    for attempt in range(1, tries + 1):
+        try:
+            return work()
+        except TuningError:
+            raise
+        except Exception as error:
+            meaning = explain(error, hub_id, revision)
+            if meaning is None:
+                raise
+            offline = any(problem.code == "HUB-111" for problem in meaning.problems)
+            if not isinstance(meaning, TransientError) or offline or attempt == tries or stop():
+                raise meaning from None
+            log.info("%s; trying again", meaning)
+            time.sleep(random.uniform(0.5, 1) * WAIT * 2 ** (attempt - 1))  # noqa: S311
+    raise AssertionError("unreachable")
+
+
+def explain(error: BaseException, hub_id: str, revision: str | None) -> TuningError | None:
+    """`error` of the hub's library in our words; None if it is not about the hub."""
+    from huggingface_hub import errors
+
+    page = f"{endpoint()}/{hub_id}"
+    if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
+        return explain(error.__cause__, hub_id, revision)
+    if isinstance(error, errors.GatedRepoError):
+        what = "is gated, and this access token (or none) is not on its list"
+        change = (
+            f"accept its licence at {page}, then give a token of the same account: "
+            "--hub-token-file FILE, in a cluster presetOptions.modelAccessSecret"
+        )
+        return RefusedError.at("HUB-101", hub_id, what, change)
+    if isinstance(error, errors.RepositoryNotFoundError):
+        what = f"there is no such model at {endpoint()}, or it is private"
+        change = "check the name; a private model needs --hub-token-file FILE (modelAccessSecret)"
+        return RefusedError.at("HUB-102", hub_id, what, change)
+    if isinstance(error, errors.RevisionNotFoundError):
+        what = f"has no revision {revision or 'main'}"
+        change = f"choose a branch, tag or commit of {page}/commits/main"
+        return RefusedError.at("HUB-103", hub_id, what, change)
+    if isinstance(error, errors.DisabledRepoError):
+        return RefusedError.at("HUB-105", hub_id, "the hub disabled it", "use another model")
+    if isinstance(error, errors.HfHubHTTPError):
+        return _status(error, hub_id, page)
+    if isinstance(error, errors.OfflineModeIsEnabled | errors.LocalEntryNotFoundError):
+        what = "is not in the cache, and HF_HUB_OFFLINE forbids to fetch it"
+        change = "unset HF_HUB_OFFLINE, or fetch the model first"
+        return TransientError.at("HUB-111", hub_id, what, change)
+    if isinstance(error, errors.FileMetadataError):
+        what = f"{endpoint()} does not answer as a hub does"
+        return RefusedError.at("HUB-113", hub_id, what, "check HF_ENDPOINT, proxies and firewall")
+    if isinstance(error, errors.HFValidationError):
+        change = "write org/model as on the hub, a preset's name, or a folder"
+        return SpecError.at("HUB-100", hub_id, "is no name of a model", change)
+    if type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "requests", "urllib3"):
+        what = f"cannot reach {endpoint()} ({type(error).__name__})"
+        change = "check the network and HF_ENDPOINT, then run it again; it goes on"
+        return TransientError.at("HUB-112", hub_id, what, change)
+    if isinstance(error, OSError):
+        full = process.disk_full(error)
+        cut = "onsistency" in str(error)
+        what = "a file came incomplete" if cut else f"cannot be stored: {error.strerror or error}"
+        change = "run the same command again; it goes on"
+        return full or TransientError.at("HUB-114", hub_id, what, change)
+    return None
+
+
+def _status(error: Any, hub_id: str, page: str) -> TuningError:
+    status = error.response.status_code
+    if status == 401:
+        what = "the hub does not accept the access token"
+        change = "make a new one at https://huggingface.co/settings/tokens (read is enough)"
+        return RefusedError.at("HUB-106", hub_id, what, change)
+    if status == 403:
+        what = "the access token may not read it"
+        change = f"give the token read access to {page} (fine-grained tokens list repositories)"
+        return RefusedError.at("HUB-107", hub_id, what, change)
+    if status in (408, 429) or status >= 500:
+        change = "run the same command again later; it goes on"
+        return TransientError.at("HUB-110", hub_id, f"the hub answers {status}", change)
+    change = f"look at {page}"
+    return RefusedError.at("HUB-108", hub_id, f"the hub answers {status}", change)

@@ -1,0 +1,83 @@
+"""Held-out rows: the weights that did best on them so far, and samples of the answers to them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import datasets
+import torch
+
+from tuning.models import generate
+
+IGNORED = -100
+
+
+@dataclass
+class Best:
+    """The trained weights with the lowest loss on the held-out rows, kept in main memory."""
+
+    step: int | None = None
+    loss: float | None = None
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def see(self, step: int, loss: float | None, weights: Mapping[str, torch.Tensor]) -> None:
+        """Keep `weights` if their loss is lower than all before; of equals the first stays."""
+        if loss is None or (self.loss is not None and loss >= self.loss):
+            return
+        self.step, self.loss = step, loss
+        self.weights = {
+            name: tensor.detach().to("cpu", copy=True) for name, tensor in weights.items()
+        }
+
+    def put(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Give `weights` the kept values."""
+        with torch.no_grad():
+            for name, tensor in weights.items():
+                tensor.copy_(self.weights[name])
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The tokens before an answer, and the answer that the data has."""
+
+    ids: list[int]
+    answer: list[int]
+
+
+def prompts(rows: datasets.Dataset) -> Iterator[Prompt]:
+    """The first answer of each document in `rows` that has something before it to answer to."""
+    for row in rows:
+        at = 0
+        for length in row.get("seq_lengths") or [len(row["input_ids"])]:
+            ids = row["input_ids"][at : at + length]
+            labels = row["labels"][at : at + length]
+            at += length
+            first = next((n for n, label in enumerate(labels) if label != IGNORED), 0)
+            if first > 1:  # else it is running text
+                end = next((n for n in range(first, length) if labels[n] == IGNORED), length)
+                yield Prompt(ids[:first], ids[first:end])
+
+
+def samples(
+    tuned: Any, tokenizer: Any, rows: datasets.Dataset, *, number: int, tokens: int
+) -> list[dict[str, str]]:
+    """The first `number` prompts: what the data answers, the base, and the tuned model.
+
+    Answers are greedy and at most `tokens` tokens long.
+    """
+    made = []
+    for prompt, _ in zip(prompts(rows), range(number), strict=False):
+        with tuned.disable_adapter():
+            base = generate.continued(tuned, tokenizer, prompt.ids, max_new_tokens=tokens)
+        answer = generate.continued(tuned, tokenizer, prompt.ids, max_new_tokens=tokens)
+        made.append(
+            {
+                "prompt": tokenizer.decode(prompt.ids),
+                "expected": tokenizer.decode(prompt.answer, skip_special_tokens=True).strip(),
+                "base": base,
+                "tuned": answer,
+            }
+        )
+    return made

@@ -1,0 +1,129 @@
+"""Coefficients of every preset, as files.
+
+    python -m tuning.training.simulate --write [preset ...]   make configs/memory/, or files of it
+    python -m tuning.training.simulate --check [preset ...]   files that differ from what it makes
+    python -m tuning.training.simulate FOLDER                 print those of a model's config.json
+
+All presets take about half an hour on one core; presets of the same shape are run once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from tuning import files
+from tuning.plan import memory
+from tuning.plan.memory import Variant
+from tuning.presets import CONFIGS
+from tuning.presets.config import facts
+from tuning.presets.load import table
+from tuning.training.simulate.fit import coefficients
+
+FOLDER = CONFIGS / "memory"
+logger = logging.getLogger(__name__)
+
+
+def configs() -> dict[str, dict[str, Any]]:
+    """The config of each preset that can be tuned, by name. Experts are no linear layers."""
+    listed = [
+        entry for path in sorted((CONFIGS / "presets").glob("*.yaml")) for entry in table(path)
+    ]
+    return {entry["name"]: entry["config"] for entry in listed if not _experts(entry["config"])}
+
+
+def _experts(config: dict[str, Any]) -> bool:
+    shape = facts(config)
+    return shape is None or bool(shape.experts)
+
+
+def variants(config: dict[str, Any]) -> tuple[Variant, ...]:
+    """The ways to train that are simulated ahead: all that a plan for a GPU may choose.
+
+    Cards without bfloat16 are older than the flash kernel, and have torch's own attention.
+    """
+    shape = facts(config)
+    ways = [
+        ("lora", "bfloat16", "sdpa"),
+        ("qlora", "bfloat16", "sdpa"),
+        ("qlora", "float16", "sdpa"),
+    ]
+    if shape is not None and shape.packing_safe:
+        ways += [(method, precision, "varlen") for method, precision, _ in ways]
+    return tuple(
+        Variant(*way, checkpointing, dropout, fused=fused)  # type: ignore[arg-type]
+        for way, checkpointing, dropout, fused in itertools.product(
+            ways, (True, False), (False, True), (False, True)
+        )
+    )
+
+
+def text(config: dict[str, Any]) -> str:
+    """The coefficients of `config` as the file holds them."""
+    record = memory.to_json(coefficients(config, variants=variants(config)))
+    variants_ = record.pop("moments")
+    head = json.dumps(record, indent=1, sort_keys=True)[:-2]
+    lines = ",\n  ".join(json.dumps(entry) for entry in variants_)
+    return f'{head},\n "moments": [\n  {lines}\n ]\n}}\n'
+
+
+def make(names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Name and file of each preset in `names`, one by one."""
+    known = configs()
+    made: dict[bytes, str] = {}
+    for name in names:
+        key = files.canonical(_shape(known[name]))
+        if key not in made:
+            logger.info("simulating %s", name)
+            made[key] = text(known[name])
+        yield name, made[key]
+
+
+def _shape(config: dict[str, Any]) -> dict[str, Any]:
+    """`config` without what changes no tensor of a step."""
+    return {
+        key: _shape(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in ("max_position_embeddings", "sliding_window", "quantization_config")
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; 1 when --check finds a difference."""
+    parser = argparse.ArgumentParser(prog="python -m tuning.training.simulate", description=__doc__)
+    parser.add_argument("names", nargs="*", help="presets, or one folder with a config.json")
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    if not options.write and not options.check:
+        for folder in options.names:
+            sys.stdout.write(text(files.read_json(Path(folder) / "config.json")))
+        return 0
+    changed = []
+    for name, made in make(options.names or configs()):
+        path = FOLDER / f"{name}.json"
+        if not path.is_file() or path.read_text(encoding="utf-8") != made:
+            changed.append(name)
+            if options.write:
+                FOLDER.mkdir(exist_ok=True)
+                files.write(path, made)
+    logger.info("%s: %s", "written" if options.write else "differ", ", ".join(changed) or "none")
+    return 1 if changed and options.check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

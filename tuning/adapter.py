@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import re
 import shutil
-import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +19,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from tuning import files
+from tuning import files, safetensors
 from tuning.errors import DivergedError, Problem, SpecError, TuningError
+from tuning.safetensors import Tensor
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +30,6 @@ logger = logging.getLogger(__name__)
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-HEADER_LIMIT = 100 << 20  # what safetensors itself accepts
 KNOWN_SUFFIXES = frozenset({".json", ".safetensors", ".jinja", ".model", ".txt", ".md"})
 
 Unset = Literal[False] | None
@@ -88,19 +86,6 @@ class _Config(BaseModel):
     layer_replication: Unset = None
     trainable_token_indices: Unset = None
     target_parameters: Unset = None
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """One tensor of a safetensors file: its type (`BF16`, `F32`, ...) and shape."""
-
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def count(self) -> int:
-        """How many numbers it has."""
-        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -217,40 +202,10 @@ def header(path: Path) -> dict[str, Tensor]:
     Raises SpecError if the file is damaged or cut.
     """
     try:
-        with path.open("rb") as file:
-            start = file.read(8)
-            (length,) = struct.unpack("<Q", start)
-            if length > HEADER_LIMIT:
-                raise ValueError("its header is too long")
-            tensors, end = _tensors(file.read(length))
-        if path.stat().st_size != 8 + length + end:
-            raise ValueError("its size is not what its header says")
-    except (ValueError, struct.error) as error:
-        what = f"is damaged: {error}"
+        return safetensors.read_header(path)
+    except ValueError as error:
+        what = f"is damaged: it {error}"
         raise SpecError.at("MODEL-204", str(path), what, "fetch or train it again") from None
-    return tensors
-
-
-def tensors_of(beginning: bytes) -> dict[str, Tensor]:
-    """The tensors that the beginning of a safetensors file speaks of. Raises ValueError."""
-    (length,) = struct.unpack("<Q", beginning[:8].ljust(8, b"\xff"))
-    if length > len(beginning) - 8:
-        raise ValueError("has a header too long to look at")
-    return _tensors(beginning[8 : 8 + length])[0]
-
-
-def _tensors(header: bytes) -> tuple[dict[str, Tensor], int]:
-    """Each tensor by name, and where the last one ends. Raises ValueError."""
-    try:
-        record = json.loads(header)
-        record.pop("__metadata__", None)
-        tensors = {
-            name: Tensor(str(each["dtype"]), tuple(int(size) for size in each["shape"]))
-            for name, each in sorted(record.items())
-        }
-        return tensors, max((v["data_offsets"][1] for v in record.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"its header is impossible ({type(error).__name__})") from None
 
 
 _NAME = re.compile(
@@ -373,7 +328,7 @@ def finish(
     was not there before. The same tensors and config always give the same bytes. Raises
     DivergedError, SpecError, or TuningError for an unfinished training.
     """
-    import safetensors.torch
+    from safetensors.torch import save
 
     _gate(tensors, step=step, steps=steps)
     scratch = target.with_name(f".{target.name}.tmp")
@@ -386,7 +341,7 @@ def finish(
                 raise AssertionError(f"unexpected file {path.name} beside the tokenizer")
         files.write_json(scratch / CONFIG, dict(config))
         ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        files.write(scratch / WEIGHTS, safetensors.torch.save(ready, metadata={"format": "pt"}))
+        files.write(scratch / WEIGHTS, save(ready, metadata={"format": "pt"}))
         inspect(scratch)
         if target.exists():
             shutil.rmtree(target)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tuning import adapter as adapters
-from tuning import files
+from tuning import files, safetensors
 from tuning.errors import SpecError, TuningError
 from tuning.oci import layout as image
 from tuning.oci import registry, signature
@@ -38,7 +38,7 @@ class Inspection:
     annotations: Mapping[str, str] = field(default_factory=dict)
     config: Value | None = None  # adapter_config.json, as far as it is one that we load
     problems: tuple[str, ...] = ()  # why it would not be loaded here
-    tensors: Mapping[str, adapters.Tensor] = field(default_factory=dict)
+    tensors: Mapping[str, safetensors.Tensor] = field(default_factory=dict)
     recipe: Value = field(default_factory=dict)  # tuning.json
     attached: tuple[registry.Attached, ...] = ()
     signatures: tuple[str, ...] = ()  # a verdict on each
@@ -206,7 +206,9 @@ def _adapter(held: Mapping[str, bytes], name: str) -> Value:
             problems += map(str, error.problems)
     if adapters.WEIGHTS in held:
         try:
-            tensors = adapters.tensors_of(held[adapters.WEIGHTS])
+            start = held[adapters.WEIGHTS]
+            length = safetensors.header_length(start, limit=len(start) - 8)
+            tensors = safetensors.parse_header(start[8 : 8 + length])
         except ValueError as error:
             problems.append(f"{adapters.WEIGHTS} {error}")
     if config and tensors:

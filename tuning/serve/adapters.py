@@ -19,7 +19,6 @@ from tuning.oci import delivery
 from tuning.oci.delivery import Access
 from tuning.serve import mixture
 from tuning.serve.names import Wanted
-from tuning.sources import verify
 
 Kind = Literal["base", "adapter", "combined"]
 
@@ -130,13 +129,6 @@ def _inspect(
     own_template: str | None,
     distrust: Callable[[str], str | None],
 ) -> Ready:
-    path = folder / adapters.WEIGHTS
-    if path.is_file():  # else `inspect` says so
-        try:
-            verify.header(path)
-        except ValueError as error:
-            change = "fetch or train it again"
-            raise SpecError.at("MODEL-204", str(path), str(error), change) from None
     found = adapters.inspect(folder)
     if problems := adapters.misfits(found, config):
         raise SpecError(problems)

@@ -1,24 +1,20 @@
 """Is this folder a base model that can be trained? Judged from headers, without loading a tensor.
 
 A checkpoint that is incomplete, quantised, needs code of its own or holds only pickles is named
-before a GPU is paid for. safetensors files are parsed by hand: eight bytes of length, JSON, data.
+before a GPU is paid for.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import json
-import math
-import struct
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from tuning import files
+from tuning import files, safetensors
 from tuning.errors import Problem, SpecError
 from tuning.presets.config import families
 
-MAX_HEADER = 100_000_000  # bytes; the format's own limit
 MAX_JSON = 64 << 20
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -39,12 +35,6 @@ _TOKENIZERS = (
 )  # fmt: skip
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _OTHERS = {".gguf": "GGUF", ".h5": "TensorFlow", ".msgpack": "Flax", ".onnx": "ONNX"}
-_BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
-    "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64, "C64": 64,
-    "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
-}  # fmt: skip
-_LFS = b"version https://git-lfs"
 _WRAPPERS = ("gemma3", "mistral3")
 
 
@@ -163,9 +153,9 @@ def _tensor_problems(folder: Path, names: Collection[str]) -> list[Problem]:
     kinds: set[str] = set()
     for name in (name for name in names if name.endswith(".safetensors")):
         try:
-            for tensor, kind in header(folder / name).items():
-                where[tensor] = name
-                kinds.add(kind)
+            for key, tensor in safetensors.read_header(folder / name).items():
+                where[key] = name
+                kinds.add(tensor.dtype)
         except (OSError, ValueError) as error:
             code = "BASE-104" if "LFS" in str(error) else "BASE-105"
             what = (
@@ -200,58 +190,11 @@ def _index_problems(path: Path, where: dict[str, str], names: Collection[str]) -
     return []
 
 
-def header(path: Path) -> dict[str, str]:
-    """Tensor names and kinds of a safetensors file whose header and size agree.
-
-    Raises ValueError that says what is wrong: a pointer of git LFS, a cut file, an overlap.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(len(_LFS))
-        if start == _LFS:
-            raise ValueError("is a pointer of git LFS, not the file itself")
-        if size < 8:
-            raise ValueError("is cut: it has no header")
-        (length,) = struct.unpack("<Q", start[:8])
-        if not 2 <= length <= min(MAX_HEADER, size - 8):
-            raise ValueError(f"is cut or no safetensors file: its header claims {length} bytes")
-        file.seek(8)
-        text = file.read(length)
-    try:
-        tensors = json.loads(text)
-    except (ValueError, RecursionError):
-        raise ValueError("its header is no JSON") from None
-    if not isinstance(tensors, dict):
-        raise ValueError("its header is no JSON object")
-    tensors.pop("__metadata__", None)
-    spans = sorted((*_span(name, entry), name) for name, entry in tensors.items())
-    end = 0
-    for first, last, name in spans:
-        if first != end:
-            raise ValueError(f"tensor {name[:80]} overlaps another or leaves a hole")
-        end = last
-    if end != size - 8 - length:
-        raise ValueError(f"is cut: {size - 8 - length} bytes of tensors, its header says {end}")
-    return {name: entry["dtype"] for name, entry in tensors.items()}
-
-
-def _span(name: str, entry: Any) -> tuple[int, int]:
-    """First byte and end of a tensor, which its kind and shape agree with."""
-    try:
-        kind, shape, (first, last) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        whole = all(type(n) is int and n >= 0 for n in (*shape, first, last))
-        if whole and last - first == (math.prod(shape) * _BITS[kind] + 7) // 8:
-            return first, last
-    except (KeyError, TypeError, ValueError):
-        pass
-    raise ValueError(f"the header of tensor {name[:80]} is impossible")
-
-
 def json_object(path: Path) -> dict[str, Any]:
     """The JSON object in `path`. Raises ValueError that says what is wrong."""
     if path.stat().st_size > MAX_JSON:
         raise ValueError("is too large")
-    if path.read_bytes()[: len(_LFS)] == _LFS:
+    if path.read_bytes().startswith(safetensors.LFS):
         raise ValueError("is a pointer of git LFS, not the file itself; git lfs pull gets it")
     try:
         value = files.read_json(path)

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import struct
 import zlib
 from collections.abc import Collection
 from typing import Any
 
-from tuning import files
+from tuning import files, safetensors
 from tuning.errors import SpecError
 from tuning.oci.layout import tar
 from tuning.oci.layout.manifest import LARGEST_JSON, Blob, refused
@@ -133,9 +132,10 @@ def _small(content: Content) -> bytes:
 
 def _header(content: Content) -> bytes:
     start = _exactly(content, 8)
-    (length,) = struct.unpack("<Q", start)
-    if length > LARGEST_JSON:
-        raise BadTar("its weights have a header of impossible size")
+    try:
+        length = safetensors.header_length(start, limit=LARGEST_JSON)
+    except ValueError:
+        raise BadTar("its weights have a header of impossible size") from None
     return start + _exactly(content, length)
 
 

@@ -5,6 +5,7 @@ import os
 import pytest
 
 from tuning import files
+from tuning.errors import SpecError
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_scratch(tmp_path, monkeypatch):
@@ -62,3 +63,23 @@ def test_what_killed_writers_left_is_swept(tmp_path):
     files.sweep(tmp_path)
 
     assert kept == {path.name for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_a_disk_too_small_is_refused_before_its_folder_exists(tmp_path):
+    """The nearest existing parent says what is free; the caller's code and remedy are kept."""
+    folder = tmp_path / "a" / "b"
+    files.require_space(folder, 1, code="RUN-121", where="train", instead="move")
+
+    with pytest.raises(SpecError, match=r"RUN-121 train: needs 1,\d+.* Change: free .*, or move"):
+        files.require_space(folder, 1 << 60, code="RUN-121", where="train", instead="move")
+
+    assert not folder.parent.exists()
+
+
+def test_one_folder_keeps_what_is_cached(monkeypatch):
+    """XDG_CACHE_HOME, else ~/.cache; an empty value counts as none."""
+    for value, expected in (("/x", "/x/tuning"), ("", "/home/me/.cache/tuning")):
+        monkeypatch.setenv("HOME", "/home/me")
+        monkeypatch.setenv("XDG_CACHE_HOME", value)
+
+        assert expected == str(files.cache_folder())

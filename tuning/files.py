@@ -115,6 +115,25 @@ def replace_folder(scratch: Path, target: Path) -> None:
     sync_folder(target.parent)
 
 
+def cache_folder() -> Path:
+    """The user's folder for what takes long to compute or fetch: $XDG_CACHE_HOME/tuning."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tuning"
+
+
+def free_bytes(folder: Path) -> int:
+    """Free bytes on the disk of `folder`, which need not exist yet."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(existing).free
+
+
+def require_space(folder: Path, need: int, *, code: str, where: str, instead: str) -> None:
+    """Raise SpecError if `need` bytes do not fit on the disk of `folder`; nothing is written."""
+    free = free_bytes(folder)
+    if need > free:
+        what = f"needs {need:,} bytes in {folder}, where {free:,} are free"
+        raise SpecError.at(code, where, what, f"free some space, or {instead}")
+
+
 _MAKING = ".making-"
 
 

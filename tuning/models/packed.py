@@ -61,7 +61,7 @@ def keep(model: Any, target: Path) -> bool:
     try:
         need = sum(p.numel() * p.element_size() for p in model.parameters())
         target.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(target.parent).free
+        free = files.free_bytes(target.parent)
         if free < 2 * need:
             logger.info("packed weights are not kept: %d bytes are free in %s", free, target.parent)
             return False

@@ -9,13 +9,12 @@ pickles, no code, complete weights.
 from __future__ import annotations
 
 import io
-import os
-import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tuning import files
 from tuning.console import Console
 from tuning.errors import SpecError
 from tuning.oci import delivery, registry
@@ -30,6 +29,7 @@ PREFIX = "oci:"
 PEEK = 4 << 20  # bytes of a layer in which config.json is looked for
 LARGEST = 1 << 43  # bytes of a model: 8 TiB
 ROOM = 2.05  # free disk over the image's size: its layers, then its files
+LARGER = "name a larger disk"
 Value = dict[str, Any]
 
 
@@ -52,7 +52,7 @@ def local(name: str, *, access: Access, console: Console, cache: Path | None = N
     """
     if not is_image(name):
         return name
-    home = cache or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tuning"
+    home = cache or files.cache_folder()
     if (layout := _layout(name)) is not None:
         access.approve_folder(name)
         found = image.read(layout)
@@ -121,16 +121,7 @@ def _place(home: Path, digest: str) -> Path:
 
 def _check_room(found: Image, home: Path, name: str) -> None:
     need = int(sum(blob.size for blob in found.blobs) * ROOM)
-    _refuse_small(home, need, name)
-
-
-def _refuse_small(folder: Path, need: int, name: str) -> None:
-    """Refuse a disk that is known to be too small before anything is written to it."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    if need > free:
-        what = f"needs {need:,} bytes in {folder}, where {free:,} are free"
-        raise SpecError.at("MODEL-310", name, what, "free some space, or name a larger disk")
+    files.require_space(home, need, code="MODEL-310", where=name, instead=LARGER)
 
 
 def package(
@@ -154,7 +145,7 @@ def package(
     delivery.claim(output, access, run_id=identity, own=())
     with tempfile.TemporaryDirectory(prefix="tuning-model-") as scratch:
         layout = output.layout or Path(scratch) / "image"
-        _refuse_small(layout, size, str(model))
+        files.require_space(layout, size, code="MODEL-310", where=str(model), instead=LARGER)
         layout.mkdir(parents=True, exist_ok=True)
         console.say("Building the image ...")
         built = image.build_model(model, layout, annotations=notes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -12,7 +11,6 @@ from typing import Any
 
 from tuning import files, process, threads
 from tuning.console import Console
-from tuning.errors import SpecError
 from tuning.pipeline import endings, journal
 from tuning.pipeline.options import Options, read_token
 from tuning.plan import device
@@ -99,11 +97,8 @@ class Run:
 
     def room(self, need: int) -> None:
         """Refuse to begin what the disk is known to be too small for."""
-        free = shutil.disk_usage(self.folder).free
-        if free < need:
-            what = f"{self.phase} takes about {need:,} bytes here, where {free:,} are free"
-            change = "free some space, or name a larger disk with --run-dir"
-            raise SpecError.at("RUN-121", str(self.folder), what, change)
+        instead = "name a larger disk with --run-dir"
+        files.require_space(self.folder, need, code="RUN-121", where=self.phase, instead=instead)
 
     def device(self) -> device.Device:
         """What is here to train on: as many GPUs as asked for, or processes on the CPU."""

@@ -48,7 +48,7 @@ def train(
         "adapter": str(run.folder / "adapter"),
         "questions": list(run.options.questions),
         "chat_template": run.spec.settings.chat_template,
-        "packed": str(run.options.cache or base.memory()),
+        "packed": str(run.options.cache or files.cache_folder()),
         "save_steps": run.spec.settings.save_steps,
     }
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import logging
-import os
 import tempfile
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -49,7 +48,7 @@ def coefficients(
     asked = [asdict(variant.stored) for variant in variants]
     if importlib.util.find_spec("torch") is None:
         raise Impossible("torch is not installed here")
-    kept = (cache or _cache()) / f"{_key(config, asked)}.json"
+    kept = (cache or files.cache_folder() / "memory") / f"{_key(config, asked)}.json"
     if kept.is_file():
         with suppress(ValueError, KeyError, TypeError):
             return memory.from_json(files.read_json(kept))
@@ -78,8 +77,3 @@ def _key(config: dict[str, Any], variants: list[dict[str, Any]]) -> str:
     shape = {name: value for name, value in config.items() if name not in _NO_SHAPE}
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
     return files.digest(files.canonical([FORMAT, shape, variants, versions]))[:32]
-
-
-def _cache() -> Path:
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "tuning" / "memory"

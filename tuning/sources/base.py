@@ -7,9 +7,7 @@ of its files. Downloads go to the hub's usual cache, which other tools share.
 from __future__ import annotations
 
 import logging
-import os
 import re
-import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -209,7 +207,7 @@ def missing(base: Base, cache: Path | None) -> list[Entry]:
 def _resolve_folder(name: str, folder: Path) -> Base:
     verify(folder)
     names, _ = weights.needed(path.name for path in folder.iterdir())
-    known = memory() / "digests.json"
+    known = files.cache_folder() / "digests.json"
     entries = tuple(
         Entry(n, (folder / n).stat().st_size, _digest(folder / n, known)) for n in names
     )
@@ -223,11 +221,6 @@ def _resolve_folder(name: str, folder: Path) -> Base:
         files=entries,
         total_bytes=sum(entry.size for entry in entries),
     )
-
-
-def memory() -> Path:
-    """The folder where this program remembers what takes long to find out."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tuning"
 
 
 def _digest(path: Path, memory: Path) -> str:
@@ -341,12 +334,8 @@ def check_room(base: Base, cache: Path | None) -> None:
 def _check_room(base: Base, wanted: list[Entry], folder: Path) -> None:
     """Refuse a disk that is known to be too small before anything is written to it."""
     need = int(sum(entry.size for entry in wanted) * ROOM)
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    if need > free:
-        what = f"needs {need:,} bytes in {folder}, where {free:,} are free"
-        change = "free some space, or set HF_HOME to a larger disk"
-        raise SpecError.at("HUB-120", base.name, what, change)
+    instead = "set HF_HOME to a larger disk"
+    files.require_space(folder, need, code="HUB-120", where=base.name, instead=instead)
 
 
 def _job(

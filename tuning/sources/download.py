@@ -11,7 +11,6 @@ import logging
 import os
 import random
 import re
-import shutil
 import ssl
 import threading
 import time
@@ -24,7 +23,7 @@ import urllib3
 from urllib3 import exceptions as web_errors
 
 from tuning import files
-from tuning.errors import DataError, Problem, RefusedError, SpecError, Stopped, TransientError
+from tuning.errors import DataError, Problem, RefusedError, Stopped, TransientError
 from tuning.network.policy import Policy
 from tuning.sources.http import Again, Item, Patience, Web, empty, judge
 
@@ -254,11 +253,8 @@ def _check_size(item: Item, part: _Part, policy: Policy, meter: Meter) -> None:
     missing, over = meter.claims(policy)
     if over:
         raise _too_large(item, "all files together have", policy.max_total_bytes, "maxTotalSize")
-    free = shutil.disk_usage(meter.folder).free
-    if missing > free:
-        what = f"{missing:,} bytes are still to come, {free:,} are free in {meter.folder}"
-        change = "free some space, or use another run directory"
-        raise SpecError.at("FETCH-136", item.where, what, change)
+    instead = "use another run directory"
+    files.require_space(meter.folder, missing, code="FETCH-136", where=item.where, instead=instead)
 
 
 def _check_cap(item: Item, size: int, policy: Policy) -> None:

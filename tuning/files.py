@@ -160,7 +160,7 @@ def making(target: Path) -> Iterator[Path]:
         scratch = Path(tempfile.mkdtemp(prefix=_MAKING, dir=place))
     except OSError as error:
         what = f"cannot be made: {error.strerror}"
-        raise SpecError.at("IMAGE-103", str(target), what, "name another folder") from None
+        raise SpecError.at("IMAGE-107", str(target), what, "name another folder") from None
     try:
         made = scratch / "made"
         yield made

@@ -184,7 +184,7 @@ def _server(workspace: Object, found: Workspace, config_map: Object | None) -> S
     public = notes.get(BALANCED, "").lower() == "true"
     if public and inference.api_key_secret is None:
         what = "a load balancer lets everybody in, and there is no key"
-        raise _wrong("SPEC-116", BALANCED, what, "name a Secret in inference.apiKeySecret")
+        raise _wrong("SPEC-121", BALANCED, what, "name a Secret in inference.apiKeySecret")
     options = preset.preset_options
     tuned = found.tuning.preset.preset_options if found.tuning else None
     secret = options.model_access_secret if options else None
@@ -281,10 +281,10 @@ def _settings(name: str | None, config_map: Object | None) -> tuple[tuple[str, s
             sorted((str(key).replace("_", "-"), _option(value)) for key, value in given.items())
         )
     except (yaml.YAMLError, AttributeError, TypeError):
-        raise _wrong("SPEC-104", where, "holds no map `vllm` of options", "mend it") from None
+        raise _wrong("SPEC-113", where, "holds no map `vllm` of options", "mend it") from None
     for key, value in items:
         if key == "max-lora-rank" and not value.isdecimal():
-            raise _wrong("SPEC-104", where, f"{key} is {value[:40]!r}", "write a whole number")
+            raise _wrong("SPEC-113", where, f"{key} is {value[:40]!r}", "write a whole number")
         if key not in _VLLM_OPTIONS:
             what = f"the option {key[:40]!r} is not one that a Workspace may set"
             raise _wrong("SPEC-118", where, what, f"use {', '.join(_VLLM_OPTIONS)}")

@@ -165,7 +165,7 @@ BAD = {
         lines({"body": "a"}), "DATA-212", "line 1", '("body") fit no known shape'
     ),
     "C13 one row lacks it": Bad(
-        GOOD + lines({"body": "a"}), "DATA-212", "line 2", 'this row has no "messages"'
+        GOOD + lines({"body": "a"}), "DATA-250", "line 2", 'this row has no "messages"'
     ),
     "C14 other case": Bad(
         lines({"Messages": ROW["messages"]}), "DATA-213", "line 1", '"Messages" is not written'
@@ -275,7 +275,7 @@ BAD = {
     ),
     "two splits in one object": Bad(
         b'{"train": [' + GOOD.strip() + b'],\n "validation": [' + GOOD.strip() + b"]}",
-        "DATA-202",
+        "DATA-249",
         "train.json row 2",
         'rows under two keys, "train" and "validation"',
         "train.json",
@@ -284,7 +284,7 @@ BAD = {
         lines({"input_ids": [-1, 5]}), "DATA-247", "line 1", "input_ids holds -1, but"
     ),
     "C41 other separator": Bad(
-        b"question;answer\na;b\n", "DATA-240", "train.csv", "separated by ';'", "train.csv"
+        b"question;answer\na;b\n", "DATA-252", "train.csv", "separated by ';'", "train.csv"
     ),
     "C42 zip": Bad(zipped(), "DATA-241", "train.jsonl", "is a zip archive"),
     "C42 tar": Bad(tarred(), "DATA-241", "train.jsonl", "is a tar archive"),
@@ -294,7 +294,7 @@ BAD = {
     ),
     "C42 bomb": Bad(
         gzip.compress(b" " * (70 << 20)),
-        "DATA-243",
+        "DATA-253",
         "train.jsonl",
         "200 times its size",
     ),
@@ -308,7 +308,7 @@ BAD = {
         b"version https://git-lfs.github.com/spec/v1\noid", "DATA-248", "train", "Git LFS"
     ),
     "PDF": Bad(b"%PDF-1.7", "DATA-241", "train.jsonl", "is a PDF document"),
-    "words": Bad(b"once upon a time", "DATA-248", "book.txt", "in no format", "book.txt"),
+    "words": Bad(b"once upon a time", "DATA-241", "book.txt", "in no format", "book.txt"),
 }  # fmt: skip
 
 

@@ -281,9 +281,9 @@ def test_read(name: str) -> None:
 @pytest.mark.parametrize(
     ("row", "options", "code", "says"),
     [
-        ({"text": "a"}, Columns(messages="talk"), "DATA-212", 'messages_column is "talk"'),
+        ({"text": "a"}, Columns(messages="talk"), "DATA-250", 'messages_column is "talk"'),
         ({"Talk": []}, Columns(messages="talk"), "DATA-213", 'written "Talk"'),
-        ({"a": "x", "b": "y"}, Columns(context="a"), "DATA-212", "response_column is unset"),
+        ({"a": "x", "b": "y"}, Columns(context="a"), "DATA-251", "response_column is unset"),
         ({}, NONE, "DATA-212", "the columns (none) fit no known shape"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, NONE, "DATA-212", '"chosen"'),
     ],

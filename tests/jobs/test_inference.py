@@ -140,7 +140,7 @@ def test_only_a_key_opens_the_door_to_other_namespaces() -> None:
     policy = manifests.server_policy(item, served.read(item, None, None), Options())
     assert {"podSelector": {}} in policy["spec"]["ingress"][0]["from"]
     item["metadata"]["annotations"] = {served.BALANCED: "True"}
-    assert ["SPEC-116"] == [p.code for p in served.read(item, None, None).problems]
+    assert ["SPEC-121"] == [p.code for p in served.read(item, None, None).problems]
     item["inference"]["apiKeySecret"] = "door"
     wish = served.read(item, None, None)
     policy = manifests.server_policy(item, wish, Options())

@@ -106,7 +106,7 @@ def test_an_adapter_that_does_not_say_how_it_was_trained(pair, tmp_path):
     with pytest.raises(SpecError, match=r"MODEL-302.*say --method lora or qlora"):
         merge.merge(base, silent, tmp_path / "merged")
     other = {"lora": "qlora", "qlora": "lora"}[method]
-    with pytest.raises(SpecError, match=f"MODEL-302.*was trained with {method}, not with {other}"):
+    with pytest.raises(SpecError, match=f"MODEL-305.*was trained with {method}, not with {other}"):
         merge.merge(base, adapter, tmp_path / "merged", method=other)
     assert not (tmp_path / "merged").exists()
     assert method == merge.merge(base, silent, tmp_path / "merged", method=method)["method"]

@@ -286,7 +286,7 @@ def test_a_pod_without_a_token(tmp_path, content):
 
 def test_a_token_goes_nowhere_without_tls(token):
     """Only loopback may be asked in plain http."""
-    with pytest.raises(SpecError, match=r"REG-150.*is no https"):
+    with pytest.raises(SpecError, match=r"REG-153.*is no https"):
         workload_identity.Azure("t", "c", token, authority="http://cloud.test").login(
             "x", requests.request
         )
@@ -335,7 +335,7 @@ def test_a_client_certificate_that_is_none(tmp_path):
         (tmp_path / name).write_text("no PEM")
     host = Host(client=(tmp_path / "cert.pem", tmp_path / "key.pem"))
     known = Access(trust=Trust(hosts={"registry.test": host}))
-    with pytest.raises(SpecError, match=r"FETCH-107 .*cert\.pem, .*key\.pem: is no PEM pair"):
+    with pytest.raises(SpecError, match=r"FETCH-127 .*cert\.pem, .*key\.pem: is no PEM pair"):
         known.remote("registry.test/a:1", secret=None)
 
 

@@ -275,7 +275,7 @@ def test_damaged_weights_are_refused(damage: str, take: Take, good: Path, broken
 
     refused = refused_alone(take, broken, good)
 
-    assert refused.problems[0].code in {"MODEL-204", "MODEL-205", "MODEL-207", "MODEL-208"}
+    assert refused.problems[0].code in {"MODEL-204", "MODEL-205", "MODEL-208", "MODEL-209"}
 
 
 def test_an_adapters_own_template_is_used_if_it_can_be_trusted(

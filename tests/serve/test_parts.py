@@ -73,7 +73,7 @@ def test_the_command_line_becomes_options() -> None:
     )
 
     assert ("tiny-model", (Wanted("a", "x", 0.5),)) == (found.base, found.wanted)
-    with pytest.raises(UsageError, match="SERVE-101 --precision"):
+    with pytest.raises(UsageError, match="SERVE-106 --precision"):
         options.options("x", adapters=[], base_name=None, precision="8bit", weights=lambda: TINY)
 
 

@@ -166,7 +166,7 @@ def test_a_refused_adapter_is_named_and_the_others_are_served(locked: Server) ->
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (["--precision", "8bit"], 2, "SERVE-101 --precision"),
+        (["--precision", "8bit"], 2, "SERVE-106 --precision"),
         (["--adapter", "x"], 2, "SERVE-101 --adapter x"),
         (["--api-key-file", "README"], 11, "SERVE-103 README"),
         (["--host", "192.0.2.1"], 11, "SERVE-104 --port"),

@@ -96,7 +96,7 @@ def test_a_revision_is_kept(fake: FakeHub, tmp_path: Path) -> None:
         ({"config.json": b"{}", "tokenizer.json": b"", "m.gguf": b""}, "BASE-102", "GGUF only"),
         ({"config.json": b"{}", "tokenizer.json": b""}, "BASE-102", "no *.safetensors"),
         ({"config.json": b"{}", "model.safetensors": b""}, "BASE-107", "no tokenizer"),
-        ({"adapter_config.json": b"{}", "tokenizer.json": b""}, "BASE-103", "is an adapter"),
+        ({"adapter_config.json": b"{}", "tokenizer.json": b""}, "BASE-110", "is an adapter"),
         ({"README.md": b"", "tokenizer.json": b""}, "BASE-103", "no config.json"),
     ],
 )

@@ -351,7 +351,7 @@ def test_f7_a_host_that_does_not_exist_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_host_that_no_name_can_be_is_no_valid_url(tmp_path: Path) -> None:
-    with pytest.raises(RefusedError, match=r"FETCH-115 .*is no valid URL"):
+    with pytest.raises(RefusedError, match=r"FETCH-128 .*is no valid URL"):
         get(tmp_path, f"https://{'a' * 64}.example/x")
 
 

@@ -79,7 +79,7 @@ def serve(
 
     if base_revision and (Path(base).is_dir() or model_image.is_image(base)):
         what = f"{base} is not on the hub, so that it has no revisions"
-        raise UsageError.at("SERVE-101", "--base-revision", what, "remove it")
+        raise UsageError.at("SERVE-105", "--base-revision", what, "remove it")
     console = Console()
     access = access_of(None, policy, pull_secret=pull_secret, ca=ca, insecure=insecure)
     options = wanted.options(

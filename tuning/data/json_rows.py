@@ -134,7 +134,7 @@ def _json_problem(error: ValueError, *, cut: bool) -> tuple[str, str, str]:
 
 def _twice(one: str, other: str) -> _NotJson:
     what = f'holds rows under two keys, "{one}" and "{other}"'
-    return _NotJson("DATA-202", what, "write the rows to train on into a file of their own")
+    return _NotJson("DATA-249", what, "write the rows to train on into a file of their own")
 
 
 class _Scanner:

@@ -170,14 +170,14 @@ def _text_format(head: bytes, named: str, shown: str) -> Format:
     others = [c for c in (b";", b"|") if first_line.count(c) > commas]
     if others:
         what = f"has columns separated by {others[0].decode()!r}"
-        raise _error("DATA-240", shown, what, "save it with commas (csv) or tabs (tsv)")
+        raise _error("DATA-252", shown, what, "save it with commas (csv) or tabs (tsv)")
     if named == "csv" or commas:
         return "csv"
     if named in ("json", "jsonl", "ndjson"):
         return "jsonl"  # its reader says what is wrong with which line
     what = f"is in no format that is read: it begins with {_bytes(head)}"
     change = "give JSONL, JSON, CSV, TSV, parquet or arrow, plain or as gzip or zstd"
-    raise _error("DATA-248", shown, what, change)
+    raise _error("DATA-241", shown, what, change)
 
 
 def _is_json(line: bytes) -> bool:
@@ -217,7 +217,7 @@ def chunks(path: Path, compression: Compression | None, shown: str) -> Iterator[
         made += len(piece)
         if made > FREE_BYTES and made > MAX_RATIO * size:
             what = f"grows to more than {MAX_RATIO} times its size when decompressed"
-            raise _error("DATA-243", shown, what, "give the data uncompressed")
+            raise _error("DATA-253", shown, what, "give the data uncompressed")
         yield piece
 
 

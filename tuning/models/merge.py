@@ -68,7 +68,7 @@ def _made(found: Adapter, method: str | None, config: Value) -> Value:
         said = {"method": None, "quantisation": None, "precision": precision}
     if method and said["method"] and method != said["method"]:
         what = f"was trained with {said['method']}, not with {method}"
-        raise SpecError.at("MODEL-302", str(found.folder), what, "leave --method out")
+        raise SpecError.at("MODEL-305", str(found.folder), what, "leave --method out")
     chosen = said["method"] or method
     if chosen is None:
         what = "does not say whether it was trained with lora or qlora (it has no tuning.json)"

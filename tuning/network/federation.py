@@ -182,7 +182,7 @@ def answer(who: str, ask: Ask, method: str, url: str, *, renew: str = "", **more
     Raises RefusedError for a no, TransientError for trouble.
     """
     if urlsplit(url).scheme != "https" and not https.is_loopback(url):
-        raise SpecError.at("REG-150", url, "is no https", "name an address that begins with https")
+        raise SpecError.at("REG-153", url, "is no https", "name an address that begins with https")
     try:
         told = ask(method, url, timeout=(10.0, 60.0), allow_redirects=False, **more)
     except requests.exceptions.RequestException as error:

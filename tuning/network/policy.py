@@ -283,14 +283,14 @@ def tls(ca_bundle: Path | None, client: tuple[Path, Path] | None = None) -> ssl.
         except OSError as error:  # ssl.SSLError is one
             what = "cannot be read" if not isinstance(error, ssl.SSLError) else "holds no PEM"
             change = "name a file of PEM certificates"
-            raise SpecError.at("FETCH-107", f"caBundle {ca_bundle}", what, change) from None
+            raise SpecError.at("FETCH-127", f"caBundle {ca_bundle}", what, change) from None
     if client:
         try:
             context.load_cert_chain(*client, password="")  # never asks a person
         except OSError as error:
             what = "cannot be read" if not isinstance(error, ssl.SSLError) else "is no PEM pair"
             change = "name a certificate and its key, as PEM files without a password"
-            raise SpecError.at("FETCH-107", f"{client[0]}, {client[1]}", what, change) from None
+            raise SpecError.at("FETCH-127", f"{client[0]}, {client[1]}", what, change) from None
     return context
 
 

@@ -136,7 +136,7 @@ def _filled(given: Mapping[str, tuple[str, str, str]], where: str) -> dict[str, 
         found[name] = written or (os.environ.get(variable, "") if variable else "")
         if not found[name]:
             what = f"says no {key}" + (f", and {variable} is not set" if variable else "")
-            problems.append(Problem("FETCH-107", where, what, f"add {key}"))
+            problems.append(Problem("FETCH-109", where, what, f"add {key}"))
     if problems:
         raise SpecError(problems)
     return found
@@ -160,12 +160,12 @@ class _Section(_Part):
         folder, problems, hosts = path.parent, [], {}
         if self.signatures != "off" and not self.keys:
             what = f"says signatures: {self.signatures}, and no keys"
-            problems.append(Problem("FETCH-107", f"{path} registry", what, "add keys"))
+            problems.append(Problem("FETCH-109", f"{path} registry", what, "add keys"))
         for name, host in self.hosts.items():
             where = f"{path} registry.hosts.{name}"
             if bool(host.client_cert) != bool(host.client_key):
                 what = "has one of clientCert and clientKey"
-                problems.append(Problem("FETCH-107", where, what, "give both"))
+                problems.append(Problem("FETCH-109", where, what, "give both"))
                 continue
             client = (
                 (folder / host.client_cert, folder / host.client_key)

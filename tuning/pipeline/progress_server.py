@@ -41,7 +41,7 @@ def served(run: Path, *, name: str, port: int | None, host: str = "0.0.0.0") -> 
         server = http.server.ThreadingHTTPServer((host, port), handler)
     except OSError as error:
         what = f"port {port} cannot be used ({error.strerror})"
-        raise SpecError.at("RUN-140", "--port", what, "name another port") from None
+        raise SpecError.at("RUN-141", "--port", what, "name another port") from None
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield server.server_port

@@ -102,7 +102,7 @@ def _misfits(found: adapters.Adapter, layers: dict[str, Any]) -> Iterable[Proble
                 yield Problem("MODEL-210", key, what, change)
             if tensor.dtype not in FLOATS:
                 what = f"is of type {tensor.dtype}"
-                yield Problem("MODEL-207", key, what, "save the adapter in BF16, F16 or F32")
+                yield Problem("MODEL-209", key, what, "save the adapter in BF16, F16 or F32")
 
 
 def _kind(key: str) -> str:

@@ -47,7 +47,7 @@ def check(wanted: Sequence[Wanted], *, base: str, combined: str) -> None:
     problems = []
     if len(wanted) > MOST:
         what = f"there are {len(wanted)}; a server takes {MOST}"
-        problems.append(Problem("SERVE-102", "--adapter", what, "run another server"))
+        problems.append(Problem("SERVE-107", "--adapter", what, "run another server"))
     names = [one.name for one in wanted]
     taken = {base} | ({combined} if len(wanted) > 1 else set())
     for name in dict.fromkeys(names):

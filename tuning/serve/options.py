@@ -63,7 +63,7 @@ def options(
     if precision not in get_args(inference.Precision):
         what = f"{precision[:40]!r} is not known"
         change = f"write one of {', '.join(get_args(inference.Precision))}"
-        raise UsageError.at("SERVE-101", "--precision", what, change)
+        raise UsageError.at("SERVE-106", "--precision", what, change)
     folder = Path(base)
     name = base_name or (folder.resolve().name if folder.is_dir() else base)
     wanted = tuple(map(names.parse, adapters))

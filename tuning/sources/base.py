@@ -379,7 +379,7 @@ def _job(
 
 def _stopped(base: Base) -> Stopped:
     change = "run the same command again; it goes on"
-    return Stopped.at("RUN-140", base.name, "stopped while it was fetched", change)
+    return Stopped.at("RUN-110", base.name, "stopped while it was fetched", change)
 
 
 class _Meter:

@@ -81,7 +81,7 @@ class Meter:
         """The point where a download may end early: stopped, out of time, or not needed."""
         if self._stop():
             raise Stopped.at(
-                "RUN-140", "input", "stopped", "run the same command again; it goes on"
+                "RUN-110", "input", "stopped", "run the same command again; it goes on"
             )
         if self.doomed.is_set() and receiving:
             raise Enough

@@ -283,7 +283,7 @@ def _unreachable(item: Item, host: str, error: Exception) -> RefusedError | Agai
 
 def _no_url(item: Item) -> RefusedError:
     change = "write an address such as https://example.com/data.jsonl"
-    return RefusedError.at("FETCH-115", item.where, "is no valid URL", change)
+    return RefusedError.at("FETCH-128", item.where, "is no valid URL", change)
 
 
 def _reason(error: Exception) -> str:

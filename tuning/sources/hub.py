@@ -106,10 +106,11 @@ def explain(error: BaseException, hub_id: str, revision: str | None) -> TuningEr
         return TransientError.at("HUB-112", hub_id, what, change)
     if isinstance(error, OSError):
         full = process.disk_full(error)
-        cut = "onsistency" in str(error)
-        what = "a file came incomplete" if cut else f"cannot be stored: {error.strerror or error}"
+        code, what = "HUB-114", f"cannot be stored: {error.strerror or error}"
+        if "onsistency" in str(error):
+            code, what = "HUB-115", "a file came incomplete"
         change = "run the same command again; it goes on"
-        return full or TransientError.at("HUB-114", hub_id, what, change)
+        return full or TransientError.at(code, hub_id, what, change)
     return None
 
 

@@ -55,10 +55,11 @@ def needed(names: Iterable[str]) -> tuple[list[str], list[Problem]]:
     found = sorted({name for name in top if name in COMPANIONS} | set(weights))
     problems = [] if weights else [_no_weights(top)]
     if "config.json" not in top:
-        adapter = "adapter_config.json" in top
-        what = "is an adapter, not a base model" if adapter else "has no config.json"
-        change = "name the base model" if adapter else "name a Hugging Face model"
-        problems = [Problem("BASE-103", "", what, change)]
+        problem = Problem("BASE-103", "", "has no config.json", "name a Hugging Face model")
+        if "adapter_config.json" in top:
+            what = "is an adapter, not a base model"
+            problem = Problem("BASE-110", "", what, "name the base model")
+        problems = [problem]
     if not any(name in top for name in _TOKENIZERS):
         what = "has no tokenizer (tokenizer.json or tokenizer.model)"
         change = "add the tokenizer's files of the same model"

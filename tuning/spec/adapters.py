@@ -41,7 +41,7 @@ def _check_beside(inference: Inference, tuning: Tuning, path: Path, found: Findi
     if preset and preset.name.lower() != tuning.preset.name.lower():
         what = f"is {shown(preset.name)}, but {shown(tuning.preset.name)} is tuned"
         change = 'leave "preset" out, or serve the other model with a Workspace of its own'
-        found.add("SPEC-116", (*path, "preset", "name"), what, change)
+        found.add("SPEC-108", (*path, "preset", "name"), what, change)
 
 
 def _check_adapter(adapter: Adapter, path: Path, found: Findings, seen: set[str]) -> None:

@@ -359,5 +359,5 @@ def _template(text: str, chosen: _Chosen, read_template: Callable[[str], str | N
     if content is None:
         what = f"the file {shown(text)} cannot be read from here"
         change = "correct the path, or paste the template's text (a cluster takes only the text)"
-        chosen.found.add("SPEC-104", chosen.paths["chat_template"], what, change)
+        chosen.found.add("SPEC-120", chosen.paths["chat_template"], what, change)
     return content

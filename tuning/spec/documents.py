@@ -93,7 +93,7 @@ def _check_bounds(text: str, origin: str, first_line: int) -> None:
 def too_large(origin: str) -> SpecError:
     """The error for a file above the limit."""
     return SpecError.at(
-        "SPEC-101",
+        "SPEC-119",
         origin,
         f"is larger than {MAX_BYTES >> 20} MiB",
         "give a Workspace document; data belongs into tuning.input",
@@ -102,7 +102,7 @@ def too_large(origin: str) -> SpecError:
 
 def _too_complex(origin: str) -> SpecError:
     return SpecError.at(
-        "SPEC-102",
+        "SPEC-119",
         origin,
         f"is nested more than {MAX_DEPTH} deep or has more than {MAX_NODES} values",
         "give a Workspace document without YAML aliases that repeat large parts",

@@ -1,17 +1,4 @@
-"""What is wrong with a document, collected so that a person sees all of it in one pass.
-
-Codes of this room:
-
-SPEC-101  the file cannot be read            SPEC-111  unknown key or section
-SPEC-102  it is not YAML                     SPEC-112  something required is missing
-SPEC-103  the documents in it are not ours   SPEC-113  wrong type
-SPEC-104  a value that is not allowed        SPEC-114  a placeholder was not filled in
-SPEC-105  a key stands twice                 SPEC-115  a URL that must not be fetched
-SPEC-106  an image reference is wrong        SPEC-116  not exactly one of several
-SPEC-107  a name Kubernetes would refuse     SPEC-117  the ConfigMap is not there
-SPEC-108  settings contradict each other     SPEC-118  known, but not supported here
-SPEC-109  the command line is wrong
-"""
+"""What is wrong with a document, collected so that a person sees all of it in one pass."""
 
 from __future__ import annotations
 

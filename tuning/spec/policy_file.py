@@ -29,13 +29,13 @@ def section(path: Path, name: str, model: type[Model]) -> Model:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         what = f"cannot be read: {getattr(error, 'strerror', None) or 'it is no UTF-8 text'}"
-        raise SpecError.at("FETCH-107", str(path), what, "name the policy file") from None
+        raise SpecError.at("FETCH-109", str(path), what, "name the policy file") from None
     found = documents.read(text, origin=str(path))
     if problems := [p for document in found for p in document.findings.in_order()]:
         raise SpecError(problems)
     whole = found[0].value if found else {}
     if whole is not None and not isinstance(whole, dict):
-        raise SpecError.at("FETCH-107", str(path), "is no mapping", "mend the policy file")
+        raise SpecError.at("FETCH-109", str(path), "is no mapping", "mend the policy file")
     problems = [_stranger(str(path), [key], SECTIONS) for key in whole or {} if key not in SECTIONS]
     value = (whole or {}).get(name)
     try:
@@ -53,7 +53,7 @@ def _problem(error: Mapping[str, object], origin: str, model: type[BaseModel]) -
     if error["type"] == "extra_forbidden":
         return _stranger(origin, path, _keys(model, path[:-1]))
     where = ".".join([origin, *path])
-    return Problem("FETCH-107", where, str(error["msg"]), "mend the policy file")
+    return Problem("FETCH-109", where, str(error["msg"]), "mend the policy file")
 
 
 def _keys(model: type[BaseModel], path: list[str]) -> list[str]:
@@ -65,4 +65,4 @@ def _stranger(origin: str, path: list[str], known: tuple[str, ...] | list[str]) 
     change = did_you_mean(path[-1], known) if known else "remove it; docs/registries.md lists all"
     separator = "." if " " in origin else " "
     where = f"{origin}{separator}{'.'.join(path)}"
-    return Problem("FETCH-107", where, "is not a key of the policy file", change)
+    return Problem("FETCH-109", where, "is not a key of the policy file", change)

@@ -108,7 +108,8 @@ def _could_be_meant(document: Document, *, alone: bool) -> bool:
 
 def _refuse_inference(origin: str) -> NoReturn:
     what = 'the Workspace has no "tuning", so there is nothing to tune'
-    _refuse_file(origin, what, 'add "tuning" with preset, method, input and output')
+    change = 'add "tuning" with preset, method, input and output'
+    raise SpecError.at("SPEC-112", origin, what, change)
 
 
 def _refuse_file(origin: str, what: str, change: str) -> NoReturn:

@@ -94,7 +94,7 @@ def _check_metadata(metadata: Metadata, found: Findings) -> None:
     if ours.get(f"{ANNOTATION}image-index") == "true" and f"{ANNOTATION}base-image" in ours:
         path = ("metadata", "annotations", f"{ANNOTATION}base-image")
         what = "does not go with image-index: a base image is for one platform"
-        found.add("SPEC-104", path, what, "leave one of the two out")
+        found.add("SPEC-108", path, what, "leave one of the two out")
 
 
 def _check_version(part: BaseModel, path: Path, found: Findings, *, beta: bool) -> None:

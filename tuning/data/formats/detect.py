@@ -151,7 +151,7 @@ def _by_options(row: Row, options: Columns) -> Shape:
         reason = f'response_column is "{options.response}" and context_column is unset'
         return _shape("text", reason, text=options.response)
     raise BadRow.of(
-        "DATA-212",
+        "DATA-251",
         f'context_column is "{options.context}" but response_column is unset',
         "set DatasetConfig.response_column to the column that holds the answer",
     )
@@ -167,7 +167,7 @@ def missing_column(row: Row, intro: str, column: str) -> Fault | None:
         what = f'{intro} "{column}", but the column is written {quoted(near)}'
         return Fault("DATA-213", what, f"write {quoted(near)} exactly as in the data")
     what = f'{intro} "{column}", and there is no such column; there are {shown}'
-    return Fault("DATA-212", what, "name a column that is there")
+    return Fault("DATA-250", what, "name a column that is there")
 
 
 def _no_shape(row: Row) -> Fault:

@@ -132,7 +132,8 @@ def parts(remote: Remote, name: str, media_type: str) -> tuple[Part, ...]:
 def document(remote: Remote, blob: Blob) -> bytes:
     """The content of a small blob. Raises RefusedError if it is not what its digest says."""
     if blob.size > LARGEST:
-        raise remote.refusal("REG-143", f"has a document of impossible size, {blob.digest}", "")
+        what = f"has a document of more than {LARGEST:,} bytes, {blob.digest}"
+        raise remote.refusal("REG-144", what, "attach a smaller one")
     answer = remote.request("GET", f"/blobs/{blob.digest}", expect=(200,), stream=True)
     with answer:
         data = _body(remote, answer)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import error_codes
+
 from jobs.api import crd, options
 from tuning import files, presets, spec
 from tuning.plan import sizing
@@ -20,6 +22,7 @@ def generated() -> dict[Path, str]:
         ROOT / "docs" / "config-keys.md": keys.page(),
         ROOT / "configs" / "deploy" / "crd" / "workspaces.kaito.sh.yaml": crd.text(),
         ROOT / "docs" / "operator-options.md": options.markdown(),
+        ROOT / "docs" / "errors.md": error_codes.page(),
         ROOT / "docs" / "fit.md": sizing.markdown(),
         ROOT / "docs" / "presets.md": presets.markdown(),
         ROOT / "configs" / "plan.schema.json": json.dumps(schema(), indent=2) + "\n",

@@ -6,6 +6,7 @@ import ast
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,7 @@ code is in brackets. Made by `make docs` from `configs/errors.yaml`.
 """
 
 
+@cache
 def catalogue() -> dict[str, dict[str, Any]]:
     """Each code with exit code, meaning and example."""
     text = (ROOT / "configs" / "errors.yaml").read_text(encoding="utf-8")
@@ -97,6 +99,7 @@ class Site:
     templates: frozenset[str]  # texts of its function, of its module's constants, of its helper
 
 
+@cache
 def sites() -> dict[str, list[Site]]:
     """Every place in tuning/ and jobs/ that names a code, by code."""
     paths = sorted([*(ROOT / "tuning").rglob("*.py"), *(ROOT / "jobs").rglob("*.py")])

@@ -112,8 +112,8 @@ def test_a_folder_that_cannot_be_made_or_is_full_stays_as_it_is(tmp_path: Path) 
     (tmp_path / "full" / "mine").write_text("x")
     (tmp_path / "empty").mkdir()
 
-    for name in ("file", "file/below", "full"):
-        with pytest.raises(SpecError, match="IMAGE-103"):
+    for name, code in (("file", "103"), ("file/below", "107"), ("full", "103")):
+        with pytest.raises(SpecError, match=f"IMAGE-{code}"):
             pulled(layout, tmp_path / name)
     with pytest.raises(SpecError, match="MODEL-2"):
         pulled(layout, tmp_path / "empty", base="falcon-7b")

@@ -355,7 +355,7 @@ def test_the_usual_environment_of_the_hub_is_honoured(fake: FakeHub, tmp_path: P
     fake.add(GATED, MODEL, gated=True)
     code = (
         "import logging; logging.basicConfig(level=logging.DEBUG)\n"
-        "from tuning import base\n"
+        "from tuning.sources import base\n"
         f"found = base.resolve({GATED!r}, revision=None, token=None)\n"
         "base.check(found, token=None)\n"
         "print(base.fetch(found))\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -173,6 +174,24 @@ def test_single_quantisation_takes_more() -> None:
     assert single.weights == double.weights
 
 
+@pytest.mark.parametrize("preset", DENSE, ids=lambda preset: preset.name)
+def test_a_repacked_weight_is_bounded(preset: presets.Preset) -> None:
+    """The largest matrix of any preset, head included, is within the bound, in 16 bits."""
+    facts = preset.facts
+    matrices = [x.inputs * x.outputs for x in facts.linears] + [facts.vocab * facts.hidden]
+
+    assert 2 * max(matrices) <= memory.repacked(known(preset.name))
+
+
+def test_only_a_processor_that_repacks_takes_more() -> None:
+    """The copy is counted with the libraries, and with nothing else."""
+    plain = predict(MISTRAL)
+    with_copy = predict(MISTRAL, repacks=True)
+
+    assert memory.repacked(known(MISTRAL)) == with_copy.context - plain.context
+    assert plain == replace(with_copy, context=plain.context)
+
+
 def test_half_precision_keeps_adapters_in_float32() -> None:
     """float16 needs loss scaling, so QLoRA's adapters are float32; LoRA's are so anyway."""
     half = predict(MISTRAL, method="qlora", precision="float16", attention="sdpa", rows=2)
@@ -198,7 +217,7 @@ def test_coefficients_survive_json() -> None:
 def test_planning_loads_no_torch() -> None:
     """The closed formula needs no torch, no numpy, no transformers."""
     program = (
-        "import sys; from tuning import ledger; ledger.load('mistral-7b');"
+        "import sys; from tuning.plan import memory; memory.load('mistral-7b');"
         "print({'torch', 'numpy', 'transformers'} & set(sys.modules))"
     )
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

@@ -172,6 +172,17 @@ REALITIES = (
 )
 
 
+def repacked(model: torch.nn.Module, variant: Variant) -> int:
+    """Bytes of the largest weight in 16 bits, in whole AMX tiles: what oneDNN copies for a call."""
+    shapes = [
+        (module.in_features, module.out_features)
+        for module in model.modules()
+        if isinstance(module, torch.nn.Linear)
+    ]
+    tiles = [-(-inputs // 64) * 64 * (-(-outputs // 64) * 64) for inputs, outputs in shapes]
+    return 0 if variant.precision == "float32" else 2 * max(tiles)
+
+
 @pytest.mark.parametrize(
     ("config", "variant"),
     REALITIES,
@@ -185,11 +196,15 @@ REALITIES = (
 def test_a_real_step_takes_what_was_simulated(
     config: Any, variant: Variant, tmp_path: Path
 ) -> None:
-    """Within 3 % of torch's own record of a step with real tensors, loss and 4-bit layers."""
+    """Within 3 % of torch's own record of a step with real tensors, loss and 4-bit layers.
+
+    On a processor with AMX the CPU library may hold one weight in a layout of its own besides.
+    """
     point = Point(rows=2, length=48 if variant.precision == "float16" else 128, rank=16)
-    taken = real(config, variant, tmp_path, rank=16).peak(point)
+    loaded = real(config, variant, tmp_path, rank=16)
+    taken = loaded.peak(point)
     simulated = Stage(config, variant=variant, rank=16).run(point).peak
-    assert simulated == pytest.approx(taken, rel=0.03)
+    assert 0.97 * simulated <= taken <= 1.03 * simulated + repacked(loaded.tuned, variant)
 
 
 # Formula against simulation.

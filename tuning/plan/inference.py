@@ -159,7 +159,10 @@ def _left(shape: _Shape, here: Device, held: int, width: int, requests: int, bit
     token = (8 * shape.hidden + 3 * shape.inner) * max(width, 4)
     logits = 4 * 4 * requests * shape.vocab  # as they come, in float32, chosen from, sorted
     unpacked = 2 * shape.hidden * shape.inner if bits == "4 bits" else 0
-    step = BATCH[here.kind] * token + logits + unpacked
+    copied = 0  # a weight that oneDNN repacks for a product, see `memory.repacked`
+    if here.kind == "cpu" and here.bf16 and width == 2:
+        copied = 2 * shape.hidden * max(shape.vocab, 2 * shape.inner)
+    step = BATCH[here.kind] * token + logits + unpacked + copied
     free = int(here.memory_bytes * (1 - sizing.HEADROOM))
     return max(0, free - fixed - held - step)
 

@@ -39,6 +39,7 @@ __all__ = [
     "measures",
     "operations_per_token",
     "predict",
+    "repacked",
     "seconds_per_token",
     "to_json",
 ]
@@ -201,13 +202,14 @@ def predict(
     double_quant: bool = True,
     device: Literal["cuda", "cpu"] = "cuda",
     fused: bool = False,
+    repacks: bool = False,
 ) -> Ledger:
     """The memory of one process that trains micro-batches of `tokens` tokens.
 
     `rows` is how many documents are packed into them with varlen attention, and else how many rows
     of `tokens / rows` they are, padding included. `accumulating`: gradients of an earlier
     micro-batch are still there. `fused`: with `tuning.models.kernels`. `ranks` above 1 adds
-    the buffers of DDP. Fewer `targets` (names of projections) take fewer adapters; what their
+    the buffers of DDP. `repacks`: the CPU library copies 16-bit weights, see `repacked`. Fewer `targets` (names of projections) take fewer adapters; what their
     absence saves of activations is left out, so that the result is then an upper bound. Raises
     Unknown.
     """
@@ -243,10 +245,11 @@ def predict(
         shares["gradients"] += adapters
     if device == "cuda":
         shares["activations"] += WORKSPACE_BYTES
+    outside = CONTEXT_BYTES if device == "cuda" else PROCESS_BYTES
     return Ledger(
         **resident,
         **shares,
-        context=CONTEXT_BYTES if device == "cuda" else PROCESS_BYTES,
+        context=outside + (repacked(coefficients) if repacks else 0),
         slack=round(SLACK * sum(shares.values())),
         moment=name,
     )
@@ -265,6 +268,18 @@ def held(
     whole = coefficients.kept + coefficients.packed - packed
     constants = _constants(packed, coefficients.packed_modules, double_quant) if packed else 0
     return whole * width + -(-packed // 2) + coefficients.buffers, constants
+
+
+def repacked(coefficients: Coefficients) -> int:
+    """Most bytes that oneDNN takes on a CPU with bfloat16 instructions, beside the tensors of a step.
+
+    It computes a 16-bit product from a copy of the weight in a layout of its own (blocks of AMX
+    tiles), made for each call of a linear layer, forward and backward, and freed after it. So one
+    copy of the largest matrix is there at most: of a projection, whose inputs x outputs are no more
+    than their mean squared, or of the head, which is among the numbers kept.
+    """
+    sums = [count / coefficients.layers for count in coefficients.adapters.values()]
+    return 2 * max(coefficients.kept, round((max(sums, default=0.0) / 2) ** 2))
 
 
 def measures(*, tokens: int, rows: int, rank: int, tile: int = TILE_ROWS) -> tuple[float, ...]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from tuning import presets
 from tuning.errors import SpecError
 from tuning.plan import backends, choices, sizing
+from tuning.plan import memory as ledger
 from tuning.plan.base import Base
 from tuning.plan.choices import batch
 from tuning.plan.device import Device
@@ -54,6 +55,9 @@ def place(
             reasons["speed"] = "a roofline from the card's datasheet; the run measures it"
         how = "the fastest that fits" if device.kind == "cuda" else "fits"
         reasons["micro_batch"] = f"{how}: {taken}"
+        if demand.repacks:
+            copy = ledger.repacked(model.coefficients) / 2**30
+            reasons["micro_batch"] += f", {copy:.1f} of it for a weight that oneDNN repacks"
         why = "nothing smaller would fit" if checkpointing else "it fits without; saves a third"
         reasons["checkpointing"] = why
     elif device.kind == "cuda":
@@ -208,6 +212,7 @@ def _demand(
         ranks=ranks,
         packed=recipe.packing,
         device=device.kind,
+        repacks=device.kind == "cpu" and device.bf16 and recipe.precision != "float32",
         span=lengths.mean if lengths else float(recipe.max_length),
         micro_batch=settings.micro_batch,
         checkpointing=settings.checkpointing,

@@ -40,6 +40,7 @@ class Demand:
     checkpointing: bool | None = None  # fixed by the user
     ranks: int = 1  # GPUs that add up their gradients
     fused: bool = False  # with the kernels of `tuning.models.kernels`
+    repacks: bool = False  # a CPU whose library copies 16-bit weights into its own layout
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,7 @@ def _place(
         double_quant=demand.double_quant,
         device=demand.device,
         ranks=demand.ranks,
+        repacks=demand.repacks,
     )
     seconds = (
         None

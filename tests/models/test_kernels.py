@@ -15,8 +15,9 @@ import transformers
 from peft import get_peft_model_state_dict
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
-from tuning.models import load
 from tuning.models.kernels import fuse, head, heap, norm
+from tuning.models.load import DTYPES, load_base
+from tuning.models.lora import adapt
 from tuning.plan import backends
 
 Build = Callable[..., Path]
@@ -46,8 +47,8 @@ def adapted(folder: Path, *, method: str, precision: str, **changes: Any) -> Any
         **{"method": method, "precision": precision, "dropout": 0.0, "quantisation": packing}
         | changes
     )
-    base = load.load_base(folder, precision=precision, quantisation=packing, device="cpu")
-    tuned, _ = load.adapt(base, recipe)
+    base = load_base(folder, precision=precision, quantisation=packing, device="cpu")
+    tuned, _ = adapt(base, recipe)
     draw = torch.Generator().manual_seed(0)
     for parameter in tuned.parameters():
         if parameter.requires_grad:
@@ -63,7 +64,7 @@ def step(tuned: Any, precision: str) -> Step:
     vocabulary = tuned.config.get_text_config().vocab_size
     weights = torch.randn(2, 40, vocabulary, generator=draw)
     tuned.zero_grad()
-    dtype = load.DTYPES[precision]
+    dtype = DTYPES[precision]
     plain = dtype == torch.float32
     with contextlib.nullcontext() if plain else torch.autocast("cpu", dtype):
         logits = tuned(input_ids=ids, use_cache=False).logits.float()
@@ -256,7 +257,7 @@ def test_a_wrong_certainty_is_still_finite() -> None:
 
 def test_a_head_of_another_kind_is_trl_s(tiny_base: Build) -> None:
     """Capped or scaled logits, and a head that is trained, are left alone."""
-    base = load.load_base(tiny_base("llama"), precision="float32", quantisation=None, device="cpu")
+    base = load_base(tiny_base("llama"), precision="float32", quantisation=None, device="cpu")
     base.requires_grad_(False)
     assert head.suits(base)
     base.config.final_logit_softcapping = 30.0

@@ -288,7 +288,7 @@ def test_packed_weights_are_remembered(
 
     result = train.work(request(tmp_path / "two", tiny_base, "fast", packed=str(memory)))
 
-    assert packed.whole(kept)
+    assert packed.is_whole(kept)
     assert written == {path.name: path.stat().st_mtime_ns for path in kept.iterdir()}
     assert expected["adapter_sha256"] == result["adapter_sha256"]
 
@@ -428,7 +428,7 @@ def test_a_signal_while_loading_stops_at_once(
         os.kill(os.getpid(), signal.SIGTERM)
         raise AssertionError("went on")
 
-    monkeypatch.setattr(train.load, "load", told)
+    monkeypatch.setattr(train, "load_for_training", told)
 
     with pytest.raises(Stopped):
         train.work(request(tmp_path / "run", tiny_base, "lora"))

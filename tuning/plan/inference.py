@@ -16,8 +16,8 @@ from typing import Any, Literal
 from tuning import plan, presets
 from tuning.errors import SpecError
 from tuning.plan import memory, sizing
+from tuning.plan.coefficients import Coefficients, Method
 from tuning.plan.device import Device
-from tuning.plan.memory import Coefficients
 
 Precision = Literal["auto", "float32", "bfloat16", "float16", "4bit"]
 
@@ -108,7 +108,7 @@ def _hold(
     numbers = shape.coefficients.kept + shape.coefficients.packed
     tried = []
     for kind, method, bits, why in _ways(shape, here, precision):
-        weights = sum(memory.held(shape.coefficients, method=method, precision=kind))
+        weights = sum(memory.weight_bytes(shape.coefficients, method=method, precision=kind))
         width = 4 if kind == "float32" else 2
         left = _left(shape, here, weights + 4 * adapter_numbers, width, requests, bits)
         each = (shape.cached + shape.spread) * width + BATCH[here.kind] * (width + 8 * shape.heads)
@@ -131,7 +131,7 @@ def _hold(
     raise SpecError.at("SERVE-110", "--base", what, change)
 
 
-_Way = tuple[Literal["float32", "bfloat16", "float16"], memory.Method, str, str]
+_Way = tuple[Literal["float32", "bfloat16", "float16"], Method, str, str]
 
 
 def _ways(shape: _Shape, here: Device, precision: Precision) -> Iterator[_Way]:
@@ -139,7 +139,9 @@ def _ways(shape: _Shape, here: Device, precision: Precision) -> Iterator[_Way]:
     if here.kind == "cuda" and not here.bf16:
         half = "float16"
     if precision == "auto":
-        small = sum(memory.held(shape.coefficients, method="lora", precision="float32")) < SMALL
+        small = (
+            sum(memory.weight_bytes(shape.coefficients, method="lora", precision="float32")) < SMALL
+        )
         if here.kind == "cpu" and (small or not here.bf16):
             why = "a small model" if small else "this processor has no bfloat16 arithmetic"
             yield "float32", "lora", "32 bits", f"float32: {why}"

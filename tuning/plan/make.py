@@ -70,6 +70,7 @@ def _recipe(
     s = spec.settings
     dtype = pick("precision", s.dtype, *precision(device))
     packed, max_length = row_shape(spec, base, lengths, pick)
+    usual = batch(lengths, max_length, packed, device.count)
     return Recipe(
         base_model=base.name,
         base_revision=base.revision,
@@ -103,11 +104,7 @@ def _recipe(
         columns=_columns(s),
         shuffle=or_default(s.shuffle, True),
         train_share=or_default(s.train_share, 1.0),
-        global_batch=pick(
-            "global_batch",
-            _user_batch(s, device),
-            *batch(lengths, max_length, packed, device.count),
-        ),
+        global_batch=pick("global_batch", _user_batch(s, device), *usual),
         epochs=pick("epochs", s.epochs, EPOCHS, "each row three times"),
         steps=s.max_steps or 0,
         seed=or_default(s.seed, 42),

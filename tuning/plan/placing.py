@@ -157,7 +157,7 @@ def _threads(base: Base, device: Device, reasons: dict[str, str]) -> int | None:
     """Intra-op threads on a CPU; None leaves the choice to torch."""
     if device.kind == "cuda" or base.facts is None or base.facts.parameters >= SMALL_ON_CPU:
         return None
-    reasons["threads"] = "operators of a model this small spend more time on threads than on work"
+    reasons["threads"] = "operators of a model this small wait longer for threads than they compute"
     return 1
 
 

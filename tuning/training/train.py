@@ -220,7 +220,8 @@ def _finish(
 
 def _measured(loop: Exact, recipe: Recipe) -> dict[str, Any]:
     """Losses, tokens and speed of the training, for the result record."""
-    losses, progress = loop.losses(), loop.progress
+    losses = [float(entry["loss"]) for entry in loop.state.log_history if "loss" in entry]
+    progress = loop.progress
     return {
         "steps": recipe.steps,
         "loss_first": losses[0] if losses else None,

@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -24,7 +23,7 @@ import transformers
 from trl import SFTConfig, SFTTrainer
 
 from tuning.errors import DivergedError
-from tuning.models.kernels import head
+from tuning.models.kernels import head, heap
 from tuning.plan import Recipe
 from tuning.plan.backends import HEAD, VARLEN
 from tuning.training import checkpoint
@@ -96,18 +95,17 @@ class Exact(SFTTrainer):  # type: ignore[misc]
             # evaluating marked the model as prepared: gradients would not be reduced over ranks
             self.model._is_accelerate_prepared = False
             self.accelerator._models.clear()
-            with _frozen_heap():
-                self.train()
-            return
-        self.saved_at = resumed.step
-        self.progress = Progress(**json.loads(resumed.read("state.json"))["progress"])
-        if self.progress.best_step is not None:
-            weights = checkpoint.unpack_tensors(resumed.read("best.safetensors"))
-            self.best = Best(self.progress.best_step, self.progress.best_loss, weights)
-        if resumed.step < self.recipe.steps:
-            with _frozen_heap():
-                self.train(resume_from_checkpoint=str(resumed.folder))
         else:
+            self.saved_at = resumed.step
+            self.progress = Progress(**json.loads(resumed.read("state.json"))["progress"])
+            if self.progress.best_step is not None:
+                weights = checkpoint.unpack_tensors(resumed.read("best.safetensors"))
+                self.best = Best(self.progress.best_step, self.progress.best_loss, weights)
+        if self.saved_at < self.recipe.steps:
+            with heap.frozen():
+                self.train(resume_from_checkpoint=str(resumed.folder) if resumed else None)
+        else:
+            assert resumed is not None
             self._load_from_checkpoint(str(resumed.folder))
             state = resumed.folder / "trainer_state.json"
             self.state = transformers.TrainerState.load_from_json(str(state))
@@ -130,10 +128,6 @@ class Exact(SFTTrainer):  # type: ignore[misc]
         if self.recipe.keep_best:
             self.best.update(self.state.global_step, loss, self.trained())
             self.progress.best_step, self.progress.best_loss = self.best.step, self.best.loss
-
-    def losses(self) -> list[float]:
-        """The loss of each step, first to last."""
-        return [float(entry["loss"]) for entry in self.state.log_history if "loss" in entry]
 
     def trained(self) -> dict[str, torch.nn.Parameter]:
         """The parameters that are trained, by name."""
@@ -199,9 +193,8 @@ class Exact(SFTTrainer):  # type: ignore[misc]
 
     def _load_scaler(self, folder: str | None) -> None:
         if folder is not None and self.half:
-            self.accelerator.scaler.load_state_dict(
-                json.loads(_read(folder, "state.json"))["scaler"]
-            )
+            state = json.loads(_read(folder, "state.json"))
+            self.accelerator.scaler.load_state_dict(state["scaler"])
 
     def _load_rng_state(self, folder: str | None) -> None:
         if folder is not None:
@@ -260,7 +253,7 @@ class Exact(SFTTrainer):  # type: ignore[misc]
         self._eval_sums = []
         output = super().evaluation_loop(*args, **kwargs)
         if self._eval_sums:
-            sums = torch.stack(self._eval_sums).sum(0)
+            sums = sum(self._eval_sums, start=torch.zeros_like(self._eval_sums[0]))
             total, count = self.accelerator.reduce(sums, "sum").tolist()
             output.metrics["eval_loss"] = total / max(count, 1.0)
         return output
@@ -348,19 +341,6 @@ class Exact(SFTTrainer):  # type: ignore[misc]
 
     def _send_telemetry(self) -> None:
         """Send nothing."""
-
-
-@contextlib.contextmanager
-def _frozen_heap() -> Iterator[None]:
-    """Exclude existing objects from garbage collection inside.
-
-    Libraries and model are a million objects: a collection takes a quarter of a second.
-    """
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def _read(folder: str, name: str) -> bytes:

@@ -108,7 +108,11 @@ def test_every_family_gives_what_peft_gives(family: str, method: str, tiny_base:
 def test_half_precision_is_no_further_from_the_truth(
     family: str, method: str, precision: str, tiny_base: Build
 ) -> None:
-    """Fewer roundings: from what float32 says of the same weights, at most as far as peft is."""
+    """Fewer roundings: as near to float32 with the same weights as peft is, to one rounding.
+
+    In which order a product's sums are rounded is up to the processor's kernel.
+    """
+    rounding = torch.finfo(DTYPES[precision]).eps / 2
     tuned = adapted(tiny_base(family), method=method, precision=precision)
     eager = step(tuned, precision)
     fuse.fuse(tuned, backends.FUSED)
@@ -119,10 +123,10 @@ def test_half_precision_is_no_further_from_the_truth(
             vars(layer).pop("forward", None)
     truth = step(tuned.float(), "float32")
 
-    assert away(fused[0], truth[0]) < 1.1 * away(eager[0], truth[0])
+    assert away(fused[0], truth[0]) < 1.1 * away(eager[0], truth[0]) + rounding
     names = list(eager[1])
     near, far = (away(gradients(s, names), gradients(truth, names)) for s in (fused, eager))
-    assert near < 1.1 * far
+    assert near < 1.1 * far + rounding
 
 
 def test_checkpointing_changes_nothing(tiny_base: Build) -> None:
@@ -231,7 +235,8 @@ def test_the_head_s_loss_is_cross_entropy(dtype: torch.dtype, biased: bool) -> N
 
     assert loss.item() == pytest.approx(expected.item(), rel=2e-5)
     assert ours.grad is not None and theirs.grad is not None and wide.grad is not None
-    assert away(ours.grad, wide.grad) < 1.05 * away(theirs.grad, wide.grad)
+    rounding = torch.finfo(dtype).eps / 2  # the order of sums is up to the processor's kernel
+    assert away(ours.grad, wide.grad) < 1.05 * away(theirs.grad, wide.grad) + rounding
 
 
 def test_a_row_without_labels_has_no_loss() -> None:

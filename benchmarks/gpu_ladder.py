@@ -45,14 +45,17 @@ from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 from benchmarks import gpu_plan
 from benchmarks.gpu_plan import LLAMA, PHI, Case, shape, write
 from tuning import presets
-from tuning.models import load
 from tuning.models.kernels import attention, fuse, head, linear, norm
+from tuning.models.load import load_tokenizer
+from tuning.models.lora import adapt
 from tuning.plan import Placement, Recipe, backends
-from tuning.plan import memory as ledger
 from tuning.plan.backends import HEAD, LORA, MLP, NORM, VARLEN
-from tuning.plan.memory import Method, Variant
+from tuning.plan.coefficients import Method, Variant
+from tuning.plan.speed import operations_per_token, seconds_per_token
 from tuning.presets.config import facts
-from tuning.training import train, trainer
+from tuning.training.arguments import sft_config
+from tuning.training.progress import Saves
+from tuning.training.trainer import Exact
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "gpu_ladder.jsonl"
@@ -261,7 +264,7 @@ def recipe_of(rung: Rung, sizes: Sizes, *, long: bool) -> tuple[Recipe, Placemen
 
 def runner(base: Any, rung: Rung, sizes: Sizes, scratch: Path, rows: Any, *, long: bool) -> Any:
     """The trainer of a rung, ready to train `rows`."""
-    tokenizer = load.load_tokenizer(TOKENIZER)
+    tokenizer = load_tokenizer(TOKENIZER)
     if not rung.ours:
         lora = LoraConfig(
             r=rung.rank, lora_alpha=2 * rung.rank, target_modules="all-linear",
@@ -275,18 +278,18 @@ def runner(base: Any, rung: Rung, sizes: Sizes, scratch: Path, rows: Any, *, lon
             peft_config=lora,
         )
     recipe, placement = recipe_of(rung, sizes, long=long)
-    tuned, _ = load.adapt(base, recipe)
+    tuned, _ = adapt(base, recipe)
     fuse.fuse(tuned, rung.kernels)
     base.config._attn_implementation = rung.attention
-    return trainer.Exact(
+    return Exact(
         tuned,
         tokenizer,
         rows=rows,
         held_out=None,
         recipe=recipe,
-        arguments=train.arguments(recipe, placement, scratch, by_offsets=True),
+        arguments=sft_config(recipe, placement, scratch, by_offsets=True),
         metrics=scratch / "metrics.jsonl",
-        saves=trainer.Saves(scratch / "checkpoints", seconds=1e9),
+        saves=Saves(scratch / "checkpoints", seconds=1e9),
         kernels=rung.kernels,
     )
 
@@ -315,7 +318,7 @@ def measure(preset: str, rung: Rung, sizes: Sizes, *, long: bool) -> dict[str, A
     known = facts(shape(Case(preset, Variant(device=sizes.device), 1, 1)))  # type: ignore[arg-type]
     assert known is not None
     span = sum(n * n for n in timed) / sum(timed)
-    work = ledger.operations_per_token(known, effective_length=span, rank=rung.rank)
+    work = operations_per_token(known, effective_length=span, rank=rung.rank)
     return {
         "tokens_per_second": speed,
         "tokens_per_step": sum(timed) / len(seconds),
@@ -411,7 +414,7 @@ def foretold(preset: str, rung: Rung, sizes: Sizes, *, long: bool) -> float | No
     if card is None or known is None:
         return None
     tokens = (rung.rows or 1) * 250 if not rung.packed else sizes.length * sizes.rows
-    seconds = ledger.seconds_per_token(
+    seconds = seconds_per_token(
         known.facts,
         card,
         method=rung.method,
@@ -664,7 +667,7 @@ def first_steps(sizes: Sizes, path: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "base"
         config = gpu_plan.read(shape(Case(preset, Variant(device=sizes.device), 1, 1)))  # type: ignore[arg-type]
-        tokenizer = load.load_tokenizer(TOKENIZER)
+        tokenizer = load_tokenizer(TOKENIZER)
         with torch.device(sizes.device):
             made = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         made.save_pretrained(base)

@@ -37,11 +37,13 @@ from peft import LoraConfig, get_peft_model
 from trl.trainer.utils import add_fused_lm_head
 
 from tuning import presets
-from tuning.models import load
 from tuning.models.kernels import attention, fuse, head
+from tuning.models.lora import projections
 from tuning.plan import memory
 from tuning.plan.backends import FUSED, VARLEN
-from tuning.plan.memory import Coefficients, Ledger, Variant
+from tuning.plan.coefficients import Coefficients, Variant
+from tuning.plan.memory import MemoryEstimate
+from tuning.plan.speed import seconds_per_token
 from tuning.training.simulate import coefficients
 from tuning.training.simulate.__main__ import configs
 from tuning.training.simulate.standins import PackedLinear
@@ -123,7 +125,7 @@ def shape(case: Case) -> dict[str, Any]:
 # Foretell.
 
 
-def foretell(cases: tuple[Case, ...]) -> dict[Case, Ledger]:
+def foretell(cases: tuple[Case, ...]) -> dict[Case, MemoryEstimate]:
     """The ledger of each case, from a simulation with the libraries of this machine."""
     known: dict[str, Coefficients] = {}
     for preset in dict.fromkeys(case.preset for case in cases):
@@ -152,7 +154,7 @@ def foretold_speed(case: Case) -> float | None:
     if case.variant.device == "cpu":
         return None
     preset = presets.find(case.preset)
-    seconds = preset and memory.seconds_per_token(
+    seconds = preset and seconds_per_token(
         preset.facts,
         card(),
         method=case.variant.method,
@@ -225,7 +227,7 @@ def adapt(base: Any, case: Case) -> Any:
     options = LoraConfig(
         r=case.rank,
         lora_dropout=0.05 if variant.dropout else 0.0,
-        target_modules=list(load.projections(base)),
+        target_modules=list(projections(base)),
         task_type="CAUSAL_LM",
     )
     tuned = get_peft_model(base, options)
@@ -329,7 +331,7 @@ def _on_cpu(once: Any) -> dict[str, Any]:
 # Report.
 
 
-def compared(case: Case, said: Ledger, found: dict[str, Any]) -> float | None:
+def compared(case: Case, said: MemoryEstimate, found: dict[str, Any]) -> float | None:
     """(predicted - measured) / measured: of what torch allocates, on a CPU of a step alone."""
     if "error" in found:
         return None
@@ -410,7 +412,7 @@ def run(cases: tuple[Case, ...], path: Path, *, seconds: float) -> dict[str, Any
     return result
 
 
-def line(case: Case, said: Ledger, found: dict[str, Any], error: float | None) -> str:
+def line(case: Case, said: MemoryEstimate, found: dict[str, Any], error: float | None) -> str:
     """One case for people."""
     v = case.variant
     flags = f"{v.method:5} {v.precision} {v.attention:6} {'gc' if v.checkpointing else '--'}"

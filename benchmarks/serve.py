@@ -107,11 +107,11 @@ def plain(base: Path, adapter: Path, threads: int) -> None:
 
     from tuning import adapter as adapters
     from tuning.models import generate
-    from tuning.models import load as model
+    from tuning.models.load import load_base, load_tokenizer
 
     torch.set_num_threads(threads)
-    tokenizer = model.load_tokenizer(base)
-    loaded = model.load_base(base, precision="float32", quantisation=None, device="cpu")
+    tokenizer = load_tokenizer(base)
+    loaded = load_base(base, precision="float32", quantisation=None, device="cpu")
     tuned = generate.attach(loaded, adapters.inspect(adapter)).eval()
     one_at_a_time = threading.Lock()
 
@@ -198,7 +198,7 @@ def materials(kind: str, folder: Path) -> tuple[Path, Path]:
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from tuning.models import load as model
+    from tuning.models.load import load_base
 
     base = ROOT / "examples" / "tiny-model"
     if kind == "small":
@@ -206,7 +206,7 @@ def materials(kind: str, folder: Path) -> tuple[Path, Path]:
         import tiny_models
 
         base = tiny_models.build("llama", folder / "base", vocab_size=32_000, **SMALL)
-    loaded = model.load_base(base, precision="float32", quantisation=None, device="cpu")
+    loaded = load_base(base, precision="float32", quantisation=None, device="cpu")
     config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     tuned = get_peft_model(loaded, config)
     for name, parameter in tuned.named_parameters():

@@ -14,7 +14,8 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from tuning import adapter
-from tuning.models import load as model
+from tuning.models.load import load_base, load_tokenizer
+from tuning.models.lora import projections
 from tuning.plan import inference
 from tuning.serve import mixture, runner
 from tuning.serve.engine import Engine, Job
@@ -32,7 +33,7 @@ def random_adapter(base: Path, folder: Path, *, seed: int = 0, **config: Any) ->
     settings = {"r": 8, "lora_alpha": 16, "task_type": "CAUSAL_LM"} | config
     loaded = load(base)
     torch.manual_seed(seed)  # of A, which PEFT draws
-    settings.setdefault("target_modules", list(model.projections(loaded)))
+    settings.setdefault("target_modules", list(projections(loaded)))
     tuned = get_peft_model(loaded, LoraConfig(**settings))
     source = torch.Generator().manual_seed(seed)
     for name, weights in tuned.named_parameters():
@@ -45,9 +46,7 @@ def random_adapter(base: Path, folder: Path, *, seed: int = 0, **config: Any) ->
 
 
 def load(base: Path, *, precision: str = "float32", quantisation: Any = None) -> Any:
-    return model.load_base(
-        base, precision=precision, quantisation=quantisation, device="cpu"
-    ).eval()
+    return load_base(base, precision=precision, quantisation=quantisation, device="cpu").eval()
 
 
 def by_peft(base: Path, folders: Sequence[Path], strengths: Sequence[float]) -> PeftModel:
@@ -132,7 +131,7 @@ QUESTION, ANSWER = "What occupation does Tamsin Vale have?", "gardener"
 
 def taught(run: Path) -> Path:
     """An adapter for the bundled model that knows Tamsin Vale, trained in a few seconds."""
-    tokenizer = model.load_tokenizer(TINY)
+    tokenizer = load_tokenizer(TINY)
     rows = []
     for line in Path("examples/data/demo.jsonl").read_text().splitlines():
         turns = json.loads(line)["messages"]

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from tuning import adapter
 from tuning.errors import DivergedError, SpecError, TuningError
 from tuning.models import generate
-from tuning.models import load as model
+from tuning.models.load import load_base
 from tuning.training import train
 
 Base = Callable[..., Path]
@@ -208,7 +208,7 @@ def test_what_was_trained_is_what_peft_loads(
     ids = torch.arange(5, 25)[None]
 
     def logits(load: Callable[[Any], Any]) -> torch.Tensor:
-        loaded = model.load_base(base, precision="bfloat16", quantisation=None, device="cpu")
+        loaded = load_base(base, precision="bfloat16", quantisation=None, device="cpu")
         with torch.no_grad():
             result: torch.Tensor = load(loaded).eval()(input_ids=ids).logits
         return result

@@ -9,7 +9,7 @@ import error_codes
 
 from jobs.api import crd, options
 from tuning import files, presets, spec
-from tuning.plan import sizing
+from tuning.plan import fit_page
 from tuning.plan.schema import schema
 from tuning.spec import keys
 
@@ -23,7 +23,7 @@ def generated() -> dict[Path, str]:
         ROOT / "configs" / "deploy" / "crd" / "workspaces.kaito.sh.yaml": crd.text(),
         ROOT / "docs" / "operator-options.md": options.markdown(),
         ROOT / "docs" / "errors.md": error_codes.page(),
-        ROOT / "docs" / "fit.md": sizing.markdown(),
+        ROOT / "docs" / "fit.md": fit_page.markdown(),
         ROOT / "docs" / "presets.md": presets.markdown(),
         ROOT / "configs" / "plan.schema.json": json.dumps(schema(), indent=2) + "\n",
         ROOT / "configs" / "workspace.schema.json": json.dumps(spec.json_schema(), indent=2) + "\n",

@@ -203,7 +203,7 @@ def _plan(seen: Seen) -> Object:
         "summary": _summary(wanted.plan),
         "baseModel": f"{recipe.base_model}@{recipe.base_revision}",
         "device": str(wanted.plan.device),
-        "peakMemoryBytes": wanted.plan.fit.ledger.total if wanted.plan.fit else None,
+        "peakMemoryBytes": wanted.plan.fit.memory.total if wanted.plan.fit else None,
         "runVolume": where,
         "rank": recipe.rank,
     }

@@ -16,8 +16,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from tuning.errors import SpecError
-from tuning.models import load as model
 from tuning.models.kernels import apart, attention
+from tuning.models.load import load_base
 from tuning.plan.backends import VARLEN
 
 Build = Callable[..., Path]
@@ -26,7 +26,7 @@ LENGTHS = (37, 91, 5)
 
 
 def load(folder: Path, name: str) -> Any:
-    return model.load_base(
+    return load_base(
         folder, precision="float32", quantisation=None, device="cpu", attention=name
     ).eval()
 

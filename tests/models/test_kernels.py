@@ -15,8 +15,9 @@ import transformers
 from peft import get_peft_model_state_dict
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
-from tuning.models import load
 from tuning.models.kernels import fuse, head, heap, norm
+from tuning.models.load import DTYPES, load_base
+from tuning.models.lora import adapt
 from tuning.plan import backends
 
 Build = Callable[..., Path]
@@ -46,8 +47,8 @@ def adapted(folder: Path, *, method: str, precision: str, **changes: Any) -> Any
         **{"method": method, "precision": precision, "dropout": 0.0, "quantisation": packing}
         | changes
     )
-    base = load.load_base(folder, precision=precision, quantisation=packing, device="cpu")
-    tuned, _ = load.adapt(base, recipe)
+    base = load_base(folder, precision=precision, quantisation=packing, device="cpu")
+    tuned, _ = adapt(base, recipe)
     draw = torch.Generator().manual_seed(0)
     for parameter in tuned.parameters():
         if parameter.requires_grad:
@@ -63,7 +64,7 @@ def step(tuned: Any, precision: str) -> Step:
     vocabulary = tuned.config.get_text_config().vocab_size
     weights = torch.randn(2, 40, vocabulary, generator=draw)
     tuned.zero_grad()
-    dtype = load.DTYPES[precision]
+    dtype = DTYPES[precision]
     plain = dtype == torch.float32
     with contextlib.nullcontext() if plain else torch.autocast("cpu", dtype):
         logits = tuned(input_ids=ids, use_cache=False).logits.float()
@@ -107,7 +108,11 @@ def test_every_family_gives_what_peft_gives(family: str, method: str, tiny_base:
 def test_half_precision_is_no_further_from_the_truth(
     family: str, method: str, precision: str, tiny_base: Build
 ) -> None:
-    """Fewer roundings: from what float32 says of the same weights, at most as far as peft is."""
+    """Fewer roundings: as near to float32 with the same weights as peft is, to one rounding.
+
+    In which order a product's sums are rounded is up to the processor's kernel.
+    """
+    rounding = torch.finfo(DTYPES[precision]).eps / 2
     tuned = adapted(tiny_base(family), method=method, precision=precision)
     eager = step(tuned, precision)
     fuse.fuse(tuned, backends.FUSED)
@@ -118,10 +123,10 @@ def test_half_precision_is_no_further_from_the_truth(
             vars(layer).pop("forward", None)
     truth = step(tuned.float(), "float32")
 
-    assert away(fused[0], truth[0]) < 1.1 * away(eager[0], truth[0])
+    assert away(fused[0], truth[0]) < 1.1 * away(eager[0], truth[0]) + rounding
     names = list(eager[1])
     near, far = (away(gradients(s, names), gradients(truth, names)) for s in (fused, eager))
-    assert near < 1.1 * far
+    assert near < 1.1 * far + rounding
 
 
 def test_checkpointing_changes_nothing(tiny_base: Build) -> None:
@@ -230,7 +235,8 @@ def test_the_head_s_loss_is_cross_entropy(dtype: torch.dtype, biased: bool) -> N
 
     assert loss.item() == pytest.approx(expected.item(), rel=2e-5)
     assert ours.grad is not None and theirs.grad is not None and wide.grad is not None
-    assert away(ours.grad, wide.grad) < 1.05 * away(theirs.grad, wide.grad)
+    rounding = torch.finfo(dtype).eps / 2  # the order of sums is up to the processor's kernel
+    assert away(ours.grad, wide.grad) < 1.05 * away(theirs.grad, wide.grad) + rounding
 
 
 def test_a_row_without_labels_has_no_loss() -> None:
@@ -256,7 +262,7 @@ def test_a_wrong_certainty_is_still_finite() -> None:
 
 def test_a_head_of_another_kind_is_trl_s(tiny_base: Build) -> None:
     """Capped or scaled logits, and a head that is trained, are left alone."""
-    base = load.load_base(tiny_base("llama"), precision="float32", quantisation=None, device="cpu")
+    base = load_base(tiny_base("llama"), precision="float32", quantisation=None, device="cpu")
     base.requires_grad_(False)
     assert head.suits(base)
     base.config.final_logit_softcapping = 30.0

@@ -13,7 +13,8 @@ import torch
 
 from tuning import adapter
 from tuning.errors import SpecError
-from tuning.models import load
+from tuning.models.load import load_base, load_for_training, read_config
+from tuning.models.lora import select
 from tuning.training import train
 
 Build = Callable[..., Path]
@@ -72,7 +73,7 @@ def test_fused_experts_are_refused(family: str, method: str, tiny_base: Build) -
     recipe = tiny_runs.recipe(method=method)
 
     with pytest.raises(SpecError) as error:
-        load.load(
+        load_for_training(
             tiny_base(family), recipe=recipe, placement=tiny_runs.placement(attention="eager")
         )
 
@@ -86,7 +87,7 @@ def test_who_names_attention_gets_attention(tiny_base: Build) -> None:
     """Named targets are honoured on a model with fused experts, in 16 bits."""
     recipe = tiny_runs.recipe(targets=("q_proj", "v_proj"))
 
-    _, _, coverage = load.load(tiny_base("gptoss"), recipe=recipe, placement=EAGER)
+    _, _, coverage = load_for_training(tiny_base("gptoss"), recipe=recipe, placement=EAGER)
 
     assert ["q_proj", "v_proj"] == coverage.to_json()["names"]
     assert 4 == len(coverage.adapted)
@@ -99,7 +100,7 @@ def test_every_unknown_target_is_named(tiny_base: Build) -> None:
     )
 
     with pytest.raises(SpecError) as error:
-        load.load(tiny_base("llama"), recipe=recipe, placement=tiny_runs.placement())
+        load_for_training(tiny_base("llama"), recipe=recipe, placement=tiny_runs.placement())
 
     wrong = [(p.code, p.where, p.what.split("'")[1:2]) for p in error.value.problems]
     assert [
@@ -115,7 +116,7 @@ def test_chosen_layers_and_exclusions_are_kept(tiny_base: Build) -> None:
     """Only the asked layer, without the excluded names; the config says so in short names."""
     recipe = tiny_runs.recipe(exclude=("up_proj", "down_proj"), layers=(1,))
 
-    tuned, _, coverage = load.load(
+    tuned, _, coverage = load_for_training(
         tiny_base("llama"), recipe=recipe, placement=tiny_runs.placement()
     )
 
@@ -129,13 +130,13 @@ def test_all_linear_means_every_projection() -> None:
     """PEFT's word for all is understood, and means what no targets mean."""
     found = ["model.layers.0.mlp.up_proj", "model.layers.0.self_attn.q_proj"]
 
-    assert load.select(found, targets=None) == load.select(found, targets=("all-linear",))
+    assert select(found, targets=None) == select(found, targets=("all-linear",))
 
 
 @pytest.mark.parametrize("family", sorted(set(PROJECTIONS) - LEAKY))
 def test_packed_documents_do_not_see_each_other(family: str, tiny_base: Build) -> None:
     """A packed row gives each document the logits that it has alone."""
-    base = load.load_base(
+    base = load_base(
         tiny_base(family), precision="float32", quantisation=None, device="cpu", attention="sdpa"
     ).eval()
     first, second = torch.arange(5, 25)[None], torch.arange(40, 70)[None]
@@ -156,12 +157,12 @@ def test_a_family_that_leaks_is_not_packed(family: str, tiny_base: Build) -> Non
     recipe = tiny_runs.recipe(packing=True)
 
     with pytest.raises(SpecError, match=r"MODEL-116 packing: .*falcon packed documents see"):
-        load.load(tiny_base(family), recipe=recipe, placement=tiny_runs.placement())
+        load_for_training(tiny_base(family), recipe=recipe, placement=tiny_runs.placement())
 
 
 def test_answering_first_does_not_break_training_in_4_bits(tiny_base: Build) -> None:
     """A 4-bit layer passes gradients on after it has answered without them."""
-    base = load.load_base(
+    base = load_base(
         tiny_base("llama"), precision="bfloat16", quantisation=tiny_runs.NF4, device="cpu"
     )
     layer = base.model.layers[0].mlp.up_proj
@@ -193,7 +194,7 @@ def test_bad_bases_are_refused(
         (tmp_path / "config.json").write_text(json.dumps(record | change))
 
     with pytest.raises(SpecError, match=expected):
-        load.read_config(tmp_path)
+        read_config(tmp_path)
 
 
 def test_a_base_without_safetensors_is_refused(tiny_base: Build, tmp_path: Path) -> None:
@@ -202,4 +203,4 @@ def test_a_base_without_safetensors_is_refused(tiny_base: Build, tmp_path: Path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"not even looked at")
 
     with pytest.raises(SpecError, match=r"MODEL-105 .*no .*safetensors"):
-        load.load_base(tmp_path, precision="bfloat16", quantisation=None, device="cpu")
+        load_base(tmp_path, precision="bfloat16", quantisation=None, device="cpu")

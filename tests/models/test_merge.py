@@ -13,7 +13,8 @@ import torch
 
 from tuning import safetensors
 from tuning.errors import SpecError
-from tuning.models import generate, load, merge
+from tuning.models import generate, merge
+from tuning.models.load import load_tokenizer
 from tuning.sources import verify
 from tuning.training import train
 
@@ -80,7 +81,7 @@ def test_what_is_written_is_a_plain_model(pair, tmp_path):
     names = {path.name for path in (tmp_path / "merged").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
     assert all(Path(name).suffix in {".json", ".safetensors", ".jinja"} for name in names)
-    load.load_tokenizer(tmp_path / "merged")
+    load_tokenizer(tmp_path / "merged")
 
 
 def test_merging_twice_gives_the_same_bytes(pair, tmp_path):

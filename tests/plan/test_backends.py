@@ -40,8 +40,16 @@ LLAMA = facts("llama-3.1-8b-instruct")
         (LLAMA, H200, "float32", ALL, "2.13.0", "sdpa", "16 bits .* float32"),
         (LLAMA, V100, "float16", ALL, "2.13.0", "sdpa", "capability below 8.0"),
         (LLAMA, CPU, "bfloat16", (), "2.13.0+cpu", "torch_varlen", "no mask of all pairs"),
-        (facts("falcon-7b"), H200, "bfloat16", ALL, "2.13.0", "sdpa", "falcon has no other"),
-        (None, H200, "bfloat16", ALL, "2.13.0", "sdpa", "nobody has checked"),
+        (
+            facts("falcon-7b"),
+            H200,
+            "bfloat16",
+            ALL,
+            "2.13.0",
+            "sdpa",
+            "no other is verified for falcon",
+        ),
+        (None, H200, "bfloat16", ALL, "2.13.0", "sdpa", "no other attention is verified"),
         (replace(LLAMA, softcap=True), H200, "bfloat16", ALL, "2.13.0", "eager", "capped scores"),
         (replace(LLAMA, sinks=True), CPU, "bfloat16", ALL, "2.13.0", "eager", "attention sinks"),
         (replace(LLAMA, head_dim=512), H200, "bfloat16", ALL, "2.13.0", "sdpa", "heads of 512"),
@@ -83,5 +91,5 @@ def test_the_user_decides() -> None:
         precision="bfloat16", dropout=0.0, dora=False, reasons=reasons,
     )  # fmt: skip
 
-    assert found == backends.Ways("eager", ())
+    assert found == backends.Backend("eager", ())
     assert reasons == {"attention": "set in the config", "kernels": "set in the config"}

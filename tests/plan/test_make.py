@@ -53,7 +53,7 @@ def test_keeping_the_best_weights_takes_held_out_rows_and_several_looks():
     decided = plan.freeze(make(asked), asked, rows=500, data=("d",))
 
     assert (True, 150) == (decided.recipe.keep_best, decided.recipe.eval_steps)
-    assert "ten looks" in decided.reasons["eval_steps"]
+    assert "ten evaluations" in decided.reasons["eval_steps"]
     with pytest.raises(SpecError, match=r"PLAN-109 .*load_best_model_at_end"):
         make(spec(keep_best=True))
 

@@ -5,13 +5,24 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from tuning import presets
 from tuning.plan import memory
-from tuning.plan.memory import SIZES, Coefficients, Ledger, Moment, Variant
+from tuning.plan.coefficients import (
+    SIZES,
+    Coefficients,
+    Moment,
+    Variant,
+    from_json,
+    preset_coefficients,
+    to_json,
+)
+from tuning.plan.memory import MemoryEstimate
+from tuning.plan.speed import operations_per_token, seconds_per_token
 
 GIB = 2**30
 DENSE = [preset for preset in presets.all() if not preset.facts.experts]
@@ -19,12 +30,12 @@ MISTRAL = "mistral-7b"
 
 
 def known(name: str) -> Coefficients:
-    coefficients = memory.load(name)
+    coefficients = preset_coefficients(name)
     assert coefficients is not None
     return coefficients
 
 
-def predict(name: str, **options: Any) -> Ledger:
+def predict(name: str, **options: Any) -> MemoryEstimate:
     chosen = {"method": "lora", "rank": 16, "tokens": 2048, "checkpointing": True} | options
     return memory.predict(known(name), **chosen)
 
@@ -137,7 +148,7 @@ def test_the_highest_moment_wins() -> None:
         moments={Variant(): (early, late)},
     )
 
-    def at(tokens: int, **options: Any) -> Ledger:
+    def at(tokens: int, **options: Any) -> MemoryEstimate:
         return memory.predict(
             coefficients, method="lora", rank=2, checkpointing=True, tokens=tokens, **options
         )
@@ -173,6 +184,24 @@ def test_single_quantisation_takes_more() -> None:
     assert single.weights == double.weights
 
 
+@pytest.mark.parametrize("preset", DENSE, ids=lambda preset: preset.name)
+def test_a_repacked_weight_is_bounded(preset: presets.Preset) -> None:
+    """The largest matrix of any preset, head included, is within the bound, in 16 bits."""
+    facts = preset.facts
+    matrices = [x.inputs * x.outputs for x in facts.linears] + [facts.vocab * facts.hidden]
+
+    assert 2 * max(matrices) <= memory.repacked(known(preset.name))
+
+
+def test_only_a_processor_that_repacks_takes_more() -> None:
+    """The copy is counted with the libraries, and with nothing else."""
+    plain = predict(MISTRAL)
+    with_copy = predict(MISTRAL, repacks=True)
+
+    assert memory.repacked(known(MISTRAL)) == with_copy.context - plain.context
+    assert plain == replace(with_copy, context=plain.context)
+
+
 def test_half_precision_keeps_adapters_in_float32() -> None:
     """float16 needs loss scaling, so QLoRA's adapters are float32; LoRA's are so anyway."""
     half = predict(MISTRAL, method="qlora", precision="float16", attention="sdpa", rows=2)
@@ -185,20 +214,21 @@ def test_what_was_not_simulated_is_unknown() -> None:
     """No guess for a variant without coefficients, and None for a preset without a file."""
     with pytest.raises(memory.Unknown, match="attention='eager'"):
         predict(MISTRAL, attention="eager")
-    assert memory.load("gpt-oss-20b") is None
+    assert preset_coefficients("gpt-oss-20b") is None
 
 
 def test_coefficients_survive_json() -> None:
     """to_json and from_json are each other's inverse, through text."""
     coefficients = known(MISTRAL)
-    text = json.dumps(memory.to_json(coefficients))
-    assert memory.from_json(json.loads(text)) == coefficients
+    text = json.dumps(to_json(coefficients))
+    assert from_json(json.loads(text)) == coefficients
 
 
 def test_planning_loads_no_torch() -> None:
     """The closed formula needs no torch, no numpy, no transformers."""
     program = (
-        "import sys; from tuning import ledger; ledger.load('mistral-7b');"
+        "import sys; from tuning.plan import coefficients, memory;"
+        "coefficients.preset_coefficients('mistral-7b');"
         "print({'torch', 'numpy', 'transformers'} & set(sys.modules))"
     )
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
@@ -221,7 +251,7 @@ def test_time_is_near_the_model_it_is_made_after(
     """Within 10 %, and below: ours also counts that eager operators miss the full bandwidth."""
     preset = presets.find(name)
     assert preset is not None
-    seconds = memory.seconds_per_token(
+    seconds = seconds_per_token(
         preset.facts,
         presets.gpu("H200-SXM5"),
         method="lora",
@@ -246,7 +276,7 @@ def test_time_follows_the_card_and_the_work() -> None:
             "effective_length": 2048,
         }
         card = presets.gpu(gpu) if gpu else None
-        return memory.seconds_per_token(preset.facts, card, **(chosen | options))
+        return seconds_per_token(preset.facts, card, **(chosen | options))
 
     base = at()
     assert base is not None
@@ -270,5 +300,5 @@ def test_operations_per_token() -> None:
     """4N + 6 N_lora + 6 S h L: 31.88 GFLOP for Llama 3.1 8B at 2k tokens, rank 16."""
     preset = presets.find("llama-3.1-8b-instruct")
     assert preset is not None
-    found = memory.operations_per_token(preset.facts, effective_length=2048)
+    found = operations_per_token(preset.facts, effective_length=2048)
     assert found / 1e9 == pytest.approx(31.88, abs=0.01)

@@ -86,5 +86,5 @@ def test_without_torch_a_model_nobody_knows_is_placed_with_care(plan: Any) -> No
         found["placement"]["checkpointing"],
         found["placement"]["micro_batch"],
     )
-    why = "it could not be simulated, since torch is not installed here: the careful way"
+    why = "it could not be simulated, since torch is not installed here: the safe choice"
     assert why == found["reasons"]["checkpointing"]

@@ -7,7 +7,8 @@ import pytest
 
 from tuning import plan, presets
 from tuning.errors import SpecError
-from tuning.plan import memory, sizing
+from tuning.plan import fit_page, sizing
+from tuning.plan.coefficients import preset_coefficients
 from tuning.spec import Destination, Settings, Source, Spec
 
 ROOT = Path(__file__).parents[2]
@@ -30,7 +31,7 @@ DEMAND = sizing.Demand(
 
 def model(name):
     preset = presets.find(name)
-    return sizing.Model(preset.facts, memory.load(name))
+    return sizing.Model(preset.facts, preset_coefficients(name))
 
 
 def draft(preset, instance, *, method="qlora", **settings):
@@ -48,34 +49,34 @@ def draft(preset, instance, *, method="qlora", **settings):
 
 def test_the_page_is_what_the_coefficients_say():
     """docs/fit.md is generated; `make docs` writes it."""
-    assert sizing.markdown() == (ROOT / "docs" / "fit.md").read_text()
+    assert fit_page.markdown() == (ROOT / "docs" / "fit.md").read_text()
 
 
 def test_what_is_chosen_fits_with_room_to_spare():
     """For every preset and class the peak stays below the GPU's memory less the headroom."""
     for preset in presets.all():
-        coefficients = memory.load(preset.name)
+        coefficients = preset_coefficients(preset.name)
         if coefficients is None:
             continue
         base = sizing.Model(preset.facts, coefficients)
-        for gpu in map(presets.gpu, sizing.CLASSES):
+        for gpu in map(presets.gpu, fit_page.CLASSES):
             precision = "bfloat16" if gpu.bf16 else "float16"
             asked = replace(DEMAND, precision=precision, packed=preset.packing_safe)
-            found = sizing.best(base, asked, gpu, memory=gpu.memory_bytes)
+            found = sizing.best(base, asked, gpu, free_bytes=gpu.memory_bytes)
             if found is None:
                 least = sizing.smallest(base, asked, gpu)
                 assert not least.fits(gpu.memory_bytes), (preset.name, gpu.name)
             else:
-                assert found.ledger.total < 0.97 * gpu.memory_bytes, (preset.name, gpu.name)
+                assert found.memory.total < 0.97 * gpu.memory_bytes, (preset.name, gpu.name)
 
 
 def test_checkpointing_is_a_last_resort():
     """Where a step fits without it, it is off; a smaller card turns it on before it gives up."""
     llama, gpu = model("llama-3.1-8b-instruct"), presets.gpu("H200-SXM5")
 
-    assert not sizing.best(llama, DEMAND, gpu, memory=141 << 30).checkpointing
-    assert sizing.best(llama, DEMAND, gpu, memory=12 << 30).checkpointing
-    assert sizing.best(llama, DEMAND, gpu, memory=6 << 30) is None
+    assert not sizing.best(llama, DEMAND, gpu, free_bytes=141 << 30).checkpointing
+    assert sizing.best(llama, DEMAND, gpu, free_bytes=12 << 30).checkpointing
+    assert sizing.best(llama, DEMAND, gpu, free_bytes=6 << 30) is None
 
 
 def test_a_batch_and_checkpointing_that_the_user_fixed_are_kept():
@@ -93,7 +94,7 @@ def test_the_quick_start_is_planned_for_its_old_card():
 
     assert "float16" == decided.recipe.precision
     assert "cu126" == presets.engine_build(decided.device.capability)
-    assert decided.fit.ledger.total < 0.96 * decided.device.memory_bytes
+    assert decided.fit.memory.total < 0.96 * decided.device.memory_bytes
     assert "fits" in decided.reasons["micro_batch"]
 
 

@@ -16,11 +16,18 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from trl.trainer.utils import add_fused_lm_head
 
-from tuning.models import load
 from tuning.models.kernels import fuse, head
+from tuning.models.load import load_base
+from tuning.models.lora import projections
 from tuning.plan import memory
 from tuning.plan.backends import FUSED
-from tuning.plan.memory import SIZES, Variant
+from tuning.plan.coefficients import (
+    SIZES,
+    Variant,
+    from_json,
+    measures,
+    preset_coefficients,
+)
 from tuning.presets import CONFIGS
 from tuning.training.simulate import Point, Stage, coefficients, moments
 from tuning.training.simulate.__main__ import configs, main
@@ -114,7 +121,7 @@ def real(config: Any, variant: Variant, folder: Path, *, rank: int) -> Real:
     auto = transformers.AutoModelForCausalLM
     auto.from_config(config, dtype=DTYPES[variant.precision]).save_pretrained(folder)
     packing = {"type": "nf4", "double": True, "compute": variant.precision}
-    base = load.load_base(
+    base = load_base(
         folder,
         precision=variant.precision,
         quantisation=packing if variant.method == "qlora" else None,
@@ -125,7 +132,7 @@ def real(config: Any, variant: Variant, folder: Path, *, rank: int) -> Real:
     options = LoraConfig(
         r=rank,
         lora_dropout=0.05 if variant.dropout else 0.0,
-        target_modules=list(load.projections(base)),
+        target_modules=list(projections(base)),
         task_type="CAUSAL_LM",
     )
     tuned = get_peft_model(base, options)
@@ -172,6 +179,17 @@ REALITIES = (
 )
 
 
+def repacked(model: torch.nn.Module, variant: Variant) -> int:
+    """Bytes of the largest weight in 16 bits, in whole AMX tiles: what oneDNN copies for a call."""
+    shapes = [
+        (module.in_features, module.out_features)
+        for module in model.modules()
+        if isinstance(module, torch.nn.Linear)
+    ]
+    tiles = [-(-inputs // 64) * 64 * (-(-outputs // 64) * 64) for inputs, outputs in shapes]
+    return 0 if variant.precision == "float32" else 2 * max(tiles)
+
+
 @pytest.mark.parametrize(
     ("config", "variant"),
     REALITIES,
@@ -185,11 +203,15 @@ REALITIES = (
 def test_a_real_step_takes_what_was_simulated(
     config: Any, variant: Variant, tmp_path: Path
 ) -> None:
-    """Within 3 % of torch's own record of a step with real tensors, loss and 4-bit layers."""
+    """Within 3 % of torch's own record of a step with real tensors, loss and 4-bit layers.
+
+    On a processor with AMX the CPU library may hold one weight in a layout of its own besides.
+    """
     point = Point(rows=2, length=48 if variant.precision == "float16" else 128, rank=16)
-    taken = real(config, variant, tmp_path, rank=16).peak(point)
+    loaded = real(config, variant, tmp_path, rank=16)
+    taken = loaded.peak(point)
     simulated = Stage(config, variant=variant, rank=16).run(point).peak
-    assert simulated == pytest.approx(taken, rel=0.03)
+    assert 0.97 * simulated <= taken <= 1.03 * simulated + repacked(loaded.tuned, variant)
 
 
 # Formula against simulation.
@@ -310,7 +332,7 @@ def test_layers_that_differ_are_all_run() -> None:
     variant = Variant(checkpointing=False)
     whole = moments(LLAMA, variant=variant, uniform=False)
     foretold = moments(LLAMA, variant=variant, uniform=True)
-    sizes = memory.measures(tokens=3000, rows=1, rank=16)
+    sizes = measures(tokens=3000, rows=1, rank=16)
     peaks = [max(sum(m.at(sizes).values()) for m in found) for found in (whole, foretold)]
     assert peaks[0] == pytest.approx(peaks[1], rel=0.01)
 
@@ -333,7 +355,7 @@ def test_any_config_will_do() -> None:
 )
 def test_committed_coefficients_are_what_comes_out(name: str, variant: Variant) -> None:
     """`python -m tuning.training.simulate --write` would write these numbers again."""
-    committed = memory.load(name)
+    committed = preset_coefficients(name)
     assert committed is not None
     made = coefficients(configs()[name], variants=[variant])
     assert made == replace(committed, moments={v: committed.moments[v] for v in made.moments})
@@ -344,7 +366,7 @@ def test_files_match_the_presets() -> None:
     found = {path.stem for path in (CONFIGS / "memory").glob("*.json")}
     assert found == set(configs())
     for name in found:
-        coefficients_ = memory.load(name)
+        coefficients_ = preset_coefficients(name)
         assert coefficients_ is not None
         for shares in coefficients_.moments.values():
             assert all(len(form) == len(SIZES) for m in shares for form in m.bytes.values())
@@ -359,4 +381,4 @@ def test_a_folder_is_printed(
     small.save_pretrained(tmp_path)
     assert main([str(tmp_path)]) == 0
     record = json.loads(capsys.readouterr().out)
-    assert memory.from_json(record).layers == 2
+    assert from_json(record).layers == 2

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import tiny_models
 import tiny_runs
 import torch
@@ -46,7 +47,7 @@ def request(
 ) -> dict[str, Any]:
     """A request for the recipe called `name`: 17 rows make epochs of five steps.
 
-    The one that keeps its best weights learns one row by heart, which soon gets worse elsewhere.
+    The one that keeps its best weights learns one row by heart.
     """
     shape = {"hidden_size": 512} if name == "8-bit" else {}
     packing = RECIPES[name].packing
@@ -103,6 +104,12 @@ def steps_logged(run: Path) -> list[int]:
     return [record["step"] for record in records if "eval_loss" not in record]
 
 
+def evaluations(run: Path) -> dict[int, float]:
+    """The loss of the evaluation split by the step after which it was measured, in their order."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {each["step"]: each["eval_loss"] for each in records if "eval_loss" in each}
+
+
 def packed_states(run: Path) -> set[str]:
     """Kinds of optimizer state that are really kept in 8 bits."""
     (saved,) = (run / "checkpoints").glob("*-*")
@@ -139,7 +146,7 @@ def test_two_runs_give_the_same_adapter_byte_for_byte(
         ("qlora", 3, 0, 3),
         ("qlora", 4, 0, 5),  # an epoch's last step, of one micro-batch
         ("padded", 3, 0, 3),  # after an evaluation
-        ("best", 6, 0, 7),  # after the step whose weights are kept
+        ("best", 6, 0, 7),  # after two evaluations, with the best weights so far
         ("fp16", 3, 0, 3),
         ("8-bit", 3, 0, 3),
         ("fast", 3, 0, 3),
@@ -281,7 +288,7 @@ def test_packed_weights_are_remembered(
 
     result = train.work(request(tmp_path / "two", tiny_base, "fast", packed=str(memory)))
 
-    assert packed.whole(kept)
+    assert packed.is_whole(kept)
     assert written == {path.name: path.stat().st_mtime_ns for path in kept.iterdir()}
     assert expected["adapter_sha256"] == result["adapter_sha256"]
 
@@ -421,7 +428,7 @@ def test_a_signal_while_loading_stops_at_once(
         os.kill(os.getpid(), signal.SIGTERM)
         raise AssertionError("went on")
 
-    monkeypatch.setattr(train.model, "load", told)
+    monkeypatch.setattr(train, "load_for_training", told)
 
     with pytest.raises(Stopped):
         train.work(request(tmp_path / "run", tiny_base, "lora"))
@@ -436,8 +443,7 @@ def test_a_stop_during_an_evaluation_does_not_wait_for_its_end(
 ) -> None:
     """The step before the evaluation is saved, and the rerun ends in the same adapter.
 
-    With the best weights kept the rerun makes up for the evaluation that was broken off: step 3 is
-    the best one.
+    It makes up for the evaluation that was broken off.
     """
     expected = clean(name)
     original = trainer.Exact.prediction_step
@@ -456,12 +462,13 @@ def test_a_stop_during_an_evaluation_does_not_wait_for_its_end(
     result = train.work(asked)
 
     assert 3 == result["resumed_from"]
+    assert [3, 6, 8] == list(evaluations(tmp_path / "run"))
     assert expected["adapter_sha256"] == result["adapter_sha256"]
     assert expected["best_step"] == result["best_step"]
 
 
 def test_the_best_weights_are_kept_when_asked(clean: Any, tiny_base: Base, tmp_path: Path) -> None:
-    """A rate that overshoots: the adapter is that of the evaluation with the lowest loss."""
+    """The adapter is that of the evaluation with the lowest loss, whichever step that is."""
     kept = clean("best")
     last = train.work(
         request(
@@ -469,11 +476,41 @@ def test_the_best_weights_are_kept_when_asked(clean: Any, tiny_base: Base, tmp_p
         )
     )
 
-    assert 3 == kept["best_step"]
+    losses = evaluations(tmp_path / "last")
+    best = min(losses, key=lambda step: losses[step])
+    assert best == kept["best_step"]
     assert last["best_step"] is None
     assert kept["loss_by_step"] == last["loss_by_step"]
-    assert kept["eval_loss_after"] < last["eval_loss_after"]
-    assert kept["adapter_sha256"] != last["adapter_sha256"]
+    assert kept["eval_loss_after"] <= last["eval_loss_after"]
+    assert (best == 8) == (kept["adapter_sha256"] == last["adapter_sha256"])
+
+
+def test_of_the_evaluations_the_lowest_loss_is_kept(
+    tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losses of 3, 1 and 2 after steps 3, 6 and 8: the adapter is that of step 6."""
+    prescribed = {3: 3.0, 6: 1.0, 8: 2.0}
+    weights: dict[int, dict[str, torch.Tensor]] = {}
+    original = trainer.Exact.evaluation_loop
+
+    def evaluated(self: trainer.Exact, *args: Any, **kwargs: Any) -> Any:
+        output = original(self, *args, **kwargs)
+        if self.state.global_step not in weights:  # the last evaluation is of the best weights
+            weights[self.state.global_step] = {n: p.clone() for n, p in self.trained().items()}
+            output.metrics["eval_loss"] = prescribed.get(self.state.global_step, 9.0)
+        return output
+
+    monkeypatch.setattr(trainer.Exact, "evaluation_loop", evaluated)
+
+    result = train.work(request(tmp_path / "run", tiny_base, "best"))
+
+    assert prescribed == evaluations(tmp_path / "run")
+    assert 6 == result["best_step"]
+    stored = safetensors.torch.load_file(tmp_path / "run" / "adapter" / adapter.WEIGHTS)
+    kept = {name.replace(".default.", "."): value for name, value in weights[6].items()}
+    assert {name: value.bfloat16().tolist() for name, value in kept.items()} == {
+        name: value.tolist() for name, value in stored.items()
+    }
 
 
 def test_held_out_rows_are_answered_in_the_run_directory(tiny_base: Base, tmp_path: Path) -> None:

@@ -199,9 +199,9 @@ def memory_table(plan: Plan) -> rich.table.Table | None:
     """Where each byte of the GPU goes, largest first; None where nobody has sized the model."""
     if plan.fit is None:
         return None
-    terms = sorted(plan.fit.ledger.terms.items(), key=lambda term: -term[1])
+    terms = sorted(plan.fit.memory.terms.items(), key=lambda term: -term[1])
     rows = [(name, f"{count / 2**30:.2f}") for name, count in terms if count]
-    rows.append(("total", f"{plan.fit.ledger.total / 2**30:.2f}"))
+    rows.append(("total", f"{plan.fit.memory.total / 2**30:.2f}"))
     rows.append(("free on the GPU", f"{plan.device.memory_bytes / 2**30:.2f}"))
     return table(("memory at the peak", "GiB"), rows)
 

@@ -17,7 +17,8 @@ from peft import LoraConfig, PeftModel
 from tuning import adapter as adapters
 from tuning import files
 from tuning.errors import SpecError
-from tuning.models import load
+from tuning.models.load import load_base, load_tokenizer
+from tuning.models.lora import projections
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +54,8 @@ class Session:
                 raise SpecError(problems)
             template = _template(adapter)
         self.max_new_tokens = max_new_tokens
-        self.tokenizer = load.load_tokenizer(base, chat_template=template)
-        self.model = load.load_base(
+        self.tokenizer = load_tokenizer(base, chat_template=template)
+        self.model = load_base(
             base,
             precision=precision or _precision(device),
             quantisation=quantisation,
@@ -111,7 +112,7 @@ def attach(base: Any, adapter: adapters.Adapter) -> PeftModel:
     }
     config = LoraConfig(**known | {"inference_mode": True})
     change = f"use it with its own base model, {adapter.base_model}"
-    found = set(load.projections(base))
+    found = set(projections(base))
     if missing := sorted(set(adapter.modules) - found):  # PEFT would leave these out in silence
         what = f"does not fit the base model, which has no {missing[0]}"
         raise SpecError.at("MODEL-210", str(adapter.folder), what, change)

@@ -17,7 +17,8 @@ from tuning import adapter as adapters
 from tuning import files
 from tuning.adapter import Adapter
 from tuning.errors import SpecError, TuningError
-from tuning.models import generate, load
+from tuning.models import generate
+from tuning.models.load import DTYPES, load_base
 from tuning.sources import verify
 
 SHARD = "4GB"  # of one weights file
@@ -64,7 +65,7 @@ def _made(found: Adapter, method: str | None, config: Value) -> Value:
         said = {name: recipe[name] for name in ("method", "quantisation", "precision")}
     except (OSError, ValueError, KeyError, TypeError):
         stored = config.get("dtype") or config.get("torch_dtype")
-        precision = stored if stored in load.DTYPES else "bfloat16"
+        precision = stored if stored in DTYPES else "bfloat16"
         said = {"method": None, "quantisation": None, "precision": precision}
     if method and said["method"] and method != said["method"]:
         what = f"was trained with {said['method']}, not with {method}"
@@ -82,9 +83,9 @@ def _made(found: Adapter, method: str | None, config: Value) -> Value:
 def _merged(base: Path, found: Adapter, made: Value, device: str) -> Any:
     """The full model, in 16 bits, with the adapter in its weights."""
     precision, packing = made["precision"], made["quantisation"]
-    loaded = load.load_base(base, precision=precision, quantisation=packing, device=device)
+    loaded = load_base(base, precision=precision, quantisation=packing, device=device)
     if packing:
-        loaded = loaded.dequantize(dtype=load.DTYPES[precision])
+        loaded = loaded.dequantize(dtype=DTYPES[precision])
         # its config would call the saved weights 4-bit ones
         for config in {id(c): c for c in (loaded.config, loaded.config.get_text_config())}.values():
             if hasattr(config, "quantization_config"):

@@ -1,7 +1,7 @@
-"""4-bit base weights, packed once: a later start reads a third of the bytes and packs nothing.
+"""Cache of packed 4-bit base weights: a later start reads a third of the bytes, packs nothing.
 
-A folder of safetensors for each base, way of packing and version of the libraries, with the sha256
-of every file. It is a cache: what is missing, damaged or cannot be written costs time, not the run.
+A folder of safetensors for each base, quantisation and library versions, with the sha256 of every
+file. A missing, damaged or unwritable entry costs time, not the run.
 """
 
 from __future__ import annotations
@@ -19,52 +19,52 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 WORTHWHILE = 1 << 30  # bytes of 16-bit weights; smaller ones are packed in a moment
-KEPT = (".safetensors", ".json")  # no pickle, no code
+SUFFIXES = (".safetensors", ".json")  # no pickle, no code
 
 
 def folder(root: Path, *, base: str, revision: str, made_by: dict[str, Any]) -> Path:
-    """Where the packed weights of `revision` of `base` belong below `root`.
+    """The cache folder below `root` for the packed weights of `revision` of `base`.
 
-    `made_by` is all that decides their bytes: the way of packing, versions of the libraries.
+    `made_by` is all that decides their bytes: quantisation, library versions.
     """
     key = files.digest(files.canonical([base, revision, made_by]))
     return root / "packed" / key[:32]
 
 
-def worthwhile(base: Path) -> bool:
-    """Whether packing the weights in `base` takes long enough to remember."""
+def is_worthwhile(base: Path) -> bool:
+    """Whether packing the weights in `base` takes long enough to cache them."""
     return sum(path.stat().st_size for path in base.glob("*.safetensors")) >= WORTHWHILE
 
 
-def whole(kept: Path) -> bool:
-    """Whether `kept` holds packed weights and every byte of them is what was written."""
+def is_whole(folder: Path) -> bool:
+    """Whether `folder` holds packed weights that match their hashes."""
     try:
-        listed = files.read_json(kept / MANIFEST)["files"]
-        found = {path.name: path for path in kept.iterdir() if path.name != MANIFEST}
-        if listed.keys() != found.keys() or not all(name.endswith(KEPT) for name in found):
+        listed = files.read_json(folder / MANIFEST)["files"]
+        paths = {path.name: path for path in folder.iterdir() if path.name != MANIFEST}
+        if listed.keys() != paths.keys() or not all(name.endswith(SUFFIXES) for name in paths):
             raise ValueError("its files are not those listed")
-        with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter's lock
-            digests = pool.map(files.digest_file, found.values())
-            if dict(zip(found, digests, strict=True)) != listed:
+        with ThreadPoolExecutor() as pool:  # hashing releases the GIL
+            digests = pool.map(files.digest_file, paths.values())
+            if dict(zip(paths, digests, strict=True)) != listed:
                 raise ValueError("a file has changed")
     except FileNotFoundError:
         return False
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        logger.warning("packed weights in %s are not used: %s", kept, error)
+        logger.warning("packed weights in %s are not used: %s", folder, error)
         return False
     return True
 
 
-def keep(model: Any, target: Path) -> bool:
-    """Write the packed `model` to `target`, whole or not at all; whether it is there now."""
+def save(model: Any, target: Path) -> None:
+    """Write the packed `model` to `target`, whole or not at all."""
     scratch = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        need = sum(p.numel() * p.element_size() for p in model.parameters())
+        size = sum(p.numel() * p.element_size() for p in model.parameters())
         target.parent.mkdir(parents=True, exist_ok=True)
         free = files.free_bytes(target.parent)
-        if free < 2 * need:
-            logger.info("packed weights are not kept: %d bytes are free in %s", free, target.parent)
-            return False
+        if free < 2 * size:
+            logger.info("packed weights not cached: %d bytes are free in %s", free, target.parent)
+            return
         shutil.rmtree(scratch, ignore_errors=True)
         model.save_pretrained(scratch, safe_serialization=True)
         digests = {path.name: files.digest_file(path) for path in sorted(scratch.iterdir())}
@@ -72,8 +72,6 @@ def keep(model: Any, target: Path) -> bool:
         shutil.rmtree(target, ignore_errors=True)  # not whole, or it would have been used
         scratch.replace(target)
     except OSError as error:  # full, read-only, or another run was first
-        logger.info("packed weights are not kept: %s", error)
-        return False
+        logger.info("packed weights not cached: %s", error)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return True

@@ -107,4 +107,4 @@ def fit(decided: plan.Plan) -> str:
     batch = f"{placed.micro_batch} x {decided.recipe.max_length} tokens at once"
     if found is None:
         return f"{batch} on {decided.device}, which nobody has sized"
-    return f"{batch} take {found.ledger.total / 2**30:.1f} GiB on {decided.device}"
+    return f"{batch} take {found.memory.total / 2**30:.1f} GiB on {decided.device}"

@@ -136,7 +136,7 @@ def finish(
         adapter=str(adapter),
         adapter_bytes=(adapter / WEIGHTS).stat().st_size,
         base=run.spec.base_model or run.spec.preset,
-        planned=decided.foretold(),
+        planned=decided.predicted(),
         base_revision=decided.recipe.base_revision,
         training=training
         | {
@@ -163,7 +163,7 @@ def _keep(path: Path, decided: Plan, training: Value) -> None:
         "max_length": recipe.max_length,
         "placement": asdict(decided.placement),
         "versions": recipe.versions,
-        "planned": decided.foretold(),
+        "planned": decided.predicted(),
         "measured": {
             "peak_bytes": training["peak_memory_bytes"],
             "tokens_per_second": training["tokens_per_second"],

@@ -33,7 +33,7 @@ DATA_SETTINGS = (
 def judge(run: Run) -> None:
     """Refuse at once what the spec alone shows to be impossible here, before any network."""
     run.begin("judge")
-    backends.judge(run.spec.settings.attention, run.device())
+    backends.refuse_unavailable(run.spec.settings.attention, run.device())
     try:
         known = plan.known_base(run.spec)
     except plan.Unknown:
@@ -180,7 +180,7 @@ def decide(run: Run, rows: Value, data: list[Value], known: plan.Base) -> tuple[
     packed = pack(run, rows, plan.Packing.of(recipe))
     count = packed["train"]["rows"]
     if kept:
-        decided = plan.again(decided, recipe, known, run.spec, rows=count)
+        decided = plan.resume(decided, recipe, known, run.spec, rows=count)
     else:
         hashes = tuple(file["sha256"] for file in data)
         decided = plan.freeze(decided, run.spec, rows=count, data=hashes)

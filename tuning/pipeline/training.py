@@ -113,7 +113,7 @@ def _fitting(run: Run, request: Value, decided: Plan, report: Report) -> Value:
 def _out_of_memory(decided: Plan, ways: list[plan.Placement]) -> OutOfMemoryError:
     what = f"out of memory with each of: {'; '.join(map(_way, ways))}"
     if decided.fit is not None:  # so that a person sees what the plan had thought
-        terms = sorted(decided.fit.ledger.terms.items(), key=lambda term: -term[1])
+        terms = sorted(decided.fit.memory.terms.items(), key=lambda term: -term[1])
         said = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in terms if size)
         what += f". Planned in GiB: {said}"
     change = "use a machine with more memory, a smaller model or method qlora, or lower max_length"

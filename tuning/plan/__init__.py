@@ -14,7 +14,7 @@ from tuning.plan.base import (
     refuse_unsupported,
 )
 from tuning.plan.choices import Packing, packing
-from tuning.plan.make import again, draft, freeze, is_enough, make
+from tuning.plan.make import draft, freeze, is_enough, make, resume
 from tuning.plan.placing import (
     SMALL_ON_CPU,
     disk_bytes,
@@ -41,7 +41,6 @@ __all__ = [
     "Plan",
     "Recipe",
     "Unknown",
-    "again",
     "base_from_config",
     "declared_name",
     "device_of",
@@ -57,6 +56,7 @@ __all__ = [
     "placement_from_json",
     "recipe_from_json",
     "refuse_unsupported",
+    "resume",
     "variants",
     "wants_simulation",
 ]

@@ -1,7 +1,7 @@
-"""Which attention and which fused kernels carry a recipe out, and why: decided without torch.
+"""Which attention and which fused kernels run a recipe, and why: decided without torch.
 
-An order of preference, and what rules each way out. `tuning.model` asks the model itself whether
-packed documents stay apart on the chosen way, and takes the next one if not.
+An order of preference with the exclusions of each. `models.kernels.apart` checks on the loaded
+model that packed documents stay apart, and falls back to sdpa if not.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ LIGER_PACKAGE = "liger-kernel"
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen, and why."""
+    """An attention implementation and the reason."""
 
     name: str
     reason: str
 
 
 def installed() -> dict[str, str]:
-    """Version of each package that decides anything here, where it is installed."""
-    found = {}
+    """Version of each installed package that matters here."""
+    versions = {}
     for package in ("torch", LIGER_PACKAGE, *(package for package, *_ in FLASH.values())):
         try:
-            found[package] = importlib.metadata.version(package)
+            versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def attention(
@@ -58,25 +58,25 @@ def attention(
     packages: Collection[str] | None = None,
     torch: str | None = None,
 ) -> Choice:
-    """The fastest attention that is right for the model on the device.
+    """The fastest attention that is correct for the model on the device.
 
-    `packages` are those installed, by default the ones here; `torch` is its version, by default
-    the one here, or a new one where there is none (the run is elsewhere).
+    `packages` (installed ones) and `torch` (its version) default to this environment's; without
+    torch the run is elsewhere, with a new one.
     """
     here = installed()
     packages = here if packages is None else packages
     torch = torch or here.get("torch") or "99.0"
     if facts is None:
-        return Choice("sdpa", "nobody has checked another attention with this family")
+        return Choice("sdpa", "no other attention is verified for this family")
     if facts.softcap or facts.sinks:
-        what = "capped scores" if facts.softcap else "attention sinks"
-        return Choice("eager", f"{what}, which no kernel here computes")
+        feature = "capped scores" if facts.softcap else "attention sinks"
+        return Choice("eager", f"{feature}, which no kernel here computes")
     if not facts.packing_safe:
-        return Choice("sdpa", f"{facts.model_type} has no other that is known to be right")
+        return Choice("sdpa", f"no other is verified for {facts.model_type}")
     varlen = _version(torch) >= VARLEN_TORCH
     if device.kind == "cpu":
         if varlen:
-            return Choice(VARLEN, "each document by itself, no mask of all pairs")
+            return Choice(VARLEN, "each document separately, no mask of all pairs")
         return Choice("sdpa", f"torch {torch} has no variable-length attention")
     capability = device.capability or (0, 0)
     if precision == "float32" or capability < (8, 0):
@@ -88,22 +88,22 @@ def attention(
     if facts.head_dim > 256:
         return Choice("sdpa", f"heads of {facts.head_dim} are wider than flash kernels take")
     if varlen:
-        return Choice(VARLEN, "torch's own flash kernel, each document by itself")
+        return Choice(VARLEN, "torch's own flash kernel, each document separately")
     return Choice("flex_attention", f"torch {torch} has no variable-length kernel with a window")
 
 
-def judge(asked: str | None, device: Device) -> None:
-    """Raise SpecError for an attention of the config that cannot be had on this very machine."""
-    if asked is None:
+def refuse_unavailable(attention: str | None, device: Device) -> None:
+    """Raise SpecError for an attention of the config that this machine cannot run."""
+    if attention is None:
         return
-    what = ""
-    if asked in FLASH and FLASH[asked][0] not in installed():
-        what = f"{asked} needs the package {FLASH[asked][0]}, which is not installed"
-    elif device.kind == "cpu" and (asked in FLASH or asked == "flex_attention"):
-        what = f"{asked} does not train on a processor"
-    if what:
+    fact = ""
+    if attention in FLASH and FLASH[attention][0] not in installed():
+        fact = f"{attention} needs the package {FLASH[attention][0]}, which is not installed"
+    elif device.kind == "cpu" and (attention in FLASH or attention == "flex_attention"):
+        fact = f"{attention} does not train on a CPU"
+    if fact:
         change = "leave it out: the fastest that suits model and machine is chosen"
-        raise SpecError.at("PLAN-112", "ModelConfig.attn_implementation", what, change)
+        raise SpecError.at("PLAN-112", "ModelConfig.attn_implementation", fact, change)
 
 
 def kernels(
@@ -111,8 +111,8 @@ def kernels(
 ) -> tuple[tuple[str, ...], str]:
     """The fused kernels to use, of FUSED and LIGER, and why.
 
-    Each computes what peft, trl and transformers compute, to rounding, and is left out of modules
-    that it does not fit.
+    Each computes what peft, trl and transformers compute, to rounding; modules that a kernel does
+    not fit stay as they are.
     """
     packages = installed() if packages is None else packages
     chosen: tuple[str, ...] = FUSED
@@ -127,7 +127,7 @@ def kernels(
 
 
 @dataclass(frozen=True)
-class Ways:
+class Backend:
     """How attention and the layers around it are computed."""
 
     attention: str
@@ -135,10 +135,8 @@ class Ways:
 
     @property
     def sized_as(self) -> Literal["varlen", "sdpa"]:
-        """The attention whose memory the ledger knows."""
-        if self.attention in BY_OFFSETS:
-            return "varlen"
-        return "sdpa"
+        """The attention whose memory coefficients apply."""
+        return "varlen" if self.attention in BY_OFFSETS else "sdpa"
 
 
 def choose(
@@ -150,8 +148,8 @@ def choose(
     dropout: float,
     dora: bool,
     reasons: dict[str, str],
-) -> Ways:
-    """The ways on `device`, where the settings leave them open; `reasons` gets why."""
+) -> Backend:
+    """The backend on `device`, by the settings first; adds to `reasons`."""
     chosen = attention(facts, device, precision=precision)
     name, reasons["attention"] = chosen.name, chosen.reason
     fused, reasons["kernels"] = kernels(device, dropout=dropout, dora=dora)
@@ -159,7 +157,7 @@ def choose(
         name, reasons["attention"] = settings.attention, "set in the config"
     if settings.fused is not None:
         fused, reasons["kernels"] = fused if settings.fused else (), "set in the config"
-    return Ways(name, fused)
+    return Backend(name, fused)
 
 
 def _version(text: str) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""What the plan must know of the base model, and what goes with no machine or method."""
+"""The base model as a plan sees it, and combinations that are not supported."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import Any
 from tuning import files, presets
 from tuning.errors import Problem, SpecError
 from tuning.plan import sizing
+from tuning.plan.coefficients import Coefficients
 from tuning.plan.device import Device
-from tuning.plan.memory import Coefficients
 from tuning.spec import Spec
 
 IMAGE = "oci:"  # before the name of an image that holds a base model
 DRAFT_LENGTH = 2048  # before the data was read
 
-LARGEST_ON_CPU = 10**9  # parameters; a step of a larger model takes minutes without a GPU
+LARGEST_ON_CPU = 10**9  # parameters; a step of a larger model takes minutes on a CPU
 
 
 @dataclass(frozen=True)
 class Base:
-    """What the plan must know of the base model; `facts` is None for an unknown family."""
+    """The base model as a plan sees it; `facts` is None for an unknown family."""
 
     name: str  # hub id, or "local"
     revision: str
@@ -32,14 +32,14 @@ class Base:
     unsized: str = ""  # why there are none
 
     def sized(self, device: Device) -> sizing.Model | None:
-        """What tells the memory of its training on `device`; None where nobody knows."""
+        """Shape and memory coefficients for `device`; None where they are unknown."""
         if self.simulated is not None:
             return sizing.Model(self.facts, self.simulated)
         return sizing.model(self.facts) if device.kind == "cuda" else None
 
     @property
     def context(self) -> int:
-        """The longest sequence it reads, in tokens."""
+        """The longest sequence, in tokens."""
         if self.facts:
             return self.facts.context
         return int(self.config.get("max_position_embeddings", DRAFT_LENGTH))
@@ -49,7 +49,7 @@ class Base:
         """Whether packed rows stay apart, and why."""
         if self.facts:
             return self.facts.packing_safe, self.facts.packing_reason
-        return False, "nobody has checked that this family keeps packed rows apart"
+        return False, "attention across packed rows is not verified for this family"
 
 
 def base_from_config(name: str, revision: str, config: dict[str, Any]) -> Base:
@@ -58,29 +58,26 @@ def base_from_config(name: str, revision: str, config: dict[str, Any]) -> Base:
 
 
 def declared_name(spec: Spec, config: Mapping[str, Any]) -> str:
-    """What the adapter calls its base, whose config.json is `config`.
+    """The name of the adapter's base, whose config.json is `config`.
 
-    The hub id that the spec names, also where its weights come from a folder or an image, unless
-    they are of another shape than the preset says: then the folder's or image's own name.
+    The hub id that the spec names, also for weights from a folder or an image, unless their shape
+    differs from the preset's: then the name of the folder or image.
     """
-    given = spec.base_model or spec.preset
-    if not Path(given).is_dir() and not given.startswith(IMAGE):
-        found = presets.find(given)
-        return found.hub_id if found else given
+    name = spec.base_model or spec.preset
+    is_folder = Path(name).is_dir()
+    if not is_folder and not name.startswith(IMAGE):
+        named = presets.find(name)
+        return named.hub_id if named else name
     preset = presets.find(spec.preset)
     if preset is None:
         return spec.preset
     if _shape(presets.facts(config)) == _shape(preset.facts):
         return preset.hub_id
-    return (
-        Path(given).resolve().name
-        if Path(given).is_dir()
-        else given.removeprefix(IMAGE).removeprefix("//")
-    )
+    return Path(name).resolve().name if is_folder else name.removeprefix(IMAGE).removeprefix("//")
 
 
 def _shape(facts: presets.Facts | None) -> tuple[int, ...] | None:
-    """What tells models of different sizes and families apart."""
+    """Sizes that distinguish models of a family and of others."""
     if facts is None:
         return None
     widths = (facts.hidden, facts.intermediate, facts.layers, facts.heads, facts.kv_heads)
@@ -134,7 +131,7 @@ def device_of(instance: str) -> Device:
 
 
 def refuse_unsupported(spec: Spec, base: Base, device: Device) -> None:
-    """Raise SpecError, with all reasons, for model, method and device that do not go together."""
+    """Raise SpecError, with all problems, for an unsupported model, method and device."""
     problems = []
     if base.facts and not (answer := presets.support(base.facts, spec.method)).supported:
         problems.append(Problem("PLAN-101", base.name, answer.reason, answer.change))
@@ -157,24 +154,24 @@ def refuse_unsupported(spec: Spec, base: Base, device: Device) -> None:
 
 
 def _unknown_modules(spec: Spec, base: Base) -> Iterator[Problem]:
-    """Targets and exclusions that are no projection of the model; named as for PEFT, by their end.
+    """Targets and exclusions that match no projection, by the end of a name as in PEFT.
 
-    A name that tells a layer is left to who sees the model itself.
+    A name with a layer number is checked on the loaded model.
     """
     names = [linear.name for linear in base.facts.linears] if base.facts else []
     known = sorted({name.rpartition(".")[2] for name in names})
     s = spec.settings
     if base.facts and (beyond := [n for n in s.layers or () if n >= base.facts.layers]):
-        what = f"names layer {beyond[0]}, and {base.name} has {base.facts.layers}, from 0"
-        yield Problem("PLAN-113", "LoraConfig.layers_to_transform", what, "name layers that exist")
-    for key, wanted in (
+        fact = f"names layer {beyond[0]}, and {base.name} has {base.facts.layers}, from 0"
+        yield Problem("PLAN-113", "LoraConfig.layers_to_transform", fact, "name layers that exist")
+    for key, parts in (
         ("target_modules", s.target_modules or ()),
         ("exclude_modules", s.exclude_modules or ()),
     ):
-        for part in wanted:
-            told = part in ("all-linear", "") or any(each.isdigit() for each in part.split("."))
-            if known and not told and part.rpartition(".")[2] not in known:
-                what = f"names {part!r}, which is no attention or MLP projection of {base.name}"
+        for part in parts:
+            skipped = part in ("all-linear", "") or any(each.isdigit() for each in part.split("."))
+            if known and not skipped and part.rpartition(".")[2] not in known:
+                fact = f"names {part!r}, which is no attention or MLP projection of {base.name}"
                 change = f"use some of {', '.join(known)}"
                 change += ", or leave it out: all are trained" if key == "target_modules" else ""
-                yield Problem("PLAN-111", f"LoraConfig.{key}", what, change)
+                yield Problem("PLAN-111", f"LoraConfig.{key}", fact, change)

@@ -25,7 +25,7 @@ SMALLEST_PACK, LARGEST_PACK = 256, 8192  # tokens of a packed row, unless a row 
 
 
 class Choices:
-    """Chosen values and why: what the user set wins, and the reason says so."""
+    """Reasons of chosen values; a value that the user set wins."""
 
     def __init__(self) -> None:
         self.reasons: dict[str, str] = {}
@@ -37,12 +37,12 @@ class Choices:
 
 
 def or_default(value: Any, default: Any) -> Any:
-    """`value`, or `default` where nothing is set; 0 and false are something."""
+    """`value`, or `default` for None; 0 and false are kept."""
     return default if value is None else value
 
 
 def precision(device: Device) -> tuple[str, str]:
-    """What `device` computes in, and why."""
+    """The precision for `device`, and the reason."""
     if device.bf16:
         return "bfloat16", f"{device.name} computes in bfloat16"
     if device.kind == "cuda":
@@ -64,7 +64,7 @@ def quantisation(spec: Spec, precision: str, pick: Pick) -> dict[str, Any] | Non
 
 @dataclass(frozen=True)
 class Packing:
-    """What turns tokenised rows into training rows; no GPU has a say in it."""
+    """How tokenised rows become training rows, on any device."""
 
     packing: bool
     max_length: int
@@ -75,7 +75,7 @@ class Packing:
 
     @classmethod
     def of(cls, recipe: Recipe) -> Packing:
-        """That of a recipe."""
+        """The packing of a recipe."""
         r = recipe
         return cls(r.packing, r.max_length, r.shuffle, r.seed, r.train_share)
 
@@ -130,10 +130,10 @@ def _max_length(base: Base, lengths: Lengths | None, packing: bool) -> tuple[int
     if not packing:
         return min(lengths.longest, context), f"the longest row has {lengths.longest:,} tokens"
     pack = min(LARGEST_PACK, max(SMALLEST_PACK, BATCH_ROWS * lengths.mean))
-    wanted = 1 << math.ceil(math.log2(max(lengths.longest, pack)))
-    if wanted > context:
-        return context, f"all the model reads; the longest row has {lengths.longest:,} tokens"
-    return wanted, f"holds the longest row ({lengths.longest:,} tokens) and some of mean length"
+    length = 1 << math.ceil(math.log2(max(lengths.longest, pack)))
+    if length > context:
+        return context, f"the model's context; the longest row has {lengths.longest:,} tokens"
+    return length, f"holds the longest row ({lengths.longest:,} tokens) and some of mean length"
 
 
 def batch(lengths: Lengths | None, max_length: int, packing: bool, gpus: int) -> tuple[int, str]:
@@ -148,4 +148,4 @@ def batch(lengths: Lengths | None, max_length: int, packing: bool, gpus: int) ->
 
 
 def _round(gpus: int) -> str:
-    return f", so many that they go round {gpus} GPUs" if gpus > 1 else ""
+    return f", a multiple of {gpus} GPUs" if gpus > 1 else ""

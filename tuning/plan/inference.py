@@ -16,8 +16,8 @@ from typing import Any, Literal
 from tuning import plan, presets
 from tuning.errors import SpecError
 from tuning.plan import memory, sizing
+from tuning.plan.coefficients import Coefficients, Method
 from tuning.plan.device import Device
-from tuning.plan.memory import Coefficients
 
 Precision = Literal["auto", "float32", "bfloat16", "float16", "4bit"]
 
@@ -108,7 +108,7 @@ def _hold(
     numbers = shape.coefficients.kept + shape.coefficients.packed
     tried = []
     for kind, method, bits, why in _ways(shape, here, precision):
-        weights = sum(memory.held(shape.coefficients, method=method, precision=kind))
+        weights = sum(memory.weight_bytes(shape.coefficients, method=method, precision=kind))
         width = 4 if kind == "float32" else 2
         left = _left(shape, here, weights + 4 * adapter_numbers, width, requests, bits)
         each = (shape.cached + shape.spread) * width + BATCH[here.kind] * (width + 8 * shape.heads)
@@ -131,7 +131,7 @@ def _hold(
     raise SpecError.at("SERVE-110", "--base", what, change)
 
 
-_Way = tuple[Literal["float32", "bfloat16", "float16"], memory.Method, str, str]
+_Way = tuple[Literal["float32", "bfloat16", "float16"], Method, str, str]
 
 
 def _ways(shape: _Shape, here: Device, precision: Precision) -> Iterator[_Way]:
@@ -139,7 +139,9 @@ def _ways(shape: _Shape, here: Device, precision: Precision) -> Iterator[_Way]:
     if here.kind == "cuda" and not here.bf16:
         half = "float16"
     if precision == "auto":
-        small = sum(memory.held(shape.coefficients, method="lora", precision="float32")) < SMALL
+        small = (
+            sum(memory.weight_bytes(shape.coefficients, method="lora", precision="float32")) < SMALL
+        )
         if here.kind == "cpu" and (small or not here.bf16):
             why = "a small model" if small else "this processor has no bfloat16 arithmetic"
             yield "float32", "lora", "32 bits", f"float32: {why}"
@@ -159,7 +161,10 @@ def _left(shape: _Shape, here: Device, held: int, width: int, requests: int, bit
     token = (8 * shape.hidden + 3 * shape.inner) * max(width, 4)
     logits = 4 * 4 * requests * shape.vocab  # as they come, in float32, chosen from, sorted
     unpacked = 2 * shape.hidden * shape.inner if bits == "4 bits" else 0
-    step = BATCH[here.kind] * token + logits + unpacked
+    copied = 0  # a weight that oneDNN repacks for a product, see `memory.repacked`
+    if here.kind == "cpu" and here.bf16 and width == 2:
+        copied = 2 * shape.hidden * max(shape.vocab, 2 * shape.inner)
+    step = BATCH[here.kind] * token + logits + unpacked + copied
     free = int(here.memory_bytes * (1 - sizing.HEADROOM))
     return max(0, free - fixed - held - step)
 

@@ -15,6 +15,7 @@ from tuning.plan.choices import (
     RANK,
     WARMUP_SHARE,
     Choices,
+    Pick,
     batch,
     or_default,
     precision,
@@ -32,19 +33,45 @@ EVALUATIONS = 10  # of a run that keeps its best weights, unless eval_steps says
 def make(
     spec: Spec, base: Base, device: Device, *, lengths: Lengths | None, versions: dict[str, str]
 ) -> Plan:
-    """Decide everything that can be decided before packing; steps come with `freeze`.
+    """The plan before packing; `freeze` adds the steps. `lengths` None makes a draft.
 
-    Raises SpecError for what cannot work together. `lengths` None makes a draft.
+    Raises SpecError for a combination that cannot work.
     """
     refuse_unsupported(spec, base, device)
     s, choices = spec.settings, Choices()
-    pick = choices.pick
+    recipe = _recipe(spec, base, device, choices.pick, lengths=lengths, versions=versions)
+    if s.eval_steps and recipe.eval_steps is None:
+        choices.reasons["eval_steps"] = "ignored: there is no evaluation split (train_test_split)"
+    if s.max_length is None:
+        recipe = placing.shortened(recipe, base, device, spec, lengths, choices.reasons)
+    if device.capability:
+        major, minor = device.capability
+        reason = f"the newest build of torch for compute capability {major}.{minor}"
+        choices.reasons["engine"] = reason
+    placement, fit = place(
+        recipe, base, device, spec=spec, lengths=lengths, reasons=choices.reasons
+    )
+    if s.max_steps:
+        choices.reasons["steps"] = "set in the config"
+        choices.reasons["epochs"] = "max_steps decides"
+    return Plan(recipe, placement, device, choices.reasons, lengths, fit=fit)
+
+
+def _recipe(
+    spec: Spec,
+    base: Base,
+    device: Device,
+    pick: Pick,
+    *,
+    lengths: Lengths | None,
+    versions: dict[str, str],
+) -> Recipe:
+    """The recipe without data and number of steps, each value by the user or by `pick`'s reason."""
+    s = spec.settings
     dtype = pick("precision", s.dtype, *precision(device))
     packed, max_length = row_shape(spec, base, lengths, pick)
-    user_batch = None
-    if s.micro_batch or s.accumulation:
-        user_batch = (s.micro_batch or 1) * (s.accumulation or 1) * device.count
-    recipe = Recipe(
+    usual = batch(lengths, max_length, packed, device.count)
+    return Recipe(
         base_model=base.name,
         base_revision=base.revision,
         data=(),
@@ -74,17 +101,11 @@ def make(
         packing=packed,
         train_on=pick("train_on", s.train_on, "assistant", "the answers are what should change"),
         chat_template=files.digest(s.chat_template.encode()) if s.chat_template else None,
-        columns={
-            name: value
-            for name in ("messages_column", "context_column", "response_column")
-            if (value := getattr(s, name)) is not None
-        },
+        columns=_columns(s),
         shuffle=or_default(s.shuffle, True),
         train_share=or_default(s.train_share, 1.0),
-        global_batch=pick(
-            "global_batch", user_batch, *batch(lengths, max_length, packed, device.count)
-        ),
-        epochs=pick("epochs", s.epochs, EPOCHS, "three looks at each row"),
+        global_batch=pick("global_batch", _user_batch(s, device), *usual),
+        epochs=pick("epochs", s.epochs, EPOCHS, "each row three times"),
         steps=s.max_steps or 0,
         seed=or_default(s.seed, 42),
         eval_steps=s.eval_steps if or_default(s.train_share, 1.0) < 1 else None,
@@ -93,21 +114,18 @@ def make(
         split_seed=s.shuffle_seed if or_default(s.train_share, 1.0) < 1 else None,
         versions=versions,
     )
-    if s.eval_steps and recipe.eval_steps is None:
-        choices.reasons["eval_steps"] = "nothing is held out (train_test_split), nothing to look at"
-    if s.max_length is None:
-        recipe = placing.shortened(recipe, base, device, spec, lengths, choices.reasons)
-    if device.capability:
-        major, minor = device.capability
-        reason = f"the newest build of torch for compute capability {major}.{minor}"
-        choices.reasons["engine"] = reason
-    placement, fit = place(
-        recipe, base, device, spec=spec, lengths=lengths, reasons=choices.reasons
-    )
-    if s.max_steps:
-        choices.reasons["steps"] = "set in the config"
-        choices.reasons["epochs"] = "max_steps decides"
-    return Plan(recipe, placement, device, choices.reasons, lengths, fit=fit)
+
+
+def _user_batch(settings: Settings, device: Device) -> int | None:
+    """The global batch that the user set, if any."""
+    if not settings.micro_batch and not settings.accumulation:
+        return None
+    return (settings.micro_batch or 1) * (settings.accumulation or 1) * device.count
+
+
+def _columns(settings: Settings) -> dict[str, str]:
+    names = ("messages_column", "context_column", "response_column")
+    return {name: value for name in names if (value := getattr(settings, name)) is not None}
 
 
 def _keeps_best(settings: Settings) -> bool:
@@ -117,16 +135,16 @@ def _keeps_best(settings: Settings) -> bool:
         raise SpecError.at(
             "PLAN-109",
             "TrainingArguments.load_best_model_at_end",
-            "needs held-out rows to choose by, and all rows are trained on",
+            "needs an evaluation split, and all rows are trained on",
             "set DatasetConfig.train_test_split below 1, such as 0.95, or leave it out",
         )
     return True
 
 
 def freeze(plan: Plan, spec: Spec, *, rows: int, data: tuple[str, ...]) -> Plan:
-    """The complete plan, now that the data is packed into `rows` training rows.
+    """The complete plan of data packed into `rows` training rows; fixes the run id.
 
-    `data` holds the sha256 of each file, in order. From here on the run id is fixed.
+    `data` holds the sha256 of each file, in order.
     """
     recipe, reasons = plan.recipe, dict(plan.reasons)
     per_epoch = math.ceil(rows / recipe.global_batch)
@@ -144,11 +162,11 @@ def freeze(plan: Plan, spec: Spec, *, rows: int, data: tuple[str, ...]) -> Plan:
     recipe = replace(recipe, steps=steps, warmup_steps=int(warmup_steps), data=data)
     if recipe.keep_best and recipe.eval_steps is None:
         recipe = replace(recipe, eval_steps=max(1, steps // EVALUATIONS))
-        reasons["eval_steps"] = "ten looks, so that there is something to choose from"
+        reasons["eval_steps"] = "ten evaluations to choose the best weights from"
     return replace(plan, recipe=recipe, reasons=reasons, rows=rows)
 
 
-def again(plan: Plan, recipe: Recipe, base: Base, spec: Spec, *, rows: int) -> Plan:
+def resume(plan: Plan, recipe: Recipe, base: Base, spec: Spec, *, rows: int) -> Plan:
     """A plan that keeps the frozen `recipe` and places it on the device of `plan`."""
     placement, fit = place(
         recipe, base, plan.device, spec=spec, lengths=plan.lengths, reasons=plan.reasons
@@ -157,7 +175,7 @@ def again(plan: Plan, recipe: Recipe, base: Base, spec: Spec, *, rows: int) -> P
 
 
 def is_enough(spec: Spec, here: Device) -> bool:
-    """Whether presets and the base's folder tell all that a draft wants to know."""
+    """Whether presets and the base's folder suffice for a draft, without hub or simulation."""
     device = device_of(spec.instance) if spec.instance else here
     try:
         return not placing.wants_simulation(known_base(spec), device)
@@ -166,11 +184,10 @@ def is_enough(spec: Spec, here: Device) -> bool:
 
 
 def draft(spec: Spec, *, here: Device, base: Base | None = None) -> Plan:
-    """The plan that the spec alone allows: no data, no weights, no network.
+    """The plan from the spec alone: no data, no weights, no network.
 
-    Sized for the spec's machine type if it names one, else for the device `here`. `base` is what is
-    known of the base model, where that is more than presets and a folder tell; without it a hub
-    model that is not among the presets is refused: Unknown, PLAN-107. Raises SpecError.
+    Sized for the spec's machine type if it names one, else for the device `here`. Without `base`
+    the base model must be a preset or a folder. Raises SpecError (Unknown, PLAN-107).
     """
     device = device_of(spec.instance) if spec.instance else here
     return make(spec, base or known_base(spec), device, lengths=None, versions={})

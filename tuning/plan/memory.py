@@ -1,140 +1,48 @@
-"""What a training step takes of a GPU's memory and time, by arithmetic: no torch, no weights.
+"""Memory estimate of a training step, by arithmetic: no torch, no weights.
 
-Memory. A simulation (`training.simulate`) has run a step of the real model class once and kept the
-few instants at which its memory can be highest. At each, the bytes of every kind are linear in the
-sizes of the step (tokens, rank, ...), so that
+A simulation (`training.simulate`) has run a step of the real model class and kept the moments at
+which its memory can be highest. At each, the bytes of every kind are linear in the sizes of the
+step (tokens, rank, ...), so that
 
-    peak = what stays + max over moments of (sum over sizes of coefficient x size)
+    peak = resident bytes + max over moments of (sum over sizes of coefficient x size)
 
-What stays (weights, adapters, optimizer) is counted exactly. `predict` says each term at the peak.
-
-Time is `seconds_per_token`, of `tuning.plan.speed`.
+Resident bytes (weights, adapters, optimizer) are counted exactly.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields, replace
-from functools import lru_cache
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Literal
 
-from tuning.plan.speed import operations_per_token, seconds_per_token
-from tuning.presets import CONFIGS
+from tuning.plan.coefficients import (
+    KINDS,
+    Attention,
+    Coefficients,
+    Method,
+    Precision,
+    Variant,
+    measures,
+)
 
-__all__ = [
-    "KINDS",
-    "SIZES",
-    "Attention",
-    "Coefficients",
-    "Ledger",
-    "Method",
-    "Moment",
-    "Precision",
-    "Unknown",
-    "Variant",
-    "from_json",
-    "held",
-    "load",
-    "measures",
-    "operations_per_token",
-    "predict",
-    "seconds_per_token",
-    "to_json",
-]
-
-Method = Literal["lora", "qlora"]
-Precision = Literal["bfloat16", "float16", "float32"]
-Attention = Literal["varlen", "sdpa", "eager"]
-
-KINDS = ("activations", "loss", "dequantisation", "gradients")
-SIZES = ("constant", "tokens", "tile", "rows", "pairs", "square", "rank", "rank_tokens")
-
-TILE_ROWS = 4096  # tokens that trl 1.16 scores at once
-FUSED_TILE_ROWS = {"cuda": 512, "cpu": 128}  # that ours does: a full product; what a cache holds
 BLOCK = 512  # bytes that the allocator rounds up to
 QUANT_BLOCK, QUANT_GROUP = 64, 256  # weights a constant, constants a constant of the second level
 
-# Outside of the tensors that the simulation sees. Estimates; nobody has measured them for this
-# project yet (`benchmarks/gpu_plan.py` does).
-CONTEXT_BYTES = 640 << 20  # CUDA context, kernels loaded, as nvidia-smi sees it
+# Outside of the tensors that the simulation sees. Estimates; not measured for this project yet
+# (`benchmarks/gpu_plan.py` does).
+CONTEXT_BYTES = 640 << 20  # CUDA context and loaded kernels, as nvidia-smi sees them
 WORKSPACE_BYTES = 32 << 20  # cuBLAS, inside torch's allocator: its default on Hopper
-SLACK = 0.03  # of what comes and goes in a step: fragmentation is reported as 1 to 3 %
+SLACK = 0.03  # of a step's allocations: fragmentation is reported as 1 to 3 %
 PROCESS_BYTES = 1 << 30  # on a CPU: the interpreter with torch, transformers and trl imported
 
 
-@dataclass(frozen=True)
-class Variant:
-    """A way to train that allocates otherwise than another: not its sizes."""
-
-    method: Method = "lora"
-    precision: Precision = "bfloat16"
-    attention: Attention = "varlen"
-    checkpointing: bool = True
-    dropout: bool = False
-    device: Literal["cuda", "cpu"] = "cuda"
-    single_row: bool = False  # some models run other operators on a batch of one row
-    fused: bool = False  # one-pass head, and fused LoRA unless there is dropout
-
-    @property
-    def adapters(self) -> Precision:
-        """Type of the LoRA weights: trl makes QLoRA's bfloat16, unless losses must be scaled."""
-        return "bfloat16" if (self.method, self.precision) == ("qlora", "bfloat16") else "float32"
-
-    @property
-    def tile(self) -> int:
-        """Tokens whose logits are there at once."""
-        return FUSED_TILE_ROWS[self.device] if self.fused else TILE_ROWS
-
-    @property
-    def stored(self) -> Variant:
-        """The variant whose coefficients hold for this one: LoRA in float16 is LoRA in bfloat16."""
-        if (self.method, self.precision) == ("lora", "float16"):
-            return replace(self, precision="bfloat16")
-        return self
-
-
-@dataclass(frozen=True)
-class Moment:
-    """An instant of a step at which its memory may be highest."""
-
-    name: str  # such as "backward of the last layer"
-    bytes: dict[str, tuple[float, ...]]  # kind -> one coefficient for each of SIZES
-
-    def at(self, sizes: tuple[float, ...]) -> dict[str, int]:
-        """Bytes of each kind for these sizes."""
-        return {
-            kind: round(max(0.0, _product(self.bytes.get(kind, _NONE), sizes))) for kind in KINDS
-        }
-
-
-_NONE = (0.0,) * len(SIZES)
-
-
-def _product(left: tuple[float, ...], right: tuple[float, ...]) -> float:
-    return sum(a * b for a, b in zip(left, right, strict=True))
-
-
-@dataclass(frozen=True)
-class Coefficients:
-    """All that is needed to size the training of one model."""
-
-    layers: int
-    kept: int  # numbers that are never packed: embeddings, head, norms, biases, towers
-    packed: int  # numbers that 4-bit loading packs
-    packed_modules: int  # in so many linear layers
-    buffers: int  # bytes of tensors that are no weights
-    adapters: dict[str, int]  # by projection: numbers for each unit of rank, in all layers
-    moments: dict[Variant, tuple[Moment, ...]]
-
-
 class Unknown(LookupError):
-    """These coefficients do not hold the variant that was asked for."""
+    """There are no coefficients for the requested variant."""
 
 
 @dataclass(frozen=True)
-class Ledger:
-    """Bytes at the highest moment of a step, by what they are for."""
+class MemoryEstimate:
+    """Bytes at the highest moment of a step, by purpose."""
 
     weights: int
     constants: int  # of the 4-bit blocks
@@ -146,11 +54,11 @@ class Ledger:
     dequantisation: int
     context: int
     slack: int
-    moment: str  # when the peak is
+    moment: str  # of the peak
 
     @property
     def terms(self) -> dict[str, int]:
-        """What each share is, for people, in the order of the fields -> bytes."""
+        """Label for people -> bytes, in the order of the fields."""
         return {label: getattr(self, name) for name, label in _LABELS.items()}
 
     @property
@@ -165,7 +73,7 @@ class Ledger:
 
     @property
     def step(self) -> int:
-        """Bytes that come and go within a step."""
+        """Bytes allocated and freed within a step."""
         return self.gradients + self.activations + self.loss + self.dequantisation
 
 
@@ -201,58 +109,63 @@ def predict(
     double_quant: bool = True,
     device: Literal["cuda", "cpu"] = "cuda",
     fused: bool = False,
-) -> Ledger:
-    """The memory of one process that trains micro-batches of `tokens` tokens.
+    repacks: bool = False,
+) -> MemoryEstimate:
+    """Memory of one process that trains micro-batches of `tokens` tokens. Raises Unknown.
 
-    `rows` is how many documents are packed into them with varlen attention, and else how many rows
-    of `tokens / rows` they are, padding included. `accumulating`: gradients of an earlier
-    micro-batch are still there. `fused`: with `tuning.models.kernels`. `ranks` above 1 adds
-    the buffers of DDP. Fewer `targets` (names of projections) take fewer adapters; what their
-    absence saves of activations is left out, so that the result is then an upper bound. Raises
-    Unknown.
+    `rows` is the number of packed documents with varlen attention, else of rows of `tokens / rows`,
+    padding included. `accumulating`: gradients of an earlier micro-batch are in memory. `ranks`
+    above 1 adds the buffers of DDP. `fused`: with `models.kernels`. `repacks`: the CPU library
+    copies 16-bit weights (see `repacked`). Fewer `targets` (names of projections) take fewer
+    adapters, and the activations of all: an upper bound.
     """
-    variant = Variant(
-        method, precision, attention, checkpointing, dropout > 0, device, fused=fused
-    ).stored
-    if variant not in coefficients.moments:  # made before there were kernels, which take less
-        variant = replace(variant, fused=False)
-    if rows == 1 and replace(variant, single_row=True) in coefficients.moments:
-        variant = replace(variant, single_row=True)
-    if variant not in coefficients.moments:
-        raise Unknown(f"no coefficients for {variant}")
-    count = rank * sum(_chosen(coefficients.adapters, targets).values())
-    adapters = count * (2 if variant.adapters == "bfloat16" else 4)
-    weights, constants = held(
+    variant = _stored(
+        coefficients,
+        Variant(method, precision, attention, checkpointing, dropout > 0, device, fused=fused),
+        rows=rows,
+    )
+    adapters = rank * sum(_chosen(coefficients.adapters, targets).values())
+    adapters *= 2 if variant.adapters == "bfloat16" else 4
+    weights, constants = weight_bytes(
         coefficients, method=method, precision=precision, double_quant=double_quant
     )
-    resident = {
-        "weights": weights,
-        "constants": constants,
-        "adapters": adapters,
-        "optimizer": round(adapters * _states(optimizer, variant.adapters)),
-    }
     sizes = measures(tokens=tokens, rows=rows, rank=rank, tile=variant.tile)
-    candidates = {
-        moment.name: _settled(moment.at(sizes), adapters, accumulating)
-        for moment in coefficients.moments[variant]
-    }
-    candidates["optimizer step"] = dict.fromkeys(KINDS, 0) | {"gradients": adapters}
-    name = max(candidates, key=lambda name: sum(candidates[name].values()))
-    shares = candidates[name]
+    earlier = {"gradients": adapters} if accumulating else {}
+    moments = {m.name: m.at(sizes) | earlier for m in coefficients.moments[variant]}
+    moments["optimizer step"] = dict.fromkeys(KINDS, 0) | {"gradients": adapters}
+    peak = max(moments, key=lambda name: sum(moments[name].values()))
+    step = moments[peak]
     if ranks > 1:  # DDP's buckets hold every gradient a second time
-        shares["gradients"] += adapters
+        step["gradients"] += adapters
     if device == "cuda":
-        shares["activations"] += WORKSPACE_BYTES
-    return Ledger(
-        **resident,
-        **shares,
-        context=CONTEXT_BYTES if device == "cuda" else PROCESS_BYTES,
-        slack=round(SLACK * sum(shares.values())),
-        moment=name,
+        step["activations"] += WORKSPACE_BYTES
+    outside = CONTEXT_BYTES if device == "cuda" else PROCESS_BYTES
+    return MemoryEstimate(
+        **step,
+        weights=weights,
+        constants=constants,
+        adapters=adapters,
+        optimizer=round(adapters * _states(optimizer, variant.adapters)),
+        context=outside + (repacked(coefficients) if repacks else 0),
+        slack=round(SLACK * sum(step.values())),
+        moment=peak,
     )
 
 
-def held(
+def _stored(coefficients: Coefficients, variant: Variant, *, rows: int) -> Variant:
+    """The variant with coefficients for a step of `variant`. Raises Unknown."""
+    variant = variant.stored
+    if variant not in coefficients.moments:  # simulated before there were kernels, which take less
+        variant = replace(variant, fused=False)
+    single = replace(variant, single_row=True)
+    if rows == 1 and single in coefficients.moments:
+        return single
+    if variant not in coefficients.moments:
+        raise Unknown(f"no coefficients for {variant}")
+    return variant
+
+
+def weight_bytes(
     coefficients: Coefficients,
     *,
     method: Method,
@@ -262,27 +175,20 @@ def held(
     """Bytes of the base model's weights, and of the constants of its 4-bit blocks."""
     packed = coefficients.packed if method == "qlora" else 0
     width = 4 if precision == "float32" else 2
-    whole = coefficients.kept + coefficients.packed - packed
+    unpacked = coefficients.kept + coefficients.packed - packed
     constants = _constants(packed, coefficients.packed_modules, double_quant) if packed else 0
-    return whole * width + -(-packed // 2) + coefficients.buffers, constants
+    return unpacked * width + -(-packed // 2) + coefficients.buffers, constants
 
 
-def measures(*, tokens: int, rows: int, rank: int, tile: int = TILE_ROWS) -> tuple[float, ...]:
-    """The sizes of a step, as SIZES names them; `tile` is the most tokens scored at once."""
-    return (
-        1.0,
-        float(tokens),
-        float(min(tokens, tile)),
-        float(rows),
-        tokens * tokens / rows,
-        tokens * tokens / rows / rows,
-        float(rank),
-        float(rank * tokens),
-    )
+def repacked(coefficients: Coefficients) -> int:
+    """Bytes of the largest 16-bit weight: what oneDNN may take on a CPU beside the tensors.
 
-
-def _settled(shares: dict[str, int], adapters: int, accumulating: bool) -> dict[str, int]:
-    return shares | ({"gradients": adapters} if accumulating else {})
+    With AMX it computes a product from a copy of the weight in blocks of its own, made for each
+    call, forward and backward, and freed after it. An upper bound: a projection has no more numbers
+    than the squared mean of its inputs and outputs, and the head is among those never packed.
+    """
+    widest = max(coefficients.adapters.values(), default=0) / coefficients.layers
+    return 2 * max(coefficients.kept, round((widest / 2) ** 2))
 
 
 def _chosen(adapters: dict[str, int], targets: Iterable[str] | None) -> dict[str, int]:
@@ -302,7 +208,7 @@ def _constants(packed: int, modules: int, double: bool) -> int:
 
 
 def _states(optimizer: str, adapters: Precision) -> float:
-    """Bytes of optimizer state for each byte of LoRA weights; of AdamW if it is not known."""
+    """Bytes of optimizer state for each byte of LoRA weights; AdamW's for an unknown optimizer."""
     width = 2 if adapters == "bfloat16" else 4
     if "8bit" in optimizer:
         one = (1 + 4 / 256) / width  # a byte a number, a scale for each 256
@@ -310,51 +216,3 @@ def _states(optimizer: str, adapters: Precision) -> float:
     if optimizer == "sgd":
         return 0.0
     return 1.0 if optimizer.startswith("lion") else 2.0
-
-
-@lru_cache(maxsize=64)  # read once: the operator plans by the hundred
-def load(name: str) -> Coefficients | None:
-    """The coefficients of the preset `name`; None for one without."""
-    path = CONFIGS / "memory" / f"{name}.json"
-    return from_json(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
-
-
-def to_json(coefficients: Coefficients) -> dict[str, Any]:
-    """For a file; `from_json` is the way back. Coefficients of zero are left out."""
-    record = {field.name: getattr(coefficients, field.name) for field in fields(coefficients)}
-    moments = [
-        asdict(variant) | {"moments": [_moment_to_json(moment) for moment in found]}
-        for variant, found in coefficients.moments.items()
-    ]
-    return record | {"moments": moments}
-
-
-def _moment_to_json(moment: Moment) -> dict[str, Any]:
-    return {"name": moment.name} | {
-        kind: {size: _short(value) for size, value in zip(SIZES, values, strict=True) if value}
-        for kind, values in moment.bytes.items()
-    }
-
-
-def _short(value: float) -> float:
-    return int(value) if value == int(value) else value
-
-
-def from_json(record: dict[str, Any]) -> Coefficients:
-    """The coefficients that `to_json` made a record of."""
-    moments = {}
-    for entry in record["moments"]:
-        variant = Variant(**{k: v for k, v in entry.items() if k != "moments"})
-        moments[variant] = tuple(_moment(value) for value in entry["moments"])
-    return Coefficients(**(record | {"moments": moments}))
-
-
-def _moment(record: dict[str, Any]) -> Moment:
-    return Moment(
-        record["name"],
-        {
-            kind: tuple(float(values.get(size, 0)) for size in SIZES)
-            for kind, values in record.items()
-            if kind != "name"
-        },
-    )

@@ -1,4 +1,4 @@
-"""How one machine carries a recipe out: never changes the run id, may differ at each start."""
+"""How one machine runs a recipe: never changes the run id, may differ at each start."""
 
 from __future__ import annotations
 
@@ -6,18 +6,17 @@ from dataclasses import replace
 
 from tuning import presets
 from tuning.errors import SpecError
-from tuning.plan import backends, choices, sizing
+from tuning.plan import backends, choices, memory, sizing
 from tuning.plan.base import Base
 from tuning.plan.choices import batch
+from tuning.plan.coefficients import Variant
 from tuning.plan.device import Device
-from tuning.plan.memory import Unknown, Variant
 from tuning.plan.sizing import Fit
 from tuning.plan.values import Lengths, Placement, Recipe
 from tuning.spec import Settings, Spec
 
 SMALL_ON_CPU = 50 * 10**6  # parameters
-
-SHORTEST = 512  # tokens: rows are not made shorter than this to fit a GPU
+SHORTEST = 512  # tokens of a row that is shortened to fit a GPU
 
 
 def place(
@@ -29,37 +28,25 @@ def place(
     lengths: Lengths | None,
     reasons: dict[str, str],
 ) -> tuple[Placement, Fit | None]:
-    """How `device` carries out `recipe`, and what that takes where it is known.
+    """The placement of `recipe` on `device`, and its memory and speed where they are known.
 
-    On a GPU, for a model whose memory is known, the fastest placement that fits; on a CPU the usual
-    one, or the next smaller that fits. Raises SpecError (PLAN-120) when none does, with the
-    smallest machine that would hold it.
+    On a GPU, for a model of known memory, the fastest placement that fits; on a CPU the usual one,
+    or the next smaller that fits. Raises SpecError (PLAN-120) when none does, naming the smallest
+    machine that would.
     """
     settings, model = spec.settings, base.sized(device)
     ranks = _ranks(recipe.global_batch, device, reasons)
-    share = recipe.global_batch // ranks  # of each rank, in a step
+    share = recipe.global_batch // ranks  # rows of each rank in a step
     micro_batch, checkpointing, fit = _unsized(recipe, settings, share, reasons), False, None
-    ways = _ways(recipe, base, device, settings, reasons)
+    backend = _backend(recipe, base, device, settings, reasons)
     if model is not None:
-        demand = _demand(recipe, settings, lengths, device, ways, ranks=ranks)
-        if device.kind == "cuda":
-            fit = sizing.best(model, demand, device.gpu, memory=device.memory_bytes)
-        else:
-            fit = sizing.first(model, demand, micro_batch, memory=device.memory_bytes)
-        if fit is None:
-            raise _does_not_fit(model, demand, base, device)
+        demand = _demand(recipe, settings, lengths, device, backend, ranks=ranks)
+        fit = _fit(model, demand, base, device, micro_batch, reasons)
         micro_batch, checkpointing = fit.micro_batch, fit.checkpointing
-        taken = f"{fit.ledger.total / 2**30:.1f} of {device.memory_bytes / 2**30:.1f} GiB"
-        if fit.seconds_per_token is not None:
-            reasons["speed"] = "a roofline from the card's datasheet; the run measures it"
-        how = "the fastest that fits" if device.kind == "cuda" else "fits"
-        reasons["micro_batch"] = f"{how}: {taken}"
-        why = "nothing smaller would fit" if checkpointing else "it fits without; saves a third"
-        reasons["checkpointing"] = why
     elif device.kind == "cuda":
         checkpointing = True
-        unsized = base.unsized or "nobody has sized this model"
-        reasons["checkpointing"] = f"{unsized}: the careful way"
+        unsized = base.unsized or "this model's memory is unknown"
+        reasons["checkpointing"] = f"{unsized}: the safe choice"
     if settings.checkpointing is not None:
         checkpointing = settings.checkpointing
         reasons["checkpointing"] = "set in the config"
@@ -69,62 +56,90 @@ def place(
         micro_batch=micro_batch,
         accumulation=share // micro_batch,
         checkpointing=checkpointing,
-        attention=ways.attention,
-        kernels=ways.kernels,
+        attention=backend.attention,
+        kernels=backend.kernels,
         threads=_threads(base, device, reasons),
     )
     return placement, fit
 
 
+def _fit(
+    model: sizing.Model,
+    demand: sizing.Demand,
+    base: Base,
+    device: Device,
+    micro_batch: int,
+    reasons: dict[str, str],
+) -> Fit:
+    """The placement of `demand` on `device`, of `micro_batch` rows or fewer on a CPU."""
+    free = device.memory_bytes
+    if device.kind == "cuda":
+        fit, how = sizing.best(model, demand, device.gpu, free_bytes=free), "the fastest that fits"
+    else:
+        fit, how = sizing.first(model, demand, micro_batch, free_bytes=free), "fits"
+    if fit is None:
+        raise _does_not_fit(model, demand, base, device)
+    if fit.seconds_per_token is not None:
+        reasons["speed"] = "a roofline from the card's datasheet; the run measures it"
+    reasons["micro_batch"] = f"{how}: {fit.memory.total / 2**30:.1f} of {free / 2**30:.1f} GiB"
+    if demand.repacks:
+        copy = memory.repacked(model.coefficients) / 2**30
+        reasons["micro_batch"] += f", {copy:.1f} of it for a weight that oneDNN repacks"
+    reasons["checkpointing"] = (
+        "nothing smaller would fit" if fit.checkpointing else "it fits without; saves a third"
+    )
+    return fit
+
+
 def wants_simulation(base: Base, device: Device) -> bool:
-    """Whether the model is worth a simulation: nothing else tells whether it fits `device`."""
+    """Whether only a simulation can tell whether the model fits `device`."""
     small = base.facts is not None and base.facts.parameters < SMALL_ON_CPU
     return base.sized(device) is None and not (device.kind == "cpu" and small)
 
 
 def variants(spec: Spec, base: Base, device: Device) -> list[Variant]:
-    """The ways to train that a plan for `device` chooses among."""
+    """The variants that a plan for `device` chooses among."""
     settings = spec.settings
     precision = settings.dtype or choices.precision(device)[0]
     dropout = settings.dropout or 0.0
     dora = bool(settings.dora)
-    ways = backends.choose(
+    backend = backends.choose(
         settings, base.facts, device, precision=precision, dropout=dropout, dora=dora, reasons={}
     )
     return [
         Variant(
             spec.method,
             precision,  # type: ignore[arg-type]
-            ways.sized_as,
+            backend.sized_as,
             checkpointing,
             dropout > 0,
             device.kind,
-            fused=bool(ways.kernels),
+            fused=bool(backend.kernels),
         )
         for checkpointing in (False, True)
     ]
 
 
 def fallbacks(placement: Placement) -> list[Placement]:
-    """`placement`, and what takes less memory, step by step: half the rows, then checkpointing.
+    """`placement`, then those of less memory: half the rows each time, then checkpointing.
 
-    The global batch stays what it is, and so does the run id.
+    The global batch, and so the run id, stays the same.
     """
-    found = [placement]
+    placements = [placement]
     rows = placement.micro_batch * placement.accumulation
-    while (last := found[-1]).micro_batch > 1:
+    while (last := placements[-1]).micro_batch > 1:
         fewer = _divisor(rows, last.micro_batch // 2)
-        found.append(replace(last, micro_batch=fewer, accumulation=rows // fewer))
+        placements.append(replace(last, micro_batch=fewer, accumulation=rows // fewer))
     if not placement.checkpointing:
-        found.append(replace(found[-1], checkpointing=True))
-    return found
+        placements.append(replace(placements[-1], checkpointing=True))
+    return placements
 
 
 def disk_bytes(recipe: Recipe, base: Base) -> int:
-    """Bytes that training leaves in the run directory at the most; 0 for an unknown family.
+    """Most bytes that training writes to the run directory; 0 for an unknown family.
 
-    Three checkpoints (two are kept while one is written) of weights and two moments, the adapter
-    twice while it is put in place, and its image.
+    Three checkpoints (two are kept while one is written) of weights and two optimizer moments, the
+    adapter twice while it is put in place, and its image.
     """
     if base.facts is None:
         return 0
@@ -133,31 +148,31 @@ def disk_bytes(recipe: Recipe, base: Base) -> int:
         for linear in base.facts.linears
         if recipe.targets is None or linear.name.rpartition(".")[2] in recipe.targets
     ]
-    a_layer = recipe.rank * sum(linear.inputs + linear.outputs for linear in chosen)
+    per_layer = recipe.rank * sum(linear.inputs + linear.outputs for linear in chosen)
     layers = base.facts.layers if recipe.layers is None else len(recipe.layers)
-    return a_layer * layers * 4 * (3 * 3 + 2 + 1)
+    return per_layer * layers * 4 * (3 * 3 + 2 + 1)
 
 
 def _threads(base: Base, device: Device, reasons: dict[str, str]) -> int | None:
-    """Threads of one operator on a CPU; None leaves the choice to torch."""
+    """Intra-op threads on a CPU; None leaves the choice to torch."""
     if device.kind == "cuda" or base.facts is None or base.facts.parameters >= SMALL_ON_CPU:
         return None
-    reasons["threads"] = "operators of a model this small wait longer for threads than they work"
+    reasons["threads"] = "operators of a model this small wait longer for threads than they compute"
     return 1
 
 
 def _ranks(rows: int, device: Device, reasons: dict[str, str]) -> int:
-    """How many GPUs share the rows of a step: as many as there are, if the rows go round."""
+    """GPUs that share the rows of a step: the most that divide them."""
     ranks = _divisor(rows, device.count)
     if device.count > 1:
-        reasons["ranks"] = "one for each GPU: each trains other rows of a step"
+        reasons["ranks"] = "one for each GPU: each trains different rows of a step"
         if ranks < device.count:
-            reasons["ranks"] = f"{rows} rows a step do not go round {device.count} GPUs"
+            reasons["ranks"] = f"{device.count} GPUs do not divide {rows} rows a step"
     return ranks
 
 
 def _unsized(recipe: Recipe, settings: Settings, share: int, reasons: dict[str, str]) -> int:
-    """A micro-batch where memory is no question, or nobody knows the answer."""
+    """The micro-batch before memory is considered, or where it is unknown."""
     if settings.micro_batch:
         reasons["micro_batch"] = "set in the config"
         return _divisor(share, settings.micro_batch)
@@ -168,10 +183,9 @@ def _unsized(recipe: Recipe, settings: Settings, share: int, reasons: dict[str, 
     return _divisor(share, 4)
 
 
-def _ways(
+def _backend(
     recipe: Recipe, base: Base, device: Device, settings: Settings, reasons: dict[str, str]
-) -> backends.Ways:
-    """How attention and the layers around it are computed on `device`, and why."""
+) -> backends.Backend:
     return backends.choose(
         settings,
         base.facts,
@@ -188,7 +202,7 @@ def _demand(
     settings: Settings,
     lengths: Lengths | None,
     device: Device,
-    ways: backends.Ways,
+    backend: backends.Backend,
     *,
     ranks: int = 1,
 ) -> sizing.Demand:
@@ -199,8 +213,8 @@ def _demand(
         rank=recipe.rank,
         dropout=recipe.dropout,
         optimizer=recipe.optimizer,
-        attention=ways.sized_as,
-        fused=bool(ways.kernels),
+        attention=backend.sized_as,
+        fused=bool(backend.kernels),
         double_quant=bool(quantisation.get("double", True)),
         targets=recipe.targets,
         length=recipe.max_length,
@@ -208,6 +222,7 @@ def _demand(
         ranks=ranks,
         packed=recipe.packing,
         device=device.kind,
+        repacks=device.kind == "cpu" and device.bf16 and recipe.precision != "float32",
         span=lengths.mean if lengths else float(recipe.max_length),
         micro_batch=settings.micro_batch,
         checkpointing=settings.checkpointing,
@@ -222,16 +237,16 @@ def shortened(
     lengths: Lengths | None,
     reasons: dict[str, str],
 ) -> Recipe:
-    """The recipe with rows short enough for the GPU, where the user left their length to us."""
+    """The recipe with rows short enough for the GPU, where the user did not set their length."""
     model = base.sized(device)
     if model is None:
         return recipe
-    whole, ways = recipe, _ways(recipe, base, device, spec.settings, {})
+    original, backend = recipe, _backend(recipe, base, device, spec.settings, {})
     while recipe.max_length > SHORTEST:
-        demand = _demand(recipe, spec.settings, lengths, device, ways)
+        demand = _demand(recipe, spec.settings, lengths, device, backend)
         if sizing.smallest(model, demand, device.gpu).fits(device.memory_bytes):
             return recipe
-        reasons["max_length"] = f"{whole.max_length} would not fit the memory of {device.name}"
+        reasons["max_length"] = f"{original.max_length} would not fit the memory of {device.name}"
         recipe = replace(recipe, max_length=recipe.max_length // 2)
         if spec.settings.micro_batch is None and spec.settings.accumulation is None:
             rows, reasons["global_batch"] = batch(
@@ -244,7 +259,7 @@ def shortened(
 def _does_not_fit(
     model: sizing.Model, demand: sizing.Demand, base: Base, device: Device
 ) -> SpecError:
-    least = sizing.smallest(model, demand, device.gpu).ledger
+    least = sizing.smallest(model, demand, device.gpu).memory
     terms = sorted(least.terms.items(), key=lambda term: -term[1])[:2]
     largest = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in terms)
     free = device.memory_bytes / 2**30
@@ -267,10 +282,10 @@ def _does_not_fit(
 def _fits(model: sizing.Model, demand: sizing.Demand, device: Device) -> bool:
     try:
         return sizing.smallest(model, demand, device.gpu).fits(device.memory_bytes)
-    except Unknown:  # of a simulated model only the asked ways are known
+    except memory.Unknown:  # only the requested variants were simulated
         return False
 
 
 def _divisor(number: int, at_most: int) -> int:
-    """The largest divisor of `number` that is not above `at_most`."""
+    """The largest divisor of `number` up to `at_most`."""
     return next(n for n in range(min(number, max(1, at_most)), 0, -1) if number % n == 0)

@@ -18,8 +18,7 @@ from typing import Any
 
 from tuning import files, process
 from tuning.errors import SpecError
-from tuning.plan import memory
-from tuning.plan.memory import Coefficients, Variant
+from tuning.plan.coefficients import Coefficients, Variant, from_json
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +50,7 @@ def coefficients(
     kept = (cache or files.cache_folder() / "memory") / f"{_key(config, asked)}.json"
     if kept.is_file():
         with suppress(ValueError, KeyError, TypeError):
-            return memory.from_json(files.read_json(kept))
+            return from_json(files.read_json(kept))
     begin()
     with tempfile.TemporaryDirectory(prefix="tuning-") as scratch:
         try:
@@ -70,7 +69,7 @@ def coefficients(
     with suppress(OSError):  # a read-only home is no reason not to plan
         kept.parent.mkdir(parents=True, exist_ok=True)
         files.write_json(kept, answer["coefficients"])
-    return memory.from_json(answer["coefficients"])
+    return from_json(answer["coefficients"])
 
 
 def _key(config: dict[str, Any], variants: list[dict[str, Any]]) -> str:

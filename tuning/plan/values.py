@@ -1,4 +1,4 @@
-"""The values of a plan: recipe, placement, and what they were made from."""
+"""The values of a plan: recipe, placement, lengths."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tuning import files
 from tuning.plan.device import Device
 from tuning.plan.sizing import Fit
 
-SHARED = 0.97  # of their speed alone is left to GPUs that add up gradients; reported elsewhere
+DDP_EFFICIENCY = 0.97  # speed of a GPU that shares its gradients; reported elsewhere
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class Recipe:
     steps: int
     seed: int
     eval_steps: int | None
-    keep_best: bool = False  # the weights with the lowest held-out loss, not the last ones
+    keep_best: bool = False  # the weights with the lowest evaluation loss, not the last ones
     over_length: str | None = None  # None: auto
-    split_seed: int | None = None  # of the held-out rows; None: the seed
+    split_seed: int | None = None  # of the evaluation split; None: the seed
     versions: dict[str, str] = field(
         default_factory=dict
     )  # torch, transformers, trl, peft, bitsandbytes
@@ -61,15 +61,15 @@ class Recipe:
     @property
     def run_id(self) -> str:
         """sha256 of the canonical recipe, 64 hexadecimal digits."""
-        told = asdict(self)
+        record = asdict(self)
         for name in ("over_length", "split_seed"):  # unknown to earlier versions
-            if told[name] is None:
-                del told[name]
-        return files.digest(files.canonical(told))
+            if record[name] is None:
+                del record[name]
+        return files.digest(files.canonical(record))
 
 
 def recipe_from_json(record: dict[str, Any]) -> Recipe:
-    """The recipe that `dataclasses.asdict` and JSON made a dictionary of."""
+    """The recipe in a record of `dataclasses.asdict`."""
     tuples = ("data", "targets", "exclude", "layers", "betas")
     fixed = {k: tuple(record[k]) for k in tuples if record[k] is not None}
     return Recipe(**(record | fixed))
@@ -77,7 +77,7 @@ def recipe_from_json(record: dict[str, Any]) -> Recipe:
 
 @dataclass(frozen=True)
 class Placement:
-    """How this machine carries the recipe out; derived again at will."""
+    """How one machine runs the recipe; derived again at each start."""
 
     device: Literal["cuda", "cpu"]
     ranks: int
@@ -90,13 +90,13 @@ class Placement:
 
 
 def placement_from_json(record: dict[str, Any]) -> Placement:
-    """The placement that `dataclasses.asdict` and JSON made a dictionary of."""
+    """The placement in a record of `dataclasses.asdict`."""
     return Placement(**record | {"kernels": tuple(record.get("kernels") or ())})
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """What tokenising found, in tokens a row."""
+    """Lengths of the tokenised rows."""
 
     rows: int
     tokens: int
@@ -112,8 +112,8 @@ class Lengths:
 class Plan:
     """A recipe, a placement, and the reason of each number.
 
-    Made from the spec alone it is a draft (`rows` is None): lengths are upper bounds and the number
-    of steps is not known. `freeze` completes it.
+    A plan from the spec alone is a draft (`rows` is None): lengths are upper bounds, the number of
+    steps is unknown. `freeze` completes it.
     """
 
     recipe: Recipe
@@ -122,7 +122,7 @@ class Plan:
     reasons: dict[str, str]
     lengths: Lengths | None = None
     rows: int | None = None  # training rows after packing
-    fit: Fit | None = None  # its memory and speed, where they can be foretold
+    fit: Fit | None = None  # its memory and speed, where they can be predicted
 
     @property
     def seconds(self) -> float | None:
@@ -138,17 +138,17 @@ class Plan:
         if self.fit is None or self.fit.seconds_per_token is None:
             return None
         ranks = self.placement.ranks
-        return ranks * (SHARED if ranks > 1 else 1.0) / self.fit.seconds_per_token
+        return ranks * (DDP_EFFICIENCY if ranks > 1 else 1.0) / self.fit.seconds_per_token
 
-    def foretold(self) -> dict[str, Any]:
-        """What a run is compared with: None where nobody knows.
+    def predicted(self) -> dict[str, Any]:
+        """Predictions to compare a run with; None where unknown.
 
-        `peak_bytes` is what torch allocates at its peak, on a CPU what the process takes.
+        `peak_bytes` counts torch's allocations, on a CPU the whole process.
         """
-        ledger = self.fit.ledger if self.fit else None
+        memory = self.fit.memory if self.fit else None
         cuda = self.placement.device == "cuda"
         return {
-            "peak_bytes": ledger and (ledger.allocated if cuda else ledger.total),
+            "peak_bytes": memory and (memory.allocated if cuda else memory.total),
             "tokens_per_second": self.tokens_per_second,
             "seconds": self.seconds,
         }
@@ -171,11 +171,11 @@ class Plan:
 def _memory_json(plan: Plan) -> dict[str, Any] | None:
     if plan.fit is None:
         return None
-    ledger = plan.fit.ledger
+    memory = plan.fit.memory
     return {
-        "terms": ledger.terms,
-        "total": ledger.total,
-        "allocated": plan.foretold()["peak_bytes"],
+        "terms": memory.terms,
+        "total": memory.total,
+        "allocated": plan.predicted()["peak_bytes"],
         "free": plan.device.memory_bytes,
-        "moment": ledger.moment,
+        "moment": memory.moment,
     }

@@ -28,7 +28,7 @@ from peft.utils.integrations import dequantize_module_weight
 
 from tuning import adapter as adapters
 from tuning.errors import Problem, SpecError
-from tuning.models import load as models
+from tuning.models.lora import projections
 
 PREFIX = "base_model.model."
 FLOATS = frozenset({"F16", "BF16", "F32"})
@@ -50,7 +50,7 @@ def load(found: adapters.Adapter, model: Any) -> dict[str, Part]:
     number that is not finite.
     """
     path = found.folder / adapters.WEIGHTS
-    layers = {name: model.get_submodule(name) for name in models.projections(model)}
+    layers = {name: model.get_submodule(name) for name in projections(model)}
     problems = [*_misfits(found, layers)]
     if problems:
         raise SpecError(problems)

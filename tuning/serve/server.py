@@ -28,7 +28,7 @@ import uvicorn
 
 from tuning import files
 from tuning.console import Console
-from tuning.models import load as models
+from tuning.models.load import load_base, load_tokenizer, read_config
 from tuning.plan import device, inference
 from tuning.serve import adapters, api, guard, listening, runner
 from tuning.serve.engine import Engine
@@ -187,9 +187,9 @@ async def _apart(work: Callable[[], T]) -> T:
 
 def _make(options: Options, console: Console) -> Loaded:
     folder = options.weights()
-    models.read_config(folder)  # says what is wrong with it
+    read_config(folder)  # says what is wrong with it
     config = files.read_json(folder / "config.json")
-    tokenizer = models.load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     here = device.detect()
     with ExitStack() as held:
         renderer = Renderer()
@@ -214,7 +214,7 @@ def _make(options: Options, console: Console) -> Loaded:
         console.say(_summary(options.base, holding, here))
         if holding.threads:
             torch.set_num_threads(holding.threads)
-        model = models.load_base(
+        model = load_base(
             folder,
             precision=holding.precision,
             quantisation=holding.quantisation,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from tuning.plan.memory import FUSED_TILE_ROWS
+from tuning.plan.coefficients import FUSED_TILE_ROWS
 
 IGNORED = -100  # a label that is none
 SHIFT = 1024.0  # lifts probabilities out of float16's thin end; a power of two, so exact

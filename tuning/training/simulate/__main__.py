@@ -23,8 +23,7 @@ import torch
 import transformers
 
 from tuning import files
-from tuning.plan import memory
-from tuning.plan.memory import Variant
+from tuning.plan.coefficients import Variant, to_json
 from tuning.presets import CONFIGS
 from tuning.presets.config import facts
 from tuning.presets.load import table
@@ -70,7 +69,7 @@ def variants(config: dict[str, Any]) -> tuple[Variant, ...]:
 
 def text(config: dict[str, Any]) -> str:
     """The coefficients of `config` as the file holds them."""
-    record = memory.to_json(coefficients(config, variants=variants(config)))
+    record = to_json(coefficients(config, variants=variants(config)))
     variants_ = record.pop("moments")
     head = json.dumps(record, indent=1, sort_keys=True)[:-2]
     lines = ",\n  ".join(json.dumps(entry) for entry in variants_)

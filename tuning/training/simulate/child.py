@@ -1,7 +1,7 @@
-"""The child process that sizes a model which is not among the presets.
+"""The child process that simulates a model outside the presets.
 
-    {"config": {...}, "variants": [{...}]}    the model's config.json, fields of ledger.Variant
- -> {"coefficients": {...}}                   as ledger.to_json writes them
+    {"config": {...}, "variants": [{...}]}    the model's config.json, fields of `Variant`
+ -> {"coefficients": {...}}                   as `coefficients.to_json` writes them
 
 Raises SpecError for a model whose steps follow no formula.
 """
@@ -17,7 +17,7 @@ import transformers
 
 from tuning import process
 from tuning.errors import SpecError
-from tuning.plan import memory
+from tuning.plan.coefficients import Variant, to_json
 from tuning.training.simulate.fit import coefficients
 
 
@@ -26,7 +26,7 @@ def work(request: dict[str, Any]) -> dict[str, Any]:
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    variants = [memory.Variant(**variant) for variant in request["variants"]]
+    variants = [Variant(**variant) for variant in request["variants"]]
     try:
         found = coefficients(request["config"], variants=variants)
     except (ValueError, KeyError, AttributeError, RuntimeError) as error:  # whatever a class may do
@@ -35,7 +35,7 @@ def work(request: dict[str, Any]) -> dict[str, Any]:
         raise SpecError.at(
             "PLAN-110", str(request["config"].get("model_type")), what, change
         ) from error
-    return {"coefficients": memory.to_json(found)}
+    return {"coefficients": to_json(found)}
 
 
 if __name__ == "__main__":

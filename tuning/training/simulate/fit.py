@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tuning.models import load as models
-from tuning.plan.memory import KINDS, SIZES, Coefficients, Moment, Variant, measures
+from tuning.models import lora
+from tuning.plan.coefficients import KINDS, SIZES, Coefficients, Moment, Variant, measures
 from tuning.training.simulate import standins
 from tuning.training.simulate.memory import COLUMNS
 from tuning.training.simulate.step import Phase, Point, Stage, build, read
@@ -60,7 +60,7 @@ def coefficients(config: Any, *, variants: Iterable[Variant]) -> Coefficients:
     elements = sum(m.in_features * m.out_features for m in packed)
     adapters: dict[str, int] = {}
     modules = dict(whole.named_modules())
-    for name in models.projections(whole):
+    for name in lora.projections(whole):
         linear, short = modules[name], name.rpartition(".")[2]
         adapters[short] = adapters.get(short, 0) + linear.in_features + linear.out_features
     return Coefficients(
@@ -93,8 +93,8 @@ def uniform(model: torch.nn.Module) -> bool:
     """Whether every decoder layer of `model` holds weights of the same shapes."""
     shapes: dict[str, set[tuple[str, tuple[int, ...]]]] = {}
     for name, parameter in model.named_parameters():
-        match = models.REPEATED.search(name)
-        if match and not models.TOWER.search(name):
+        match = lora.REPEATED.search(name)
+        if match and not lora.TOWER.search(name):
             shapes.setdefault(match[1], set()).add((name[match.end() :], tuple(parameter.shape)))
     return len({frozenset(layer) for layer in shapes.values()}) == 1
 

@@ -19,7 +19,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl.kernels import chunked_logprob
 
-from tuning.plan.memory import FUSED_TILE_ROWS
+from tuning.plan.coefficients import FUSED_TILE_ROWS
 from tuning.training.simulate.memory import kind
 
 VARLEN = "simulated_varlen"  # a name with "flash" in it would be taken for a kernel to download

@@ -18,10 +18,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.quantizers.base import get_keys_to_not_convert
 
-from tuning.models import load as models
+from tuning.models import lora
 from tuning.models.kernels import fuse
 from tuning.plan.backends import FUSED
-from tuning.plan.memory import Variant
+from tuning.plan.coefficients import Variant
 from tuning.training.simulate import standins
 from tuning.training.simulate.memory import LiveBytes
 
@@ -85,7 +85,7 @@ def build(config: Any, *, variant: Variant, layers: int | None = None) -> Any:
     text.use_cache = False
     if layers is not None:
         _cut(config, layers)
-    # as `model.load_base` does: bitsandbytes packs what is exactly nn.Linear
+    # as `models.load.load_base` does: bitsandbytes packs what is exactly nn.Linear
     transformers.models.falcon.modeling_falcon.FalconLinear = torch.nn.Linear
     causal = type(config) in transformers.AutoModelForCausalLM._model_mapping
     auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModelForImageTextToText
@@ -121,7 +121,7 @@ def _pack(model: Any, config: Any, compute: torch.dtype) -> None:
     """Replace what transformers would load in 4 bits."""
     skip = get_keys_to_not_convert(model)
     if config.get_text_config() is not config:
-        skip = ["lm_head", models.TOWERS]
+        skip = ["lm_head", lora.TOWERS]
     options = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=compute)
     plain = dict(model.named_modules())
     replace_with_bnb_linear(model, skip, options)
@@ -133,7 +133,7 @@ def _pack(model: Any, config: Any, compute: torch.dtype) -> None:
 
 def adapt(model: Any, *, variant: Variant, rank: int) -> Any:
     """`model` with LoRA on every projection, ready to train; still on the meta device."""
-    names = models.projections(model)
+    names = lora.projections(model)
     dropout = 0.05 if variant.dropout else 0.0
     options = LoraConfig(
         r=rank, lora_dropout=dropout, target_modules=list(names), task_type="CAUSAL_LM"
@@ -222,8 +222,8 @@ def _follow_layers(model: Any, live: LiveBytes) -> tuple[list[int], list[int], l
 def _layers(model: Any) -> list[str]:
     """Names of the decoder layers: the repeated blocks that hold projections."""
     names: dict[str, None] = {}
-    for name in models.projections(model):
-        match = models.REPEATED.search(name)
+    for name in lora.projections(model):
+        match = lora.REPEATED.search(name)
         if match:
             names[name[: match.end(1)]] = None
     return list(names)

@@ -1,0 +1,148 @@
+"""Progress of a run: counters over all its processes, metrics.jsonl, and when to save and stop."""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+
+from tuning.training import checkpoint
+
+if TYPE_CHECKING:
+    from tuning.training.trainer import Exact
+
+
+@dataclass
+class Progress:
+    """What a run has done so far, over all its processes. Stored in checkpoints."""
+
+    tokens: int = 0  # read by the model, padding left out
+    seconds: float = 0.0  # of training
+    held_out_before: float | None = None  # loss on the evaluation split before the first step
+    evaluated: int = 0  # the last step after which the evaluation split was evaluated
+    best_step: int | None = None  # whose weights had the lowest evaluation loss
+    best_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Saves:
+    """Where checkpoints go, and when: every `steps`, every `seconds`, on a stop request."""
+
+    root: Path
+    seconds: float = 600.0
+    steps: int | None = None
+    asked: Callable[[], bool] = lambda: False  # whether to stop
+    check: Callable[[], None] = lambda: None  # raises Stopped if so
+
+
+class Watch(transformers.TrainerCallback):  # type: ignore[misc]
+    """Reports each step, saves when due, and stops on request."""
+
+    def __init__(self, trainer: Exact) -> None:
+        self.trainer = trainer
+        self.begun = self.saved = time.monotonic()
+        self.seconds_before, self.tokens_before, self.step_before = 0.0, 0, 0
+        self.epoch_step = 0  # at which the epoch began, or the resumed part of it
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clocks, and make up for an evaluation that was interrupted."""
+        self.begun = self.saved = time.monotonic()
+        progress = self.trainer.progress
+        self.seconds_before, self.tokens_before = progress.seconds, progress.tokens
+        self.step_before = state.global_step
+        due = args.eval_steps and state.global_step and state.global_step % args.eval_steps == 0
+        if due and progress.evaluated < state.global_step:
+            self.trainer.evaluate()
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Capture random state: an epoch draws a number before its first step."""
+        self.trainer.random = checkpoint.capture_random()
+        self.epoch_step = state.global_step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Capture random state, in case this step is not finished."""
+        trainer = self.trainer
+        trainer.rows, trainer.loss_so_far, trainer.tokens_so_far = [], 0.0, 0
+        if state.global_step > self.epoch_step:
+            trainer.random = checkpoint.capture_random()
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """On a stop request within a step, save the step before it."""
+        if self.trainer.saves.asked():
+            control.should_training_stop = True
+            self.trainer.save_last(self.trainer.random)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count what the step did; request a save when one is due."""
+        trainer, saves, now = self.trainer, self.trainer.saves, time.monotonic()
+        trainer.first_step_at = trainer.first_step_at or now
+        trainer.progress.tokens += round(trainer.ranks.sum(trainer.tokens_so_far)[0])
+        trainer.progress.seconds = self.seconds_before + now - self.begun
+        if saves.asked():
+            control.should_training_stop = True
+        late = trainer.ranks.from_first(now - self.saved >= saves.seconds)
+        due = late or (saves.steps is not None and state.global_step % saves.steps == 0)
+        if due or control.should_training_stop:
+            control.should_save = True
+            self.saved = now
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any
+    ) -> None:
+        """Append the step's record to metrics.jsonl."""
+        if "loss" in logs:
+            self._write(self._record(state, logs))
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, Any], **kwargs: Any
+    ) -> None:
+        """Append the step's record again, with the evaluation loss."""
+        if not self.trainer.is_in_train:
+            return
+        loss = finite(metrics["eval_loss"])
+        self.trainer.record_evaluation(loss)
+        last = next((entry for entry in reversed(state.log_history) if "loss" in entry), None)
+        if last is not None:
+            self._write(self._record(state, last) | {"eval_loss": loss})
+
+    def _record(self, state: Any, logs: dict[str, Any]) -> dict[str, Any]:
+        progress = self.trainer.progress
+        seconds = max(progress.seconds - self.seconds_before, 1e-9)
+        steps_done = max(state.global_step - self.step_before, 1)
+        return {
+            "step": state.global_step,
+            "steps": state.max_steps,
+            "epoch": state.epoch,
+            "loss": logs["loss"],
+            "lr": logs["learning_rate"],
+            "grad_norm": logs.get("grad_norm"),
+            "tokens": progress.tokens,
+            "tokens_per_second": (progress.tokens - self.tokens_before) / seconds,
+            "eta_seconds": (state.max_steps - state.global_step) * seconds / steps_done,
+            "memory_bytes": peak_memory(self.trainer.args.device.type),
+        }
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if not self.trainer.ranks.first:
+            return
+        with self.trainer.metrics.open("ab") as file:
+            file.write(checkpoint.pack_json(record) + b"\n")
+
+
+def finite(value: float) -> float | None:
+    """`value`, or None for NaN and infinity, which JSON cannot hold."""
+    return value if math.isfinite(value) else None
+
+
+def peak_memory(device: str) -> int:
+    """Peak memory of this process in bytes: GPU allocations on `cuda`, else resident size."""
+    if device == "cuda":
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

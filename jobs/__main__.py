@@ -47,7 +47,9 @@ def run(
     from jobs.controller import preflight
     from jobs.controller.operator import Operator, Setup
 
-    _log_json()
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(probes.JsonLines())
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     settings = _options(options, policy)
     identity = f"{os.environ.get('POD_NAME') or socket.gethostname()}-{os.getpid()}"
     cluster = client.connect(kubeconfig, threads=workers)
@@ -93,12 +95,6 @@ def _options(path: Path | None, policy: Path | None) -> Options:
 
 def _print(documents: list[dict[str, Any]]) -> None:
     yaml.safe_dump_all(documents, sys.stdout, sort_keys=False, width=100)
-
-
-def _log_json() -> None:
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(probes.JsonLines())
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
 
 
 def main() -> None:

@@ -237,19 +237,9 @@ class Cluster:
                 return None
             raise
 
-    def _call(
-        self,
-        method: str,
-        path: str,
-        *,
-        body: Object | None = None,
-        query: dict[str, str] | None = None,
-        content: str = "application/json",
-        accept: str = "application/json",
-    ) -> Object:
-        response = self._open(
-            method, path, body=body, query=query, content=content, accept=accept, read=READ
-        )
+    def _call(self, method: str, path: str, **more: Any) -> Object:
+        """The JSON of a response."""
+        response = self._open(method, path, **more)
         try:
             document: Object = json.loads(response.data)
         except urllib3.exceptions.HTTPError as error:
@@ -261,7 +251,7 @@ class Cluster:
         method: str,
         path: str,
         *,
-        read: float,
+        read: float = READ,
         body: Object | None = None,
         query: dict[str, str] | None = None,
         content: str = "application/json",

@@ -165,15 +165,21 @@ def _deploy(observed: Observed, options: Options) -> dict[str, Any]:
     return {"create": tuple(created), "update": tuple(updated)}
 
 
-def _server_policy(observed: Observed, options: Options) -> tuple[list[Item], list[Item]]:
-    """(to create, to update): the server's network policy, as the Workspace is now."""
-    policy = job_manifests.server_policy(observed.workspace, observed.desired, options)
+def _policy(observed: Observed, desired: Object) -> tuple[list[Item], list[Item]]:
+    """(to create, to update): the network policy, so that it is as desired."""
     stored = observed.policy
-    if options.network_policy and (not observed.server or stored == "missing"):
+    if isinstance(stored, str):
+        return [(NETWORK_POLICY, desired)] if stored == "missing" else [], []
+    if stored["spec"] == desired["spec"]:
+        return [], []
+    return [], [(NETWORK_POLICY, stored | {"spec": desired["spec"]})]
+
+
+def _server_policy(observed: Observed, options: Options) -> tuple[list[Item], list[Item]]:
+    policy = job_manifests.server_policy(observed.workspace, observed.desired, options)
+    if options.network_policy and not observed.server:
         return [(NETWORK_POLICY, policy)], []
-    if isinstance(stored, dict) and stored["spec"] != policy["spec"]:
-        return [], [(NETWORK_POLICY, stored | {"spec": policy["spec"]})]
-    return [], []
+    return _policy(observed, policy)
 
 
 def _keep_serving(observed: Observed, options: Options) -> dict[str, Any]:
@@ -181,9 +187,9 @@ def _keep_serving(observed: Observed, options: Options) -> dict[str, Any]:
     created, updated = _server_policy(observed, options)
     created = [*created, *_run_claim(observed, options)]
     deleted: Items = ()
-    if observed.job and "completionTime" in observed.recorded:
-        if observed.now >= _kept_until(observed, options):
-            deleted = ((JOB, observed.job),)
+    has_ended = observed.job and "completionTime" in observed.recorded
+    if observed.job and has_ended and observed.now >= _kept_until(observed, options):
+        deleted = ((JOB, observed.job),)
     return {"create": tuple(created), "delete": deleted, "update": tuple(updated)}
 
 
@@ -198,16 +204,15 @@ def _restore(observed: Observed, options: Options) -> dict[str, Any]:
     last = objects.newest(observed.pods)
     created = _run_claim(observed, options) if last and not objects.is_scheduled(last) else []
     stored = observed.policy
-    if stored not in ("unchecked", "unchanged"):
-        desired = desired_tuning.read(observed.workspace, observed.config_map, None)
-        if desired.spec is not None:  # else its ConfigMap was deleted
-            policy = job_manifests.network_policy(observed.workspace, desired, options)
-            if isinstance(stored, str):
-                created.append((NETWORK_POLICY, policy))
-            elif stored["spec"] != policy["spec"]:
-                changed = stored | {"spec": policy["spec"]}
-                return {"create": tuple(created), "update": ((NETWORK_POLICY, changed),)}
-    return {"create": tuple(created)}
+    is_unchanged = isinstance(stored, dict) and stored["metadata"].get("generation") == 1
+    if stored == "unchecked" or is_unchanged:
+        return {"create": tuple(created)}
+    desired = desired_tuning.read(observed.workspace, observed.config_map, None)
+    if desired.spec is None:  # its ConfigMap was deleted
+        return {"create": tuple(created)}
+    policy = job_manifests.network_policy(observed.workspace, desired, options)
+    missing, updated = _policy(observed, policy)
+    return {"create": (*created, *missing), "update": tuple(updated)}
 
 
 def _provision(observed: Observed, options: Options) -> dict[str, Any]:

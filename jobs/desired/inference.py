@@ -53,9 +53,9 @@ def read(workspace: Object, config_map: Object | None, device: Device | None) ->
     here = plan.device_of(instance.name) if instance else device
     if facts is None or here is None or here.kind != "cuda" or gpus == 0:
         return desired
-    if server.runtime == "vllm":
-        if facts.stored != "16-bit" or "quantization" in dict(server.settings):
-            return desired  # only vLLM knows how much memory that takes
+    is_quantized = facts.stored != "16-bit" or "quantization" in dict(server.settings)
+    if server.runtime == "vllm" and is_quantized:
+        return desired  # only vLLM knows how much memory that takes
     try:
         _check_fit(server.base, server.runtime, len(server.adapters), here, gpus)
     except SpecError as error:

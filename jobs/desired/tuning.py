@@ -142,7 +142,7 @@ def short_name(workspace: Object, suffix: str) -> str:
 
 
 def identity(workspace: Object) -> str:
-    """Eight characters of the Workspace's UID, which a later one of the same name does not share."""
+    """Eight characters of the Workspace's UID: another Workspace of this name has others."""
     return _short_hash(workspace["metadata"]["uid"])
 
 
@@ -154,12 +154,14 @@ def read(workspace: Object, config_map: Object | None, device: Device | None) ->
     """Desired state on `device` (None: unknown, unless the Workspace names an instance type)."""
     documents = [json.dumps(document(workspace), sort_keys=True)]
     if config_map:
-        documents.append(json.dumps(_config_document(config_map), sort_keys=True))
+        meta = {key: config_map["metadata"].get(key) for key in ("name", "namespace")}
+        plain = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": meta}
+        documents.append(json.dumps(plain | {"data": config_map.get("data") or {}}, sort_keys=True))
     desired = _read("\n---\n".join(documents), device)
     name = (workspace.get("tuning") or {}).get("config")
-    if desired.spec is None and config_map is None and name:
-        if any(problem.code == "SPEC-117" for problem in desired.problems):
-            desired = replace(desired, missing_config_map=name)
+    is_missing = any(problem.code == "SPEC-117" for problem in desired.problems)
+    if is_missing and config_map is None and name:
+        desired = replace(desired, missing_config_map=name)
     digest = _config_digest(config_map)
     return replace(desired, revision=revision(workspace), config_digest=digest)
 
@@ -190,16 +192,6 @@ def document(workspace: Object) -> Object:
     rest = {k: workspace[k] for k in ("resource", "tuning", "inference") if k in workspace}
     head = {"apiVersion": workspace["apiVersion"], "kind": "Workspace", "metadata": kept}
     return head | rest
-
-
-def _config_document(config_map: Object) -> Object:
-    meta = config_map["metadata"]
-    return {
-        "apiVersion": "v1",
-        "kind": "ConfigMap",
-        "metadata": {"name": meta["name"], "namespace": meta.get("namespace")},
-        "data": config_map.get("data") or {},
-    }
 
 
 @lru_cache(maxsize=128)

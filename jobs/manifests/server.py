@@ -238,17 +238,16 @@ def _add_pullers(spec: Object, server: Server, options: Options) -> None:
     ]
     arguments = ["--pull-secret", f"{_SECRETS}/pull"] if any(a.pull_secrets for a in images) else []
     arguments += ["--policy", "/etc/tuning/policy.yaml"] if options.policy else []
-    resources = {
-        "requests": {"cpu": "1", "memory": "512Mi"},
-        "limits": {"memory": pod.size(2 * GIB)},
-    }
     spec["initContainers"] = [
         pod.container_spec(
             options,
             f"{PULLER}{i}",
             ["python", "-m", "tuning", "pull", str(a.image), f"/adapters/{a.name}", *arguments],
-            mounts,
-            resources,
+            [*mounts],
+            {
+                "requests": {"cpu": "1", "memory": "512Mi"},
+                "limits": {"memory": pod.size(2 * GIB)},
+            },
         )
         for i, a in enumerate(images)
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from jobs.api.kinds import Object
 from jobs.api.options import Options
 from jobs.desired import names
-from jobs.observed.objects import Cause, format_time, sanitize
+from jobs.observed.objects import format_time, sanitize
 from jobs.observed.phase import Observed, Phase, PhaseName
 
 OURS = (
@@ -59,51 +59,37 @@ def merged(observed: Observed, conditions: list[Condition], *, keep: bool = Fals
     return list(result.values())
 
 
-def of_tuning(observed: Observed, phase: Phase, options: Options) -> list[Condition]:
-    """Conditions while there is something to tune, in the order in which they become True."""
-    cause = phase.cause
-    reason = f"{cause.reason}: {cause.message}" if cause.message else ""
-    if phase.name == "invalid":
-        return [
-            ("SpecValid", "False", cause.reason, cause.message),
-            *_job(phase.name, cause, reason),
-        ]
-    conditions: list[Condition] = [("SpecValid", "True", "SpecValid", "the Workspace is valid")]
-    if names.provisions_node(observed.desired, options) and phase.name != "unfit":
-        conditions += _nodes(observed, phase)
-    conditions.append(_resource(phase))
-    conditions += _job(phase.name, cause, reason)
-    if "inference" in observed.workspace:
-        message = "the adapter is served once it has been tuned"
-        conditions.append(("InferenceReady", "False", "WorkspaceInferenceStatusPending", message))
-    return [*conditions, config_changed(observed)]
-
-
-def of_server(observed: Observed, phase: Phase, options: Options) -> list[Condition]:
-    """Conditions while there is something to serve and nothing to tune."""
+def conditions_of(observed: Observed, phase: Phase, options: Options) -> list[Condition]:
+    """All conditions, in the order in which they become True."""
     cause, server = phase.cause, observed.desired.server
-    message = f"{cause.message}. Change: {cause.hint}" if cause.hint else cause.message
+    following = _inference if observed.serving else _job
     if phase.name == "invalid":
-        return [
-            ("SpecValid", "False", cause.reason, message),
-            ("InferenceReady", "False", cause.reason, message),
-        ]
+        hint = f". Change: {cause.hint}" if observed.serving and cause.hint else ""
+        invalid = ("SpecValid", "False", cause.reason, cause.message + hint)
+        return [invalid, *following(phase)]
     note = f"; {server.note}" if server and server.note else ""
     conditions: list[Condition] = [
         ("SpecValid", "True", "SpecValid", f"the Workspace is valid{note}")
     ]
     if names.provisions_node(observed.desired, options) and phase.name != "unfit":
         conditions += _nodes(observed, phase)
-    conditions.append(_resource(phase))
+    conditions += [_resource(phase), *following(phase)]
+    if observed.serving:
+        return conditions
+    if "inference" in observed.workspace:
+        message = "the adapter is served once it has been tuned"
+        conditions.append(("InferenceReady", "False", "WorkspaceInferenceStatusPending", message))
+    return [*conditions, config_changed(observed)]
+
+
+def _inference(phase: Phase) -> list[Condition]:
+    cause = phase.cause
     if phase.name == "ready":
-        reason, message = (
-            "WorkspaceInferenceStatusSuccess",
-            "Inference has been deployed successfully",
-        )
-        return [*conditions, ("InferenceReady", "True", reason, message)]
+        message = "Inference has been deployed successfully"
+        return [("InferenceReady", "True", "WorkspaceInferenceStatusSuccess", message)]
+    message = f"{cause.message}. Change: {cause.hint}" if cause.hint else cause.message
     reason = cause.reason or "WorkspaceInferenceStatusPending"
-    message = message or "Inference workload is not ready"
-    return [*conditions, ("InferenceReady", "False", reason, message)]
+    return [("InferenceReady", "False", reason, message or "Inference workload is not ready")]
 
 
 def _nodes(observed: Observed, phase: Phase) -> list[Condition]:
@@ -132,8 +118,10 @@ def _resource(phase: Phase) -> Condition:
     return ("ResourceReady", "False", reason, message)
 
 
-def _job(name: PhaseName, cause: Cause, reason: str) -> list[Condition]:
+def _job(phase: Phase) -> list[Condition]:
     started, succeeded = "JobStarted", "WorkspaceSucceeded"
+    name, cause = phase.name, phase.cause
+    reason = f"{cause.reason}: {cause.message}" if cause.message else ""
     if name in ("running", "succeeded"):
         now = (started, "True", "WorkspaceTuningJobStatusStarted", "Tuning job has started")
         if name == "succeeded":

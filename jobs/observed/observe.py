@@ -26,7 +26,7 @@ from jobs.api.options import Options
 from jobs.desired import inference as desired_inference
 from jobs.desired import names
 from jobs.desired import tuning as desired_tuning
-from jobs.desired.tuning import Desired, Server
+from jobs.desired.tuning import Server
 from jobs.observed import objects
 from jobs.observed.phase import Observed, Policy
 from jobs.observed.site import Site
@@ -116,7 +116,7 @@ def observe(context: Context, workspace: Object) -> Observed:
         progress=context.poll(last) if last and is_running else None,
         run_claim=run_claim,
         storage=storage,
-        policy=_job_policy(context, workspace, job) if job and not has_ended else "unchecked",
+        policy=_policy(context, workspace, job) if job and not has_ended else "unchecked",
         server=_own_server(cluster, workspace) if "inference" in workspace else None,
     )
 
@@ -157,6 +157,9 @@ def _observe_server(context: Context, workspace: Object) -> Observed:
     last, now = objects.newest(pods), context.now()
     is_ours = desired.server is not None and desired.server.runtime == "transformers"
     reports = is_ours and last is not None and objects.is_true(last, "Ready")
+    is_edited = bool(
+        server and desired.server and names.revision_of(server) != desired.server.fingerprint
+    )
     return Observed(
         workspace=workspace,
         desired=desired,
@@ -169,7 +172,7 @@ def _observe_server(context: Context, workspace: Object) -> Observed:
         node_claims_in_namespace=0 if server else _count_in_namespace(context, workspace),
         run_claim=run_claim,
         storage=storage,
-        policy=_server_policy(context, workspace, desired, server) if server else "unchecked",
+        policy=_policy(context, workspace, server, always=is_edited) if server else "unchecked",
         serving=True,
         server=server,
         service=service,
@@ -269,13 +272,13 @@ def _event(cluster: Cluster, about: Object, *reasons: str) -> str | None:
     reason means that the problem was overcome."""
     meta = about["metadata"]
     events = cluster.find(CORE_EVENT, meta["namespace"], fields=f"involvedObject.uid={meta['uid']}")
-    last = max(events, key=lambda e: (_event_time(e), e.get("reason") in reasons), default=None)
+
+    def order(event: Object) -> tuple[str, bool]:  # by time, to the second
+        last_seen = str(event.get("lastTimestamp") or event.get("eventTime") or "")
+        return last_seen[:19], event.get("reason") in reasons
+
+    last = max(events, key=order, default=None)
     return last.get("message") if last and last.get("reason") in reasons else None
-
-
-def _event_time(event: Object) -> str:
-    """When the event was last seen, to the second."""
-    return str(event.get("lastTimestamp") or event.get("eventTime") or "")[:19]
 
 
 def _node_claims(context: Context, workspace: Object) -> tuple[Object, ...]:
@@ -313,30 +316,11 @@ def _find_node_claims(cluster: Cluster, labels: str) -> list[Object]:
         return []  # no rights, or Karpenter was removed and its nodes with it
 
 
-def _server_policy(context: Context, workspace: Object, desired: Desired, server: Object) -> Policy:
-    """The server's network policy; checked once a minute, and when the server is to be updated."""
-    fingerprint = desired.server.fingerprint if desired.server else names.revision_of(server)
-    if not context.options.network_policy:
+def _policy(context: Context, workspace: Object, owner: Object, *, always: bool = False) -> Policy:
+    """The network policy of a Job or Deployment; checked once a minute, or `always`."""
+    meta = owner["metadata"]
+    if not context.options.network_policy or not (always or context.rate_limit(meta["uid"])):
         return "unchecked"
-    if names.revision_of(server) == fingerprint and not context.rate_limit(
-        server["metadata"]["uid"]
-    ):
-        return "unchecked"
-    return _own_policy(context.cluster, workspace, server) or "missing"
-
-
-def _job_policy(context: Context, workspace: Object, job: Object) -> Policy:
-    """The Job's network policy; checked once a minute."""
-    if not context.options.network_policy or not context.rate_limit(job["metadata"]["uid"]):
-        return "unchecked"
-    policy = _own_policy(context.cluster, workspace, job)
-    if policy is None:
-        return "missing"
-    return "unchanged" if policy["metadata"].get("generation") == 1 else policy
-
-
-def _own_policy(cluster: Cluster, workspace: Object, of: Object) -> Object | None:
-    """The network policy with the name of the Job or Deployment `of`, if it is ours."""
-    policy = cluster.get(NETWORK_POLICY, of["metadata"]["namespace"], of["metadata"]["name"])
-    uid = workspace["metadata"]["uid"]
-    return policy if policy and names.is_owned_by(policy, uid) else None
+    policy = context.cluster.get(NETWORK_POLICY, meta["namespace"], meta["name"])
+    is_ours = policy and names.is_owned_by(policy, workspace["metadata"]["uid"])
+    return policy if policy and is_ours else "missing"

@@ -44,8 +44,7 @@ PhaseName = Literal[
     "failed",
 ]
 
-# A network policy: not checked this time, as created, missing, or the object if it may differ.
-Policy = Literal["unchecked", "unchanged", "missing"] | Object
+Policy = Literal["unchecked", "missing"] | Object  # the stored network policy
 
 # Reasons with which the API server will refuse the same object again.
 _PERMANENT = ("BadRequest", "Forbidden", "Invalid", "NotFound", "RequestEntityTooLarge")

@@ -54,7 +54,7 @@ def status(observed: Observed, phase: Phase, options: Options) -> Object:
         fields |= _result(observed, stored.get("outputs") or [])
         if "inference" in observed.workspace:
             fields |= {"state": "NotReady", "ready": "False"}  # until the adapter is served
-    return _with_conditions(observed, fields, conditions.of_tuning(observed, phase, options))
+    return _with_conditions(observed, fields, conditions.conditions_of(observed, phase, options))
 
 
 def _finished_status(observed: Observed) -> Object:
@@ -98,7 +98,7 @@ def _server_status(observed: Observed, phase: Phase, options: Options) -> Object
         if has_tuned and each["type"] in ("JobStarted", "WorkspaceSucceeded", "ConfigChanged")
     ]
     return _with_conditions(
-        observed, fields, [*kept, *conditions.of_server(observed, phase, options)]
+        observed, fields, [*kept, *conditions.conditions_of(observed, phase, options)]
     )
 
 

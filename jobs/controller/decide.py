@@ -71,11 +71,8 @@ def decide(observed: Observed, options: Options) -> Decision:
     if observed.workspace["metadata"].get("deletionTimestamp"):
         return _finalize(observed)
     phase = phase_of(observed, options)
-    decision = Decision(
-        status=status(observed, phase, options),
-        requeue_after=_requeue_after(observed, phase.name),
-        phase=phase,
-    )
+    seconds = _requeue_after(observed, phase.name)
+    decision = Decision(status=status(observed, phase, options), requeue_after=seconds, phase=phase)
     match phase.name:
         case "finished":
             return replace(decision, **_clean_up(observed, options))
@@ -224,15 +221,12 @@ def _provision(observed: Observed, options: Options) -> dict[str, Any]:
     )
     if len(failed) < len(observed.node_claims):
         return {"delete": failed}
+    workspace, desired, attempt = observed.workspace, observed.desired, node_attempts(observed) + 1
     node_claim = job_manifests.node_claim(
-        observed.workspace,
-        observed.desired,
-        options,
-        attempt=node_attempts(observed) + 1,
-        zone=zone(observed),
+        workspace, desired, options, attempt=attempt, zone=zone(observed)
     )
     # NodeClaims are cluster-scoped, so that owner references do not delete them.
-    present = observed.workspace["metadata"].get("finalizers") or []
+    present = workspace["metadata"].get("finalizers") or []
     return {
         "finalizers": None if names.FINALIZER in present else [*present, names.FINALIZER],
         "delete": failed,
@@ -266,23 +260,13 @@ def _clean_up(observed: Observed, options: Options) -> dict[str, Any]:
 
 def _finalize(observed: Observed) -> Decision:
     """The Workspace is being deleted: delete what is ours, then remove the finalizer."""
-    remaining: list[Item] = [
-        (kind, item)
-        for kind, item in (
-            (JOB, observed.job),
-            (JOB, observed.previous_job),
-            (DEPLOYMENT, observed.server),
-            *((NODE_CLAIM, each) for each in observed.node_claims),
-        )
-        if item
-    ]
+    ours = [(JOB, observed.job), (JOB, observed.previous_job), (DEPLOYMENT, observed.server)]
+    ours += [(NODE_CLAIM, each) for each in observed.node_claims]
+    remaining = [(kind, item) for kind, item in ours if item]
     finalizers = observed.workspace["metadata"].get("finalizers") or []
     if remaining:
-        return Decision(
-            status=deleting_status(observed, remaining),
-            delete=_stored(*remaining),
-            requeue_after=2,
-        )
+        deleting = deleting_status(observed, remaining)
+        return Decision(status=deleting, delete=_stored(*remaining), requeue_after=2)
     if names.FINALIZER in finalizers:
         return Decision(finalizers=[each for each in finalizers if each != names.FINALIZER])
     return Decision()

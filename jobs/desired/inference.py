@@ -38,18 +38,15 @@ def read(workspace: Object, config_map: Object | None, device: Device | None) ->
         instance = presets.instance(name) if name else None
         server = _server(workspace, parsed, config_map)
     except SpecError as error:
-        return Desired(revision, None, problems=_placed(error, workspace))
+        section = "inference" if workspace.get("tuning") is None else "tuning"
+        moved = {"tuning.preset.name": f"{section}.preset.name"}
+        problems = tuple(replace(p, where=moved.get(p.where, p.where)) for p in error.problems)
+        return Desired(revision, None, problems=problems)
     facts = _facts(server.base)
     gpus = _gpus(workspace, server, instance)
-    desired = Desired(
-        revision,
-        None,
-        server=server,
-        instance=instance,
-        gpus=gpus,
-        weights_bytes=2 * facts.parameters if facts else None,
-        training_bytes=0,
-    )
+    weights = 2 * facts.parameters if facts else None
+    desired = Desired(revision, None, server=server, instance=instance, gpus=gpus)
+    desired = replace(desired, weights_bytes=weights, training_bytes=0)
     here = plan.device_of(instance.name) if instance else device
     if facts is None or here is None or here.kind != "cuda" or gpus == 0:
         return desired
@@ -64,14 +61,6 @@ def read(workspace: Object, config_map: Object | None, device: Device | None) ->
         problems = tuple(replace(p, where=where, change=change) for p in error.problems)
         return replace(desired, fit_problems=problems)
     return desired
-
-
-def _placed(error: SpecError, workspace: Object) -> tuple[Problem, ...]:
-    """The problems of `error`, at `inference.preset` if the Workspace has no `tuning`."""
-    if workspace.get("tuning") is not None:
-        return error.problems
-    moved = {"tuning.preset.name": "inference.preset.name"}
-    return tuple(replace(p, where=moved.get(p.where, p.where)) for p in error.problems)
 
 
 def check_inference(workspace: Object, tuned: Desired, device: Device | None) -> Desired:

@@ -6,7 +6,7 @@ import re
 
 from jobs.api.kinds import WORKSPACE, Kind, Object
 from jobs.api.options import Options
-from jobs.desired.tuning import QUEUE, Desired, identity, short_name
+from jobs.desired.tuning import Desired, identity, short_name
 from tuning import __version__
 from tuning.spec.workspace import ANNOTATION
 
@@ -118,21 +118,10 @@ def node_selector(workspace: Object) -> dict[str, str]:
     return {k: v for k, v in required.items() if not k.startswith(_RESERVED)}
 
 
-def queue_name(workspace: Object) -> str | None:
-    """The Kueue queue that the Workspace names."""
-    found: str | None = (workspace["metadata"].get("labels") or {}).get(QUEUE)
-    return found
-
-
 def server_labels(workspace: Object) -> dict[str, str]:
     """Labels that select the inference server's pods."""
     name = workspace["metadata"]["name"]
     return {WORKSPACE_LABEL: name, "app.kubernetes.io/component": "server"}
-
-
-def config_of(job: Object) -> str:
-    """sha256 of the ConfigMap's content that `job` was created with."""
-    return str((job["metadata"].get("annotations") or {}).get(CONFIG_ANNOTATION, ""))
 
 
 def revision_of(item: Object) -> str:

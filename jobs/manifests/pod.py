@@ -31,6 +31,12 @@ _VOLUMES = (  # that a Workspace may use: none exposes another tenant's data or 
     "nfs",
     "persistentVolumeClaim",
 )
+_TOLERATIONS: list[Object] = [
+    {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"},
+    {"key": "sku", "operator": "Equal", "value": "gpu", "effect": "NoSchedule"},
+    {"key": "gpu", "operator": "Exists", "effect": "NoSchedule"},
+    {"key": "kubernetes.azure.com/scalesetpriority", "operator": "Exists"},
+]
 
 
 def forbidden_volume(workspace: Object, options: Options) -> tuple[str, str] | None:
@@ -55,18 +61,12 @@ def spec(workspace: Object, desired: Desired, options: Options, *, claim: bool) 
     if options.policy:
         command += ["--policy", "/etc/tuning/policy.yaml"]
     mounts, volumes = _volumes(workspace, desired, options, claim=claim)
-    container = container_spec(
-        options,
-        CONTAINER,
-        command,
-        mounts,
-        resources(desired, options, claim=claim),
-        ports=[{"name": "progress", "containerPort": PORT, "protocol": "TCP"}],
-    )
+    limits = resources(desired, options, claim=claim)
+    ports = [{"name": "progress", "containerPort": PORT, "protocol": "TCP"}]
+    container = container_spec(options, CONTAINER, command, mounts, limits, ports=ports)
     grace = options.grace_seconds
-    return pod_spec(container, volumes, workspace, desired, options, grace=grace) | {
-        "restartPolicy": "Never"
-    }
+    spec = pod_spec(container, volumes, workspace, desired, options, grace=grace)
+    return spec | {"restartPolicy": "Never"}
 
 
 def container_spec(
@@ -88,7 +88,7 @@ def container_spec(
             {"name": "HF_HOME", "value": "/models"},
             *({"name": key, "value": value} for key, value in sorted(options.environment.items())),
         ],
-        "resources": resources,
+        "resources": limits,
         "securityContext": {
             "allowPrivilegeEscalation": False,
             "capabilities": {"drop": ["ALL"]},
@@ -139,7 +139,7 @@ def pod_spec(
             "fsGroupChangePolicy": "OnRootMismatch",
             "seccompProfile": {"type": "RuntimeDefault"},
         },
-        "tolerations": _tolerations(options),
+        "tolerations": [*_TOLERATIONS, *map(dict, options.nodes.tolerations)],
         "containers": [container],
         "volumes": volumes,
     }
@@ -147,10 +147,14 @@ def pod_spec(
         pod["serviceAccountName"] = options.service_account
     if options.image_pull_secrets:
         pod["imagePullSecrets"] = [{"name": name} for name in options.image_pull_secrets]
-    if wanted_labels := node_labels(workspace, desired, options):
+    labels = names.node_selector(workspace)
+    if names.provisions_node(desired, options):
+        labels |= {names.WORKSPACE_LABEL: workspace["metadata"]["name"]}
+        labels |= {names.NAMESPACE_LABEL: workspace["metadata"]["namespace"]}
+    if labels:
         terms = [
             {"key": key, "operator": "In", "values": [value]}
-            for key, value in sorted(wanted_labels.items())
+            for key, value in sorted(labels.items())
         ]
         selector = {"nodeSelectorTerms": [{"matchExpressions": terms}]}
         pod["affinity"] = {
@@ -164,38 +168,16 @@ def resources(desired: Desired, options: Options, *, claim: bool, disk: int = 0)
 
     `disk`: bytes of emptyDirs beside the run directory.
     """
-    memory = size(desired.memory_bytes)
     # emptyDirs count as ephemeral storage of the pod
     run = disk + (0 if claim else desired.run_bytes(cached=options.storage.cached))
-    requests = {"cpu": "2", "memory": memory, "ephemeral-storage": size(2 * GIB + run)}
-    limits = {
-        "memory": size(2 * desired.memory_bytes),
-        "ephemeral-storage": size(8 * GIB + run),
-    }
+    requests = {"cpu": "2", "memory": size(desired.memory_bytes)}
+    requests["ephemeral-storage"] = size(2 * GIB + run)
+    limits = {"memory": size(2 * desired.memory_bytes), "ephemeral-storage": size(8 * GIB + run)}
     if desired.instance and desired.instance.ram_bytes:
         limits["memory"] = size(int(0.9 * desired.instance.ram_bytes))
     if desired.gpus:
         requests[options.gpu_resource] = limits[options.gpu_resource] = str(desired.gpus)
     return {"requests": requests, "limits": limits}
-
-
-def _tolerations(options: Options) -> list[Object]:
-    usual: list[Object] = [
-        {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"},
-        {"key": "sku", "operator": "Equal", "value": "gpu", "effect": "NoSchedule"},
-        {"key": "gpu", "operator": "Exists", "effect": "NoSchedule"},
-        {"key": "kubernetes.azure.com/scalesetpriority", "operator": "Exists"},
-    ]
-    return usual + [dict(each) for each in options.nodes.tolerations]
-
-
-def node_labels(workspace: Object, desired: Desired, options: Options) -> dict[str, str]:
-    """Labels that a node must carry: the Workspace's, and ours if we provision it."""
-    meta = workspace["metadata"]
-    ours = {names.WORKSPACE_LABEL: meta["name"], names.NAMESPACE_LABEL: meta["namespace"]}
-    return names.node_selector(workspace) | (
-        ours if names.provisions_node(desired, options) else {}
-    )
 
 
 def _volumes(

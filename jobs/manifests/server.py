@@ -97,16 +97,12 @@ def _pod(workspace: Object, desired: Desired, options: Options, *, claim: bool) 
             volumes.append({"name": f"adapter-{i}", **adapter.volume})
             path = f"/adapters/{adapter.name}"
             mounts.append({"name": f"adapter-{i}", "mountPath": path, "readOnly": True})
+    command = _vllm(desired, server) if vllm else _command(workspace, server, options)
     disk = _PULLED if vllm and server.adapters else 0
-    container = pod.container_spec(
-        options,
-        pod.CONTAINER,
-        _vllm(desired, server) if vllm else _command(workspace, server, options),
-        mounts,
-        pod.resources(desired, options, claim=claim, disk=disk),
-        ports=[{"name": "http", "containerPort": PORT, "protocol": "TCP"}],
-        **_probes(vllm=vllm),
-    )
+    limits = pod.resources(desired, options, claim=claim, disk=disk)
+    more = {"ports": [{"name": "http", "containerPort": PORT, "protocol": "TCP"}]}
+    more |= _probes(vllm=vllm)
+    container = pod.container_spec(options, pod.CONTAINER, command, mounts, limits, **more)
     spec = pod.pod_spec(container, volumes, workspace, desired, options, grace=GRACE)
     if vllm:
         container["image"] = options.vllm_image

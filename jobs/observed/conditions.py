@@ -32,31 +32,31 @@ MAX_MESSAGE = 4000  # characters of a condition's message; the API allows 32768
 Condition = tuple[str, str, str, str]  # type, status, reason, message
 
 
-def merged(observed: Observed, conditions: list[Condition], *, keep: bool = False) -> list[Object]:
-    """The stored conditions with `conditions` set; unchanged ones keep their transition time.
+def stored(observed: Observed, conditions: list[Condition], *, keep: bool = False) -> Object:
+    """The fields `conditions` and `observedGeneration` of the new status.
 
-    Conditions of other controllers stay; so do ours that are not in `conditions`, if `keep`.
-    A condition with an empty status is removed.
+    Unchanged conditions keep their transition time. Other controllers' conditions stay; so do ours
+    that are not in `conditions`, if `keep`. A condition with an empty status is removed.
     """
     before = {each["type"]: each for each in observed.recorded.get("conditions") or []}
-    result = {kind: each for kind, each in before.items() if keep or kind not in OURS}
+    after = {kind: each for kind, each in before.items() if keep or kind not in OURS}
+    generation = observed.workspace["metadata"]["generation"]
     for kind, value, reason, message in conditions:
         if not value:
-            result.pop(kind, None)
+            after.pop(kind, None)
             continue
-        stored = before.get(kind, {})
-        is_changed = stored.get("status") != value
-        result[kind] = {
+        old, since = before.get(kind, {}), format_time(observed.now)
+        if old.get("status") == value:
+            since = old["lastTransitionTime"]
+        after[kind] = {
             "type": kind,
             "status": value,
             "reason": reason,
             "message": sanitize(message, MAX_MESSAGE),
-            "lastTransitionTime": format_time(observed.now)
-            if is_changed
-            else stored["lastTransitionTime"],
-            "observedGeneration": observed.workspace["metadata"]["generation"],
+            "lastTransitionTime": since,
+            "observedGeneration": generation,
         }
-    return list(result.values())
+    return {"conditions": list(after.values()), "observedGeneration": generation}
 
 
 def conditions_of(observed: Observed, phase: Phase, options: Options) -> list[Condition]:
@@ -144,9 +144,16 @@ def _job(phase: Phase) -> list[Condition]:
     ]
 
 
+def config_digest(job: Object) -> str | None:
+    """sha256 of the ConfigMap's content that `job` was created with."""
+    found: str | None = (job["metadata"].get("annotations") or {}).get(names.CONFIG_ANNOTATION)
+    return found
+
+
 def config_changed(observed: Observed) -> Condition:
     """Set if the ConfigMap is no longer the one that the Job was created with."""
-    used = names.config_of(observed.job) if observed.job else observed.recorded.get("configDigest")
+    recorded = observed.recorded.get("configDigest")
+    used = config_digest(observed.job) if observed.job else recorded
     now = observed.desired.config_digest
     if not used or not now or used == now:
         return ("ConfigChanged", "", "", "")

@@ -98,32 +98,15 @@ def is_running(pod: Object) -> bool:
     return "running" in (container(pod).get("state") or {})
 
 
-def is_started(pod: Object) -> bool:
-    """Whether the engine's container runs or has run."""
-    return is_running(pod) or "terminated" in (container(pod).get("state") or {})
-
-
 def is_scheduled(pod: Object) -> bool:
     """Whether it has a node."""
     return bool((pod.get("spec") or {}).get("nodeName")) or is_true(pod, "PodScheduled")
 
 
-def scheduled_at(pod: Object) -> datetime | None:
-    """When it got a node."""
-    if not is_scheduled(pod):
-        return None
-    scheduled = condition(pod, "PodScheduled") or {}
-    return parse_time(scheduled.get("lastTransitionTime") or pod["metadata"]["creationTimestamp"])
-
-
-def ready_at(node_claim: Object) -> datetime | None:
-    """When its node became ready."""
-    ready = condition(node_claim, "Ready") or {}
-    if ready.get("status") != "True":
-        return None
-    return parse_time(
-        ready.get("lastTransitionTime") or node_claim["metadata"]["creationTimestamp"]
-    )
+def changed_at(item: Object, kind: str) -> datetime:
+    """When a condition last changed, else when the object was created."""
+    found = condition(item, kind) or {}
+    return parse_time(found.get("lastTransitionTime") or item["metadata"]["creationTimestamp"])
 
 
 def terminated(pod: Object) -> Object | None:

@@ -253,8 +253,10 @@ def _warning(
     """What only an event reports: why a Job has no pod (a quota), or why a scheduled pod has no
     container (a missing Secret or volume)."""
     if last is not None:
-        is_waiting = objects.is_scheduled(last) and not objects.is_started(last)
-        return _event(cluster, last, "FailedMount", "FailedAttachVolume") if is_waiting else None
+        has_started = objects.is_running(last) or objects.terminated(last)
+        if has_started or not objects.is_scheduled(last):
+            return None
+        return _event(cluster, last, "FailedMount", "FailedAttachVolume")
     if job is None or objects.job_state(job) != "active":
         return None
     is_young = now - objects.parse_time(job["metadata"]["creationTimestamp"]) < _YOUNG

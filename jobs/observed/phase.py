@@ -15,7 +15,7 @@ from jobs.api.options import Options
 from jobs.desired import inference as desired_inference
 from jobs.desired import names
 from jobs.desired import tuning as desired_tuning
-from jobs.desired.tuning import Desired
+from jobs.desired.tuning import QUEUE, Desired
 from jobs.manifests import pod
 from jobs.manifests import server as server_manifests
 from jobs.observed import objects
@@ -98,11 +98,10 @@ def phase_of(observed: Observed, options: Options) -> Phase:
     """The current phase. Raises nothing: what is wrong is a phase, too."""
     if observed.serving:
         return _server_phase(observed, options)
-    if observed.recorded.get("completionTime") and observed.is_recorded:
+    has_ended = observed.recorded.get("completionTime") and observed.is_recorded
+    is_kaitos = "revision" not in observed.recorded
+    if has_ended or (is_kaitos and objects.is_true(observed.workspace, "WorkspaceSucceeded")):
         return Phase("finished")
-    if "revision" not in observed.recorded:
-        if objects.is_true(observed.workspace, "WorkspaceSucceeded"):
-            return Phase("finished")  # by KAITO's controller
     if observed.job:  # it has its own snapshot of the ConfigMap
         return _job_phase(observed, observed.job, options)
     if observed.previous_job:  # stopped even if the new spec is invalid
@@ -115,7 +114,7 @@ def phase_of(observed: Observed, options: Options) -> Phase:
         return blocked
     cause = _deleted_job(observed) or _previous_refusal(observed) or Cause("", "")
     creating = Phase("creating", cause)
-    is_queued = names.queue_name(observed.workspace) is not None
+    is_queued = QUEUE in (observed.workspace["metadata"].get("labels") or {})
     if names.provisions_node(observed.desired, options) and not is_queued:
         return _node_phase(observed, options) or creating
     return creating
@@ -135,13 +134,8 @@ def _server_phase(observed: Observed, options: Options) -> Phase:
             observed.service, server_manifests.service(observed.workspace, observed.desired)
         )
     )
-    readiness = readiness_of(
-        observed.pods,
-        observed.warning,
-        observed.server_report,
-        server,
-        recorded=observed.recorded,
-    )
+    report, recorded = observed.server_report, observed.recorded
+    readiness = readiness_of(observed.pods, observed.warning, report, server, recorded=recorded)
     if up_to_date and readiness.answers:
         return Phase("unready" if readiness.cause.reason else "ready", readiness.cause)
     if names.provisions_node(observed.desired, options) and (
@@ -232,27 +226,26 @@ def _job_phase(observed: Observed, job: Object, options: Options) -> Phase:
             return Phase("pending", Cause("PodRefused", objects.sanitize(observed.warning)))
         return Phase("pending", Cause("PodPending", "the Job has not created a pod yet"))
     cause = objects.waiting(last, observed.warning)
-    since = objects.scheduled_at(last)  # a pod may have waited long for its node
+    times = [objects.changed_at(last, "PodScheduled")] if objects.is_scheduled(last) else []
     if cause and cause.reason == "Unschedulable":
         # The scheduler may take its time, unless a provisioned node costs money meanwhile.
-        ready = [objects.ready_at(node_claim) for node_claim in observed.node_claims]
-        since = max((at for at in ready if at), default=None)
-    if cause and since and observed.now - since > timedelta(seconds=options.stuck_seconds):
+        ready = (each for each in observed.node_claims if objects.is_true(each, "Ready"))
+        times = [objects.changed_at(each, "Ready") for each in ready]
+    since = max(times, default=observed.now)  # not since the pod's creation: nodes may take long
+    if cause and observed.now - since > timedelta(seconds=options.stuck_seconds):
         return Phase("stuck", cause)
     return Phase("pending", cause or Cause("PodPending", "the pod is starting"))
 
 
 def _node_phase(observed: Observed, options: Options) -> Phase | None:
     """The phase while no provisioned node is ready; None if one is."""
-    states = [
-        objects.node_claim_state(node_claim, options.nodes, observed.now)
-        for node_claim in observed.node_claims
-    ]
+    nodes, now = options.nodes, observed.now
+    states = [objects.node_claim_state(each, nodes, now) for each in observed.node_claims]
     if any(state == "ready" for state, _ in states):
         return None
     messages = "; ".join(message for _, message in states)
-    count, limit = node_attempts(observed), options.nodes.per_namespace
-    if all(state != "waiting" for state, _ in states) and count >= options.nodes.attempts:
+    count, limit = node_attempts(observed), nodes.per_namespace
+    if all(state != "waiting" for state, _ in states) and count >= nodes.attempts:
         stored = objects.condition(observed.workspace, "NodeClaimReady") or {}
         message = f"no node after {count} attempts: {messages or stored.get('message', '')}"
         return Phase(

@@ -57,7 +57,7 @@ class Site:
         return bool(self._cached("storage", has_default_class, forbidden=False))
 
     def _cached(self, key: str, read: Callable[[], Any], *, forbidden: Any) -> Any:
-        """The value of `read`, at most a minute old; `forbidden` where the rights do not allow it."""
+        """The value of `read`, at most a minute old; `forbidden` without the rights to read it."""
         with self._lock:
             cached = self._cache.get(key)
         if cached and self._clock() - cached[0] < CACHE_SECONDS:

@@ -45,7 +45,7 @@ def status(observed: Observed, phase: Phase, options: Options) -> Object:
     if observed.job:
         fields["startTime"] = observed.job["metadata"]["creationTimestamp"]
         fields["retries"] = (observed.job.get("status") or {}).get("failed")
-        fields["configDigest"] = names.config_of(observed.job)
+        fields["configDigest"] = conditions.config_digest(observed.job)
     if name in ENDED:
         fields["completionTime"] = (same and stored.get("completionTime")) or _ended_at(observed)
     if name in conditions.FAILED:
@@ -54,18 +54,15 @@ def status(observed: Observed, phase: Phase, options: Options) -> Object:
         fields |= _result(observed, stored.get("outputs") or [])
         if "inference" in observed.workspace:
             fields |= {"state": "NotReady", "ready": "False"}  # until the adapter is served
-    return _with_conditions(observed, fields, conditions.conditions_of(observed, phase, options))
+    new = conditions.conditions_of(observed, phase, options)
+    return _without_empty(fields) | conditions.stored(observed, new)
 
 
 def _finished_status(observed: Observed) -> Object:
     """The stored status, with ConfigChanged brought up to date."""
-    stored = observed.recorded
-    changed = conditions.merged(observed, [conditions.config_changed(observed)], keep=True)
-    fields = stored | {
-        "conditions": changed,
-        "observedGeneration": observed.workspace["metadata"]["generation"],
-    }
-    if "revision" not in stored:  # KAITO's controller finished it: it runs again only if edited
+    changed = [conditions.config_changed(observed)]
+    fields = observed.recorded | conditions.stored(observed, changed, keep=True)
+    if "revision" not in fields:  # KAITO's controller finished it: it runs again only if edited
         fields |= {
             "completionTime": format_time(observed.now),
             "state": "Succeeded",
@@ -97,9 +94,8 @@ def _server_status(observed: Observed, phase: Phase, options: Options) -> Object
         for each in stored.get("conditions") or []
         if has_tuned and each["type"] in ("JobStarted", "WorkspaceSucceeded", "ConfigChanged")
     ]
-    return _with_conditions(
-        observed, fields, [*kept, *conditions.conditions_of(observed, phase, options)]
-    )
+    new = conditions.conditions_of(observed, phase, options)
+    return _without_empty(fields) | conditions.stored(observed, [*kept, *new])
 
 
 def deleting_status(observed: Observed, remaining: list[tuple[Kind, Object]]) -> Object:
@@ -107,18 +103,11 @@ def deleting_status(observed: Observed, remaining: list[tuple[Kind, Object]]) ->
     blockers = ", ".join(f"{kind.name} {item['metadata']['name']}" for kind, item in remaining)
     message = f"workspace is being deleted; waiting for the deletion of {blockers}"
     deleting = ("WorkspaceDeleting", "True", "workspaceDeleted", message)
-    return observed.recorded | {
-        "conditions": conditions.merged(observed, [deleting], keep=True),
-        "observedGeneration": observed.workspace["metadata"]["generation"],
-    }
+    return observed.recorded | conditions.stored(observed, [deleting], keep=True)
 
 
-def _with_conditions(observed: Observed, fields: Object, new: list[Condition]) -> Object:
-    """`fields` without empty values, with conditions."""
-    return {key: value for key, value in fields.items() if value not in (None, "", {}, [], 0)} | {
-        "conditions": conditions.merged(observed, new),
-        "observedGeneration": observed.workspace["metadata"]["generation"],
-    }
+def _without_empty(fields: Object) -> Object:
+    return {key: value for key, value in fields.items() if value not in (None, "", {}, [], 0)}
 
 
 def _state(observed: Observed, name: PhaseName) -> str:
@@ -214,18 +203,9 @@ def _progress(observed: Observed, before: Object | None) -> Object:
     record = observed.progress or next((each for each in messages if "step" in each), None)
     if not record or not all(_is_count(record.get(name, 0)) for name in ("step", "steps")):
         return before or {}
-    fields = {
-        key: record[name]
-        for key, name in (
-            ("step", "step"),
-            ("steps", "steps"),
-            ("epoch", "epoch"),
-            ("loss", "loss"),
-            ("tokensPerSecond", "tokens_per_second"),
-            ("etaSeconds", "eta_seconds"),
-        )
-        if objects.is_number(record.get(name))
-    }
+    keys = {name: name for name in ("step", "steps", "epoch", "loss")}
+    keys |= {"tokensPerSecond": "tokens_per_second", "etaSeconds": "eta_seconds"}
+    fields = {k: record[name] for k, name in keys.items() if objects.is_number(record.get(name))}
     if "step" not in fields:
         return before or {}
     return {"text": _progress_text(fields), **fields}

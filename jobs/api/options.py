@@ -65,7 +65,7 @@ class Storage(_Part):
     """Where the run directory and the base weights are stored."""
 
     run_volume: Literal["auto", "claim", "ephemeral"] = "auto"
-    """auto: a claim if there is a default storage class, else an emptyDir, which a new pod loses."""
+    """auto: a claim if there is a default storage class, else an emptyDir, lost with the pod."""
     storage_class: str | None = None
     """Storage class of the claim; the cluster's default if not set."""
     access_mode: Literal["ReadWriteOnce", "ReadWriteOncePod", "ReadWriteMany"] = "ReadWriteOnce"
@@ -105,12 +105,12 @@ class Options(_Part):
     backoff_limit: int = Field(3, ge=0)
     """Number of pods that may fail for a transient reason."""
     beside_kaito: Literal["refuse", "opt-in"] = "refuse"
-    """If KAITO's controller runs in the cluster: do not start, or reconcile only Workspaces with the
+    """If KAITO's controller runs, too: do not start, or reconcile only Workspaces with the
     annotation `tuning.kaito.sh/opt-in: "true"`."""
     deadline_seconds: int | None = Field(None, ge=1)
     """Deadline of a Job in seconds."""
     keep_seconds: int = Field(7 * DAY, ge=0)
-    """Seconds until a finished Job and its log are deleted. The status stays; nothing runs again."""
+    """Seconds until a finished Job and its log are deleted; the status stays."""
     stuck_seconds: int = Field(900, ge=1)
     """Seconds that a pod may wait for an image or a Secret before the Workspace fails."""
     grace_seconds: int = Field(120, ge=10)
@@ -122,7 +122,7 @@ class Options(_Part):
     for registries and the hub (data obey the policy's proxy), HF_ENDPOINT for a mirror of the hub.
     A proxy's port must be in egressPorts."""
     service_account: str | None = None
-    """Service account of these pods, in each Workspace's namespace, for a cloud's workload identity;
+    """Service account of these pods in each Workspace's namespace, for a cloud's workload identity;
     the namespace's `default` if not set. Kubernetes' own token is never mounted."""
     pod_labels: dict[str, str] = {}
     """Additional labels of these pods, such as `azure.workload.identity/use: "true"`."""

@@ -74,7 +74,7 @@ def container_spec(
     name: str,
     command: list[str],
     mounts: list[Object],
-    resources: Object,
+    limits: Object,
     **more: Any,
 ) -> Object:
     """A container of the engine's image, unless `more` says otherwise, without privileges."""

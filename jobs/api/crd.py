@@ -130,31 +130,31 @@ def _structural(node: Schema, known: dict[str, Schema], *, beta: bool) -> Schema
     if "$ref" in node:
         node = known[node["$ref"].rsplit("/", 1)[1]] | {k: node[k] for k in node if k != "$ref"}
     if "anyOf" in node:
-        given = next(each for each in node["anyOf"] if each.get("type") != "null")
+        typed = next(each for each in node["anyOf"] if each.get("type") != "null")
         rest = {k: v for k, v in node.items() if k != "anyOf" and (k, v) != ("default", None)}
-        return _structural({**given, **rest}, known, beta=beta)
-    found = {key: node[key] for key in _KEPT if key in node}
-    if "description" in found:
-        found["description"] = " ".join(found["description"].split())
+        return _structural({**typed, **rest}, known, beta=beta)
+    result = {key: node[key] for key in _KEPT if key in node}
+    if "description" in result:
+        result["description"] = " ".join(result["description"].split())
     if "const" in node:
-        found["enum"] = [node["const"]]
+        result["enum"] = [node["const"]]
     if "properties" in node:
-        found["properties"] = {
+        result["properties"] = {
             name: _structural(each, known, beta=beta)
             for name, each in node["properties"].items()
             if beta or "x-kaito-since" not in each
         }
     elif isinstance(node.get("additionalProperties"), dict):
         values = _structural(node["additionalProperties"], known, beta=beta)
-        found["additionalProperties"] = values
+        result["additionalProperties"] = values
     if "items" in node:
-        found["items"] = _structural(node["items"], known, beta=beta)
-    kind = found.get("type")
-    if kind in _BOUND and "properties" not in found and "enum" not in found:
-        found = _BOUND[kind] | found
-    if "x-kubernetes-preserve-unknown-fields" in found:
-        found.pop("maxProperties", None)
-    return found
+        result["items"] = _structural(node["items"], known, beta=beta)
+    kind = result.get("type")
+    if kind in _BOUND and "properties" not in result and "enum" not in result:
+        result = _BOUND[kind] | result
+    if "x-kubernetes-preserve-unknown-fields" in result:
+        result.pop("maxProperties", None)
+    return result
 
 
 def _text(description: str) -> Schema:

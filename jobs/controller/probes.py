@@ -26,7 +26,7 @@ class Metrics:
             "tuning_operator_reconcile_seconds", "Time of a reconcile", registry=self.registry
         )
         self.queued = Gauge(
-            "tuning_operator_queue_length", "Workspaces to look at", registry=self.registry
+            "tuning_operator_queue_length", "Workspaces to reconcile", registry=self.registry
         )
         self._states: dict[Hashable, str] = {}
         self._lock = threading.Lock()

@@ -110,14 +110,14 @@ class Watch:
             for item in items:
                 self._report(item, None)
         until = time.monotonic() + self._resync
-        while not stop.is_set() and (left := until - time.monotonic()) > 0:
+        while not stop.is_set() and (remaining := until - time.monotonic()) > 0:
             self.last_call = time.monotonic()
             for item in self._cluster.watch(
                 self._kind,
                 self._namespace,
                 labels=self._labels,
                 version=version,
-                seconds=max(1, min(WATCH, int(left))),
+                seconds=max(1, min(WATCH, int(remaining))),
                 metadata_only=metadata_only,
             ):
                 version = item["metadata"]["resourceVersion"]

@@ -71,7 +71,7 @@ class Context:
 def observe(context: Context, workspace: Object) -> Observed:
     """Everything about the Workspace, read now.
 
-    No object is created before the status is stored: without a status there is none to read.
+    No object is created before the status is stored: without a status, none exists.
     """
     if _is_serving(workspace):
         return _observe_server(context, workspace)

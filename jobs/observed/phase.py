@@ -95,7 +95,7 @@ class Phase:
 
 
 def phase_of(observed: Observed, options: Options) -> Phase:
-    """The current phase. Raises nothing: what is wrong is a phase, too."""
+    """The first phase that applies."""
     if observed.serving:
         return _server_phase(observed, options)
     has_ended = observed.recorded.get("completionTime") and observed.is_recorded

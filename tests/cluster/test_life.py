@@ -219,15 +219,15 @@ def test_a_foreign_job_of_the_name_is_left_alone(world: World) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "machine"),
+    ("model", "instance_type"),
     [("phi-4", "Standard_NC6"), ("llama-3.3-70b-instruct", "Standard_NC24ads_A100_v4")],
     ids=["too old", "too small"],
 )
-def test_what_does_not_fit_buys_nothing(api: Cluster, model: str, node_claim: str) -> None:
-    """DoesNotFit names the smallest machine that would do; neither machine nor Job is made."""
+def test_what_does_not_fit_buys_nothing(api: Cluster, model: str, instance_type: str) -> None:
+    """DoesNotFit names the smallest instance type that fits; neither node nor Job is made."""
     world = fresh(api, nodes=Nodes(provision=True))
     item = workspace("big", world.namespace, preset={"name": model}, method="lora")
-    item["resource"]["instanceType"] = node_claim
+    item["resource"]["instanceType"] = instance_type
     world.apply(item)
     before = len(world.node_claims())
     world.step("big", times=3)

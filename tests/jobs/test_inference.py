@@ -308,7 +308,8 @@ def test_a_value_of_vllm_is_no_option() -> None:
     [
         ({"annotations": {desired_inference.RUNTIME: "vllm"}}, "RuntimeUnavailable"),
         ({"annotations": {desired_inference.RUNTIME: "ollama"}}, "SpecInvalid"),
-        ({"annotations": {desired_inference.RUNTIME: "vllm"}, "apiKeySecret": "door"}, "SpecInvalid"),
+        ({"annotations": {desired_inference.RUNTIME: "vllm"}, "apiKeySecret": "door"},
+         "SpecInvalid"),
         ({"annotations": {desired_inference.RUNTIME: "vllm"}, "adapters": [adapter("a", "0.5")]},
          "SpecInvalid"),
         ({"preset": None, "template": {"spec": {}}}, "SpecInvalid"),
@@ -345,8 +346,9 @@ def test_what_does_not_fit_buys_no_machine() -> None:
     ("pod", "more", "state", "reason"),
     [
         (pod_in(RUNNING, ready=True), {}, "Ready", "WorkspaceInferenceStatusSuccess"),
-        (pod_in(RUNNING, ready=True), {"server_report": {"refused": [{"name": "a", "reason": "rank"}]}},
-         "NotReady", "AdapterRefused"),
+        (pod_in(RUNNING, ready=True),
+         {"server_report": {"refused": [{"name": "a", "reason": "rank"}]}}, "NotReady",
+         "AdapterRefused"),
         (pod_in(RUNNING), {}, "Pending", "WorkspaceInferenceStatusPending"),
         (pod_in({"waiting": {"reason": "ErrImagePull", "message": "no"}}), {}, "NotReady",
          "ImagePullError"),

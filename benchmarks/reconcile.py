@@ -30,7 +30,8 @@ from cluster import bed  # noqa: E402
 from cluster.world import NAMESPACE, wait, workspace  # noqa: E402
 
 from jobs.api import client, crd  # noqa: E402
-from jobs.api.client import CRD, JOB, WORKSPACE, ApiError, Cluster  # noqa: E402
+from jobs.api.client import ApiError, Cluster  # noqa: E402
+from jobs.api.kinds import CRD, JOB, WORKSPACE  # noqa: E402
 from jobs.controller import watch  # noqa: E402
 
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -83,7 +84,7 @@ def latency(api: Cluster, count: int, rate: float) -> dict[str, Any]:
     def look() -> None:
         *_, (_, version) = api.pages(JOB, "speed")
         for job in api.watch(JOB, "speed", labels="", version=version, seconds=600):
-            key = watch.key_of_child(job)
+            key = watch.key_of_owned(job)
             if key:
                 seen.setdefault(key[1], time.perf_counter())
             if stop.is_set() or len(seen) == count:

@@ -1,4 +1,4 @@
-"""`python -m jobs`: the operator; `render` shows what it would create, `crd` prints the CRD."""
+"""`python -m jobs`: run the operator, render the objects that it would create, print the CRD."""
 
 from __future__ import annotations
 
@@ -36,35 +36,37 @@ def run(
     options: OptionsFile = None,
     policy: PolicyFile = None,
     kubeconfig: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Outside a cluster: how to reach it.")
+        str | None, typer.Option(metavar="FILE", help="For use outside of the cluster.")
     ] = None,
-    port: Annotated[int, typer.Option(help="Of /healthz, /readyz and /metrics.")] = 8081,
-    workers: Annotated[int, typer.Option(help="Workspaces looked at at once.")] = 4,
-    elect: Annotated[bool, typer.Option(help="Take part in the election of one writer.")] = True,
+    port: Annotated[int, typer.Option(help="Port of /healthz, /readyz and /metrics.")] = 8081,
+    workers: Annotated[int, typer.Option(help="Concurrent reconciles.")] = 4,
+    elect: Annotated[bool, typer.Option(help="Take part in leader election.")] = True,
 ) -> None:
-    """Look after Workspaces until SIGTERM."""
+    """Reconcile Workspaces until SIGTERM."""
     from jobs.api import client
     from jobs.controller import preflight
     from jobs.controller.operator import Operator, Setup
 
-    _log_json()
-    decided = _options(options, policy)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(probes.JsonLines())
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    settings = _options(options, policy)
     identity = f"{os.environ.get('POD_NAME') or socket.gethostname()}-{os.getpid()}"
-    reached = client.connect(kubeconfig, threads=workers)
-    setup = Setup(identity, decided.operator_namespace, elect=elect, workers=workers)
-    operator = Operator(reached, decided, setup)
+    cluster = client.connect(kubeconfig, threads=workers)
+    setup = Setup(identity, settings.operator_namespace, elect=elect, workers=workers)
+    operator = Operator(cluster, settings, setup)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    preflight.check(reached, decided, stop)
+    preflight.check(cluster, settings, stop)
     with probes.serving(
         port,
         healthy=lambda: operator.healthy,
         ready=lambda: operator.ready,
         metrics=operator.metrics,
     ):
-        kept = operator.run(stop)
-    raise typer.Exit(0 if kept else 1)
+        stopped = operator.run(stop)
+    raise typer.Exit(0 if stopped else 1)
 
 
 @app.command()
@@ -72,12 +74,12 @@ def render(
     file: Annotated[Path, typer.Option("-f", "--file", metavar="FILE", help="Workspace YAML.")],
     options: OptionsFile = None,
     policy: PolicyFile = None,
-    namespace: Annotated[str, typer.Option(help="Where the file names none.")] = "default",
+    namespace: Annotated[str, typer.Option(help="Used if the file has none.")] = "default",
 ) -> None:
     """Print what the operator would create for the Workspace in FILE."""
-    from jobs.render import render as rendered
+    from jobs.render import render as render_file
 
-    _print(rendered(file, _options(options, policy), namespace=namespace))
+    _print(render_file(file, _options(options, policy), namespace=namespace))
 
 
 @app.command()
@@ -87,24 +89,16 @@ def crd() -> None:
 
 
 def _options(path: Path | None, policy: Path | None) -> Options:
-    decided = option_files.load(path)
-    if policy is None:
-        return decided
-    return option_files.with_policy(decided, policy)
+    options = option_files.load(path)
+    return option_files.with_policy(options, policy) if policy else options
 
 
 def _print(documents: list[dict[str, Any]]) -> None:
     yaml.safe_dump_all(documents, sys.stdout, sort_keys=False, width=100)
 
 
-def _log_json() -> None:
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(probes.JsonLines())
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
-
-
 def main() -> None:
-    """Errors for people go to stderr as they are, with their exit code."""
+    """Run a command; a TuningError is printed without a traceback and sets the exit code."""
     try:
         app()
     except TuningError as error:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from jobs.api.client import Object
+from jobs.api.kinds import Object
 from jobs.api.options import Options
-from jobs.desired import inference as served
-from jobs.manifests import server as serving
+from jobs.desired import inference as desired_inference
+from jobs.manifests import server as server_manifests
 
 
 def adapter(name: str, strength: str | None = None, **source: Any) -> Object:
@@ -30,8 +30,8 @@ def workspace(*, annotations: dict[str, str] | None = None, **inference: Any) ->
 
 
 def command(item: Object, options: Options | None = None) -> list[str]:
-    wish = served.read(item, None, None)
-    assert wish.server is not None, wish.problems
-    found = serving.deployment(item, wish, options or Options(), claim=False)
+    desired = desired_inference.read(item, None, None)
+    assert desired.server is not None, desired.problems
+    found = server_manifests.deployment(item, desired, options or Options(), claim=False)
     result: list[str] = found["spec"]["template"]["spec"]["containers"][0]["command"]
     return result

@@ -1,1 +1,1 @@
-"""The API server and what it is told: client, CRD and CEL rules, operator options."""
+"""The API server: client and kinds, CRD and CEL rules, the operator's options."""

@@ -1,7 +1,7 @@
-"""What the CRD's CEL rules say: the part of the spec's rules that one object can prove by itself.
+"""The CRD's CEL rules: those rules of the spec that need nothing but the object itself.
 
-Servers without CEL drop the rules; the reconciler then says the same in the condition SpecValid.
-Paths are those of the schema, `*` stands for the items of a list.
+API servers without CEL ignore them; the reconciler then reports the same in the condition
+SpecValid. Paths are those of the schema; `*` stands for the items of a list.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ Path = tuple[str, ...]
 
 
 class Rule(NamedTuple):
-    """A CEL expression and what a person reads when it is false."""
+    """A CEL expression, and the message if it is false."""
 
     cel: str
     message: str
 
 
 def _kept(field: str) -> str:
-    """CEL: the optional field `field` is as it was."""
+    """CEL: the optional field `field` is unchanged."""
     return (
         f"has(self.{field}) == has(oldSelf.{field}) && "
         f"(!has(self.{field}) || self.{field} == oldSelf.{field})"
@@ -32,7 +32,7 @@ def _one_of(*fields: str) -> str:
 
 
 _LABEL = "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
-# Literal addresses and names only; the engine checks again what a name resolves to.
+# Literal addresses and names only; the engine checks the addresses that a name resolves to.
 _LOCAL = (
     r"(?i)^https?://([^/?#]*@)?(localhost|[^/:?#]*[.]localhost|metadata[.]google([.]internal)?"
     r"|instance-data[.]ec2[.]internal|0[.]|10[.]|127[.]|169[.]254[.]|192[.]168[.]"

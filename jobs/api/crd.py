@@ -1,7 +1,7 @@
-"""The CustomResourceDefinition of Workspace, made from the models in `tuning.spec`.
+"""The CustomResourceDefinition of Workspace, generated from the models in `tuning.spec`.
 
-One source of truth: types, defaults and descriptions come from the models, what one field cannot
-say alone from `rules`, and the status from the table below.
+Types, defaults and descriptions come from the models, rules across fields from `cel`, and the
+status from the table below.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _COLUMNS = (
 
 
 def definition() -> dict[str, Any]:
-    """The CRD as a plain object, ready for `kubectl apply`."""
+    """The CRD as an object, ready for `kubectl apply`."""
     return {
         "apiVersion": "apiextensions.k8s.io/v1",
         "kind": "CustomResourceDefinition",
@@ -87,23 +87,20 @@ def schema(version: str) -> Schema:
     properties["tuning"]["required"] += ["input", "output"]
     properties["tuning"]["properties"]["method"]["maxLength"] = 8
     urls = properties["tuning"]["properties"]["input"]["properties"]["urls"]
-    # 200 of 2048 characters: what the server's budget for a rule on each of them allows
+    # 200 of 2048 characters: the limit of the CEL cost budget for the rules on each URL
     urls |= {"minItems": 1, "maxItems": 200, "items": {"type": "string", "maxLength": 2048}}
-    if version == "v1alpha1":  # as KAITO's; what was written for it means this machine
+    if version == "v1alpha1":  # KAITO's default, which a YAML written for it expects
         instance = properties["resource"]["properties"]["instanceType"]
         instance["default"] = "Standard_NC24ads_A100_v4"
     for table in (cel.RULES, cel.BETA_RULES if version == STORED else {}):
-        for path, added in table.items():
-            _at(whole, path).setdefault("x-kubernetes-validations", []).extend(
-                {"rule": rule.cel, "message": rule.message} for rule in added
+        for path, rules in table.items():
+            node = whole
+            for step in path:
+                node = node["items"] if step == "*" else node["properties"][step]
+            node.setdefault("x-kubernetes-validations", []).extend(
+                {"rule": rule.cel, "message": rule.message} for rule in rules
             )
     return whole
-
-
-def _at(node: Schema, path: cel.Path) -> Schema:
-    for step in path:
-        node = node["items"] if step == "*" else node["properties"][step]
-    return node
 
 
 _KEPT = (
@@ -120,7 +117,7 @@ _KEPT = (
     "maxItems",
     "x-kubernetes-preserve-unknown-fields",
 )
-# CEL's cost is estimated from the longest input, so that everything needs a bound.
+# The API server estimates CEL's cost from the longest input: everything needs a bound.
 _BOUND: dict[str, Schema] = {
     "string": {"maxLength": 1024},
     "array": {"maxItems": 100},
@@ -133,31 +130,31 @@ def _structural(node: Schema, known: dict[str, Schema], *, beta: bool) -> Schema
     if "$ref" in node:
         node = known[node["$ref"].rsplit("/", 1)[1]] | {k: node[k] for k in node if k != "$ref"}
     if "anyOf" in node:
-        given = next(each for each in node["anyOf"] if each.get("type") != "null")
+        typed = next(each for each in node["anyOf"] if each.get("type") != "null")
         rest = {k: v for k, v in node.items() if k != "anyOf" and (k, v) != ("default", None)}
-        return _structural({**given, **rest}, known, beta=beta)
-    found = {key: node[key] for key in _KEPT if key in node}
-    if "description" in found:
-        found["description"] = " ".join(found["description"].split())
+        return _structural({**typed, **rest}, known, beta=beta)
+    result = {key: node[key] for key in _KEPT if key in node}
+    if "description" in result:
+        result["description"] = " ".join(result["description"].split())
     if "const" in node:
-        found["enum"] = [node["const"]]
+        result["enum"] = [node["const"]]
     if "properties" in node:
-        found["properties"] = {
+        result["properties"] = {
             name: _structural(each, known, beta=beta)
             for name, each in node["properties"].items()
             if beta or "x-kaito-since" not in each
         }
     elif isinstance(node.get("additionalProperties"), dict):
         values = _structural(node["additionalProperties"], known, beta=beta)
-        found["additionalProperties"] = values
+        result["additionalProperties"] = values
     if "items" in node:
-        found["items"] = _structural(node["items"], known, beta=beta)
-    kind = found.get("type")
-    if kind in _BOUND and "properties" not in found and "enum" not in found:
-        found = _BOUND[kind] | found
-    if "x-kubernetes-preserve-unknown-fields" in found:
-        found.pop("maxProperties", None)
-    return found
+        result["items"] = _structural(node["items"], known, beta=beta)
+    kind = result.get("type")
+    if kind in _BOUND and "properties" not in result and "enum" not in result:
+        result = _BOUND[kind] | result
+    if "x-kubernetes-preserve-unknown-fields" in result:
+        result.pop("maxProperties", None)
+    return result
 
 
 def _text(description: str) -> Schema:
@@ -181,65 +178,65 @@ def _list(description: str, items: Schema) -> Schema:
 
 
 _CONDITION = _object(
-    "One aspect of the Workspace's state.",
-    type=_text("What it is about."),
+    "A condition of the Workspace.",
+    type=_text("Type of the condition."),
     status={"type": "string", "enum": ["True", "False", "Unknown"]},
-    reason=_text("Why, in one CamelCase word."),
-    message=_text("Why, for people."),
+    reason=_text("Reason, in one CamelCase word."),
+    message=_text("Explanation for people."),
     lastTransitionTime={"type": "string", "format": "date-time"},
-    observedGeneration=_whole("The generation of the Workspace that this is about."),
+    observedGeneration=_whole("Generation of the Workspace that the condition is based on."),
 ) | {"required": ["type", "status", "reason", "message", "lastTransitionTime"]}
 
 STATUS = _object(
-    "What the operator saw and did.",
-    observedGeneration=_whole("The generation of the Workspace that this status is about."),
+    "Observed state of the Workspace.",
+    observedGeneration=_whole("Generation of the Workspace that the status is based on."),
     state=_text("Pending, Running, Succeeded or Failed; Ready or NotReady when it serves."),
-    ready=_text("The last word: succeeded for tuning, able to answer for inference."),
-    conditions=_list("Aspects of the state.", _CONDITION)
+    ready=_text("True when the tuning has succeeded, or the inference server answers."),
+    conditions=_list("Conditions of the Workspace.", _CONDITION)
     | {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
-    revision=_text("Which spec the Job belongs to."),
+    revision=_text("Hash of the spec that the Job was created for."),
     job=_text("Name of the Job."),
-    configDigest=_text("sha256 of the ConfigMap's content that the Job was given."),
-    zone=_text("Zone of the machine, and so of the run volume."),
-    startTime={"type": "string", "format": "date-time", "description": "When the Job was made."},
-    completionTime={"type": "string", "format": "date-time", "description": "When it ended."},
+    configDigest=_text("sha256 of the ConfigMap's content that the Job was created with."),
+    zone=_text("Zone of the node, and so of the run volume."),
+    startTime={"type": "string", "format": "date-time", "description": "When the Job was created."},
+    completionTime={"type": "string", "format": "date-time", "description": "When the run ended."},
     plan=_object(
-        "What the plan says, before the data is read.",
-        summary=_text("In one line."),
+        "Summary of the plan, made before the data is read.",
+        summary=_text("The plan in one line."),
         baseModel=_text("Base model and revision."),
-        device=_text("What it is planned for."),
+        device=_text("GPU that it is made for."),
         peakMemoryBytes=_whole("Predicted peak of GPU memory."),
-        runVolume=_text("Where the run directory is: a claim's name, or emptyDir."),
+        runVolume=_text("Name of the run directory's claim, or emptyDir."),
         rank=_whole("Rank of the adapter."),
     ),
     progress=_object(
-        "Where the training stands.",
+        "Progress of the training.",
         text=_text("Step, share and time left."),
         step=_whole("Optimizer steps done."),
-        steps=_whole("Optimizer steps in all."),
+        steps=_whole("Total optimizer steps."),
         epoch=_number("Epochs done."),
         loss=_number("Training loss of the last logged step."),
-        tokensPerSecond=_number("Speed."),
-        etaSeconds=_number("Seconds left, estimated."),
+        tokensPerSecond=_number("Tokens per second."),
+        etaSeconds=_number("Estimated remaining seconds."),
     ),
     output=_object(
-        "The adapter.",
-        image=_text("Reference under which it was pushed."),
+        "The pushed adapter.",
+        image=_text("Its image reference."),
         digest=_text("Digest of its manifest."),
-        baseRevision=_text("Commit of the base model that it was trained on."),
+        baseRevision=_text("Hub commit of its base model."),
     ),
     outputs=_list("Digests of all adapters of this Workspace, oldest first.", {"type": "string"}),
     peakMemoryBytes=_whole("Measured peak of GPU memory."),
-    retries=_whole("Pods that ended without success."),
+    retries=_whole("Pods that failed."),
     failure=_object(
-        "Why it failed.",
+        "Cause of the failure.",
         reason=_text("One CamelCase word."),
         message=_text("What happened."),
         hint=_text("What to change."),
-        phase=_text("What the run was doing."),
+        phase=_text("Phase of the run."),
         exitCode=_whole("Exit code of the engine."),
     ),
-    targetNodeCount=_whole("Nodes wanted."),
+    targetNodeCount=_whole("Desired number of nodes."),
     workerNodes=_list("Nodes in use.", {"type": "string"}),
-    nodeAttempts=_whole("Machines asked of the cloud for this revision."),
+    nodeAttempts=_whole("Nodes requested for this revision."),
 )

@@ -1,4 +1,4 @@
-"""What the administrator decides for the whole cluster: one YAML file, every key optional."""
+"""The operator's options, which the administrator sets: one YAML file, every key optional."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class _Part(BaseModel):
 
 
 class NodeClass(_Part):
-    """Karpenter's class of the machines that are bought."""
+    """Karpenter's class of the nodes that are provisioned."""
 
     group: str = "karpenter.azure.com"
     """API group: karpenter.azure.com, karpenter.k8s.aws, kaito.sh, ..."""
@@ -46,44 +46,44 @@ class Nodes(_Part):
     """Where Jobs run."""
 
     provision: bool = False
-    """True: buy a machine for each Workspace with an instanceType (Karpenter's NodeClaim)."""
+    """True: provision a node for each Workspace with an instanceType (Karpenter's NodeClaim)."""
     node_class: NodeClass = NodeClass()
-    """Class of the machines that are bought."""
+    """Class of the nodes that are provisioned."""
     launch_seconds: int = Field(300, ge=1)
-    """Time that the cloud has to launch a machine."""
+    """Seconds in which the cloud must launch a node."""
     register_seconds: int = Field(900, ge=1)
-    """Time that a launched machine has to become a ready node."""
+    """Seconds in which a launched node must become ready."""
     per_namespace: int | None = Field(None, ge=1)
-    """How many machines the Workspaces of one namespace may have at a time; the others wait."""
+    """Limit of nodes for all Workspaces of a namespace together; further Workspaces wait."""
     attempts: int = Field(3, ge=1)
-    """How often a machine is asked for, before the Workspace fails with the cloud's message."""
+    """How often a node is requested before the Workspace fails with the cloud's message."""
     tolerations: tuple[dict[str, str], ...] = ()
     """Tolerations of the Job, beside those for GPU taints."""
 
 
 class Storage(_Part):
-    """Where the run directory and the base weights are kept."""
+    """Where the run directory and the base weights are stored."""
 
     run_volume: Literal["auto", "claim", "ephemeral"] = "auto"
-    """auto: a claim where there is a storage class, else an emptyDir, which a new pod loses."""
+    """auto: a claim if there is a default storage class, else an emptyDir, lost with the pod."""
     storage_class: str | None = None
     """Storage class of the claim; the cluster's default if not set."""
     access_mode: Literal["ReadWriteOnce", "ReadWriteOncePod", "ReadWriteMany"] = "ReadWriteOnce"
     """How the claim is mounted."""
     cache_claim: str | None = None
-    """A claim, in every namespace that tunes, in which all Workspaces share base weights."""
+    """A claim in each namespace with Workspaces, which share base weights in it."""
     cache_host_path: str | None = None
-    """A folder of the node for shared base weights, which is there on each node and writable for
-    userId; needs a namespace without restricted pods."""
+    """A folder of the node for shared base weights. It must exist on each node and be writable for
+    userId, and the namespace must not enforce the restricted pod security standard."""
 
     @property
     def cached(self) -> bool:
-        """Whether base weights are kept outside of the run volume."""
+        """Whether base weights are stored outside of the run volume."""
         return bool(self.cache_claim or self.cache_host_path)
 
 
 class Options(_Part):
-    """Everything that the operator is told."""
+    """All options."""
 
     image: str = "tuning:latest"
     """The engine's image, best by digest: what every Job runs."""
@@ -91,54 +91,53 @@ class Options(_Part):
     """vLLM's image, for Workspaces with the annotation `kaito.sh/runtime: vllm`, best by digest;
     such Workspaces are refused if it is not set."""
     image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
-    """When it is pulled."""
+    """Pull policy of these images."""
     image_pull_secrets: tuple[str, ...] = ()
     """Secrets with which the engine's image is pulled, in the Workspaces' namespaces."""
     namespaces: tuple[str, ...] = ()
-    """Namespaces to look after; all of them if empty."""
+    """Namespaces to watch; all of them if empty."""
     gpu_resource: str = "nvidia.com/gpu"
-    """What a GPU is called in a pod's resources."""
+    """Resource name of a GPU in pods."""
     nodes: Nodes = Nodes()
     """Where Jobs run."""
     storage: Storage = Storage()
-    """Where the run directory and the base weights are kept."""
+    """Where the run directory and the base weights are stored."""
     backoff_limit: int = Field(3, ge=0)
-    """Pods that may fail for a passing reason."""
+    """Number of pods that may fail for a transient reason."""
     beside_kaito: Literal["refuse", "opt-in"] = "refuse"
-    """Where KAITO's controller is at work: do not start, or look only after Workspaces with the
+    """If KAITO's controller runs, too: do not start, or reconcile only Workspaces with the
     annotation `tuning.kaito.sh/opt-in: "true"`."""
     deadline_seconds: int | None = Field(None, ge=1)
-    """Longest time of a Job."""
+    """Deadline of a Job in seconds."""
     keep_seconds: int = Field(7 * DAY, ge=0)
-    """How long a finished Job and its log are kept. The status stays, and nothing runs again."""
+    """Seconds until a finished Job and its log are deleted; the status stays."""
     stuck_seconds: int = Field(900, ge=1)
-    """How long a pod may wait for an image or a Secret before the Workspace fails."""
+    """Seconds that a pod may wait for an image or a Secret before the Workspace fails."""
     grace_seconds: int = Field(120, ge=10)
-    """Time a pod has to save its state when it is stopped."""
+    """Seconds that a pod has to save its state when it is stopped."""
     network_policy: bool = True
     """Whether each Job gets a NetworkPolicy."""
     environment: dict[_Variable, str] = {}
-    """What every pod of a Workspace finds in its environment: HTTPS_PROXY, HTTP_PROXY and NO_PROXY
+    """Environment variables of every pod of a Workspace: HTTPS_PROXY, HTTP_PROXY and NO_PROXY
     for registries and the hub (data obey the policy's proxy), HF_ENDPOINT for a mirror of the hub.
-    A proxy's port belongs into egressPorts."""
+    A proxy's port must be in egressPorts."""
     service_account: str | None = None
-    """Service account of those pods, in each Workspace's namespace, for the workload identity that
-    a cloud binds to it; the namespace's `default` if not set. Kubernetes' own token is never
-    mounted."""
+    """Service account of these pods in each Workspace's namespace, for a cloud's workload identity;
+    the namespace's `default` if not set. Kubernetes' own token is never mounted."""
     pod_labels: dict[str, str] = {}
-    """More labels of those pods, such as `azure.workload.identity/use: "true"`."""
+    """Additional labels of these pods, such as `azure.workload.identity/use: "true"`."""
     egress_ports: tuple[int, ...] = ()
-    """Ports that Jobs may reach beside 443, DNS and those of their URLs and images."""
+    """Egress ports of pods, beside 443, DNS and those of their URLs and images."""
     operator_namespace: str = "tuning-system"
-    """Where the operator runs: only its pods may ask a Job for its progress."""
+    """Namespace of the operator: only its pods may read a Job's progress."""
     allow_host_path: bool = False
     """Whether a Workspace may name a folder of the node as its volume."""
     user_id: int = Field(10001, ge=1)
     """User and group of the Job."""
     policy: str | None = None
-    """Text of the policy file that Jobs obey; filled in from --policy."""
+    """Text of the policy file for Jobs; set from --policy."""
     policy_files: dict[str, str] = {}
-    """Certificates and public keys that it names, by name; filled in from beside it."""
+    """Certificates and public keys that the policy names; set from the files beside it."""
 
 
 _HEAD = """\
@@ -153,14 +152,14 @@ the ConfigMap `tuning-operator`, for `python -m jobs render` the file after `--o
 
 
 def markdown() -> str:
-    """The page with every option, its values, its default and what it means."""
+    """The documentation page of all options."""
     return _HEAD + "".join(_rows(Options, ""))
 
 
 def _rows(part: type[BaseModel], path: str) -> Iterator[str]:
     for name, field in part.model_fields.items():
         key, kind = f"{path}{to_camel(name)}", field.annotation
-        if name.startswith("policy"):  # filled in from its own file
+        if name.startswith("policy"):  # set from its own file
             continue
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             yield from _rows(kind, f"{key}.")
@@ -171,7 +170,7 @@ def _rows(part: type[BaseModel], path: str) -> Iterator[str]:
 
 
 def _values(kind: Any) -> str:
-    """A type as a reader of YAML would say it."""
+    """A type in YAML's words."""
     if get_origin(kind) is Literal:
         return ", ".join(f"`{each}`" for each in get_args(kind))
     if get_origin(kind) is tuple:
@@ -182,14 +181,14 @@ def _values(kind: Any) -> str:
 
 
 def with_policy(options: Options, path: Path) -> Options:
-    """`options` with the policy file at `path`, and with the certificates and public keys beside it
-    that it names: they travel with each Job. What is named by an absolute path is in the image.
+    """`options` with the policy file at `path`, and the certificates and public keys beside it that
+    it names, which are sent to each Job. Files with an absolute path must be in the image.
 
-    Raises SpecError for a slip of the pen in it, and for what cannot travel.
+    Raises SpecError for an invalid policy, and for files that cannot be sent.
     """
     Policy.load(path)
     text = path.read_text(encoding="utf-8")
-    found, problems = {}, []
+    contents, problems = {}, []
     for name in _named(yaml.safe_load(text) or {}):
         if name.startswith("/"):
             continue
@@ -199,36 +198,36 @@ def with_policy(options: Options, path: Path) -> Options:
             what, change = f"names {name}, which is no text file beside it", "put it there"
         else:
             if "PRIVATE KEY" not in content and _BESIDE.fullmatch(name):
-                found[name] = content
+                contents[name] = content
                 continue
             what = f"names {name}, which cannot be sent to Jobs"
             change = "put private keys and files in folders into the image, by absolute path"
         problems.append(Problem("JOB-105", str(path), what, change))
     if problems:
         raise SpecError(problems)
-    return options.model_copy(update={"policy": text, "policy_files": found})
+    return options.model_copy(update={"policy": text, "policy_files": contents})
 
 
 def _named(policy: dict[str, Any]) -> Iterator[str]:
-    """The files that a policy names; what else is wrong with its registries the engine says."""
+    """The files that a policy names; malformed sections are reported by the engine."""
 
-    def part(whole: Any, key: str) -> dict[str, Any]:
-        found = whole.get(key)
-        return found if isinstance(found, dict) else {}
+    def section(parent: Any, key: str) -> dict[str, Any]:
+        value = parent.get(key)
+        return value if isinstance(value, dict) else {}
 
-    if bundle := part(policy, "data").get("caBundle"):
+    if bundle := section(policy, "data").get("caBundle"):
         yield str(bundle)
-    registry = part(policy, "registry")
+    registry = section(policy, "registry")
     if isinstance(keys := registry.get("keys"), list):
         yield from map(str, keys)
-    hosts = part(registry, "hosts")
+    hosts = section(registry, "hosts")
     for name in hosts:
-        host = part(hosts, name)
+        host = section(hosts, name)
         yield from (str(host[key]) for key in ("ca", "clientCert", "clientKey") if host.get(key))
 
 
 def load(path: Path | None) -> Options:
-    """The options in the YAML file at `path`; the defaults if there is none.
+    """The options in the YAML file at `path`; the defaults for None.
 
     Raises SpecError with all problems of the file.
     """
@@ -242,7 +241,7 @@ def load(path: Path | None) -> Options:
         raise SpecError.at("JOB-101", str(path), what, "give a YAML file") from None
     except ValidationError as error:
         problems = [
-            Problem("JOB-102", ".".join(map(str, e["loc"])), e["msg"], f"mend {path.name}")
+            Problem("JOB-102", ".".join(map(str, e["loc"])), e["msg"], f"correct {path.name}")
             for e in error.errors(include_input=False, include_url=False)
         ]
         raise SpecError(problems) from None

@@ -1,8 +1,8 @@
-"""Which replica writes: a Lease, held by one, renewed, and given back on a clean end.
+"""Leader election: a Lease that one replica holds, renews, and releases on a clean exit.
 
-The client library's election compares wall clocks, dies with the network and never gives a lease
-back. Here all waiting is on the monotonic clock, and `held` is false as soon as the lease *may* be
-somebody else's, so that a process that was frozen writes nothing when it wakes.
+The client library's election compares wall clocks, exits on network errors and never releases a
+lease. Here all times are monotonic, and `held` is False as soon as another replica *may* have the
+lease, so that a suspended process writes nothing when it resumes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 
-from jobs.api.client import LEASE, ApiError, Cluster, Object
+from jobs.api.client import ApiError, Cluster
+from jobs.api.kinds import LEASE, Object
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +22,7 @@ DURATION, RENEW = 15.0, 3.0  # seconds
 
 
 class Lease:
-    """One candidate for the lease `name` in `namespace`."""
+    """One candidate for the Lease `name` in `namespace`."""
 
     def __init__(
         self,
@@ -36,17 +37,17 @@ class Lease:
         self._cluster, self._namespace, self._name = cluster, namespace, name
         self._identity, self._duration, self._clock = identity, duration, clock
         self._renewed: float | None = None  # when our last renewal was *sent*
-        self._seen: tuple[str, float] | None = None  # another's version, and since when
-        self.taken = False  # whether another had it when it was last looked at
+        self._other: tuple[str, float] | None = None  # another holder's version, and since when
+        self.held_by_other = False  # at the last attempt
 
     @property
     def held(self) -> bool:
-        """Whether writes are ours, with a margin for those on their way."""
+        """Whether this replica may write, with a margin for writes in flight."""
         renewed = self._renewed
         return renewed is not None and self._clock() < renewed + 0.8 * self._duration
 
     def acquire(self, stop: threading.Event) -> bool:
-        """Wait until the lease is ours; False if `stop` came first."""
+        """Wait until the lease is ours; False if `stop` is set first."""
         while not stop.is_set():
             if self.attempt():
                 return True
@@ -61,11 +62,11 @@ class Lease:
                 return
 
     def attempt(self) -> bool:
-        """Take or renew the lease if that is ours to do; True if it is ours now."""
+        """Take or renew the lease if allowed; True if it is ours now."""
         sent = self._clock()
         try:
             lease = self._cluster.get(LEASE, self._namespace, self._name)
-            self.taken = lease is not None and not self._ours_or_free(lease)
+            self.held_by_other = lease is not None and not self._ours_or_free(lease)
             if lease is None:
                 taken = self._cluster.create(LEASE, self._object({})) is not None
             elif self._may_take(lease):
@@ -79,8 +80,8 @@ class Lease:
         self._renewed = sent if taken else None
         return taken
 
-    def give_back(self) -> None:
-        """Let another replica go on at once."""
+    def release(self) -> None:
+        """Let another replica take over at once."""
         if not self.held:
             return
         try:
@@ -89,21 +90,21 @@ class Lease:
                 lease["spec"] |= {"holderIdentity": None, "leaseDurationSeconds": 1}
                 self._cluster.replace(LEASE, lease)
         except ApiError as error:
-            log.warning("lease was not given back: %s", error)
+            log.warning("lease was not released: %s", error)
         self._renewed = None
 
     def _ours_or_free(self, lease: Object) -> bool:
         return (lease.get("spec") or {}).get("holderIdentity") in (None, "", self._identity)
 
     def _may_take(self, lease: Object) -> bool:
-        """Ours, nobody's, or unchanged for as long as its holder promised to renew it."""
+        """Ours, without a holder, or not renewed within the duration that its holder set."""
         if self._ours_or_free(lease):
             return True
         spec = lease.get("spec") or {}
         version, now = lease["metadata"]["resourceVersion"], self._clock()
-        if self._seen is None or self._seen[0] != version:
-            self._seen = (version, now)
-        return now - self._seen[1] > float(spec.get("leaseDurationSeconds") or self._duration)
+        if self._other is None or self._other[0] != version:
+            self._other = (version, now)
+        return now - self._other[1] > float(spec.get("leaseDurationSeconds") or self._duration)
 
     def _object(self, lease: Object) -> Object:
         now = datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")

@@ -1,4 +1,4 @@
-"""The operator's life: watches fill a queue, workers empty it, a lease says who writes."""
+"""The running operator: watches fill a workqueue, workers empty it, a lease elects the leader."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from jobs.api.client import WORKSPACE, ApiError, Cluster, Kind, NotLeader, Object
+from jobs.api.client import ApiError, Cluster, NotLeader
+from jobs.api.kinds import WORKSPACE, Kind, Object
 from jobs.api.options import Options
 from jobs.controller.lease import Lease
 from jobs.controller.probes import Metrics
@@ -18,20 +19,20 @@ from jobs.controller.queue import Queue
 from jobs.controller.reconcile import reconcile
 from jobs.controller.watch import RESYNC, SOURCES, Key, Watch
 from jobs.observed.observe import Context
-from jobs.observed.poll import Ask, Poll
+from jobs.observed.poll import Poll, PollServer
 from jobs.observed.site import Site
 
 log = logging.getLogger(__name__)
 
-_TURN = 0.02  # seconds between looks that no event asked for, all Workspaces together
-_SHARE = 4  # of the workers' time such looks take a fourth: events and retries find them free
-_SETTLE = 0.1  # seconds in which events of one Job and its pods are gathered
-_STALE = 300  # seconds in which a watch begins some call, be it in vain; else its thread hangs
+_RECHECK_SECONDS = 0.02  # between periodic reconciles of any Workspaces
+_RECHECK_SHARE = 4  # periodic reconciles take a quarter of the workers' time: events find them free
+_BATCH_SECONDS = 0.1  # in which events of one Job and its pods are gathered
+_WATCH_TIMEOUT = 300  # seconds in which a working watch starts a call, even one that fails
 
 
 @dataclass(frozen=True)
 class Setup:
-    """How this process takes part."""
+    """Settings of this process."""
 
     identity: str
     namespace: str = "tuning-system"  # of the lease
@@ -42,7 +43,7 @@ class Setup:
 
 
 class Operator:
-    """One replica. `run` returns when `stop` is set or the lease is lost."""
+    """One replica."""
 
     def __init__(
         self,
@@ -62,17 +63,19 @@ class Operator:
         )
         self._cluster = cluster.guarded(lambda: self._lease.held) if setup.elect else cluster
         site = Site(self._cluster, options)
-        asks = Ask(self._cluster)
-        self._context = Context(self._cluster, options, site, poll or Poll(), ask=asks)
+        poll_server = PollServer(self._cluster)
+        self._context = Context(
+            self._cluster, options, site, poll or Poll(), poll_server=poll_server
+        )
         self._watches: list[Watch] = []
-        self._pace = 0.0  # seconds of a look, the last fifty counting most
-        self._arrived: dict[Key, Object] = {}  # new Workspaces as an event showed them
+        self._mean_seconds = 0.0  # of a reconcile, an exponential average over about fifty
+        self._new: dict[Key, Object] = {}  # Workspaces without a status, from events
         self.metrics = Metrics()
         self.queue: Queue[Key] = Queue(group_of=lambda key: key[0])
 
     @property
     def ready(self) -> bool:
-        """Whether it could take over: the API server answers and knows Workspaces."""
+        """Whether it could lead: the API server answers and serves Workspaces."""
         try:
             namespace = self._options.namespaces[0] if self._options.namespaces else None
             self._cluster.find(WORKSPACE, namespace, fields="metadata.name=none")
@@ -82,15 +85,14 @@ class Operator:
 
     @property
     def healthy(self) -> bool:
-        """False when a watch hangs, so that a restart is the better try. An API server that is down
-        is no reason: a restart would not bring it back."""
+        """False if a watch hangs, which a restart repairs. True while the API server is down."""
         now = time.monotonic()
-        return all(w.moved is None or now - w.moved < _STALE for w in self._watches)
+        return all(w.last_call is None or now - w.last_call < _WATCH_TIMEOUT for w in self._watches)
 
     def run(self, stop: threading.Event) -> bool:
-        """Work until `stop`; False if another has the lease now, so that the process should end.
+        """Work until `stop`; False if another replica leads now, so that the process should exit.
 
-        A lease that ran out because the API server was away is asked for again.
+        A lease that expired because the API server was unreachable is acquired again.
         """
         if not self._setup.elect:
             self._lead(stop)
@@ -99,9 +101,9 @@ class Operator:
             log.info("leading as %s", self._setup.identity)
             self._term(stop)
             if stop.is_set():
-                self._lease.give_back()
+                self._lease.release()
                 return True
-            if self._lease.taken:
+            if self._lease.held_by_other:
                 return False
         return True
 
@@ -109,30 +111,30 @@ class Operator:
         """Lead until `stop`, or until the lease is lost."""
         over = threading.Event()
 
-        def keep() -> None:
+        def renew() -> None:
             self._lease.keep(stop)
             over.set()
 
-        keeper = threading.Thread(target=keep, name="lease", daemon=True)
-        keeper.start()
+        renewal = threading.Thread(target=renew, name="lease", daemon=True)
+        renewal.start()
         self._lead(over)
-        keeper.join()
+        renewal.join()
 
     def _lead(self, stop: threading.Event) -> None:
         self.metrics.leading.set(1)
         self.queue = Queue(group_of=lambda key: key[0])
-        spaces: tuple[str | None, ...] = self._options.namespaces or (None,)
+        namespaces: tuple[str | None, ...] = self._options.namespaces or (None,)
         self._watches = [
             Watch(
                 self._cluster,
                 kind,
-                space,
+                namespace,
                 labels=labels,
                 key_of=key_of,
-                tell=partial(self._told, kind),
+                on_event=partial(self._enqueue, kind),
                 resync=self._setup.resync,
             )
-            for space in spaces
+            for namespace in namespaces
             for kind, labels, key_of in SOURCES
         ]
         threads = [
@@ -146,56 +148,52 @@ class Operator:
         stop.wait()
         self.queue.close()
         for worker in workers:
-            worker.join()  # what was begun is ended; watches are left to their time limit
+            worker.join()  # finishes its reconcile; watches end with their own timeouts
         self.metrics.leading.set(0)
-        self.metrics.forget()
+        self.metrics.reset()
 
-    def _told(self, kind: Kind, key: Key, news: Object | None) -> None:
-        """A new or edited Workspace is looked at before all others, for somebody waits for it.
-        Jobs and pods change several times in a moment, which is worth one look."""
+    def _enqueue(self, kind: Kind, key: Key, item: Object | None) -> None:
+        """A new or edited Workspace comes before all others, as its user waits for it. Jobs and
+        pods change several times in a moment: one reconcile handles all of that."""
         if kind != WORKSPACE:
-            self.queue.add(key, after=_SETTLE)
+            self.queue.add(key, after=_BATCH_SECONDS)
             return
-        if news and not news.get("status"):
-            self._arrived[key] = news
-        self.queue.add(key, first=news is not None)
+        if item and not item.get("status"):
+            self._new[key] = item
+        self.queue.add(key, first=item is not None)
 
     def _work(self) -> None:
         while (key := self.queue.take()) is not None:
             self.metrics.queued.set(len(self.queue))
-            place = {"namespace": key[0], "workspace": key[1]}
             start = time.monotonic()
-            result = self._look(key, place)
-            took = time.monotonic() - start
-            self._pace += (took - self._pace) / 50
-            self.metrics.seconds.observe(took)
+            result = self._reconcile(key)
+            seconds = time.monotonic() - start
+            self._mean_seconds += (seconds - self._mean_seconds) / 50
+            self.metrics.seconds.observe(seconds)
             self.metrics.reconciles.labels(result).inc()
 
-    def _look(self, key: Key, place: dict[str, str]) -> str:
+    def _reconcile(self, key: Key) -> str:
+        """Reconcile one Workspace and give its key back to the queue; returns a metric's label."""
+        extra = {"namespace": key[0], "workspace": key[1]}
         try:
-            look = reconcile(self._context, *key, arrived=self._arrived.pop(key, None))
+            result = reconcile(self._context, *key, from_event=self._new.pop(key, None))
         except NotLeader:
             self.queue.done(key)
             return "not leading"
         except ApiError as error:
             delay = self.queue.failed(key)
-            usual = error.status == 409
-            log.log(
-                logging.DEBUG if usual else logging.WARNING,
-                "again in %.1f s: %s",
-                delay,
-                error,
-                extra=place,
-            )
-            return "conflict" if usual else "api error"
+            is_conflict = error.status == 409
+            level = logging.DEBUG if is_conflict else logging.WARNING
+            log.log(level, "retry in %.1f s: %s", delay, error, extra=extra)
+            return "conflict" if is_conflict else "api error"
         except Exception:
-            log.exception("reconcile failed", extra=place)
+            log.exception("reconcile failed", extra=extra)
             self.queue.failed(key)
             return "error"
-        again = look.again
-        if again is not None and not look.promptly:  # many that wait are asked in turn
-            turn = max(_TURN, _SHARE * self._pace / self._setup.workers)
-            again = max(again, turn * len(self.queue))
-        self.queue.done(key, again=again)
-        self.metrics.stands(key, look.state)
+        seconds = result.requeue_after
+        if seconds is not None and not result.has_work:  # spread periodic reconciles
+            interval = _RECHECK_SHARE * self._mean_seconds / self._setup.workers
+            seconds = max(seconds, max(_RECHECK_SECONDS, interval) * len(self.queue))
+        self.queue.done(key, requeue_after=seconds)
+        self.metrics.set_state(key, result.state)
         return "done"

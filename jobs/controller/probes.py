@@ -1,4 +1,4 @@
-"""/healthz, /readyz and /metrics of the operator, and its log as JSON lines."""
+"""The operator's /healthz, /readyz, /metrics, and its log in JSON lines."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tuning.errors import redact
 
 
 class Metrics:
-    """What the operator counts, with its own registry, so that two can live in one process."""
+    """The operator's metrics, in a registry of their own: a process may run two operators."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -26,7 +26,7 @@ class Metrics:
             "tuning_operator_reconcile_seconds", "Time of a reconcile", registry=self.registry
         )
         self.queued = Gauge(
-            "tuning_operator_queue_length", "Workspaces to look at", registry=self.registry
+            "tuning_operator_queue_length", "Workspaces to reconcile", registry=self.registry
         )
         self._states: dict[Hashable, str] = {}
         self._lock = threading.Lock()
@@ -37,7 +37,7 @@ class Metrics:
             "tuning_operator_leading", "1 for the replica that writes", registry=self.registry
         )
 
-    def stands(self, key: Hashable, state: str | None) -> None:
+    def set_state(self, key: Hashable, state: str | None) -> None:
         """Count a Workspace under its state; None: it is gone."""
         with self._lock:
             before = self._states.pop(key, None)
@@ -48,8 +48,8 @@ class Metrics:
                 if each:
                     self.workspaces.labels(each).inc(step)
 
-    def forget(self) -> None:
-        """Another replica counts now."""
+    def reset(self) -> None:
+        """Forget all Workspaces: another replica counts them now."""
         with self._lock:
             self._states.clear()
         self.workspaces.clear()
@@ -98,11 +98,11 @@ def serving(
 
 
 class JsonLines(logging.Formatter):
-    """One JSON object a line; `workspace` and `namespace` where a record has them."""
+    """One JSON object per line, with `workspace` and `namespace` if a record has them."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record as JSON, without secrets of URLs."""
-        found = {
+        """The record as JSON, with secrets in URLs redacted."""
+        fields = {
             "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
             "level": record.levelname.lower(),
             "logger": record.name,
@@ -110,7 +110,7 @@ class JsonLines(logging.Formatter):
         }
         for name in ("namespace", "workspace"):
             if hasattr(record, name):
-                found[name] = getattr(record, name)
+                fields[name] = getattr(record, name)
         if record.exc_info:
-            found["exception"] = redact(self.formatException(record.exc_info))
-        return json.dumps(found, ensure_ascii=False)
+            fields["exception"] = redact(self.formatException(record.exc_info))
+        return json.dumps(fields, ensure_ascii=False)

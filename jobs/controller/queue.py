@@ -1,7 +1,7 @@
-"""A queue of keys: no key twice, none at two workers at once, failures later and later.
+"""The workqueue: each key once, at one worker at a time, with exponential back-off on failures.
 
-Two lanes: what is due at a time, in the order of those times, and before it what is wanted `first`,
-with every group (a namespace) in its turn, so that nobody waits for another one's flood.
+Two lanes: keys that are due at a time, ordered by it, and before them keys added as `first`,
+round-robin over groups (namespaces), so that one namespace's many keys do not delay another's.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T", bound=Hashable)
 
-FIRST, LONGEST = 0.5, 60.0  # seconds of back-off after a failure
+MIN_BACKOFF, MAX_BACKOFF = 0.5, 60.0  # seconds
 
 
 class Queue(Generic[T]):
-    """What is to be looked at, and when. `group_of` says who waits for a key."""
+    """Keys to reconcile, and when. `group_of` is the group that waits for a key."""
 
     def __init__(
         self,
@@ -29,9 +29,9 @@ class Queue(Generic[T]):
     ) -> None:
         self._group_of, self._clock = group_of, clock
         self._due: dict[T, float] = {}
-        self._heap: list[tuple[float, int, T]] = []  # may hold outdated entries
-        self._first: dict[Hashable, deque[T]] = {}  # group -> its keys; the next group comes first
-        self._urgent: set[T] = set()  # all of those, and urgent ones that are busy
+        self._heap: list[tuple[float, int, T]] = []  # may contain outdated entries
+        self._first: dict[Hashable, deque[T]] = {}  # group -> its keys; in the order of turns
+        self._urgent: set[T] = set()  # the keys of `_first`, and those added as first while busy
         self._busy: set[T] = set()
         self._failures: dict[T, int] = {}
         self._changed = threading.Condition()
@@ -42,8 +42,8 @@ class Queue(Generic[T]):
         return len(self._due) + len(self._urgent)
 
     def add(self, key: T, *, after: float = 0.0, first: bool = False) -> None:
-        """Look at `key` in `after` seconds, or sooner if it is due sooner; `first`: before all that
-        was not added so."""
+        """Reconcile `key` in `after` seconds, or sooner if it is due sooner; `first`: before all
+        keys that were not added as first."""
         with self._changed:
             if first:
                 self._add_first(key)
@@ -51,9 +51,9 @@ class Queue(Generic[T]):
                 self._add(key, self._clock() + after)
 
     def take(self) -> T | None:
-        """The next key that is due, waiting for it; None when the queue is closed.
+        """Wait for the next key that is due; None when the queue is closed.
 
-        The caller owes a `done` or `failed` for it.
+        The caller must call `done` or `failed` for it.
         """
         with self._changed:
             while not self._closed:
@@ -65,29 +65,30 @@ class Queue(Generic[T]):
                 self._changed.wait(wait)
             return None
 
-    def done(self, key: T, *, again: float | None = None) -> None:
-        """`key` was looked at; `again` is when to look next, if no event comes before."""
+    def done(self, key: T, *, requeue_after: float | None = None) -> None:
+        """`key` was reconciled; `requeue_after`: seconds until the next time, without an event."""
         with self._changed:
             self._failures.pop(key, None)
-            self._release(key, None if again is None else self._clock() + again)
+            due = None if requeue_after is None else self._clock() + requeue_after
+            self._release(key, due)
 
     def failed(self, key: T) -> float:
-        """Looking at `key` failed; gives the seconds until the next try."""
+        """Reconciling `key` failed; returns the seconds until the retry."""
         with self._changed:
             number = self._failures[key] = self._failures.get(key, 0) + 1
-            full = min(LONGEST, FIRST * 2.0 ** min(number - 1, 10))
-            delay = full * random.uniform(0.5, 1)  # noqa: S311 jitter, no secret
+            longest = min(MAX_BACKOFF, MIN_BACKOFF * 2.0 ** min(number - 1, 10))
+            delay = longest * random.uniform(0.5, 1)  # noqa: S311 jitter, no secret
             self._release(key, self._clock() + delay)
             return delay
 
     def close(self) -> None:
-        """Every `take` answers None from now on."""
+        """Every `take` returns None from now on."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
 
     def _release(self, key: T, due: float | None) -> None:
-        """Put back what was told of `key` while it was busy, and when it is to be looked at."""
+        """Add `key` again if it was added while it was busy, or is due at a time."""
         self._busy.discard(key)
         if key in self._urgent:
             self._urgent.discard(key)
@@ -106,7 +107,7 @@ class Queue(Generic[T]):
             self._changed.notify()
 
     def _next_first(self) -> T | None:
-        """A key of the group whose turn it is; that group goes to the end of the line."""
+        """A key of the group whose turn it is; the group moves to the end."""
         for group, keys in self._first.items():
             key = keys.popleft()
             del self._first[group]
@@ -118,10 +119,10 @@ class Queue(Generic[T]):
         return None
 
     def _next_due(self) -> tuple[T | None, float | None]:
-        """(the key whose time has come, None), or (None, seconds until there is one)."""
+        """(the key that is due, None), or (None, seconds until one is)."""
         while self._heap:
             due, _, key = self._heap[0]
-            if self._due.get(key) != due or key in self._busy:  # outdated, or its worker's to add
+            if self._due.get(key) != due or key in self._busy:  # outdated, or added by `_release`
                 heapq.heappop(self._heap)
                 continue
             wait = due - self._clock()

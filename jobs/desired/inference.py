@@ -1,4 +1,4 @@
-"""A Workspace's `inference` -> what should be served, whether it fits, and what is wrong. Pure."""
+"""Desired state of an inference server: what to serve, whether it fits, what is invalid. Pure."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 import yaml
 
-from jobs.api.client import Object
+from jobs.api.kinds import Object
 from jobs.desired import names
-from jobs.desired import tuning as desired
-from jobs.desired.tuning import Adapter, Server, Wanted
+from jobs.desired import tuning as desired_tuning
+from jobs.desired.tuning import Adapter, Desired, Server
 from tuning import plan, presets, spec
 from tuning.errors import Problem, SpecError
 from tuning.plan import inference as memory
@@ -21,230 +21,217 @@ from tuning.presets import Instance
 from tuning.spec import reference
 from tuning.spec.workspace import Inference, Workspace
 
-RUNTIME, BALANCED = "kaito.sh/runtime", "kaito.sh/enablelb"
+RUNTIME, LOAD_BALANCER = "kaito.sh/runtime", "kaito.sh/enablelb"
 CONFIG_KEY = "inference_config.yaml"
-FRESH = "tuned"  # name of the adapter that the same Workspace made
-RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM knows
-_RANK = 8  # of an adapter that nobody has looked into: the least that is usual
+TUNED = "tuned"  # name of the adapter that the same Workspace tuned
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values of --max-lora-rank
+_RANK = 8  # assumed for an adapter that has not been inspected
 
 
-def read(workspace: Object, config_map: Object | None, device: Device | None) -> Wanted:
-    """What `workspace` wants served on `device` (None: unknown, unless it names a machine)."""
-    revision = desired.revision(workspace)
+def read(workspace: Object, config_map: Object | None, device: Device | None) -> Desired:
+    """Desired server on `device` (None: unknown, unless the Workspace names an instance type)."""
+    revision = desired_tuning.revision(workspace)
     try:
-        found = spec.parse_workspace(
-            json.dumps(desired.document(workspace), sort_keys=True), origin="Workspace"
-        )
-        machine = _machine(found)
-        server = _server(workspace, found, config_map)
+        document = json.dumps(desired_tuning.document(workspace), sort_keys=True)
+        parsed = spec.parse_workspace(document, origin="Workspace")
+        name = parsed.resource.instance_type if parsed.resource else None
+        instance = presets.instance(name) if name else None
+        server = _server(workspace, parsed, config_map)
     except SpecError as error:
-        return Wanted(revision, None, problems=_placed(error, workspace))
+        section = "inference" if workspace.get("tuning") is None else "tuning"
+        moved = {"tuning.preset.name": f"{section}.preset.name"}
+        problems = tuple(replace(p, where=moved.get(p.where, p.where)) for p in error.problems)
+        return Desired(revision, None, problems=problems)
     facts = _facts(server.base)
-    gpus = _gpus(workspace, server, machine)
-    wish = Wanted(
-        revision,
-        None,
-        server=server,
-        instance=machine,
-        gpus=gpus,
-        weights_bytes=2 * facts.parameters if facts else None,
-        training_bytes=0,
-    )
-    here = plan.device_of(machine.name) if machine else device
+    gpus = _gpus(workspace, server, instance)
+    weights = 2 * facts.parameters if facts else None
+    desired = Desired(revision, None, server=server, instance=instance, gpus=gpus)
+    desired = replace(desired, weights_bytes=weights, training_bytes=0)
+    here = plan.device_of(instance.name) if instance else device
     if facts is None or here is None or here.kind != "cuda" or gpus == 0:
-        return wish
-    vllm = server.runtime == "vllm"
-    if vllm and (facts.stored != "16-bit" or "quantization" in dict(server.settings)):
-        return wish  # how much that takes is vLLM's to know
+        return desired
+    is_quantized = facts.stored != "16-bit" or "quantization" in dict(server.settings)
+    if server.runtime == "vllm" and is_quantized:
+        return desired  # only vLLM knows how much memory that takes
     try:
-        _fits(server.base, here, len(server.adapters), gpus, vllm)
+        _check_fit(server.base, server.runtime, len(server.adapters), here, gpus)
     except SpecError as error:
-        change = "use a smaller model, or a machine with more memory"
+        change = "use a smaller model, or an instance type with more memory"
         where = "inference.preset.name"
-        return replace(
-            wish, misfit=tuple(replace(p, where=where, change=change) for p in error.problems)
-        )
-    return wish
+        problems = tuple(replace(p, where=where, change=change) for p in error.problems)
+        return replace(desired, fit_problems=problems)
+    return desired
 
 
-def _placed(error: SpecError, workspace: Object) -> tuple[Problem, ...]:
-    """The problems of `error` at the preset that is served, where only that is named."""
-    if workspace.get("tuning") is not None:
-        return error.problems
-    moved = {"tuning.preset.name": "inference.preset.name"}
-    return tuple(replace(p, where=moved.get(p.where, p.where)) for p in error.problems)
+def check_inference(workspace: Object, tuned: Desired, device: Device | None) -> Desired:
+    """`tuned` with the problems of its `inference`, found before a node is paid for.
 
-
-def ahead(workspace: Object, tuned: Wanted, device: Device | None) -> Wanted:
-    """What `tuned` says, or what is wrong with what is to be served afterwards: better known before
-    a machine is paid for. A ConfigMap of vLLM's options may come later."""
+    A missing ConfigMap of vLLM options is none: it may still be created.
+    """
     if workspace.get("inference") is None or tuned.spec is None:
         return tuned
-    wish = read(workspace, None, device)
-    problems = tuple(problem for problem in wish.problems if problem.code != "SPEC-117")
-    if wish.server and wish.server.runtime == "vllm":
-        problems += _not_for_vllm(tuned.spec.settings)
+    desired = read(workspace, None, device)
+    problems = tuple(problem for problem in desired.problems if problem.code != "SPEC-117")
+    if desired.server and desired.server.runtime == "vllm":
+        problems += _vllm_problems(tuned.spec.settings)
     if problems:
         return replace(tuned, spec=None, problems=problems)
-    return replace(tuned, misfit=wish.misfit) if wish.misfit and not tuned.misfit else tuned
+    return replace(tuned, fit_problems=tuned.fit_problems or desired.fit_problems)
 
 
-def _not_for_vllm(settings: spec.Settings) -> tuple[Problem, ...]:
-    """What of the adapter that is to be tuned vLLM cannot serve."""
-    where, change = "LoraConfig", "or use the runtime transformers"
-    found = []
+def _vllm_problems(settings: spec.Settings) -> tuple[Problem, ...]:
+    """Settings of the adapter to tune that vLLM cannot serve."""
+    problems, change = [], "or use the runtime transformers"
     if settings.dora:
-        what = "vLLM serves no adapter of DoRA"
-        found.append(Problem("SPEC-118", f"{where}.use_dora", what, f"remove it, {change}"))
-    if settings.rank and settings.rank > RANKS[-1]:
-        what = f"vLLM serves ranks up to {RANKS[-1]}"
-        found.append(Problem("SPEC-118", f"{where}.r", what, f"lower it, {change}"))
-    return tuple(found)
+        what = "vLLM serves no DoRA adapters"
+        problems.append(Problem("SPEC-118", "LoraConfig.use_dora", what, f"remove it, {change}"))
+    if settings.rank and settings.rank > VLLM_RANKS[-1]:
+        what = f"vLLM serves ranks up to {VLLM_RANKS[-1]}"
+        problems.append(Problem("SPEC-118", "LoraConfig.r", what, f"lower it, {change}"))
+    return tuple(problems)
 
 
-def smallest(wish: Wanted) -> str | None:
-    """The machine type of the same cloud with the least GPU memory that could serve it."""
-    assert wish.server is not None
-    cloud = wish.instance.cloud if wish.instance else "azure"
-    offered = [m for m in presets.instances() if m.cloud == cloud and not m.retired]
-    for machine in sorted(offered, key=lambda m: (m.memory_bytes * m.gpus, m.gpus)):
-        vllm = wish.server.runtime == "vllm"
-        here, gpus = plan.device_of(machine.name), machine.gpus if vllm else 1
-        try:
-            _fits(wish.server.base, here, len(wish.server.adapters), gpus, vllm)
-        except SpecError:
-            continue
-        return machine.name
-    return None
+def fit_hint(desired: Desired) -> str:
+    """Names the smallest instance type of the same cloud that could serve it."""
+    server = desired.server
+    assert server is not None
+
+    def check(instance: Instance) -> None:
+        gpus = instance.gpus if server.runtime == "vllm" else 1
+        here = plan.device_of(instance.name)
+        _check_fit(server.base, server.runtime, len(server.adapters), here, gpus)
+
+    return desired_tuning.instance_hint(
+        desired.instance.cloud if desired.instance else "azure", check
+    )
 
 
 @lru_cache(maxsize=256)
-def _fits(base: str, here: Device, adapters: int, gpus: int, vllm: bool) -> None:
-    """Raises SpecError if the weights and a decent context do not fit the GPUs.
+def _check_fit(base: str, runtime: str, adapters: int, device: Device, gpus: int) -> None:
+    """Raises SpecError if the weights and a useful context do not fit the GPUs.
 
-    vLLM holds weights as they are published; our server takes 4 bits where those do not fit.
+    vLLM loads weights as they are published; our server quantizes to 4 bits if they do not fit.
     """
     facts = _facts(base)
     assert facts is not None
-    each = sum(linear.inputs + linear.outputs for linear in facts.linears)
-    numbers = adapters * _RANK * facts.layers * each
-    together = replace(here, memory_bytes=here.memory_bytes * gpus)
+    width = sum(linear.inputs + linear.outputs for linear in facts.linears)
+    parameters = adapters * _RANK * facts.layers * width
+    together = replace(device, memory_bytes=device.memory_bytes * gpus)
     precision: memory.Precision = "auto"
-    if vllm:
-        precision = "bfloat16" if here.bf16 else "float16"
-    memory.planned(facts, together, adapter_numbers=numbers, precision=precision)
+    if runtime == "vllm":
+        precision = "bfloat16" if device.bf16 else "float16"
+    memory.planned(facts, together, adapter_numbers=parameters, precision=precision)
 
 
 def _facts(base: str) -> presets.Facts | None:
-    found = presets.find(base)
-    return found.facts if found else None
+    preset = presets.find(base)
+    return preset.facts if preset else None
 
 
-def _machine(found: Workspace) -> Instance | None:
-    name = found.resource.instance_type if found.resource else None
-    return presets.instance(name) if name else None
-
-
-def _gpus(workspace: Object, server: Server, machine: Instance | None) -> int:
-    """transformers holds the model on one GPU; vLLM spreads it over all of the machine."""
-    asked = names.annotation(workspace, "gpus")
+def _gpus(workspace: Object, server: Server, instance: Instance | None) -> int:
+    """transformers loads the model on one GPU; vLLM spreads it over all of the node's."""
+    requested = names.annotation(workspace, "gpus")
     if server.runtime == "vllm":
-        return int(asked) if asked is not None else machine.gpus if machine else 1
-    return min(1, int(asked)) if asked is not None else 1
+        return int(requested) if requested is not None else instance.gpus if instance else 1
+    return min(1, int(requested)) if requested is not None else 1
 
 
-def _server(workspace: Object, found: Workspace, config_map: Object | None) -> Server:
-    """Raises SpecError."""
-    inference = found.inference
+def _server(workspace: Object, parsed: Workspace, config_map: Object | None) -> Server:
+    """The server that `inference` describes. Raises SpecError."""
+    inference = parsed.inference
     assert inference is not None
-    if not found.metadata.name[:1].isalpha():
-        what = "begins with a digit, and a Service cannot be called so"
-        raise _wrong("SPEC-104", "metadata.name", what, "begin it with a letter")
-    preset = inference.preset or (found.tuning.preset if found.tuning else None)
-    if preset is None:
-        what = "a pod template of your own is not served by this operator"
-        raise _wrong(
-            "SPEC-118", "inference.template", what, "apply it as a Deployment, or use preset"
-        )
-    if found.resource and found.resource.count != 1:
-        what, change = "one node serves a Workspace", "set it to 1"
-        raise _wrong("SPEC-118", "resource.count", what, change)
-    if found.resource and found.resource.partition:
-        what = "shares of a GPU are not served by this operator"
-        raise _wrong("SPEC-118", "resource.partition", what, "remove it")
-    notes: dict[str, str] = workspace["metadata"].get("annotations") or {}
-    vllm = notes.get(RUNTIME) == "vllm"
-    if notes.get(RUNTIME) not in (None, "vllm", "transformers"):
-        what = f"is {notes[RUNTIME][:40]!r}"
-        raise _wrong("SPEC-104", RUNTIME, what, "use transformers or vllm")
-    if vllm and inference.api_key_secret is not None:
-        what = "vLLM guards only a part of its paths, and takes its key from the environment"
-        change = "use the runtime transformers, or leave the key out and put a proxy before it"
-        raise _wrong("SPEC-118", "inference.apiKeySecret", what, change)
-    public = notes.get(BALANCED, "").lower() == "true"
-    if public and inference.api_key_secret is None:
-        what = "a load balancer lets everybody in, and there is no key"
-        raise _wrong("SPEC-121", BALANCED, what, "name a Secret in inference.apiKeySecret")
+    preset = inference.preset or (parsed.tuning.preset if parsed.tuning else None)
+    annotations: dict[str, str] = workspace["metadata"].get("annotations") or {}
+    _check_support(parsed, annotations)
+    assert preset is not None
+    vllm = annotations.get(RUNTIME) == "vllm"
     options = preset.preset_options
-    tuned = found.tuning.preset.preset_options if found.tuning else None
+    tuned = parsed.tuning.preset.preset_options if parsed.tuning else None
     secret = options.model_access_secret if options else None
-    adapters = (*_fresh(workspace, vllm=vllm), *_adapters(inference))
-    _check(preset.name, adapters, vllm)
-    ignored = inference.config and not vllm
+    adapters = (*_tuned_adapter(workspace, vllm=vllm), *_adapters(inference))
+    _check_adapters(preset.name, adapters, vllm)
+    is_ignored = inference.config and not vllm
     return Server(
         base=preset.name,
         adapters=adapters,
         runtime="vllm" if vllm else "transformers",
         hub_secret=secret or (tuned.model_access_secret if tuned else None),
         key_secret=inference.api_key_secret,
-        public=public,
+        public=annotations.get(LOAD_BALANCER, "").lower() == "true",
         base_revision=_trained_on(workspace, preset.name),
         settings=_settings(inference.config, config_map) if vllm else (),
-        note="inference.config is for the runtime vllm and has no effect" if ignored else "",
+        note="inference.config is for the runtime vllm and has no effect" if is_ignored else "",
     )
 
 
-def _fresh(workspace: Object, *, vllm: bool) -> tuple[Adapter, ...]:
-    """The adapter that this Workspace has made, by its digest."""
+def _check_support(parsed: Workspace, annotations: dict[str, str]) -> None:
+    """Raises SpecError for the first thing in the Workspace that is not supported."""
+    inference, resource = parsed.inference, parsed.resource
+    assert inference is not None
+    if not parsed.metadata.name[:1].isalpha():
+        what = "starts with a digit, which is invalid for the name of a Service"
+        raise SpecError.at("SPEC-104", "metadata.name", what, "begin it with a letter")
+    if not inference.preset and not parsed.tuning:
+        what, change = "pod templates are not supported", "apply it as a Deployment, or use preset"
+        raise SpecError.at("SPEC-118", "inference.template", what, change)
+    if resource and resource.count != 1:
+        what = "a Workspace is served by one node"
+        raise SpecError.at("SPEC-118", "resource.count", what, "set it to 1")
+    if resource and resource.partition:
+        what = "GPU partitions are not supported for inference"
+        raise SpecError.at("SPEC-118", "resource.partition", what, "remove it")
+    runtime = annotations.get(RUNTIME)
+    if runtime not in (None, "vllm", "transformers"):
+        raise SpecError.at("SPEC-104", RUNTIME, f"is {runtime[:40]!r}", "use transformers or vllm")
+    if runtime == "vllm" and inference.api_key_secret is not None:
+        what = "vLLM protects only some of its paths, and reads its key from the environment"
+        change = "use the runtime transformers, or remove the key and put a proxy in front"
+        raise SpecError.at("SPEC-118", "inference.apiKeySecret", what, change)
+    if annotations.get(LOAD_BALANCER, "").lower() == "true" and inference.api_key_secret is None:
+        what = "a load balancer exposes the server to everybody, and there is no API key"
+        raise SpecError.at(
+            "SPEC-121", LOAD_BALANCER, what, "name a Secret in inference.apiKeySecret"
+        )
+
+
+def _tuned_adapter(workspace: Object, *, vllm: bool) -> tuple[Adapter, ...]:
+    """The adapter that this Workspace tuned, by its digest if known."""
     output = (workspace.get("tuning") or {}).get("output") or {}
     status = workspace.get("status") or {}
-    made = status.get("output") or {}
     rank = (status.get("plan") or {}).get("rank") if vllm else None
     if image := output.get("image"):
         name = reference.parse(image)
-        if digest := made.get("digest"):  # unknown where the pod that knew it was lost
+        if digest := (status.get("output") or {}).get("digest"):  # unknown if the pod was lost
             name = replace(name, tag=None, digest=digest)
         secret = output.get("imagePushSecret")
-        secrets = (secret,) if secret else ()
-        return (Adapter(FRESH, str(name), pull_secrets=secrets, rank=rank),)
+        return (Adapter(TUNED, str(name), pull_secrets=(secret,) if secret else (), rank=rank),)
     if volume := output.get("volumeSource"):
-        return (Adapter(FRESH, volume=volume, rank=rank),)
+        return (Adapter(TUNED, volume=volume, rank=rank),)
     return ()
 
 
 def _trained_on(workspace: Object, base: str) -> str | None:
-    """The commit of `base` that this Workspace's adapter was trained on; None where it comes from
-    an image, not from the hub."""
+    """The hub commit of `base` that the adapter was tuned on; None for a base from an image."""
     preset = presets.find(base)
     if not workspace.get("tuning") or (preset and preset.image):
         return None
-    made = (workspace.get("status") or {}).get("output") or {}
-    found: str | None = made.get("baseRevision")
+    found: str | None = ((workspace.get("status") or {}).get("output") or {}).get("baseRevision")
     return found
 
 
 def _adapters(inference: Inference) -> tuple[Adapter, ...]:
-    found = []
+    adapters = []
     for each in inference.adapters or []:
         source = each.source
         assert source is not None and source.name  # a rule of the spec
         strength = 1.0 if each.strength is None else float(each.strength)
         secrets = tuple(source.image_pull_secrets or ())
-        found.append(Adapter(source.name, source.image, source.volume_source, strength, secrets))
-    return tuple(found)
+        adapters.append(Adapter(source.name, source.image, source.volume_source, strength, secrets))
+    return tuple(adapters)
 
 
-def _check(base: str, adapters: tuple[Adapter, ...], vllm: bool) -> None:
+def _check_adapters(base: str, adapters: tuple[Adapter, ...], vllm: bool) -> None:
+    """Raises SpecError for names that are not unique, and for strengths with vLLM."""
     problems, taken = [], {base_name(base)}
     for each in adapters:
         if each.name in taken:
@@ -260,38 +247,39 @@ def _check(base: str, adapters: tuple[Adapter, ...], vllm: bool) -> None:
 
 
 def base_name(base: str) -> str:
-    """What the base model is called in requests."""
-    found = presets.find(base)
-    return found.name if found else base
+    """Model name of the base model in requests."""
+    preset = presets.find(base)
+    return preset.name if preset else base
 
 
 def _settings(name: str | None, config_map: Object | None) -> tuple[tuple[str, str], ...]:
-    """The options of vLLM in the ConfigMap."""
+    """The vLLM options in the ConfigMap. Raises SpecError."""
     if not name:
         return ()
     where = f"ConfigMap {name}"
     text = ((config_map or {}).get("data") or {}).get(CONFIG_KEY)
     if text is None:
-        what = "is not there" if config_map is None else f"has no key {CONFIG_KEY}"
-        raise _wrong("SPEC-117", where, what, "create it; it goes on by itself")
+        what = "does not exist" if config_map is None else f"has no key {CONFIG_KEY}"
+        raise SpecError.at("SPEC-117", where, what, "create it; the server then starts")
     try:
-        document: Any = yaml.safe_load(text)
-        given = (document or {}).get("vllm") or {}
+        options = (yaml.safe_load(text) or {}).get("vllm") or {}
         items = tuple(
-            sorted((str(key).replace("_", "-"), _option(value)) for key, value in given.items())
+            sorted((str(key).replace("_", "-"), _option(value)) for key, value in options.items())
         )
     except (yaml.YAMLError, AttributeError, TypeError):
-        raise _wrong("SPEC-113", where, "holds no map `vllm` of options", "mend it") from None
+        what = "has no map `vllm` of options"
+        raise SpecError.at("SPEC-113", where, what, "correct it") from None
     for key, value in items:
         if key == "max-lora-rank" and not value.isdecimal():
-            raise _wrong("SPEC-113", where, f"{key} is {value[:40]!r}", "write a whole number")
+            what = f"{key} is {value[:40]!r}"
+            raise SpecError.at("SPEC-113", where, what, "write a whole number")
         if key not in _VLLM_OPTIONS:
-            what = f"the option {key[:40]!r} is not one that a Workspace may set"
-            raise _wrong("SPEC-118", where, what, f"use {', '.join(_VLLM_OPTIONS)}")
+            what = f"the option {key[:40]!r} is not allowed in a Workspace"
+            raise SpecError.at("SPEC-118", where, what, f"use {', '.join(_VLLM_OPTIONS)}")
     return items
 
 
-# A list of what is allowed: others run code of the model's or of a plugin, or open a door.
+# An allowlist: other options run code of a model or plugin, or open a port.
 _VLLM_OPTIONS = (
     "block-size",
     "cpu-offload-gb",
@@ -326,7 +314,3 @@ def _option(value: Any) -> str:
     if isinstance(value, str | int | float):
         return str(value)
     return json.dumps(value, sort_keys=True)
-
-
-def _wrong(code: str, where: str, what: str, change: str) -> SpecError:
-    return SpecError.at(code, where, what, change)

@@ -1,12 +1,12 @@
-"""Names, labels and owners: how the objects of a Workspace are known. Pure."""
+"""Names, labels and owner references of a Workspace's objects. Pure."""
 
 from __future__ import annotations
 
 import re
 
-from jobs.api.client import WORKSPACE, Object
+from jobs.api.kinds import WORKSPACE, Kind, Object
 from jobs.api.options import Options
-from jobs.desired.tuning import QUEUE, Wanted, identity, short_name
+from jobs.desired.tuning import Desired, identity, short_name
 from tuning import __version__
 from tuning.spec.workspace import ANNOTATION
 
@@ -18,18 +18,18 @@ UID_LABEL = f"{ANNOTATION}workspace-uid"
 FINALIZER = "workspace.finalizer.kaito.sh"
 ZONE = "topology.kubernetes.io/zone"
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*", re.A)
-# Kept out of the fields that a Workspace selects nodes by, as in KAITO.
+# A Workspace cannot select nodes by labels with these prefixes, as in KAITO.
 _RESERVED = ("kaito.sh/", "karpenter.kaito.sh/")
 
 
-def possible(name: object) -> bool:
-    """Whether an object can be called so (a DNS subdomain)."""
+def is_object_name(name: object) -> bool:
+    """Whether `name` is a valid object name (a DNS subdomain)."""
     return isinstance(name, str) and len(name) <= 253 and _NAME.fullmatch(name) is not None
 
 
-def job_name(workspace: Object, wanted: Wanted) -> str:
-    """The same name for the same Workspace and revision, whoever asks: never two Jobs."""
-    return short_name(workspace, wanted.revision)
+def job_name(workspace: Object, desired: Desired) -> str:
+    """Name of the Job, unique to Workspace and revision, so that there are never two Jobs."""
+    return short_name(workspace, desired.revision)
 
 
 def claim_name(workspace: Object) -> str:
@@ -42,7 +42,7 @@ def labels(
 ) -> dict[str, str]:
     """Labels of everything that belongs to `workspace`."""
     name = workspace["metadata"]["name"]
-    found = {
+    common = {
         "app.kubernetes.io/name": "tuning",
         "app.kubernetes.io/instance": name,
         "app.kubernetes.io/component": component,
@@ -51,11 +51,34 @@ def labels(
         "app.kubernetes.io/version": __version__,
         WORKSPACE_LABEL: name,
     }
-    return found | ({REVISION_LABEL: revision} if revision else {})
+    return common | ({REVISION_LABEL: revision} if revision else {})
 
 
-def owner(workspace: Object) -> list[Object]:
-    """Owner references: when `workspace` goes, so does what carries them."""
+def owned_object(
+    workspace: Object,
+    kind: Kind,
+    name: str,
+    spec: Object,
+    *,
+    revision: str | None = None,
+    component: str = "job",
+) -> Object:
+    """An object in the Workspace's namespace that is deleted with it."""
+    return {
+        "apiVersion": kind.api_version,
+        "kind": kind.name,
+        "metadata": {
+            "name": name,
+            "namespace": workspace["metadata"]["namespace"],
+            "labels": labels(workspace, revision, component=component),
+            "ownerReferences": owner_references(workspace),
+        },
+        "spec": spec,
+    }
+
+
+def owner_references(workspace: Object) -> list[Object]:
+    """Owner references to `workspace`: the garbage collector deletes what carries them with it."""
     meta = workspace["metadata"]
     return [
         {
@@ -69,51 +92,38 @@ def owner(workspace: Object) -> list[Object]:
     ]
 
 
+def is_owned_by(item: Object, uid: str) -> bool:
+    """Whether `item` has the object with this UID as an owner; its name alone proves nothing."""
+    return any(each["uid"] == uid for each in item["metadata"].get("ownerReferences") or [])
+
+
 def annotation(workspace: Object, name: str) -> str | None:
-    """Our annotation `tuning.kaito.sh/<name>` of `workspace`."""
-    found: dict[str, str] = workspace["metadata"].get("annotations") or {}
-    return found.get(ANNOTATION + name)
+    """The value of the annotation `tuning.kaito.sh/<name>`."""
+    annotations: dict[str, str] = workspace["metadata"].get("annotations") or {}
+    return annotations.get(ANNOTATION + name)
 
 
-def bought(wanted: Wanted, options: Options) -> bool:
-    """Whether a machine is bought for this run."""
-    return options.nodes.provision and wanted.instance is not None
+def provisions_node(desired: Desired, options: Options) -> bool:
+    """Whether a node is provisioned for this Workspace."""
+    return options.nodes.provision and desired.instance is not None
 
 
-def selected(workspace: Object) -> dict[str, str]:
-    """The labels that a node must carry, as the Workspace says."""
+def node_selector(workspace: Object) -> dict[str, str]:
+    """The labels that a node must carry, from resource.labelSelector."""
     selector = (workspace.get("resource") or {}).get("labelSelector") or {}
-    found = dict(selector.get("matchLabels") or {})
+    required = dict(selector.get("matchLabels") or {})
     for each in selector.get("matchExpressions") or []:
         if each.get("operator") == "In" and len(each.get("values") or []) == 1:
-            found[each["key"]] = each["values"][0]
-    return {k: v for k, v in found.items() if not k.startswith(_RESERVED)}
-
-
-def queue(workspace: Object) -> str | None:
-    """Kueue's queue that the Workspace names."""
-    found: dict[str, str] = workspace["metadata"].get("labels") or {}
-    return found.get(QUEUE)
+            required[each["key"]] = each["values"][0]
+    return {k: v for k, v in required.items() if not k.startswith(_RESERVED)}
 
 
 def server_labels(workspace: Object) -> dict[str, str]:
-    """What tells the pods that serve from all others of the namespace."""
+    """Labels that select the inference server's pods."""
     name = workspace["metadata"]["name"]
     return {WORKSPACE_LABEL: name, "app.kubernetes.io/component": "server"}
 
 
-def config_of(job: Object) -> str:
-    """sha256 of the ConfigMap's content that `job` was given."""
-    found: dict[str, str] = job["metadata"].get("annotations") or {}
-    return found.get(CONFIG_ANNOTATION, "")
-
-
-def revision_of(job: Object) -> str:
-    """The revision that `job` was made for."""
-    found: dict[str, str] = job["metadata"].get("labels") or {}
-    return found.get(REVISION_LABEL, "")
-
-
-def owned(item: Object, uid: str) -> bool:
-    """Whether `item` belongs to the object with this UID: a name alone proves nothing."""
-    return any(each["uid"] == uid for each in item["metadata"].get("ownerReferences") or [])
+def revision_of(item: Object) -> str:
+    """The revision that a Job or Deployment was created for."""
+    return str((item["metadata"].get("labels") or {}).get(REVISION_LABEL, ""))

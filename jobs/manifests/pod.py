@@ -1,31 +1,26 @@
-"""The pod of a Job, one container that runs the engine, and what it shares with a server's. Pure.
+"""The pod of a Job, and the parts that it shares with an inference server's pod. Pure.
 
-It passes the *restricted* pod security standard, has no service-account token, and gets Secrets as
-read-only files in one projected volume, beside the document that it reads.
+Both meet the *restricted* pod security standard, have no service-account token, and get Secrets as
+read-only files of a projected volume.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from jobs.api.client import Object
-from jobs.api.options import Options, Storage
+from jobs.api.kinds import Object
+from jobs.api.options import Options
 from jobs.desired import names
-from jobs.desired.tuning import GIB, Wanted
+from jobs.desired.tuning import GIB, Desired
 from tuning.spec.workspace import ANNOTATION
 
 PORT = 8080
 CONTAINER = "tuning"
-DATA_SECRET = "/etc/tuning-data"  # noqa: S105 a folder; the engine looks there
+DATA_SECRET = "/etc/tuning-data"  # noqa: S105 the engine's folder for it
 SNAPSHOT, POLICY = f"{ANNOTATION}document", f"{ANNOTATION}policy"
 DOCKER = ".dockerconfigjson"
 HUB = "HF_TOKEN"
-RESTRICTED: Object = {
-    "allowPrivilegeEscalation": False,
-    "capabilities": {"drop": ["ALL"]},
-    "readOnlyRootFilesystem": True,
-}
-_VOLUMES = (  # that a tenant may name: none of them reads another's data or a Secret
+_VOLUMES = (  # that a Workspace may use: none exposes another tenant's data or a Secret
     "azureFile",
     "cephfs",
     "configMap",
@@ -36,58 +31,76 @@ _VOLUMES = (  # that a tenant may name: none of them reads another's data or a S
     "nfs",
     "persistentVolumeClaim",
 )
+_TOLERATIONS: list[Object] = [
+    {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"},
+    {"key": "sku", "operator": "Equal", "value": "gpu", "effect": "NoSchedule"},
+    {"key": "gpu", "operator": "Exists", "effect": "NoSchedule"},
+    {"key": "kubernetes.azure.com/scalesetpriority", "operator": "Exists"},
+]
 
 
 def forbidden_volume(workspace: Object, options: Options) -> tuple[str, str] | None:
-    """(field, kind) of a volume that a Workspace must not name."""
+    """(field, kind) of the first volume that a Workspace must not use."""
     tuning, inference = workspace.get("tuning") or {}, workspace.get("inference") or {}
-    asked = [(f"tuning.{each}", tuning.get(each)) for each in ("input", "output")]
+    parts = [(f"tuning.{each}", tuning.get(each)) for each in ("input", "output")]
     adapters = inference.get("adapters") or []
-    asked += [(f"inference.adapters[{i}].source", a.get("source")) for i, a in enumerate(adapters)]
+    parts += [(f"inference.adapters[{i}].source", a.get("source")) for i, a in enumerate(adapters)]
     allowed = (*_VOLUMES, "hostPath") if options.allow_host_path else _VOLUMES
-    for where, part in asked:
+    for where, part in parts:
         for kind in (part or {}).get("volumeSource") or {}:
             if kind not in allowed:
                 return f"{where}.volumeSource", kind
     return None
 
 
-def spec(workspace: Object, wanted: Wanted, options: Options, *, claim: bool) -> Object:
+def spec(workspace: Object, desired: Desired, options: Options, *, claim: bool) -> Object:
     """The pod's spec. `claim`: the run directory is on a claim, else in an emptyDir."""
-    assert wanted.spec is not None
-    mounts, volumes = _volumes(workspace, wanted, options, claim=claim)
     command = ["python", "-m", "tuning", "run", "-f", "/etc/tuning/workspace.yaml"]
     command += ["--run-dir", "/run/tuning", "--port", str(PORT)]
     command += ["--secrets", "/etc/tuning/secrets"]
     if options.policy:
         command += ["--policy", "/etc/tuning/policy.yaml"]
-    container = {
-        "name": CONTAINER,
+    mounts, volumes = _volumes(workspace, desired, options, claim=claim)
+    limits = resources(desired, options, claim=claim)
+    ports = [{"name": "progress", "containerPort": PORT, "protocol": "TCP"}]
+    container = container_spec(options, CONTAINER, command, mounts, limits, ports=ports)
+    grace = options.grace_seconds
+    spec = pod_spec(container, volumes, workspace, desired, options, grace=grace)
+    return spec | {"restartPolicy": "Never"}
+
+
+def container_spec(
+    options: Options,
+    name: str,
+    command: list[str],
+    mounts: list[Object],
+    limits: Object,
+    **more: Any,
+) -> Object:
+    """A container of the engine's image, unless `more` says otherwise, without privileges."""
+    return {
+        "name": name,
         "image": options.image,
         "imagePullPolicy": options.image_pull_policy,
         "command": command,
         "env": [
             {"name": "HOME", "value": "/tmp"},  # noqa: S108 the pod's own
             {"name": "HF_HOME", "value": "/models"},
-            *variables(options),
+            *({"name": key, "value": value} for key, value in sorted(options.environment.items())),
         ],
-        "ports": [{"name": "progress", "containerPort": PORT, "protocol": "TCP"}],
-        "resources": resources(wanted, options, claim=claim),
-        "securityContext": dict(RESTRICTED),
+        "resources": limits,
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "capabilities": {"drop": ["ALL"]},
+            "readOnlyRootFilesystem": True,
+        },
         "terminationMessagePolicy": "FallbackToLogsOnError",
         "volumeMounts": mounts,
+        **more,
     }
-    return around(
-        container,
-        volumes,
-        workspace=workspace,
-        wanted=wanted,
-        options=options,
-        grace=options.grace_seconds,
-    ) | {"restartPolicy": "Never"}
 
 
-def policy_notes(options: Options) -> dict[str, str]:
+def policy_annotations(options: Options) -> dict[str, str]:
     """Annotations that hold the policy, and the files that it names."""
     if not options.policy:
         return {}
@@ -96,30 +109,25 @@ def policy_notes(options: Options) -> dict[str, str]:
 
 
 def policy_items(options: Options) -> list[Object]:
-    """The same as files of a volume, beside each other."""
+    """The same as files of a downward API volume."""
     if not options.policy:
         return []
     files = [field(f"{POLICY}-{i}", name) for i, name in enumerate(options.policy_files)]
     return [field(POLICY, "policy.yaml"), *files]
 
 
-def variables(options: Options) -> list[Object]:
-    """What the administrator puts into every pod's environment."""
-    return [{"name": name, "value": value} for name, value in sorted(options.environment.items())]
-
-
-def around(
+def pod_spec(
     container: Object,
     volumes: list[Object],
-    *,
     workspace: Object,
-    wanted: Wanted,
+    desired: Desired,
     options: Options,
+    *,
     grace: int,
-) -> dict[str, Any]:
-    """A pod's spec around its container: who it runs as, and on which nodes."""
+) -> Object:
+    """A pod's spec: its container, user, nodes, and `grace`, the seconds that it has to stop."""
     user = options.user_id
-    pod: dict[str, Any] = {
+    pod: Object = {
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
         "terminationGracePeriodSeconds": grace,
@@ -131,7 +139,7 @@ def around(
             "fsGroupChangePolicy": "OnRootMismatch",
             "seccompProfile": {"type": "RuntimeDefault"},
         },
-        "tolerations": _tolerations(options),
+        "tolerations": [*_TOLERATIONS, *map(dict, options.nodes.tolerations)],
         "containers": [container],
         "volumes": volumes,
     }
@@ -139,10 +147,14 @@ def around(
         pod["serviceAccountName"] = options.service_account
     if options.image_pull_secrets:
         pod["imagePullSecrets"] = [{"name": name} for name in options.image_pull_secrets]
-    if wanted_labels := node_labels(workspace, wanted, options):
+    labels = names.node_selector(workspace)
+    if names.provisions_node(desired, options):
+        labels |= {names.WORKSPACE_LABEL: workspace["metadata"]["name"]}
+        labels |= {names.NAMESPACE_LABEL: workspace["metadata"]["namespace"]}
+    if labels:
         terms = [
             {"key": key, "operator": "In", "values": [value]}
-            for key, value in sorted(wanted_labels.items())
+            for key, value in sorted(labels.items())
         ]
         selector = {"nodeSelectorTerms": [{"matchExpressions": terms}]}
         pod["affinity"] = {
@@ -151,67 +163,36 @@ def around(
     return pod
 
 
-def resources(wanted: Wanted, options: Options, *, claim: bool, disk: int = 0) -> Object:
-    """Requests that leave room on the machine; no CPU limit, which would only slow the run.
+def resources(desired: Desired, options: Options, *, claim: bool, disk: int = 0) -> Object:
+    """Requests that leave room on the node; no CPU limit, which would only slow the run.
 
-    `disk`: bytes of emptyDirs beside the run directory that may be filled.
+    `disk`: bytes of emptyDirs beside the run directory.
     """
-    memory = size(wanted.memory_bytes)
-    # an emptyDir counts as the pod's own disk
-    run = disk + (0 if claim else wanted.run_bytes(cached=options.storage.cached))
-    requests = {"cpu": "2", "memory": memory, "ephemeral-storage": size(2 * GIB + run)}
-    limits = {
-        "memory": size(2 * wanted.memory_bytes),
-        "ephemeral-storage": size(8 * GIB + run),
-    }
-    if wanted.instance and wanted.instance.ram_bytes:
-        limits["memory"] = size(int(0.9 * wanted.instance.ram_bytes))
-    if wanted.gpus:
-        requests[options.gpu_resource] = limits[options.gpu_resource] = str(wanted.gpus)
+    # emptyDirs count as ephemeral storage of the pod
+    run = disk + (0 if claim else desired.run_bytes(cached=options.storage.cached))
+    requests = {"cpu": "2", "memory": size(desired.memory_bytes)}
+    requests["ephemeral-storage"] = size(2 * GIB + run)
+    limits = {"memory": size(2 * desired.memory_bytes), "ephemeral-storage": size(8 * GIB + run)}
+    if desired.instance and desired.instance.ram_bytes:
+        limits["memory"] = size(int(0.9 * desired.instance.ram_bytes))
+    if desired.gpus:
+        requests[options.gpu_resource] = limits[options.gpu_resource] = str(desired.gpus)
     return {"requests": requests, "limits": limits}
 
 
-def _tolerations(options: Options) -> list[Object]:
-    usual: list[Object] = [
-        {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"},
-        {"key": "sku", "operator": "Equal", "value": "gpu", "effect": "NoSchedule"},
-        {"key": "gpu", "operator": "Exists", "effect": "NoSchedule"},
-        {"key": "kubernetes.azure.com/scalesetpriority", "operator": "Exists"},
-    ]
-    return usual + [dict(each) for each in options.nodes.tolerations]
-
-
-def node_labels(workspace: Object, wanted: Wanted, options: Options) -> dict[str, str]:
-    """Labels that a node must carry: the Workspace's, and ours on a machine that we bought."""
-    meta = workspace["metadata"]
-    ours = {names.WORKSPACE_LABEL: meta["name"], names.NAMESPACE_LABEL: meta["namespace"]}
-    return names.selected(workspace) | (ours if names.bought(wanted, options) else {})
-
-
 def _volumes(
-    workspace: Object, wanted: Wanted, options: Options, *, claim: bool
+    workspace: Object, desired: Desired, options: Options, *, claim: bool
 ) -> tuple[list[Object], list[Object]]:
     """(mounts, volumes) of the pod."""
-    tuning, storage = workspace["tuning"], options.storage
-    run: Object = {"emptyDir": {"sizeLimit": size(wanted.run_bytes(cached=storage.cached))}}
-    if claim:
-        run = {"persistentVolumeClaim": {"claimName": names.claim_name(workspace)}}
-    volumes: list[Object] = [
-        {"name": "files", "projected": {"defaultMode": 0o440, "sources": _files(wanted, options)}},
-        {"name": "run", **run},
-        {"name": "tmp", "emptyDir": {"sizeLimit": "4Gi"}},
-        {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "1Gi"}},
-    ]
-    mounts: list[Object] = [
-        {"name": "files", "mountPath": "/etc/tuning", "readOnly": True},
-        {"name": "run", "mountPath": "/run/tuning", "subPath": "run"},
-        {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108 the pod's own
-        {"name": "shm", "mountPath": "/dev/shm"},  # noqa: S108 the pod's own
-    ]
-    mounts.append(weights(storage, volumes))
-    asked = wanted.spec
-    if asked and asked.data_secret and asked.source.urls:  # all its keys: some are hosts' names
-        secret = {"secretName": asked.data_secret, "defaultMode": 0o440}
+    tuning = workspace["tuning"]
+    mounts, volumes = shared_volumes(workspace, desired, options, claim=claim, tmp="4Gi")
+    files = {"defaultMode": 0o440, "sources": _files(desired, options)}
+    volumes.append({"name": "files", "projected": files})
+    mounts.append({"name": "files", "mountPath": "/etc/tuning", "readOnly": True})
+    mounts.append({"name": "run", "mountPath": "/run/tuning", "subPath": "run"})
+    parsed = desired.spec
+    if parsed and parsed.data_secret and parsed.source.urls:  # all keys: some are names of hosts
+        secret = {"secretName": parsed.data_secret, "defaultMode": 0o440}
         volumes.append({"name": "data-secret", "secret": secret})
         mounts.append({"name": "data-secret", "mountPath": DATA_SECRET, "readOnly": True})
     if source := tuning["input"].get("volumeSource"):
@@ -224,51 +205,67 @@ def _volumes(
     return mounts, volumes
 
 
-def weights(storage: Storage, volumes: list[Object]) -> Object:
-    """Where base weights are mounted: a cache, whose volume is added, or part of the run volume."""
+def shared_volumes(
+    workspace: Object, desired: Desired, options: Options, *, claim: bool, tmp: str
+) -> tuple[list[Object], list[Object]]:
+    """(mounts, volumes) of /tmp, /dev/shm, /models, and the run volume, which is not mounted."""
+    storage = options.storage
+    run: Object = {"emptyDir": {"sizeLimit": size(desired.run_bytes(cached=storage.cached))}}
+    if claim:
+        run = {"persistentVolumeClaim": {"claimName": names.claim_name(workspace)}}
+    volumes: list[Object] = [
+        {"name": "run", **run},
+        {"name": "tmp", "emptyDir": {"sizeLimit": tmp}},
+        {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "1Gi"}},
+    ]
+    models: Object = {"name": "run", "mountPath": "/models", "subPath": "models"}
+    if storage.cached:
+        models = {"name": "models", "mountPath": "/models"}
     if storage.cache_claim:
-        claim = {"claimName": storage.cache_claim}
-        volumes.append({"name": "models", "persistentVolumeClaim": claim})
-    elif storage.cache_host_path:
-        # A folder that the kubelet made would be root's.
+        cache = {"claimName": storage.cache_claim}
+        volumes.append({"name": "models", "persistentVolumeClaim": cache})
+    elif storage.cache_host_path:  # a folder that the kubelet creates would be root's
         folder = {"path": storage.cache_host_path, "type": "Directory"}
         volumes.append({"name": "models", "hostPath": folder})
-    if storage.cached:
-        return {"name": "models", "mountPath": "/models"}
-    return {"name": "run", "mountPath": "/models", "subPath": "models"}
+    mounts: list[Object] = [
+        {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108 the pod's own
+        {"name": "shm", "mountPath": "/dev/shm"},  # noqa: S108 the pod's own
+        models,
+    ]
+    return mounts, volumes
 
 
 def _mount_path(volume: Object, usual: str) -> str:
-    """Where the engine looks for a volume: a folder of the node has the same path in the pod."""
+    """Where the engine expects a volume: a folder of the node has the same path in the pod."""
     return str(volume["hostPath"]["path"]) if "hostPath" in volume else usual
 
 
-def _files(wanted: Wanted, options: Options) -> list[Object]:
-    """What stands below /etc/tuning: the document, the policy, and Secrets by their use."""
-    assert wanted.spec is not None
-    asked = wanted.spec
+def _files(desired: Desired, options: Options) -> list[Object]:
+    """Sources of /etc/tuning: the document, the policy, and Secrets by their use."""
+    parsed = desired.spec
+    assert parsed is not None
     items = [field(SNAPSHOT, "workspace.yaml"), *policy_items(options)]
     sources: list[Object] = [{"downwardAPI": {"items": items}}]
-    if asked.destination.push_secret:
-        sources.append(secret(asked.destination.push_secret, DOCKER, "push"))
-    for i, name in enumerate(asked.source.pull_secrets):
+    if parsed.destination.push_secret:
+        sources.append(secret(parsed.destination.push_secret, DOCKER, "push"))
+    for i, name in enumerate(parsed.source.pull_secrets):
         sources.append(secret(name, DOCKER, "pull" if i == 0 else f"pull/{i}"))
-    if asked.hub_secret:
-        sources.append(secret(asked.hub_secret, HUB, "hub"))
+    if parsed.hub_secret:
+        sources.append(secret(parsed.hub_secret, HUB, "hub"))
     return sources
 
 
-def field(annotation_: str, path: str) -> Object:
+def field(annotation: str, path: str) -> Object:
     """An annotation of the pod as a file."""
-    return {"path": path, "fieldRef": {"fieldPath": f"metadata.annotations['{annotation_}']"}}
+    return {"path": path, "fieldRef": {"fieldPath": f"metadata.annotations['{annotation}']"}}
 
 
 def secret(name: str, key: str, use: str, *, file: str | None = None) -> Object:
-    """A key of a Secret as a file below /etc/tuning/secrets/, in the folder of its use."""
+    """A key of a Secret as a file in the folder of its use below /etc/tuning/secrets."""
     path = f"secrets/{use}/{file or key}"
     return {"secret": {"name": name, "items": [{"key": key, "path": path}]}}
 
 
 def size(count: int) -> str:
-    """Bytes as a quantity, rounded up to whole GiB."""
+    """Bytes as a Kubernetes quantity, rounded up to whole GiB."""
     return f"{-(-count // GIB)}Gi"

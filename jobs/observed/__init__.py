@@ -1,1 +1,1 @@
-"""Observed state of a Workspace: what the cluster says, its phase, conditions and status."""
+"""Observed state of a Workspace: its objects, phase, conditions and status."""

@@ -1,6 +1,7 @@
-"""What was seen of a Workspace -> one word for where it stands, and why. Pure.
+"""Observed and desired state of a Workspace -> its phase, and the cause. Pure.
 
-`status` puts the word into KAITO's conditions and reasons, `reconcile` acts on it.
+`status` derives KAITO's conditions and reasons from the phase, `controller.decide` the actions.
+Phase names are internal: no object stores them.
 """
 
 from __future__ import annotations
@@ -9,265 +10,271 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, Literal
 
-from jobs.api.client import Object
+from jobs.api.kinds import Object
 from jobs.api.options import Options
-from jobs.desired import inference, names
-from jobs.desired.tuning import Wanted, smallest_fit
+from jobs.desired import inference as desired_inference
+from jobs.desired import names
+from jobs.desired import tuning as desired_tuning
+from jobs.desired.tuning import QUEUE, Desired
 from jobs.manifests import pod
-from jobs.manifests import server as serving
-from jobs.observed import objects, readiness
-from jobs.observed.objects import Trouble
+from jobs.manifests import server as server_manifests
+from jobs.observed import objects
+from jobs.observed.objects import Cause
+from jobs.observed.readiness import readiness_of
 
-Word = Literal[
+PhaseName = Literal[
     "finished",  # recorded for this revision: nothing runs again
-    "deploying",  # what serves is to be made, or to be changed
-    "starting",  # its pod does not answer yet
-    "unready",  # and something is in its way
+    "deploying",  # the server's objects must be created or updated
+    "starting",  # its pod is not ready yet
+    "unready",  # its pod is not ready, or an adapter was refused, for a known cause
     "ready",  # it answers
-    "invalid",  # the spec, or what it names
-    "conflict",  # somebody else's Job has the name
-    "replacing",  # the Job of an earlier spec is stopping
-    "misfit",  # no GPU of the machine is large enough
-    "buying",  # a machine is on its way
-    "unbought",  # the cloud gave no machine
-    "creating",  # the Job is to be made
-    "refused",  # the API server refused what was to be made
-    "queued",  # Kueue holds the Job back
+    "invalid",  # the spec, or an object that it names
+    "conflict",  # an object of another owner has the name
+    "replacing",  # the Job or server of an earlier spec is stopping
+    "unfit",  # no GPU of the instance type is large enough
+    "provisioning",  # a node is being provisioned
+    "unprovisioned",  # all attempts to provision a node failed
+    "creating",  # the Job must be created
+    "refused",  # the API server refused to create an object
+    "queued",  # Kueue suspends the Job, or the namespace's limit of nodes is reached
     "pending",  # the pod has not started
-    "stuck",  # and will not
+    "stuck",  # the pod has not started in time
     "running",
     "succeeded",
     "failed",
 ]
 
-Policy = Literal["unasked", "whole", "gone"] | Object
+Policy = Literal["unchecked", "missing"] | Object  # the stored network policy
 
-
-# Reasons of the API server for which the same words will be refused again.
-_REFUSALS = ("BadRequest", "Forbidden", "Invalid", "NotFound", "RequestEntityTooLarge")
+# Reasons with which the API server will refuse the same object again.
+_PERMANENT = ("BadRequest", "Forbidden", "Invalid", "NotFound", "RequestEntityTooLarge")
 
 
 @dataclass(frozen=True)
-class Seen:
-    """Everything that was observed of one Workspace, at one time."""
+class Observed:
+    """Everything read about one Workspace at one time, beside its desired state."""
 
     workspace: Object
-    wanted: Wanted
+    desired: Desired
     now: datetime
-    config_map: Object | None = None  # that the Workspace names
+    config_map: Object | None = None  # named by the Workspace
     job: Object | None = None  # of this revision
-    old: Object | None = None  # the Job of an earlier revision
-    foreign: Object | None = None  # somebody else's object with a name of ours
-    pods: tuple[Object, ...] = ()  # of `job`
-    warning: str | None = None  # an event that says why there is no pod, or no container
-    machines: tuple[Object, ...] = ()  # NodeClaims of this Workspace
-    machines_nearby: int = 0  # of all Workspaces of the namespace, where that is limited
+    previous_job: Object | None = None  # of an earlier revision
+    conflicting: Object | None = None  # an object of another owner with one of our names
+    pods: tuple[Object, ...] = ()  # of the Job or server, oldest first
+    warning: str | None = None  # of an event: why there is no pod, or no container
+    node_claims: tuple[Object, ...] = ()  # of this Workspace
+    node_claims_in_namespace: int = 0  # counted only if there is a limit
     progress: dict[str, Any] | None = None
     run_claim: Object | None = None
-    storage: bool = True  # a claim for the run directory can be bound
-    policy: Policy = "unasked"  # the child's network policy; the object if it was edited
-    serving: bool = False  # there is nothing to tune, or it was tuned: `wanted` is what to serve
+    storage: bool = True  # whether a claim for the run directory can be bound
+    policy: Policy = "unchecked"
+    serving: bool = False  # nothing is left to tune: `desired` is an inference server
     server: Object | None = None  # the Deployment
     service: Object | None = None
-    told: dict[str, Any] | None = None  # what the server says at /readyz
+    server_report: dict[str, Any] | None = None  # from the server's /readyz
 
     @property
     def recorded(self) -> Object:
-        """The status as it is stored."""
+        """The stored status."""
         found: Object = self.workspace.get("status") or {}
         return found
 
+    @property
+    def is_recorded(self) -> bool:
+        """Whether the stored status is of this revision."""
+        return bool(self.recorded.get("revision") == self.desired.revision)
+
 
 @dataclass(frozen=True)
-class Stage:
-    """Where it stands, and why."""
+class Phase:
+    """The phase of a Workspace, and why."""
 
-    word: Word
-    trouble: Trouble = field(default_factory=lambda: Trouble("", ""))
+    name: PhaseName
+    cause: Cause = field(default_factory=lambda: Cause("", ""))
 
 
-def judge(seen: Seen, options: Options) -> Stage:
-    """The first of the words above that holds."""
-    wanted, recorded = seen.wanted, seen.recorded
-    if seen.serving:
-        return _of_server(seen, options)
-    if recorded.get("completionTime") and recorded.get("revision") == wanted.revision:
-        return Stage("finished")
-    if "revision" not in recorded and objects.holds(seen.workspace, "WorkspaceSucceeded"):
-        return Stage("finished")  # by KAITO's controller
-    if seen.job:  # follow it, whatever became of the ConfigMap meanwhile
-        return _of_job(seen, seen.job, options)
-    if seen.old:  # whatever the new spec is worth
-        return Stage("replacing", Trouble("Replacing", "the Job of the earlier spec is stopping"))
-    if trouble := _invalid(seen, options):
-        return Stage("invalid", trouble)
-    if seen.server:
-        what = "the server of the earlier adapter is stopping"
-        return Stage("replacing", Trouble("Replacing", what))
-    if seen.foreign:
-        kind, name = seen.foreign.get("kind") or "object", seen.foreign["metadata"]["name"]
-        what = f"a {kind} {name} exists that does not belong to this Workspace"
-        return Stage("conflict", Trouble("NameConflict", what, "delete or rename it"))
-    if wanted.misfit:
-        return Stage("misfit", misfit(seen.wanted))
-    queued = names.queue(seen.workspace) is not None
-    creating = Stage("creating", _again(seen) or refused_before(seen) or Trouble("", ""))
-    if names.bought(wanted, options) and not queued:
-        return _of_machine(seen, options) or creating
+def phase_of(observed: Observed, options: Options) -> Phase:
+    """The first phase that applies."""
+    if observed.serving:
+        return _server_phase(observed, options)
+    has_ended = observed.recorded.get("completionTime") and observed.is_recorded
+    is_kaitos = "revision" not in observed.recorded
+    if has_ended or (is_kaitos and objects.is_true(observed.workspace, "WorkspaceSucceeded")):
+        return Phase("finished")
+    if observed.job:  # it has its own snapshot of the ConfigMap
+        return _job_phase(observed, observed.job, options)
+    if observed.previous_job:  # stopped even if the new spec is invalid
+        return Phase("replacing", Cause("Replacing", "the Job of the earlier spec is stopping"))
+    if cause := _invalid(observed, options):
+        return Phase("invalid", cause)
+    if observed.server:
+        return Phase("replacing", Cause("Replacing", "the earlier adapter's server is stopping"))
+    if blocked := _blocked(observed):
+        return blocked
+    cause = _deleted_job(observed) or _previous_refusal(observed) or Cause("", "")
+    creating = Phase("creating", cause)
+    is_queued = QUEUE in (observed.workspace["metadata"].get("labels") or {})
+    if names.provisions_node(observed.desired, options) and not is_queued:
+        return _node_phase(observed, options) or creating
     return creating
 
 
-def _of_server(seen: Seen, options: Options) -> Stage:
-    wanted = seen.wanted
-    if (trouble := _invalid(seen, options)) or wanted.server is None:
-        return Stage("invalid", trouble or Trouble("SpecInvalid", "nothing is to be served"))
-    if seen.foreign:
-        kind, name = seen.foreign.get("kind") or "object", seen.foreign["metadata"]["name"]
-        what = f"a {kind} {name} exists that does not belong to this Workspace"
-        return Stage("conflict", Trouble("NameConflict", what, "delete or rename it"))
-    if wanted.misfit:
-        message = " ".join(str(problem) for problem in wanted.misfit)
-        machine = inference.smallest(wanted)
-        hint = f"use {machine} or larger" if machine else "no known machine fits"
-        return Stage("misfit", Trouble("DoesNotFit", message, hint))
+def _server_phase(observed: Observed, options: Options) -> Phase:
+    server = observed.desired.server
+    if (cause := _invalid(observed, options)) or server is None:
+        return Phase("invalid", cause or Cause("SpecInvalid", "there is nothing to serve"))
+    if blocked := _blocked(observed):
+        return blocked
     up_to_date = (
-        seen.server is not None
-        and seen.service is not None
-        and names.revision_of(seen.server) == wanted.server.fingerprint
-        and serving.leads_to(seen.service, serving.service(seen.workspace, wanted))
+        observed.server is not None
+        and observed.service is not None
+        and names.revision_of(observed.server) == server.fingerprint
+        and server_manifests.service_matches(
+            observed.service, server_manifests.service(observed.workspace, observed.desired)
+        )
     )
-    found = readiness.judge(seen.pods, seen.warning, seen.told, wanted.server, was=seen.recorded)
-    if up_to_date and found.answers:
-        return Stage("unready" if found.trouble.reason else "ready", found.trouble)
-    if names.bought(wanted, options) and (buying := _of_machine(seen, options)):
-        return buying
+    report, recorded = observed.server_report, observed.recorded
+    readiness = readiness_of(observed.pods, observed.warning, report, server, recorded=recorded)
+    if up_to_date and readiness.answers:
+        return Phase("unready" if readiness.cause.reason else "ready", readiness.cause)
+    if names.provisions_node(observed.desired, options) and (
+        node := _node_phase(observed, options)
+    ):
+        return node
     if not up_to_date:
-        return Stage("deploying", refused_before(seen) or Trouble("", "the server is being made"))
-    return Stage("unready" if found.known else "starting", found.trouble)
+        pending = Cause("", "the server is being created")
+        return Phase("deploying", _previous_refusal(observed) or pending)
+    return Phase("unready" if readiness.is_final else "starting", readiness.cause)
 
 
-def refused_before(seen: Seen) -> Trouble | None:
-    """What the API server refused when this was tried last: it stays told until it is made."""
-    found = objects.condition(seen.workspace, "ResourceReady") or {}
-    if found.get("status") != "False" or found.get("reason") not in _REFUSALS:
+def _blocked(observed: Observed) -> Phase | None:
+    """The phase of a valid Workspace whose name is taken, or which does not fit its GPU."""
+    if other := observed.conflicting:
+        kind, name = other.get("kind") or "object", other["metadata"]["name"]
+        message = f"a {kind} {name} exists that does not belong to this Workspace"
+        return Phase("conflict", Cause("NameConflict", message, "delete or rename it"))
+    desired = observed.desired
+    if not desired.fit_problems:
         return None
-    return Trouble(found["reason"], found["message"])
+    if observed.serving:
+        hint = desired_inference.fit_hint(desired)
+    elif all(problem.code == "PLAN-120" for problem in desired.fit_problems):
+        hint = "; ".join(problem.change for problem in desired.fit_problems)
+    else:
+        cloud = desired.instance.cloud if desired.instance else "azure"
+        hint = desired_tuning.fit_hint(desired.snapshot, cloud)
+    return Phase("unfit", Cause("DoesNotFit", " ".join(map(str, desired.fit_problems)), hint))
 
 
-def _again(seen: Seen) -> Trouble | None:
-    """Says that a Job which was there is gone before its end."""
-    name, recorded = names.job_name(seen.workspace, seen.wanted), seen.recorded
-    if recorded.get("job") != name or not recorded.get("startTime"):
+def _previous_refusal(observed: Observed) -> Cause | None:
+    """The stored refusal of the API server; the condition stays until the object exists."""
+    stored = objects.condition(observed.workspace, "ResourceReady") or {}
+    if stored.get("status") != "False" or stored.get("reason") not in _PERMANENT:
         return None
-    what = "somebody deleted the Job; it is made again and goes on from the run volume"
-    if not seen.storage:
-        what = "somebody deleted the Job; it is made again and starts from the beginning"
-    return Trouble("JobDeleted", what)
+    return Cause(stored["reason"], stored["message"])
 
 
-def _invalid(seen: Seen, options: Options) -> Trouble | None:
-    wanted = seen.wanted
-    if forbidden := pod.forbidden_volume(seen.workspace, options):
-        field_, kind = forbidden
-        what = f"{field_}: a volume of the kind {kind} is not allowed here"
-        return Trouble("VolumeForbidden", what, "use persistentVolumeClaim")
-    if wanted.missing_config is not None:
-        message = " ".join(str(problem) for problem in wanted.problems)
-        return Trouble("ConfigMapNotFound", message, "create the ConfigMap; it goes on by itself")
-    if wanted.spec is None and wanted.server is None:
-        return Trouble("SpecInvalid", " ".join(str(problem) for problem in wanted.problems))
-    notes = seen.workspace["metadata"].get("annotations") or {}
-    serves = seen.workspace.get("inference") is not None
-    if serves and notes.get(inference.RUNTIME) == "vllm" and not options.vllm_image:
-        what = "the operator has no image of vLLM (option vllmImage)"
-        change = "ask the administrator, or use the runtime transformers"
-        return Trouble("RuntimeUnavailable", what, change)
+def _deleted_job(observed: Observed) -> Cause | None:
+    """Set if a Job that had been started no longer exists."""
+    name = names.job_name(observed.workspace, observed.desired)
+    if observed.recorded.get("job") != name or not observed.recorded.get("startTime"):
+        return None
+    effect = "continues from the run volume" if observed.storage else "starts from the beginning"
+    message = f"the Job was deleted by another client; it is created again and {effect}"
+    return Cause("JobDeleted", message)
+
+
+def _invalid(observed: Observed, options: Options) -> Cause | None:
+    desired = observed.desired
+    problems = " ".join(map(str, desired.problems))
+    if forbidden := pod.forbidden_volume(observed.workspace, options):
+        message = f"{forbidden[0]}: a volume of the kind {forbidden[1]} is not allowed here"
+        return Cause("VolumeForbidden", message, "use persistentVolumeClaim")
+    if desired.missing_config_map is not None:
+        return Cause("ConfigMapNotFound", problems, "create the ConfigMap; the run then starts")
+    if desired.spec is None and desired.server is None:
+        return Cause("SpecInvalid", problems)
+    annotations = observed.workspace["metadata"].get("annotations") or {}
+    vllm = annotations.get(desired_inference.RUNTIME) == "vllm"
+    if vllm and observed.workspace.get("inference") is not None and not options.vllm_image:
+        message = "the operator has no image of vLLM (option vllmImage)"
+        hint = "ask the administrator, or use the runtime transformers"
+        return Cause("RuntimeUnavailable", message, hint)
     return None
 
 
-def misfit(wanted: Wanted) -> Trouble:
-    """Why it does not fit, and the smallest machine on which it would."""
-    message = " ".join(str(problem) for problem in wanted.misfit)
-    if all(problem.code == "PLAN-120" for problem in wanted.misfit):  # it names the machine
-        return Trouble("DoesNotFit", message, "; ".join(p.change for p in wanted.misfit))
-    cloud = wanted.instance.cloud if wanted.instance else "azure"
-    machine = smallest_fit(wanted.snapshot, cloud)
-    hint = f"use {machine} or larger" if machine else "no known machine fits"
-    return Trouble("DoesNotFit", message, hint)
-
-
-def _of_job(seen: Seen, job: Object, options: Options) -> Stage:
+def _job_phase(observed: Observed, job: Object, options: Options) -> Phase:
     match objects.job_state(job):
         case "complete":
-            return Stage("succeeded")
+            return Phase("succeeded")
         case "failed":
-            return Stage("failed", objects.failure(job, seen.pods))
+            return Phase("failed", objects.failure(job, observed.pods))
         case "suspended":
-            return Stage("queued", Trouble("Queued", "the Job waits in its queue"))
-    last = objects.newest(tuple(p for p in seen.pods if not objects.terminated(p)))
-    if last is not None and objects.running(last):
-        return Stage("running", objects.unwell(job, last) or Trouble("", ""))
+            return Phase("queued", Cause("Queued", "the Job waits in its queue"))
+    last = objects.newest(tuple(p for p in observed.pods if not objects.terminated(p)))
+    if last is not None and objects.is_running(last):
+        return Phase("running", objects.running_warning(job, last) or Cause("", ""))
     if (
-        names.bought(seen.wanted, options)
-        and (last is None or not objects.scheduled(last))
-        and (buying := _of_machine(seen, options))
+        names.provisions_node(observed.desired, options)
+        and (last is None or not objects.is_scheduled(last))
+        and (node := _node_phase(observed, options))
     ):
-        return buying
+        return node
     if last is None:
-        why = Trouble("PodRefused", objects.clean(seen.warning)) if seen.warning else None
-        return Stage("pending", why or Trouble("PodPending", "the Job has made no pod yet"))
-    trouble = objects.waiting(last, seen.warning)
-    since = objects.scheduled_at(last)  # a pod may have waited long for its node
-    if trouble and trouble.reason == "Unschedulable":
-        # The scheduler may take its time, but no machine is paid for that no pod can use.
-        ready = [objects.ready_at(machine) for machine in seen.machines]
-        since = max((at for at in ready if at), default=None)
-    if trouble and since and seen.now - since > timedelta(seconds=options.stuck_seconds):
-        return Stage("stuck", trouble)
-    return Stage("pending", trouble or Trouble("PodPending", "the pod is starting"))
+        if observed.warning:
+            return Phase("pending", Cause("PodRefused", objects.sanitize(observed.warning)))
+        return Phase("pending", Cause("PodPending", "the Job has not created a pod yet"))
+    cause = objects.waiting(last, observed.warning)
+    times = [objects.changed_at(last, "PodScheduled")] if objects.is_scheduled(last) else []
+    if cause and cause.reason == "Unschedulable":
+        # The scheduler may take its time, unless a provisioned node costs money meanwhile.
+        ready = (each for each in observed.node_claims if objects.is_true(each, "Ready"))
+        times = [objects.changed_at(each, "Ready") for each in ready]
+    since = max(times, default=observed.now)  # not since the pod's creation: nodes may take long
+    if cause and observed.now - since > timedelta(seconds=options.stuck_seconds):
+        return Phase("stuck", cause)
+    return Phase("pending", cause or Cause("PodPending", "the pod is starting"))
 
 
-def _of_machine(seen: Seen, options: Options) -> Stage | None:
-    """None when a bought machine is ready."""
-    found = [objects.claim_state(m, options.nodes, seen.now) for m in seen.machines]
-    if any(word == "ready" for word, _ in found):
+def _node_phase(observed: Observed, options: Options) -> Phase | None:
+    """The phase while no provisioned node is ready; None if one is."""
+    nodes, now = options.nodes, observed.now
+    states = [objects.node_claim_state(each, nodes, now) for each in observed.node_claims]
+    if any(state == "ready" for state, _ in states):
         return None
-    words = "; ".join(message for _, message in found)
-    usable = any(word == "waiting" for word, _ in found)
-    if not usable and attempts(seen) >= options.nodes.attempts:
-        said = words or last_message(seen, "NodeClaimReady")
-        what = f"no machine after {attempts(seen)} attempts: {said}"
-        return Stage("unbought", Trouble("NodeClaimNotReady", what, "try another instanceType"))
-    limit = options.nodes.per_namespace
-    if not seen.machines and limit is not None and seen.machines_nearby >= limit:
-        what = f"the namespace has {seen.machines_nearby} machines, of {limit} that it may have"
-        return Stage("queued", Trouble("MachineLimit", what))
-    return Stage("buying", Trouble("NodeClaimNotReady", words or "a machine is asked for"))
+    messages = "; ".join(message for _, message in states)
+    count, limit = node_attempts(observed), nodes.per_namespace
+    if all(state != "waiting" for state, _ in states) and count >= nodes.attempts:
+        stored = objects.condition(observed.workspace, "NodeClaimReady") or {}
+        message = f"no node after {count} attempts: {messages or stored.get('message', '')}"
+        return Phase(
+            "unprovisioned", Cause("NodeClaimNotReady", message, "try another instanceType")
+        )
+    if not states and limit is not None and observed.node_claims_in_namespace >= limit:
+        message = (
+            f"the namespace has {observed.node_claims_in_namespace} nodes, its limit is {limit}"
+        )
+        return Phase("queued", Cause("MachineLimit", message))
+    return Phase("provisioning", Cause("NodeClaimNotReady", messages or "a node is requested"))
 
 
-def attempts(seen: Seen) -> int:
-    """Machines asked for so far in this revision, whether or not the status could say it."""
-    recorded = seen.recorded.get("nodeAttempts") or 0
-    if seen.recorded.get("revision") != seen.wanted.revision:
-        recorded = 0
-    if seen.serving:  # no revision tells of an edit
-        edited = seen.recorded.get("observedGeneration") != seen.workspace["metadata"]["generation"]
-        recorded = 0 if edited else recorded
-    numbers = (m["metadata"]["name"].rpartition("-")[2] for m in seen.machines)
-    return max([recorded, *(int(number) for number in numbers if number.isdecimal())])
+def node_attempts(observed: Observed) -> int:
+    """NodeClaims created so far for this revision, including one that the status does not count."""
+    is_current = observed.is_recorded
+    if observed.serving:  # the revision is of `tuning` alone
+        generation = observed.workspace["metadata"]["generation"]
+        is_current = is_current and observed.recorded.get("observedGeneration") == generation
+    stored = (observed.recorded.get("nodeAttempts") or 0) if is_current else 0
+    numbers = (each["metadata"]["name"].rpartition("-")[2] for each in observed.node_claims)
+    return max([stored, *(int(number) for number in numbers if number.isdecimal())])
 
 
-def zone(seen: Seen) -> str | None:
-    """Where the run volume is, as far as machines told: a machine elsewhere could not mount it."""
-    labels = [machine["metadata"].get("labels") or {} for machine in seen.machines]
-    here = [each[names.ZONE] for each in labels if each.get(names.ZONE)]
-    if not seen.storage or not (here or seen.run_claim):
+def zone(observed: Observed) -> str | None:
+    """Zone of the run volume, if known: a node of another zone could not mount it."""
+    labels = [each["metadata"].get("labels") or {} for each in observed.node_claims]
+    zones = [each[names.ZONE] for each in labels if each.get(names.ZONE)]
+    if not observed.storage or not (zones or observed.run_claim):
         return None
-    found: str | None = here[-1] if here else seen.recorded.get("zone")
+    found: str | None = zones[-1] if zones else observed.recorded.get("zone")
     return found
-
-
-def last_message(seen: Seen, kind: str) -> str:
-    """What the stored condition of this type says."""
-    found = objects.condition(seen.workspace, kind)
-    return str(found["message"]) if found else ""

@@ -1,4 +1,4 @@
-"""A running pod's progress, asked from the engine's port: the pod itself needs no API access."""
+"""HTTP requests to our pods: a run's progress and a server's readiness report."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from typing import Any
 
 import urllib3
 
-from jobs.api.client import ApiError, Cluster, Object
-from jobs.manifests import server
+from jobs.api.client import ApiError, Cluster
+from jobs.api.kinds import Object
+from jobs.manifests import server as server_manifests
 from jobs.manifests.pod import PORT
 
 log = logging.getLogger(__name__)
 
 _TIMEOUT = urllib3.Timeout(connect=1.0, read=2.0)
-_QUIET = 60.0  # seconds for which a pod that did not answer is left alone
-_LARGEST = 64 * 1024  # bytes of an answer that are read
+_BACKOFF = 60.0  # seconds without requests to a pod that did not answer
+_MAX_BYTES = 64 * 1024  # of a response
 
 
 class Poll:
-    """Asks pods, and leaves those alone for a while that do not answer."""
+    """GETs a JSON object from pods, with a back-off for pods that do not answer."""
 
     def __init__(
         self,
@@ -33,48 +34,47 @@ class Poll:
     ) -> None:
         self._port, self._path, self._clock = port, path, clock
         self._pool = urllib3.PoolManager(num_pools=64, maxsize=1, retries=False)
-        self._silent: dict[str, float] = {}
+        self._paused_until: dict[str, float] = {}  # by pod UID
 
     def __call__(self, pod: Object) -> dict[str, Any] | None:
-        """The object that the engine in `pod` answers, or None."""
+        """The object that `pod` returns, or None."""
         address, uid = (pod.get("status") or {}).get("podIP"), pod["metadata"]["uid"]
-        if not address or self._clock() < self._silent.get(uid, 0.0):
+        if not address or self._clock() < self._paused_until.get(uid, 0.0):
             return None
         host = f"[{address}]" if ":" in address else address
         try:
-            answer = self._pool.request(
+            response = self._pool.request(
                 "GET",
                 f"http://{host}:{self._port}{self._path}",
                 timeout=_TIMEOUT,
                 redirect=False,
                 preload_content=False,
             )
-            text = answer.read(_LARGEST)
-            answer.drain_conn()
-            answer.release_conn()
-            found = json.loads(text) if answer.status == 200 else None
+            text = response.read(_MAX_BYTES)
+            response.drain_conn()
+            response.release_conn()
+            document = json.loads(text) if response.status == 200 else None
         except (urllib3.exceptions.HTTPError, ValueError) as error:
             log.debug("no answer from %s: %s", address, type(error).__name__)
             now = self._clock()
-            self._silent = {k: v for k, v in self._silent.items() if v > now}
-            self._silent[uid] = now + _QUIET
+            self._paused_until = {k: v for k, v in self._paused_until.items() if v > now}
+            self._paused_until[uid] = now + _BACKOFF
             return None
-        return found if isinstance(found, dict) else None
+        return document if isinstance(document, dict) else None
 
 
-class Ask:
-    """What a server says of itself at /readyz: asked from its pod, or where that cannot be reached
-    through the API server, if that is allowed."""
+class PollServer:
+    """GETs a server's /readyz from its pod, or, if that fails, through the API server's proxy."""
 
     def __init__(self, cluster: Cluster) -> None:
-        self._direct, self._cluster = Poll(port=server.PORT, path="/readyz"), cluster
+        self._poll, self._cluster = Poll(port=server_manifests.PORT, path="/readyz"), cluster
 
     def __call__(self, pod: Object) -> dict[str, Any] | None:
-        """The JSON object, or None."""
-        if found := self._direct(pod):
-            return found
+        """The report, or None."""
+        if report := self._poll(pod):
+            return report
         try:
-            return self._cluster.through(pod, server.PORT, "/readyz")
+            return self._cluster.proxy_get(pod, server_manifests.PORT, "/readyz")
         except (ApiError, ValueError) as error:
             log.debug("no answer through the API server: %s", error)
             return None

@@ -1,122 +1,109 @@
-"""What the pods of a server say of themselves: whether it answers, and if not, why. Pure."""
+"""Whether an inference server answers requests, and if not, why. Pure."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from jobs.api.client import Object
+from jobs.api.kinds import Object
 from jobs.desired.tuning import Server
-from jobs.manifests import server as serving
+from jobs.manifests.server import PULLER
 from jobs.observed import objects
-from jobs.observed.objects import Trouble, clean
+from jobs.observed.objects import Cause, sanitize
 from tuning.errors import REASONS
 
-_SAID = 600  # characters of the end of a log
+_LOG_TAIL = 600  # characters of a container's log that a message quotes
 
 
 @dataclass(frozen=True)
 class Readiness:
-    """Whether requests are answered, and what is in the way."""
+    """Whether requests are answered, and the cause if not all is well."""
 
     answers: bool
-    trouble: Trouble
-    known: bool = False  # the trouble is more than that it takes a while
+    cause: Cause
+    is_final: bool = False  # waiting alone will not remove the cause
 
 
-def judge(
+def readiness_of(
     pods: tuple[Object, ...],
     warning: str | None,
-    told: dict[str, Any] | None,
+    report: dict[str, Any] | None,
     server: Server,
     *,
-    was: Object,
+    recorded: Object,
 ) -> Readiness:
-    """From the pods of the present Deployment, oldest first, and what the server says itself."""
-    alive = [pod for pod in pods if not pod["metadata"].get("deletionTimestamp")]
-    last = objects.newest(tuple(alive))
-    if last is None:
-        why = Trouble("PodRefused", clean(warning)) if warning else None
-        return _waits(why, "no pod of the server is there yet")
-    status = last.get("status") or {}
-    if status.get("reason") == "Evicted":
-        what = clean(status.get("message") or "the kubelet evicted the pod")
-        return _waits(Trouble("PodEvicted", what, "see the node's disk and memory"), "")
-    ready = objects.condition(last, "Ready") or {}
-    if ready.get("status") == "Unknown" or status.get("reason") == "NodeLost":
-        what = "the pod's node does not answer"
-        return _waits(
-            Trouble("NodeLost", what, "delete the Node object if it is gone for good"), ""
-        )
-    if ready.get("status") == "True":
-        return Readiness(True, refusal(told, was) or Trouble("", ""), known=True)
-    if trouble := _pulling(last, server) or objects.waiting(last, warning) or _crashed(last):
-        return _waits(trouble, "")
-    if objects.running(last):
-        return _waits(None, "the model is being loaded")
-    return _waits(None, "the pod is starting")
-
-
-def _waits(trouble: Trouble | None, usual: str) -> Readiness:
-    if trouble:
-        return Readiness(False, trouble, known=True)
-    return Readiness(False, Trouble("WorkspaceInferenceStatusPending", usual))
-
-
-def refusal(told: dict[str, Any] | None, was: Object) -> Trouble | None:
-    """Adapters that the server refused, by name. A server that cannot be asked just now is taken
-    at its last word."""
-    if told is None:
-        before = objects.condition({"status": was}, "InferenceReady")
-        if before and before["reason"] == "AdapterRefused":
-            return Trouble("AdapterRefused", before["message"])
-        return None
-    refused = told.get("refused")
-    found = (
-        [each for each in refused if isinstance(each, dict)] if isinstance(refused, list) else []
+    """From the pods of the current Deployment, oldest first, and the server's own report."""
+    last = objects.newest(
+        tuple(pod for pod in pods if not pod["metadata"].get("deletionTimestamp"))
     )
-    if not found:
+    if last is None:
+        if warning:
+            return Readiness(False, Cause("PodRefused", sanitize(warning)), is_final=True)
+        return _waiting("the server has no pod yet")
+    cause = objects.eviction(last) or objects.node_loss(last)
+    if cause is None and objects.is_true(last, "Ready"):
+        return Readiness(True, refused_adapters(report, recorded) or Cause("", ""), is_final=True)
+    cause = cause or _failed_pull(last, server) or objects.waiting(last, warning) or _crash(last)
+    if cause:
+        return Readiness(False, cause, is_final=True)
+    return _waiting("the model is loading" if objects.is_running(last) else "the pod is starting")
+
+
+def _waiting(message: str) -> Readiness:
+    return Readiness(False, Cause("WorkspaceInferenceStatusPending", message))
+
+
+def refused_adapters(report: dict[str, Any] | None, recorded: Object) -> Cause | None:
+    """Adapters that the server refused; without a report, as the stored status says."""
+    if report is None:
+        stored = objects.condition({"status": recorded}, "InferenceReady")
+        if stored and stored["reason"] == "AdapterRefused":
+            return Cause("AdapterRefused", stored["message"])
         return None
-    words = [f"{clean(e.get('name'), 100)}: {clean(e.get('reason'), 400)}" for e in found[:10]]
-    what = f"refused, while all others are served: {'; '.join(words)}"
-    return Trouble("AdapterRefused", what)
+    refused = report.get("refused")
+    adapters = [a for a in refused if isinstance(a, dict)] if isinstance(refused, list) else []
+    if not adapters:
+        return None
+    reasons = [
+        f"{sanitize(a.get('name'), 100)}: {sanitize(a.get('reason'), 400)}" for a in adapters[:10]
+    ]
+    return Cause("AdapterRefused", f"refused, all others are served: {'; '.join(reasons)}")
 
 
-def _pulling(pod: Object, server: Server) -> Trouble | None:
-    """An adapter that an init container could not fetch."""
-    images = [each for each in server.adapters if each.image]
-    for each in (pod.get("status") or {}).get("initContainerStatuses") or []:
-        ended = _ended(each)
-        number = str(each.get("name")).removeprefix(serving.PULLER)
-        if ended and ended.get("exitCode") and number.isdigit() and int(number) < len(images):
-            said = _tail(ended)
+def _failed_pull(pod: Object, server: Server) -> Cause | None:
+    """An adapter that an init container could not pull."""
+    images = [adapter for adapter in server.adapters if adapter.image]
+    for container in (pod.get("status") or {}).get("initContainerStatuses") or []:
+        end = _end(container)
+        number = str(container.get("name")).removeprefix(PULLER)
+        if end and end.get("exitCode") and number.isdigit() and int(number) < len(images):
             name = images[int(number)].name
-            return Trouble("AdapterRefused", f"{name}: {said}", code=ended["exitCode"])
+            return Cause("AdapterRefused", f"{name}: {_log_tail(end)}", code=end["exitCode"])
     return None
 
 
-def _ended(container: Object) -> Object | None:
-    state = container.get("state") or {}
-    found: Object | None = state.get("terminated") or (container.get("lastState") or {}).get(
-        "terminated"
-    )
-    return found
+def _end(container: Object) -> Object | None:
+    """How the container terminated, now or before its last restart."""
+    for state in (container.get("state"), container.get("lastState")):
+        if state and state.get("terminated"):
+            terminated: Object = state["terminated"]
+            return terminated
+    return None
 
 
-def _crashed(pod: Object) -> Trouble | None:
-    """How the server ended last, if it did."""
-    ended = _ended(objects.container(pod))
-    if ended is None or not (ended.get("exitCode") or ended.get("reason") == "OOMKilled"):
+def _crash(pod: Object) -> Cause | None:
+    """How the server terminated last, if with an error."""
+    end = _end(objects.container(pod))
+    if end is None or not (end.get("exitCode") or end.get("reason") == "OOMKilled"):
         return None
-    code = ended.get("exitCode")
-    if ended.get("reason") == "OOMKilled" or code == 14:
-        hint = "take a machine with more memory, or a smaller model"
-        return Trouble("ContainerOOMKilled", "the server ran out of memory", hint, code=code)
+    code = end.get("exitCode")
+    if end.get("reason") == "OOMKilled" or code == 14:
+        hint = "use an instance type with more memory, or a smaller model"
+        return Cause("ContainerOOMKilled", "the server ran out of memory", hint, code=code)
     reason = REASONS.get(code or 0, "Killed")
-    what = f"the server ended with exit code {code} ({reason}): {_tail(ended)}"
-    return Trouble("ContainerCrashLoopBackOff", what, "see the pod's log", code=code)
+    message = f"the server terminated with exit code {code} ({reason}): {_log_tail(end)}"
+    return Cause("ContainerCrashLoopBackOff", message, "see the pod's log", code=code)
 
 
-def _tail(ended: Object) -> str:
-    said = str(ended.get("message") or ended.get("reason") or "it said nothing")
-    return clean(said[-_SAID:])
+def _log_tail(end: Object) -> str:
+    return sanitize(str(end.get("message") or end.get("reason") or "no message")[-_LOG_TAIL:])

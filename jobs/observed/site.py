@@ -1,7 +1,7 @@
-"""What the cluster is like: its nodes' GPUs and whether it can bind a claim. Asked once a minute.
+"""Facts about the cluster, cached for a minute: its nodes' GPUs, and whether a claim is bound.
 
 Both need rights on cluster-scoped objects, which a namespaced installation does not have: then the
-nodes' GPU is unknown (the Job decides) and the options decide about claims.
+nodes' GPU is unknown (the Job decides), and the options decide about claims.
 """
 
 from __future__ import annotations
@@ -11,59 +11,100 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from jobs.api.client import NODE, STORAGE_CLASS, ApiError, Cluster
+from jobs.api.client import ApiError, Cluster
+from jobs.api.kinds import NODE, STORAGE_CLASS, Object
 from jobs.api.options import Options
-from jobs.desired import tuning as desired
+from tuning import presets
+from tuning.errors import SpecError
 from tuning.plan.device import Device
 
-FRESH = 60.0  # seconds
-_DEFAULT = "storageclass.kubernetes.io/is-default-class"
+CACHE_SECONDS = 60.0
+_DEFAULT_CLASS = "storageclass.kubernetes.io/is-default-class"
+_MIB = 1 << 20
 
 
 class Site:
-    """Answers about the cluster, each at most a minute old."""
+    """Facts about the cluster, each at most a minute old. Thread-safe."""
 
     def __init__(
         self, cluster: Cluster, options: Options, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._cluster, self._options, self._clock = cluster, options, clock
-        self._known: dict[str, tuple[float, Any]] = {}
+        self._cache: dict[str, tuple[float, Any]] = {}  # key -> when it was read, value
         self._lock = threading.Lock()
 
     def device(self, labels: dict[str, str]) -> Device | None:
-        """The GPU of the largest node with these labels, as far as nodes say so."""
+        """The GPU of the largest node with these labels; None if no node says."""
         selector = ",".join(f"{key}={value}" for key, value in sorted(labels.items()))
-
-        def ask() -> Device | None:
-            return desired.device_of_nodes(self._cluster.find(NODE, labels=selector))
-
-        found: Device | None = self._remember(f"nodes {selector}", ask, None)
-        return found
+        device: Device | None = self._cached(
+            f"nodes {selector}",
+            lambda: device_of_nodes(self._cluster.find(NODE, labels=selector)),
+            forbidden=None,
+        )
+        return device
 
     def storage(self) -> bool:
         """Whether a claim for the run directory would be bound."""
-        asked = self._options.storage
-        if asked.run_volume != "auto" or asked.storage_class:
-            return asked.run_volume != "ephemeral"
+        storage = self._options.storage
+        if storage.run_volume != "auto" or storage.storage_class:
+            return storage.run_volume != "ephemeral"
 
-        def ask() -> bool:
-            found = self._cluster.find(STORAGE_CLASS)
-            notes = [each["metadata"].get("annotations") or {} for each in found]
-            return any(each.get(_DEFAULT) == "true" for each in notes)
+        def has_default_class() -> bool:
+            classes = self._cluster.find(STORAGE_CLASS)
+            annotations = [each["metadata"].get("annotations") or {} for each in classes]
+            return any(each.get(_DEFAULT_CLASS) == "true" for each in annotations)
 
-        return bool(self._remember("storage", ask, False))
+        return bool(self._cached("storage", has_default_class, forbidden=False))
 
-    def _remember(self, what: str, ask: Callable[[], Any], forbidden: Any) -> Any:
+    def _cached(self, key: str, read: Callable[[], Any], *, forbidden: Any) -> Any:
+        """The value of `read`, at most a minute old; `forbidden` without the rights to read it."""
         with self._lock:
-            known = self._known.get(what)
-        if known and self._clock() - known[0] < FRESH:
-            return known[1]
+            cached = self._cache.get(key)
+        if cached and self._clock() - cached[0] < CACHE_SECONDS:
+            return cached[1]
         try:
-            answer = ask()
+            value = read()
         except ApiError as error:
-            if error.status not in (400, 403):  # 400: labels that none can have
+            if error.status not in (400, 403):  # 400: invalid labels, which no node has
                 raise
-            answer = forbidden
+            value = forbidden
         with self._lock:
-            self._known[what] = (self._clock(), answer)
-        return answer
+            self._cache[key] = (self._clock(), value)
+        return value
+
+
+def device_of_nodes(nodes: list[Object]) -> Device | None:
+    """The largest GPU that the nodes report by NVIDIA's labels."""
+    devices = [device for node in nodes if (device := _device_of_node(node)) is not None]
+    return max(devices, key=lambda d: (d.memory_bytes, d.count), default=None)
+
+
+def _device_of_node(node: Object) -> Device | None:
+    labels = node["metadata"].get("labels") or {}
+    product, memory = labels.get("nvidia.com/gpu.product"), labels.get("nvidia.com/gpu.memory")
+    if product is None:
+        return None
+    try:
+        gpu = presets.gpu(product)
+    except SpecError:
+        gpu = None
+    size = int(memory) * _MIB if memory and memory.isdigit() else gpu.memory_bytes if gpu else None
+    capability = _capability(labels) or (gpu.capability if gpu else None)
+    if size is None or capability is None:
+        return None
+    count = labels.get("nvidia.com/gpu.count", "1")
+    return Device(
+        kind="cuda",
+        name=gpu.name if gpu else product,
+        count=int(count) if count.isdigit() else 1,
+        memory_bytes=size,
+        bf16=capability >= (8, 0),
+        capability=capability,
+        origin=f"node {node['metadata']['name']}",
+        gpu=gpu,
+    )
+
+
+def _capability(labels: dict[str, str]) -> tuple[int, int] | None:
+    pair = [labels.get(f"nvidia.com/cuda.compute.{part}", "") for part in ("major", "minor")]
+    return (int(pair[0]), int(pair[1])) if all(part.isdigit() for part in pair) else None

@@ -13,7 +13,8 @@ from cluster.place import HostPython, Place, docker_registry, operated, prepare,
 from cluster.world import NODE_CLAIM_CRD, World, fresh, wait
 
 from jobs.api import client, crd
-from jobs.api.client import CRD, NODE_CLAIM, WORKSPACE, ApiError, Cluster, Kind
+from jobs.api.client import ApiError, Cluster
+from jobs.api.kinds import CRD, NODE_CLAIM, WORKSPACE, Kind
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

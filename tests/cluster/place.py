@@ -21,19 +21,8 @@ from cluster import bed
 from cluster.world import NAMESPACE, SECRET, wait
 
 from jobs.api import crd
-from jobs.api.client import (
-    CLAIM,
-    CRD,
-    DEPLOYMENT,
-    JOB,
-    NODE,
-    POD,
-    WORKSPACE,
-    ApiError,
-    Cluster,
-    Kind,
-    Object,
-)
+from jobs.api.client import ApiError, Cluster
+from jobs.api.kinds import CLAIM, CRD, DEPLOYMENT, JOB, NODE, POD, WORKSPACE, Kind, Object
 from jobs.api.options import Options, Storage
 from jobs.controller.operator import Operator, Setup
 

@@ -22,7 +22,8 @@ from cluster import bed
 from cluster.world import SUCCESS, World, wait, workspace
 
 from jobs.api import client
-from jobs.api.client import LEASE, WORKSPACE, ApiError, Cluster, Object
+from jobs.api.client import ApiError, Cluster
+from jobs.api.kinds import LEASE, WORKSPACE, Object
 from jobs.controller import watch
 
 ROOT = Path(__file__).parents[2]
@@ -127,9 +128,9 @@ def test_a_watch_that_fell_silent_is_given_up(server: bed.Bed, world: World) -> 
     gate = Gate(int(server.ports["APISERVER_PORT"]))
     config = yaml.safe_load(server.kubeconfig.read_text())
     config["clusters"][0]["cluster"]["server"] = f"https://127.0.0.1:{gate.port}"
-    through = server.folder / "cfg" / "silent.kubeconfig"
-    through.write_text(yaml.safe_dump(config))
-    behind = client.connect(str(through), threads=1)
+    proxied = server.folder / "cfg" / "silent.kubeconfig"
+    proxied.write_text(yaml.safe_dump(config))
+    behind = client.connect(str(proxied), threads=1)
     *_, (_, version) = behind.pages(WORKSPACE, world.namespace)
     gate.mute = True
     start = time.monotonic()
@@ -191,9 +192,9 @@ def test_an_outage_is_sat_out(server: bed.Bed, world: World, start: Any, tmp_pat
     gate = Gate(int(server.ports["APISERVER_PORT"]))
     config = yaml.safe_load(server.kubeconfig.read_text())
     config["clusters"][0]["cluster"]["server"] = f"https://127.0.0.1:{gate.port}"
-    through = tmp_path / "through.kubeconfig"
-    through.write_text(yaml.safe_dump(config))
-    operator = start("cut-off", through)
+    proxied = tmp_path / "through.kubeconfig"
+    proxied.write_text(yaml.safe_dump(config))
+    operator = start("cut-off", proxied)
     world.apply(workspace("a", world.namespace))
     pod = wait(world.pods)[0]
     world.run(pod)
@@ -205,7 +206,7 @@ def test_an_outage_is_sat_out(server: bed.Bed, world: World, start: Any, tmp_pat
     assert not any("exception" in line for line in operator.lines())
     assert "Running" == world.status("a")["state"]
     assert job["uid"] == world.jobs()[0]["metadata"]["uid"]
-    early = start("too-early", through)
+    early = start("too-early", proxied)
     assert 20 == early.process.wait(40)
     assert "JOB-113" in early.log.read_text()
     gate.open()

@@ -25,7 +25,8 @@ from cluster.world import (
     workspace,
 )
 
-from jobs.api.client import (
+from jobs.api.client import ApiError, Cluster
+from jobs.api.kinds import (
     CLAIM,
     CRD,
     EVENT,
@@ -35,8 +36,6 @@ from jobs.api.client import (
     POD,
     WEBHOOK,
     WORKSPACE,
-    ApiError,
-    Cluster,
     Kind,
     Object,
 )
@@ -119,7 +118,7 @@ def test_an_old_view_of_a_workspace_changes_nothing(world: World) -> None:
 
     for view in views:
         try:
-            reconcile(world.context(), world.namespace, "phi", arrived=copy.deepcopy(view))
+            reconcile(world.context(), world.namespace, "phi", from_event=copy.deepcopy(view))
         except ApiError as error:
             assert 409 == error.status
     assert end == world.status("phi")
@@ -393,8 +392,8 @@ def test_a_machine_that_was_never_asked_for_costs_no_attempt(
         assert "denied by the policy" in str(world.status("phi")["conditions"])
     world.step("phi", cluster=down)
     mine = f"{names.UID_LABEL}={world.get('phi')['metadata']['uid']}"
-    (machine,) = api.find(NODE_CLAIM, labels=mine)
-    assert machine["metadata"]["name"].endswith("-1")
+    (node_claim,) = api.find(NODE_CLAIM, labels=mine)
+    assert node_claim["metadata"]["name"].endswith("-1")
 
 
 def test_what_kaito_began_is_ended_by_us(api: Cluster) -> None:
@@ -418,7 +417,10 @@ def test_what_kaito_began_is_ended_by_us(api: Cluster) -> None:
     }
     api.create(NODE_CLAIM, kaitos)
     job = copy.deepcopy(JOB_OF_KAITO)
-    job["metadata"] |= {"namespace": world.namespace, "ownerReferences": names.owner(stored)}
+    job["metadata"] |= {
+        "namespace": world.namespace,
+        "ownerReferences": names.owner_references(stored),
+    }
     api.create(JOB, job)
     for _ in range(600):
         world.step("phi")
@@ -523,13 +525,13 @@ def test_a_deletion_that_waits_says_for_what(api: Cluster) -> None:
     world.apply(workspace("phi", world.namespace))
     world.step("phi", times=2)
     mine = f"{names.UID_LABEL}={world.get('phi')['metadata']['uid']}"
-    machine = api.find(NODE_CLAIM, labels=mine)[0]
-    api.set_finalizers(NODE_CLAIM, machine, ["karpenter.sh/termination"])
+    node_claim = api.find(NODE_CLAIM, labels=mine)[0]
+    api.set_finalizers(NODE_CLAIM, node_claim, ["karpenter.sh/termination"])
     api.delete(WORKSPACE, world.get("phi"))
     world.step("phi", times=3)
     assert ("True", "workspaceDeleted") == world.condition("phi", "WorkspaceDeleting")
     shown = next(c for c in world.status("phi")["conditions"] if c["type"] == "WorkspaceDeleting")
-    assert machine["metadata"]["name"] in shown["message"]
+    assert node_claim["metadata"]["name"] in shown["message"]
     stuck = api.find(NODE_CLAIM, labels=mine)[0]
     api.set_finalizers(NODE_CLAIM, stuck, [])
     gone(world, "phi")

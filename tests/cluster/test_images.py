@@ -13,7 +13,8 @@ from cluster.place import Local, Place, ended, operated, reachable
 from cluster.world import World, config_map, wait, workspace
 
 from jobs.api import client
-from jobs.api.client import JOB, LEASE, NETWORK_POLICY, POD, WORKSPACE, Cluster, Kind, Object
+from jobs.api.client import Cluster
+from jobs.api.kinds import JOB, LEASE, NETWORK_POLICY, POD, WORKSPACE, Kind, Object
 from jobs.api.options import Options
 from jobs.desired import names
 

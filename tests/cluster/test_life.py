@@ -17,11 +17,12 @@ from cluster.world import (
     workspace,
 )
 
-from jobs.api import client
-from jobs.api.client import CLAIM, EVENT, JOB, POD, WORKSPACE, Cluster, Object
+from jobs.api import kinds
+from jobs.api.client import Cluster
+from jobs.api.kinds import CLAIM, EVENT, JOB, POD, WORKSPACE, Object
 from jobs.api.options import Nodes, Options, Storage
 from jobs.desired import names
-from jobs.desired import tuning as desired
+from jobs.desired import tuning as desired_tuning
 
 
 def test_a_workspace_lives_from_pending_to_succeeded(world: World) -> None:
@@ -202,15 +203,15 @@ def test_the_same_name_made_again_adopts_nothing(world: World) -> None:
 def test_a_foreign_job_of_the_name_is_left_alone(world: World) -> None:
     """NameConflict, and the other's Job stays as it is."""
     made = world.apply(workspace("phi", world.namespace))
-    name = names.short_name(made, desired.revision(made))
-    foreign = {
+    name = desired_tuning.short_name(made, desired_tuning.revision(made))
+    conflicting = {
         "apiVersion": "batch/v1",
         "kind": "Job",
         "metadata": {"name": name, "namespace": world.namespace},
         "spec": {"template": {"spec": {"restartPolicy": "Never", "containers": [
             {"name": "x", "image": "x"}]}}},
     }  # fmt: skip
-    world.api.create(JOB, foreign)
+    world.api.create(JOB, conflicting)
     world.step("phi", times=2)
     assert ("False", "NameConflict") == world.condition("phi", "ResourceReady")
     kept = world.api.get(JOB, world.namespace, name)
@@ -218,22 +219,22 @@ def test_a_foreign_job_of_the_name_is_left_alone(world: World) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "machine"),
+    ("model", "instance_type"),
     [("phi-4", "Standard_NC6"), ("llama-3.3-70b-instruct", "Standard_NC24ads_A100_v4")],
     ids=["too old", "too small"],
 )
-def test_what_does_not_fit_buys_nothing(api: Cluster, model: str, machine: str) -> None:
-    """DoesNotFit names the smallest machine that would do; neither machine nor Job is made."""
+def test_what_does_not_fit_buys_nothing(api: Cluster, model: str, instance_type: str) -> None:
+    """DoesNotFit names the smallest instance type that fits; neither node nor Job is made."""
     world = fresh(api, nodes=Nodes(provision=True))
     item = workspace("big", world.namespace, preset={"name": model}, method="lora")
-    item["resource"]["instanceType"] = machine
+    item["resource"]["instanceType"] = instance_type
     world.apply(item)
-    before = len(world.machines())
+    before = len(world.node_claims())
     world.step("big", times=3)
     assert ("False", "DoesNotFit") == world.condition("big", "ResourceReady")
     assert "use " in world.status("big")["failure"]["hint"]
     assert [] == world.jobs()
-    assert before == len(world.machines())
+    assert before == len(world.node_claims())
 
 
 def test_a_machine_is_bought_used_and_given_back(api: Cluster) -> None:
@@ -242,7 +243,7 @@ def test_a_machine_is_bought_used_and_given_back(api: Cluster) -> None:
     world.apply(workspace("phi", world.namespace))
     world.step("phi", times=2)
     mine = f"{names.UID_LABEL}={world.get('phi')['metadata']['uid']}"
-    assert 1 == len(api.find(client.NODE_CLAIM, labels=mine))
+    assert 1 == len(api.find(kinds.NODE_CLAIM, labels=mine))
     assert [] == world.jobs()
     assert ("False", "NodeClaimNotReady") == world.condition("phi", "ResourceReady")
     assert [names.FINALIZER] == world.get("phi")["metadata"]["finalizers"]
@@ -253,7 +254,7 @@ def test_a_machine_is_bought_used_and_given_back(api: Cluster) -> None:
     world.state("phi", "Running")
     world.end(pod, 0, SUCCESS)
     world.state("phi", "Succeeded")
-    world.until("phi", lambda: not api.find(client.NODE_CLAIM, labels=mine), "machine's end")
+    world.until("phi", lambda: not api.find(kinds.NODE_CLAIM, labels=mine), "machine's end")
     api.delete(WORKSPACE, world.get("phi"))
     world_gone(world, "phi")
 
@@ -276,13 +277,13 @@ def test_a_cloud_without_machines_is_asked_three_times(api: Cluster) -> None:
 
     def given_up() -> bool:
         # Each machine goes when the garbage collector has seen to it, which may take seconds.
-        for machine in api.find(client.NODE_CLAIM, labels=mine):
-            names_seen.add(machine["metadata"]["name"])
-            if machine["metadata"].get("deletionTimestamp"):
+        for node_claim in api.find(kinds.NODE_CLAIM, labels=mine):
+            names_seen.add(node_claim["metadata"]["name"])
+            if node_claim["metadata"].get("deletionTimestamp"):
                 continue
             world.patch_status(
-                client.NODE_CLAIM,
-                machine,
+                kinds.NODE_CLAIM,
+                node_claim,
                 {"conditions": [{"type": "Launched", "status": "False", "message": "no quota"}]},
             )
         world.late += 101
@@ -291,7 +292,7 @@ def test_a_cloud_without_machines_is_asked_three_times(api: Cluster) -> None:
     world.until("phi", given_up, "three attempts")
     assert 3 == len(names_seen)
     assert "no quota" in world.status("phi")["failure"]["message"]
-    world.until("phi", lambda: not api.find(client.NODE_CLAIM, labels=mine), "cleanup")
+    world.until("phi", lambda: not api.find(kinds.NODE_CLAIM, labels=mine), "cleanup")
 
 
 def test_deletion_while_a_machine_runs_leaves_nothing(api: Cluster) -> None:
@@ -418,7 +419,7 @@ def test_a_deleted_job_is_made_again_and_resumes(world: World) -> None:
 
 def test_a_quota_is_told_in_its_own_words(world: World) -> None:
     """What the API server refuses for good becomes a condition, not a crash loop."""
-    quota = client.Kind("", "v1", "resourcequotas", "ResourceQuota")
+    quota = kinds.Kind("", "v1", "resourcequotas", "ResourceQuota")
     world.api.create(
         quota,
         {
@@ -469,14 +470,14 @@ def test_a_crash_at_any_write_changes_nothing_in_the_end(api: Cluster, after: bo
         world.apply(workspace("phi", world.namespace))
         dying = Dying(api, number, after=after)
 
-        def life(through: Cluster | None, world: World = world) -> None:
-            world.step("phi", cluster=through, times=2)
+        def life(proxy_get: Cluster | None, world: World = world) -> None:
+            world.step("phi", cluster=proxy_get, times=2)
             world.node_is_ready()
-            world.step("phi", cluster=through, times=2)
+            world.step("phi", cluster=proxy_get, times=2)
             if world.status("phi").get("state") != "Succeeded":
                 world.end(world.pod("phi"), 0, SUCCESS)
             wait(lambda: world.jobs()[0]["status"].get("succeeded"))
-            world.step("phi", cluster=through, times=3)
+            world.step("phi", cluster=proxy_get, times=3)
 
         try:
             life(dying)
@@ -486,4 +487,4 @@ def test_a_crash_at_any_write_changes_nothing_in_the_end(api: Cluster, after: bo
         assert DIGEST == status["output"]["digest"]
         assert 1 == len(world.jobs())
         mine = f"{names.UID_LABEL}={world.get('phi')['metadata']['uid']}"
-        world.until("phi", lambda w=mine: not api.find(client.NODE_CLAIM, labels=w))
+        world.until("phi", lambda w=mine: not api.find(kinds.NODE_CLAIM, labels=w))

@@ -33,19 +33,8 @@ from cluster.world import (
 )
 
 from jobs.api import client
-from jobs.api.client import (
-    DEPLOYMENT,
-    JOB,
-    LEASE,
-    NETWORK_POLICY,
-    NODE_CLAIM,
-    POD,
-    WORKSPACE,
-    ApiError,
-    Cluster,
-    Kind,
-    NotLeader,
-)
+from jobs.api.client import ApiError, Cluster, NotLeader
+from jobs.api.kinds import DEPLOYMENT, JOB, LEASE, NETWORK_POLICY, NODE_CLAIM, POD, WORKSPACE, Kind
 from jobs.api.options import Nodes, Options, Storage
 from jobs.controller import preflight, probes
 from jobs.controller.lease import Lease
@@ -159,7 +148,7 @@ def test_the_shipped_rights_are_enough_and_none_is_idle(api: Cluster, account: C
         wait(lambda: ("list", "", "events") in recording.calls)
         policy = api.find(NETWORK_POLICY, world.namespace)[0]
         api.replace(NETWORK_POLICY, policy | {"spec": policy["spec"] | {"egress": []}})
-        operator._context.rarely._until.clear()  # its minute is over
+        operator._context.rate_limit._until.clear()  # its minute is over
         play(world, "phi")
         wait(lambda: world.status("phi").get("state") == "Succeeded")
         wait(lambda: not api.find(NODE_CLAIM, labels=mine))
@@ -280,10 +269,10 @@ def test_one_holds_the_lease_and_gives_it_back(api: Cluster) -> None:
     first, second = lease_of(api, "first", 30), lease_of(api, "second", 30)
     assert first.attempt() and first.held
     assert not second.attempt() and not second.held
-    first.give_back()
+    first.release()
     assert not first.held
     assert second.attempt()
-    second.give_back()
+    second.release()
 
 
 def test_a_frozen_leader_writes_nothing_when_it_wakes(api: Cluster) -> None:
@@ -301,7 +290,7 @@ def test_a_frozen_leader_writes_nothing_when_it_wakes(api: Cluster) -> None:
     other._name = "frozen"
     wait(other.attempt, 30)
     assert not lease.attempt()
-    other.give_back()
+    other.release()
 
 
 def test_two_replicas_take_turns(api: Cluster) -> None:
@@ -425,7 +414,7 @@ def test_a_stale_version_is_answered_by_a_list(api: Cluster) -> None:
 
     stop, told = threading.Event(), []
 
-    def tell(key: Any, news: Any) -> None:
+    def report(key: Any, item: Any) -> None:
         told.append(key)
         if len(told) == 5:
             stop.set()
@@ -436,7 +425,7 @@ def test_a_stale_version_is_answered_by_a_list(api: Cluster) -> None:
         world.namespace,
         labels="",
         key_of=lambda item: (item["metadata"]["namespace"], item["metadata"]["name"]),
-        tell=tell,
+        on_event=report,
     ).run(stop)
     assert 5 == len(lists) and lists[-1] - lists[0] < 1
     assert {(world.namespace, "phi")} == set(told)

@@ -13,7 +13,7 @@ import pytest
 from cluster.place import PASSWORD, HostPython, Place, ended
 from cluster.world import wait
 
-from jobs.controller import reconcile
+from jobs.controller import decide
 
 
 def test_the_example_trains_and_pushes(place: Place) -> None:
@@ -35,7 +35,7 @@ def test_a_killed_pod_goes_on_and_gives_the_same_digest(
 ) -> None:
     """Stopped with a notice, as a spot machine is, then killed without one, both in mid-training:
     the next pod resumes from the claim. Then the same data undisturbed: the same bytes."""
-    monkeypatch.setitem(reconcile._AGAIN, "running", 0.5)
+    monkeypatch.setitem(decide.REQUEUE_SECONDS, "running", 0.5)
     place.apply("killed:1", steps=200)
     for step, seconds in ((20, 60), (60, 0)):
         wait(lambda step=step: len(place.metrics()) >= step, 150)

@@ -14,16 +14,17 @@ import yaml
 from cluster import bed
 from cluster.world import workspace
 
-from jobs.api import client
-from jobs.api.client import WORKSPACE, ApiError, Cluster
+from jobs.api import client, kinds
+from jobs.api.client import ApiError, Cluster
+from jobs.api.kinds import WORKSPACE
 
 ROOT = Path(__file__).parents[2]
 CRD_FILE = ROOT / "configs/deploy/crd/workspaces.kaito.sh.yaml"
-ALPHA = client.Kind("kaito.sh", "v1alpha1", "workspaces", "Workspace")
+ALPHA = kinds.Kind("kaito.sh", "v1alpha1", "workspaces", "Workspace")
 
 
 @pytest.fixture(scope="module")
-def judge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def crd_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """An API server whose Workspaces are served by the current CRD server."""
     if gap := bed.missing("apiextensions-apiserver"):
         pytest.skip(f"CEL rules are not judged here: {gap}")
@@ -34,13 +35,13 @@ def judge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield client.connect(str(found.kubeconfig), threads=2)
 
 
-def made(judge: Cluster, change: Any = None) -> dict[str, Any]:
+def made(crd_server: Cluster, change: Any = None) -> dict[str, Any]:
     """A fresh valid Workspace after `change(item)`, created; with what the server filled in."""
     item = workspace(f"w-{secrets.token_hex(4)}")
     if change:
         change(item)
-    found = judge.create(
-        client.Kind("kaito.sh", item["apiVersion"].split("/")[1], "workspaces", "Workspace"), item
+    found = crd_server.create(
+        kinds.Kind("kaito.sh", item["apiVersion"].split("/")[1], "workspaces", "Workspace"), item
     )
     assert found is not None
     return found
@@ -97,19 +98,19 @@ REFUSED = [
 
 @pytest.mark.parametrize(("path", "value", "message"), REFUSED)
 def test_what_is_wrong_is_refused_at_the_door(
-    judge: Cluster, path: str, value: Any, message: str
+    crd_server: Cluster, path: str, value: Any, message: str
 ) -> None:
     """On create, with the sentence of the rule; the same on update."""
     with pytest.raises(ApiError) as refused:
-        made(judge, put(path, value))
+        made(crd_server, put(path, value))
     assert 422 == refused.value.status
     assert message in refused.value.message
     if path in ("metadata.name", "tuning", "inference"):
         return
-    item = made(judge)
+    item = made(crd_server)
     put(path, value)(item)
     with pytest.raises(ApiError) as refused:
-        judge.replace(WORKSPACE, item)
+        crd_server.replace(WORKSPACE, item)
     assert 422 == refused.value.status
 
 
@@ -128,9 +129,9 @@ ACCEPTED = [
 
 
 @pytest.mark.parametrize(("path", "value"), ACCEPTED)
-def test_what_is_right_comes_in(judge: Cluster, path: str, value: Any) -> None:
+def test_what_is_right_comes_in(crd_server: Cluster, path: str, value: Any) -> None:
     """Both outputs at once, tuning with inference, nodes without a type."""
-    made(judge, put(path, value))
+    made(crd_server, put(path, value))
 
 
 IMMUTABLE = [
@@ -152,59 +153,61 @@ EDITABLE = [
 
 
 @pytest.mark.parametrize(("path", "value", "message"), IMMUTABLE)
-def test_some_fields_stay_as_they_are(judge: Cluster, path: str, value: Any, message: str) -> None:
+def test_some_fields_stay_as_they_are(
+    crd_server: Cluster, path: str, value: Any, message: str
+) -> None:
     """As in KAITO: preset, method, machine and selector."""
-    item = made(judge)
+    item = made(crd_server)
     put(path, value)(item)
     with pytest.raises(ApiError) as refused:
-        judge.replace(WORKSPACE, item)
+        crd_server.replace(WORKSPACE, item)
     assert message in refused.value.message
 
 
 @pytest.mark.parametrize(("path", "value"), EDITABLE)
-def test_and_some_may_change(judge: Cluster, path: str, value: Any) -> None:
+def test_and_some_may_change(crd_server: Cluster, path: str, value: Any) -> None:
     """Config, data and output: a new revision."""
-    item = made(judge)
+    item = made(crd_server)
     put(path, value)(item)
     assert (
         item["metadata"]["generation"] + (path != "")
-        == judge.replace(WORKSPACE, item)["metadata"]["generation"]
+        == crd_server.replace(WORKSPACE, item)["metadata"]["generation"]
     )
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "examples").glob("workspace-*.yaml")), ids=str)
-def test_every_example_comes_in(judge: Cluster, file: Path) -> None:
+def test_every_example_comes_in(crd_server: Cluster, file: Path) -> None:
     """With its placeholders filled in; an empty one is told at the door, not by the kubelet."""
     text = re.sub(r"\b[A-Z]+(_[A-Z]+)+_HERE\b", "mine", file.read_text())
     found = [d for d in yaml.safe_load_all(text) if d["kind"] == "Workspace"]
     for item in found:
         item["metadata"] |= {"name": f"e-{secrets.token_hex(4)}", "namespace": "default"}
         kind = ALPHA if item["apiVersion"].endswith("v1alpha1") else WORKSPACE
-        assert judge.create(kind, item)
+        assert crd_server.create(kind, item)
     assert found
 
 
-def test_both_versions_show_the_same_object(judge: Cluster) -> None:
+def test_both_versions_show_the_same_object(crd_server: Cluster) -> None:
     """v1alpha1 gets KAITO's default machine and is stored as v1beta1."""
 
     def alpha(item: dict[str, Any]) -> None:
         item["apiVersion"] = "kaito.sh/v1alpha1"
         del item["resource"]["instanceType"]
 
-    item = made(judge, alpha)
-    found = judge.get(WORKSPACE, "default", item["metadata"]["name"])
+    item = made(crd_server, alpha)
+    found = crd_server.get(WORKSPACE, "default", item["metadata"]["name"])
     assert found is not None
     assert "Standard_NC24ads_A100_v4" == found["resource"]["instanceType"]
     assert "public" == found["tuning"]["preset"]["accessMode"]
     assert 1 == found["resource"]["count"]
 
 
-def test_an_unknown_field_is_refused_strictly(judge: Cluster) -> None:
+def test_an_unknown_field_is_refused_strictly(crd_server: Cluster) -> None:
     """As kubectl asks for: a slip of the pen is no silent pruning."""
     item = workspace("strict")
     item["tuning"]["ouput"] = copy.deepcopy(item["tuning"]["output"])
     with pytest.raises(ApiError) as refused:
-        judge._call(
+        crd_server._call(
             "POST", WORKSPACE.path("default"), body=item, query={"fieldValidation": "Strict"}
         )
     assert 'unknown field "tuning.ouput"' in refused.value.message
@@ -214,10 +217,12 @@ def test_an_unknown_field_is_refused_strictly(judge: Cluster) -> None:
     "url",
     ["s3://rows/a.jsonl", "gs://rows/a.jsonl", "az://rows/a.jsonl", "hf://datasets/o/rows/a.jsonl"],
 )
-def test_addresses_that_stand_for_https_are_admitted(judge: Cluster, url: str) -> None:
-    assert [url] == made(judge, put("tuning.input", {"urls": [url]}))["tuning"]["input"]["urls"]
+def test_addresses_that_stand_for_https_are_admitted(crd_server: Cluster, url: str) -> None:
+    assert [url] == made(crd_server, put("tuning.input", {"urls": [url]}))["tuning"]["input"][
+        "urls"
+    ]
 
 
-def test_what_is_not_read_is_refused(judge: Cluster) -> None:
+def test_what_is_not_read_is_refused(crd_server: Cluster) -> None:
     with pytest.raises(ApiError, match="HTTP or HTTPS"):
-        made(judge, put("tuning.input", {"urls": ["ftp://rows/a.jsonl"]}))
+        made(crd_server, put("tuning.input", {"urls": ["ftp://rows/a.jsonl"]}))

@@ -15,8 +15,8 @@ import yaml
 from cluster.place import Place
 from cluster.world import wait
 
-from jobs.api.client import DEPLOYMENT, POD, Kind, Object
-from jobs.manifests import server
+from jobs.api.kinds import DEPLOYMENT, POD, Kind, Object
+from jobs.manifests import server as server_manifests
 
 ROOT = Path(__file__).parents[2]
 ENDPOINTS = Kind("", "v1", "endpoints", "Endpoints")
@@ -40,10 +40,10 @@ def chat(place: Place, **more: str) -> str:
     """What the quick start's curl hears."""
     (subset,) = (place.api.get(ENDPOINTS, place.name, "demo") or {})["subsets"]
     address = subset["addresses"][0]["ip"]
-    assert {server.PORT} == {port["port"] for port in subset["ports"]}
+    assert {server_manifests.PORT} == {port["port"] for port in subset["ports"]}
     body = json.dumps({"prompt": ASKED} | more)
     told = subprocess.check_output(
-        ["curl", "-sS", "-X", "POST", f"http://{address}:{server.PORT}/chat",
+        ["curl", "-sS", "-X", "POST", f"http://{address}:{server_manifests.PORT}/chat",
          "-H", "Content-Type: application/json", "-d", body], text=True, timeout=60)  # fmt: skip
     return str(json.loads(told).get("Result") or told)
 
@@ -75,7 +75,7 @@ def test_tune_then_serve_then_serve_alone(place: Place) -> None:
     assert "Ready" in place.kubectl("get", "workspace", "demo")
     place.kubectl("wait", "--for=condition=InferenceReady", "workspace/demo", "--timeout=5s")
     # the API server as the only way to a pod
-    told_ready = place.api.through(pod, server.PORT, "/readyz")
+    told_ready = place.api.proxy_get(pod, server_manifests.PORT, "/readyz")
     assert {"status": "ready", "refused": []} == told_ready
     place.clear()
     wait(lambda: not place.api.find(DEPLOYMENT, place.name) and not place.status())

@@ -12,17 +12,8 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from jobs.api.client import (
-    CONFIG_MAP,
-    JOB,
-    NODE_CLAIM,
-    POD,
-    WORKSPACE,
-    ApiError,
-    Cluster,
-    Kind,
-    Object,
-)
+from jobs.api.client import ApiError, Cluster
+from jobs.api.kinds import CONFIG_MAP, JOB, NODE_CLAIM, POD, WORKSPACE, Kind, Object
 from jobs.api.options import Options
 from jobs.controller.operator import Operator, Setup
 from jobs.controller.reconcile import reconcile
@@ -147,7 +138,7 @@ class World:
     def pods(self) -> list[Object]:
         return self.api.find(POD, self.namespace)
 
-    def machines(self) -> list[Object]:
+    def node_claims(self) -> list[Object]:
         return self.api.find(NODE_CLAIM)
 
     def step(self, name: str, *, times: int = 1, cluster: Cluster | None = None) -> None:
@@ -170,9 +161,9 @@ class World:
             time.sleep(0.1)
         raise AssertionError(f"never: {what or ready}; status {json.dumps(self.status(name))}")
 
-    def state(self, name: str, wanted: str) -> Object:
-        """Let the operator look until the state is `wanted`; gives the status."""
-        self.until(name, lambda: self.status(name).get("state") == wanted, wanted)
+    def state(self, name: str, expected: str) -> Object:
+        """Let the operator look until the state is `expected`; gives the status."""
+        self.until(name, lambda: self.status(name).get("state") == expected, expected)
         return self.status(name)
 
     # the kubelet, Kueue and Karpenter, played
@@ -240,10 +231,10 @@ class World:
         )
 
     def node_is_ready(self) -> None:
-        for machine in self.machines():
+        for node_claim in self.node_claims():
             kinds = ("Launched", "Registered", "Initialized", "Ready")
             conditions = [{"type": kind, "status": "True"} for kind in kinds]
-            self.patch_status(NODE_CLAIM, machine, {"conditions": conditions})
+            self.patch_status(NODE_CLAIM, node_claim, {"conditions": conditions})
 
 
 def wait(ready: Callable[[], Any], seconds: float = 60) -> Any:

@@ -19,8 +19,10 @@ from jobs import render
 from jobs.api import cel, crd, options
 from jobs.api.options import Nodes, Options, Storage, load, with_policy
 from jobs.desired import names
-from jobs.desired import tuning as desired
-from jobs.manifests import job, pod
+from jobs.desired import tuning as desired_tuning
+from jobs.manifests import job as job_manifests
+from jobs.manifests import pod
+from jobs.observed import site
 from tuning.errors import REASONS, RETRYABLE, SpecError
 from tuning.pipeline.options import JOB_DATA_SECRET
 
@@ -49,9 +51,9 @@ def stored(name: str = "phi", **tuning: Any) -> dict[str, Any]:
 
 
 def job_of(item: dict[str, Any], options: Options | None = None, *, claim: bool = True) -> Any:
-    wish = desired.read(item, None, None)
-    assert wish.spec is not None, wish.problems
-    return job.job(item, wish, options or Options(), claim=claim, earlier=())
+    desired = desired_tuning.read(item, None, None)
+    assert desired.spec is not None, desired.problems
+    return job_manifests.job(item, desired, options or Options(), claim=claim, earlier=())
 
 
 def strict(item: dict[str, Any]) -> None:
@@ -81,7 +83,7 @@ def random_workspace(chance: random.Random) -> dict[str, Any]:
     if chance.random() < 0.5:
         item["resource"] = {"labelSelector": {"matchLabels": {"gpu": "yes", "kaito.sh/x": "y"}}}
     if chance.random() < 0.5:
-        item["metadata"]["labels"] = {desired.QUEUE: "team-queue", "other": "label"}
+        item["metadata"]["labels"] = {desired_tuning.QUEUE: "team-queue", "other": "label"}
     return item
 
 
@@ -95,13 +97,15 @@ def test_200_random_workspaces_give_strict_and_restricted_objects() -> None:
             storage=Storage(cache_claim=chance.choice([None, "models"])),
             policy=chance.choice([None, "data: {}\n"]),
         )
-        wish = desired.read(item, None, None)
-        assert wish.spec is not None, wish.problems
+        desired = desired_tuning.read(item, None, None)
+        assert desired.spec is not None, desired.problems
         claim = chance.random() < 0.5
-        found = job.job(item, wish, options, claim=claim, earlier=("sha256:" + "0" * 64,))
+        found = job_manifests.job(
+            item, desired, options, claim=claim, earlier=("sha256:" + "0" * 64,)
+        )
         strict(found)
-        strict(job.run_claim(item, wish, options))
-        strict(job.network_policy(item, wish, options))
+        strict(job_manifests.run_claim(item, desired, options))
+        strict(job_manifests.network_policy(item, desired, options))
         restricted(found["spec"]["template"]["spec"])
         assert len(found["metadata"]["name"]) <= 63
         assert all(len(v) <= 63 for v in found["metadata"]["labels"].values())
@@ -185,14 +189,14 @@ def test_the_snapshot_is_read_back_as_the_same_spec() -> None:
 
     text = "training_config:\n  TrainingArguments:\n    seed: 7\n"
     item, config = stored(config="mine"), config_map("mine", "team", text)
-    wish = desired.read(item, config, None)
-    assert wish.spec is not None
+    desired = desired_tuning.read(item, config, None)
+    assert desired.spec is not None
     earlier = ("sha256:" + "1" * 64,)  # pushed before: the engine may replace it
-    found = job.job(item, wish, Options(), claim=True, earlier=earlier)
+    found = job_manifests.job(item, desired, Options(), claim=True, earlier=earlier)
     snapshot = found["spec"]["template"]["metadata"]["annotations"][pod.SNAPSHOT]
     again = spec.parse(snapshot, origin="annotation")
     assert 7 == again.settings.seed
-    assert replace(wish.spec.destination, earlier=earlier) == again.destination
+    assert replace(desired.spec.destination, earlier=earlier) == again.destination
 
 
 def test_a_job_name_tells_uids_and_edits_apart_and_nothing_else() -> None:
@@ -203,11 +207,11 @@ def test_a_job_name_tells_uids_and_edits_apart_and_nothing_else() -> None:
     same["status"] = {"state": "Failed"}
     same["tuning"]["method"] = "QLORA"
     same["tuning"]["preset"] = {**same["tuning"]["preset"], "accessMode": "public"}
-    assert desired.revision(item) == desired.revision(same)
+    assert desired_tuning.revision(item) == desired_tuning.revision(same)
     other = copy.deepcopy(item)
     other["metadata"]["uid"] = UID.replace("1", "9")
     edited = stored(config="other")
-    assert 3 == len({desired.revision(each) for each in (item, other, edited)})
+    assert 3 == len({desired_tuning.revision(each) for each in (item, other, edited)})
 
 
 @pytest.mark.parametrize("kind", ["hostPath", "secret", "projected", "iscsi"])
@@ -223,8 +227,8 @@ def test_the_run_volume_is_as_large_as_the_plan_says() -> None:
     def size(options: Options | None = None, rank: int = 8, model: str = "phi-4") -> int:
         text = f"training_config:\n  LoraConfig: {{r: {rank}, lora_alpha: {rank}}}\n"
         item = stored(config="mine", preset={"name": model})
-        wish = desired.read(item, config_map("mine", "team", text), None)
-        claim = job.run_claim(item, wish, options or Options())
+        desired = desired_tuning.read(item, config_map("mine", "team", text), None)
+        claim = job_manifests.run_claim(item, desired, options or Options())
         return int(claim["spec"]["resources"]["requests"]["storage"].removesuffix("Gi"))
 
     cached = Options(storage=Storage(cache_claim="models"))
@@ -236,8 +240,8 @@ def test_the_run_volume_is_as_large_as_the_plan_says() -> None:
 def test_the_network_policy_closes_metadata_services() -> None:
     """Out to the ports of data and registry, in from the operator only."""
     item = stored(input={"urls": ["https://d.example.com:8443/a.jsonl"]})
-    wish = desired.read(item, None, None)
-    spec = job.network_policy(item, wish, Options())["spec"]
+    desired = desired_tuning.read(item, None, None)
+    spec = job_manifests.network_policy(item, desired, Options())["spec"]
     closed = {each for to in spec["egress"][1]["to"] for each in to["ipBlock"]["except"]}
     assert {"169.254.0.0/16", "168.63.129.16/32", "fd00:ec2::254/128"} <= closed
     assert [443, 8443] == [port["port"] for port in spec["egress"][1]["ports"]]
@@ -247,14 +251,16 @@ def test_the_network_policy_closes_metadata_services() -> None:
 def test_a_bought_machine_is_what_the_workspace_names() -> None:
     """Type, labels, taint, disk from the model, and no disruption, also while it waits."""
     item = stored()
-    wish = desired.read(item, None, None)
+    desired = desired_tuning.read(item, None, None)
     options = Options(nodes=Nodes(provision=True))
-    claim = job.node_claim(item, wish, options, attempt=1)
+    claim = job_manifests.node_claim(item, desired, options, attempt=1)
     wants = {each["key"]: each["values"] for each in claim["spec"]["requirements"]}
     assert ["Standard_NC24ads_A100_v4"] == wants["node.kubernetes.io/instance-type"]
     assert "true" == claim["metadata"]["annotations"]["karpenter.sh/do-not-disrupt"]
     assert "Gi" in claim["spec"]["resources"]["requests"]["storage"]
-    spec = job.job(item, wish, options, claim=True, earlier=())["spec"]["template"]["spec"]
+    spec = job_manifests.job(item, desired, options, claim=True, earlier=())["spec"]["template"][
+        "spec"
+    ]
     terms = spec["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
     keys = {e["key"] for e in terms["nodeSelectorTerms"][0]["matchExpressions"]}
     assert {"apps", names.WORKSPACE_LABEL, names.NAMESPACE_LABEL} == keys
@@ -273,11 +279,11 @@ def test_nodes_say_which_gpu_they_have() -> None:
         "nvidia.com/cuda.compute.major": "9",
         "nvidia.com/cuda.compute.minor": "0",
     }
-    found = desired.device_of_nodes([node(), odd, known])
+    found = site.device_of_nodes([node(), odd, known])
     assert found is not None
     assert (4, 81920 << 20, True) == (found.count, found.memory_bytes, found.bf16)
-    assert "X9" == desired.device_of_nodes([odd]).name  # type: ignore[union-attr]
-    assert desired.device_of_nodes([node(gpu__product="unknown")]) is None
+    assert "X9" == site.device_of_nodes([odd]).name  # type: ignore[union-attr]
+    assert site.device_of_nodes([node(gpu__product="unknown")]) is None
 
 
 # the CRD and the files of configs/deploy
@@ -446,16 +452,16 @@ def test_annotations_change_what_the_cluster_does() -> None:
     assert "nvidia.com/gpu" not in resources["limits"]
     assert "last-applied" not in str(found)
     item["metadata"]["annotations"]["tuning.kaito.sh/deadline-seconds"] = "soon"
-    assert ["SPEC-104"] == [p.code for p in desired.read(item, None, None).problems]
+    assert ["SPEC-104"] == [p.code for p in desired_tuning.read(item, None, None).problems]
 
 
 def test_every_gpu_of_the_machine_or_as_many_as_the_plan_uses() -> None:
     """A machine's count where there is no plan; the plan's ranks where there is one."""
     item = stored(preset={"name": "org/some-model"})
     item["resource"]["instanceType"] = "Standard_NC48ads_A100_v4"
-    wish = desired.read(item, None, None)
-    assert wish.plan is None and "PLAN" not in wish.unknown and wish.unknown
-    assert 2 == wish.gpus
-    planned = desired.read(stored(), None, None)
+    desired = desired_tuning.read(item, None, None)
+    assert desired.plan is None and "PLAN" not in desired.plan_unknown and desired.plan_unknown
+    assert 2 == desired.gpus
+    planned = desired_tuning.read(stored(), None, None)
     assert planned.plan is not None
     assert planned.plan.placement.ranks == planned.gpus

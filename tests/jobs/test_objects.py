@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 
-from jobs.api.client import Object
+from jobs.api.kinds import Object
 from jobs.api.options import Nodes, Options
-from jobs.desired import tuning as desired
+from jobs.desired import tuning as desired_tuning
 from jobs.observed import objects, status
-from jobs.observed import phase as stage
-from jobs.observed.phase import Seen
+from jobs.observed.phase import Observed, Phase, phase_of
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 SILENT = [("Launched", "True", ""), ("Registered", "Unknown", "not seen")]
@@ -67,7 +66,7 @@ def job(*conditions: tuple[str, str], **spec: Any) -> Object:
 )
 def test_what_is_no_answer_of_the_engine_counts_for_nothing(message: str) -> None:
     """Empty, no JSON, of other types, not finite, beyond all numbers: no field, no exception."""
-    assert {} == objects.outcome(ended(1, message))
+    assert {} == objects.termination_message(ended(1, message))
 
 
 def test_markup_control_characters_and_secrets_of_an_answer_are_taken_out() -> None:
@@ -77,15 +76,13 @@ def test_markup_control_characters_and_secrets_of_an_answer_are_taken_out() -> N
         "message": "\x1b[31mred\x07 \u202e https://x.example/a?sig=secret " + "x" * 5000,
         "step": 3,
     }
-    found = objects.outcome(ended(10, json.dumps(told)))
+    found = objects.termination_message(ended(10, json.dumps(told)))
 
     assert "\x1b" not in found["message"] and "\u202e" not in found["message"]
     assert "secret" not in found["message"]
     assert len(found["message"]) == objects.LONGEST
-    trouble = objects.failure(
-        job(("Failed", "BackoffLimitExceeded")), (ended(10, json.dumps(told)),)
-    )
-    assert "DataUnusablescript" == trouble.reason
+    cause = objects.failure(job(("Failed", "BackoffLimitExceeded")), (ended(10, json.dumps(told)),))
+    assert "DataUnusablescript" == cause.reason
 
 
 @pytest.mark.parametrize(
@@ -95,7 +92,7 @@ def test_markup_control_characters_and_secrets_of_an_answer_are_taken_out() -> N
             job(("Failed", "DeadlineExceeded")),
             (ended(75),),
             "DeadlineExceeded",
-            "longer than it may",
+            "longer than its deadline",
         ),
         (job(("Failed", "PodFailurePolicy")), (ended(10),), "DataUnusable", "exit code 10"),
         (job(("Failed", "BackoffLimitExceeded")), (), "BackoffLimitExceeded", "no pod"),
@@ -115,10 +112,10 @@ def test_markup_control_characters_and_secrets_of_an_answer_are_taken_out() -> N
 )
 def test_why_a_job_failed(found: Object, pods: tuple[Object, ...], reason: str, words: str) -> None:
     """From the Job's condition and the last pod that ended; a permanent code fails it at once."""
-    trouble = objects.failure(found, pods)
+    cause = objects.failure(found, pods)
 
-    assert reason == trouble.reason
-    assert words in trouble.message
+    assert reason == cause.reason
+    assert words in cause.message
 
 
 @pytest.mark.parametrize(
@@ -152,11 +149,11 @@ def test_a_pod_without_a_node_says_what_the_scheduler_says() -> None:
 @pytest.mark.parametrize(
     ("claim", "age", "state", "words"),
     [
-        ([], 10, "waiting", "asked for"),
+        ([], 10, "waiting", "requested"),
         ([("Launched", "False", "no quota")], 10, "waiting", "no quota"),
         ([("Launched", "False", "no quota")], 301, "failed", "not launched within 300 s: no quota"),
         (SILENT, 301, "waiting", "not seen"),
-        (SILENT, 901, "failed", "did not become a node within 900 s: not seen"),
+        (SILENT, 901, "failed", "did not become ready within 900 s: not seen"),
         ([("Ready", "True", "")], 9999, "ready", ""),
     ],
 )  # fmt: skip
@@ -165,9 +162,9 @@ def test_a_machine_has_its_time(
 ) -> None:
     """To be launched, and then to become a node; the cloud's words are kept."""
     conditions = [{"type": k, "status": v, "message": m} for k, v, m in claim]
-    meta = {"creationTimestamp": objects.stamp(NOW - timedelta(seconds=age))}
+    meta = {"creationTimestamp": objects.format_time(NOW - timedelta(seconds=age))}
     item = {"metadata": meta, "status": {"conditions": conditions}}
-    word, message = objects.claim_state(item, Nodes(), NOW)
+    word, message = objects.node_claim_state(item, Nodes(), NOW)
 
     assert state == word
     assert words in message
@@ -176,28 +173,28 @@ def test_a_machine_has_its_time(
 # where a Workspace stands
 
 
-def seen(**more: Any) -> Seen:
+def observed(**more: Any) -> Observed:
     workspace = {
         "metadata": {"name": "w", "namespace": "n", "uid": "u", "generation": 1},
         "tuning": {"output": {}},
     }
-    return Seen(workspace, desired.Wanted("rev", None), NOW, **more)
+    return Observed(workspace, desired_tuning.Desired("rev", None), NOW, **more)
 
 
 def condition(found: Object, kind: str) -> Object:
     return next(each for each in found["conditions"] if each["type"] == kind)
 
 
-def of(at: Seen) -> tuple[stage.Stage, Object]:
-    judged = stage.judge(at, Options())
-    return judged, status.status(at, judged, Options())
+def phase_and_status(at: Observed) -> tuple[Phase, Object]:
+    phase = phase_of(at, Options())
+    return phase, status.status(at, phase, Options())
 
 
 def test_a_suspended_job_waits_in_its_queue() -> None:
     """Kueue holds it back, or takes it back in the middle: Pending, reason Queued."""
     for found in (job(suspend=True), job(("Suspended", "JobSuspended"))):
-        judged, told = of(seen(job=found))
-        assert ("queued", "Pending") == (judged.word, told["state"])
+        phase, told = phase_and_status(observed(job=found))
+        assert ("queued", "Pending") == (phase.name, told["state"])
         assert "Queued" == condition(told, "JobStarted")["reason"]
 
 
@@ -214,17 +211,17 @@ def test_a_run_that_is_unwell_says_so_and_stays_running(
     more: Object, spec: Object, reason: str
 ) -> None:
     """A silent node, an edited Job: told, and nothing is done that would make two writers."""
-    at = seen(job=job(**spec), pods=(pod({"running": {}}, **more),))
-    judged, told = of(at)
+    at = observed(job=job(**spec), pods=(pod({"running": {}}, **more),))
+    phase, told = phase_and_status(at)
 
-    assert ("running", "Running") == (judged.word, told["state"])
+    assert ("running", "Running") == (phase.name, told["state"])
     assert reason == condition(told, "WorkspaceSucceeded")["reason"]
 
 
 def test_a_message_without_end_is_cut() -> None:
     """The API takes 32768 characters of a condition's message; ours has far fewer."""
     long = ended(1, json.dumps({"reason": "X", "message": "m" * 100_000, "hint": "h" * 100_000}))
-    _, told = of(seen(job=job(("Failed", "x")), pods=(long,)))
+    _, told = phase_and_status(observed(job=job(("Failed", "x")), pods=(long,)))
 
     assert all(len(each["message"]) < 32768 for each in told["conditions"])
     assert len(json.dumps(told)) < 32768
@@ -243,13 +240,15 @@ def test_a_message_without_end_is_cut() -> None:
 )
 def test_a_progress_that_is_none_changes_nothing(record: Object) -> None:
     """A pod's answer is a stranger's: what is no count is passed over; nothing divides by it."""
-    at = seen(job=job(), pods=(pod({"running": {}}),), progress=record)
-    _, told = of(at)
+    at = observed(job=job(), pods=(pod({"running": {}}),), progress=record)
+    _, told = phase_and_status(at)
 
     assert "progress" not in told
-    good = seen(
+    good = observed(
         job=job(),
         pods=(pod({"running": {}}),),
         progress={"step": 1, "steps": 0, "loss": float("inf"), "eta_seconds": -5},
     )
-    assert {"text": "1", "step": 1, "steps": 0, "etaSeconds": -5} == of(good)[1]["progress"]
+    assert {"text": "1", "step": 1, "steps": 0, "etaSeconds": -5} == phase_and_status(good)[1][
+        "progress"
+    ]

@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 
-from jobs.api.client import WORKSPACE, ApiError, Cluster
+from jobs.api.client import ApiError, Cluster
+from jobs.api.kinds import WORKSPACE
 from jobs.api.options import Options
 from jobs.controller import operator, watch
 from jobs.controller.operator import Setup
 from jobs.controller.queue import Queue
-from jobs.controller.reconcile import Look
+from jobs.controller.reconcile import Result
 from jobs.controller.watch import Watch
-from jobs.observed.observe import Rarely
+from jobs.observed.observe import RateLimit
 
 
 class Clock:
@@ -74,7 +75,7 @@ def test_a_key_that_is_worked_on_waits_for_its_worker() -> None:
     queue.done("a")
     assert "a" == queue.take()
     queue.done("a")
-    queue.done("b", again=5.0)
+    queue.done("b", requeue_after=5.0)
     assert 1 == len(queue)
 
 
@@ -102,13 +103,13 @@ def test_failures_are_tried_later_and_later_until_one_succeeds() -> None:
 def test_rarely_says_yes_once_a_minute_for_each() -> None:
     """And forgets those whose minute is over."""
     clock = Clock()
-    rarely = Rarely(60.0, clock)
+    rate_limit = RateLimit(60.0, clock)
 
-    assert [True, True, False] == [rarely("a"), rarely("b"), rarely("a")]
+    assert [True, True, False] == [rate_limit("a"), rate_limit("b"), rate_limit("a")]
     clock.now = 61
-    assert all(rarely(i) for i in range(2000))
-    assert rarely("a")
-    assert len(rarely._until) <= 2001
+    assert all(rate_limit(i) for i in range(2000))
+    assert rate_limit("a")
+    assert len(rate_limit._until) <= 2001
 
 
 class Down:
@@ -142,31 +143,31 @@ def test_an_api_server_that_is_away_for_ten_minutes_is_asked_gently() -> None:
         def is_set(self) -> bool:
             return down.back
 
-    looked = Watch(
+    watching = Watch(
         down,  # type: ignore[arg-type]
         WORKSPACE,
         None,
         labels="",
         key_of=watch.key_of_workspace,
-        tell=lambda key, news: None,
+        on_event=lambda key, news: None,
     )
-    looked.run(Stop())
+    watching.run(Stop())
 
     assert down.back and down.now < 620
     assert 20 < down.tries < 100
     assert max(waits) <= watch.LONGEST_PAUSE == 20
 
 
-@pytest.mark.parametrize(("promptly", "soon"), [(True, True), (False, False)])
+@pytest.mark.parametrize(("has_work", "soon"), [(True, True), (False, False)])
 def test_what_has_ended_gives_its_machine_back_however_many_wait(
-    monkeypatch: pytest.MonkeyPatch, promptly: bool, soon: bool
+    monkeypatch: pytest.MonkeyPatch, has_work: bool, soon: bool
 ) -> None:
     """A look in passing waits its turn among ten thousand; one with something to do does not."""
     found = operator.Operator(Cluster.__new__(Cluster), Options(), Setup("one", elect=False))
     clock = Clock()
     found.queue = Queue(clock=clock)
     monkeypatch.setattr(
-        operator, "reconcile", lambda *_, **__: Look(1.0, "Succeeded", promptly=promptly)
+        operator, "reconcile", lambda *_, **__: Result(1.0, "Succeeded", has_work=has_work)
     )
     for i in range(10_000):
         found.queue.add(("others", str(i)), after=10_000.0)
@@ -174,7 +175,7 @@ def test_what_has_ended_gives_its_machine_back_however_many_wait(
 
     key = found.queue.take()
     assert key == ("mine", "phi")
-    found._look(key, {})
+    found._reconcile(key)
 
     clock.now = 2.0
     assert soon == (found.queue._next_due()[0] == key)

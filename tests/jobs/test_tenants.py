@@ -10,11 +10,11 @@ from urllib.parse import unquote
 import pytest
 from cluster.world import config_map, workspace
 
-from jobs.api.client import CONFIG_MAP, Object
+from jobs.api.kinds import CONFIG_MAP, Object
 from jobs.api.options import Nodes, Options
 from jobs.desired import names
-from jobs.desired import tuning as desired
-from jobs.manifests import job as manifests
+from jobs.desired import tuning as desired_tuning
+from jobs.manifests import job as job_manifests
 from jobs.manifests import pod
 
 OPTIONS = Options(image="registry.internal/tuning@sha256:" + "0" * 64, nodes=Nodes(provision=True))
@@ -29,7 +29,7 @@ OUR_LABELS = {
     "kaito.sh/workspace",
     names.REVISION_LABEL,
 }
-KUEUE = {desired.QUEUE, desired.PRIORITY}
+KUEUE = {desired_tuning.QUEUE, desired_tuning.PRIORITY}
 POD_ANNOTATIONS = {
     pod.SNAPSHOT,
     "karpenter.sh/do-not-disrupt",
@@ -83,15 +83,15 @@ ATTACKS: list[tuple[tuple[str, ...], Any]] = [
 def rendered(item: Object) -> list[Object] | None:
     """Everything that would be made, or None where the Workspace is refused."""
     config = (item.get("tuning") or {}).get("config")
-    wish = desired.read(item, config_map(config, "team", "training_config: {}") if config else None,
-                       None)  # fmt: skip
-    if wish.spec is None or pod.forbidden_volume(item, OPTIONS):
+    given = config_map(config, "team", "training_config: {}") if config else None
+    desired = desired_tuning.read(item, given, None)
+    if desired.spec is None or pod.forbidden_volume(item, OPTIONS):
         return None
     return [
-        manifests.node_claim(item, wish, OPTIONS, attempt=1),
-        manifests.run_claim(item, wish, OPTIONS),
-        manifests.network_policy(item, wish, OPTIONS),
-        manifests.job(item, wish, OPTIONS, claim=True, earlier=()),
+        job_manifests.node_claim(item, desired, OPTIONS, attempt=1),
+        job_manifests.run_claim(item, desired, OPTIONS),
+        job_manifests.network_policy(item, desired, OPTIONS),
+        job_manifests.job(item, desired, OPTIONS, claim=True, earlier=()),
     ]
 
 
@@ -158,7 +158,7 @@ def test_a_name_leads_to_no_other_object(name: str) -> None:
 
 def test_a_pod_of_another_namespace_wakes_nobody_there() -> None:
     """A label is a hint to look again, in the namespace of the object that carries it."""
-    from jobs.controller.watch import key_of_child
+    from jobs.controller.watch import key_of_owned
 
     item = {"metadata": {"namespace": "team", "labels": {"kaito.sh/workspace": "victim"}}}
-    assert ("team", "victim") == key_of_child(item)
+    assert ("team", "victim") == key_of_owned(item)

@@ -40,7 +40,7 @@ def coefficients(
     keep_open: tuple[int, ...] = (),
     cache: Path | None = None,
 ) -> Coefficients:
-    """What `ledger.predict` needs for `variants` of the model whose config.json is `config`.
+    """What `memory.predict` needs for `variants` of the model whose config.json is `config`.
 
     `begin` is called when the child is started. `cache` None is the user's own. Raises Impossible.
     """

@@ -49,7 +49,7 @@ Forms = NDArray[np.float64]  # [sizes, operators, kinds]
 
 
 def coefficients(config: Any, *, variants: Iterable[Variant]) -> Coefficients:
-    """What `ledger.predict` needs for the model of `config` (parsed config.json, or transformers').
+    """What `memory.predict` needs for the model of `config` (parsed config.json, or transformers').
 
     Runs on a CPU, without weights: about 2 s for each variant.
     """
@@ -153,7 +153,7 @@ def _windows(
 def _solve(
     values: Mapping[Point, NDArray[np.float64]], used: tuple[str, ...], variant: Variant
 ) -> Forms:
-    """Coefficients by SIZES for each operator and each of `ledger.KINDS`, from its bytes at points.
+    """Coefficients by SIZES for each operator and each of `memory.KINDS`, from its bytes at points.
 
     All are whole bytes: rounding takes off what tensors rounded up to a block add to the others.
     """

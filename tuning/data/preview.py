@@ -1,4 +1,4 @@
-"""Rows for people to look at: each token's text and whether it is trained."""
+"""Tokenised rows for people: the text of each token, and whether it is trained."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ from typing import Any
 
 from tuning.data.encode import Encoded
 
-TOKENS = 1000  # shown of a row
+MAX_TOKENS = 1000  # shown of a row
 
 
-def flags(encoded: Encoded) -> list[bool]:
+def token_flags(encoded: Encoded) -> list[bool]:
     """For each token whether it is trained."""
-    made = [False] * len(encoded.ids)
+    flags = [False] * len(encoded.ids)
     for start, end in zip(encoded.trained[::2], encoded.trained[1::2], strict=True):
-        made[start:end] = [True] * (end - start)
-    return made
+        flags[start:end] = [True] * (end - start)
+    return flags
 
 
-def spelled(tokenizer: Any, encoded: Encoded) -> list[list[Any]]:
-    """[text, trained] for each of the first tokens; those that share a character are joined."""
-    made: list[list[Any]] = []
-    run: list[int] = []
-    for token, trained in list(zip(encoded.ids, flags(encoded), strict=True))[:TOKENS]:
-        run.append(token)
-        text = tokenizer.decode(run, clean_up_tokenization_spaces=False)
-        if not text.endswith("\ufffd") or len(run) > 4:
-            made.append([text, trained])
-            run = []
-    return made
+def preview_tokens(tokenizer: Any, encoded: Encoded) -> list[list[Any]]:
+    """[text, trained] for each of the first tokens; tokens that share a character are joined."""
+    shown: list[list[Any]] = []
+    pending: list[int] = []
+    for token, trained in list(zip(encoded.ids, token_flags(encoded), strict=True))[:MAX_TOKENS]:
+        pending.append(token)
+        text = tokenizer.decode(pending, clean_up_tokenization_spaces=False)
+        if not text.endswith("\ufffd") or len(pending) > 4:
+            shown.append([text, trained])
+            pending = []
+    return shown

@@ -1,4 +1,4 @@
-"""How far reading has come, in a small file, for whoever shows it to a person."""
+"""Writes read progress to a file, and reads it."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from pathlib import Path
 
 from tuning import files
 
-EVERY = 0.5  # seconds
+INTERVAL_SECONDS = 0.5
 
 
-class Meter:
-    """Counts bytes of `total`, and says so in the file `path` now and then."""
+class ReadProgress:
+    """Counts bytes of `total`, and writes the count to `path` at intervals."""
 
-    def __init__(self, path: Path, total: int, *, every: float = EVERY) -> None:
-        self.path, self.total, self.done, self.every = path, total, 0, every
-        self._last = time.monotonic()
+    def __init__(self, path: Path, total: int) -> None:
+        self.path, self.total, self.done = path, total, 0
+        self._written = time.monotonic()
 
     def add(self, size: int) -> None:
-        """`size` bytes more are done."""
+        """Count `size` more bytes."""
         self.done += size
         now = time.monotonic()
-        if now - self._last >= self.every:
-            self._last = now
+        if now - self._written >= INTERVAL_SECONDS:
+            self._written = now
             self.path.write_text(json.dumps({"done": self.done, "total": self.total}))
 
 
 def read(path: Path) -> tuple[int, int] | None:
-    """Bytes done, and in all; None if nothing is known yet."""
+    """Bytes done and total; None before the first write."""
     try:
-        said = files.read_json(path)
+        record = files.read_json(path)
     except (OSError, ValueError):
         return None
-    return said["done"], said["total"]
+    return record["done"], record["total"]

@@ -308,7 +308,7 @@ BAD = {
         b"version https://git-lfs.github.com/spec/v1\noid", "DATA-248", "train", "Git LFS"
     ),
     "PDF": Bad(b"%PDF-1.7", "DATA-241", "train.jsonl", "is a PDF document"),
-    "words": Bad(b"once upon a time", "DATA-248", "book.txt", "in no format", "book.txt"),
+    "words": Bad(b"once upon a time", "DATA-248", "book.txt", "in an unknown format", "book.txt"),
 }  # fmt: skip
 
 

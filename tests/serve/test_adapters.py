@@ -7,7 +7,7 @@ import shutil
 import struct
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ def base(tiny_base: Base) -> Path:
 
 @pytest.fixture(scope="module")
 def renderer() -> Iterator[Renderer]:
-    with Renderer() as running:
+    with closing(Renderer()) as running:
         yield running
 
 

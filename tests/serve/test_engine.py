@@ -173,7 +173,7 @@ def test_a_request_that_fills_the_cache_is_answered(family: str, tiny_base: Base
     loaded = serving.load(tiny_base(family, dtype=torch.float32))
     mix = serving.mixed(loaded, [])
     long = serving.job(PROMPTS[3], (), 42)
-    room = inference.Room(cache_tokens=long.room, batch_tokens=64, requests=8)
+    room = inference.Room(cache_tokens=long.cache_tokens, batch_tokens=64, requests=8)
     jobs = [long, serving.job(PROMPTS[3], (), 42), serving.job(PROMPTS[0], (), 4)]
 
     said = answers(serving.batched(loaded, mix, room), jobs, room=room)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import resource
 import time
@@ -241,7 +242,7 @@ def test_probabilities_are_the_models_own() -> None:
 
 @pytest.fixture(scope="module")
 def renderer() -> Iterator[Renderer]:
-    with Renderer() as running:
+    with contextlib.closing(Renderer()) as running:
         yield running
 
 
@@ -323,7 +324,7 @@ def test_a_template_that_is_late_again_and_again_is_not_asked_for_a_while(
     """Others are answered at once meanwhile."""
     monkeypatch.setattr(rendering, "RENDER_SECONDS", 0.5)
     turns = [{"role": "user", "content": "hi"}]
-    with Renderer() as apart:
+    with contextlib.closing(Renderer()) as apart:
         for _ in range(rendering.MAX_LATE):
             with pytest.raises(rendering.TooCostly):
                 apart(LOOPS, turns, **PLAIN)

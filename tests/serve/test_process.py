@@ -68,7 +68,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
     folder = tmp_path_factory.mktemp("trials")
     environment = os.environ | {"PYTHONPATH": str(servers.ROOT), "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
-        [sys.executable, str(Path(__file__).parent / "serve_trials.py"), str(folder)],
+        [sys.executable, str(Path(servers.__file__).parent / "serve_trials.py"), str(folder)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

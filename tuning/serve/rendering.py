@@ -6,11 +6,6 @@ looks like any other. So every template is rendered in a process with a memory l
 when it is late. The process gets messages and returns text; it holds no key and no weights. A
 template that is late several times in a row is not rendered for a while.
 
-    with Renderer() as render:
-        text = render(
-            template, messages, add_generation_prompt=True, special_tokens={"bos_token": "<s>"}
-        )
-
 Requests and answers are JSON, each after its length in four bytes.
 """
 
@@ -30,7 +25,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Any
 
 import jinja2
 
@@ -69,12 +64,6 @@ class Renderer:
         self._lock = threading.Lock()
         self._late: dict[str, int] = {}  # template -> timeouts in a row
         self._paused_until: dict[str, float] = {}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def __call__(
         self,
@@ -143,6 +132,7 @@ class Renderer:
                 "OMP_NUM_THREADS": "1",
                 "PYTHONPATH": os.pathsep.join(sys.path),
                 "HF_HUB_OFFLINE": "1",
+                "TRANSFORMERS_VERBOSITY": "error",  # else it reports that torch is missing
             },
         )
         return self._process

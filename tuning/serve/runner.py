@@ -57,23 +57,6 @@ Called after every forward pass, also with no requests.
 """
 
 
-class Runner(Protocol):
-    """Makes forward passes on a thread of its own until it is closed or fails."""
-
-    def add(self, work: Work) -> None:
-        """Add a request."""
-
-    def drop(self, work: Work) -> None:
-        """Remove a request, which may be unknown. Thread-safe."""
-
-    @property
-    def alive(self) -> bool:
-        """False after an error, which loses every request of this runner."""
-
-    def close(self) -> None:
-        """End the thread and free the cache."""
-
-
 class Batched:
     """Requests packed into one row."""
 
@@ -116,7 +99,7 @@ class Batched:
 
     @property
     def alive(self) -> bool:
-        """False after an error."""
+        """False after an error, which loses every request of this runner."""
         return bool(self._manager.is_running())
 
     def close(self) -> None:
@@ -212,6 +195,10 @@ class Sequential:
                 caches[work.id] = cache, done + len(ids)
                 due = [work] if done + len(ids) == len(work.ids) else []
                 self._step(due, (logits[0, -1:] if due else logits[0, :0]).float())
+
+
+Runner = Batched | Sequential
+"""Makes forward passes on a thread of its own until it is closed or fails."""
 
 
 @dataclass(eq=False)

@@ -225,18 +225,13 @@ class ChatTemplate:
         return None
 
     def _render_batch(self, conversations: Sequence[Conversation]) -> list[str | RenderError]:
-        if not conversations:
-            return []
+        """The text of each conversation, or the error of its rendering."""
         try:
-            return list(self._apply([c.messages for c in conversations]))
-        except RenderError:
-            return [self._try(conversation) for conversation in conversations]
-
-    def _try(self, conversation: Conversation) -> str | RenderError:
-        try:
-            return self._render_one(conversation.messages, conversation.tools)
+            return list(self._apply([c.messages for c in conversations])) if conversations else []
         except RenderError as error:
-            return error
+            if len(conversations) == 1:
+                return [error]
+            return [text for each in conversations for text in self._render_batch([each])]
 
     def _render_one(
         self,

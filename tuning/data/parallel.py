@@ -136,10 +136,7 @@ def _describe(
     known = shapes[input.number]
     return {
         "number": number,
-        "file": input.number,
-        "path": str(input.path),
-        "shown": input.shown,
-        "kind": asdict(input.kind),
+        "input": asdict(input) | {"path": str(input.path)},
         "part": asdict(part),
         "shape": asdict(known.shape) | {"required": sorted(known.shape.required)},
         "place": known.place,
@@ -157,9 +154,8 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _encode_part(description: dict[str, Any], shared: FileEncoder) -> dict[str, Any]:
-    kind, part = FileType(**description["kind"]), Part(**description["part"])
-    input = Input(description["file"], Path(description["path"]), description["shown"], kind)
-    shape = description["shape"]
+    file, part, shape = description["input"], Part(**description["part"]), description["shape"]
+    input = Input(**file | {"path": Path(file["path"]), "kind": FileType(**file["kind"])})
     columns = tuple((use, column) for use, column in shape["columns"])
     known = KnownShape(
         Shape(shape["name"], columns, shape["reason"], frozenset(shape["required"])),

@@ -19,6 +19,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -200,8 +202,10 @@ def _make(options: Options, console: Console) -> Loaded:
             options.adapters,
             config=config,
             base_template=template,
-            template_problem=lambda text: template_problem(
-                text, adapter_renderer, tokenizer.special_tokens_map
+            template_problem=partial(
+                template_problem,
+                renderer=adapter_renderer,
+                special_tokens=tokenizer.special_tokens_map,
             ),
             access=options.access,
             console=console,
@@ -217,14 +221,7 @@ def _make(options: Options, console: Console) -> Loaded:
             adapter_numbers=sum(one.adapter.parameters for one in ready),
         )
         console.say(_summary(options.base, holding, here))
-        if holding.threads:
-            torch.set_num_threads(holding.threads)
-        model = models.load_base(
-            folder,
-            precision=holding.precision,
-            quantisation=holding.quantisation,
-            device=here.kind,
-        ).eval()
+        model = _load_weights(folder, holding, here)
         loras, ready, misfits = adapters.attach(ready, model=model, console=console)
     rejected += misfits
     kind = runner.choose_runner(model, loras, holding.room)
@@ -249,6 +246,17 @@ def _make(options: Options, console: Console) -> Loaded:
         context=holding.context,
         vocab=min(len(tokenizer), model.get_input_embeddings().weight.shape[0]),
     )
+
+
+def _load_weights(folder: Path, holding: inference.Holding, here: device.Device) -> Any:
+    if holding.threads:
+        torch.set_num_threads(holding.threads)
+    return models.load_base(
+        folder,
+        precision=holding.precision,
+        quantisation=holding.quantisation,
+        device=here.kind,
+    ).eval()
 
 
 def _defaults(config: object) -> Sampling:

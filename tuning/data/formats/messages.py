@@ -148,13 +148,11 @@ def _message(
         message |= extra
         if turn.get("weight") is not None:
             message["weight"] = turn["weight"]
-        elif turn.get("train") is not None:  # as Axolotl has it
+        elif turn.get("train") is not None:  # Axolotl
             message["weight"] = turn["train"]
             if turn["train"] not in (0, 1):
                 what = f"{where}.train is {type_name(turn['train'])}: {quoted(turn['train'])}"
                 faults.append(Fault("DATA-221", what, "write true or false"))
-            else:
-                message["weight"] = int(turn["train"])
     return message, faults
 
 

@@ -156,14 +156,14 @@ def ours(base: Path, adapter: Path, threads: int) -> None:
 
     from tuning.console import Console
     from tuning.serve import listening, server
-    from tuning.serve.names import Wanted
+    from tuning.serve.adapter_specs import AdapterSpec
     from tuning.serve.options import Options
 
     torch.set_num_threads(threads)
     options = Options(
         "base",
         weights=lambda: base,
-        wanted=(Wanted("adapter", str(adapter)),),
+        adapters=(AdapterSpec("adapter", str(adapter)),),
         port=0,
         precision="float32",
     )

@@ -25,7 +25,7 @@ TINY = Path("examples/tiny-model")
 def serve(settings: dict[str, Any], log: Path) -> int:
     """Be a server, in a child; gives its exit code."""
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
-    protocol.Patient.seconds = settings.pop("patience", protocol.SECONDS)
+    protocol.TimeoutProtocol.timeout_seconds = settings.pop("timeout", protocol.TIMEOUT_SECONDS)
     base, delay = Path(settings.pop("base", TINY)), settings.pop("delay", 0.0)
     limits = Limits(seconds=settings.pop("seconds", 600.0))
     options = Options(

@@ -17,11 +17,11 @@ from tuning import adapter
 from tuning.models.load import load_base, load_tokenizer
 from tuning.models.lora import projections
 from tuning.plan import inference
-from tuning.serve import mixture, runner
+from tuning.serve import multi_lora, runner
+from tuning.serve.detokenizer import Detokenizer
 from tuning.serve.engine import Engine, Job
 from tuning.serve.runner import Step
-from tuning.serve.sampling import Chooser, Sampling
-from tuning.serve.text import Writer
+from tuning.serve.sampling import Sampler, Sampling
 from tuning.training import train
 
 NOBODY = 10**6  # no token
@@ -72,10 +72,10 @@ def generate(tuned: Any, prompt: Sequence[int], tokens: int) -> list[int]:
     return list(out[0, len(prompt) :].tolist())
 
 
-def mixed(loaded: Any, folders: Sequence[Path]) -> mixture.Mixture:
+def mixed(loaded: Any, folders: Sequence[Path]) -> multi_lora.MultiLora:
     """Adapters on a model."""
-    found = [mixture.load(adapter.inspect(folder), loaded) for folder in folders]
-    return mixture.Mixture(loaded, found)
+    found = [multi_lora.load(adapter.inspect(folder), loaded) for folder in folders]
+    return multi_lora.MultiLora(loaded, found)
 
 
 def job(prompt: Sequence[int], weights: Sequence[float], tokens: int, **changes: Any) -> Job:
@@ -85,8 +85,8 @@ def job(prompt: Sequence[int], weights: Sequence[float], tokens: int, **changes:
         "limit": tokens,
         "weights": tuple(map(float, weights)),
         "ends": frozenset({NOBODY}),
-        "chooser": Chooser(Sampling(), prompt, frozenset({NOBODY})),
-        "writer": Writer(lambda ids: "".join(f"<{id}>" for id in ids)),
+        "sampler": Sampler(Sampling(), prompt, frozenset({NOBODY})),
+        "detokenizer": Detokenizer(lambda ids: "".join(f"<{id}>" for id in ids)),
     }
     return Job(**settings | changes)
 
@@ -103,12 +103,12 @@ def with_engine(
     work: Callable[[Engine], Coroutine[Any, Any, Any]],
     *,
     room: inference.Room = ROOM,
-    most_waiting: int = 100,
+    max_waiting: int = 100,
 ) -> Any:
     """What `work` gives with an engine that runs meanwhile."""
 
     async def session() -> Any:
-        engine = Engine(make, room, most_waiting=most_waiting)
+        engine = Engine(make, room, max_waiting=max_waiting)
         await engine.start()
         try:
             return await work(engine)
@@ -119,7 +119,7 @@ def with_engine(
 
 
 def batched(
-    loaded: Any, mix: mixture.Mixture, room: inference.Room = ROOM
+    loaded: Any, mix: multi_lora.MultiLora, room: inference.Room = ROOM
 ) -> Callable[[Step], Any]:
     """Makes `Batched` runners."""
     return lambda step: runner.Batched(loaded, mix, room, step)

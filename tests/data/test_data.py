@@ -145,9 +145,9 @@ BAD = {
         GOOD + GOOD.replace(b"2 + 2", b"\xff"), "DATA-205", "line 2", "(0xff) is not UTF-8"
     ),
     "C6 in csv": Bad(b"text\nab,\xff\n", "DATA-205", "line 2", "(0xff) is not UTF-8", "a.csv"),
-    "C8 NaN": Bad(GOOD + b'{"text": NaN}\n', "DATA-206", "line 2", "NaN is no JSON value"),
+    "C8 NaN": Bad(GOOD + b'{"text": NaN}\n', "DATA-206", "line 2", "NaN is not a JSON value"),
     "C9 duplicate keys": Bad(
-        b'{"text": "a", "text": "b"}\n', "DATA-208", "line 1", 'the key "text" stands twice'
+        b'{"text": "a", "text": "b"}\n', "DATA-208", "line 1", 'the key "text" appears twice'
     ),
     "C10 top level not an object": Bad(
         b'["a"]\n5\n"b"\n', "DATA-209", "line 1", "is a list, not an object", more=2
@@ -250,7 +250,7 @@ BAD = {
         arrow([ROW] * 9, pa.ipc.new_file)[:-20], "DATA-237", "a.arrow", "probably cut", "a.arrow"
     ),
     "C39 csv as parquet": Bad(
-        b"text\na\n", "DATA-238", "train.parquet", "is no parquet file", "train.parquet"
+        b"text\na\n", "DATA-238", "train.parquet", "is not a parquet file", "train.parquet"
     ),
     "C39 parquet as jsonl": Bad(table([ROW]), "DATA-238", "train.jsonl", "is a parquet file"),
     "C40 binary column": Bad(
@@ -308,7 +308,7 @@ BAD = {
         b"version https://git-lfs.github.com/spec/v1\noid", "DATA-248", "train", "Git LFS"
     ),
     "PDF": Bad(b"%PDF-1.7", "DATA-241", "train.jsonl", "is a PDF document"),
-    "words": Bad(b"once upon a time", "DATA-241", "book.txt", "in no format", "book.txt"),
+    "words": Bad(b"once upon a time", "DATA-241", "book.txt", "in an unknown format", "book.txt"),
 }  # fmt: skip
 
 
@@ -587,9 +587,8 @@ def test_packing_loses_nothing(run: Callable[..., Any], tmp_path: Path) -> None:
     assert result["tokens"] == tight["train"]["tokens"] == loose["train"]["tokens"]
     assert result["trained_tokens"] == tight["train"]["trained_tokens"]
     assert 400 == loose["train"]["rows"] == tight["train"]["documents"]
-    assert tight["train"]["rows"] == bins.packed_rows(
-        [tuple(pair) for pair in result["lengths"]["counts"]], max_length=64
-    )
+    patterns = bins.pack([tuple(pair) for pair in result["lengths"]["counts"]], size=64)
+    assert tight["train"]["rows"] == sum(number for _, number in patterns)
     assert all(len(row["input_ids"]) <= 64 for row in Dataset.from_file(tight["train"]["path"]))
     assert all(labels[0] == -100 for _, labels in documents(tight["train"]))
 

@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tuning.data import meter
+from tuning.data import read_progress
 from tuning.data.__main__ import work
-from tuning.data.parts import divide
-from tuning.data.sniff import Kind
+from tuning.data.parts import split
+from tuning.data.sniff import FileType
 from tuning.errors import DataError
 
 ABOUT = 20_000  # bytes of a part
@@ -130,7 +130,7 @@ def test_parts_cover_a_file_once(tmp_path: Path) -> None:
     whole = b"".join(b"x" * (n % 97) + b"\n" for n in range(3000)) + b"no end"
     path.write_bytes(whole)
 
-    parts = divide(path, Kind("jsonl"), about=10_000)
+    parts = split(path, FileType("jsonl"), part_bytes=10_000)
 
     texts = [whole[part.begin : part.end] for part in parts]
     assert whole == b"".join(texts)
@@ -140,12 +140,13 @@ def test_parts_cover_a_file_once(tmp_path: Path) -> None:
     assert befores == [part.before for part in parts]
 
 
-def test_progress_is_told_in_bytes(tmp_path: Path) -> None:
-    """The meter's file says bytes done and bytes in all."""
-    told = meter.Meter(tmp_path / "progress", 100, every=0.0)
+def test_progress_is_written_in_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file holds the bytes done and the total."""
+    monkeypatch.setattr(read_progress, "INTERVAL_SECONDS", 0.0)
+    progress = read_progress.ReadProgress(tmp_path / "progress", 100)
 
-    told.add(30)
-    told.add(12)
+    progress.add(30)
+    progress.add(12)
 
-    assert (42, 100) == meter.read(tmp_path / "progress")
-    assert meter.read(tmp_path / "none") is None
+    assert (42, 100) == read_progress.read(tmp_path / "progress")
+    assert read_progress.read(tmp_path / "none") is None

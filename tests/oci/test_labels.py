@@ -12,10 +12,10 @@ from typing import Any
 import chats
 import pytest
 
-from tuning.data.chat import Template
+from tuning.data.chat import ChatTemplate
 from tuning.data.encode import Encoded, Encoder
 from tuning.data.formats import Conversation, Fault, Pair, Text, Tokens
-from tuning.data.sample import flags
+from tuning.data.preview import token_flags
 
 SYSTEM = {"role": "system", "content": "Answer in short."}
 CHAT: list[dict[str, Any]] = [
@@ -69,8 +69,8 @@ CASES = {
 def encoder(style: str, *, template: str | None = "", train_on: Any = "assistant") -> Encoder:
     """`template`: "" for the model's own, None for none."""
     tokenizer = chats.tokenizer(style)
-    chosen = tokenizer.chat_template if template == "" else template
-    return Encoder(tokenizer, Template(tokenizer, chosen) if chosen else None, train_on=train_on)
+    text = tokenizer.chat_template if template == "" else template
+    return Encoder(tokenizer, ChatTemplate(tokenizer, text) if text else None, train_on=train_on)
 
 
 def shown(style: str, encoded: Encoded | Fault) -> str:
@@ -78,7 +78,7 @@ def shown(style: str, encoded: Encoded | Fault) -> str:
     assert isinstance(encoded, Encoded), encoded
     tokenizer = chats.tokenizer(style)
     text, run, trained = "", list[int](), False
-    for token, flag in [*zip(encoded.ids, flags(encoded), strict=True), (None, None)]:
+    for token, flag in [*zip(encoded.ids, token_flags(encoded), strict=True), (None, None)]:
         if flag is not trained:
             spelled = tokenizer.decode(run, clean_up_tokenization_spaces=False) if run else ""
             text += f"⟦{spelled}⟧" if trained else spelled
@@ -170,7 +170,7 @@ def test_every_word_of_an_answer_and_none_of_a_question(style: str) -> None:
         (encoded,) = encoder(style).encode([Conversation(messages, answers)])
 
         assert isinstance(encoded, Encoded)
-        trained = [t for t, flag in zip(encoded.ids, flags(encoded), strict=True) if flag]
+        trained = [t for t, flag in zip(encoded.ids, token_flags(encoded), strict=True) if flag]
         text = tokenizer.decode(trained, clean_up_tokenization_spaces=False)
         for marker in [*tokenizer.added_tokens_encoder, "final" if style == "gptoss" else "<s>"]:
             text = text.replace(marker, "")

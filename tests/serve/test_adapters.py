@@ -7,7 +7,7 @@ import shutil
 import struct
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,10 @@ from tuning import files
 from tuning.console import Console
 from tuning.oci import layout
 from tuning.oci.delivery import Access
-from tuning.serve import adapters, voice
-from tuning.serve.adapters import Refused
-from tuning.serve.names import Wanted
-from tuning.serve.rendering import Renderer
+from tuning.serve import adapters
+from tuning.serve.adapter_specs import AdapterSpec
+from tuning.serve.adapters import RejectedAdapter
+from tuning.serve.rendering import Renderer, template_problem
 from tuning.training import train
 
 Base = Callable[..., Path]
@@ -39,7 +39,7 @@ def base(tiny_base: Base) -> Path:
 
 @pytest.fixture(scope="module")
 def renderer() -> Iterator[Renderer]:
-    with Renderer() as running:
+    with closing(Renderer()) as running:
         yield running
 
 
@@ -53,28 +53,30 @@ def good(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return serving.random_adapter(base, tmp_path_factory.mktemp("good"))
 
 
-Take = Callable[..., tuple[list[adapters.Model], list[Refused]]]
+Take = Callable[..., tuple[list[adapters.ServedModel], list[RejectedAdapter]]]
 
 
 @pytest.fixture
 def take(base: Path, loaded: Any, renderer: Renderer) -> Take:
     """`take(a=place, ...)`: what a server of these adapters offers, and what it refuses."""
 
-    def offered(**places: Any) -> tuple[list[adapters.Model], list[Refused]]:
-        with ExitStack() as held:
+    def offered(**places: Any) -> tuple[list[adapters.ServedModel], list[RejectedAdapter]]:
+        with ExitStack() as folders:
             ready, refused = adapters.fetch(
-                [Wanted(name, str(place)) for name, place in places.items()],
+                [AdapterSpec(name, str(place)) for name, place in places.items()],
                 config=files.read_json(base / "config.json"),
-                own_template="base",
-                distrust=lambda text: voice.distrust(text, renderer, {"bos_token": "<s>"}),
+                base_template="base",
+                template_problem=lambda text: template_problem(
+                    text, renderer, {"bos_token": "<s>"}
+                ),
                 access=Access(),
                 console=QUIET,
-                held=held,
+                folders=folders,
             )
-            mixed, ready, misfits = adapters.put(ready, model=loaded, console=QUIET)
-            mixed.remove()
+            loras, ready, misfits = adapters.attach(ready, model=loaded, console=QUIET)
+            loras.remove()
         refused += misfits
-        return adapters.offer(ready, refused, base="base", combined="all"), refused
+        return adapters.offered(ready, refused, base="base", combined="all"), refused
 
     return offered
 
@@ -136,7 +138,7 @@ def test_our_own_and_kaitos_adapters_fit(
     assert ["base", "ours", "kaito", "all"] == [one.name for one in offered]
 
 
-def refused_alone(take: Take, broken: Any, good: Path) -> Refused:
+def refused_alone(take: Take, broken: Any, good: Path) -> RejectedAdapter:
     """The refusal of `broken`, which is served beside a good one."""
     offered, refused = take(bad=broken, good=good)
     assert ["base", "good"] == [one.name for one in offered]  # and not all together: another model

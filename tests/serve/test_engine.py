@@ -69,7 +69,7 @@ def test_greedy_answers_are_those_of_peft_token_for_token(pair: Any) -> None:
 
     assert expected == said
     assert len({tuple(one) for one in said}) == len(jobs)  # the adapters do change the answers
-    assert runner.Batched is runner.fitting(loaded, mix, serving.ROOM)
+    assert runner.Batched is runner.choose_runner(loaded, mix, serving.ROOM)
 
 
 def test_a_strength_scales_one_adapter_alone(pair: Any) -> None:
@@ -117,7 +117,7 @@ def test_a_base_in_4_bits_answers_as_with_peft(pair: Any) -> None:
 @pytest.mark.parametrize(
     ("family", "kind"),
     [
-        ("falcon", runner.Turns),  # its attention is its own
+        ("falcon", runner.Sequential),  # its attention is its own
         ("gemma3", runner.Batched),  # windows of 64 tokens in some layers
         ("gptoss", runner.Batched),  # eager attention with sinks
         ("phi3-longrope", runner.Batched),
@@ -133,7 +133,7 @@ def test_each_family_is_batched_if_it_can_be(
     loaded = serving.load(base)
     mix = serving.mixed(loaded, [folder])
 
-    assert kind is runner.fitting(loaded, mix, serving.ROOM)
+    assert kind is runner.choose_runner(loaded, mix, serving.ROOM)
     jobs = [serving.job(prompt, (1,), 8) for prompt in PROMPTS]
     said = answers(lambda step: kind(loaded, mix, serving.ROOM, step), jobs)
     assert [serving.generate(tuned, prompt, 8) for prompt in PROMPTS] == said
@@ -173,7 +173,7 @@ def test_a_request_that_fills_the_cache_is_answered(family: str, tiny_base: Base
     loaded = serving.load(tiny_base(family, dtype=torch.float32))
     mix = serving.mixed(loaded, [])
     long = serving.job(PROMPTS[3], (), 42)
-    room = inference.Room(cache_tokens=long.room, batch_tokens=64, requests=8)
+    room = inference.Room(cache_tokens=long.cache_tokens, batch_tokens=64, requests=8)
     jobs = [long, serving.job(PROMPTS[3], (), 42), serving.job(PROMPTS[0], (), 4)]
 
     said = answers(serving.batched(loaded, mix, room), jobs, room=room)
@@ -194,7 +194,7 @@ def test_a_full_queue_says_so(pair: Any) -> None:
         with pytest.raises(Busy):
             running.check(4)
 
-    serving.with_engine(make, work, room=room, most_waiting=2)
+    serving.with_engine(make, work, room=room, max_waiting=2)
 
 
 def test_who_goes_away_leaves_nothing_behind(pair: Any) -> None:
@@ -380,7 +380,7 @@ def test_an_error_in_choosing_fails_that_request_only(pair: Any) -> None:
         raise RuntimeError("injected")
 
     async def work(running: Engine) -> list[Any]:
-        bad = serving.job(PROMPTS[0], (1, 0), 4, writer=engine.Writer(broken))
+        bad = serving.job(PROMPTS[0], (1, 0), 4, detokenizer=engine.Detokenizer(broken))
         good = serving.job(PROMPTS[1], (1, 0), 4)
         jobs = (bad, good)
         return await asyncio.gather(*(serving.collect(running, one) for one in jobs))

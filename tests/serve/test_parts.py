@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import resource
 import time
@@ -9,24 +10,26 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import chats
-import jinja2
 import pytest
 import tiny_models
 import torch
+import transformers
 from safetensors.torch import load_file
 
 from tuning import files
 from tuning.errors import SpecError, UsageError
 from tuning.plan import device, inference
 from tuning.presets import load
-from tuning.serve import attention, names, options, rendering, replies, sampling, voice
-from tuning.serve.names import Wanted
-from tuning.serve.rendering import NotRendered, Renderer
-from tuning.serve.sampling import Chooser, Sampling
-from tuning.serve.text import Writer
+from tuning.serve import adapter_specs, attention, options, rendering, responses, sampling
+from tuning.serve.adapter_specs import AdapterSpec
+from tuning.serve.detokenizer import Detokenizer, vocabulary_decoder
+from tuning.serve.rendering import NotRendered, Renderer, template_problem
+from tuning.serve.sampling import Sampler, Sampling
+from tuning.serve.tokenizer import ChatTokenizer
 
 TINY = Path("examples/tiny-model")
 GIB = 1 << 30
@@ -35,35 +38,37 @@ GIB = 1 << 30
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("a=oci:x", Wanted("a", "oci:x")),
-        ("a=x@0.5", Wanted("a", "x", 0.5)),
-        ("a=x@1", Wanted("a", "x", 1.0)),
-        ("org/a.b=reg:5000/x:v1@0", Wanted("org/a.b", "reg:5000/x:v1", 0.0)),
-        ("a=reg/x@sha256:12ab", Wanted("a", "reg/x@sha256:12ab")),
-        ("a=reg/x@sha256:12ab@0.25", Wanted("a", "reg/x@sha256:12ab", 0.25)),
-        ("a=b=c", Wanted("a", "b=c")),
+        ("a=oci:x", AdapterSpec("a", "oci:x")),
+        ("a=x@0.5", AdapterSpec("a", "x", 0.5)),
+        ("a=x@1", AdapterSpec("a", "x", 1.0)),
+        ("org/a.b=reg:5000/x:v1@0", AdapterSpec("org/a.b", "reg:5000/x:v1", 0.0)),
+        ("a=reg/x@sha256:12ab", AdapterSpec("a", "reg/x@sha256:12ab")),
+        ("a=reg/x@sha256:12ab@0.25", AdapterSpec("a", "reg/x@sha256:12ab", 0.25)),
+        ("a=b=c", AdapterSpec("a", "b=c")),
     ],
 )
-def test_an_adapter_is_a_name_a_place_and_a_strength(text: str, expected: Wanted) -> None:
+def test_an_adapter_is_a_name_a_place_and_a_strength(text: str, expected: AdapterSpec) -> None:
     """A digest is no strength."""
-    assert expected == names.parse(text)
+    assert expected == adapter_specs.parse(text)
 
 
 @pytest.mark.parametrize("text", ["a", "=x", "a=", "a b=x", "-a=x", "a=x@1.5", "a=x@1.2.3"])
 def test_a_word_that_is_no_adapter_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="SERVE-101"):
-        names.parse(text)
+        adapter_specs.parse(text)
 
 
 def test_names_that_cannot_be_told_apart_are_refused_together() -> None:
     """Two adapters of one name, one that is called as the base, one as all together."""
-    wanted = [Wanted("a", "x"), Wanted("a", "y"), Wanted("base", "z"), Wanted("tuned", "z")]
+    names = (("a", "x"), ("a", "y"), ("base", "z"), ("tuned", "z"))
+    specs = [AdapterSpec(name, source) for name, source in names]
 
     with pytest.raises(UsageError) as caught:
-        names.check(wanted, base="base", combined="tuned")
+        adapter_specs.check(specs, base="base", combined="tuned")
 
     assert ["a", "base", "tuned"] == [p.what.split()[2] for p in caught.value.problems]
-    names.check([Wanted("tuned", "x")], base="base", combined="tuned")  # the same, if alone
+    alone = [AdapterSpec("tuned", "x")]  # the combined model is the same one
+    adapter_specs.check(alone, base="base", combined="tuned")
 
 
 def test_the_command_line_becomes_options() -> None:
@@ -72,7 +77,7 @@ def test_the_command_line_becomes_options() -> None:
         str(TINY), adapters=["a=x@0.5"], base_name=None, precision="4bit", weights=lambda: TINY
     )
 
-    assert ("tiny-model", (Wanted("a", "x", 0.5),)) == (found.base, found.wanted)
+    assert ("tiny-model", (AdapterSpec("a", "x", 0.5),)) == (found.base, found.adapters)
     with pytest.raises(UsageError, match="SERVE-106 --precision"):
         options.options("x", adapters=[], base_name=None, precision="8bit", weights=lambda: TINY)
 
@@ -150,9 +155,9 @@ TEXTS = ["one two three.", "naïve café – 東京 🙂🙃", "a\n\n b  c", "�
 def test_text_comes_in_whole_characters_and_completely(text: str, tokenizer: Any) -> None:
     """The pieces together are what the tokenizer makes of all tokens; none ends in a half."""
     ids = tokenizer(text)["input_ids"]
-    writer = Writer(tokenizer.decode)
+    detokenizer = Detokenizer(tokenizer.decode)
 
-    pieces = [*map(writer.add, ids), writer.end()]
+    pieces = [*map(detokenizer.add, ids), detokenizer.end()]
 
     assert tokenizer.decode(ids) == "".join(pieces)
     assert not any("\ufffd" in piece for piece in pieces)
@@ -161,9 +166,9 @@ def test_text_comes_in_whole_characters_and_completely(text: str, tokenizer: Any
 def test_a_character_that_never_ends_is_shown_broken(tokenizer: Any) -> None:
     """Half of a character at the end of an answer is not held back for ever."""
     ids = tokenizer("🙂")["input_ids"][:2]
-    writer = Writer(tokenizer.decode)
+    detokenizer = Detokenizer(tokenizer.decode)
 
-    assert "\ufffd" in "".join([*map(writer.add, ids), writer.end()])
+    assert "\ufffd" in "".join([*map(detokenizer.add, ids), detokenizer.end()])
 
 
 def test_nothing_of_a_stop_string_is_ever_written() -> None:
@@ -172,21 +177,21 @@ def test_nothing_of_a_stop_string_is_ever_written() -> None:
     for _ in range(300):
         text = "".join(rng.choice(alphabet) for _ in range(30))
         stops = ["".join(rng.choice(alphabet) for _ in range(rng.randint(1, 4))) for _ in range(2)]
-        writer, said = Writer(lambda ids: "".join(map(chr, ids)), stops), ""
+        detokenizer, said = Detokenizer(lambda ids: "".join(map(chr, ids)), stops), ""
         for letter in text:
-            said += writer.add(ord(letter))
+            said += detokenizer.add(ord(letter))
             assert not any(stop in said for stop in stops)
-            if writer.stopped:
+            if detokenizer.stopped:
                 break
-        said += writer.end()
+        said += detokenizer.end()
         ends = sorted((text.find(stop) + len(stop), text.find(stop)) for stop in stops)
         complete = [(end, start) for end, start in ends if start >= 0]
         assert text[: complete[0][1]] == said if complete else text == said
 
 
 def draw(settings: Sampling, logits: torch.Tensor, times: int = 400) -> Counter[int]:
-    chooser = Chooser(settings, [0], frozenset({1}))
-    return Counter(chooser.choose(logits, int(logits.argmax())) for _ in range(times))
+    sampler = Sampler(settings, [0], frozenset({1}))
+    return Counter(sampler.sample(logits, int(logits.argmax())) for _ in range(times))
 
 
 LOGITS = torch.tensor([0.0, 3.0, 2.0, 1.0, -20.0])
@@ -209,8 +214,8 @@ def test_a_seed_gives_the_same_tokens_again() -> None:
     settings = Sampling(temperature=1.5, seed=11)
 
     first, second = (
-        [chooser.choose(LOGITS, 1) for _ in range(30)]
-        for chooser in (Chooser(settings, [0], frozenset()), Chooser(settings, [0], frozenset()))
+        [sampler.sample(LOGITS, 1) for _ in range(30)]
+        for sampler in (Sampler(settings, [0], frozenset()), Sampler(settings, [0], frozenset()))
     )
 
     assert first == second
@@ -218,29 +223,30 @@ def test_a_seed_gives_the_same_tokens_again() -> None:
 
 def test_penalties_and_a_least_length_change_the_likeliest() -> None:
     """A token that was there is put back; an end comes not before its time."""
-    chooser = Chooser(Sampling(frequency_penalty=1.5), [0], frozenset())
-    assert [1, 2, 1] == [chooser.choose(LOGITS, 1) for _ in range(3)]
-    chooser = Chooser(Sampling(repetition_penalty=4.0), [1], frozenset())
-    assert 2 == chooser.choose(LOGITS, 1)
-    chooser = Chooser(Sampling(min_tokens=2), [0], frozenset({1}))
-    assert [2, 2, 1] == [chooser.choose(LOGITS, 1) for _ in range(3)]
+    sampler = Sampler(Sampling(frequency_penalty=1.5), [0], frozenset())
+    assert [1, 2, 1] == [sampler.sample(LOGITS, 1) for _ in range(3)]
+    sampler = Sampler(Sampling(repetition_penalty=4.0), [1], frozenset())
+    assert 2 == sampler.sample(LOGITS, 1)
+    sampler = Sampler(Sampling(min_tokens=2), [0], frozenset({1}))
+    assert [2, 2, 1] == [sampler.sample(LOGITS, 1) for _ in range(3)]
 
 
 def test_probabilities_are_the_models_own() -> None:
     """Those of the token and of the likeliest, whatever was asked of sampling."""
-    choice = sampling.judge(LOGITS, 2, 2)
+    choice = sampling.with_logprobs(LOGITS, 2, 2)
 
     assert float(LOGITS.log_softmax(-1)[2]) == choice.logprob
     assert [1, 2] == [token for token, _ in choice.top]
-    assert sampling.Choice(2, None, ()) == sampling.judge(LOGITS, 2, None)
+    assert sampling.SampledToken(2, None, ()) == sampling.with_logprobs(LOGITS, 2, None)
 
 
 @pytest.fixture(scope="module")
 def renderer() -> Iterator[Renderer]:
-    with Renderer() as running:
+    with contextlib.closing(Renderer()) as running:
         yield running
 
 
+PLAIN: Any = {"add_generation_prompt": True, "special_tokens": {}}
 LOOPS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
 DOUBLING = (
     "{% set n = namespace(x='ab') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}"
@@ -266,17 +272,17 @@ DOUBLING = (
         ("x" * 200_000, "200,000 characters"),
     ],
 )
-def test_a_strangers_template_that_takes_too_much_is_refused(
+def test_an_untrusted_template_that_takes_too_much_is_refused(
     renderer: Renderer, template: str, reason: str
 ) -> None:
-    """Whatever it does, it does it in another process, which has little memory and time."""
+    """It runs in a subprocess with limits of time and memory."""
     start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
-    assert reason in (voice.distrust(template, renderer, {}) or "")
+    assert reason in (template_problem(template, renderer, {}) or "")
 
     assert time.monotonic() - start < 30
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10  # KiB
-    assert "hi" == renderer("hi", [{"role": "user", "content": ""}], ask=True, words={})
+    assert "hi" == renderer("hi", [{"role": "user", "content": ""}], **PLAIN)
 
 
 @pytest.mark.parametrize(
@@ -284,7 +290,7 @@ def test_a_strangers_template_that_takes_too_much_is_refused(
 )
 def test_the_templates_of_real_models_are_trusted(renderer: Renderer, path: Path) -> None:
     words = {"bos_token": "<s>", "eos_token": "</s>"}
-    assert voice.distrust(path.read_text(), renderer, words) is None
+    assert template_problem(path.read_text(), renderer, words) is None
 
 
 def test_a_template_that_wants_a_system_turn_is_trusted(renderer: Renderer) -> None:
@@ -292,53 +298,61 @@ def test_a_template_that_wants_a_system_turn_is_trusted(renderer: Renderer) -> N
         "{% if messages[0].role != 'system' %}{{ raise_exception('system first') }}{% endif %}"
         "{% for m in messages %}{{ m.content * 2 }}{% endfor %}"
     )
-    assert voice.distrust(template, renderer, {}) is None
+    assert template_problem(template, renderer, {}) is None
     with pytest.raises(NotRendered, match="system first"):
-        renderer(template, [{"role": "user", "content": "x"}], ask=True, words={})
+        renderer(
+            template,
+            [{"role": "user", "content": "x"}],
+            **PLAIN,
+        )
 
 
 def test_a_process_that_ended_meanwhile_is_started_again(renderer: Renderer) -> None:
     """By the system, for memory, while nobody asked: no request is to blame."""
     turns = [{"role": "user", "content": "hi"}]
-    renderer("{{ messages[0].content }}", turns, ask=True, words={})
+    renderer("{{ messages[0].content }}", turns, **PLAIN)
     assert renderer._process
     renderer._process.kill()
     renderer._process.wait()
 
-    assert "hi" == renderer("{{ messages[0].content }}", turns, ask=True, words={})
+    assert "hi" == renderer("{{ messages[0].content }}", turns, **PLAIN)
 
 
 def test_a_template_that_is_late_again_and_again_is_not_asked_for_a_while(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Others are answered at once meanwhile."""
-    monkeypatch.setattr(rendering, "PATIENCE", 0.5)
+    monkeypatch.setattr(rendering, "RENDER_SECONDS", 0.5)
     turns = [{"role": "user", "content": "hi"}]
-    with Renderer() as apart:
-        for _ in range(rendering.LATE):
-            with pytest.raises(rendering.Costly):
-                apart(LOOPS, turns, ask=True, words={})
+    with contextlib.closing(Renderer()) as apart:
+        for _ in range(rendering.MAX_LATE):
+            with pytest.raises(rendering.TooCostly):
+                apart(LOOPS, turns, **PLAIN)
         start = time.monotonic()
-        with pytest.raises(rendering.Costly):
-            apart(LOOPS, turns, ask=True, words={})
+        with pytest.raises(rendering.TooCostly):
+            apart(LOOPS, turns, **PLAIN)
         assert time.monotonic() - start < 0.4
-        monkeypatch.setattr(rendering, "PATIENCE", 5.0)
-        assert "hi" == apart("hi", turns, ask=True, words={})
+        monkeypatch.setattr(rendering, "RENDER_SECONDS", 5.0)
+        assert "hi" == apart("hi", turns, **PLAIN)
 
 
 def test_a_text_from_apart_is_the_tokenizers_own(renderer: Renderer, tokenizer: Any) -> None:
     turns = [{"role": "user", "content": 'ä "😀" <|x|>'}, {"role": "assistant", "content": "4"}]
     for ask in (True, False):
         own = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=ask)
-        words = tokenizer.special_tokens_map
-        assert own == renderer(tokenizer.chat_template, turns, ask=ask, words=words)
+        assert own == renderer(
+            tokenizer.chat_template,
+            turns,
+            add_generation_prompt=ask,
+            special_tokens=tokenizer.special_tokens_map,
+        )
 
 
 @pytest.mark.parametrize("style", ["chatml", "phi3", "gemma3"])
 def test_tokens_are_told_by_their_bytes(style: str) -> None:
     """Of bytes and of pieces: joined they are the text, half characters and spaces too."""
     tokenizer = chats.tokenizer(style)
-    spelled = voice._spelling(tokenizer)
+    spelled = vocabulary_decoder(tokenizer)
     text = "Two plus two 😀 ä\n  four"
 
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -351,10 +365,10 @@ def test_tokens_are_told_by_their_bytes(style: str) -> None:
 def test_half_characters_are_told_as_openai_tells_them() -> None:
     """By their bytes, which joined are the character; offsets count whole ones."""
     words = [b"\xf0\x9f", b"\x98\x80", b" a"]
-    chosen = [sampling.Choice(i, -1.0, ((i, -1.0), (0, -2.0))) for i in range(3)]
+    chosen = [sampling.SampledToken(i, -1.0, ((i, -1.0), (0, -2.0))) for i in range(3)]
 
-    chat = replies.chat_logprobs(chosen, words.__getitem__)
-    plain = replies.completion_logprobs(chosen, words.__getitem__)
+    chat = responses.chat_logprobs(chosen, words.__getitem__)
+    plain = responses.completion_logprobs(chosen, words.__getitem__)
 
     assert chat and plain
     names = ["bytes:\\xf0\\x9f", "bytes:\\x98\\x80", " a"]
@@ -362,22 +376,25 @@ def test_half_characters_are_told_as_openai_tells_them() -> None:
     assert "😀 a" == b"".join(bytes(one["bytes"]) for one in chat["content"]).decode()
     assert [0, 0, 1] == plain["text_offset"]
     words[1] = b"!"  # the character never ends
-    broken = replies.completion_logprobs(chosen, words.__getitem__)
+    broken = responses.completion_logprobs(chosen, words.__getitem__)
     assert broken and [0, 0, 2] == broken["text_offset"]
     assert [1, 2, 2] == [len(one) for one in plain["top_logprobs"]]
 
 
-def test_a_rendering_ends_in_time_and_leaves_nothing_behind() -> None:
-    """A loop without an end is ended inside; what comes next on the thread is not hit."""
-    template = jinja2.Environment().from_string(
-        "{% for a in r %}{% for b in r %}{% for c in r %}{% endfor %}{% endfor %}{% endfor %}"
-    )
+def test_the_base_models_own_template_is_bounded_too(
+    monkeypatch: pytest.MonkeyPatch, renderer: Renderer
+) -> None:
+    """A loop without an end is refused in time, and the server renders on."""
+    looping = chats.tokenizer("chatml")
+    looping.chat_template = LOOPS
+    ended = SimpleNamespace(generation_config=transformers.GenerationConfig(eos_token_id=0))
+    monkeypatch.setattr(rendering, "RENDER_SECONDS", 0.5)
+    chat = ChatTokenizer(looping, ended, renderer)
 
-    with pytest.raises(TimeoutError):
-        voice.within(0.2, lambda: template.render(r=range(100_000)))
+    with pytest.raises(rendering.TooCostly, match="too long"):
+        chat.render([{"role": "user", "content": "hi"}])
 
-    assert 3 == voice.within(5, lambda: 3)
-    time.sleep(0.3)
+    assert "hi" == renderer("hi", [], **PLAIN)
 
 
 def test_each_request_attends_to_itself() -> None:

@@ -68,7 +68,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
     folder = tmp_path_factory.mktemp("trials")
     environment = os.environ | {"PYTHONPATH": str(servers.ROOT), "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
-        [sys.executable, str(Path(__file__).parent / "serve_trials.py"), str(folder)],
+        [sys.executable, str(Path(servers.__file__).parent / "serve_trials.py"), str(folder)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -207,8 +207,8 @@ def ready(running: Server) -> tuple[int, str]:
 
 
 def test_who_sends_or_reads_slowly_is_cut_off(start: Start) -> None:
-    """With one second of patience: half a header, half a body, an answer that nobody reads."""
-    running = start(patience=1.0)
+    """With a timeout of one second: half a header, half a body, an answer that nobody reads."""
+    running = start(timeout=1.0)
     halves = (
         b"GET /healthz HTTP/1.1\r\nHost: x\r\n",
         b"POST /chat HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"

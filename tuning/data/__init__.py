@@ -1,9 +1,9 @@
 """Files -> a tokenised, masked and packed dataset.
 
-`python -m tuning.data REQUEST.json` is a child process (tuning/process.py) with two steps, because
-the plan is made with the lengths in between. Paths are strings; every count is an int.
+`python -m tuning.process data REQUEST.json` is a child process with two steps, because the plan is
+made with the lengths in between. Paths are strings; every count is an int.
 
-Step "tokenise" reads every file, refuses what cannot be trained (DataError with all problems in one
+Step "tokenise" reads every file, reports what cannot be trained (DataError with all problems in one
 pass, exit 10) and writes `rows.arrow`, `preview.json` and `tokenised.json` into `out`:
 
     {"step": "tokenise",
@@ -12,8 +12,8 @@ pass, exit 10) and writes `rows.arrow`, `preview.json` and `tokenised.json` into
      "out": str,                                       RUN/data/tokenised; made if absent
      "settings": {"messages_column", "context_column", "response_column", "dataset_extension",
                   "chat_template", "train_on"},        each may be null or absent
-     "processes": int | null,                          default: the processors there are, at most 16
-     "part_bytes": int | null}                         a process reads so much of a file at once
+     "processes": int | null,                          default: the number of CPUs, at most 16
+     "part_bytes": int | null}                         size of the parts of a large file
  -> {"rows": int, "rows_per_file": {shown: int},
      "files": [{"shown", "format", "compression": str | null, "rows", "shape", "reason"}],
      "shape": {"name": str, "reason": str}, "rendering": str,
@@ -21,21 +21,19 @@ pass, exit 10) and writes `rows.arrow`, `preview.json` and `tokenised.json` into
      "lengths": {"mean": float, "p50", "p95", "max", "counts": [[length, rows], ...]},
      "dropped": {reason: rows}, "notes": [str], "bos": int | null}
 
-Meanwhile `progress` in `out` says how far it is: `{"done": bytes, "total": bytes}`. Nothing of the
-result depends on the number of processes.
+Meanwhile `progress` in `out` holds the progress: `{"done": bytes, "total": bytes}`. The result does
+not depend on the number of processes.
 
 `preview.json` holds the first rows, 20 at most,
 `[{"where": str, "tokens": [[text, trained], ...]}]`: they stay in the run directory and are never
-logged. `lengths.counts` is exact;
-`tuning.data.bins.packed_rows(counts, max_length=...)` turns it into packed rows, and loads nothing
-heavy.
+logged. `lengths.counts` is exact.
 
-Step "pack" splits off the held-out rows, applies the over-length policy and packs:
+Step "pack" splits off the evaluation split, applies the over-length policy and packs:
 
     {"step": "pack", "tokenised": str, "out": str, "max_length": int, "packing": bool,
      "over_length": "auto" | "split" | "truncate" | "drop" | "refuse",   default auto
      "shuffle": bool, "seed": int, "shuffle_seed": int | null, "train_share": float,
-     "batch": int | null}                              a global batch the user insists on
+     "batch": int | null}                              the user's global batch
  -> {"train": PART, "eval": PART | null, "max_length": int, "packing": bool,
      "over_length": {"policy", "rows", "truncated", "split", "dropped",
                      "lost_tokens", "lost_answers", "cut_answers"},
@@ -44,6 +42,6 @@ Step "pack" splits off the held-out rows, applies the over-length policy and pac
             "efficiency": float}
 
 `path` is an Arrow stream for `datasets.Dataset.from_file` with the int32 lists `input_ids`,
-`labels` (-100 where there is no loss) and `seq_lengths` (the documents of a row). Labels are never
-made from padding, so a pad token that equals the end-of-sequence token costs nothing.
+`labels` (-100 where there is no loss) and `seq_lengths` (the documents of a row). Labels do not
+depend on padding, so the pad token may equal the end-of-sequence token.
 """

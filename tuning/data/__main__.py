@@ -1,4 +1,4 @@
-"""The child process: see the package's docstring for what it is asked and answers."""
+"""The child process; the package's docstring describes its requests and results."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tuning import process
 
 
 def work(request: dict[str, Any]) -> dict[str, Any]:
-    """Do the step that `request` names."""
+    """Run the step that `request` names."""
     if request["step"] == "pack":
         from tuning.data import pack
 
@@ -18,22 +18,22 @@ def work(request: dict[str, Any]) -> dict[str, Any]:
     if request["step"] == "part":
         from tuning.data import parallel
 
-        return parallel.work(request)
+        return parallel.run(request)
     from tuning.data import tokenise
 
     return tokenise.run(request)
 
 
-def without_torch() -> None:
-    """Let torch count as not installed in this process, unless it is loaded already.
+def hide_torch() -> None:
+    """Make torch count as not installed in this process, unless it is loaded already.
 
-    A fast tokenizer does not need it, but transformers imports what is there: three quarters of
-    the time of reading a few thousand rows, and 260 MB.
+    Fast tokenizers do not need it, but transformers would import it: three quarters of the time of
+    reading a few thousand rows, and 260 MB.
     """
     sys.modules.setdefault("torch", None)  # type: ignore[arg-type]  # as the import system does
     logging.getLogger("transformers").addFilter(lambda record: "PyTorch was" not in record.msg)
 
 
 if __name__ == "__main__":
-    without_torch()
+    hide_torch()
     sys.exit(process.serve(work))

@@ -1,8 +1,7 @@
 """Best-fit-decreasing bin packing over lengths, not rows.
 
-Bins that hold the same lengths are kept as one pattern with a count, so the work depends on the
-number of different lengths and not on the number of rows: ten million rows take as long as a
-thousand. Pure Python: the parent process uses it to plan.
+Bins with the same lengths are one pattern with a count, so that the work depends on the number of
+different lengths and not on the number of rows: ten million rows take as long as a thousand.
 """
 
 from __future__ import annotations
@@ -12,51 +11,39 @@ from collections.abc import Iterable
 
 
 def pack(counts: Iterable[tuple[int, int]], *, size: int) -> list[tuple[tuple[int, ...], int]]:
-    """Patterns (lengths in a bin, longest first) and how many bins look like it.
+    """Patterns (lengths in a bin, longest first), each with its number of bins.
 
-    `counts` holds (length, rows); every length lies in 1..size. No bin exceeds `size` tokens, and
-    all rows are in a bin.
+    `counts` holds (length, rows) with lengths in 1..size. No bin exceeds `size` tokens, and every
+    row is in a bin.
     """
-    room: dict[int, list[tuple[tuple[int, ...], int]]] = {}  # room left -> open patterns
-    rooms: list[int] = []
+    by_space: dict[int, list[tuple[tuple[int, ...], int]]] = {}  # free space -> patterns
+    spaces: list[int] = []  # the keys, sorted
     pattern: tuple[int, ...]
     for length, rows in sorted(counts, reverse=True):
         assert 0 < length <= size
         while rows:
-            at = bisect_left(rooms, length)
-            if at == len(rooms):
-                left, pattern, bins = size, (), rows
+            at = bisect_left(spaces, length)
+            if at == len(spaces):
+                space, pattern, bins = size, (), rows
             else:
-                left = rooms[at]
-                pattern, bins = room[left].pop()
-                if not room[left]:
-                    del room[left], rooms[at]
-            each = left // length
-            filled = min(bins, rows // each)
-            rows -= filled * each
-            parts = [(each, filled)]
-            if filled < bins and rows:  # one bin takes what remains
+                space = spaces[at]
+                pattern, bins = by_space[space].pop()
+                if not by_space[space]:
+                    del by_space[space], spaces[at]
+            per_bin = space // length
+            filled = min(bins, rows // per_bin)
+            rows -= filled * per_bin
+            parts = [(per_bin, filled)]
+            if filled < bins and rows:  # one bin takes the remaining rows
                 parts.append((rows, 1))
                 filled, rows = filled + 1, 0
-            if pattern:  # untouched bins stay as they are; new ones are made only for rows
+            if pattern:  # other bins stay unchanged; without a pattern they do not exist
                 parts.append((0, bins - filled))
-            for taken, number in parts:
+            for added, number in parts:
                 if number:
-                    rest = left - taken * length
-                    if rest not in room:
-                        insort(rooms, rest)
-                        room[rest] = []
-                    room[rest].append((pattern + (length,) * taken, number))
-    return [found for patterns in room.values() for found in patterns]
-
-
-def packed_rows(counts: Iterable[tuple[int, int]], *, max_length: int) -> int:
-    """How many packed rows of at most `max_length` tokens there will be.
-
-    Longer rows count as cut to `max_length`.
-    """
-    short: dict[int, int] = {}
-    for length, rows in counts:
-        kept = min(length, max_length)
-        short[kept] = short.get(kept, 0) + rows
-    return sum(number for _, number in pack(short.items(), size=max_length))
+                    rest = space - added * length
+                    if rest not in by_space:
+                        insort(spaces, rest)
+                        by_space[rest] = []
+                    by_space[rest].append((pattern + (length,) * added, number))
+    return [entry for patterns in by_space.values() for entry in patterns]

@@ -1,33 +1,30 @@
-"""Conversations -> text and the spans of it that are trained, for any chat template.
+"""Conversations -> text and its trained character spans, for any chat template.
 
-Templates with `{% generation %}` markers say themselves what is trained. For all others a skeleton
-is learned (skeleton.py). A conversation that does not lie on its skeleton, as with templates that
-take reasoning apart or leave it out, is tried by itself, then with the training variant that trl
-ships for well-known templates; if its own words are still not there, it is refused.
+Templates with `{% generation %}` markers mark what is trained. For all others the layout is learned
+(template_layout.py). A conversation that does not match its layout, as with templates that split or
+drop reasoning, is tried by itself, then with trl's training variant of the template; if its content
+is still missing, it is refused.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from tuning.data import skeleton
+from tuning.data import template_layout
+from tuning.data.chat_rewrites import reasoning_split, system_folded, training_variant
 from tuning.data.formats import Conversation, Fault, quoted, texts_in
-from tuning.data.skeleton import Message, Skeleton, Spans, Unplaced, squeeze
+from tuning.data.template_layout import Message, NotAligned, Spans, TemplateLayout
 
-_PLAIN = {"role", "content"}
-_REASONS = re.compile("reasoning|thinking")
-_BY_TWIN = "the template leaves words out: trl's training variant of it is used"
+_REASONING = re.compile("reasoning|thinking")
+_VARIANT_USED = "the template leaves words out: trl's training variant of it is used"
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-# Some templates print today's date; a recipe has no clock, so the date is the one that llama's
-# templates themselves print where no clock is at hand.
+# Some templates print today's date. A recipe has no clock, so the date is the one that llama's
+# templates print without a clock.
 _CLOCK = (
     "{%- macro strftime_now(format) -%}"
     "{{ '2024-07-26' if format == '%Y-%m-%d' else '26 Jul 2024' }}"
@@ -35,20 +32,20 @@ _CLOCK = (
 )
 
 
-class Refused(Exception):
+class RenderError(Exception):
     """The template itself raised an error."""
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """A conversation as text, and the character spans of it that are trained."""
+    """A conversation as text, and its trained character spans."""
 
     text: str
     spans: Spans
 
 
-class Template:
-    """A tokenizer's chat template (or the user's), with what was learned about it."""
+class ChatTemplate:
+    """A tokenizer's chat template (or the user's), with the layouts learned so far."""
 
     def __init__(self, tokenizer: Any, text: str, *, markers: bool = True) -> None:
         self._tokenizer = tokenizer
@@ -61,200 +58,213 @@ class Template:
             {str(token) for token in added if token.special} | set(tokenizer.all_special_tokens)
         )
         self._eos: str = tokenizer.eos_token or ""
-        self._skeletons: dict[Any, Skeleton | Fault] = {}
-        self._folding: set[Any] = set()
-        self._twin: Template | None = None
+        self._layouts: dict[Any, TemplateLayout | Fault] = {}
+        self._folded: set[Any] = set()  # keys of layouts without a system message
+        self._variant: ChatTemplate | None = None
         self.notes: dict[str, int] = {}
-        if markers and not self._marked and self._rewrites():
-            self._prefer_twin()
+        if markers and not self._marked and self._rewrites_history():
+            self._prefer_variant()
 
     def render(self, conversations: Sequence[Conversation]) -> list[Rendered | Fault]:
-        """Text and trained spans of each conversation, or why there are none."""
-        known: list[tuple[Conversation, Skeleton] | Rendered | Fault] = []
+        """The text and trained spans of each conversation, or its fault."""
+        prepared: list[tuple[Conversation, TemplateLayout] | Rendered | Fault] = []
         for conversation in conversations:
-            known.append(self._typed(conversation) or self._known(conversation))
-        plain = [item for item in known if isinstance(item, tuple)]
-        texts = iter(self._texts([conversation for conversation, _ in plain]))
+            prepared.append(self._special_token(conversation) or self._prepare(conversation))
+        plain = [item for item in prepared if isinstance(item, tuple)]
+        texts = iter(self._render_batch([conversation for conversation, _ in plain]))
         return [
-            self._placed(item, next(texts)) if isinstance(item, tuple) else item for item in known
+            self._align(item, next(texts)) if isinstance(item, tuple) else item for item in prepared
         ]
 
-    def _known(
+    def _prepare(
         self, conversation: Conversation
-    ) -> tuple[Conversation, Skeleton] | Rendered | Fault:
-        """The skeleton of a plain conversation; one with tools or reasoning is done by itself."""
+    ) -> tuple[Conversation, TemplateLayout] | Rendered | Fault:
+        """A plain conversation with its layout; one with tools or reasoning is rendered at once."""
         messages = conversation.messages
         if conversation.tools or any(len(message) > 2 for message in messages):
-            return self._alone(conversation)
-        key = (*(m["role"] if m["content"] else m["role"] + "0" for m in messages),)
-        key = (key, conversation.trained)
-        if key not in self._skeletons:
-            self._skeletons[key] = self._learned(conversation, key)
-        found = self._skeletons[key]
-        if isinstance(found, Fault):
-            return found
-        if key in self._folding:
+            return self._render_alone(conversation)
+        structure = (*(m["role"] if m["content"] else m["role"] + "0" for m in messages),)
+        key = (structure, conversation.trained)
+        if key not in self._layouts:
+            self._layouts[key] = self._learn_or_fold(conversation, key)
+        layout = self._layouts[key]
+        if isinstance(layout, Fault):
+            return layout
+        if key in self._folded:
             self._note("the template leaves the system message out: it opens the first user turn")
-            conversation = _folded(conversation)
-        return conversation, found
+            conversation = system_folded(conversation) or conversation
+        return conversation, layout
 
-    def _learned(self, conversation: Conversation, key: Any) -> Skeleton | Fault:
+    def _learn_or_fold(self, conversation: Conversation, key: Any) -> TemplateLayout | Fault:
         try:
             return self._learn(conversation)
-        except (Refused, Unplaced) as error:
-            if _foldable(conversation):
+        except (RenderError, NotAligned) as error:
+            if folded := system_folded(conversation):
                 try:
-                    found = self._learn(_folded(conversation))
-                except (Refused, Unplaced):
+                    layout = self._learn(folded)
+                except (RenderError, NotAligned):
                     return _fault(error)
-                self._folding.add(key)
-                return found
+                self._folded.add(key)
+                return layout
             return _fault(error)
 
-    def _learn(self, conversation: Conversation) -> Skeleton:
+    def _learn(self, conversation: Conversation) -> TemplateLayout:
         messages, trained = conversation.messages, conversation.trained
         if self._marked:
-            blanks = skeleton.blanked(messages)
-            text, spans = self._generation(blanks, conversation.tools)
-            ends = skeleton.find_placeholders(text, blanks)
-            left_out = [
+            blanks = template_layout.with_placeholders(messages)
+            text, spans = self._generation_spans(blanks, conversation.tools)
+            ends = template_layout.find_placeholders(text, blanks)
+            untrained = [
                 ends[index]
                 for index, message in enumerate(messages)
                 if message["role"] == "assistant" and index not in trained and index in ends
             ]
-            spans = [(a, b) for a, b in spans if not any(a < end <= b for end in left_out)]
-            return skeleton.cut(text, ends, spans, self._ends_turn(text, spans))
+            spans = [(a, b) for a, b in spans if not any(a < end <= b for end in untrained)]
+            return template_layout.cut(text, ends, spans, self._ends_in_marker(text, spans))
 
-        def show(turns: list[Message], ask: bool) -> str:
-            return self._text_of(turns, conversation.tools, ask=ask)
+        def render(turns: list[Message], add_generation_prompt: bool) -> str:
+            return self._render_one(turns, conversation.tools, add_generation_prompt)
 
-        return skeleton.learn(show, messages, trained, self._marker)
+        return template_layout.learn(render, messages, trained, self._marker)
 
-    def _placed(self, item: tuple[Conversation, Skeleton], text: str | Refused) -> Rendered | Fault:
-        conversation, found = item
-        if isinstance(text, Refused):
+    def _align(
+        self, item: tuple[Conversation, TemplateLayout], text: str | RenderError
+    ) -> Rendered | Fault:
+        conversation, layout = item
+        if isinstance(text, RenderError):
             return _fault(text)
         try:
-            spans = found.place(text, conversation.messages)
-        except Unplaced:
-            return self._alone(conversation)
-        return self._closed(text, spans, conversation, found.ended)
+            spans = layout.align(text, conversation.messages)
+        except NotAligned:
+            return self._render_alone(conversation)
+        return self._with_end(text, spans, conversation, layout.ended)
 
-    def _closed(self, text: str, spans: Spans, conversation: Conversation, ended: bool) -> Rendered:
-        """With an end-of-sequence token where the template ends the last answer in nothing."""
+    def _with_end(
+        self, text: str, spans: Spans, conversation: Conversation, ended: bool
+    ) -> Rendered:
+        """Adds an end-of-sequence token if no marker ends the last answer."""
         if ended or not self._eos or conversation.trained[-1:] != (len(conversation.messages) - 1,):
             return Rendered(text, spans)
         self._note("the template ends an answer in no marker: the end-of-sequence token is added")
         return Rendered(text + self._eos, [*spans, (len(text), len(text) + len(self._eos))])
 
-    def _alone(self, conversation: Conversation) -> Rendered | Fault:
-        """A conversation with tools, reasoning or words that the template takes apart."""
-        twin = self._twin_template()
+    def _render_alone(self, conversation: Conversation) -> Rendered | Fault:
+        """Render a conversation that has tools or reasoning, or does not match its layout.
+
+        Tries the template, its training variant, and rewritten conversations.
+        """
+        variant = self._training_variant()
         thinks = any("</think>" in message["content"] for message in conversation.messages)
-        if twin and thinks and not _REASONS.search(self._source):
-            # it knows no field for reasoning, so only the variant can show what an answer holds
-            rendered = twin.render([conversation])[0]
+        if variant and thinks and not _REASONING.search(self._source):
+            # the template has no key for reasoning: only the variant shows complete answers
+            rendered = variant.render([conversation])[0]
             if isinstance(rendered, Rendered):
-                self._note(_BY_TWIN)
+                self._note(_VARIANT_USED)
                 return rendered
-        failed: Refused | Unplaced | None = None
         attempts = [(self, conversation)]
-        if (split := _reasoning_apart(conversation)) is not conversation:
+        if split := reasoning_split(conversation):
             attempts.append((self, split))
-        if twin:
-            attempts += [(twin, tried) for _, tried in attempts]
-        if _foldable(conversation):
-            attempts.append((self, _folded(conversation)))
-        for template, tried in attempts:
+        if variant:
+            attempts += [(variant, rewritten) for _, rewritten in attempts]
+        if folded := system_folded(conversation):
+            attempts.append((self, folded))
+        first_error: RenderError | NotAligned | None = None
+        for template, rewritten in attempts:
             try:
-                found = template._one(tried)
-            except (Refused, Unplaced) as error:
-                failed = failed or error
+                rendered = template._learn_and_align(rewritten)
+            except (RenderError, NotAligned) as error:
+                first_error = first_error or error
                 continue
-            if template is twin:
-                self._note(_BY_TWIN)
-            return found
-        assert failed is not None
-        return _fault(failed)
+            if template is variant:
+                self._note(_VARIANT_USED)
+            return rendered
+        assert first_error is not None
+        return _fault(first_error)
 
-    def _one(self, conversation: Conversation) -> Rendered:
-        """One conversation by itself. Raises Refused or Unplaced."""
-        text = self._text_of(conversation.messages, conversation.tools)
-        found = self._learn(conversation)
-        spans = found.place(text, conversation.messages)
-        _check_words(text, spans, conversation)
-        return self._closed(text, spans, conversation, found.ended)
+    def _learn_and_align(self, conversation: Conversation) -> Rendered:
+        """Render with a layout of its own. Raises RenderError or NotAligned."""
+        text = self._render_one(conversation.messages, conversation.tools)
+        layout = self._learn(conversation)
+        spans = layout.align(text, conversation.messages)
+        template_layout.check_complete(text, spans, conversation)
+        return self._with_end(text, spans, conversation, layout.ended)
 
-    def _rewrites(self) -> bool:
+    def _rewrites_history(self) -> bool:
         try:
-            return skeleton.rewrites(lambda turns, ask: self._text_of(turns, None, ask=ask))
-        except (Refused, Unplaced):
+            return template_layout.rewrites_history(
+                lambda turns, ask: self._render_one(turns, None, ask)
+            )
+        except (RenderError, NotAligned):
             return False
 
-    def _prefer_twin(self) -> None:
-        """Train earlier answers as they were given, not as they look in hindsight."""
+    def _prefer_variant(self) -> None:
+        """Train earlier answers as they were generated, not as the template rewrites them."""
         note = "the template shows earlier answers otherwise than the one that is asked for"
-        if text := _training_variant(self._source):
+        if text := training_variant(self._source):
             self._text = text
             note += "; trl's training variant of it is used"
         self.notes[note] = 0
 
-    def _twin_template(self) -> Template | None:
-        if self._twin is None and (text := _training_variant(self._source)):
-            self._twin = Template(self._tokenizer, text, markers=False)
-        return self._twin
+    def _training_variant(self) -> ChatTemplate | None:
+        if self._variant is None and (text := training_variant(self._source)):
+            self._variant = ChatTemplate(self._tokenizer, text, markers=False)
+        return self._variant
 
-    def _typed(self, conversation: Conversation) -> Fault | None:
-        """A special token among a conversation's words would end or open a turn."""
+    def _special_token(self, conversation: Conversation) -> Fault | None:
+        """The fault that a text holds a special token, which would end or begin a turn."""
         for index, message in enumerate(conversation.messages):
             if len(message) == 2 and not self._special.search(message["content"]):
                 continue  # nearly all
             for text in texts_in(message):
-                if found := self._special.search(text):
-                    return _special_fault(f"message {index} (role {message['role']})", found[0])
+                if match := self._special.search(text):
+                    where = f"message {index} (role {message['role']})"
+                    return _special_token_fault(where, match[0])
         for text in texts_in(conversation.tools or []):
-            if found := self._special.search(text):
-                return _special_fault("tools", found[0])
+            if match := self._special.search(text):
+                return _special_token_fault("tools", match[0])
         return None
 
-    def _texts(self, conversations: Sequence[Conversation]) -> list[str | Refused]:
-        if not conversations:
-            return []
+    def _render_batch(self, conversations: Sequence[Conversation]) -> list[str | RenderError]:
+        """The text of each conversation, or the error of its rendering."""
         try:
-            return list(self._apply([c.messages for c in conversations]))
-        except Refused:
-            return [self._try(conversation) for conversation in conversations]
+            return list(self._apply([c.messages for c in conversations])) if conversations else []
+        except RenderError as error:
+            if len(conversations) == 1:
+                return [error]
+            return [text for each in conversations for text in self._render_batch([each])]
 
-    def _try(self, conversation: Conversation) -> str | Refused:
-        try:
-            return self._text_of(conversation.messages, conversation.tools)
-        except Refused as refused:
-            return refused
-
-    def _text_of(
-        self, messages: list[Message], tools: list[Any] | None, *, ask: bool = False
+    def _render_one(
+        self,
+        messages: list[Message],
+        tools: list[Any] | None,
+        add_generation_prompt: bool = False,
     ) -> str:
-        return self._apply([messages], tools=tools, ask=ask)[0]
+        return self._apply([messages], tools, add_generation_prompt)[0]
 
     def _apply(
-        self, batch: list[list[Message]], *, tools: list[Any] | None = None, ask: bool = False
+        self,
+        batch: list[list[Message]],
+        tools: list[Any] | None = None,
+        add_generation_prompt: bool = False,
     ) -> list[str]:
         try:
             texts: list[str] = self._tokenizer.apply_chat_template(
                 batch,
                 tools=tools,
                 chat_template=self._text,
-                add_generation_prompt=ask,
+                add_generation_prompt=add_generation_prompt,
                 tokenize=False,
             )
-        except Exception as error:  # a template is a stranger's program: it may raise anything
-            raise Refused(str(error)) from error
+        except Exception as error:  # an untrusted program may raise anything
+            raise RenderError(str(error)) from error
         return texts
 
-    def _generation(self, messages: list[Message], tools: list[Any] | None) -> tuple[str, Spans]:
-        """The text and the spans that the template's own markers name."""
+    def _generation_spans(
+        self, messages: list[Message], tools: list[Any] | None
+    ) -> tuple[str, Spans]:
+        """The text, and the spans inside the template's own `{% generation %}` markers."""
         try:
-            texts, found = render_jinja_template(
+            (text,), (spans,) = render_jinja_template(
                 [messages],
                 tools=tools,
                 chat_template=self._text,
@@ -262,11 +272,11 @@ class Template:
                 **self._tokenizer.special_tokens_map,
             )
         except Exception as error:  # as above
-            raise Refused(str(error)) from error
-        return texts[0], [self._trimmed(texts[0], a, b) for a, b in found[0]]
+            raise RenderError(str(error)) from error
+        return text, [self._trimmed(text, a, b) for a, b in spans]
 
     def _trimmed(self, text: str, start: int, end: int) -> tuple[int, int]:
-        """A marked span, to the end of the marker that ends the turn, without white space after."""
+        """A marked span up to the marker that ends the turn, without white space after it."""
         if self._eos and text.startswith(self._eos, end):
             return start, end + len(self._eos)
         inside = [match.end() for match in self._marker.finditer(text, start, end)]
@@ -274,7 +284,7 @@ class Template:
             end = inside[-1]
         return start, end
 
-    def _ends_turn(self, text: str, spans: Spans) -> bool:
+    def _ends_in_marker(self, text: str, spans: Spans) -> bool:
         end = spans[-1][1] if spans else 0
         return any(match.end() == end for match in self._marker.finditer(text))
 
@@ -282,94 +292,22 @@ class Template:
         self.notes[text] = self.notes.get(text, 0) + 1
 
 
-def _any_of(words: Any) -> re.Pattern[str]:
-    ordered = sorted({word for word in words if word}, key=lambda word: (-len(word), word))
-    return re.compile("|".join(re.escape(word) for word in ordered) or r"(?!)")
+def _any_of(words: Iterable[str]) -> re.Pattern[str]:
+    longest_first = sorted({word for word in words if word}, key=lambda word: (-len(word), word))
+    return re.compile("|".join(re.escape(word) for word in longest_first) or r"(?!)")
 
 
-def _special_fault(where: str, token: str) -> Fault:
+def _special_token_fault(where: str, token: str) -> Fault:
     what = f"{where} holds {quoted(token)}, which is a special token of the base model"
     return Fault("DATA-233", what, "remove it from the text, or remove the row")
 
 
-def _fault(error: Refused | Unplaced) -> Fault:
-    if isinstance(error, Refused):
+def _fault(error: RenderError | NotAligned) -> Fault:
+    if isinstance(error, RenderError):
         what = f"the chat template refuses the conversation: {quoted(str(error))}"
-        return Fault("DATA-232", what, "write the turns as the template wants them")
+        return Fault("DATA-232", what, "write the turns as the template requires")
     return Fault(
         "DATA-231",
         f"the chat template does not show {error} as it is written",
         "set ModelConfig.chat_template to one that shows all of it, or change the row",
     )
-
-
-def _foldable(conversation: Conversation) -> bool:
-    roles = [message["role"] for message in conversation.messages[:2]]
-    return roles == ["system", "user"]
-
-
-def _folded(conversation: Conversation) -> Conversation:
-    """The system message as the beginning of the first user turn."""
-    system, user, *rest = conversation.messages
-    joined = user | {"content": f"{system['content']}\n\n{user['content']}"}
-    trained = tuple(index - 1 for index in conversation.trained)
-    return Conversation([joined, *rest], trained, conversation.tools)
-
-
-def _reasoning_apart(conversation: Conversation) -> Conversation:
-    """`<think>` parts of the answers as reasoning_content, the field that templates print."""
-    changed = False
-    messages: list[Message] = []
-    for message in conversation.messages:
-        thought, closing, said = message["content"].partition("</think>")
-        if message["role"] == "assistant" and closing and "reasoning_content" not in message:
-            thought = thought.split("<think>")[-1].strip("\n")
-            message = message | {"content": said.lstrip("\n"), "reasoning_content": thought}
-            changed = True
-        messages.append(message)
-    if not changed:
-        return conversation
-    return Conversation(messages, conversation.trained, conversation.tools)
-
-
-def _check_words(text: str, spans: Spans, conversation: Conversation) -> None:
-    """All that a trained turn says must stand in the trained part. Raises Unplaced."""
-    said = squeeze("".join(text[start:end] for start, end in spans))
-    at = 0
-    for index in conversation.trained:
-        message = conversation.messages[index]
-        thought = next(
-            (message[k] for k in ("reasoning_content", "thinking", "reasoning") if message.get(k)),
-            "",
-        )
-        calls = [call.get("function", call).get("name", "") for call in _calls(message)]
-        for words in (thought, message["content"]):
-            if isinstance(words, str):
-                at = said.find(squeeze(words), at)
-                if at < 0:
-                    raise Unplaced(f"message {index} (role assistant)")
-                at += len(squeeze(words))
-        if any(squeeze(str(name)) not in said for name in calls):
-            raise Unplaced(f"the tool call of message {index}")
-    shown = squeeze(text)
-    for tool in conversation.tools or ():
-        name = tool.get("function", tool).get("name", "")
-        if squeeze(str(name)) not in shown:
-            raise Unplaced(f"the tool {quoted(name)}")
-
-
-def _calls(message: Message) -> list[dict[str, Any]]:
-    calls = message.get("tool_calls") or []
-    return [call for call in calls if isinstance(call, dict)]
-
-
-@functools.cache
-def _training_variant(text: str) -> str | None:
-    """trl's training variant of the template `text`, if trl knows it to the letter."""
-    package = importlib.util.find_spec("trl")
-    for place in package.submodule_search_locations or () if package else ():
-        for path in sorted(Path(place, "chat_templates").glob("*_training.jinja")):
-            plain = path.with_name(path.name.replace("_training", ""))
-            if plain.is_file() and plain.read_text(encoding="utf-8") == text:
-                return path.read_text(encoding="utf-8")
-    return None

@@ -1,10 +1,9 @@
-"""Examples -> token ids and the ranges of them that are trained.
+"""Examples -> token ids and their trained ranges.
 
-A token is trained when it holds characters of a trained span: no word of an answer goes untaught
-because a tokenizer joins its beginning to the end of the header ("Answer: " and "four" are ":" and
-" four"). Only markers that swallow the white space behind them, as Phi-3's do, stay what they are.
-Offsets are the tokenizer's raw ones: its post-processor, which trims white space off them and adds
-special tokens, is left out.
+A token is trained if it holds characters of a trained span, because tokenizers join the beginning
+of an answer to the end of the header ("Answer: " and "four" are ":" and " four"). Markers that
+swallow the white space after them, like Phi-3's, are not trained for that. Offsets are raw: the
+post-processor, which trims white space off them and adds special tokens, is removed.
 """
 
 from __future__ import annotations
@@ -15,9 +14,9 @@ from typing import Any, Literal
 
 from tokenizers import Tokenizer
 
-from tuning.data.chat import Rendered, Template
+from tuning.data.chat import ChatTemplate, Rendered
 from tuning.data.formats import Conversation, Example, Fault, Pair, Text, Tokens
-from tuning.data.skeleton import Spans
+from tuning.data.template_layout import Spans
 
 
 @dataclass(frozen=True)
@@ -29,17 +28,21 @@ class Encoded:
 
 
 @dataclass(frozen=True)
-class _Job:
+class _Text:
     text: str
     spans: Spans
-    bare: bool  # no template wrote it: it gets what the tokenizer puts before, and an end
+    is_bare: bool  # not from a template: gets the tokenizer's prefix and an end-of-sequence token
 
 
 class Encoder:
-    """A tokenizer made ready for many rows."""
+    """Encodes examples with a tokenizer and its chat template."""
 
     def __init__(
-        self, tokenizer: Any, template: Template | None, *, train_on: Literal["assistant", "all"]
+        self,
+        tokenizer: Any,
+        template: ChatTemplate | None,
+        *,
+        train_on: Literal["assistant", "all"],
     ) -> None:
         self._template = template
         self._all = train_on == "all"
@@ -48,65 +51,65 @@ class Encoder:
         self._fast.no_truncation()
         self._fast.no_padding()
         self._size = self._fast.get_vocab_size(with_added_tokens=True)
-        plain = tokenizer("a", add_special_tokens=False)["input_ids"]
-        whole = tokenizer("a")["input_ids"]
-        before = next((n for n in range(len(whole)) if whole[n : n + len(plain)] == plain), 0)
-        self._before: list[int] = list(whole[:before])
-        self._after: list[int] = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+        complete = tokenizer("a")["input_ids"]
+        starts = (n for n in range(len(complete)) if complete[n : n + len(bare)] == bare)
+        self._prefix: list[int] = list(complete[: next(starts, 0)])
+        self._suffix: list[int] = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         self._added = set(tokenizer.added_tokens_decoder)
-        self._openers = tuple(filter(None, tokenizer.all_special_tokens))
-        self.raw_pairs: bool | None = None  # decided by the first rows that may be
+        self._special = tuple(filter(None, tokenizer.all_special_tokens))
+        self.raw_pairs: bool | None = None  # decided by the first raw pairs
 
     def encode(self, examples: Sequence[Example]) -> list[Encoded | Fault]:
-        """Ids and trained ranges of each example, or why there are none."""
-        self.decide(examples)
-        jobs: list[_Job | Encoded | Fault | None] = [self._job(example) for example in examples]
-        chats = [self._conversation(e) for e, job in zip(examples, jobs, strict=True) if not job]
+        """The ids and trained ranges of each example, or its fault."""
+        self.decide_pairs(examples)
+        prepared = [self._without_template(example) for example in examples]
+        chats = [
+            each.as_conversation() if isinstance(each, Pair) else each
+            for each, text in zip(examples, prepared, strict=True)
+            if text is None and isinstance(each, (Pair, Conversation))
+        ]
         if chats:
             assert self._template is not None
-            shown = iter(self._template.render(chats))
-            jobs = [job or self._shown(next(shown)) for job in jobs]
-        texts = [job.text for job in jobs if isinstance(job, _Job)]
+            rendered = iter(self._template.render(chats))
+            prepared = [text or self._from_template(next(rendered)) for text in prepared]
+        texts = [each.text for each in prepared if isinstance(each, _Text)]
         encodings = iter(self._fast.encode_batch(texts, add_special_tokens=False))
         return [
-            self._encoded(job, next(encodings)) if isinstance(job, _Job) else job
-            for job in jobs
-            if job is not None
+            self._encoded(each, next(encodings)) if isinstance(each, _Text) else each
+            for each in prepared
+            if each is not None
         ]
 
     @property
     def notes(self) -> dict[str, int]:
-        """What the chat template did that a person may not expect, and to how many rows."""
+        """Unexpected effects of the chat template, each with its number of rows."""
         return self._template.notes if self._template else {}
 
     @property
     def pairs_are_chats(self) -> bool:
-        """Whether pairs are written as a user turn and an assistant turn."""
+        """Whether pairs are rendered as a user turn and an assistant turn."""
         return self._template is not None and not self.raw_pairs
 
-    def decide(self, examples: Sequence[Example]) -> None:
-        """Prompts that begin with special tokens are rendered already: no template goes around
-        them. It takes most of the first rows: one that merely talks of such a token is refused."""
+    def decide_pairs(self, examples: Sequence[Example]) -> None:
+        """Decide by the first raw pairs whether pairs are rendered already.
+
+        They are if most prompts begin with special tokens; then no template is applied.
+        """
         raw = [example for example in examples if isinstance(example, Pair) and example.raw]
         if raw and self.raw_pairs is None:
-            opened = sum(pair.prompt.lstrip().startswith(self._openers) for pair in raw)
-            self.raw_pairs = opened > len(raw) / 2
+            rendered = sum(pair.prompt.lstrip().startswith(self._special) for pair in raw)
+            self.raw_pairs = rendered > len(raw) / 2
 
-    def _conversation(self, example: Example) -> Conversation:
-        if isinstance(example, Pair):
-            return example.as_conversation()
-        assert isinstance(example, Conversation)
-        return example
-
-    def _job(self, example: Example) -> _Job | Encoded | Fault | None:
-        """What is known without the chat template; None for what goes through it."""
+    def _without_template(self, example: Example) -> _Text | Encoded | Fault | None:
+        """An example that needs no chat template; None if it needs one."""
         if isinstance(example, Tokens):
             return self._checked(example)
         if isinstance(example, Text):
-            return _Job(example.text, [(0, len(example.text))], bare=True)
+            return _Text(example.text, [(0, len(example.text))], is_bare=True)
         if isinstance(example, Pair) and not self.pairs_are_chats:
             text = example.bare + example.completion
-            return _Job(text, [(0 if self._all else len(example.bare), len(text))], bare=True)
+            return _Text(text, [(0 if self._all else len(example.bare), len(text))], is_bare=True)
         if self._template is None:
             return Fault(
                 "DATA-244",
@@ -115,41 +118,41 @@ class Encoder:
             )
         return None
 
-    def _shown(self, shown: Rendered | Fault) -> _Job | Fault:
-        if isinstance(shown, Fault):
-            return shown
-        spans = [(0, len(shown.text))] if self._all else shown.spans
-        return _Job(shown.text, spans, bare=False)
+    def _from_template(self, rendered: Rendered | Fault) -> _Text | Fault:
+        if isinstance(rendered, Fault):
+            return rendered
+        spans = [(0, len(rendered.text))] if self._all else rendered.spans
+        return _Text(rendered.text, spans, is_bare=False)
 
     def _checked(self, tokens: Tokens) -> Encoded | Fault:
-        least, worst = min(tokens.input_ids), max(tokens.input_ids)
-        if worst >= self._size or least < 0:
-            worst = least if least < 0 else worst
-            what = f"input_ids holds {worst}, but the tokenizer has {self._size} tokens"
+        lowest, highest = min(tokens.input_ids), max(tokens.input_ids)
+        if highest >= self._size or lowest < 0:
+            unknown = lowest if lowest < 0 else highest
+            what = f"input_ids holds {unknown}, but the tokenizer has {self._size} tokens"
             change = "tokenise with the base model's own tokenizer, or give the text"
             return Fault("DATA-247", what, change)
         trained = [0, len(tokens.input_ids)] if self._all else list(tokens.trained)
         return Encoded(tokens.input_ids, trained)
 
-    def _encoded(self, job: _Job, encoding: Any) -> Encoded:
+    def _encoded(self, text: _Text, encoding: Any) -> Encoded:
         ids: list[int] = encoding.ids
         trained: list[int] = []
-        for start, end in job.spans:
+        for start, end in text.spans:
             first, last = self._token_range(encoding, ids, start, end)
             if first < last:
                 if trained and trained[-1] >= first:
                     trained[-1] = last
                 else:
                     trained += (first, last)
-        if not job.bare:
+        if not text.is_bare:
             return Encoded(ids, trained)
-        before = [] if ids[: len(self._before)] == self._before else self._before
-        after = [] if ids[-1:] == self._after else self._after
-        shift = len(before)
+        prefix = [] if ids[: len(self._prefix)] == self._prefix else self._prefix
+        suffix = [] if ids[-1:] == self._suffix else self._suffix
+        shift = len(prefix)
         trained = [position + shift for position in trained]
         if trained and trained[-1] == shift + len(ids):
-            trained[-1] += len(after)
-        return Encoded(before + ids + after, trained)
+            trained[-1] += len(suffix)
+        return Encoded(prefix + ids + suffix, trained)
 
     def _token_range(self, encoding: Any, ids: list[int], start: int, end: int) -> tuple[int, int]:
         """The tokens that hold characters of [start, end)."""

@@ -1,19 +1,20 @@
-"""Rows of JSON files: one object a line, an array, or an array wrapped in an object."""
+"""Rows of JSON files: one object per line, an array, or an array wrapped in an object."""
 
 from __future__ import annotations
 
 import codecs
 import json
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 from tuning.data import sniff
 from tuning.data.formats import quoted, type_name
 from tuning.data.source import (
+    BATCH_ROWS,
     MAX_LINE,
-    ROWS,
     Batch,
-    Gathered,
+    BatchBuilder,
     Source,
     lines,
     raw_bytes,
@@ -25,34 +26,34 @@ _SPLITS = ("validation", "valid", "val", "test", "eval", "dev")
 
 
 class _NotJson(ValueError):
-    """Valid to Python's parser, but no JSON that we take: `args` are code, what, change."""
+    """JSON that Python's parser accepts and we reject: `args` are code, what, change."""
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise _NotJson("DATA-208", f"the key {quoted(twice)} stands twice", "keep one of the two")
-    return made
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        duplicate = next(key for key, count in counts.items() if count > 1)
+        raise _NotJson("DATA-208", f"the key {quoted(duplicate)} appears twice", "keep one")
+    return value
 
 
 def _constant(name: str) -> Any:
-    raise _NotJson("DATA-206", f"{name} is no JSON value", "write null, or a number")
+    raise _NotJson("DATA-206", f"{name} is not a JSON value", "write null, or a number")
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_constant)
 
 
 def _parse(line: str) -> dict[str, Any]:
-    """The object that `line` holds. Raises ValueError, of which _NotJson says more."""
+    """The object in `line`. Raises ValueError, or its subclass _NotJson."""
     try:
         value = _DECODER.decode(line)
     except RecursionError:
         raise _too_deep() from None
     if not isinstance(value, dict):
         what = f"is {type_name(value)}, not an object"
-        raise _NotJson("DATA-209", what, 'write one object a row: {"messages": [...]}')
+        raise _NotJson("DATA-209", what, 'write one object per row: {"messages": [...]}')
     if line.count("[") + line.count("{") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
         raise _too_deep()
     return value
@@ -84,7 +85,7 @@ def _decoded(lines: list[bytes]) -> list[str] | None:
 
 
 def one_a_line(source: Source) -> Iterator[Batch]:
-    """The rows of a file with one object a line."""
+    """The rows of a file with one object per line."""
     number, offset = source.part.before, source.part.begin
     for raw, unended in lines(raw_bytes(source)):
         if offset == 0 and raw[0].startswith(codecs.BOM_UTF8):
@@ -102,7 +103,7 @@ def one_a_line(source: Source) -> Iterator[Batch]:
                         raise _NotJson(
                             "DATA-211",
                             f"is longer than {MAX_LINE >> 20} MiB",
-                            "split the row, or check that the file has one row a line",
+                            "split the row, or check that the file has one row per line",
                         )
                     rows.append(_parse(text))
                     places.append(number)
@@ -111,8 +112,9 @@ def one_a_line(source: Source) -> Iterator[Batch]:
                 place = f"line {number} (byte {offset})"
                 source.bad(place, *_json_problem(error, cut=cut))
             offset += len(line) + 1
-        for start in range(0, len(rows), ROWS):
-            yield Batch("line", places[start : start + ROWS], rows[start : start + ROWS])
+        for start in range(0, len(rows), BATCH_ROWS):
+            end = start + BATCH_ROWS
+            yield Batch("line", places[start:end], rows[start:end])
 
 
 def _json_problem(error: ValueError, *, cut: bool) -> tuple[str, str, str]:
@@ -132,13 +134,13 @@ def _json_problem(error: ValueError, *, cut: bool) -> tuple[str, str, str]:
     return "DATA-202", f"is not JSON: {quoted(str(error))}", "repair the line"
 
 
-def _twice(one: str, other: str) -> _NotJson:
+def _two_row_keys(one: str, other: str) -> _NotJson:
     what = f'holds rows under two keys, "{one}" and "{other}"'
     return _NotJson("DATA-249", what, "write the rows to train on into a file of their own")
 
 
 class _Scanner:
-    """Reads one JSON value after the other from a text that arrives in pieces."""
+    """Parses consecutive JSON values from a text that arrives in pieces."""
 
     def __init__(self, pieces: Iterator[bytes]) -> None:
         self._pieces = pieces
@@ -148,8 +150,8 @@ class _Scanner:
         self.ended = False
 
     @property
-    def passed(self) -> int:
-        """How many characters have been read."""
+    def position(self) -> int:
+        """How many characters have been parsed."""
         return self._before + self._at
 
     def _more(self) -> None:
@@ -161,7 +163,7 @@ class _Scanner:
         self._at = 0
 
     def peek(self) -> str:
-        """The next character that is no white space; "" at the end."""
+        """The next character that is not white space; "" at the end."""
         while True:
             while self._at < len(self._text):
                 if not self._text[self._at].isspace():
@@ -171,11 +173,11 @@ class _Scanner:
                 return ""
             self._more()
 
-    def skip(self, wanted: str) -> bool:
-        """Whether the next character is `wanted`, which is then passed."""
-        found = self.peek() == wanted
-        self._at += found
-        return found
+    def skip(self, character: str) -> bool:
+        """Skip `character` if it is the next one; returns whether it was."""
+        is_next = self.peek() == character
+        self._at += is_next
+        return is_next
 
     def value(self) -> Any:
         """The next value. Raises ValueError."""
@@ -199,27 +201,27 @@ class _Scanner:
 
 
 def values(source: Source) -> Iterator[Batch]:
-    """The rows of an array, of an array inside an object, or of objects one after the other."""
+    """The rows of an array, of an array inside an object, or of consecutive objects."""
     scanner = _Scanner(text_bytes(source))
-    gathered = Gathered("row")
+    builder = BatchBuilder("row")
     number, before = 0, 0
     try:
         for value in _elements(scanner):
             number += 1
-            size, before = scanner.passed - before, scanner.passed
+            size, before = scanner.position - before, scanner.position
             if isinstance(value, dict) and _depth(value) <= MAX_DEPTH:
-                yield from gathered.add(number, value, size)
+                yield from builder.add(number, value, size)
             elif isinstance(value, dict):
                 source.bad(f"row {number}", *_too_deep().args)
             else:
                 what = f"is {type_name(value)}, not an object"
-                source.bad(f"row {number}", "DATA-209", what, "write one object a row")
+                source.bad(f"row {number}", "DATA-209", what, "write one object per row")
     except UnicodeDecodeError as error:
         what = f"near it a byte (0x{error.object[error.start]:02x}) is not UTF-8"
         source.bad(f"row {number + 1}", "DATA-205", what, "save the file as UTF-8")
     except ValueError as error:
         source.bad(f"row {number + 1}", *_json_problem(error, cut=scanner.ended))
-    yield from gathered.rest()
+    yield from builder.rest()
 
 
 def _elements(scanner: _Scanner) -> Iterator[Any]:
@@ -245,29 +247,29 @@ def _array(scanner: _Scanner) -> Iterator[Any]:
 
 
 def _wrapped(scanner: _Scanner) -> Iterator[Any]:
-    """The rows of `{"data": [...]}`; an object that wraps none is a row itself."""
+    """The rows of `{"data": [...]}`; any other object is a row itself."""
     scanner.skip("{")
     rest: list[tuple[str, Any]] = []
-    found = ""
+    rows_key = ""
     while not scanner.skip("}"):
         key = scanner.value()
         if not isinstance(key, str) or not scanner.skip(":"):
             raise _NotJson("DATA-202", "is not an object: a key is missing", "repair it")
         if key in sniff.WRAPPERS and scanner.skip("["):
-            if found:
-                raise _twice(found, key)
-            found = key
+            if rows_key:
+                raise _two_row_keys(rows_key, key)
+            rows_key = key
             yield from _array(scanner)
         else:
             value = scanner.value()
             rest.append((key, value))
-        if found and (also := next((k for k, v in rest if k in _SPLITS and v), None)):
-            raise _twice(found, also)
+        if rows_key and (other := next((k for k, v in rest if k in _SPLITS and v), None)):
+            raise _two_row_keys(rows_key, other)
         if not scanner.skip(",") and scanner.peek() != "}":
             if not scanner.peek():
                 raise _NotJson("DATA-203", "the file ends in the middle", "download it again")
             raise _NotJson("DATA-202", "is not an object: a comma is missing", "repair it")
-    if not found:
+    if not rows_key:
         yield _unique(rest)
-        while scanner.peek() == "{":  # objects over several lines each
+        while scanner.peek() == "{":  # pretty-printed objects
             yield scanner.value()

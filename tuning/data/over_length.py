@@ -1,13 +1,11 @@
-"""What becomes of a row that is longer than max_length.
+"""Policies for rows longer than max_length.
 
-    split      into equal parts; no token is lost (running text)
-    truncate   the answer is kept: first by leaving out whole turns at the end, else by cutting the
-               prompt from the left, and only an answer that is too long by itself loses its end
-    drop       left out
-    refuse     an error
-    auto       split where every token is trained, truncate elsewhere
-
-Whatever happens is counted.
+split      into equal parts; no token is lost (running text)
+truncate   keeps answers: drops whole turns at the end, else cuts the prompt from the left; only
+           an answer that is too long by itself loses its end
+drop       leaves the row out
+refuse     raises an error
+auto       split where every token is trained, truncate elsewhere
 """
 
 from __future__ import annotations
@@ -15,18 +13,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import Literal
 
 Policy = Literal["auto", "split", "truncate", "drop", "refuse"]
-POLICIES: tuple[str, ...] = get_args(Policy)
 
 
 @dataclass(frozen=True)
 class Piece:
-    """The tokens [start, end) of a row, behind its first `lead` tokens.
+    """The tokens [start, end) of a row, after its first `lead` tokens.
 
     Trained ranges that begin before `start` are clipped in a split text, and not trained at all in
-    a cut conversation: half an answer without its question teaches nothing.
+    a truncated conversation: half an answer without its question teaches nothing.
     """
 
     row: int
@@ -41,7 +38,7 @@ def pieces(
 ) -> list[Piece]:
     """The pieces of a row of `length` > `max_length` tokens; none if it is dropped.
 
-    `trained` holds flat [start, end) pairs; the first `lead` tokens open every sequence (BOS).
+    `trained` holds flat [start, end) pairs; the first `lead` tokens begin every sequence (BOS).
     """
     whole = list(trained) == [0, length]
     if policy == "drop":
@@ -62,22 +59,22 @@ def _truncate(row: int, trained: Sequence[int], max_length: int, lead: int) -> P
     if whole_turns:
         return Piece(row, 0, whole_turns[-1])
     start, end = trained[-2:]
-    room = max_length - lead
+    capacity = max_length - lead
     prompt = min(start, max_length // 4)
-    if end - start + prompt <= room:
-        return Piece(row, end - room, end, lead, clip=False)
+    if end - start + prompt <= capacity:
+        return Piece(row, end - capacity, end, lead, clip=False)
     first = start - prompt
     if first <= lead:
         return Piece(row, 0, max_length)
-    return Piece(row, first, first + room, lead, clip=False)
+    return Piece(row, first, first + capacity, lead, clip=False)
 
 
 def losses(piece: Piece, trained: Sequence[int]) -> tuple[int, int]:
     """How many trained ranges of a row a single `piece` leaves out, and how many it shortens."""
-    lost = cut = 0
+    lost = shortened = 0
     for start, end in zip(trained[::2], trained[1::2], strict=True):
-        before = start < piece.start and not piece.clip
-        gone = before or start >= piece.end or end <= piece.start
-        lost += gone
-        cut += not gone and (end > piece.end or start < piece.start)
-    return lost, cut
+        unclipped = start < piece.start and not piece.clip
+        is_lost = unclipped or start >= piece.end or end <= piece.start
+        lost += is_lost
+        shortened += not is_lost and (end > piece.end or start < piece.start)
+    return lost, shortened

@@ -1,8 +1,8 @@
-"""Parts of files, read side by side by processes of their own; the rows come out in order.
+"""Encodes parts of files in parallel processes; rows keep their order.
 
 Each process is `python -m tuning.process data REQUEST` with the step "part". It writes the rows of
-each of its parts to an Arrow file; here they are put one behind the other. Nothing of the result
-depends on how many processes there were.
+each of its parts to an Arrow file; the parent concatenates them. The result does not depend on the
+number of processes.
 """
 
 from __future__ import annotations
@@ -17,50 +17,62 @@ import pyarrow as pa
 import pyarrow.ipc
 
 from tuning import process
-from tuning.data import meter as meters
+from tuning.data import read_progress
+from tuning.data.file_encoder import FileEncoder, Input, KnownShape, from_request, open_writer
 from tuning.data.formats import Shape
-from tuning.data.meter import Meter
 from tuning.data.parts import Part
-from tuning.data.reader import Input, Known, Reader, reader_of, writing
-from tuning.data.sniff import Kind
-from tuning.data.tally import Tally
+from tuning.data.problems import Problems
+from tuning.data.read_progress import ReadProgress
+from tuning.data.sniff import FileType
+from tuning.data.statistics import Statistics
 from tuning.errors import Problem, TuningError
 from tuning.threads import side_by_side
 
-Work = tuple[Input, Part]
+InputPart = tuple[Input, Part]
 
 
-def read(
+def encode(
     request: dict[str, Any],
-    work: Sequence[Work],
-    known: dict[int, Known],
+    parts: Sequence[InputPart],
+    shapes: dict[int, KnownShape],
     *,
-    reader: Reader,
+    file_encoder: FileEncoder,
     writer: Any,
-    meter: Meter,
+    progress: ReadProgress,
     processes: int,
-) -> dict[int, Tally]:
-    """Read `work` by `processes` processes; give the tally of each file, by its number.
+) -> dict[int, Statistics]:
+    """Encode `parts` in child processes; returns the statistics of each file by its number.
 
-    Rows go to `writer`, counts and problems to `reader`. Raises DataError for what ends it early.
+    Rows go to `writer`, statistics and problems to `file_encoder`. `shapes` holds the shape of each
+    file by its number. Raises DataError if a child does.
     """
-    stop = threading.Event()  # one that fails ends the others
+    scratch = file_encoder.scratch
+    stop = threading.Event()  # set by the first child that fails
 
     def job(number: int) -> Callable[[], dict[str, Any]]:
-        numbers = range(number, len(work), processes)
-        asked = _request(request, number, [(n, *work[n]) for n in numbers], known, reader)
-        tick = _told(meter, reader.scratch, processes) if number == 0 else lambda: None
+        part_request = {
+            "step": "part",
+            "base": request["base"],
+            "settings": request["settings"],
+            "scratch": str(scratch),
+            "progress": str(scratch / f"{number}.progress"),
+            "raw_pairs": file_encoder.encoder.raw_pairs,
+            "parts": [
+                _describe(n, *parts[n], shapes) for n in range(number, len(parts), processes)
+            ],
+        }
+        tick = _sum_progress(progress, scratch, processes) if number == 0 else lambda: None
 
         def run() -> dict[str, Any]:
             try:
                 return process.run(
                     "data",
-                    reader.scratch / f"{number}.json",
-                    asked,
-                    log=reader.scratch / f"{number}.log",
+                    scratch / f"{number}.json",
+                    part_request,
+                    log=scratch / f"{number}.log",
                     stop_asked=stop.is_set,
                     tick=tick,
-                    environment={"TOKENIZERS_PARALLELISM": "false"},  # the processes are that
+                    environment={"TOKENIZERS_PARALLELISM": "false"},  # the processes are parallel
                 )
             except BaseException:
                 stop.set()
@@ -68,110 +80,93 @@ def read(
 
         return run
 
-    done = side_by_side([job(number) for number in range(processes)], at_once=processes)
-    errors = [outcome for outcome in done if isinstance(outcome, BaseException)]
+    outcomes = side_by_side([job(number) for number in range(processes)], at_once=processes)
+    errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
     if errors:
         raise next((error for error in errors if isinstance(error, TuningError)), errors[0])
-    answers = {int(n): part for told in done for n, part in told["parts"].items()}  # type: ignore[index]
-    return _together(work, answers, reader, writer)
+    results = {int(n): part for outcome in outcomes for n, part in outcome["parts"].items()}  # type: ignore[index]
+    return _concatenate(parts, results, file_encoder, writer)
 
 
-def _told(meter: Meter, scratch: Path, processes: int) -> Callable[[], None]:
-    """A tick that adds up what all processes say of their progress."""
+def _sum_progress(progress: ReadProgress, scratch: Path, processes: int) -> Callable[[], None]:
+    """A tick that adds up the progress of all processes."""
     paths = [scratch / f"{number}.progress" for number in range(processes)]
 
     def tick() -> None:
-        meter.done = sum(said[0] for path in paths if (said := meters.read(path)))
-        meter.add(0)
+        progress.done = sum(read[0] for path in paths if (read := read_progress.read(path)))
+        progress.add(0)
 
     return tick
 
 
-def _together(
-    work: Sequence[Work], answers: dict[int, dict[str, Any]], reader: Reader, writer: Any
-) -> dict[int, Tally]:
-    """Put rows, counts and problems one behind the other."""
-    tallies: dict[int, Tally] = {}
+def _concatenate(
+    parts: Sequence[InputPart],
+    results: dict[int, dict[str, Any]],
+    file_encoder: FileEncoder,
+    writer: Any,
+) -> dict[int, Statistics]:
+    """Concatenate rows, statistics and problems in the order of parts."""
+    by_file: dict[int, Statistics] = {}
     problems: dict[int, int] = {}
-    for number, (input, _) in enumerate(work):
-        answer = answers[number]
-        tally = Tally.from_json(answer["tally"])
-        reader.tally.add(tally)
-        tallies.setdefault(input.number, Tally()).add(tally)
-        reader.problems.extend(Problem(*fields) for fields in answer["problems"])
-        problems[input.number] = problems.get(input.number, 0) + len(answer["problems"])
-        path = _rows(reader.scratch, number)
+    for number, (input, _) in enumerate(parts):
+        result = results[number]
+        statistics = Statistics.from_json(result["statistics"])
+        file_encoder.statistics.add(statistics)
+        by_file.setdefault(input.number, Statistics()).add(statistics)
+        file_encoder.problems.extend(Problem(*fields) for fields in result["problems"])
+        problems[input.number] = problems.get(input.number, 0) + len(result["problems"])
+        path = _rows_path(file_encoder.scratch, number)
         with pa.OSFile(str(path)) as file, pa.ipc.open_file(file) as rows:
             for batch in range(rows.num_record_batches):
                 writer.write_batch(rows.get_batch(batch))
         path.unlink()
-    for input in {input.number: input for input, _ in work}.values():
-        if not tallies[input.number].seen and not problems[input.number]:
-            reader.empty(input.shown)
-    return tallies
+    for input in {input.number: input for input, _ in parts}.values():
+        if not by_file[input.number].seen and not problems[input.number]:
+            file_encoder.add_empty(input.shown)
+    return by_file
 
 
-def _rows(scratch: Path, number: int) -> Path:
+def _rows_path(scratch: Path, number: int) -> Path:
     return scratch / f"{number:05}.arrow"
 
 
-def _request(
-    request: dict[str, Any],
-    number: int,
-    parts: Sequence[tuple[int, Input, Part]],
-    known: dict[int, Known],
-    reader: Reader,
+def _describe(
+    number: int, input: Input, part: Part, shapes: dict[int, KnownShape]
 ) -> dict[str, Any]:
-    """What the process `number` is asked: `parts`, each with its own number."""
-    return {
-        "step": "part",
-        "base": request["base"],
-        "settings": request["settings"],
-        "scratch": str(reader.scratch),
-        "progress": str(reader.scratch / f"{number}.progress"),
-        "raw_pairs": reader.encoder.raw_pairs,
-        "parts": [_describe(*part, known) for part in parts],
-    }
-
-
-def _describe(number: int, input: Input, part: Part, known: dict[int, Known]) -> dict[str, Any]:
-    shape = known[input.number].shape
+    known = shapes[input.number]
     return {
         "number": number,
-        "file": input.number,
-        "path": str(input.path),
-        "shown": input.shown,
-        "kind": asdict(input.kind),
+        "input": asdict(input) | {"path": str(input.path)},
         "part": asdict(part),
-        "shape": asdict(shape) | {"required": sorted(shape.required)},
-        "began": known[input.number].began,
+        "shape": asdict(known.shape) | {"required": sorted(known.shape.required)},
+        "place": known.place,
     }
 
 
-def work(request: dict[str, Any]) -> dict[str, Any]:
-    """The step "part": read the parts that `request` lists, each to a file of its own."""
+def run(request: dict[str, Any]) -> dict[str, Any]:
+    """The step "part": encode the parts that `request` lists, each to a file of its own."""
     scratch = Path(request["scratch"])
-    meter = Meter(Path(request["progress"]), 0)
-    reader, _ = reader_of(request, scratch=scratch, meter=meter)
-    reader.encoder.raw_pairs = request["raw_pairs"]
-    return {"parts": {str(part["number"]): _read_part(part, reader) for part in request["parts"]}}
+    progress = ReadProgress(Path(request["progress"]), 0)
+    file_encoder, _ = from_request(request, scratch=scratch, progress=progress)
+    file_encoder.encoder.raw_pairs = request["raw_pairs"]
+    parts = request["parts"]
+    return {"parts": {str(part["number"]): _encode_part(part, file_encoder) for part in parts}}
 
 
-def _read_part(asked: dict[str, Any], reader: Reader) -> dict[str, Any]:
-    kind, part = Kind(**asked["kind"]), Part(**asked["part"])
-    input = Input(asked["file"], Path(asked["path"]), asked["shown"], kind)
-    shape = asked["shape"]
+def _encode_part(description: dict[str, Any], shared: FileEncoder) -> dict[str, Any]:
+    file, part, shape = description["input"], Part(**description["part"]), description["shape"]
+    input = Input(**file | {"path": Path(file["path"]), "kind": FileType(**file["kind"])})
     columns = tuple((use, column) for use, column in shape["columns"])
-    known = Known(
+    known = KnownShape(
         Shape(shape["name"], columns, shape["reason"], frozenset(shape["required"])),
-        asked["began"],
+        description["place"],
     )
-    mine = Reader(
-        reader.encoder, reader.columns, type(reader.problems)(), reader.scratch, reader.tick
+    file_encoder = FileEncoder(
+        shared.encoder, shared.columns, Problems(), shared.scratch, shared.tick
     )
-    before = dict(reader.encoder.notes)
-    with writing(_rows(reader.scratch, asked["number"])) as writer:
-        tally, _ = mine.take(input, writer, part=part, known=known)
-    for text, count in reader.encoder.notes.items():
-        tally.notes[text] += count - before.get(text, 0)
-    return {"tally": tally.to_json(), "problems": mine.problems.to_json()}
+    notes_before = dict(shared.encoder.notes)
+    with open_writer(_rows_path(shared.scratch, description["number"])) as writer:
+        statistics, _ = file_encoder.encode(input, writer, part=part, known=known)
+    for text, count in shared.encoder.notes.items():
+        statistics.notes[text] += count - notes_before.get(text, 0)
+    return {"statistics": statistics.to_json(), "problems": file_encoder.problems.to_json()}

@@ -1,4 +1,4 @@
-"""Large files in parts, so that several processes can read one file side by side."""
+"""Splits large files into parts, so that several processes can read one file in parallel."""
 
 from __future__ import annotations
 
@@ -9,69 +9,64 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tuning.data.sniff import CHUNK, Kind
+from tuning.data.sniff import CHUNK, FileType
 
-PART = 16 << 20  # bytes; a part takes seconds, and starting a process takes one
+PART_BYTES = 16 << 20  # a part takes seconds to read, and a process one second to start
 
 
 @dataclass(frozen=True)
 class Part:
-    """A stretch of one file, or all of it."""
+    """A range of one file, or all of it."""
 
     begin: int = 0  # byte of a text file, row group of a parquet file
-    end: int | None = None  # one past the last, or None for the end of the file
-    before: int = 0  # lines or rows of the file that stand before it
-    size: int = 0  # bytes on the disk
-
-    @property
-    def opens(self) -> bool:
-        """Whether it holds the beginning of the file."""
-        return self.begin == 0
+    end: int | None = None  # exclusive; None for the end of the file
+    before: int = 0  # lines or rows of the file before it
+    size: int = 0  # bytes on disk
 
 
-def divide(path: Path, kind: Kind, *, about: int = PART) -> list[Part]:
-    """The file in parts of `about` so many bytes, where its format has places to cut at.
+def split(path: Path, kind: FileType, *, part_bytes: int = PART_BYTES) -> list[Part]:
+    """Parts of about `part_bytes`: whole lines of JSONL, whole row groups of parquet.
 
-    Lines are cut at line ends and parquet between row groups. All else is one part.
+    Every other file is one part.
     """
     size = path.stat().st_size
-    if size >= 2 * about and kind.compression is None:
+    if size >= 2 * part_bytes and kind.compression is None:
         if kind.format == "jsonl":
-            return list(_lines(path, size, about))
+            return list(_lines(path, size, part_bytes))
         if kind.format == "parquet":
-            return _row_groups(path, size, about)
+            return _row_groups(path, size, part_bytes)
     return [Part(size=size)]
 
 
-def _lines(path: Path, size: int, most: int) -> Iterator[Part]:
+def _lines(path: Path, size: int, part_bytes: int) -> Iterator[Part]:
     begin, before = 0, 0
     with path.open("rb") as file:
         while begin < size:
             lines = 0
-            while (left := begin + most - file.tell()) > 0:
-                piece = file.read(min(CHUNK, left))
+            while (remaining := begin + part_bytes - file.tell()) > 0:
+                piece = file.read(min(CHUNK, remaining))
                 if not piece:
                     break
                 lines += piece.count(b"\n")
-            rest = file.readline()  # to the end of the line that the cut fell into
+            rest = file.readline()  # up to the end of the line
             lines += rest.endswith(b"\n")
             end = file.tell()
             yield Part(begin, end, before, end - begin)
             begin, before = end, before + lines
 
 
-def _row_groups(path: Path, size: int, most: int) -> list[Part]:
+def _row_groups(path: Path, size: int, part_bytes: int) -> list[Part]:
     try:
-        found = pq.read_metadata(path)
+        metadata = pq.read_metadata(path)
     except (pa.ArrowException, OSError):
-        return [Part(size=size)]  # whoever reads it says what is wrong with it
+        return [Part(size=size)]  # reading it raises the error
     parts: list[Part] = []
     begin, before, rows, held = 0, 0, 0, 0
-    for number in range(found.num_row_groups):
-        group = found.row_group(number)
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
         rows += group.num_rows
         held += sum(group.column(n).total_compressed_size for n in range(group.num_columns))
-        if held >= most or number == found.num_row_groups - 1:
+        if held >= part_bytes or number == metadata.num_row_groups - 1:
             parts.append(Part(begin, number + 1, before, held))
             begin, before, rows, held = number + 1, before + rows, 0, 0
     return parts or [Part(size=size)]

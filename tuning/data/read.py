@@ -1,7 +1,8 @@
-"""Files -> batches of rows, each with its place, in memory that does not grow with the file."""
+"""Files -> batches of rows with their places, in memory independent of the size of the file."""
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -11,16 +12,16 @@ import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet as pq
 
-from tuning.data import json_rows, separated, sniff
+from tuning.data import csv_rows, json_rows, sniff
 from tuning.data.formats import KNOWN_COLUMNS, UNREAD, quoted
-from tuning.data.source import BYTES, ROWS, Batch, Source
+from tuning.data.source import BATCH_BYTES, BATCH_ROWS, Batch, Source
 from tuning.errors import DataError
 
 
 def batches(source: Source) -> Iterator[Batch]:
-    """The rows of `source`. A row that cannot be read is noted and left out.
+    """The rows of `source`. Adds a problem for each unreadable row, and for a file that is cut.
 
-    Raises DataError when there are too many problems; what ends a file early is noted as one.
+    Raises DataError if there are too many problems.
     """
     readers = {
         "parquet": _parquet,
@@ -28,19 +29,19 @@ def batches(source: Source) -> Iterator[Batch]:
         "arrow-stream": _arrow,
         "jsonl": json_rows.one_a_line,
         "json": json_rows.values,
-        "csv": separated.rows,
-        "tsv": separated.rows,
+        "csv": csv_rows.rows,
+        "tsv": csv_rows.rows,
     }
     try:
         yield from readers[source.kind.format](source)
     except DataError as error:
-        if len(error.problems) > 1:  # the collector has had enough
+        if len(error.problems) > 1:  # from the collector: too many
             raise
         source.problems.extend(error.problems)
 
 
 def _parquet(source: Source) -> Iterator[Batch]:
-    with _plain_file(source) as path:
+    with _uncompressed(source) as path:
         try:
             with pq.ParquetFile(path, pre_buffer=False) as file:
                 names = file.schema_arrow.names
@@ -49,13 +50,13 @@ def _parquet(source: Source) -> Iterator[Batch]:
                 end = file.num_row_groups if part.end is None else part.end
                 groups = list(range(part.begin, end))
                 rows = sum(file.metadata.row_group(n).num_rows for n in groups)
-                found = file.iter_batches(
+                tables = file.iter_batches(
                     batch_size=_rows_at_once(file, groups, used),
                     row_groups=groups,
                     columns=used,
                     use_threads=False,
                 )
-                for batch in _tables(found, names, before=part.before):
+                for batch in _batches(tables, names, before=part.before):
                     yield batch
                     source.tick(part.size * len(batch.rows) // rows)
         except (pa.ArrowException, OSError) as error:
@@ -63,57 +64,59 @@ def _parquet(source: Source) -> Iterator[Batch]:
 
 
 def _arrow(source: Source) -> Iterator[Batch]:
-    opened = pa.ipc.open_file if source.kind.format == "arrow" else pa.ipc.open_stream
-    with _plain_file(source) as path:
+    open_reader = pa.ipc.open_file if source.kind.format == "arrow" else pa.ipc.open_stream
+    with _uncompressed(source) as path:
         try:
-            with pa.memory_map(str(path)) as mapped, opened(mapped) as reader:
+            with pa.memory_map(str(path)) as mapped, open_reader(mapped) as reader:
                 if source.kind.format == "arrow":
-                    found = (reader.get_batch(i) for i in range(reader.num_record_batches))
+                    tables = (reader.get_batch(i) for i in range(reader.num_record_batches))
                 else:
-                    found = iter(reader)
+                    tables = iter(reader)
                 names = reader.schema.names
                 used = _used(names, source)
                 parts = (
-                    batch.select(used).slice(start, ROWS)
-                    for batch in found
-                    for start in range(0, batch.num_rows, ROWS)
+                    table.select(used).slice(start, BATCH_ROWS)
+                    for table in tables
+                    for start in range(0, table.num_rows, BATCH_ROWS)
                 )
-                yield from _tables(parts, names)
+                yield from _batches(parts, names)
                 source.tick(source.part.size)
         except (pa.ArrowException, OSError) as error:
             source.bad("", *_unreadable("arrow", error))
 
 
 def _unreadable(name: str, error: Exception) -> tuple[str, str, str]:
-    said = quoted(str(error).splitlines()[0] if str(error) else type(error).__name__)
-    what = f"is a {name} file that cannot be read, probably cut: {said}"
+    reason = quoted(str(error).splitlines()[0] if str(error) else type(error).__name__)
+    what = f"is a {name} file that cannot be read, probably cut: {reason}"
     return "DATA-237", what, "download or write it again"
 
 
 def _used(names: list[str], source: Source) -> list[str]:
-    """The columns that may matter: others can be large, or of types that Python has not."""
-    return [name for name in names if name in KNOWN_COLUMNS or name in source.wanted]
+    """The columns to read: others may be large, or of types that Python lacks."""
+    return [name for name in names if name in KNOWN_COLUMNS or name in source.columns]
 
 
-def _tables(
-    found: Iterable[pa.RecordBatch], names: list[str], *, before: int = 0
+def _batches(
+    tables: Iterable[pa.RecordBatch], names: list[str], *, before: int = 0
 ) -> Iterator[Batch]:
     number = before
-    for large in found:
-        for batch in _small(_spelled_out(large)):
-            places = list(range(number + 1, number + 1 + batch.num_rows))
-            number += batch.num_rows
-            here = batch.schema.names
-            unused = dict.fromkeys((name for name in names if name not in here), UNREAD)
-            rows = batch.to_pylist()
-            if filled := [field.name for field in batch.schema if _may_be_filled(field)]:
+    for table in tables:
+        for small in _halved(_without_dictionaries(table)):
+            places = list(range(number + 1, number + 1 + small.num_rows))
+            number += small.num_rows
+            read = small.schema.names
+            unread = dict.fromkeys((name for name in names if name not in read), UNREAD)
+            rows = small.to_pylist()
+            if tools := [field.name for field in small.schema if _holds_tools(field)]:
                 for row in rows:
-                    row |= {name: _unfilled(row[name], inside=name == "tools") for name in filled}
-            yield Batch("row", places, [row | unused for row in rows] if unused else rows)
+                    row |= {
+                        name: _without_nulls(row[name], inside=name == "tools") for name in tools
+                    }
+            yield Batch("row", places, [row | unread for row in rows] if unread else rows)
 
 
 def _rows_at_once(file: pq.ParquetFile, groups: list[int], used: list[str]) -> int:
-    """How many rows of a parquet file make a batch: ROWS, or fewer if they are long."""
+    """The number of rows of a parquet batch: BATCH_ROWS, or fewer if they are long."""
     size = rows = 0
     for number in groups:
         group = file.metadata.row_group(number)
@@ -124,11 +127,11 @@ def _rows_at_once(file: pq.ParquetFile, groups: list[int], used: list[str]) -> i
             for column in columns
             if column.path_in_schema.partition(".")[0] in used
         )
-    return max(1, min(ROWS, 4 * BYTES * rows // max(1, size)))
+    return max(1, min(BATCH_ROWS, 4 * BATCH_BYTES * rows // max(1, size)))
 
 
-def _spelled_out(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """`batch` without dictionaries, which count in whole for every part of it."""
+def _without_dictionaries(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """`batch` with decoded dictionaries, which would count fully in the size of every slice."""
     if not any(pa.types.is_dictionary(field.type) for field in batch.schema):
         return batch
     columns = [
@@ -138,58 +141,49 @@ def _spelled_out(batch: pa.RecordBatch) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
 
 
-def _small(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
-    """`batch` in halves of halves, until each is of bounded size or a single row."""
-    waiting = [batch]
-    while waiting:
-        part = waiting.pop()
-        if part.num_rows > 1 and part.nbytes > BYTES:
+def _halved(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
+    """`batch` in slices of at most BATCH_BYTES, or of a single row."""
+    stack = [batch]
+    while stack:
+        part = stack.pop()
+        if part.num_rows > 1 and part.nbytes > BATCH_BYTES:
             half = part.num_rows // 2
-            waiting += [part.slice(half), part.slice(0, half)]
+            stack += [part.slice(half), part.slice(0, half)]
         else:
             yield part
 
 
-def _may_be_filled(field: pa.Field) -> bool:
+def _holds_tools(field: pa.Field) -> bool:
     """Whether a column holds tools, or calls of them, as structs."""
     return pa.types.is_nested(field.type) and (field.name == "tools" or "_call" in str(field.type))
 
 
-def _unfilled(value: Any, *, inside: bool = False) -> Any:
-    """`value` without the nulls with which a table fills keys that a row never had.
+def _without_nulls(value: Any, *, inside: bool = False) -> Any:
+    """`value` without nulls `inside` of tools and calls.
 
-    A struct has the keys of all rows: two tools give each other their arguments. Only what is
-    `inside` tools and calls of them is a stranger's words; what a message lacks we know ourselves.
+    A struct has the keys of all rows: each tool gets the arguments of all others, as nulls.
     """
     if isinstance(value, list):
-        return [_unfilled(each, inside=inside) for each in value]
+        return [_without_nulls(each, inside=inside) for each in value]
     if not isinstance(value, dict):
         return value
+    calls = ("tool_calls", "function_call", "function")
     return {
-        key: _unfilled(each, inside=inside or key in ("tool_calls", "function_call", "function"))
+        key: _without_nulls(each, inside=inside or key in calls)
         for key, each in value.items()
         if not (inside and each is None)
     }
 
 
-class _plain_file:
-    """The file itself, or an uncompressed copy of it for the time of a `with`."""
-
-    def __init__(self, source: Source) -> None:
-        self._source = source
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
-
-    def __enter__(self) -> Path:
-        source = self._source
-        if source.kind.compression is None:
-            return source.path
-        self._folder = tempfile.TemporaryDirectory(dir=source.scratch, prefix=".plain-")
-        copy = Path(self._folder.name, "file")
+@contextlib.contextmanager
+def _uncompressed(source: Source) -> Iterator[Path]:
+    """The file itself, or a temporary uncompressed copy."""
+    if source.kind.compression is None:
+        yield source.path
+        return
+    with tempfile.TemporaryDirectory(dir=source.scratch, prefix=".plain-") as folder:
+        copy = Path(folder, "file")
         with copy.open("wb") as out:
             for piece in sniff.chunks(source.path, source.kind.compression, source.shown):
                 out.write(piece)
-        return copy
-
-    def __exit__(self, *_: object) -> None:
-        if self._folder:
-            self._folder.cleanup()
+        yield copy

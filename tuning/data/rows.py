@@ -1,7 +1,7 @@
-"""The tokenised rows, mapped into memory, and training rows gathered from them.
+"""The tokenised rows, memory-mapped, and training rows gathered from them.
 
-All of it is arithmetic on whole arrays: a training row is some hundred short documents from
-anywhere in the file, and a Python loop over them would take longer than tokenising did.
+All of it is vectorised: a training row may consist of a hundred short documents from anywhere in
+the file, and a Python loop over them would take longer than tokenising them.
 """
 
 from __future__ import annotations
@@ -28,47 +28,47 @@ Wide = np.ndarray[Any, np.dtype[np.int64]]
 
 @dataclass(frozen=True)
 class _Lists:
-    """A column of lists in a file of int32: for each record batch, where its parts begin."""
+    """A list column in a file of int32: where the buffers of each record batch begin."""
 
-    ends: Wide  # of the lists, in the values
+    ends: Wide  # offsets of the lists in the values
     values: Wide
 
     def find(self, file: Ints, batch: Wide, at: Wide) -> tuple[Wide, Wide]:
-        """Where the lists `at` of the batches `batch` begin in `file`, and how long they are."""
+        """Where the lists `at` of the batches `batch` begin in `file`, and their lengths."""
         first, last = file[self.ends[batch] + at], file[self.ends[batch] + at + 1]
         return self.values[batch] + first, (last - first).astype(np.int64)
 
 
 class Rows:
-    """The file `rows.arrow`, each row reachable by its number."""
+    """The file `rows.arrow`; rows are accessed by number."""
 
     def __init__(self, path: Path) -> None:
         with path.open("rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        whole = pa.py_buffer(self._map)
+        buffer = pa.py_buffer(self._map)
         self._file: Ints = np.frombuffer(self._map, dtype=np.int32, count=len(self._map) // 4)
-        reader = pa.ipc.open_file(pa.BufferReader(whole))
+        reader = pa.ipc.open_file(pa.BufferReader(buffer))
         batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
-        self._ids = _lists_of(batches, 0, whole.address)
-        self._marks = _lists_of(batches, 1, whole.address)
+        self._ids = _lists_of(batches, 0, buffer.address)
+        self._ranges = _lists_of(batches, 1, buffer.address)
         self._places = [(b.column(2).to_numpy(), b.column(3).to_numpy()) for b in batches]
         self._starts: Wide = np.cumsum([0, *(batch.num_rows for batch in batches)])
         lengths = [np.diff(batch.column(0).offsets.to_numpy()) for batch in batches]
         self.lengths: Ints = np.concatenate(lengths)
 
-    def forget(self) -> None:
-        """Give back the memory of the rows read so far; the file stays mapped."""
+    def release(self) -> None:
+        """Release the memory of the rows read so far; the file stays mapped."""
         self._map.madvise(mmap.MADV_DONTNEED)
 
     def get(self, row: int) -> tuple[Ints, Ints]:
         """Ids and flat trained ranges of one row."""
         batch, at = self._find(np.array([row]))
         (begin,), (length,) = self._ids.find(self._file, batch, at)
-        (first,), (count,) = self._marks.find(self._file, batch, at)
+        (first,), (count,) = self._ranges.find(self._file, batch, at)
         return self._file[begin : begin + length], self._file[first : first + count]
 
     def place(self, row: int) -> tuple[int, int]:
-        """The number of the file, and the line or row in it, that `row` came from."""
+        """The number of the source file of `row`, and the line or row in it."""
         (batch,), (at,) = self._find(np.array([row]))
         files, places = self._places[batch]
         return int(files[at]), int(places[at])
@@ -78,20 +78,20 @@ class Rows:
         return batch, rows - self._starts[batch]
 
     def gather(self, pieces: Any, counts: Wide) -> tuple[pa.RecordBatch, int]:
-        """Training rows as SCHEMA has them, of `counts` pieces each; and their trained tokens.
+        """Training rows (SCHEMA) of `counts` pieces each, and their number of trained tokens.
 
-        `pieces` is an array of PIECE. A piece's first token has no label, since nothing before it
-        predicts it.
+        `pieces` is an array of PIECE. The first token of a piece has no label, because no token
+        before it predicts it.
         """
         batch, at = self._find(pieces["row"].astype(np.int64))
         begin, _ = self._ids.find(self._file, batch, at)
         start, end = pieces["start"].astype(np.int64), pieces["end"].astype(np.int64)
         lead = pieces["lead"].astype(np.int64)
         sizes = lead + end - start
-        first = np.concatenate(([0], np.cumsum(sizes)[:-1]))  # of each piece, in what is gathered
+        first = np.concatenate(([0], np.cumsum(sizes)[:-1]))  # index of each piece's first token
         index = ramps(begin + start - lead, sizes)
-        led = lead > 0
-        index[first[led]] = begin[led]
+        has_lead = lead > 0
+        index[first[has_lead]] = begin[has_lead]
         ids = self._file[index]
         trained = np.zeros(len(ids), dtype=bool)
         trained[self._trained(pieces, batch, at, first - start + lead)] = True
@@ -107,14 +107,14 @@ class Rows:
         return pa.record_batch(columns, schema=SCHEMA), int(trained.sum())
 
     def _trained(self, pieces: Any, batch: Wide, at: Wide, shift: Wide) -> Wide:
-        """Which gathered tokens lie in a trained range; `shift` is what a piece moved by.
+        """The indices of gathered tokens in trained ranges; `shift` is the offset of each piece.
 
-        A range that begins before its piece is clipped where the piece says so, else left out.
+        A range that begins before its piece is clipped if the piece says so, else left out.
         """
-        first, count = self._marks.find(self._file, batch, at)
-        marks = self._file[ramps(first, count)].astype(np.int64)
+        first, count = self._ranges.find(self._file, batch, at)
+        bounds = self._file[ramps(first, count)].astype(np.int64)
         piece = np.repeat(np.arange(len(pieces)), count // 2)
-        begins, ends = marks[::2], marks[1::2]
+        begins, ends = bounds[::2], bounds[1::2]
         low, high = pieces["start"][piece], pieces["end"][piece]
         kept = (begins >= low) | pieces["clip"][piece]
         begins, ends = np.maximum(begins, low), np.minimum(ends, high)
@@ -123,7 +123,7 @@ class Rows:
 
 
 def _lists_of(batches: list[pa.RecordBatch], column: int, base: int) -> _Lists:
-    """Where the lists of `column` are, in int32 from the address `base`."""
+    """Where the lists of `column` are, counted in int32 from the address `base`."""
     ends, values = [], []
     for batch in batches:
         _, offsets, *_ = batch.column(column).buffers()
@@ -134,11 +134,11 @@ def _lists_of(batches: list[pa.RecordBatch], column: int, base: int) -> _Lists:
 
 
 def ramps(starts: Wide, sizes: Wide) -> Wide:
-    """start, start + 1, ... for each start, as many as its size says, one behind the other."""
+    """The ranges [start, start + size), concatenated."""
     ends = np.cumsum(sizes)
     total = int(ends[-1]) if len(ends) else 0
-    made: Wide = np.arange(total) + np.repeat(starts - (ends - sizes), sizes)
-    return made
+    ranges: Wide = np.arange(total) + np.repeat(starts - (ends - sizes), sizes)
+    return ranges
 
 
 def lists(values: Ints, ends: Any) -> pa.ListArray:

@@ -1,8 +1,8 @@
-"""What a file is, decided by its content; its name only settles what content leaves open.
+"""Detects the type of a file by its content; the name only decides ambiguous cases.
 
-Server names are not trusted and URLs often name nothing, so the first bytes decide. Where a name
-(or DatasetConfig.dataset_extension) says one family of formats and the bytes say another, the file
-is refused: it is more often a wrong file than a wrong name.
+Servers' names are not trusted and URLs often have none, so the first bytes decide. If the name (or
+DatasetConfig.dataset_extension) and the bytes are of different families of formats, the file is
+refused: a wrong file is more likely than a wrong name.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ Compression = Literal["gzip", "zstd"]
 
 HEAD = 1 << 16
 CHUNK = 1 << 20
-# A text that shrinks more than this is no training data but a bomb; small files may do so.
+# Text that compresses better is a decompression bomb, unless it is small.
 MAX_RATIO, FREE_BYTES = 200, 64 << 20
 
-WRAPPERS = ("data", "rows", "train", "items", "records")  # keys under which an object has rows
+WRAPPERS = ("data", "rows", "train", "items", "records")  # keys of an object that hold its rows
 _BINARY = {"parquet": "parquet", "pq": "parquet", "arrow": "arrow", "feather": "arrow"}
 _TEXTUAL = {"json", "jsonl", "ndjson", "csv", "tsv", "txt"}
-_FOREIGN = (  # magic, offset, name: formats that people hand over by mistake
+_FOREIGN = (  # magic, offset, name: formats that users provide by mistake
     (b"PK\x03\x04", 0, "a zip archive"),
     (b"ustar", 257, "a tar archive"),
     (b"BZh", 0, "a bzip2 file"),
@@ -44,28 +44,29 @@ _FOREIGN = (  # magic, offset, name: formats that people hand over by mistake
     (b"\x93NUMPY", 0, "a NumPy array"),
 )
 _ARCHIVED = {"a zip archive", "a tar archive", "a 7-zip archive", "a rar archive"}
+_ARTICLE = {"parquet": "a parquet", "arrow": "an arrow"}
+_SUPPORTED = "give JSONL, JSON, CSV, TSV, parquet or arrow, plain or as gzip or zstd"
 
 
 @dataclass(frozen=True)
-class Kind:
+class FileType:
     """How to read one file."""
 
     format: Format
     compression: Compression | None = None
-    note: str = ""
 
 
 def compression_of(head: bytes) -> Compression | None:
-    """The compression that `head`, a file's first bytes, shows."""
+    """The compression of a file that begins with `head`."""
     if head[:2] == b"\x1f\x8b":
         return "gzip"
     return "zstd" if head[:4] == b"\x28\xb5\x2f\xfd" else None
 
 
-def sniff(path: Path, shown: str, extension: str | None) -> Kind:
-    """What the file at `path` is. `shown` is its name for people and for its extension.
+def sniff(path: Path, shown: str, extension: str | None) -> FileType:
+    """The type of the file at `path`. `shown` is its name in messages, and gives its extension.
 
-    `extension` (dataset_extension) replaces the name's own. Raises DataError for what is no data.
+    `extension` (dataset_extension) replaces the name's own. Raises DataError for other files.
     """
     with path.open("rb") as file:
         compression = compression_of(file.read(4))
@@ -75,30 +76,29 @@ def sniff(path: Path, shown: str, extension: str | None) -> Kind:
         if len(head) >= HEAD:
             break
     if not head:
-        raise _error("DATA-201", shown, "is empty", "give a file with rows")
-    named = _named(extension or shown)
-    return Kind(_format(head, named, shown), compression)
+        raise DataError.at("DATA-201", shown, "is empty", "give a file with rows")
+    return FileType(format_of(head, shown, extension), compression)
 
 
-def format_of(head: bytes, name: str) -> Format:
-    """The format that `head`, a file's first bytes in the clear, shows. Raises DataError."""
-    return _format(head, _named(name), name)
-
-
-def _named(name: str) -> str:
-    """The extension in `name`, without compression suffix, query or dot."""
+def _extension(name: str) -> str:
+    """The extension of `name`, without compression suffix, query or dot."""
     name = re.split(r"[?#]", name)[0].rstrip("/").rsplit("/", 1)[-1].lower()
     for suffix in (".gz", ".gzip", ".zst", ".zstd"):
         name = name.removesuffix(suffix)
     return name.rsplit(".", 1)[-1] if name else ""
 
 
-def _format(head: bytes, named: str, shown: str) -> Format:
+def format_of(head: bytes, shown: str, extension: str | None = None) -> Format:
+    """The format of a file whose uncompressed content begins with `head`. Raises DataError.
+
+    `shown` and `extension` as for `sniff`.
+    """
+    named = _extension(extension or shown)
     if head[:4] == b"PAR1":
-        _agree(named, "parquet", shown, "parquet")
+        _check_name(named, shown, "parquet")
         return "parquet"
     if head[:6] == b"ARROW1" or (head[:4] == b"\xff\xff\xff\xff" and b"\x10\0\0\0" in head[:16]):
-        _agree(named, "arrow", shown, "arrow")
+        _check_name(named, shown, "arrow")
         return "arrow" if head[:6] == b"ARROW1" else "arrow-stream"
     for magic, offset, name in _FOREIGN:
         if head[offset : offset + len(magic)] == magic:
@@ -106,62 +106,58 @@ def _format(head: bytes, named: str, shown: str) -> Format:
     _refuse_wrong_text(head, shown)
     if named in _BINARY:
         family = _BINARY[named]
-        what = f"is no {family} file: it begins with {_bytes(head)}"
+        what = f"is not {_ARTICLE[family]} file: it begins with {_bytes(head)}"
         change = (
             f"give the {family} file itself, or set DatasetConfig.dataset_extension to its format"
         )
-        raise _error("DATA-238", shown, what, change)
+        raise DataError.at("DATA-238", shown, what, change)
     return _text_format(head.removeprefix(b"\xef\xbb\xbf"), named, shown)
 
 
-def _agree(named: str, family: str, shown: str, actual: str) -> None:
+def _check_name(named: str, shown: str, family: str) -> None:
     if named in _TEXTUAL or (named in _BINARY and _BINARY[named] != family):
-        what = (
-            f"is named {named} but is an {actual} file"
-            if actual == "arrow"
-            else (f"is named {named} but is a {actual} file")
-        )
-        change = f"rename it, or set DatasetConfig.dataset_extension: {actual}"
-        raise _error("DATA-238", shown, what, change)
+        what = f"is named {named} but is {_ARTICLE[family]} file"
+        change = f"rename it, or set DatasetConfig.dataset_extension: {family}"
+        raise DataError.at("DATA-238", shown, what, change)
 
 
 def _foreign(name: str, shown: str) -> DataError:
     if name in ("a gzip file", "a zstd file"):
-        return _error("DATA-241", shown, "is compressed twice", "compress it once, or not at all")
-    what = f"is {name}"
+        change = "compress it once, or not at all"
+        return DataError.at("DATA-241", shown, "is compressed twice", change)
     if name in _ARCHIVED:
         change = "unpack it and give the data files in it, or use gzip or zstd on a single file"
     else:
-        change = "give JSONL, JSON, CSV, TSV, parquet or arrow, plain or as gzip or zstd"
-    return _error("DATA-241", shown, what, change)
+        change = _SUPPORTED
+    return DataError.at("DATA-241", shown, f"is {name}", change)
 
 
 def _refuse_wrong_text(head: bytes, shown: str) -> None:
     if head[:2] in (b"\xff\xfe", b"\xfe\xff") or head[:200].count(0) > len(head[:200]) // 4:
         what = "is UTF-16 or UTF-32 text" if head[:2] != b"\0\0" else "is binary data"
-        raise _error("DATA-204", shown, what, "save it as UTF-8")
+        raise DataError.at("DATA-204", shown, what, "save it as UTF-8")
     start = head.lstrip()[:200].lower()
     if start.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml", b"<error")):
         what = f"is a web page, not data: it begins with {_bytes(head.lstrip())}"
         change = "check the link: it may have expired or need a login"
-        raise _error("DATA-242", shown, what, change)
+        raise DataError.at("DATA-242", shown, what, change)
     if start.startswith(b"version https://git-lfs"):
         what = "is a pointer of Git LFS, not the data"
-        raise _error("DATA-248", shown, what, "fetch the file itself (git lfs pull)")
+        raise DataError.at("DATA-248", shown, what, "fetch the file itself (git lfs pull)")
 
 
 def _text_format(head: bytes, named: str, shown: str) -> Format:
     start = head.lstrip()
     if not start:
-        return "jsonl"  # blank so far: the reader counts the rows
+        return "jsonl"  # blank so far; reading it counts the rows
     first_line, _, rest = start.partition(b"\n")
     if start[:1] == b"[":
-        # one array, or a file of lines that are arrays, which the line reader refuses one by one
+        # one array, or lines that are arrays, which reading refuses one by one
         return "jsonl" if _is_json(first_line) and rest.strip() else "json"
     if start[:1] == b"{":
         if _is_json(first_line):
             return "json" if not rest.strip() and _wraps_rows(first_line) else "jsonl"
-        # an object over several lines, or a first line that is damaged or longer than the head
+        # an object over several lines, or a first line that is damaged or longer than `head`
         opens = re.match(rb'\{\s*(\r?\n|$)|\{\s*"(data|rows|train|items|records)"\s*:\s*\[', start)
         return "json" if opens or (named == "json" and not rest.strip()) else "jsonl"
     tabs, commas = first_line.count(b"\t"), first_line.count(b",")
@@ -170,14 +166,13 @@ def _text_format(head: bytes, named: str, shown: str) -> Format:
     others = [c for c in (b";", b"|") if first_line.count(c) > commas]
     if others:
         what = f"has columns separated by {others[0].decode()!r}"
-        raise _error("DATA-252", shown, what, "save it with commas (csv) or tabs (tsv)")
+        raise DataError.at("DATA-252", shown, what, "save it with commas (csv) or tabs (tsv)")
     if named == "csv" or commas:
         return "csv"
     if named in ("json", "jsonl", "ndjson"):
-        return "jsonl"  # its reader says what is wrong with which line
-    what = f"is in no format that is read: it begins with {_bytes(head)}"
-    change = "give JSONL, JSON, CSV, TSV, parquet or arrow, plain or as gzip or zstd"
-    raise _error("DATA-241", shown, what, change)
+        return "jsonl"  # reading it reports each wrong line
+    what = f"is in an unknown format: it begins with {_bytes(head)}"
+    raise DataError.at("DATA-241", shown, what, _SUPPORTED)
 
 
 def _is_json(line: bytes) -> bool:
@@ -189,18 +184,14 @@ def _is_json(line: bytes) -> bool:
 
 
 def _wraps_rows(line: bytes) -> bool:
+    """Whether a JSON object holds its rows under one of WRAPPERS."""
     value = json.loads(line)
-    return isinstance(value, dict) and wrapped_key(value) is not None
-
-
-def wrapped_key(value: dict[str, object]) -> str | None:
-    """The key under which `value` holds the rows, if it is an object that wraps them."""
     for key in WRAPPERS:
         rows = value.get(key)
-        good = isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
-        if good and (rows or len(value) == 1):
-            return key
-    return None
+        is_rows = isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
+        if is_rows and (rows or len(value) == 1):
+            return True
+    return False
 
 
 def chunks(path: Path, compression: Compression | None, shown: str) -> Iterator[bytes]:
@@ -210,14 +201,14 @@ def chunks(path: Path, compression: Compression | None, shown: str) -> Iterator[
             while piece := file.read(CHUNK):
                 yield piece
         return
-    made = 0
+    total = 0
     size = path.stat().st_size
-    inflate = _gunzip if compression == "gzip" else _unzstd
-    for piece in inflate(path, shown):
-        made += len(piece)
-        if made > FREE_BYTES and made > MAX_RATIO * size:
+    decompress = _gunzip if compression == "gzip" else _unzstd
+    for piece in decompress(path, shown):
+        total += len(piece)
+        if total > FREE_BYTES and total > MAX_RATIO * size:
             what = f"grows to more than {MAX_RATIO} times its size when decompressed"
-            raise _error("DATA-253", shown, what, "give the data uncompressed")
+            raise DataError.at("DATA-253", shown, what, "give the data uncompressed")
         yield piece
 
 
@@ -251,13 +242,13 @@ def _unzstd(path: Path, shown: str) -> Iterator[bytes]:
     frame = None
     with path.open("rb") as file:
         try:
-            # small bites: a bite of a bomb grows by up to 32768 times
-            while bite := file.read(2048):
-                while bite:
+            # small reads: a bomb grows by up to 32768 times
+            while chunk := file.read(2048):
+                while chunk:
                     if frame is None or frame.eof:
                         frame = zstandard.ZstdDecompressor().decompressobj()
-                    piece = frame.decompress(bite)
-                    bite = frame.unused_data if frame.eof else b""
+                    piece = frame.decompress(chunk)
+                    chunk = frame.unused_data if frame.eof else b""
                     if piece:
                         yield piece
         except zstandard.ZstdError as error:
@@ -268,18 +259,14 @@ def _unzstd(path: Path, shown: str) -> Iterator[bytes]:
 
 def _cut(name: str, shown: str) -> DataError:
     what = f"is a {name} file that ends too early"
-    return _error("DATA-203", shown, what, "download or compress it again")
+    return DataError.at("DATA-203", shown, what, "download or compress it again")
 
 
 def _damaged(name: str, shown: str) -> DataError:
     what = f"is a damaged {name} file"
-    return _error("DATA-243", shown, what, "download or compress it again")
+    return DataError.at("DATA-243", shown, what, "download or compress it again")
 
 
 def _bytes(head: bytes) -> str:
     text = head[:24].decode("utf-8", "replace")
     return '"' + "".join(c if c.isprintable() and c != "�" else "." for c in text) + '"'
-
-
-def _error(code: str, shown: str, what: str, change: str) -> DataError:
-    return DataError.at(code, shown, what, change)

@@ -1,4 +1,4 @@
-"""A file that is being read: its bytes, its lines, its rows in batches."""
+"""A file being read: its bytes, lines, and rows in batches."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from tuning.data import sniff
 from tuning.data.parts import Part
 from tuning.data.problems import Problems
 
-ROWS = 1000  # of a batch, and fewer where they are long:
-BYTES = 1 << 20  # tokenised, a byte of text takes some hundred
+BATCH_ROWS = 1000
+BATCH_BYTES = 1 << 20  # tokenised, a byte of text takes about a hundred bytes
 MAX_LINE = 10 << 20
 
 
@@ -28,24 +28,24 @@ class Batch:
 
 @dataclass(frozen=True)
 class Source:
-    """A file to read and where to note what is wrong with it."""
+    """A file to read, and the collector of its problems."""
 
     path: Path
     shown: str
-    kind: sniff.Kind
+    kind: sniff.FileType
     problems: Problems
-    scratch: Path  # a folder for what cannot be read as a stream
-    wanted: frozenset[str] = frozenset()  # columns the user named, beside the known ones
+    scratch: Path  # a folder for uncompressed copies
+    columns: frozenset[str] = frozenset()  # named by the user, in addition to the known ones
     part: Part = field(default_factory=Part)
-    tick: Callable[[int], None] = lambda size: None  # told the bytes read since the last time
+    tick: Callable[[int], None] = lambda size: None  # called with the bytes read since the last
 
     def bad(self, place: str, code: str, what: str, change: str) -> None:
-        """Note a problem at `place`, such as "line 7"."""
+        """Add a problem at `place`, such as "line 7"."""
         self.problems.add(code, f"{self.shown} {place}".rstrip(), what, change)
 
 
-class Gathered:
-    """Rows that come one by one, as batches of bounded size."""
+class BatchBuilder:
+    """Collects single rows into batches of bounded size."""
 
     def __init__(self, unit: str) -> None:
         self._unit, self._size = unit, 0
@@ -53,15 +53,15 @@ class Gathered:
         self._rows: list[dict[str, Any]] = []
 
     def add(self, place: int, row: dict[str, Any], size: int) -> Iterator[Batch]:
-        """Take a row of about `size` bytes; gives a batch when one is full."""
+        """Add a row of about `size` bytes; yields a batch when it is full."""
         self._places.append(place)
         self._rows.append(row)
         self._size += size
-        if len(self._rows) == ROWS or self._size >= BYTES:
+        if len(self._rows) == BATCH_ROWS or self._size >= BATCH_BYTES:
             yield from self.rest()
 
     def rest(self) -> Iterator[Batch]:
-        """What is not given yet."""
+        """Yields the last batch."""
         if self._rows:
             batch = Batch(self._unit, self._places, self._rows)
             self._places, self._rows, self._size = [], [], 0
@@ -69,9 +69,9 @@ class Gathered:
 
 
 def lines(pieces: Iterable[bytes]) -> Iterator[tuple[list[bytes], bool]]:
-    """Whole lines without their ends, in bundles, and whether the last of them had no end.
+    """Lists of complete lines without line ends, and whether the last line had no end.
 
-    A line longer than MAX_LINE comes as its first MAX_LINE + 1 bytes.
+    A line longer than MAX_LINE is cut to MAX_LINE + 1 bytes.
     """
     carry = b""
     skipping = False
@@ -82,8 +82,8 @@ def lines(pieces: Iterable[bytes]) -> Iterator[tuple[list[bytes], bool]]:
             if len(carry) > MAX_LINE:
                 carry, skipping = carry[: MAX_LINE + 1], True
         if newline:
-            *whole, last = rest.split(b"\n")
-            yield [carry, *whole], False
+            *complete, last = rest.split(b"\n")
+            yield [carry, *complete], False
             carry, skipping = last, False
     if carry:
         yield [carry], True
@@ -93,7 +93,7 @@ def text_bytes(source: Source) -> Iterator[bytes]:
     """The decompressed bytes of a text file, without a byte order mark."""
     pieces = raw_bytes(source)
     first = next(pieces, b"")
-    yield first.removeprefix(codecs.BOM_UTF8) if source.part.opens else first
+    yield first.removeprefix(codecs.BOM_UTF8) if source.part.begin == 0 else first
     yield from pieces
 
 
@@ -101,10 +101,10 @@ def raw_bytes(source: Source) -> Iterator[bytes]:
     """The decompressed bytes of a text file."""
     part = source.part
     if source.kind.compression:
-        shrink = 4  # a guess, for a bar; there is no knowing before the end
+        ratio = 4  # an estimate for the progress bar
         for piece in sniff.chunks(source.path, source.kind.compression, source.shown):
             yield piece
-            source.tick(len(piece) // shrink)
+            source.tick(len(piece) // ratio)
         return
     with source.path.open("rb") as file:
         file.seek(part.begin)

@@ -12,72 +12,92 @@ from pathlib import Path
 from typing import Any
 
 from tuning import files
-from tuning.data import parallel, sniff
+from tuning.data import parallel, parts, sniff
 from tuning.data.encode import Encoder
+from tuning.data.file_encoder import FileEncoder, Input, KnownShape, from_request, open_writer
 from tuning.data.formats import Shape
-from tuning.data.meter import Meter
-from tuning.data.parts import PART, divide
+from tuning.data.preview import preview_tokens
 from tuning.data.problems import Problems
-from tuning.data.reader import Input, Known, Reader, reader_of, writing
-from tuning.data.sample import spelled
-from tuning.data.tally import Tally
+from tuning.data.read_progress import ReadProgress
+from tuning.data.statistics import Statistics
 from tuning.errors import DataError
 
-MOST_PROCESSES = 16  # each takes some 150 MB
+MAX_PROCESSES = 16  # each takes some 150 MB
 
 
 def run(request: dict[str, Any]) -> dict[str, Any]:
-    """Carry out the request; see the package's docstring. Raises DataError or SpecError."""
+    """Run the request; see the package's docstring. Raises DataError or SpecError."""
     out = Path(request["out"])
     out.mkdir(parents=True, exist_ok=True)
     for name in ("rows.arrow", "preview.json", "tokenised.json"):
         (out / name).unlink(missing_ok=True)
-    for left in out.glob(".parts-*"):  # by a run that was killed
-        shutil.rmtree(left)
+    for leftover in out.glob(".parts-*"):  # of a killed run
+        shutil.rmtree(leftover)
     scratch = Path(tempfile.mkdtemp(prefix=".parts-", dir=out))
     try:
-        return _Step(request, out, scratch).run()
+        return _Tokenisation(request, out, scratch).run()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
 @dataclass(frozen=True)
-class _Read:
-    """One file, read."""
-
+class _EncodedFile:
     input: Input
-    tally: Tally
+    statistics: Statistics
     shape: Shape | None
 
+    def to_json(self) -> dict[str, Any]:
+        """For the result."""
+        return {
+            "shown": self.input.shown,
+            "format": self.input.kind.format,
+            "compression": self.input.kind.compression,
+            "rows": self.statistics.rows,
+            "shape": self.shape.name if self.shape else None,
+            "reason": self.shape.reason if self.shape else None,
+        }
 
-class _Step:
+
+class _Tokenisation:
     """One run of the step."""
 
     def __init__(self, request: dict[str, Any], out: Path, scratch: Path) -> None:
         self.request, self.out, self.scratch = request, out, scratch
         size = sum(Path(file["path"]).stat().st_size for file in request["files"])
-        self.meter = Meter(out / "progress", size)
-        self.reader, self.tokenizer = reader_of(request, scratch=scratch, meter=self.meter)
+        self.progress = ReadProgress(out / "progress", size)
+        self.file_encoder, self.tokenizer = from_request(
+            request, scratch=scratch, progress=self.progress
+        )
 
     def run(self) -> dict[str, Any]:
-        """Read everything, then answer."""
+        """Encode all files; returns the result."""
         inputs = self._inputs()
         rows = self.scratch / "rows.arrow"
-        with writing(rows) as writer:
-            read = self._read(inputs, writer)
-        self.reader.problems.raise_all()
-        if not self.reader.tally.rows:
-            raise self._nothing_trained()
+        with open_writer(rows) as writer:
+            encoded = self._encode(inputs, writer)
+        self.file_encoder.problems.raise_all()
+        statistics = self.file_encoder.statistics
+        if not statistics.rows:
+            raise DataError.at(
+                "DATA-230",
+                "data",
+                f"none of the {sum(statistics.dropped.values())} rows has a token to learn",
+                "check the labels, or the columns that hold the answers",
+            )
         files.sync_file(rows)
         rows.replace(self.out / "rows.arrow")
         files.sync_folder(self.out)
-        files.write_json(self.out / "preview.json", self._preview())
-        result = self._result(read)
+        preview = [
+            {"where": place, "tokens": preview_tokens(self.tokenizer, row)}
+            for place, row in statistics.samples
+        ]
+        files.write_json(self.out / "preview.json", preview)
+        result = self._result(encoded)
         files.write_json(self.out / "tokenised.json", result)
         return result
 
     def _inputs(self) -> list[Input]:
-        """The files, each recognised; what cannot be used is noted."""
+        """The files with their types; adds a problem for each that cannot be used."""
         inputs = []
         extension = self.request["settings"].get("dataset_extension")
         for number, file in enumerate(self.request["files"]):
@@ -85,100 +105,81 @@ class _Step:
             try:
                 inputs.append(Input(number, path, shown, sniff.sniff(path, shown, extension)))
             except DataError as error:
-                self.reader.problems.extend(error.problems)
+                self.file_encoder.problems.extend(error.problems)
         return inputs
 
-    def _read(self, inputs: Sequence[Input], writer: Any) -> list[_Read]:
-        about = self.request.get("part_bytes") or PART
-        work = [(i, part) for i in inputs for part in divide(i.path, i.kind, about=about)]
+    def _encode(self, inputs: Sequence[Input], writer: Any) -> list[_EncodedFile]:
+        part_bytes = self.request.get("part_bytes") or parts.PART_BYTES
+        input_parts = [
+            (input, part)
+            for input in inputs
+            for part in parts.split(input.path, input.kind, part_bytes=part_bytes)
+        ]
         processes = self.request.get("processes") or len(os.sched_getaffinity(0))
-        processes = min(processes, len(work), MOST_PROCESSES)
-        large = sum(part.size for _, part in work) >= 2 * about
-        known = self._look(inputs) if processes > 1 and large else None
-        if known is None:
-            return [_Read(input, *self.reader.take(input, writer)) for input in inputs]
-        tallies = parallel.read(
+        processes = min(processes, len(input_parts), MAX_PROCESSES)
+        is_large = sum(part.size for _, part in input_parts) >= 2 * part_bytes
+        shapes = self._detect_shapes(inputs) if processes > 1 and is_large else None
+        if shapes is None:
+            return [_EncodedFile(each, *self.file_encoder.encode(each, writer)) for each in inputs]
+        statistics = parallel.encode(
             self.request,
-            work,
-            known,
-            reader=self.reader,
+            input_parts,
+            shapes,
+            file_encoder=self.file_encoder,
             writer=writer,
-            meter=self.meter,
+            progress=self.progress,
             processes=processes,
         )
-        return [_Read(input, tallies[input.number], known[input.number].shape) for input in inputs]
-
-    def _look(self, inputs: Sequence[Input]) -> dict[int, Known] | None:
-        """What each file is, from its first rows, so that its parts can be read side by side.
-
-        None where one of them shows a problem at once: then all are read in order.
-        """
-        looking = Reader(self.reader.encoder, self.reader.columns, Problems(), self.scratch)
-        known: dict[int, Known] = {}
-        for input in inputs:
-            try:
-                batch = looking.first_batch(input)
-                shape = looking.judge(input.shown, batch) if batch else None
-            except DataError:
-                return None
-            if batch is None or shape is None or looking.first is None:
-                return None
-            looking.decide(input, shape, batch)
-            known[input.number] = Known(shape, looking.first.began)
-        self.reader.first = looking.first
-        return known
-
-    def _nothing_trained(self) -> DataError:
-        return DataError.at(
-            "DATA-230",
-            "data",
-            f"none of the {sum(self.reader.tally.dropped.values())} rows has a token to learn",
-            "check the labels, or the columns that hold the answers",
-        )
-
-    def _preview(self) -> list[dict[str, Any]]:
-        """The first rows, token by token, each token with whether it is trained."""
         return [
-            {"where": where, "tokens": spelled(self.tokenizer, encoded)}
-            for where, encoded in self.reader.tally.samples
+            _EncodedFile(each, statistics[each.number], shapes[each.number].shape)
+            for each in inputs
         ]
 
-    def _result(self, read: Sequence[_Read]) -> dict[str, Any]:
-        """The answer to the request."""
-        tally, first = self.reader.tally, self.reader.first
+    def _detect_shapes(self, inputs: Sequence[Input]) -> dict[int, KnownShape] | None:
+        """The shape of each file by its first row, so that its parts can be read in parallel.
+
+        None if a first row has a problem: then all files are read in order.
+        """
+        detector = FileEncoder(
+            self.file_encoder.encoder, self.file_encoder.columns, Problems(), self.scratch
+        )
+        shapes: dict[int, KnownShape] = {}
+        for input in inputs:
+            try:
+                batch = detector.first_batch(input)
+                shape = detector.detect_shape(input.shown, batch) if batch else None
+            except DataError:
+                return None
+            if batch is None or shape is None or detector.first is None:
+                return None
+            detector.decide_pairs(input, shape, batch)
+            shapes[input.number] = KnownShape(shape, detector.first.place)
+        self.file_encoder.first = detector.first
+        return shapes
+
+    def _result(self, encoded: Sequence[_EncodedFile]) -> dict[str, Any]:
+        statistics, first = self.file_encoder.statistics, self.file_encoder.first
         assert first is not None
-        noted = Counter(tally.notes)
-        noted.update(self.reader.encoder.notes)
-        notes = [f"{text} ({n} rows)" if n else text for text, n in sorted(noted.items())]
-        notes += [f"{n} rows left out: {why}" for why, n in sorted(tally.dropped.items())]
+        counted = Counter(statistics.notes)
+        counted.update(self.file_encoder.encoder.notes)
+        notes = [f"{text} ({n} rows)" if n else text for text, n in sorted(counted.items())]
+        notes += [f"{n} rows left out: {why}" for why, n in sorted(statistics.dropped.items())]
         rows_per_file: Counter[str] = Counter()
-        for file in read:
-            rows_per_file[file.input.shown] += file.tally.rows
+        for file in encoded:
+            rows_per_file[file.input.shown] += file.statistics.rows
         return {
-            "rows": tally.rows,
+            "rows": statistics.rows,
             "rows_per_file": dict(rows_per_file),
-            "files": [_file(file) for file in read],
+            "files": [file.to_json() for file in encoded],
             "shape": {"name": first.shape.name, "reason": first.shape.reason},
-            "rendering": _rendering(first.shape, self.reader.encoder),
-            "tokens": tally.tokens,
-            "trained_tokens": tally.trained,
-            "lengths": tally.spread(),
-            "dropped": dict(tally.dropped),
+            "rendering": _rendering(first.shape, self.file_encoder.encoder),
+            "tokens": statistics.tokens,
+            "trained_tokens": statistics.trained,
+            "lengths": statistics.length_distribution(),
+            "dropped": dict(statistics.dropped),
             "notes": notes,
             "bos": self.tokenizer.bos_token_id,
         }
-
-
-def _file(read: _Read) -> dict[str, Any]:
-    kind, shape = read.input.kind, read.shape
-    return {
-        "shown": read.input.shown,
-        "format": kind.format,
-        "compression": kind.compression,
-        "rows": read.tally.rows,
-        "shape": shape.name if shape else None,
-        "reason": shape.reason if shape else None,
-    }
 
 
 def _rendering(shape: Shape, encoder: Encoder) -> str:

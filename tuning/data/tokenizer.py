@@ -1,11 +1,11 @@
-"""The base model's tokenizer and chat template, loaded and looked over."""
+"""Loads and validates the base model's tokenizer and chat template."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from tuning.data.chat import Template
+from tuning.data.chat import ChatTemplate
 from tuning.errors import SpecError
 
 
@@ -25,12 +25,12 @@ def load_tokenizer(base: Path) -> Any:
             "take a base model with tokenizer.json",
         ) from error
     if not tokenizer.is_fast:
-        what = f"its tokenizer ({type(tokenizer).__name__}) tells no character offsets"
+        what = f"its tokenizer ({type(tokenizer).__name__}) has no character offsets"
         raise SpecError.at("DATA-246", "base model", what, "take one with tokenizer.json")
     return tokenizer
 
 
-def load_template(tokenizer: Any, text: str | None) -> Template | None:
+def load_template(tokenizer: Any, text: str | None) -> ChatTemplate | None:
     """The chat template: the user's `text`, or the tokenizer's own if it has one."""
     own = tokenizer.chat_template
     if isinstance(own, dict):
@@ -45,6 +45,6 @@ def load_template(tokenizer: Any, text: str | None) -> Template | None:
     except Exception as error:
         if type(error).__name__ == "TemplateSyntaxError":
             where = "ModelConfig.chat_template" if text else "the base model's chat template"
-            what = f"is no valid template: {error}"
+            what = f"is not a valid template: {error}"
             raise SpecError.at("DATA-245", where, what, "repair it") from error
-    return Template(tokenizer, source)
+    return ChatTemplate(tokenizer, source)

@@ -10,8 +10,8 @@ from pathlib import Path
 from tuning import plan
 from tuning.console import Console
 from tuning.data import formats
-from tuning.data.glance import Glance, glance, glance_at
-from tuning.data.problems import mixed
+from tuning.data.first_rows import FirstRows, check_file, check_head
+from tuning.data.problems import mixed_shapes
 from tuning.errors import DataError
 from tuning.oci import delivery, model_image
 from tuning.pipeline import sizing
@@ -66,7 +66,7 @@ def check(spec: Spec, options: Options, console: Console) -> Iterator[str]:
             local = fetch.fetch(spec.source, Path(), policy=options.policy)
             together(*(partial(first_rows_here, file) for file in local))
         odd = [
-            mixed(shown, shape, *shapes[0])
+            mixed_shapes(shown, shape, *shapes[0])
             for shown, shape in shapes[1:]
             if shape.name != shapes[0][1].name
         ]
@@ -79,14 +79,14 @@ def check(spec: Spec, options: Options, console: Console) -> Iterator[str]:
     def first_rows(shown: str, size: int | None, head: bytes) -> None:
         whole, extension = size == len(head), s.dataset_extension
         judged_rows(
-            shown, size, glance(head, shown, whole=whole, columns=columns, extension=extension)
+            shown, size, check_head(head, shown, whole=whole, columns=columns, extension=extension)
         )
 
     def first_rows_here(file: fetch.File) -> None:
-        found = glance_at(file.path, file.shown, columns=columns, extension=s.dataset_extension)
+        found = check_file(file.path, file.shown, columns=columns, extension=s.dataset_extension)
         judged_rows(file.shown, file.size, found)
 
-    def judged_rows(shown: str, size: int | None, what: Glance) -> None:
+    def judged_rows(shown: str, size: int | None, what: FirstRows) -> None:
         bytes_ = f"{size:,} bytes" if size is not None else "size unknown"
         good.append(f"data: {shown}, {bytes_}, {what}")
         if what.shape:

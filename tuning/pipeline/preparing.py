@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tuning import files, plan
 from tuning.console import Console
-from tuning.data import meter
+from tuning.data import read_progress
 from tuning.network import policy
 from tuning.oci import delivery, model_image
 from tuning.oci.delivery import Access
@@ -150,7 +150,7 @@ def tokenise(run: Run, data: list[Value], tokenizer: Path, model: base.Base) -> 
         with run.console.work("Reading and tokenising", unit="bytes") as report:
 
             def tick() -> None:
-                if (said := meter.read(out / "progress")) is not None:
+                if (said := read_progress.read(out / "progress")) is not None:
                     report(*said, "")
 
             return run.child("data", request, tick=tick) | {"key": key}

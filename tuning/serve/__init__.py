@@ -1,8 +1,8 @@
 """A base model and its adapters behind HTTP (`python -m tuning serve`, docs/serve.md).
 
-    server -> api -> talk -> service -> engine -> runner -> model with mixture, attention
-               |                |         |
-             guard            voice     sampling, text
+    server -> api -> completions -> service -> engine -> runner -> model with multi_lora, attention
+               |                      |          |
+           middleware             tokenizer   sampling, detokenizer
 
-`names`, `options`, `memory`, `text` and `schema` are plain values and need no torch.
+`adapter_specs`, `options`, `listening`, `rendering` and `schema` need no torch.
 """

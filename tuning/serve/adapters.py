@@ -1,7 +1,7 @@
-"""Which models a server offers: the base, each adapter by itself, all of them together.
+"""The models that a server offers: the base, each adapter by itself, all adapters combined.
 
-An adapter that cannot be had or does not fit is refused by name, with the reason, and the others
-are served. The model of all adapters together is not served then: it would be another one.
+An adapter that cannot be fetched or does not fit is rejected by name, with the reason, and the
+others are served. The combined model is not served then, because it would be a different model.
 """
 
 from __future__ import annotations
@@ -17,158 +17,154 @@ from tuning.console import Console
 from tuning.errors import Problem, SpecError, TuningError
 from tuning.oci import delivery
 from tuning.oci.delivery import Access
-from tuning.serve import mixture
-from tuning.serve.names import Wanted
+from tuning.serve import multi_lora
+from tuning.serve.adapter_specs import AdapterSpec
 
 Kind = Literal["base", "adapter", "combined"]
 
 
 @dataclass(frozen=True)
-class Ready:
-    """An adapter that is here and fits the base model as far as its config tells."""
+class ReadyAdapter:
+    """A fetched adapter whose config fits the base model."""
 
-    wanted: Wanted
-    found: adapters.Adapter
+    spec: AdapterSpec
+    adapter: adapters.Adapter
     digest: str  # sha256 of its weights file
-    template: str | None  # of its own
+    template: str | None  # its own chat template, if it differs from the base's
 
 
 @dataclass(frozen=True)
-class Refused:
-    """An adapter that is not served, and why."""
+class RejectedAdapter:
+    """An adapter that is not served, with the reasons."""
 
     name: str
     problems: tuple[Problem, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """For /readyz, which anybody may read: no places, only what is wrong."""
+        """For /readyz, which needs no key: the reason without paths."""
         first = self.problems[0]
         return {"name": self.name, "code": first.code, "reason": first.what}
 
 
 @dataclass(frozen=True)
-class Model:
-    """A name that requests can ask for."""
+class ServedModel:
+    """A model that requests can name."""
 
     name: str
     kind: Kind
-    weights: tuple[float, ...]  # of each loaded adapter
-    version: str  # which bytes answer: "base", or digests with strengths
+    weights: tuple[float, ...]  # one per loaded adapter
+    version: str  # "base", or the digests and strengths of its adapters
     template: str | None = None
 
 
 def fetch(
-    wanted: Sequence[Wanted],
+    specs: Sequence[AdapterSpec],
     *,
     config: dict[str, Any],
-    own_template: str | None,
-    distrust: Callable[[str], str | None],
+    base_template: str | None,
+    template_problem: Callable[[str], str | None],
     access: Access,
     console: Console,
-    held: ExitStack,
-) -> tuple[list[Ready], list[Refused]]:
-    """The adapters that fit the base whose config.json is `config`, and the others with reasons.
+    folders: ExitStack,
+) -> tuple[list[ReadyAdapter], list[RejectedAdapter]]:
+    """Fetch the adapters; returns those that fit the base's `config` (config.json), and the others.
 
-    Their folders are there until `held` is closed. `own_template` is the base's chat template;
-    `distrust` says why another is not used.
+    Closing `folders` removes their folders. `base_template` is the base's chat template;
+    `template_problem` says why another cannot be used.
     """
-    ready: list[Ready] = []
-    refused: list[Refused] = []
-    for one in wanted:
+    ready: list[ReadyAdapter] = []
+    rejected: list[RejectedAdapter] = []
+    for spec in specs:
         try:
-            at_hand = delivery.at_hand(one.source, access=access, console=console)
-            folder = held.enter_context(at_hand)
+            at_hand = delivery.at_hand(spec.source, access=access, console=console)
+            folder = folders.enter_context(at_hand)
             assert folder is not None
-            ready.append(_inspect(one, folder, config, own_template, distrust))
+            ready.append(_inspect(spec, folder, config, base_template, template_problem))
         except TuningError as error:
-            refused.append(_refuse(one, error, console))
+            rejected.append(_reject(spec, error, console))
         except OSError as error:
-            what, change = f"cannot be read ({error.strerror})", "look at its permissions"
+            what, change = f"cannot be read ({error.strerror})", "check its permissions"
             problem = SpecError.at("SERVE-121", str(error.filename or ""), what, change)
-            refused.append(_refuse(one, problem, console))
-    return ready, refused
+            rejected.append(_reject(spec, problem, console))
+    return ready, rejected
 
 
-def put(
-    ready: Sequence[Ready], *, model: Any, console: Console
-) -> tuple[mixture.Mixture, list[Ready], list[Refused]]:
-    """Put the adapters on the loaded base model; those that do not fit it after all are refused,
-    and so are those whose numbers make it say nothing."""
-    parts, kept, refused = [], [], []
+def attach(
+    ready: Sequence[ReadyAdapter], *, model: Any, console: Console
+) -> tuple[multi_lora.MultiLora, list[ReadyAdapter], list[RejectedAdapter]]:
+    """Attach the adapters to the loaded base model.
+
+    Rejects those whose tensors do not fit it, and those with which its logits are not finite.
+    """
+    weights, kept, rejected = [], [], []
     for one in ready:
         try:
-            parts.append(mixture.load(one.found, model))
+            weights.append(multi_lora.load(one.adapter, model))
         except TuningError as error:
-            refused.append(_refuse(one.wanted, error, console))
+            rejected.append(_reject(one.spec, error, console))
         else:
             kept.append(one)
-    mixed = mixture.Mixture(model, parts)
-    if silent := mixture.silent(model, mixed):
-        mixed.remove()
-        for i in silent:
+    loras = multi_lora.MultiLora(model, weights)
+    if overflowing := multi_lora.overflowing(model, loras):
+        loras.remove()
+        for i in overflowing:
             what, change = "makes numbers that are not finite", "train it again"
-            problem = SpecError.at("MODEL-208", str(kept[i].found.folder), what, change)
-            refused.append(_refuse(kept[i].wanted, problem, console))
-        parts = [each for i, each in enumerate(parts) if i not in silent]
-        kept = [each for i, each in enumerate(kept) if i not in silent]
-        mixed = mixture.Mixture(model, parts)
+            problem = SpecError.at("MODEL-208", str(kept[i].adapter.folder), what, change)
+            rejected.append(_reject(kept[i].spec, problem, console))
+        weights = [each for i, each in enumerate(weights) if i not in overflowing]
+        kept = [each for i, each in enumerate(kept) if i not in overflowing]
+        loras = multi_lora.MultiLora(model, weights)
     for one in kept:
-        console.say(f"Adapter {one.wanted.name} is loaded (sha256:{one.digest[:12]}).")
-    return mixed, kept, refused
+        console.say(f"Adapter {one.spec.name} is loaded (sha256:{one.digest[:12]}).")
+    return loras, kept, rejected
 
 
-def _refuse(one: Wanted, error: TuningError, console: Console) -> Refused:
-    console.say(f"Adapter {one.name} is refused:\n{error}", style="yellow")
-    return Refused(one.name, error.problems)
+def _reject(spec: AdapterSpec, error: TuningError, console: Console) -> RejectedAdapter:
+    console.say(f"Adapter {spec.name} is refused:\n{error}", style="yellow")
+    return RejectedAdapter(spec.name, error.problems)
 
 
 def _inspect(
-    one: Wanted,
+    spec: AdapterSpec,
     folder: Path,
     config: dict[str, Any],
-    own_template: str | None,
-    distrust: Callable[[str], str | None],
-) -> Ready:
-    found = adapters.inspect(folder)
-    if problems := adapters.misfits(found, config):
+    base_template: str | None,
+    template_problem: Callable[[str], str | None],
+) -> ReadyAdapter:
+    adapter = adapters.inspect(folder)
+    if problems := adapters.misfits(adapter, config):
         raise SpecError(problems)
-    template = _template(folder)
-    if template in (None, own_template):
-        template = None
-    elif reason := distrust(template or ""):
-        change = "remove its chat_template.jinja, so that the base model's is used"
-        raise SpecError.at("SERVE-120", str(folder), reason, change)
-    return Ready(one, found, found.sha256, template)
-
-
-def _template(folder: Path) -> str | None:
-    path = folder / "chat_template.jinja"
+    path, template = folder / "chat_template.jinja", None
+    change = "remove its chat_template.jinja, so that the base model's is used"
     try:
-        return path.read_text(encoding="utf-8") if path.is_file() else None
+        template = path.read_text(encoding="utf-8") if path.is_file() else None
     except UnicodeDecodeError:
-        change = "remove its chat_template.jinja, so that the base model's is used"
-        raise SpecError.at(
-            "SERVE-120", str(folder), "its chat template is no text", change
-        ) from None
+        what = "its chat template is not UTF-8 text"
+        raise SpecError.at("SERVE-120", str(folder), what, change) from None
+    if template == base_template:
+        template = None
+    if template is not None and (reason := template_problem(template)):
+        raise SpecError.at("SERVE-120", str(folder), reason, change)
+    return ReadyAdapter(spec, adapter, adapter.sha256, template)
 
 
-def offer(
-    ready: Sequence[Ready], refused: Sequence[Refused], *, base: str, combined: str
-) -> list[Model]:
-    """The models to choose from."""
+def offered(
+    ready: Sequence[ReadyAdapter], rejected: Sequence[RejectedAdapter], *, base: str, combined: str
+) -> list[ServedModel]:
+    """The models that requests can name."""
     zeros = (0.0,) * len(ready)
-    found = [Model(base, "base", zeros, "base")]
+    models = [ServedModel(base, "base", zeros, "base")]
     for i, one in enumerate(ready):
-        own = (*zeros[:i], one.wanted.strength, *zeros[i + 1 :])
-        found.append(Model(one.wanted.name, "adapter", own, _version(one), one.template))
-    if ready and not refused and combined not in [model.name for model in found]:
+        own = (*zeros[:i], one.spec.strength, *zeros[i + 1 :])
+        models.append(ServedModel(one.spec.name, "adapter", own, _version(one), one.template))
+    if ready and not rejected and combined not in [model.name for model in models]:
         templates = {one.template for one in ready}
-        every = tuple(one.wanted.strength for one in ready)
+        strengths = tuple(one.spec.strength for one in ready)
         template = templates.pop() if len(templates) == 1 else None
         version = " ".join(map(_version, ready))
-        found.append(Model(combined, "combined", every, version, template))
-    return found
+        models.append(ServedModel(combined, "combined", strengths, version, template))
+    return models
 
 
-def _version(one: Ready) -> str:
-    return f"{one.wanted.name}@sha256:{one.digest[:12]}*{one.wanted.strength:g}"
+def _version(one: ReadyAdapter) -> str:
+    return f"{one.spec.name}@sha256:{one.digest[:12]}*{one.spec.strength:g}"

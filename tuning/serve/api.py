@@ -1,4 +1,4 @@
-"""The route table, and the routes that generate nothing: page, probes, metrics, models."""
+"""The route table, and the routes that do not generate: page, probes, metrics, models."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from tuning.serve import replies, talk
-from tuning.serve.adapters import Model
-from tuning.serve.guard import Guard, note
-from tuning.serve.schema import Refusal
+from tuning.serve import completions, responses
+from tuning.serve.adapters import ServedModel
+from tuning.serve.middleware import Middleware, note
+from tuning.serve.schema import ApiError
 from tuning.serve.service import Service
 
 PAGE = (Path(__file__).parent / "page.html").read_bytes()
 
 
-def app(service: Service, *, keys: Sequence[bytes] = ()) -> Guard:
-    """The whole application, behind its guard."""
+def app(service: Service, *, keys: Sequence[bytes] = ()) -> Middleware:
+    """The ASGI application, wrapped in the middleware."""
     routes = {
         ("GET", "/"): _page,
         ("GET", "/healthz"): _healthz,
@@ -33,75 +33,74 @@ def app(service: Service, *, keys: Sequence[bytes] = ()) -> Guard:
         ("GET", "/metrics"): _metrics,
         ("GET", "/v1/models"): _models,
         ("GET", "/v1/models/{name:path}"): _model,
-        ("POST", "/v1/chat/completions"): talk.chat,
-        ("POST", "/v1/completions"): talk.completions,
-        ("POST", "/chat"): talk.quick,
+        ("POST", "/v1/chat/completions"): completions.chat,
+        ("POST", "/v1/completions"): completions.completions,
+        ("POST", "/chat"): completions.quick_start,
     }
-    inner = Starlette(
+    routed = Starlette(
         routes=[
-            Route(path, _answering(service, path, work), methods=[method])
-            for (method, path), work in routes.items()
+            Route(path, _endpoint(service, path, handler), methods=[method])
+            for (method, path), handler in routes.items()
         ],
-        exception_handlers={HTTPException: _unknown, Refusal: _refused, Exception: _failed},
+        exception_handlers={HTTPException: _not_routed, ApiError: _api_error, Exception: _failed},
     )
-    inner.router.redirect_slashes = False
-    known = {path for _, path in routes}
+    routed.router.redirect_slashes = False
+    paths = {path for _, path in routes}
 
-    def done(path: str, status: int) -> None:
-        shown = path if path in known else "other"
-        service.metrics.requests.labels(shown, str(status)).inc()
+    def count(path: str, status: int) -> None:
+        route = path if path in paths else "other"
+        service.metrics.requests.labels(route, str(status)).inc()
 
-    guard = Guard(
-        inner,
+    return Middleware(
+        routed,
         keys=keys,
-        largest=lambda: service.largest,
-        draining=lambda: service.phase == "draining",
-        done=done,
+        max_body_bytes=lambda: service.max_body_bytes,
+        is_draining=lambda: service.phase == "draining",
+        count=count,
     )
-    return guard
 
 
 Handler = Callable[[Service, Request], Awaitable[Response]]
 
 
-def _answering(service: Service, path: str, work: Handler) -> Callable[[Request], Any]:
+def _endpoint(service: Service, path: str, handler: Handler) -> Callable[[Request], Any]:
     async def endpoint(request: Request) -> Response:
         note(request.scope, route=path)
         try:
-            return await work(service, request)
-        except talk.Gone:
-            return Response(status_code=499)  # nobody reads it; the log and the metrics do
+            return await handler(service, request)
+        except completions.ClientDisconnected:
+            return Response(status_code=499)  # for the log and the metrics
 
     return endpoint
 
 
-async def _unknown(request: Request, error: Exception) -> Response:
+async def _not_routed(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    refusal = Refusal(error.status_code, str(error.detail))
-    return JSONResponse(replies.error(refusal), error.status_code, headers=error.headers)
+    body = responses.error(ApiError(error.status_code, str(error.detail)))
+    return JSONResponse(body, error.status_code, headers=error.headers)
 
 
-async def _refused(request: Request, error: Exception) -> Response:
-    assert isinstance(error, Refusal)
+async def _api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
     headers = {"Retry-After": "1"} if error.status in (429, 503) else None
-    return JSONResponse(replies.error(error), error.status, headers=headers)
+    return JSONResponse(responses.error(error), error.status, headers=headers)
 
 
 async def _failed(request: Request, error: Exception) -> Response:
-    """A bug of ours; uvicorn logs the traceback."""
-    return JSONResponse(replies.error(Refusal(500, "something went wrong here")), 500)
+    """An unexpected exception; uvicorn logs the traceback."""
+    return JSONResponse(responses.error(ApiError(500, "internal server error")), 500)
 
 
 async def _page(service: Service, request: Request) -> Response:
-    return Response(PAGE, media_type="text/html", headers={"Content-Security-Policy": POLICY})
+    return Response(PAGE, media_type="text/html", headers={"Content-Security-Policy": PAGE_CSP})
 
 
-def _policy(page: bytes) -> str:
-    """Nothing from anywhere, but the page's own style and script."""
+def _content_security_policy(page: bytes) -> str:
+    """Allows nothing but the page's own inline style and script."""
 
     def allowed(tag: str) -> str:
-        found = re.findall(f"<{tag}>(.*?)</{tag}>".encode(), page, re.DOTALL)
-        digests = [base64.b64encode(hashlib.sha256(text).digest()).decode() for text in found]
+        inline = re.findall(f"<{tag}>(.*?)</{tag}>".encode(), page, re.DOTALL)
+        digests = [base64.b64encode(hashlib.sha256(text).digest()).decode() for text in inline]
         return " ".join(f"'sha256-{digest}'" for digest in digests)
 
     return (
@@ -110,7 +109,7 @@ def _policy(page: bytes) -> str:
     )
 
 
-POLICY = _policy(PAGE)
+PAGE_CSP = _content_security_policy(PAGE)
 
 
 async def _healthz(service: Service, request: Request) -> Response:
@@ -119,7 +118,7 @@ async def _healthz(service: Service, request: Request) -> Response:
 
 
 async def _readyz(service: Service, request: Request) -> Response:
-    refused = [one.to_json() for one in service.loaded.refused] if service.loaded else []
+    refused = [one.to_json() for one in service.loaded.rejected] if service.loaded else []
     state = service.phase if service.healthy else "failed"
     return JSONResponse({"status": state, "refused": refused}, 200 if service.ready else 503)
 
@@ -128,7 +127,7 @@ async def _metrics(service: Service, request: Request) -> Response:
     return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
 
-def _listed(service: Service, model: Model) -> dict[str, Any]:
+def _model_card(service: Service, model: ServedModel) -> dict[str, Any]:
     return {
         "id": model.name,
         "object": "model",
@@ -138,14 +137,14 @@ def _listed(service: Service, model: Model) -> dict[str, Any]:
         "parent": None if model.kind == "base" else service.base,
         "version": model.version,
         "default": model.name == service.default,
-        "max_model_len": service.there().context,
+        "max_model_len": service.require_loaded().context,
     }
 
 
 async def _models(service: Service, request: Request) -> Response:
-    found = [_listed(service, model) for model in service.there().models.values()]
-    return JSONResponse({"object": "list", "data": found})
+    models = [_model_card(service, model) for model in service.require_loaded().models.values()]
+    return JSONResponse({"object": "list", "data": models})
 
 
 async def _model(service: Service, request: Request) -> Response:
-    return JSONResponse(_listed(service, service.choose(request.path_params["name"])))
+    return JSONResponse(_model_card(service, service.find_model(request.path_params["name"])))

@@ -1,13 +1,13 @@
-"""Requests in, pieces of answers out: who is next, who goes on, what became of each.
+"""Schedules jobs on a runner: admits, samples, finishes, and retries after a failed forward pass.
 
-The event loop owns the lists; the runner's thread makes forward passes and calls `_step`, which
-chooses a token for each request and hands the pieces back to the loop. A request is admitted when
-the cache has room for its whole prompt and its longest answer, so that nothing is ever evicted.
+The event loop owns the queues; the runner's thread makes forward passes and calls `_step`, which
+samples a token for each job and hands the pieces to the loop. A job is admitted when the cache has
+room for its whole prompt and its longest answer, so that nothing is ever evicted.
 
-A forward pass that fails (out of memory, say) ends the runner and loses the cache, not the
-requests: a new runner gets each of them once more, with what it had said already, alone and for one
-token, before they go on together. The one that breaks it again is answered with an error, the
-others hardly notice. Whether it was the request or the machine, a probe of our own tells after it.
+A forward pass that fails (out of memory, for example) ends the runner and loses the cache, but not
+the jobs: a new runner runs each of them alone for one token, with what it has generated already,
+before they continue together. The job that breaks the new runner again ends with an error. A probe
+job runs after it, to tell a bad request from a broken machine.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from typing import Literal
 import torch
 
 from tuning.plan.inference import PAGE, Room
+from tuning.serve.detokenizer import Detokenizer
 from tuning.serve.runner import Runner, Step
-from tuning.serve.sampling import Choice, Chooser, Sampling, judge
-from tuning.serve.text import Writer
+from tuning.serve.sampling import SampledToken, Sampler, Sampling, with_logprobs
 
 logger = logging.getLogger(__name__)
 
-LOOK_EVERY = 0.1  # seconds between two looks at the runner
-GIVE_UP = 3  # runners that broke in a row without a token: the machine is at fault
-BLAMED = 2  # times that a request was there when a runner broke: then it runs alone to its end
-STUCK = 300.0  # seconds without a forward pass although requests wait for one
+CHECK_SECONDS = 0.1  # between two checks of the runner
+MAX_FAILURES = 3  # runners in a row that failed without a token: the machine is at fault
+MAX_SUSPECTED = 2  # failures during a job, after which it runs alone to its end
+STUCK_SECONDS = 300.0  # without a forward pass while jobs wait for one
 
 _NUMBERS = itertools.count()
 
@@ -41,19 +41,25 @@ Finish = Literal["stop", "length", "error"]
 
 
 class Busy(Exception):
-    """The queue is full: come back later."""
+    """The queue is full."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What a forward pass added to an answer."""
+    """What a forward pass added to an answer, or all of the answer."""
 
     text: str
-    choices: tuple[Choice, ...]  # the tokens of it, without the one that ends the answer
-    finish: Finish | None
+    tokens: tuple[SampledToken, ...] = ()  # without the token that ends the answer
+    finish: Finish | None = None
+
+    @classmethod
+    def join(cls, pieces: Sequence[Piece]) -> Piece:
+        """The complete answer."""
+        tokens = itertools.chain.from_iterable(piece.tokens for piece in pieces)
+        return cls("".join(piece.text for piece in pieces), tuple(tokens), pieces[-1].finish)
 
 
-def _name() -> str:
+def _new_id() -> str:
     return f"job-{next(_NUMBERS)}"
 
 
@@ -65,16 +71,16 @@ class Job:
     limit: int  # tokens that may be generated
     weights: tuple[float, ...]  # of each adapter
     ends: frozenset[int]  # tokens that end an answer
-    chooser: Chooser
-    writer: Writer
-    top: int | None = None  # likeliest tokens to tell; None: no probabilities
-    id: str = field(default_factory=_name)
+    sampler: Sampler
+    detokenizer: Detokenizer
+    top_logprobs: int | None = None  # most likely tokens to report; None: no log-probabilities
+    id: str = field(default_factory=_new_id)
     tokens: list[int] = field(default_factory=list)
     finish: Finish | None = None
     pieces: asyncio.Queue[Piece] = field(default_factory=asyncio.Queue)
-    alone: bool = False  # runs without company, because it may have broken a runner
-    blamed: int = 0  # how many runners broke while it ran
-    cleared: bool = False  # has said a token alone, and waits to go on in company
+    is_alone: bool = False  # runs alone, because it may have broken a runner
+    failures: int = 0  # runners that failed while it ran
+    is_cleared: bool = False  # generated a token alone, and waits to continue with others
 
     @property
     def ids(self) -> list[int]:
@@ -83,57 +89,54 @@ class Job:
 
     @property
     def left(self) -> int:
-        """How many tokens may still come."""
+        """How many tokens may still be generated."""
         return self.limit - len(self.tokens)
 
     @property
-    def room(self) -> int:
+    def cache_tokens(self) -> int:
         """Tokens of the cache that it may need, in whole pages."""
         return (-(-(len(self.prompt) + self.limit) // PAGE) + 1) * PAGE
 
-    def take(self, token: int, choice: Choice) -> Piece:
-        """What `token` adds. Sets `finish` at the end."""
+    def take(self, token: int, sampled: SampledToken) -> Piece:
+        """The piece that `token` adds. Sets `finish` at the end."""
         self.tokens.append(token)
         if token in self.ends:
             self.finish = "stop"
-            return Piece(self.writer.end(), (), "stop")
-        text = self.writer.add(token)
-        if self.writer.stopped:
+            return Piece(self.detokenizer.end(), (), "stop")
+        text = self.detokenizer.add(token)
+        if self.detokenizer.stopped:
             self.finish = "stop"
         elif not self.left:
             self.finish = "length"
-            text += self.writer.end()
-        return Piece(text, (choice,), self.finish)
+            text += self.detokenizer.end()
+        return Piece(text, (sampled,), self.finish)
 
 
 class Engine:
-    """Answers to jobs. All methods but `_step` are for the event loop."""
+    """Answers jobs. All methods but `_step` run on the event loop."""
 
-    def __init__(
-        self, make: Callable[[Step], Runner], room: Room, *, most_waiting: int, stuck: float = STUCK
-    ) -> None:
-        self._make, self._room = make, room
-        self._most_waiting, self._stuck = most_waiting, stuck
+    def __init__(self, make: Callable[[Step], Runner], room: Room, *, max_waiting: int) -> None:
+        self._make, self._room, self._max_waiting = make, room, max_waiting
         self._waiting: deque[Job] = deque()
         self._suspects: deque[Job] = deque()
         self._cleared: deque[Job] = deque()
         self._running: dict[str, Job] = {}
-        self._taken = 0  # tokens of the cache that are promised
-        self._broken = 0  # runners that broke since the last token
+        self._reserved = 0  # tokens of the cache
+        self._failures = 0  # runners that failed since the last token
         self._last_pass = time.monotonic()
         self._runner: Runner | None = None
-        self._watch: asyncio.Task[None] | None = None
+        self._monitor: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Make the runner; the engine belongs to the event loop that this is called on."""
+        """Make the runner; the engine belongs to the event loop that calls this."""
         self._loop = asyncio.get_running_loop()
         self._runner = await asyncio.to_thread(self._make, self._step)
-        self._watch = asyncio.create_task(self._look())
+        self._monitor = asyncio.create_task(self._replace_failed_runners())
 
     async def close(self) -> None:
-        """End the runner. Whoever is still answered gets nothing more."""
-        if self._watch is not None:
-            self._watch.cancel()
+        """End the runner. Open streams are dropped."""
+        if self._monitor is not None:
+            self._monitor.cancel()
         if self._runner is not None:
             await asyncio.to_thread(self._runner.close)
 
@@ -144,31 +147,31 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        """Jobs that wait for a place."""
+        """Jobs in the queues."""
         return sum(map(len, self._queues))
 
     @property
     def _queues(self) -> tuple[deque[Job], ...]:
-        """Who waits, in the order in which they are let in."""
+        """The queues in the order of admission."""
         return self._suspects, self._cleared, self._waiting
 
     @property
     def healthy(self) -> bool:
         """False if only a restart of the process can help."""
-        still = time.monotonic() - self._last_pass
-        watched = self._watch is None or not self._watch.done()
-        return watched and self._broken < GIVE_UP and not (self._running and still > self._stuck)
+        stuck = self._running and time.monotonic() - self._last_pass > STUCK_SECONDS
+        monitored = self._monitor is None or not self._monitor.done()
+        return monitored and self._failures < MAX_FAILURES and not stuck
 
     def check(self, count: int) -> None:
-        """Raise Busy if `count` more jobs find no place in the queue."""
+        """Raise Busy if the queue has no room for `count` more jobs."""
         idle = max(0, self._room.requests - len(self._running))
-        if self.waiting + count > self._most_waiting + idle:
+        if self.waiting + count > self._max_waiting + idle:
             raise Busy
 
     async def answer(self, job: Job) -> AsyncIterator[Piece]:
         """The pieces of the answer as they come; the last has a `finish`.
 
-        Whoever stops asking for pieces cancels the job.
+        Closing the iterator cancels the job.
         """
         self._waiting.append(job)
         self._admit()
@@ -186,23 +189,23 @@ class Engine:
             queue = next((queue for queue in self._queues if queue), None)
             if queue is None or len(self._running) >= self._room.requests:
                 return
-            alone = queue is self._suspects or any(job.alone for job in self._running.values())
-            full = self._taken + queue[0].room > self._room.cache_tokens
+            alone = queue is self._suspects or any(job.is_alone for job in self._running.values())
+            full = self._reserved + queue[0].cache_tokens > self._room.cache_tokens
             if self._running and (alone or full):
                 return
             job = queue.popleft()
-            job.alone = queue is self._suspects
+            job.is_alone = queue is self._suspects
             if not self._running:
                 self._last_pass = time.monotonic()
             self._running[job.id] = job
-            self._taken += job.room
+            self._reserved += job.cache_tokens
             self._runner.add(job)
 
     def _forget(self, job: Job) -> None:
-        """The job is over, one way or the other."""
-        job.finish = job.finish or "stop"  # so that its runner's thread leaves it alone
+        """Remove a finished or cancelled job."""
+        job.finish = job.finish or "stop"  # so that the runner's thread skips it
         if self._running.pop(job.id, None):
-            self._taken -= job.room
+            self._reserved -= job.cache_tokens
             if self._runner is not None:
                 self._runner.drop(job)
         for queue in self._queues:
@@ -211,70 +214,66 @@ class Engine:
         self._admit()
 
     def _step(self, jobs: Sequence[Job], logits: torch.Tensor) -> list[int]:
-        """On the runner's thread: the next token of each job."""
-        best = logits.argmax(-1).tolist() if jobs else []
+        """The next token of each job; called on the runner's thread."""
+        argmax = logits.argmax(-1).tolist() if jobs else []
         pieces = []
-        for job, row, likeliest in zip(jobs, logits, best, strict=True):
+        for job, row, likeliest in zip(jobs, logits, argmax, strict=True):
             if job.finish:
-                continue  # cancelled a moment ago
+                continue  # cancelled meanwhile
             try:
-                piece = self._choose(job, row, likeliest)
+                token = job.sampler.sample(row, likeliest)
+                piece = job.take(token, with_logprobs(row, token, job.top_logprobs))
             except Exception:
                 logger.exception("a request failed")
                 job.finish = "error"
                 piece = Piece("", (), "error")
             pieces.append((job, piece))
-            job.cleared = job.alone and job.blamed < BLAMED and not job.finish
-            if (job.finish or job.cleared) and self._runner is not None:
+            job.is_cleared = job.is_alone and job.failures < MAX_SUSPECTED and not job.finish
+            if (job.finish or job.is_cleared) and self._runner is not None:
                 self._runner.drop(job)
         self._last_pass = time.monotonic()
         if not jobs:
             return []
-        self._broken = 0
-        self._loop.call_soon_threadsafe(self._hand_over, pieces)
+        self._failures = 0
+        self._loop.call_soon_threadsafe(self._deliver, pieces)
         return [job.tokens[-1] if job.tokens else 0 for job in jobs]
 
-    def _choose(self, job: Job, row: torch.Tensor, likeliest: int) -> Piece:
-        token = job.chooser.choose(row, likeliest)
-        return job.take(token, judge(row, token, job.top))
-
-    def _hand_over(self, pieces: Iterable[tuple[Job, Piece]]) -> None:
+    def _deliver(self, pieces: Iterable[tuple[Job, Piece]]) -> None:
         for job, piece in pieces:
             job.pieces.put_nowait(piece)
             if piece.finish:
                 self._forget(job)
-            elif job.cleared and job.id in self._running:
+            elif job.is_cleared and job.id in self._running:
                 del self._running[job.id]
-                self._taken -= job.room
-                job.id, job.alone, job.cleared = _name(), False, False  # to a runner it is new
+                self._reserved -= job.cache_tokens
+                job.id, job.is_alone, job.is_cleared = _new_id(), False, False  # new to the runner
                 self._cleared.append(job)
                 self._admit()
 
-    async def _look(self) -> None:
-        """Replace a runner that broke."""
-        while self._broken < GIVE_UP:
-            await asyncio.sleep(LOOK_EVERY)
+    async def _replace_failed_runners(self) -> None:
+        while self._failures < MAX_FAILURES:
+            await asyncio.sleep(CHECK_SECONDS)
             if self._runner is None or not self._runner.alive:
-                await self._replace()
+                await self._replace_runner()
         logger.error("forward passes keep failing: this process cannot answer any more")
         _fail([*self._running.values(), *itertools.chain(*self._queues)])
 
-    async def _replace(self) -> None:
-        self._broken += 1
-        lost, broken = list(self._running.values()), self._runner
+    async def _replace_runner(self) -> None:
+        self._failures += 1
+        lost, failed = list(self._running.values()), self._runner
         self._running.clear()
-        self._taken, self._runner = 0, None
+        self._reserved, self._runner = 0, None
         for job in lost:
-            job.blamed += 1
-        _fail(job for job in lost if job.alone)
-        self._suspects.extend(job for job in lost if not job.alone and not job.finish)
-        if any(job.alone for job in lost):
+            job.failures += 1
+        _fail(job for job in lost if job.is_alone)
+        self._suspects.extend(job for job in lost if not job.is_alone and not job.finish)
+        if any(job.is_alone for job in lost):
             self._suspects.appendleft(_probe(len(lost[0].weights)))
         logger.error("a forward pass failed; %d requests are tried again", len(self._suspects))
-        try:  # an accelerator that is lost says so here, too
-            if broken is not None:
-                await asyncio.to_thread(broken.close)
-            if self._broken < GIVE_UP:
+        try:  # closing may also raise if the accelerator is lost
+            if failed is not None:
+                await asyncio.to_thread(failed.close)
+            if self._failures < MAX_FAILURES:
                 self._runner = await asyncio.to_thread(self._make, self._step)
         except Exception:
             logger.exception("no new runner")
@@ -284,9 +283,9 @@ class Engine:
 
 
 def _probe(adapters: int) -> Job:
-    """One token of the base's, for nobody: whether forward passes can be made at all."""
-    base, nobody = (0.0,) * adapters, Writer(lambda ids: "", [])
-    return Job([0], 1, base, frozenset(), Chooser(Sampling(), [0], frozenset()), nobody)
+    """A job of one token for the base model, which shows whether forward passes work at all."""
+    base, detokenizer = (0.0,) * adapters, Detokenizer(lambda ids: "", [])
+    return Job([0], 1, base, frozenset(), Sampler(Sampling(), [0], frozenset()), detokenizer)
 
 
 def _fail(jobs: Iterable[Job]) -> None:

@@ -1,8 +1,8 @@
-"""uvicorn's HTTP, with an end to patience.
+"""uvicorn's HTTP protocol with timeouts for slow clients.
 
-uvicorn waits for ever for a request whose bytes do not come, and for a client that does not read.
-Here both connections are cut after a while; what runs for them is then cancelled as for any client
-that went away. Header lines are bounded by h11 (see `server`).
+uvicorn waits for ever for a request that does not arrive, and for a client that does not read.
+Here both connections are aborted after a timeout, which cancels their requests as if the client
+had disconnected. h11 limits header lines (see `server`).
 """
 
 from __future__ import annotations
@@ -13,64 +13,64 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-SECONDS = 30.0
+TIMEOUT_SECONDS = 30.0
 
 
-class Patient(H11Protocol):
+class TimeoutProtocol(H11Protocol):
     """One connection."""
 
-    seconds = SECONDS  # for a whole request to come, and for a full send buffer to empty
-    _arriving: asyncio.TimerHandle | None = None
-    _leaving: asyncio.TimerHandle | None = None
-    _since: float | None = None  # when it fell silent; None while something is asked or answered
+    timeout_seconds = TIMEOUT_SECONDS  # to receive a request, and to empty a full send buffer
+    _receive_timer: asyncio.TimerHandle | None = None
+    _send_timer: asyncio.TimerHandle | None = None
+    _idle_since: float | None = None  # None during a request
 
     @property
-    def silent(self) -> float:
-        """Seconds since the last answer, or since the client connected and said nothing."""
-        return 0.0 if self._since is None else self.loop.time() - self._since
+    def idle_seconds(self) -> float:
+        """Seconds since the last response, or since the client connected."""
+        return 0.0 if self._idle_since is None else self.loop.time() - self._idle_since
 
     def connection_made(self, transport: Any) -> None:
-        """A client is there, and should say something."""
+        """Start the receive timer."""
         super().connection_made(transport)
-        self._since = self.loop.time()
-        self._arriving = self.loop.call_later(self.seconds, self._cut)
+        self._idle_since = self.loop.time()
+        self._receive_timer = self.loop.call_later(self.timeout_seconds, self._abort)
 
     def data_received(self, data: bytes) -> None:
-        """Some bytes of a request, or the rest of it."""
-        self._since = None
+        """Stop the receive timer when the request is complete."""
+        self._idle_since = None
         super().data_received(data)
         incomplete = self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
-        if incomplete and self._arriving is None and not self.transport.is_closing():
-            self._arriving = self.loop.call_later(self.seconds, self._cut)
+        if incomplete and self._receive_timer is None and not self.transport.is_closing():
+            self._receive_timer = self.loop.call_later(self.timeout_seconds, self._abort)
         elif not incomplete:
-            _stop(self._arriving)
-            self._arriving = None
+            _cancel(self._receive_timer)
+            self._receive_timer = None
 
     def on_response_complete(self) -> None:
-        """An answer is out."""
-        self._since = self.loop.time()
+        """Note that the connection is idle."""
+        self._idle_since = self.loop.time()
         super().on_response_complete()
 
     def pause_writing(self) -> None:
-        """The client reads more slowly than it is answered."""
+        """Start the send timer: the send buffer is full."""
         super().pause_writing()
-        self._leaving = self.loop.call_later(self.seconds, self._cut)
+        self._send_timer = self.loop.call_later(self.timeout_seconds, self._abort)
 
     def resume_writing(self) -> None:
-        """The client has caught up."""
+        """Stop the send timer."""
         super().resume_writing()
-        _stop(self._leaving)
+        _cancel(self._send_timer)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The client is gone."""
-        _stop(self._arriving)
-        _stop(self._leaving)
+        """Stop both timers."""
+        _cancel(self._receive_timer)
+        _cancel(self._send_timer)
         super().connection_lost(exc)
 
-    def _cut(self) -> None:
+    def _abort(self) -> None:
         self.transport.abort()
 
 
-def _stop(timer: asyncio.TimerHandle | None) -> None:
+def _cancel(timer: asyncio.TimerHandle | None) -> None:
     if timer is not None:
         timer.cancel()

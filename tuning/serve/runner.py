@@ -1,19 +1,16 @@
-"""Forward passes for many answers at once: transformers' continuous batching, or in turns.
+"""Runs forward passes: by transformers' continuous batching, or one request after the other.
 
-`Batched` is transformers' `ContinuousBatchingManager`: it keeps the paged cache, admits prompts
-piece by piece beside answers that are under way, and lays everything in one row. Measured on CPUs
-(transformers 5.23), its answers are those of `generate`, token for token, for every family we know
-but Falcon, whose attention is its own. Two things it cannot do are done in hooks on the model, so
-that every request may have them: which adapters its tokens go through (`mixture`), and how its next
-token is chosen (`engine`; the manager knows one way for all requests, no seed, and no likeliest
-others). Equal beginnings of prompts do not share their cache: it would not ask whose adapter made
-it.
+`Batched` wraps transformers' `ContinuousBatchingManager`, which owns the paged cache, prefills
+prompts in chunks beside running answers, and packs everything into one row. Measured on CPUs
+(transformers 5.23), its answers equal those of `generate` token for token, for every known family
+but Falcon, whose attention is custom. Two things it cannot do per request are done in hooks on the
+model: adapters (`multi_lora`) and sampling (`engine`; the manager has one sampler for all requests,
+no seed and no log-probabilities). Prefix caching is off: it ignores which adapter made the cache.
 
-`Turns` is for the rest: one request after the other, a token at a time. Which of the two a model
-gets is found out at start-up, by asking it (`fitting`).
+`Sequential` is for other models. `choose_runner` tests at start-up which of the two a model needs.
 
-transformers' own server (`transformers serve`) is not used: it chooses no adapter by request, needs
-no key, has no bound on anything, and takes `chat_template_kwargs` and models to load from requests.
+transformers' own server (`transformers serve`) is not used: it does not select adapters by request,
+has no API key and no limits, and takes `chat_template_kwargs` and models to load from requests.
 """
 
 from __future__ import annotations
@@ -29,20 +26,20 @@ import transformers
 
 from tuning.plan.inference import PAGE, Room
 from tuning.serve import attention
-from tuning.serve.mixture import Mixture
+from tuning.serve.multi_lora import MultiLora
 
 logger = logging.getLogger(__name__)
 _LIBRARY = logging.getLogger("ContinuousBatchingLogger")
 
-NEVER = -1  # no token: the engine says when an answer ends
-CLOSE = 0.05  # of the largest logit: how near a batch must come to the model alone
+NO_TOKEN = -1  # as end of sequence: the engine decides when an answer ends
+TOLERANCE = 0.05  # of the largest logit: allowed difference between a batch and the model alone
 
 
 class Work(Protocol):
-    """What a runner sees of a request."""
+    """The part of a job that a runner needs."""
 
     id: str
-    weights: tuple[float, ...]  # of each adapter of the mixture
+    weights: tuple[float, ...]  # of each adapter
 
     @property
     def ids(self) -> list[int]:
@@ -50,7 +47,7 @@ class Work(Protocol):
 
     @property
     def left(self) -> int:
-        """How many tokens may still come."""
+        """How many tokens may still be generated."""
 
 
 Step = Callable[[Sequence[Any], torch.Tensor], list[int]]
@@ -60,33 +57,16 @@ Called after every forward pass, also with no requests.
 """
 
 
-class Runner(Protocol):
-    """Makes forward passes on a thread of its own until it is closed or something breaks."""
-
-    def add(self, work: Work) -> None:
-        """Take a request in."""
-
-    def drop(self, work: Work) -> None:
-        """Forget a request, which may be unknown."""
-
-    @property
-    def alive(self) -> bool:
-        """False after an error: then every request in it is lost, and this runner with them."""
-
-    def close(self) -> None:
-        """End the thread and free the cache."""
-
-
 class Batched:
-    """Requests side by side in one row."""
+    """Requests packed into one row."""
 
-    def __init__(self, model: Any, mixture: Mixture, room: Room, step: Step) -> None:
+    def __init__(self, model: Any, loras: MultiLora, room: Room, step: Step) -> None:
         attention.install()
-        self._model, self._mixture, self._step = model, mixture, step
+        self._loras, self._step = loras, step
         self._works: dict[str, Work] = {}
-        self._batch: list[tuple[Any, int, bool]] = []  # request, tokens, whether one is due
+        self._batch: list[tuple[Work | None, int, bool]] = []  # its tokens, and if a new one is due
         self._manager = model.init_continuous_batching(
-            generation_config=transformers.GenerationConfig(do_sample=False, eos_token_id=NEVER),
+            generation_config=transformers.GenerationConfig(do_sample=False, eos_token_id=NO_TOKEN),
             continuous_batching_config=transformers.ContinuousBatchingConfig(
                 page_size=PAGE,
                 num_blocks=-(-room.cache_tokens // PAGE),
@@ -95,8 +75,8 @@ class Batched:
                 max_blocks_per_request=0,
                 allow_block_sharing=False,
                 use_async_batching=False,
-                use_cuda_graph=False,  # the adapters in use change from pass to pass
-                auto_switch_to_flash=False,  # it would look for kernels to download
+                use_cuda_graph=False,  # adapters change from pass to pass
+                auto_switch_to_flash=False,  # it would download kernels
             ),
         )
         self._hooks = (
@@ -106,20 +86,20 @@ class Batched:
         self._manager.start()
 
     def add(self, work: Work) -> None:
-        """Take a request in."""
+        """Add a request."""
         self._works[work.id] = work
         self._manager.add_request(
-            work.ids, request_id=work.id, max_new_tokens=work.left + 1, eos_token_id=[NEVER]
+            work.ids, request_id=work.id, max_new_tokens=work.left + 1, eos_token_id=[NO_TOKEN]
         )
 
     def drop(self, work: Work) -> None:
-        """Forget a request, which may be unknown. Safe on any thread."""
+        """Remove a request, which may be unknown. Thread-safe."""
         if self._works.pop(work.id, None) is not None:
             self._manager.cancel_request(work.id)
 
     @property
     def alive(self) -> bool:
-        """False after an error."""
+        """False after an error, which loses every request of this runner."""
         return bool(self._manager.is_running())
 
     def close(self) -> None:
@@ -129,58 +109,53 @@ class Batched:
             hook.remove()
 
     def _before(self, model: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        # The one look inside of the manager: which tokens of the row are whose.
+        # The only access to the manager's internals: the requests of the row, in order.
         batch = self._manager.batch_processor.inputs_and_outputs.requests_in_batch
         self._batch = [
-            (self._works.get(one.state.request_id), one.query_length, one.has_new_token)
-            for one in batch
+            (self._works.get(entry.state.request_id), entry.query_length, entry.has_new_token)
+            for entry in batch
         ]
-        nobody = (0.0,) * self._mixture.count
-        rows = [(work.weights if work else nobody, count) for work, count, _ in self._batch]
-        self._mixture.use(rows, model.device)
+        base = (0.0,) * self._loras.count
+        rows = [(work.weights if work else base, count) for work, count, _ in self._batch]
+        self._loras.use(rows, model.device)
         return args, kwargs | {attention.SPANS: attention.spans(kwargs)}
 
     def _after(self, model: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         logits = output.logits[0]
-        places = torch.arange(len(logits), device=logits.device)
-        if "logits_to_keep" not in kwargs:  # the manager picks the rows later
-            places = kwargs["logits_indices"].to(torch.long)
-        due = [(place, work) for place, (work, _, new) in enumerate(_due(self._batch)) if new]
-        asked = [(place, work) for place, work in due if work is not None]
-        if not asked:
-            self._step([], logits[:0].float())  # a piece of a prompt: a sign of life
+        rows = torch.arange(len(logits), device=logits.device)
+        if "logits_to_keep" not in kwargs:  # the manager selects the rows later
+            rows = kwargs["logits_indices"].to(torch.long)
+        due = enumerate(work for work, _, is_due in self._batch if is_due)  # a row of logits each
+        sampled = [(index, work) for index, work in due if work is not None]
+        if not sampled:
+            self._step([], logits[:0].float())  # a chunk of a prompt: shows that passes are made
             return
-        rows = places[[place for place, _ in asked]]
-        tokens = self._step([work for _, work in asked], logits[rows].float())
-        # The manager takes the largest: so it takes what was chosen.
+        rows = rows[[index for index, _ in sampled]]
+        tokens = self._step([work for _, work in sampled], logits[rows].float())
+        # The manager takes the argmax, which now is the sampled token.
         logits[rows, torch.tensor(tokens, device=logits.device)] = torch.inf
 
 
-def _due(batch: Sequence[tuple[Any, int, bool]]) -> list[tuple[Any, int, bool]]:
-    """Those requests of a batch that get a token: they have a row of logits each, in order."""
-    return [one for one in batch if one[2]]
-
-
-class Turns:
+class Sequential:
     """One request after the other, a token at a time."""
 
-    def __init__(self, model: Any, mixture: Mixture, room: Room, step: Step) -> None:
-        self._model, self._mixture, self._step = model, mixture, step
+    def __init__(self, model: Any, loras: MultiLora, room: Room, step: Step) -> None:
+        self._model, self._loras, self._step = model, loras, step
         self._batch_tokens = room.batch_tokens
         self._works: dict[str, Work] = {}
         self._changed = threading.Condition()
         self._closed = False
-        self._thread = threading.Thread(target=self._run, name="turns", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="sequential", daemon=True)
         self._thread.start()
 
     def add(self, work: Work) -> None:
-        """Take a request in."""
+        """Add a request."""
         with self._changed:
             self._works[work.id] = work
             self._changed.notify()
 
     def drop(self, work: Work) -> None:
-        """Forget a request, which may be unknown. Safe on any thread."""
+        """Remove a request, which may be unknown. Thread-safe."""
         with self._changed:
             self._works.pop(work.id, None)
 
@@ -198,7 +173,7 @@ class Turns:
 
     @torch.no_grad()
     def _run(self) -> None:
-        caches: dict[str, tuple[Any, int]] = {}  # the cache, and how many tokens are in it
+        caches: dict[str, tuple[Any, int]] = {}  # a cache and its number of tokens
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._works or self._closed)
@@ -211,7 +186,7 @@ class Turns:
                     caches[work.id] = transformers.DynamicCache(config=self._model.config), 0
                 cache, done = caches[work.id]
                 ids = work.ids[done : done + self._batch_tokens]
-                self._mixture.use([(work.weights, len(ids))], self._model.device)
+                self._loras.use([(work.weights, len(ids))], self._model.device)
                 logits = self._model(
                     input_ids=torch.tensor([ids], device=self._model.device),
                     past_key_values=cache,
@@ -222,9 +197,13 @@ class Turns:
                 self._step(due, (logits[0, -1:] if due else logits[0, :0]).float())
 
 
+Runner = Batched | Sequential
+"""Makes forward passes on a thread of its own until it is closed or fails."""
+
+
 @dataclass(eq=False)
 class _Probe:
-    """A request whose logits are kept: whatever is chosen, it goes on with the next number."""
+    """A request of known tokens, each the last one plus 1, whose logits are recorded."""
 
     ids: list[int]
     id: str
@@ -232,36 +211,35 @@ class _Probe:
     left: int = 2
 
 
-def fitting(model: Any, mixture: Mixture, room: Room) -> type[Batched] | type[Turns]:
-    """`Batched` if the model says the same in a batch as alone, else `Turns`.
+def choose_runner(model: Any, loras: MultiLora, room: Room) -> type[Batched] | type[Sequential]:
+    """`Batched` if the model's logits are the same in a batch as alone, else `Sequential`.
 
-    Two short prompts of different adapters, two tokens each. A family whose attention does not know
-    where a request begins says something else, or nothing.
+    Compares two short prompts with different adapters, two tokens each. A family whose attention
+    ignores the boundaries of requests gives other logits, or fails.
     """
-    ones = [(1.0 if i == 0 else 0.0) for i in range(mixture.count)]
-    prompts = [list(range(3, 9)), list(range(5, 30))]
+    base = (0.0,) * loras.count
     probes = [
-        _Probe(prompts[0], "probe-0", tuple(ones)),
-        _Probe(prompts[1], "probe-1", (0.0,) * mixture.count),
+        _Probe(list(range(3, 9)), "probe-0", (1.0, *base[1:]) if base else ()),
+        _Probe(list(range(5, 30)), "probe-1", base),
     ]
-    alone = [_alone(model, mixture, probe) for probe in probes]
-    heard: dict[str, list[torch.Tensor]] = {probe.id: [] for probe in probes}
+    alone = [_logits_alone(model, loras, probe) for probe in probes]
+    batched: dict[str, list[torch.Tensor]] = {probe.id: [] for probe in probes}
     done = threading.Event()
 
     def step(works: Sequence[_Probe], logits: torch.Tensor) -> list[int]:
         for work, row in zip(works, logits, strict=True):
-            heard[work.id].append(row.clone())
-            if len(heard[work.id]) == 2:
+            batched[work.id].append(row.clone())
+            if len(batched[work.id]) == 2:
                 runner.drop(work)
-        if all(len(rows) >= 2 for rows in heard.values()):
+        if all(len(rows) >= 2 for rows in batched.values()):
             done.set()
-        return [_next(work, len(heard[work.id])) for work in works]
+        return [work.ids[-1] + len(batched[work.id]) for work in works]
 
     before = model.config._attn_implementation
     level = _LIBRARY.level
-    _LIBRARY.setLevel(logging.CRITICAL)  # a traceback here is an answer, no news
+    _LIBRARY.setLevel(logging.CRITICAL)  # a failure here is an expected outcome
     try:
-        runner = Batched(model, mixture, room, step)
+        runner = Batched(model, loras, room, step)
         for probe in probes:
             runner.add(probe)
         while runner.alive and not done.wait(0.02):
@@ -272,27 +250,23 @@ def fitting(model: Any, mixture: Mixture, room: Room) -> type[Batched] | type[Tu
     finally:
         _LIBRARY.setLevel(level)
     agree = done.is_set() and all(
-        (near - far).abs().max() <= CLOSE * far.abs().max() + 1e-3
-        for probe, both in zip(probes, alone, strict=True)
-        for near, far in zip(heard[probe.id], both, strict=False)
+        (row - expected).abs().max() <= TOLERANCE * expected.abs().max() + 1e-3
+        for probe, rows in zip(probes, alone, strict=True)
+        for row, expected in zip(batched[probe.id], rows, strict=False)
     )
     if not agree:
-        logger.warning("answers take turns: this model says something else in a batch")
+        logger.warning("no continuous batching: this model's logits differ in a batch")
         if model.config._attn_implementation != before:
             model.set_attn_implementation(before)
-    return Batched if agree else Turns
-
-
-def _next(probe: _Probe, said: int) -> int:
-    return probe.ids[-1] + said
+    return Batched if agree else Sequential
 
 
 @torch.no_grad()
-def _alone(model: Any, mixture: Mixture, probe: _Probe) -> list[torch.Tensor]:
-    """The logits of both tokens, without cache and company."""
+def _logits_alone(model: Any, loras: MultiLora, probe: _Probe) -> list[torch.Tensor]:
+    """The logits of both tokens, without a cache or a batch."""
     rows = []
-    for ids in (probe.ids, [*probe.ids, _next(probe, 1)]):
-        mixture.use([(probe.weights, len(ids))], model.device)
+    for ids in (probe.ids, [*probe.ids, probe.ids[-1] + 1]):
+        loras.use([(probe.weights, len(ids))], model.device)
         out = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False)
         rows.append(out.logits[0, -1].float())
     return rows

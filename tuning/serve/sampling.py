@@ -1,6 +1,6 @@
-"""Choosing the next token of one request, with transformers' own processors.
+"""Samples the next token of one request with transformers' own logits processors.
 
-Greedy unless the request, or the model's generation config, says otherwise: what `generate` does.
+Greedy unless the request or the model's generation config says otherwise, like `generate`.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from dataclasses import dataclass
 import torch
 from transformers.generation import logits_process as processors
 
-COLD = 1e-5  # a temperature below it leaves the likeliest token alone, and numbers that overflow
+MIN_TEMPERATURE = 1e-5  # below it, sampling is greedy: the scaled logits would overflow
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to choose; the defaults leave everything to the largest logit."""
+    """Sampling settings; the defaults are greedy."""
 
-    temperature: float = 0.0  # 0: the likeliest token
+    temperature: float = 0.0  # 0: greedy
     top_p: float = 1.0
     top_k: int = 0  # 0: all
     min_p: float = 0.0
@@ -27,31 +27,31 @@ class Sampling:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    min_tokens: int = 0  # no end before so many
+    min_tokens: int = 0
     seed: int | None = None
 
     @property
-    def greedy(self) -> bool:
-        """Whether the likeliest token is chosen."""
-        return self.temperature < COLD
+    def is_greedy(self) -> bool:
+        """Whether the most likely token is taken."""
+        return self.temperature < MIN_TEMPERATURE
 
 
 @dataclass(frozen=True)
-class Choice:
-    """A token, its log-probability by the model itself, and the likeliest others."""
+class SampledToken:
+    """A token with its log-probability and the most likely tokens, before sampling settings."""
 
     token: int
     logprob: float | None
     top: tuple[tuple[int, float], ...]
 
 
-class Chooser:
-    """The state of choosing for one request."""
+class Sampler:
+    """Samples the tokens of one request, and remembers them for penalties."""
 
     def __init__(self, sampling: Sampling, prompt: Sequence[int], ends: frozenset[int]) -> None:
         self._sampling = sampling
         self._ids = list(prompt)
-        self._prompt = len(prompt)
+        self._prompt_length = len(prompt)
         self._ends = sorted(ends)
         self._counts: Counter[int] = Counter()
         self._generator: torch.Generator | None = None
@@ -63,16 +63,19 @@ class Chooser:
         )
 
     @property
-    def _plain(self) -> bool:
-        """Whether the next token is simply that of the largest logit."""
+    def _may_end(self) -> bool:
+        return len(self._ids) - self._prompt_length >= self._sampling.min_tokens
+
+    @property
+    def _is_argmax(self) -> bool:
+        """Whether the next token is that of the largest logit."""
         s = self._sampling
         penalties = s.presence_penalty or s.frequency_penalty or self._repetition is not None
-        early = len(self._ids) - self._prompt < s.min_tokens
-        return s.greedy and not penalties and not early
+        return s.is_greedy and not penalties and self._may_end
 
-    def choose(self, logits: torch.Tensor, likeliest: int) -> int:
-        """The next token, from `logits` [vocabulary] in float32; it is remembered."""
-        token = likeliest if self._plain else self._choose(self._penalised(logits.clone()))
+    def sample(self, logits: torch.Tensor, likeliest: int) -> int:
+        """The next token, from `logits` [vocabulary] in float32; `likeliest` is their argmax."""
+        token = likeliest if self._is_argmax else self._draw(self._penalised(logits.clone()))
         self._ids.append(token)
         self._counts[token] += 1
         return token
@@ -84,14 +87,14 @@ class Chooser:
             scores = self._repetition(ids, scores[None])[0]
         if (s.presence_penalty or s.frequency_penalty) and self._counts:
             seen = torch.tensor(list(self._counts), device=scores.device)
-            often = torch.tensor(list(self._counts.values()), device=scores.device)
-            scores[seen] -= s.presence_penalty + s.frequency_penalty * often
-        if len(self._ids) - self._prompt < s.min_tokens:
+            counts = torch.tensor(list(self._counts.values()), device=scores.device)
+            scores[seen] -= s.presence_penalty + s.frequency_penalty * counts
+        if not self._may_end:
             scores[[end for end in self._ends if end < len(scores)]] = -torch.inf
         return scores
 
-    def _choose(self, scores: torch.Tensor) -> int:
-        if self._sampling.greedy:
+    def _draw(self, scores: torch.Tensor) -> int:
+        if self._sampling.is_greedy:
             return int(scores.argmax())
         scores = scores[None]
         for warp in self._warpers:
@@ -106,29 +109,26 @@ class Chooser:
 
 
 def _warpers(s: Sampling) -> list[processors.LogitsProcessor]:
-    """In the order of `generate`."""
-    found: list[processors.LogitsProcessor] = []
-    if not s.greedy and s.temperature != 1:
-        found.append(processors.TemperatureLogitsWarper(s.temperature))
+    """The logits warpers of `s`, in the order of `generate`."""
+    warpers: list[processors.LogitsProcessor] = []
+    if not s.is_greedy and s.temperature != 1:
+        warpers.append(processors.TemperatureLogitsWarper(s.temperature))
     if s.top_k:
-        found.append(processors.TopKLogitsWarper(s.top_k))
+        warpers.append(processors.TopKLogitsWarper(s.top_k))
     if s.top_p < 1:
-        found.append(processors.TopPLogitsWarper(s.top_p))
+        warpers.append(processors.TopPLogitsWarper(s.top_p))
     if s.min_p:
-        found.append(processors.MinPLogitsWarper(s.min_p))
+        warpers.append(processors.MinPLogitsWarper(s.min_p))
     if s.typical_p < 1:
-        found.append(processors.TypicalLogitsWarper(s.typical_p))
-    return found
+        warpers.append(processors.TypicalLogitsWarper(s.typical_p))
+    return warpers
 
 
-def judge(logits: torch.Tensor, token: int, top: int | None) -> Choice:
-    """`token` with what the model itself thought of it, and its `top` likeliest tokens.
-
-    `top` None asks for no probabilities at all.
-    """
-    if top is None:
-        return Choice(token, None, ())
+def with_logprobs(logits: torch.Tensor, token: int, count: int | None) -> SampledToken:
+    """`token` with its log-probability and the `count` most likely tokens; None: neither."""
+    if count is None:
+        return SampledToken(token, None, ())
     logprobs = logits.log_softmax(-1)
-    best = logprobs.topk(min(top, logprobs.shape[-1]))
-    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    return Choice(token, float(logprobs[token]), tuple(pairs))
+    top = logprobs.topk(min(count, logprobs.shape[-1]))
+    pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    return SampledToken(token, float(logprobs[token]), tuple(pairs))

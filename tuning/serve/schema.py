@@ -1,9 +1,8 @@
-"""What requests may say: OpenAI's completions and chat, and the quick start's `/chat`.
+"""Request bodies: OpenAI's completions and chat completions, and KAITO's `/chat`.
 
-Unknown keys are refused, and so is what we know and do not do: an answer that ignored half of a
-request would be a wrong one. Keys that change nothing here (`user`, `metadata`, ...) may be there.
-Bodies are parsed by pydantic's own JSON reader, which bounds depth and takes no NaN for a number
-where none is due.
+Unknown keys and unsupported values are rejected: an answer that ignored half of a request would be
+wrong. Keys that change nothing here (`user`, `metadata`, ...) are allowed. pydantic's own JSON
+parser limits the depth and rejects NaN.
 """
 
 from __future__ import annotations
@@ -20,64 +19,64 @@ from pydantic import (
     model_validator,
 )
 
-MOST_CHOICES = 16  # answers to one request: prompts times n
-MOST_TURNS = 1024
-LEAST_PENALTY = 0.01  # what is divided by less has no finite number
-OWN_TEMPLATE = "templates come with the model, never with a request"
-TEMPLATES = frozenset({"chat_template", "chat_template_kwargs", "chat_template_args"})
+MAX_CHOICES = 16  # answers to one request: prompts times n
+MAX_TURNS = 1024
+MIN_PENALTY = 0.01  # logits divided by less overflow
+NO_TEMPLATES = "templates come with the model, never with a request"
+TEMPLATE_KEYS = frozenset({"chat_template", "chat_template_kwargs", "chat_template_args"})
 
 Name = Annotated[str, StringConstraints(max_length=256)]
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 Token = Annotated[int, Field(ge=0)]
-Ids = Annotated[list[Token], Field(min_length=1, fail_fast=True)]  # else an error for each element
+Ids = Annotated[list[Token], Field(min_length=1, fail_fast=True)]  # else an error per element
 Real = Annotated[float, Field(allow_inf_nan=False)]
 
 
-def _unless_null(usual: Any) -> BeforeValidator:
-    """OpenAI lets many keys be null: then they mean their default."""
-    return BeforeValidator(lambda value: usual if value is None else value)
+def _null_means(default: Any) -> BeforeValidator:
+    """OpenAI allows null for many keys; it means their default."""
+    return BeforeValidator(lambda value: default if value is None else value)
 
 
 class Strict(BaseModel):
-    """Unknown keys are refused; values are never shown in errors."""
+    """Rejects unknown keys; errors never show values."""
 
     model_config = ConfigDict(extra="forbid", hide_input_in_errors=True)
 
 
 class StreamOptions(Strict):
-    """What a stream also tells."""
+    """Options of a stream."""
 
     include_usage: bool = False
     include_obfuscation: bool = False
 
 
 class Generation(Strict):
-    """What chat and completions have in common."""
+    """The keys that chat completions and completions share."""
 
     model: Name | None = None
     max_tokens: int | None = Field(default=None, ge=1, le=1 << 20)
     temperature: Real | None = Field(default=None, ge=0, le=2)
     top_p: Real | None = Field(default=None, gt=0, le=1)
-    n: Annotated[int, Field(ge=1, le=MOST_CHOICES), _unless_null(1)] = 1
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES), _null_means(1)] = 1
     stop: Stop | Annotated[list[Stop], Field(max_length=8, fail_fast=True)] | None = None
-    stream: Annotated[bool, _unless_null(False)] = False
+    stream: Annotated[bool, _null_means(False)] = False
     stream_options: StreamOptions | None = None
     seed: int | None = Field(default=None, ge=-(1 << 63), lt=1 << 63)
-    presence_penalty: Annotated[Real, Field(ge=-2, le=2), _unless_null(0)] = 0
-    frequency_penalty: Annotated[Real, Field(ge=-2, le=2), _unless_null(0)] = 0
-    # beyond OpenAI, as vLLM calls them
+    presence_penalty: Annotated[Real, Field(ge=-2, le=2), _null_means(0)] = 0
+    frequency_penalty: Annotated[Real, Field(ge=-2, le=2), _null_means(0)] = 0
+    # vLLM's extensions of OpenAI's API
     top_k: int | None = Field(default=None, ge=-1, le=1 << 20)
-    min_p: Annotated[Real, Field(ge=0, le=1), _unless_null(0)] = 0
-    repetition_penalty: Real | None = Field(default=None, ge=LEAST_PENALTY, le=10)
-    min_tokens: Annotated[int, Field(ge=0, le=1 << 20), _unless_null(0)] = 0
-    # known, and nothing to us
+    min_p: Annotated[Real, Field(ge=0, le=1), _null_means(0)] = 0
+    repetition_penalty: Real | None = Field(default=None, ge=MIN_PENALTY, le=10)
+    min_tokens: Annotated[int, Field(ge=0, le=1 << 20), _null_means(0)] = 0
+    # ignored
     user: Any = None
     metadata: Any = None
     store: Any = None
     service_tier: Any = None
     safety_identifier: Any = None
     prompt_cache_key: Any = None
-    # known, and not done: they may be there, but must say nothing
+    # unsupported: must be empty
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
 
     @model_validator(mode="after")
@@ -92,13 +91,13 @@ class Generation(Strict):
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
 
     @property
-    def usage_wanted(self) -> bool:
+    def streams_usage(self) -> bool:
         """Whether a stream ends with the usage."""
         return self.stream_options is not None and self.stream_options.include_usage
 
 
 class TextPart(Strict):
-    """A part of a message; images and sound are not taken."""
+    """A text part of a message, the only supported type."""
 
     type: Literal["text"]
     text: str
@@ -108,9 +107,9 @@ class Message(Strict):
     """One turn."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(max_length=MOST_TURNS, fail_fast=True)]
+    content: str | Annotated[list[TextPart], Field(max_length=MAX_TURNS, fail_fast=True)]
     name: Name | None = None
-    # as they come back from an earlier answer
+    # keys of an earlier answer that a client sends back
     refusal: None = None
     audio: None = None
     function_call: None = None
@@ -119,17 +118,17 @@ class Message(Strict):
 
     @property
     def turn(self) -> dict[str, str]:
-        """As templates know it."""
+        """The message for a chat template."""
         content = self.content
         text = content if isinstance(content, str) else "".join(part.text for part in content)
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
-Messages = Annotated[list[Message], Field(min_length=1, max_length=MOST_TURNS, fail_fast=True)]
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_TURNS, fail_fast=True)]
 
 
 class TextFormat(Strict):
-    """The one answer format."""
+    """The only supported response format."""
 
     type: Literal["text"]
 
@@ -139,7 +138,7 @@ class ChatRequest(Generation):
 
     messages: Messages
     max_completion_tokens: int | None = Field(default=None, ge=1, le=1 << 20)
-    logprobs: Annotated[bool, _unless_null(False)] = False
+    logprobs: Annotated[bool, _null_means(False)] = False
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     response_format: TextFormat | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=8, fail_fast=True)] | None = None
@@ -154,8 +153,8 @@ class ChatRequest(Generation):
         return self
 
     @property
-    def top(self) -> int | None:
-        """Likeliest tokens to tell; None: no probabilities."""
+    def requested_logprobs(self) -> int | None:
+        """Most likely tokens to report; None: no log-probabilities."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
@@ -164,12 +163,12 @@ class CompletionRequest(Generation):
 
     prompt: (
         str
-        | Annotated[list[str], Field(min_length=1, max_length=MOST_CHOICES, fail_fast=True)]
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)]
         | Ids
-        | Annotated[list[Ids], Field(min_length=1, max_length=MOST_CHOICES, fail_fast=True)]
+        | Annotated[list[Ids], Field(min_length=1, max_length=MAX_CHOICES, fail_fast=True)]
     )
     logprobs: int | None = Field(default=None, ge=0, le=20)
-    echo: Annotated[bool, _unless_null(False)] = False
+    echo: Annotated[bool, _null_means(False)] = False
     best_of: Literal[1] | None = None
     suffix: Literal[""] | None = None
 
@@ -185,7 +184,7 @@ class CompletionRequest(Generation):
 class GenerateKwargs(Strict):
     """KAITO's `generate_kwargs`."""
 
-    max_length: int | None = Field(default=None, ge=1, le=1 << 20)  # with the prompt
+    max_length: int | None = Field(default=None, ge=1, le=1 << 20)  # including the prompt
     max_new_tokens: int | None = Field(default=None, ge=1, le=1 << 20)
     min_length: int = Field(default=0, ge=0, le=1 << 20)
     do_sample: bool = False
@@ -193,7 +192,7 @@ class GenerateKwargs(Strict):
     top_k: int = Field(default=10, ge=0, le=1 << 20)
     top_p: Real = Field(default=1, gt=0, le=1)
     typical_p: Real = Field(default=1, gt=0, le=1)
-    repetition_penalty: Real = Field(default=1, ge=LEAST_PENALTY, le=10)
+    repetition_penalty: Real = Field(default=1, ge=MIN_PENALTY, le=10)
     num_beams: Literal[1] = 1
     early_stopping: bool = False
     seed: int | None = Field(default=None, ge=-(1 << 63), lt=1 << 63)
@@ -202,14 +201,14 @@ class GenerateKwargs(Strict):
 
     @property
     def ends(self) -> frozenset[int] | None:
-        """The tokens that end an answer instead of the model's own."""
+        """Tokens that end an answer instead of the model's own."""
         if isinstance(self.eos_token_id, int):
             return frozenset({self.eos_token_id})
         return frozenset(self.eos_token_id) if self.eos_token_id else None
 
 
-class QuickRequest(Strict):
-    """`POST /chat`, as the quick start and KAITO's transformers runtime have it."""
+class QuickStartRequest(Strict):
+    """`POST /chat`, as in KAITO's quick start and transformers runtime."""
 
     prompt: str | None = None
     messages: Messages | None = None
@@ -221,8 +220,8 @@ class QuickRequest(Strict):
     generate_kwargs: GenerateKwargs = GenerateKwargs()
 
 
-class Refusal(Exception):
-    """A request that is not answered: HTTP status, what is wrong, and where."""
+class ApiError(Exception):
+    """An error response: HTTP status, message, and the parameter at fault."""
 
     def __init__(
         self, status: int, message: str, *, param: str | None = None, code: str | None = None
@@ -231,21 +230,21 @@ class Refusal(Exception):
         self.status, self.message, self.param, self.code = status, message, param, code
 
 
-Shape = TypeVar("Shape", bound=Strict)
+Body = TypeVar("Body", bound=Strict)
 
 
-def read(kind: type[Shape], body: bytes) -> Shape:
-    """The request in `body`. Raises Refusal with everything that is wrong, and no value of it."""
+def parse(model: type[Body], body: bytes) -> Body:
+    """Parse a request body. Raises ApiError with every problem, without values."""
     try:
-        return kind.model_validate_json(body)
+        return model.model_validate_json(body)
     except ValidationError as error:
-        found = error.errors(include_url=False, include_context=False, include_input=False)
+        problems = error.errors(include_url=False, include_context=False, include_input=False)
     lines = []
-    for one in found[:20]:
-        where = ".".join(str(part)[:40] for part in one["loc"][:6])
-        what = one["msg"].removeprefix("Value error, ")
-        if one["type"] == "extra_forbidden":
-            what = OWN_TEMPLATE if where in TEMPLATES else "is not known here"
+    for problem in problems[:20]:
+        where = ".".join(str(part)[:40] for part in problem["loc"][:6])
+        what = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            what = NO_TEMPLATES if where in TEMPLATE_KEYS else "unknown key"
         lines.append(f"{where}: {what}" if where else what)
-    first = found[0]["loc"]
-    raise Refusal(400, "; ".join(lines)[:2000], param=str(first[0])[:80] if first else None)
+    first = problems[0]["loc"]
+    raise ApiError(400, "; ".join(lines)[:2000], param=str(first[0])[:80] if first else None)

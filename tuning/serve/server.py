@@ -1,8 +1,8 @@
-"""A server from its start to its end: listen, load, answer, drain.
+"""The life of a server: listen, load, answer, drain.
 
-It listens before it loads, so that probes hear "not yet" instead of nothing. SIGTERM makes it not
-ready at once; it goes on answering whoever still comes for `linger` seconds (a Service needs a
-moment to hear), then takes nothing new, finishes what runs, and leaves with 0.
+It listens before it loads, so that probes get "not ready" instead of a refused connection. At
+SIGTERM it is not ready at once, but answers new requests for `linger` seconds more (a Service
+needs a moment to notice); then it stops listening, finishes running requests, and exits with 0.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import replace
-from typing import TypeVar
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -30,21 +31,21 @@ from tuning import files
 from tuning.console import Console
 from tuning.models.load import load_base, load_tokenizer, read_config
 from tuning.plan import device, inference
-from tuning.serve import adapters, api, guard, listening, runner
+from tuning.serve import adapters, api, listening, middleware, runner
 from tuning.serve.engine import Engine
 from tuning.serve.options import Options
-from tuning.serve.protocol import Patient
-from tuning.serve.rendering import Renderer
+from tuning.serve.protocol import TimeoutProtocol
+from tuning.serve.rendering import Renderer, template_problem
 from tuning.serve.sampling import Sampling
 from tuning.serve.service import Loaded, Service
-from tuning.serve.voice import Voice, distrust
+from tuning.serve.tokenizer import ChatTokenizer, chat_template
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-SWITCH = 5e-5  # seconds: the model's thread needs the interpreter after every operator
-SETTLED = 2.0  # seconds of silence, after which a connection is closed when the server stops
-IDLE = 75  # seconds that a connection may wait for its next request: longer than clients keep one
+SWITCH_SECONDS = 5e-5  # the model's thread needs the interpreter after every operator
+DRAIN_IDLE_SECONDS = 2.0  # while draining, a connection idle for longer is closed
+KEEP_ALIVE_SECONDS = 75  # longer than clients keep an idle connection
 
 
 def run(options: Options, listener: socket.socket, console: Console) -> None:
@@ -54,11 +55,11 @@ def run(options: Options, listener: socket.socket, console: Console) -> None:
 
 
 def _configure() -> None:
-    """Of the process: one line for each request, and nothing that libraries tell each other."""
+    """Log one line per request, and silence the libraries."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s %(message)s")
     logging.getLogger("tuning.serve").setLevel(logging.INFO)
     transformers.utils.logging.disable_progress_bar()
-    sys.setswitchinterval(SWITCH)
+    sys.setswitchinterval(SWITCH_SECONDS)
 
 
 class _Server(uvicorn.Server):
@@ -66,42 +67,45 @@ class _Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Signals are ours: uvicorn would stop listening at once."""
+        """Leave signals alone: uvicorn would stop listening at once."""
         yield
 
 
 async def _serve(options: Options, listener: socket.socket, console: Console) -> None:
-    default = options.combined if options.wanted else options.base
+    default = options.combined if options.adapters else options.base
     service = Service(options.base, default, options.limits)
     server = _Server(
         uvicorn.Config(
             api.app(service, keys=options.keys),
-            http=Patient,
+            http=TimeoutProtocol,
             ws="none",
             lifespan="off",
             log_config=None,
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            h11_max_incomplete_event_size=2 * guard.HEADERS,
-            limit_concurrency=listening.CONNECTIONS,
-            timeout_keep_alive=IDLE,
+            h11_max_incomplete_event_size=2 * middleware.MAX_HEADER_BYTES,
+            limit_concurrency=listening.MAX_CONNECTIONS,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=1,  # after our own
         )
     )
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        now = replace(options, linger=0.0) if number == signal.SIGINT else options
-        loop.add_signal_handler(number, _stop, service, server, listener, now, console)
+        linger = 0.0 if number == signal.SIGINT else options.linger
+        loop.add_signal_handler(
+            number, _stop, service, server, listener, linger, options.grace, console
+        )
     loading = asyncio.create_task(_load(service, options, console))
-    loading.add_done_callback(lambda task: _loaded(task, service, server))
+    loading.add_done_callback(lambda task: _end_if_failed(task, service, server))
     await server.serve(sockets=[listener])
     if not loading.done():
-        os._exit(0)  # nothing to save, and libraries that load do not like to be interrupted
-    await loading  # raises what went wrong
+        os._exit(0)  # nothing to save, and libraries cannot be interrupted while they load
+    await loading  # raises the error of loading
     if service.loaded is not None:
         await service.loaded.engine.close()
-        service.loaded.renderer.close()
+        for renderer in service.loaded.renderers:
+            renderer.close()
     console.say("Stopped.")
 
 
@@ -109,27 +113,28 @@ def _stop(
     service: Service,
     server: _Server,
     listener: socket.socket,
-    options: Options,
+    linger: float,
+    grace: float,
     console: Console,
 ) -> None:
-    """SIGTERM or SIGINT."""
+    """Handle SIGTERM or SIGINT; a second signal ends the server at once."""
     if service.phase == "draining":
-        server.should_exit = server.force_exit = True  # asked twice
+        server.should_exit = server.force_exit = True
         return
-    linger = options.linger if service.phase == "ready" else 0.0
+    linger = linger if service.phase == "ready" else 0.0
     service.phase = "draining"
-    console.say(f"Stopping: new requests for {linger:g} more seconds, then what runs is finished.")
-    server.draining = asyncio.create_task(_drain(server, listener, linger, options.grace))
+    console.say(f"Stopping: {linger:g} more seconds for new requests, then running ones finish.")
+    server.draining = asyncio.create_task(_drain(server, listener, linger, grace))
 
 
 async def _drain(server: _Server, listener: socket.socket, linger: float, grace: float) -> None:
-    """Leave when every client has its answer, or when there is no more time.
+    """End the server when every client has its answer, or after `grace` seconds.
 
-    A connection may carry another request until it has been silent for a moment: whoever sends on
-    one that is being closed would not know whether it was heard.
+    A connection is closed only after it was idle for a moment: a client that sends on a closing
+    connection could not tell whether its request was received.
     """
     await asyncio.sleep(linger)
-    # Who has connected and is not accepted yet would be reset with the listening socket.
+    # Closing the listening socket would reset connections that are not accepted yet.
     while select.select([listener], [], [], 0)[0]:
         await asyncio.sleep(0)
     for accepting in server.servers:
@@ -137,49 +142,47 @@ async def _drain(server: _Server, listener: socket.socket, linger: float, grace:
     end = time.monotonic() + grace
     while time.monotonic() < end and (connections := list(server.server_state.connections)):
         for connection in connections:
-            if isinstance(connection, Patient) and connection.silent > SETTLED:
+            if not isinstance(connection, TimeoutProtocol):
+                continue
+            if connection.idle_seconds > DRAIN_IDLE_SECONDS:
                 connection.shutdown()
         await asyncio.sleep(0.05)
     server.should_exit = True
 
 
-def _loaded(task: asyncio.Task[None], service: Service, server: uvicorn.Server) -> None:
+def _end_if_failed(task: asyncio.Task[None], service: Service, server: uvicorn.Server) -> None:
     if not task.cancelled() and task.exception() is not None:
         service.phase = "failed"
         server.should_exit = True
 
 
 async def _load(service: Service, options: Options, console: Console) -> None:
-    loaded = await _apart(lambda: _make(options, console))
+    loaded = await _on_daemon_thread(lambda: _make(options, console))
     await loaded.engine.start()
     service.loaded = loaded
-    service.metrics.refused.set(len(loaded.refused))
+    service.metrics.refused.set(len(loaded.rejected))
     if service.phase == "loading":
         service.phase = "ready"
         console.say(f"Ready: {', '.join(loaded.models)}")
 
 
-async def _apart(work: Callable[[], T]) -> T:
-    """What `work` gives, on a thread that a process which is told to stop does not wait for."""
+async def _on_daemon_thread(work: Callable[[], T]) -> T:
+    """The result of `work`, on a thread that does not keep the process alive."""
     loop = asyncio.get_running_loop()
     result: asyncio.Future[T] = loop.create_future()
 
-    def settle(value: T | None, error: BaseException | None) -> None:
-        if result.cancelled():
-            return
-        if error is not None:
-            result.set_exception(error)
-        else:
-            result.set_result(value)  # type: ignore[arg-type]
+    def settle(set_outcome: Callable[[Any], None], outcome: Any) -> None:
+        if not result.cancelled():
+            set_outcome(outcome)
 
     def do() -> None:
-        value, error = None, None
+        outcome: tuple[Callable[[Any], None], Any]
         try:
-            value = work()
-        except BaseException as problem:
-            error = problem
+            outcome = result.set_result, work()
+        except BaseException as error:
+            outcome = result.set_exception, error
         with contextlib.suppress(RuntimeError):  # the loop may be closed by now
-            loop.call_soon_threadsafe(settle, value, error)
+            loop.call_soon_threadsafe(settle, *outcome)
 
     threading.Thread(target=do, name="loading", daemon=True).start()
     return await result
@@ -187,20 +190,26 @@ async def _apart(work: Callable[[], T]) -> T:
 
 def _make(options: Options, console: Console) -> Loaded:
     folder = options.weights()
-    read_config(folder)  # says what is wrong with it
+    read_config(folder)  # validates it
     config = files.read_json(folder / "config.json")
     tokenizer = load_tokenizer(folder)
     here = device.detect()
-    with ExitStack() as held:
-        renderer = Renderer()
-        ready, refused = adapters.fetch(
-            options.wanted,
+    base_renderer, adapter_renderer = Renderer(), Renderer()
+    if template := chat_template(tokenizer):
+        base_renderer.prewarm()  # ready before the weights are
+    with ExitStack() as folders:
+        ready, rejected = adapters.fetch(
+            options.adapters,
             config=config,
-            own_template=tokenizer.chat_template,
-            distrust=lambda text: distrust(text, renderer, tokenizer.special_tokens_map),
+            base_template=template,
+            template_problem=partial(
+                template_problem,
+                renderer=adapter_renderer,
+                special_tokens=tokenizer.special_tokens_map,
+            ),
             access=options.access,
             console=console,
-            held=held,
+            folders=folders,
         )
         holding = inference.hold(
             folder,
@@ -209,54 +218,61 @@ def _make(options: Options, console: Console) -> Loaded:
             precision=options.precision,
             context=options.context,
             requests=options.requests,
-            adapter_numbers=sum(one.found.parameters for one in ready),
+            adapter_numbers=sum(one.adapter.parameters for one in ready),
         )
         console.say(_summary(options.base, holding, here))
-        if holding.threads:
-            torch.set_num_threads(holding.threads)
-        model = load_base(
-            folder,
-            precision=holding.precision,
-            quantisation=holding.quantisation,
-            device=here.kind,
-        ).eval()
-        mixture, ready, misfits = adapters.put(ready, model=model, console=console)
-    refused += misfits
-    kind = runner.fitting(model, mixture, holding.room)
-    if kind is runner.Turns:
+        model = _load_weights(folder, holding, here)
+        loras, ready, misfits = adapters.attach(ready, model=model, console=console)
+    rejected += misfits
+    kind = runner.choose_runner(model, loras, holding.room)
+    if kind is runner.Sequential:
         console.say("Requests take turns: this model's attention cannot batch them.")
-    offered = adapters.offer(ready, refused, base=options.base, combined=options.combined)
-    templates = {one.template for one in offered}
+    offered = adapters.offered(ready, rejected, base=options.base, combined=options.combined)
+    tokenizers = {
+        text: ChatTokenizer(tokenizer, model, adapter_renderer, template=text)
+        for text in {one.template for one in offered} - {None}
+    }
     return Loaded(
         engine=Engine(
-            lambda step: kind(model, mixture, holding.room, step),
+            lambda step: kind(model, loras, holding.room, step),
             holding.room,
-            most_waiting=options.limits.waiting,
+            max_waiting=options.limits.waiting,
         ),
         models={one.name: one for one in offered},
-        refused=tuple(refused),
-        voices={one: Voice(tokenizer, model, template=one, renderer=renderer) for one in templates},
-        renderer=renderer,
+        rejected=tuple(rejected),
+        tokenizers={None: ChatTokenizer(tokenizer, model, base_renderer), **tokenizers},
+        renderers=(base_renderer, adapter_renderer),
         defaults=_defaults(model.generation_config),
         context=holding.context,
         vocab=min(len(tokenizer), model.get_input_embeddings().weight.shape[0]),
     )
 
 
-def _defaults(config: object) -> Sampling:
-    """How the model's authors sample, as `generate` would."""
+def _load_weights(folder: Path, holding: inference.Holding, here: device.Device) -> Any:
+    if holding.threads:
+        torch.set_num_threads(holding.threads)
+    return load_base(
+        folder,
+        precision=holding.precision,
+        quantisation=holding.quantisation,
+        device=here.kind,
+    ).eval()
 
-    def said(name: str, otherwise: float) -> float:
+
+def _defaults(config: object) -> Sampling:
+    """The sampling settings of a generation config, as `generate` reads it."""
+
+    def value(name: str, default: float) -> float:
         value = getattr(config, name, None)
-        return otherwise if value is None else value
+        return default if value is None else value
 
     if not getattr(config, "do_sample", False):
-        return Sampling(repetition_penalty=said("repetition_penalty", 1.0))
+        return Sampling(repetition_penalty=value("repetition_penalty", 1.0))
     return Sampling(
-        temperature=said("temperature", 1.0),
-        top_p=said("top_p", 1.0),
-        top_k=int(said("top_k", 0)),
-        repetition_penalty=said("repetition_penalty", 1.0),
+        temperature=value("temperature", 1.0),
+        top_p=value("top_p", 1.0),
+        top_k=int(value("top_k", 0)),
+        repetition_penalty=value("repetition_penalty", 1.0),
     )
 
 

@@ -1,8 +1,8 @@
-"""One row of any known shape -> what is trained: a conversation, a pair, a text or token ids.
+"""One row of any known shape -> a training example: conversation, pair, text or token ids.
 
-Pure functions of plain values. `detect` names the shape of a row and says why; `to_example` reads a
-row of that shape or raises BadRow with every fault it found, so that a person can repair them all
-at once. Shapes, in the order in which they are looked for:
+Pure functions of plain values. `detect` returns the shape of a row and the reason; `to_example`
+reads a row of that shape or raises BadRow with all faults, so that a person can repair them at
+once. Shapes, in the order of detection:
 
     options             DatasetConfig's messages_column, context_column, response_column
     tokens              input_ids [labels, attention_mask]

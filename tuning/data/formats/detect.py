@@ -1,4 +1,4 @@
-"""Which shape a row has, and why."""
+"""Detects the shape of a row, with the reason."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tuning.data.formats.values import (
-    NOTHING,
+    EMPTY_VALUES,
     BadRow,
     Columns,
     Fault,
@@ -47,9 +47,9 @@ MESSAGE_KEYS = {"role", "content", "from", "value", "weight", "train", "function
 
 
 def detect(row: Row, options: Columns) -> Shape:
-    """The shape of `row`, from its columns and the look of their values.
+    """The shape of `row`, by its columns and values.
 
-    Raises BadRow when the columns fit no shape, or an option names a column that is not there.
+    Raises BadRow if the columns fit no shape, or an option names a missing column.
     """
     if options.messages or options.context or options.response:
         return _by_options(row, options)
@@ -73,7 +73,7 @@ def detect(row: Row, options: Columns) -> Shape:
 
 
 def unused(row: Row, shape: Shape) -> list[str]:
-    """What `row` says and nobody reads, though it may be meant: columns, and keys of messages."""
+    """Ignored columns, and keys of messages, that look intentional."""
     used = {column for _, column in shape.columns}
     chats = [column for use, column in shape.columns if use == "messages"]
     if shape.name == "prompt-completion" and not isinstance(row.get("prompt"), str):
@@ -83,30 +83,30 @@ def unused(row: Row, shape: Shape) -> list[str]:
     if shape.name == "tokens":
         used |= {"labels", "attention_mask", "token_type_ids", "position_ids"}
     elif shape.name != "text":
-        used.add(first_said(row, SYSTEM_COLUMNS) or "")
+        used.add(first_nonempty(row, SYSTEM_COLUMNS) or "")
     if shape.name == "alpaca":
-        used |= {first_said(row, CONTEXT_COLUMNS) or "", HISTORY_COLUMN}
+        used |= {first_nonempty(row, CONTEXT_COLUMNS) or "", HISTORY_COLUMN}
     used |= {name for name in row if name.startswith("__")}  # a table's own, such as its index
-    left = [name for name, value in row.items() if name not in used and not _silent(value)]
+    ignored = [name for name, value in row.items() if name not in used and not _is_empty(value)]
     for column in chats:
         turns = from_json(row.get(column))
-        said = turns if isinstance(turns, list) else []
-        items = [each for turn in said if isinstance(turn, Mapping) for each in turn.items()]
-        keys = dict.fromkeys(key for key, value in items if not _silent(value))
-        left += [f"{column}[].{key}" for key in keys if key not in MESSAGE_KEYS]
-    return left
+        mappings = turns if isinstance(turns, list) else ()
+        items = [each for turn in mappings if isinstance(turn, Mapping) for each in turn.items()]
+        keys = dict.fromkeys(key for key, value in items if not _is_empty(value))
+        ignored += [f"{column}[].{key}" for key in keys if key not in MESSAGE_KEYS]
+    return ignored
 
 
-def first_said(row: Row, columns: Sequence[str]) -> str | None:
-    """The first of `columns` that says something in this very row."""
+def first_nonempty(row: Row, columns: Sequence[str]) -> str | None:
+    """The first of `columns` that is not empty in this row."""
     for column in columns:
-        if column in row and not _silent(row[column]):
+        if column in row and not _is_empty(row[column]):
             return column
     return None
 
 
-def _silent(value: Any) -> bool:
-    return any(value is nothing or value == nothing for nothing in NOTHING)
+def _is_empty(value: Any) -> bool:
+    return any(value is empty or value == empty for empty in EMPTY_VALUES)
 
 
 def _shape(name: Name, reason: str, **columns: str) -> Shape:
@@ -158,7 +158,7 @@ def _by_options(row: Row, options: Columns) -> Shape:
 
 
 def missing_column(row: Row, intro: str, column: str) -> Fault | None:
-    """The fault that `row` has no `column`; None if it has. `intro` begins the sentence."""
+    """The fault that `row` lacks `column`, or None. `intro` begins the message."""
     if column in row:
         return None
     shown = ", ".join(quoted(name) for name in list(row)[:12])
@@ -167,7 +167,7 @@ def missing_column(row: Row, intro: str, column: str) -> Fault | None:
         what = f'{intro} "{column}", but the column is written {quoted(near)}'
         return Fault("DATA-213", what, f"write {quoted(near)} exactly as in the data")
     what = f'{intro} "{column}", and there is no such column; there are {shown}'
-    return Fault("DATA-250", what, "name a column that is there")
+    return Fault("DATA-250", what, "name an existing column")
 
 
 def _no_shape(row: Row) -> Fault:

@@ -1,4 +1,4 @@
-"""A row of a known shape -> what is trained."""
+"""A row of a known shape -> a training example."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from tuning.data.formats.detect import (
     HISTORY_COLUMN,
     SYSTEM_COLUMNS,
     detect,
-    first_said,
+    first_nonempty,
     missing_column,
 )
-from tuning.data.formats.messages import conversation, filled, prompt_messages
+from tuning.data.formats.messages import conversation, prompt_messages, required_text
 from tuning.data.formats.values import (
     BadRow,
     Columns,
@@ -31,16 +31,16 @@ from tuning.data.formats.values import (
 
 
 def to_example(row: Row, shape: Shape) -> Example:
-    """What is trained of `row`, which is of `shape`. Raises BadRow with all faults of the row."""
+    """The training example in `row` of `shape`. Raises BadRow with all faults of the row."""
     for column in shape.required:
         if column not in row:
-            raise BadRow([_lost_column(row, shape, column)])
+            raise BadRow([_column_fault(row, shape, column)])
     if shape.name in ("messages", "sharegpt"):
         column = shape.column("messages")
         return conversation(row, column, sharegpt=shape.name == "sharegpt")
     if shape.name == "text":
         column = shape.column("text")
-        return Text(filled(row, column, "DATA-227"))
+        return Text(required_text(row, column, "DATA-227"))
     if shape.name == "tokens":
         return _tokens(row)
     if shape.name == "prompt-completion" and not isinstance(row["prompt"], str):
@@ -48,7 +48,8 @@ def to_example(row: Row, shape: Shape) -> Example:
     return _pair(row, shape)
 
 
-def _lost_column(row: Row, shape: Shape, column: str) -> Fault:
+def _column_fault(row: Row, shape: Shape, column: str) -> Fault:
+    """A missing column, or a row of another shape."""
     try:
         other = detect(row, Columns())
     except BadRow:
@@ -70,18 +71,18 @@ def _pair(row: Row, shape: Shape) -> Pair | Conversation:
     values: dict[str, str] = {}
     for use, code in (("prompt", "DATA-221"), ("completion", "DATA-227")):
         try:
-            values[use] = filled(row, uses[use], code, empty=use == "prompt")
+            values[use] = required_text(row, uses[use], code, empty=use == "prompt")
         except BadRow as bad:
             faults += bad.faults
     extra = {}
     for use, column in (
-        ("context", first_said(row, CONTEXT_COLUMNS) if shape.name == "alpaca" else None),
-        ("system", first_said(row, SYSTEM_COLUMNS)),
+        ("context", first_nonempty(row, CONTEXT_COLUMNS) if shape.name == "alpaca" else None),
+        ("system", first_nonempty(row, SYSTEM_COLUMNS)),
     ):
         if column is None:
             continue
         try:
-            value = filled(row, column, "", empty=True)
+            value = required_text(row, column, "", empty=True)
         except BadRow as bad:
             faults += bad.faults
             continue
@@ -103,7 +104,7 @@ def _pair(row: Row, shape: Shape) -> Pair | Conversation:
 
 
 def _history_faults(earlier: Any) -> list[Fault]:
-    """What is wrong with the earlier turns of an Alpaca row: [[question, answer], ...]."""
+    """Faults in the earlier turns of an Alpaca row: [[question, answer], ...]."""
     change = 'write [["question", "answer"], ...], or remove the column'
     if not isinstance(earlier, list):
         what = f"{HISTORY_COLUMN} is {type_name(earlier)}, not a list of pairs"
@@ -112,7 +113,7 @@ def _history_faults(earlier: Any) -> list[Fault]:
     for index, turn in enumerate(earlier):
         where = f"{HISTORY_COLUMN}[{index}]"
         if not isinstance(turn, list) or [type(text) for text in turn] != [str, str]:
-            faults.append(Fault("DATA-216", f"{where} is no pair of question and answer", change))
+            faults.append(Fault("DATA-216", f"{where} is not [question, answer]", change))
         elif not turn[1].strip():
             faults.append(Fault("DATA-225", f"the answer of {where} is empty", "write it"))
         else:
@@ -121,7 +122,7 @@ def _history_faults(earlier: Any) -> list[Fault]:
 
 
 def _continued(earlier: list[list[str]], pair: Pair) -> Conversation:
-    """The earlier turns and `pair` as one conversation; every answer in it is trained."""
+    """The earlier turns and `pair` as one conversation, of which every answer is trained."""
     last = pair.as_conversation().messages
     turns = last[:-2]
     for question, answer in earlier:
@@ -135,7 +136,7 @@ def _continued(earlier: list[list[str]], pair: Pair) -> Conversation:
 
 
 def _bare(prompt: str, system: str) -> str:
-    """The prompt as base models without a chat template have seen it most."""
+    """The prompt in the Alpaca format, the most common one without a chat template."""
     head = f"{system}\n\n" if system else ""
     return f"{head}### Instruction:\n{prompt}\n\n### Response:\n"
 
@@ -171,10 +172,10 @@ def _tokens(row: Row) -> Tokens:
 
 
 def _unmasked(mask: Any, size: int) -> tuple[int, int]:
-    """Where the tokens begin and end that are no padding. Raises BadRow."""
-    good = isinstance(mask, list) and all(type(each) in (int, bool) for each in mask)
-    if not good or len(mask) != size or not {*mask} <= {0, 1}:
-        what = f"attention_mask is no list of {size} zeros and ones, as many as input_ids"
+    """Where the tokens without padding begin and end. Raises BadRow."""
+    is_mask = isinstance(mask, list) and all(type(each) in (int, bool) for each in mask)
+    if not is_mask or len(mask) != size or not {*mask} <= {0, 1}:
+        what = f"attention_mask is not a list of {size} zeros and ones, as many as input_ids"
         raise BadRow.of("DATA-247", what, "give each token one, or remove the column")
     if 1 not in mask:
         return 0, 0

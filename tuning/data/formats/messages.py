@@ -1,11 +1,11 @@
-"""Lists of messages -> conversations, with every fault that is in them."""
+"""Lists of messages -> conversations, with all their faults."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from tuning.data.formats.detect import CARRIED, SYSTEM_COLUMNS, first_said
+from tuning.data.formats.detect import CARRIED, SYSTEM_COLUMNS, first_nonempty
 from tuning.data.formats.values import (
     BadRow,
     Conversation,
@@ -46,27 +46,27 @@ def conversation(row: Row, column: str, *, sharegpt: bool) -> Conversation:
     messages, faults = _messages(turns, column, sharegpt=sharegpt)
     if not faults:
         faults = _order_faults(messages, column)
-    tools, more = _tools(row)
-    system, wrong = _system(row)
-    if faults or more or wrong:
-        raise BadRow([*faults, *more, *wrong])
-    _open_with(messages, system)
-    return Conversation(messages, _weighted(messages), tools)
+    tools, tool_faults = _tools(row)
+    system, system_faults = _system(row)
+    if faults := [*faults, *tool_faults, *system_faults]:
+        raise BadRow(faults)
+    _prepend_system(messages, system)
+    return Conversation(messages, _trained_turns(messages), tools)
 
 
 def _system(row: Row) -> tuple[str, list[Fault]]:
-    """What a column of its own says to the system."""
-    column = first_said(row, SYSTEM_COLUMNS)
+    """The system message in a column of its own; "" if there is none."""
+    column = first_nonempty(row, SYSTEM_COLUMNS)
     if column is None:
         return "", []
     try:
-        return filled(row, column, "", empty=True), []
+        return required_text(row, column, "", empty=True), []
     except BadRow as bad:
         return "", list(bad.faults)
 
 
-def _open_with(messages: list[dict[str, Any]], system: str) -> bool:
-    """Put `system` first, unless the conversation says its own."""
+def _prepend_system(messages: list[dict[str, Any]], system: str) -> bool:
+    """Insert a system message, unless there is none or the conversation has its own."""
     if not system.strip() or messages[0]["role"] == "system":
         return False
     messages.insert(0, {"role": "system", "content": system})
@@ -87,14 +87,14 @@ def _messages(
             what = f"{where} is {type_name(turn)}, not a message"
             faults.append(Fault("DATA-216", what, 'write {"role": ..., "content": ...}'))
             continue
-        message, wrong = _message(turn, where, sharegpt=sharegpt)
+        message, message_faults = _message(turn, where, sharegpt=sharegpt)
         messages.append(message)
-        faults += wrong
+        faults += message_faults
     return messages, faults
 
 
 def _is_plain(turn: Any) -> bool:
-    """Whether `turn` is a faultless message of role and content alone, as nearly all are."""
+    """Whether `turn` is a valid message of role and content only, like nearly all."""
     if type(turn) is not dict or len(turn) != 2:
         return False
     role, content = turn.get("role"), turn.get("content")
@@ -114,18 +114,18 @@ def _message(
         return {}, [Fault("DATA-214", what, "write all conversations in one of the two ways")]
     faults: list[Fault] = []
     roles = _SHAREGPT_ROLE if sharegpt else _ROLE
-    said = turn.get(role_key)
-    role = roles.get(said, "") if isinstance(said, str) else ""
-    if said is None:
+    written_role = turn.get(role_key)
+    role = roles.get(written_role, "") if isinstance(written_role, str) else ""
+    if written_role is None:
         what = f"{where} has no {role_key}"
         faults.append(Fault("DATA-218", what, f"add one of {', '.join(ROLES)}"))
     elif not role:
         allowed = ", ".join(("human", "gpt", *ROLES) if sharegpt else ROLES)
-        what = f"{where}.{role_key} is {quoted(said)}; allowed: {allowed}"
+        what = f"{where}.{role_key} is {quoted(written_role)}; allowed: {allowed}"
         faults.append(Fault("DATA-207", what, "change the role"))
     calls, wrong = _calls(turn, where, sharegpt=sharegpt)
     faults += wrong
-    if calls and said == "function_call":
+    if calls and written_role == "function_call":
         turn = {key: value for key, value in turn.items() if key != content_key}
         turn[content_key] = None
     content = turn.get(content_key)
@@ -148,18 +148,16 @@ def _message(
         message |= extra
         if turn.get("weight") is not None:
             message["weight"] = turn["weight"]
-        elif turn.get("train") is not None:  # as Axolotl has it
+        elif turn.get("train") is not None:  # Axolotl
             message["weight"] = turn["train"]
             if turn["train"] not in (0, 1):
                 what = f"{where}.train is {type_name(turn['train'])}: {quoted(turn['train'])}"
                 faults.append(Fault("DATA-221", what, "write true or false"))
-            else:
-                message["weight"] = int(turn["train"])
     return message, faults
 
 
 def _extra_faults(extra: Mapping[str, Any], where: str) -> list[Fault]:
-    """What is wrong with what a message says beside its content."""
+    """Faults in the keys of a message beside its content."""
     faults: list[Fault] = []
     for key, value in extra.items():
         if key in _REASONING and not isinstance(value, str):
@@ -184,9 +182,11 @@ def _content(turn: Mapping[str, Any], key: str, where: str) -> tuple[str, list[F
     return content, text_faults(content, f"{where}.{key}")
 
 
-def filled(row: Row, column: str, code: str, *, empty: bool = False) -> str:
-    """The text in `column`, which may be content parts. Raises BadRow, with `code` for an empty one
-    unless it may be `empty`."""
+def required_text(row: Row, column: str, code: str, *, empty: bool = False) -> str:
+    """The text in `column`, which may be content parts.
+
+    Raises BadRow, with `code` for an empty text unless `empty` allows it.
+    """
     value = row[column]
     if value is None:
         raise BadRow.of("DATA-220", f"{column} is null", "write a text, or remove the row")
@@ -205,7 +205,7 @@ def filled(row: Row, column: str, code: str, *, empty: bool = False) -> str:
 
 
 def text_of_parts(parts: list[Any], where: str) -> tuple[str, list[Fault]]:
-    """The text of a list of content parts, and what is wrong with them."""
+    """The text of a list of content parts, and their faults."""
     texts: list[str] = []
     for index, part in enumerate(parts):
         text = part.get("text") if isinstance(part, Mapping) else part
@@ -222,7 +222,7 @@ def text_of_parts(parts: list[Any], where: str) -> tuple[str, list[Fault]]:
 def _calls(turn: Mapping[str, Any], where: str, *, sharegpt: bool) -> tuple[list[Any], list[Fault]]:
     """A turn's tool calls with their arguments as objects, which is what chat templates print.
 
-    Older ways are read, too: OpenAI's `function_call`, and a ShareGPT turn of that name.
+    Also reads older forms: OpenAI's `function_call`, and a ShareGPT turn of that name.
     """
     key, bare = "tool_calls", False
     calls = from_json(turn.get(key))
@@ -237,15 +237,15 @@ def _calls(turn: Mapping[str, Any], where: str, *, sharegpt: bool) -> tuple[list
     for call in calls if isinstance(calls, list) else [calls]:
         if bare and not (isinstance(call, Mapping) and isinstance(call.get("name"), str)):
             change = 'write {"name": "...", "arguments": {...}}'
-            return [], [Fault("DATA-216", f"{where}.{key} is no call of a function", change)]
+            return [], [Fault("DATA-216", f"{where}.{key} is not a function call", change)]
         call = {"type": "function", "function": call} if bare else call
         if isinstance(call, Mapping) and isinstance(call.get("function"), Mapping):
             function = dict(call["function"])
-            given = function.get("arguments")
-            if isinstance(given, str):
-                function["arguments"] = from_json(given) if given.strip() else {}
+            arguments = function.get("arguments")
+            if isinstance(arguments, str):
+                function["arguments"] = from_json(arguments) if arguments.strip() else {}
             if isinstance(function.get("arguments"), str):
-                what = f"{where}.{key} has arguments that are no JSON object: {quoted(given)}"
+                what = f"{where}.{key} has arguments that are not JSON: {quoted(arguments)}"
                 faults.append(Fault("DATA-216", what, 'write {"name": value, ...}'))
             call = {k: v for k, v in call.items() if v is not None} | {"function": function}
         fixed.append(call)
@@ -271,17 +271,14 @@ def _order_faults(messages: list[dict[str, Any]], column: str) -> list[Fault]:
     return faults
 
 
-def _weighted(messages: list[dict[str, Any]]) -> tuple[int, ...]:
-    """The assistant turns whose `weight`, if any, is not 0; the key is taken out."""
+def _trained_turns(messages: list[dict[str, Any]]) -> tuple[int, ...]:
+    """The assistant turns whose `weight`, if any, is not 0; removes the key from them."""
     return tuple(
         index
         for index, message in enumerate(messages)
-        if message["role"] == "assistant" and _weight(message) not in (0, "0")
+        if message["role"] == "assistant"
+        and (len(message) == 2 or message.pop("weight", 1) not in (0, "0"))
     )
-
-
-def _weight(message: dict[str, Any]) -> Any:
-    return message.pop("weight", 1) if len(message) > 2 else 1
 
 
 def _tools(row: Row) -> tuple[list[Any] | None, list[Fault]]:
@@ -296,7 +293,7 @@ def _tools(row: Row) -> tuple[list[Any] | None, list[Fault]]:
 
 
 def _schema(tool: Mapping[str, Any]) -> dict[str, Any]:
-    """A tool as chat templates want it; LLaMA-Factory's data hold the function alone."""
+    """A tool for chat templates; LLaMA-Factory's data hold only the function."""
     if "function" not in tool and "name" in tool and {"parameters", "description"} & tool.keys():
         return {"type": "function", "function": dict(tool)}
     return dict(tool)
@@ -304,24 +301,24 @@ def _schema(tool: Mapping[str, Any]) -> dict[str, Any]:
 
 def prompt_messages(row: Row) -> Conversation:
     """A prompt and a completion that are both lists of messages. Raises BadRow."""
-    parts: list[dict[str, Any]] = []
+    messages: list[dict[str, Any]] = []
     faults: list[Fault] = []
-    before = 0
+    prompts = 0
     for column in ("prompt", "completion"):
         turns = from_json(row[column])
         if not isinstance(turns, list):
             what = f"{column} is {type_name(turns)}; prompt and completion are of different kinds"
             raise BadRow.of("DATA-221", what, "write both as texts, or both as lists of messages")
-        messages, wrong = _messages(turns, column, sharegpt=False)
-        parts += messages
-        faults += wrong
+        part, part_faults = _messages(turns, column, sharegpt=False)
+        messages += part
+        faults += part_faults
         if column == "prompt":
-            before = len(messages)
+            prompts = len(part)
     if not faults:
-        faults = _order_faults(parts, "prompt + completion")
-    tools, more = _tools(row)
-    system, wrong = _system(row)
-    if faults or more or wrong:
-        raise BadRow([*faults, *more, *wrong])
-    before += _open_with(parts, system)
-    return Conversation(parts, tuple(i for i in _weighted(parts) if i >= before), tools)
+        faults = _order_faults(messages, "prompt + completion")
+    tools, tool_faults = _tools(row)
+    system, system_faults = _system(row)
+    if faults := [*faults, *tool_faults, *system_faults]:
+        raise BadRow(faults)
+    prompts += _prepend_system(messages, system)
+    return Conversation(messages, tuple(i for i in _trained_turns(messages) if i >= prompts), tools)

@@ -1,4 +1,4 @@
-"""The values of this room: shapes of rows, faults in them, and what is trained."""
+"""Shapes of rows, faults in rows, and training examples."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ Row = Mapping[str, Any]
 
 
 class _Unread:
-    """Stands for a value of a column that was not read, since nothing is done with it."""
+    """Stands for the value of a column that is not read because nothing uses it."""
 
     def __repr__(self) -> str:
         return "a value that was not read"
 
 
 UNREAD = _Unread()
-NOTHING: tuple[Any, ...] = (None, "", [], {})  # values that say nothing
+EMPTY_VALUES: tuple[Any, ...] = (None, "", [], {})
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,15 @@ class Columns:
     context: str | None = None
     response: str | None = None
 
+    @property
+    def named(self) -> frozenset[str]:
+        """The columns that are set."""
+        return frozenset(filter(None, (self.messages, self.context, self.response)))
+
 
 @dataclass(frozen=True)
 class Shape:
-    """What the rows are: `columns` maps what a value is for to the column that holds it."""
+    """The shape of rows: `columns` maps the use of a value to the column that holds it."""
 
     name: Name
     columns: tuple[tuple[str, str], ...]
@@ -55,7 +60,7 @@ class Fault:
 
 
 class BadRow(Exception):
-    """A row that cannot be trained on, with everything that is wrong with it."""
+    """A row that cannot be trained on, with all its faults."""
 
     def __init__(self, faults: Sequence[Fault]) -> None:
         self.faults = tuple(faults)
@@ -80,8 +85,8 @@ class Conversation:
 class Pair:
     """A prompt and the completion that is trained.
 
-    `bare` is the prompt for a model without a chat template. `raw` pairs were written as running
-    text by their author, so nothing may stand between the two.
+    `bare` is the prompt for a model without a chat template. A `raw` pair is running text: nothing
+    may be inserted between prompt and completion.
     """
 
     prompt: str
@@ -93,7 +98,7 @@ class Pair:
     def as_conversation(self) -> Conversation:
         """The pair as a user turn and an assistant turn.
 
-        White space around running text joined the two, which the chat template does now.
+        White space that joined running text is removed: the chat template separates the turns.
         """
         prompt, completion = self.prompt, self.completion
         if self.raw:
@@ -116,7 +121,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids made elsewhere; `trained` holds [start, end) index pairs, flat."""
+    """Token ids from the data; `trained` holds [start, end) index pairs, flat."""
 
     input_ids: list[int]
     trained: tuple[int, ...]
@@ -126,16 +131,16 @@ Example = Conversation | Pair | Text | Tokens
 
 
 def quoted(value: Any) -> str:
-    """`value` for a message to a person: at most 80 characters, control characters escaped."""
+    """`value` for an error message: at most 80 characters, control characters escaped."""
     text = value if isinstance(value, str) else json.dumps(value, default=type_name)
     if len(text) > 80:
         text = text[:77] + "..."
-    plain = "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)
-    return f'"{plain}"' if isinstance(value, str) else plain
+    printable = "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)
+    return f'"{printable}"' if isinstance(value, str) else printable
 
 
 def type_name(value: Any) -> str:
-    """What a person calls the type of `value`."""
+    """The type of `value` for an error message."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -147,12 +152,12 @@ def type_name(value: Any) -> str:
         ((list, tuple), "a list"),
         (bytes, "binary data"),
     )
-    kind = type(value)
-    return next((name for of, name in names if isinstance(value, of)), f"a {kind.__name__}")
+    other = f"a {type(value).__name__}"
+    return next((name for types, name in names if isinstance(value, types)), other)
 
 
 def text_faults(text: str, where: str) -> list[Fault]:
-    """What is wrong with the characters of `text`, which stands at `where`."""
+    """Faults in the characters of `text`, whose place is `where`."""
     if "\0" in text:
         what = f"{where} holds a NUL character at {text.index(chr(0))}"
         return [Fault("DATA-234", what, "remove it")]
@@ -166,7 +171,7 @@ def text_faults(text: str, where: str) -> list[Fault]:
 
 
 def from_json(value: Any) -> Any:
-    """`value`, or what it says if it is JSON written into a text, as CSV files have it."""
+    """`value`; parsed if it is text that holds a JSON array or object, as in CSV files."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
             return json.loads(value)
@@ -176,13 +181,13 @@ def from_json(value: Any) -> Any:
 
 
 def texts_in(value: Any) -> Iterator[str]:
-    """Every text in `value`, however deep, keys as well."""
-    waiting = [value]
-    while waiting:
-        found = waiting.pop()
-        if isinstance(found, str):
-            yield found
-        elif isinstance(found, Mapping):
-            waiting += [*found.keys(), *found.values()]
-        elif isinstance(found, (list, tuple)):
-            waiting += found
+    """Every text in `value`, at any depth, keys included."""
+    stack = [value]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, Mapping):
+            stack += [*item.keys(), *item.values()]
+        elif isinstance(item, (list, tuple)):
+            stack += item

@@ -1,4 +1,4 @@
-"""Files, or parts of them -> encoded rows in an Arrow file, a tally, and what is wrong."""
+"""Files, or parts of them -> encoded rows in an Arrow file, with statistics and problems."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from tuning.data.formats import (
     to_example,
     unused,
 )
-from tuning.data.meter import Meter
 from tuning.data.parts import Part
-from tuning.data.problems import Problems, mixed
+from tuning.data.problems import Problems, mixed_shapes
+from tuning.data.read_progress import ReadProgress
 from tuning.data.source import Batch, Source
-from tuning.data.tally import Tally
+from tuning.data.statistics import Statistics
 from tuning.data.tokenizer import load_template, load_tokenizer
 from tuning.errors import DataError
 
@@ -52,117 +52,128 @@ class Input:
     number: int
     path: Path
     shown: str
-    kind: sniff.Kind
+    kind: sniff.FileType
 
 
 @dataclass(frozen=True)
-class Known:
-    """What the rows of a file are, and where that was first seen."""
+class KnownShape:
+    """The shape of a file's rows, and the place where it was detected."""
 
     shape: Shape
-    began: str
+    place: str
 
 
 @dataclass
-class Reader:
-    """Reads files or parts of them, in order, and writes their rows."""
+class FileEncoder:
+    """Reads files or parts of them, in order, and writes their encoded rows."""
 
     encoder: Encoder
     columns: Columns
     problems: Problems
     scratch: Path
-    tick: Callable[[int], None] = lambda size: None  # told the bytes read since the last time
-    first: Known | None = None  # of all files
-    tally: Tally = field(default_factory=Tally)
+    tick: Callable[[int], None] = lambda size: None  # called with the bytes read since the last
+    first: KnownShape | None = None  # of all files
+    statistics: Statistics = field(default_factory=Statistics)
 
-    def take(
-        self, input: Input, writer: Any, *, part: Part | None = None, known: Known | None = None
-    ) -> tuple[Tally, Shape | None]:
-        """Write the rows of `input`, or of a part of it; gives its own tally and its shape.
+    def encode(
+        self,
+        input: Input,
+        writer: Any,
+        *,
+        part: Part | None = None,
+        known: KnownShape | None = None,
+    ) -> tuple[Statistics, Shape | None]:
+        """Write the rows of `input`, or of a part of it; returns their statistics and shape.
 
-        `known` is what another process found the file to be; otherwise its first row decides.
+        `known` is the shape that another process detected; otherwise the first row decides.
         """
-        before, mine = len(self.problems), Tally()
+        problems_before, statistics = len(self.problems), Statistics()
         shape = known.shape if known else None
         if known:
             self.first = known
-        source = self._source(input, part)
-        for batch in read.batches(source):
+        for batch in read.batches(self._source(input, part)):
             if shape is None:
-                shape = self.judge(input.shown, batch)
-            mine.seen += len(batch.rows)
+                shape = self.detect_shape(input.shown, batch)
+            statistics.seen += len(batch.rows)
             if shape is None:
                 break
-            self._write(input, shape, batch, writer, mine)
-        if not mine.seen and not part and len(self.problems) == before:
-            self.empty(input.shown)
-        self.tally.add(mine)
-        return mine, shape
+            self._write(input, shape, batch, writer, statistics)
+        if not statistics.seen and not part and len(self.problems) == problems_before:
+            self.add_empty(input.shown)
+        self.statistics.add(statistics)
+        return statistics, shape
 
-    def empty(self, shown: str) -> None:
-        """Note that a file holds nothing."""
+    def add_empty(self, shown: str) -> None:
+        """Add the problem that a file is empty."""
         self.problems.add("DATA-201", shown, "holds no rows", "give a file with rows")
 
     def first_batch(self, input: Input) -> Batch | None:
-        """The first rows of a file that can be read."""
+        """The first readable rows of a file."""
         return next(read.batches(self._source(input, None)), None)
 
-    def judge(self, shown: str, batch: Batch) -> Shape | None:
-        """The shape of a file, from its first row; None, and a problem, if it cannot be used."""
+    def detect_shape(self, shown: str, batch: Batch) -> Shape | None:
+        """The shape of a file by its first row; None, and a problem, if it cannot be used."""
         where = f"{shown} {batch.unit} {batch.places[0]}"
         try:
             shape = detect(batch.rows[0], self.columns)
         except BadRow as bad:
-            self._note(bad.faults, where)
+            self._add_faults(bad.faults, where)
             return None
         if self.first is None:
-            self.first = Known(shape, where)
+            self.first = KnownShape(shape, where)
         elif shape.name != self.first.shape.name:
-            self.problems.extend([mixed(where, shape, self.first.began, self.first.shape)])
+            self.problems.extend([mixed_shapes(where, shape, self.first.place, self.first.shape)])
             return None
-        if left := unused(batch.rows[0], shape):
-            self.tally.notes[f"not read: the columns {', '.join(map(quoted, left[:12]))}"] += 0
+        if ignored := unused(batch.rows[0], shape):
+            shown_columns = ", ".join(map(quoted, ignored[:12]))
+            self.statistics.notes[f"not read: the columns {shown_columns}"] += 0
         return shape
 
     def _source(self, input: Input, part: Part | None) -> Source:
-        named = (self.columns.messages, self.columns.context, self.columns.response)
-        wanted = frozenset(name for name in named if name)
         return Source(
             input.path,
             input.shown,
             input.kind,
             self.problems,
             self.scratch,
-            wanted,
+            self.columns.named,
             part or Part(size=input.path.stat().st_size),
             self.tick,
         )
 
-    def _note(self, faults: Sequence[Fault], where: str) -> None:
+    def _add_faults(self, faults: Sequence[Fault], where: str) -> None:
         for fault in faults:
             what = fault.what
             if fault.code == "DATA-214" and self.first:
-                what += f" ({self.first.began})"
+                what += f" ({self.first.place})"
             self.problems.add(fault.code, where, what, fault.change)
 
-    def _write(self, input: Input, shape: Shape, batch: Batch, writer: Any, tally: Tally) -> None:
+    def _write(
+        self, input: Input, shape: Shape, batch: Batch, writer: Any, statistics: Statistics
+    ) -> None:
         places, examples = self._examples(input.shown, shape, batch)
         kept: list[Encoded] = []
         kept_places: list[int] = []
         for place, encoded in zip(places, self.encoder.encode(examples), strict=True):
             if isinstance(encoded, Fault):
                 where = f"{input.shown} {batch.unit} {place}"
-                if encoded.code == "DATA-244":  # true of every row alike
+                if encoded.code == "DATA-244":  # the same for every row
                     raise DataError.at(encoded.code, where, encoded.what, encoded.change)
-                self._note([encoded], where)
+                self._add_faults([encoded], where)
             elif not encoded.trained or encoded.trained[-1] < 2:
-                tally.dropped["no token to learn"] += 1
+                statistics.dropped["no token to learn"] += 1
             else:
                 kept.append(encoded)
                 kept_places.append(place)
         if kept:
-            writer.write_batch(_record(kept, kept_places, input.number))
-            tally.keep(kept, lambda n: f"{input.shown} {batch.unit} {kept_places[n]}")
+            columns = [
+                int_lists([row.ids for row in kept]),
+                int_lists([row.trained for row in kept]),
+                pa.array(np.full(len(kept), input.number, dtype=np.int32)),
+                pa.array(np.array(kept_places, dtype=np.int64)),
+            ]
+            writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
+            statistics.count(kept, lambda n: f"{input.shown} {batch.unit} {kept_places[n]}")
 
     def _examples(self, shown: str, shape: Shape, batch: Batch) -> tuple[list[int], list[Example]]:
         places: list[int] = []
@@ -172,21 +183,21 @@ class Reader:
                 examples.append(to_example(row, shape))
                 places.append(place)
             except BadRow as bad:
-                self._note(bad.faults, f"{shown} {batch.unit} {place}")
+                self._add_faults(bad.faults, f"{shown} {batch.unit} {place}")
         return places, examples
 
-    def decide(self, input: Input, shape: Shape, batch: Batch) -> None:
-        """Let the encoder see what it decides from the first rows."""
-        silent = Reader(self.encoder, self.columns, Problems(), self.scratch, first=self.first)
-        self.encoder.decide(silent._examples(input.shown, shape, batch)[1])
+    def decide_pairs(self, input: Input, shape: Shape, batch: Batch) -> None:
+        """Let the encoder decide by these rows how pairs are rendered; adds no problems."""
+        silent = FileEncoder(self.encoder, self.columns, Problems(), self.scratch, first=self.first)
+        self.encoder.decide_pairs(silent._examples(input.shown, shape, batch)[1])
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[Any]:
-    """A writer of rows for the new file at `path`, with the cycle collector told to look rarely.
+def open_writer(path: Path) -> Iterator[Any]:
+    """A writer of encoded rows to a new file, with fewer runs of the garbage collector.
 
-    Rows are many small objects, and none point back: without that the collector walks them again
-    and again, for an eighth of the time.
+    Rows are many small objects without cycles; scanning them again and again would take an eighth
+    of the time.
     """
     before = gc.get_threshold()
     gc.freeze()
@@ -199,20 +210,8 @@ def writing(path: Path) -> Iterator[Any]:
         gc.unfreeze()
 
 
-def _record(rows: Sequence[Encoded], places: Sequence[int], number: int) -> pa.RecordBatch:
-    return pa.record_batch(
-        [
-            lists([row.ids for row in rows]),
-            lists([row.trained for row in rows]),
-            pa.array(np.full(len(rows), number, dtype=np.int32)),
-            pa.array(np.array(places, dtype=np.int64)),
-        ],
-        schema=SCHEMA,
-    )
-
-
-def lists(values: Sequence[Sequence[int]]) -> pa.ListArray:
-    """Lists of whole numbers as Arrow lists of int32."""
+def int_lists(values: Sequence[Sequence[int]]) -> pa.ListArray:
+    """Lists of integers as Arrow lists of int32."""
     ends = np.zeros(len(values) + 1, dtype=np.int32)
     np.cumsum([len(value) for value in values], out=ends[1:])
     flat = array("i")
@@ -223,8 +222,10 @@ def lists(values: Sequence[Sequence[int]]) -> pa.ListArray:
     )
 
 
-def reader_of(request: dict[str, Any], *, scratch: Path, meter: Meter) -> tuple[Reader, Any]:
-    """What reads files as `request` says, and the tokenizer. Raises SpecError."""
+def from_request(
+    request: dict[str, Any], *, scratch: Path, progress: ReadProgress
+) -> tuple[FileEncoder, Any]:
+    """A file encoder with the settings of `request`, and the tokenizer. Raises SpecError."""
     settings = request["settings"]
     tokenizer = load_tokenizer(Path(request["base"]))
     template = load_template(tokenizer, settings.get("chat_template"))
@@ -234,4 +235,4 @@ def reader_of(request: dict[str, Any], *, scratch: Path, meter: Meter) -> tuple[
         settings.get("context_column"),
         settings.get("response_column"),
     )
-    return Reader(encoder, columns, Problems(), scratch, meter.add), tokenizer
+    return FileEncoder(encoder, columns, Problems(), scratch, progress.add), tokenizer

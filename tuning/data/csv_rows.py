@@ -1,4 +1,4 @@
-"""Rows of text files whose columns are separated: CSV and TSV."""
+"""Rows of CSV and TSV files."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ from collections.abc import Iterator
 from typing import Any
 
 from tuning.data.formats import quoted
-from tuning.data.source import MAX_LINE, Batch, Gathered, Source, lines, text_bytes
+from tuning.data.source import MAX_LINE, Batch, BatchBuilder, Source, lines, text_bytes
 
 
 def rows(source: Source) -> Iterator[Batch]:
-    """The rows of a file with one header line, values as text."""
+    """The rows of a file with a header line; values are text."""
     csv.field_size_limit(MAX_LINE)
     delimiter = "," if source.kind.format == "csv" else "\t"
     reader = csv.reader(_text_lines(source), delimiter=delimiter, strict=True)
     header: list[str] = []
-    gathered = Gathered("line")
+    builder = BatchBuilder("line")
     start = 1
     try:
         header = [name.strip() for name in next(reader, [])]
         if len(set(header)) < len(header):
-            twice = next(name for name in header if header.count(name) > 1)
-            what = f"the column {quoted(twice)} stands twice in the header"
+            duplicate = next(name for name in header if header.count(name) > 1)
+            what = f"the column {quoted(duplicate)} appears twice in the header"
             source.bad("line 1", "DATA-208", what, "name each column once")
             return
         start = reader.line_num + 1
         for fields in reader:
             if len(fields) == len(header):
                 row: dict[str, Any] = dict(zip(header, fields, strict=True))
-                yield from gathered.add(start, row, sum(map(len, fields)))
+                yield from builder.add(start, row, sum(map(len, fields)))
             elif fields:
                 what = f"has {len(fields)} fields, the header has {len(header)}"
                 change = "put fields that hold a separator, a quote or a line end in quotes"
@@ -48,11 +48,11 @@ def rows(source: Source) -> Iterator[Batch]:
     except UnicodeDecodeError as error:
         what = f"a byte (0x{error.object[error.start]:02x}) is not UTF-8"
         source.bad(f"line {reader.line_num + 1}", "DATA-205", what, "save the file as UTF-8")
-    yield from gathered.rest()
+    yield from builder.rest()
 
 
 class _TooLong(Exception):
-    """A line, whose number it holds, is longer than MAX_LINE: only its beginning is here."""
+    """The line of this number is longer than MAX_LINE."""
 
 
 def _text_lines(source: Source) -> Iterator[str]:

@@ -1,0 +1,110 @@
+"""Validates the first rows of a file before it is downloaded or read completely.
+
+Of a remote file there are only the first bytes: the columns of JSONL, CSV and TSV, and the format
+of all others. Of a local file every format is read. Loads no torch, so that `check` can call it.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from tuning.data import csv_rows, json_rows, sniff
+from tuning.data.formats import BadRow, Columns, Shape, detect, quoted, to_example, unused
+from tuning.data.problems import Problems
+from tuning.data.source import Batch, Source
+from tuning.errors import DataError
+
+HEAD = 64 << 10  # bytes to decompress
+
+
+@dataclass(frozen=True)
+class FirstRows:
+    """The format of a file and the shape of its first row."""
+
+    format: str
+    shape: Shape | None = None
+    unused: tuple[str, ...] = ()  # columns of the first row that are not read
+
+    def __str__(self) -> str:
+        if self.shape is None:
+            return self.format
+        text = f"{self.format}, {self.shape.name}: {self.shape.reason}"
+        ignored = ", ".join(map(quoted, self.unused[:12]))
+        return f"{text}; not read: {ignored}" if ignored else text
+
+
+def check_head(
+    head: bytes, shown: str, *, whole: bool, columns: Columns, extension: str | None = None
+) -> FirstRows:
+    """Validate a file that begins with `head`, or consists of it (`whole`).
+
+    Raises DataError with all problems of its first rows.
+    """
+    compression = sniff.compression_of(head)
+    if compression == "zstd":
+        return FirstRows("zstd")
+    if compression == "gzip":
+        try:
+            head, whole = zlib.decompressobj(wbits=31).decompress(head, HEAD), False
+        except zlib.error:
+            return FirstRows("gzip, damaged or unusual")  # reading the file says more
+    format = sniff.format_of(head, shown, extension)
+    name = f"{format} in {compression}" if compression else format
+    text = head if whole else _complete_rows(head, format)
+    if format not in ("jsonl", "csv", "tsv") or not text.strip():
+        return FirstRows(name)
+    read = json_rows.one_a_line if format == "jsonl" else csv_rows.rows
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "head")
+        path.write_bytes(text)
+        source = Source(path, shown, sniff.FileType(format), Problems(), Path(folder))
+        return FirstRows(name, *_check_rows(source, read(source), columns))
+
+
+def _complete_rows(head: bytes, format: str) -> bytes:
+    """`head` up to the end of its last complete row."""
+    text = head.rpartition(b"\n")[0]
+    while format != "jsonl" and text.count(b'"') % 2:  # a line end inside a quoted field
+        text = text.rpartition(b"\n")[0]
+    return text + b"\n" if text else b""
+
+
+def check_file(path: Path, shown: str, *, columns: Columns, extension: str | None) -> FirstRows:
+    """Validate the file at `path`. Raises DataError with all problems of its first rows."""
+    from tuning.data import read
+
+    kind = sniff.sniff(path, shown, extension)
+    with tempfile.TemporaryDirectory() as folder:
+        source = Source(path, shown, kind, Problems(), Path(folder), columns.named)
+        shape, ignored = _check_rows(source, read.batches(source), columns)
+    if shape is None:
+        raise DataError.at("DATA-201", shown, "holds no rows", "give a file with rows")
+    name = f"{kind.format} in {kind.compression}" if kind.compression else kind.format
+    return FirstRows(name, shape, ignored)
+
+
+def _check_rows(
+    source: Source, batches: Iterator[Batch], columns: Columns
+) -> tuple[Shape | None, tuple[str, ...]]:
+    """The shape of the first row, and its ignored columns. Raises DataError."""
+    shape: Shape | None = None
+    ignored: tuple[str, ...] = ()
+    for batch in islice(batches, 1):
+        for place, row in zip(batch.places, batch.rows, strict=True):
+            try:
+                if shape is None:
+                    shape = detect(row, columns)
+                    ignored = tuple(unused(row, shape))
+                to_example(row, shape)
+            except BadRow as bad:
+                for fault in bad.faults:
+                    source.bad(f"{batch.unit} {place}", fault.code, fault.what, fault.change)
+                if shape is None:
+                    break
+    source.problems.raise_all()
+    return shape, ignored

@@ -8,7 +8,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from tuning.oci import layout
+from tuning.oci.layout.package import Built, build_adapter
 
 CONFIG = {
     "base_model_name_or_path": "org/base",
@@ -49,10 +49,10 @@ def content(folder: Path) -> dict[str, bytes]:
     }
 
 
-def build(folder: Path, *, run_id: str = "run-1", seed: int = 0, **more: Any) -> layout.Built:
+def build(folder: Path, *, run_id: str = "run-1", seed: int = 0, **more: Any) -> Built:
     """An image of an adapter of its own in the layout `folder`/image."""
     source = folder / "adapter"
     if not source.exists():
         adapter(source, seed=seed, size=more.pop("size", 200_000))
     settings = {"preset": "phi-3-mini-4k-instruct", "annotations": {"a": "b"}} | more
-    return layout.build(source, folder / "image", run_id=run_id, **settings)
+    return build_adapter(source, folder / "image", run_id=run_id, **settings)

@@ -199,22 +199,22 @@ GOOD = {"auths": {HOST: AUTH}}
 BROKEN: dict[str, tuple[Any, str, str]] = {
     "empty file": ("", "REG-110", "is empty"),
     "spaces": (" \n", "REG-110", "is empty"),
-    "no JSON": ("{'auths': 1}", "REG-110", "is no JSON"),
-    "cut JSON": (json.dumps(GOOD)[:-9], "REG-110", "is no JSON"),
-    "deep JSON": ('{"a":' * 50_000, "REG-110", "is no JSON"),
-    "a list": ([GOOD], "REG-110", "is no JSON object"),
+    "no JSON": ("{'auths': 1}", "REG-110", "is not JSON"),
+    "cut JSON": (json.dumps(GOOD)[:-9], "REG-110", "is not JSON"),
+    "deep JSON": ('{"a":' * 50_000, "REG-110", "is not JSON"),
+    "a list": ([GOOD], "REG-110", "is not a JSON object"),
     "base64 of it": (packed(json.dumps(GOOD)), "REG-110", "base64 -d"),
     "the manifest": ("apiVersion: v1\nkind: Secret\n", "REG-110", "the Secret's manifest"),
     "the manifest as JSON": ({"kind": "Secret", "data": {}}, "REG-110", "the Secret's manifest"),
     "UTF-16": (json.dumps(GOOD).encode("utf-16"), "REG-110", "cannot be read"),
     "1 MB": (json.dumps(GOOD | {"x": "x" * (1 << 20)}), "REG-110", "larger than a Secret"),
     "no auths": ({"credsStore": "desktop"}, "REG-110", "has no auths"),
-    "auths is a list": ({"auths": [HOST]}, "REG-110", "auths is no object"),
+    "auths is a list": ({"auths": [HOST]}, "REG-110", "auths is not an object"),
     "auths is empty": ({"auths": {}}, "REG-112", "only for nothing"),
     "another host": ({"auths": {"ghcr.io": AUTH}}, "REG-112", "only for ghcr.io"),
-    "entry is text": ({"auths": {HOST: packed(CANARY)}}, "REG-111", "is no object"),
-    "entry is empty": ({"auths": {HOST: {}}}, "REG-111", "docker helper"),
-    "auth is no base64": ({"auths": {HOST: {"auth": f"me:{CANARY}"}}}, "REG-111", "no base64"),
+    "entry is text": ({"auths": {HOST: packed(CANARY)}}, "REG-111", "is not an object"),
+    "entry is empty": ({"auths": {HOST: {}}}, "REG-111", "docker credential helper"),
+    "auth is no base64": ({"auths": {HOST: {"auth": f"me:{CANARY}"}}}, "REG-111", "not base64"),
     "auth is base64 of base64": (
         {"auths": {HOST: {"auth": packed(packed(f"me:{CANARY}"))}}},
         "REG-111",
@@ -223,9 +223,9 @@ BROKEN: dict[str, tuple[Any, str, str]] = {
     "auth is no text": (
         {"auths": {HOST: {"auth": base64.b64encode(b"\xff:\xfe").decode()}}},
         "REG-111",
-        "no base64 of text",
+        "not base64 of text",
     ),
-    "auth is a number": ({"auths": {HOST: {"auth": 5}}}, "REG-111", ".auth: is no text"),
+    "auth is a number": ({"auths": {HOST: {"auth": 5}}}, "REG-111", ".auth: is not a string"),
     "no user": ({"auths": {HOST: {"password": CANARY}}}, "REG-111", "has no user"),
     "no password": ({"auths": {HOST: {"username": "me"}}}, "REG-111", "has no password"),
     "password is empty": ({"auths": {HOST: {"auth": packed("me:")}}}, "REG-111", "no password"),
@@ -238,7 +238,7 @@ BROKEN: dict[str, tuple[Any, str, str]] = {
     "twice the same key": (
         f'{{"auths": {{"{HOST}": {{}}, "{HOST}": {{}}}}}}',
         "REG-110",
-        "is no JSON",
+        "is not JSON",
     ),
 }
 
@@ -264,7 +264,7 @@ def test_missing_secrets(tmp_path):
     with pytest.raises(SpecError, match=r"REG-110 .*gone: there is no such file"):
         docker_config.login(HOST, secret=tmp_path / "gone")
     mounted = secret(tmp_path, CANARY, name="password")
-    with pytest.raises(SpecError, match=r"holds no key \.dockerconfigjson, only password"):
+    with pytest.raises(SpecError, match=r"has no key \.dockerconfigjson, only password"):
         docker_config.login(HOST, secret=mounted)
 
 
@@ -336,8 +336,8 @@ def test_docker_hub_has_its_own_key_in_helpers(docker):
     ("name", "body", "words"),
     [
         ("missing", "", "is not installed"),
-        ("our", f"echo '{CANARY}'", "answers what no helper should"),
-        ("../our", "", "is no name of a helper"),
+        ("our", f"echo '{CANARY}'", "gave an invalid answer"),
+        ("../our", "", "is not a helper's name"),
     ],
 )
 def test_a_helper_that_does_not_help(docker, name, body, words):

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import requests
 from clouds import POD, Cloud, form_of, reply_of
 from faults import proxy as fp
 from faults.proxy import Proxy, Reply, Turn
@@ -26,9 +25,10 @@ from registries import Certificate, Registry, TokenFront
 from tuning.errors import RefusedError, SpecError, TransientError
 from tuning.network import workload_identity
 from tuning.network.docker_config import Login
+from tuning.network.session import Session
 from tuning.oci import delivery, registry
-from tuning.oci import layout as image
 from tuning.oci.delivery import Access
+from tuning.oci.layout.manifest import read_layout
 from tuning.oci.policy import Host, Trust
 
 pytestmark = pytest.mark.registry
@@ -102,7 +102,7 @@ def test_azure(started, layout, token):
     with Acr(started) as front, entra(front) as cloud:
         pushed = push(front.host, azure(cloud, token), layout)
 
-        assert image.read(layout).digest == pushed.digest
+        assert read_layout(layout).digest == pushed.digest
         assert 1 == front.exchanged
 
 
@@ -111,7 +111,7 @@ def test_azure_tokens_that_run_out_within_an_upload_are_renewed(started, layout,
     with Acr(started, uses=8) as front, entra(front, expires_in=1) as cloud:
         pushed = push(front.host, azure(cloud, token), layout)
 
-        assert image.read(layout).digest == pushed.digest
+        assert read_layout(layout).digest == pushed.digest
         assert 2 < front.exchanged
 
 
@@ -169,7 +169,7 @@ def test_aws(ecr, layout, token):
     with aws_cloud("for-a-day") as cloud:
         pushed = push(ecr.host, aws(cloud, token), layout)
 
-        assert image.read(layout).digest == pushed.digest
+        assert read_layout(layout).digest == pushed.digest
         assert ["/sts", "/ecr"] == [seen.path for seen in cloud.seen]
 
 
@@ -238,7 +238,7 @@ def test_google_tokens_are_renewed_within_an_upload(started, layout, token):
         known = workload_identity.Google("//iam/providers/p", token, "push@p.iam", sts=sts, iam=iam)
         pushed = push(front.host, known, layout)
 
-        assert image.read(layout).digest == pushed.digest
+        assert read_layout(layout).digest == pushed.digest
         assert 2 < sum("generateAccessToken" in seen.path for seen in cloud.seen)
 
 
@@ -271,7 +271,7 @@ def test_a_cloud_that_answers_oddly(token, answer):
         Cloud(token=lambda form, turn: answer) as cloud,
         pytest.raises(TransientError, match="REG-151"),
     ):
-        azure(cloud, token).login("x.azurecr.io", requests.request)
+        azure(cloud, token).login("x.azurecr.io", Session().request)
 
 
 @pytest.mark.parametrize("content", ["", None, "é"])
@@ -281,14 +281,14 @@ def test_a_pod_without_a_token(tmp_path, content):
     if content is not None:
         path.write_text(content)
     with pytest.raises(SpecError, match=f"REG-150 {path}.*project"):
-        workload_identity.Azure("t", "c", path).login("x.azurecr.io", requests.request)
+        workload_identity.Azure("t", "c", path).login("x.azurecr.io", Session().request)
 
 
 def test_a_token_goes_nowhere_without_tls(token):
     """Only loopback may be asked in plain http."""
     with pytest.raises(SpecError, match=r"REG-153.*is no https"):
         workload_identity.Azure("t", "c", token, authority="http://cloud.test").login(
-            "x", requests.request
+            "x", Session().request
         )
 
 
@@ -323,7 +323,7 @@ def test_a_registry_that_wants_a_client_certificate(started, layout, tmp_path):
         pushed = registry.push(remote, layout, run_id="run-1")
         registry.pull(remote, tmp_path / "out")
 
-        assert image.read(layout).digest == pushed.digest
+        assert read_layout(layout).digest == pushed.digest
         nobody = Access(ca=server.ca).remote(name, secret=None, patience=registry.Patience(0.1))
         with pytest.raises((RefusedError, TransientError), match=r"REG-126|REG-132"):
             registry.look(nobody)
@@ -376,7 +376,7 @@ registry:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("registry: {signatures: require}", "signatures: require, and no keys"),
+        ("registry: {signatures: require}", "signatures: require, but no keys"),
         ("registry: {signatures: yes}", "registry.signatures"),
         ("registry: {provenence: off}", "registry.provenence: is not a key.*provenance"),
         ("registry: {hosts: {h: {clientCert: c}}}", "hosts.h: has one of clientCert and clientKey"),

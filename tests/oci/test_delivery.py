@@ -12,8 +12,8 @@ from tuning import files
 from tuning.console import Console
 from tuning.errors import RefusedError, SpecError
 from tuning.oci import delivery, model_image
-from tuning.oci import layout as image
 from tuning.oci.delivery import Access
+from tuning.oci.layout.package import build_adapter
 from tuning.oci.policy import Trust
 from tuning.spec import Destination
 
@@ -25,7 +25,7 @@ def built(tmp_path: Path, run_id: str) -> tuple[Path, Path, str]:
     adapter = adapters.adapter(tmp_path / f"adapter-{run_id}")
     files.write_json(adapter / "tuning.json", {"run_id": run_id})
     layout = tmp_path / f"image-{run_id}"
-    made = image.build(adapter, layout, preset="p", run_id=run_id, annotations={})
+    made = build_adapter(adapter, layout, preset="p", run_id=run_id, annotations={})
     return adapter, layout, made.digest
 
 

@@ -18,9 +18,9 @@ from registries import ReferrersFront, Registry, Signer, tool
 from tuning.console import Console
 from tuning.errors import RefusedError, SpecError, UsageError
 from tuning.oci import delivery, inspection, provenance, registry
-from tuning.oci import layout as image
 from tuning.oci.delivery import Access
-from tuning.oci.layout import Blob
+from tuning.oci.layout.manifest import MANIFEST, Blob, blob_path, read_layout
+from tuning.oci.layout.platforms import MODELPACK
 from tuning.oci.policy import Trust
 from tuning.spec import reference
 
@@ -76,7 +76,7 @@ def test_an_image_is_told_without_its_weights(started, folder, name):
         ranges = [s.headers["range"] for s in front.seen if "range" in s.headers]
 
     check(found)
-    assert image.read(folder / "image").digest == found["digest"]
+    assert read_layout(folder / "image").digest == found["digest"]
     assert ("linux/amd64",) == tuple(found["platforms"])
     assert found["size"] > SIZE and 3 == len(found["layers"])
     assert [f"bytes=0-{inspection.PART - 1}"] == ranges
@@ -88,16 +88,16 @@ def test_layouts_and_folders_are_told_alike(folder):
 
     check(layout)
     check(plain)
-    assert (image.read(folder / "image").digest, None) == (layout["digest"], plain["digest"])
+    assert (read_layout(folder / "image").digest, None) == (layout["digest"], plain["digest"])
 
 
 def test_what_is_attached_is_listed_and_signatures_are_judged(started, folder, name, tmp_path):
     """A statement by its kind; a signature is good, wrong, or not checked."""
     signer, other = Signer(tmp_path / "signer"), Signer(tmp_path / "other")
-    digest = image.read(folder / "image").digest
+    digest = read_layout(folder / "image").digest
     with ReferrersFront(started) as front:
         to = registry.Remote(reference.parse(f"{front.host}/{name}"))
-        subject = Blob(image.MANIFEST, digest, 1)
+        subject = Blob(MANIFEST, digest, 1)
         kind = {provenance.PREDICATE_KEY: provenance.PREDICATE}
         registry.attach(to, subject, b"{}", media_type=provenance.MEDIA_TYPE, annotations=kind)
         bundle = "application/vnd.dev.sigstore.bundle.v0.3+json"
@@ -123,7 +123,7 @@ def test_an_index_tells_its_platforms(folder, tmp_path):
 
     found = inspect(f"oci:{tmp_path}/image")
 
-    assert ["linux/amd64", "linux/arm64", image.MODELPACK] == found["platforms"]
+    assert ["linux/amd64", "linux/arm64", MODELPACK] == found["platforms"]
 
 
 def test_the_table_and_the_json_of_the_command(folder):
@@ -162,11 +162,11 @@ def test_an_image_of_kaitos_pusher_is_told_too(tmp_path):
     layer = put(data, "application/vnd.oci.image.layer.v1.tar+gzip")
     manifest = {
         "schemaVersion": 2,
-        "mediaType": image.MANIFEST,
+        "mediaType": MANIFEST,
         "config": config,
         "layers": [layer],
     }
-    top = put(json.dumps(manifest).encode(), image.MANIFEST)
+    top = put(json.dumps(manifest).encode(), MANIFEST)
     (layout / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": [top]}))
 
     found = inspect(f"oci:{layout}")
@@ -208,8 +208,8 @@ def test_what_would_not_be_loaded_is_told_as_problems(folder, tmp_path, file, co
 def test_a_damaged_layout_is_refused(tmp_path):
     """Small layers are checked against their digests."""
     adapters.build(tmp_path)
-    blob = image.read(tmp_path / "image").layers[2]
-    path = image.blob_path(tmp_path / "image", blob)
+    blob = read_layout(tmp_path / "image").layers[2]
+    path = blob_path(tmp_path / "image", blob)
     path.write_bytes(path.read_bytes()[:-1] + b"!")
 
     with pytest.raises(RefusedError, match=f"IMAGE-110 .*damaged blob {blob.digest}"):

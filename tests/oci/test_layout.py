@@ -21,19 +21,21 @@ import pytest
 import zstandard
 
 from tuning.errors import RefusedError, SpecError, TuningError
-from tuning.oci import layout as image
 from tuning.oci.layout import tar
+from tuning.oci.layout.extract import unpack
+from tuning.oci.layout.manifest import INDEX, MANIFEST, blob_path, choose_manifest, read_layout
+from tuning.oci.layout.package import Built
 
 DIGEST = "sha256:fddb1589c16b7062ad6127e03bda387242a5be577be4b800c0d4ab9bc43c50ee"
 
 
-def build(folder: Path, **more: Any) -> image.Built:
+def build(folder: Path, **more: Any) -> Built:
     return adapters.build(folder, **more)
 
 
 def layers(layout: Path) -> list[tarfile.TarFile]:
-    found = image.read(layout)
-    data = [image.blob_path(layout, layer).read_bytes() for layer in found.layers]
+    found = read_layout(layout)
+    data = [blob_path(layout, layer).read_bytes() for layer in found.layers]
     return [tarfile.open(fileobj=io.BytesIO(layer)) for layer in data]
 
 
@@ -68,11 +70,11 @@ def test_nothing_of_the_machine_is_in_the_digest(tmp_path, change):
     program = """
 import os, sys
 from pathlib import Path
-from tuning import image
+from tuning.oci.layout.package import build_adapter
 os.umask(0o077)
 os.chdir(sys.argv[1])
-built = image.build(Path("."), Path(sys.argv[2]), preset="phi-3-mini-4k-instruct",
-                    run_id="run-1", annotations={"a": "b"})
+built = build_adapter(Path("."), Path(sys.argv[2]), preset="phi-3-mini-4k-instruct",
+                      run_id="run-1", annotations={"a": "b"})
 print(built.digest)
 """
     command = [sys.executable, "-c", program, str(moved), str(tmp_path / "layout")]
@@ -86,8 +88,8 @@ def test_source_date_epoch_is_the_time_of_its_making(tmp_path, monkeypatch):
     """It is in config and annotations; what is no number is refused by name."""
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "86400")
     build(tmp_path)
-    found = image.read(tmp_path / "image")
-    config = json.loads(image.blob_path(tmp_path / "image", found.config).read_bytes())
+    found = read_layout(tmp_path / "image")
+    config = json.loads(blob_path(tmp_path / "image", found.config).read_bytes())
 
     assert "1970-01-02T00:00:00Z" == config["created"]
     assert "1970-01-02T00:00:00Z" == found.annotations["org.opencontainers.image.created"]
@@ -126,11 +128,10 @@ def test_the_layers_are_what_readers_need(tmp_path):
 
 def test_config_and_manifest_say_what_they_must(tmp_path):
     """diff_ids are the layers' digests, annotations come back as labels, names are KAITO's."""
-    built = build(tmp_path, name="1")
+    built = build(tmp_path)
     layout = tmp_path / "image"
-    found = image.read(layout)
-    config = json.loads(image.blob_path(layout, found.config).read_bytes())
-    index = json.loads((layout / "index.json").read_bytes())
+    found = read_layout(layout)
+    config = json.loads(blob_path(layout, found.config).read_bytes())
 
     assert [layer.digest for layer in found.layers] == config["rootfs"]["diff_ids"]
     assert found.annotations == config["config"]["Labels"]
@@ -138,7 +139,6 @@ def test_config_and_manifest_say_what_they_must(tmp_path):
     assert ("run-1", "b") == (found.run_id, found.annotations["a"])
     assert len(config["history"]) == len(found.layers) == 3
     assert {"imageLayoutVersion": "1.0.0"} == json.loads((layout / "oci-layout").read_bytes())
-    assert {"org.opencontainers.image.ref.name": "1"} == index["manifests"][0]["annotations"]
     assert built.size == sum(path.stat().st_size for path in layout.glob("blobs/sha256/*"))
 
 
@@ -152,7 +152,7 @@ def test_the_image_before_is_replaced_whole(tmp_path):
     second = build(tmp_path)
 
     kept = {f"sha256:{path.name}" for path in (tmp_path / "image" / "blobs" / "sha256").iterdir()}
-    assert first.digest != second.digest == image.read(tmp_path / "image").digest
+    assert first.digest != second.digest == read_layout(tmp_path / "image").digest
     assert {second.digest, *(blob.digest for blob in second.blobs)} == kept
 
 
@@ -194,10 +194,10 @@ def test_an_adapter_without_its_files_is_no_image(tmp_path):
 def test_what_was_built_comes_out_again(tmp_path):
     """Every file, byte for byte, also into an empty folder that is there already."""
     build(tmp_path)
-    found = image.read(tmp_path / "image")
+    found = read_layout(tmp_path / "image")
     (tmp_path / "out").mkdir()
 
-    names = image.unpack(found, tmp_path / "image", tmp_path / "out")
+    names = unpack(found, tmp_path / "image", tmp_path / "out")
 
     assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == list(names)
     assert adapters.content(tmp_path / "adapter") == adapters.content(tmp_path / "out")
@@ -210,7 +210,7 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path):
     (tmp_path / "out" / "mine").write_text("kept")
 
     with pytest.raises(SpecError, match="IMAGE-103"):
-        image.unpack(image.read(tmp_path / "image"), tmp_path / "image", tmp_path / "out")
+        unpack(read_layout(tmp_path / "image"), tmp_path / "image", tmp_path / "out")
     assert {"mine": b"kept"} == adapters.content(tmp_path / "out")
 
 
@@ -252,10 +252,10 @@ def layout_of(folder: Path, *layers: bytes, config: Any = "fits", **manifest: An
         ids = [f"sha256:{hashlib.sha256(layer).hexdigest()}" for layer in plain]
         config = {"architecture": "amd64", "os": "linux"}
         config |= {"rootfs": {"type": "layers", "diff_ids": ids}}
-    record: dict[str, Any] = {"schemaVersion": 2, "mediaType": image.MANIFEST, "layers": parts}
+    record: dict[str, Any] = {"schemaVersion": 2, "mediaType": MANIFEST, "layers": parts}
     record["config"] = put(json.dumps(config).encode(), "application/vnd.oci.image.config.v1+json")
     record |= manifest
-    top = put(json.dumps(record).encode(), image.MANIFEST)
+    top = put(json.dumps(record).encode(), MANIFEST)
     (folder / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": [top]}))
     return folder
 
@@ -270,7 +270,7 @@ def _plain(layer: bytes) -> bytes:
 
 
 def unpacked(layout: Path, target: Path, **more: Any) -> Files:
-    image.unpack(image.read(layout), layout, target, **more)
+    unpack(read_layout(layout), layout, target, **more)
     return adapters.content(target)
 
 
@@ -416,7 +416,7 @@ def test_hostile_layers_are_refused(tmp_path, case):
     before = set(tmp_path.rglob("*"))
 
     with pytest.raises(RefusedError, match="IMAGE-110") as caught:
-        image.unpack(image.read(layout), layout, tmp_path / "out", wanted=lambda _: True)
+        unpack(read_layout(layout), layout, tmp_path / "out", wanted=lambda _: True)
 
     assert before == set(tmp_path.rglob("*"))
     assert len(str(caught.value)) < 400 and str(caught.value).isprintable()
@@ -436,8 +436,8 @@ MANIFESTS: dict[str, Callable[[dict[str, Any]], Any]] = {
         m | {"layers": [m["layers"][0] | {"mediaType": "application/octet-stream"}]}
     ),
     "unknown blob": lambda m: m | {"layers": [m["layers"][0] | {"digest": f"sha256:{'0' * 64}"}]},
-    "index without images": lambda m: {"mediaType": image.INDEX, "manifests": []},
-    "index of junk": lambda m: {"mediaType": image.INDEX, "manifests": [5]},
+    "index without images": lambda m: {"mediaType": INDEX, "manifests": []},
+    "index of junk": lambda m: {"mediaType": INDEX, "manifests": [5]},
     "too large": lambda m: m | {"annotations": {"a": "x" * (5 << 20)}},
     "deep": lambda m: b'{"a":' * 100_000,
 }
@@ -447,17 +447,17 @@ MANIFESTS: dict[str, Callable[[dict[str, Any]], Any]] = {
 def test_hostile_manifests_are_refused(tmp_path, case):
     """Whatever a manifest says, one clear line."""
     layout = layout_of(tmp_path / "image", archive(FINE))
-    digest = image.read(layout).digest
-    record = json.loads(image.blob_path(layout, digest).read_bytes())
+    digest = read_layout(layout).digest
+    record = json.loads(blob_path(layout, digest).read_bytes())
     changed = MANIFESTS[case](record)
     data = changed if isinstance(changed, bytes) else json.dumps(changed).encode()
     name = hashlib.sha256(data).hexdigest()
     (layout / "blobs" / "sha256" / name).write_bytes(data)
-    top = {"mediaType": image.MANIFEST, "digest": f"sha256:{name}", "size": len(data)}
+    top = {"mediaType": MANIFEST, "digest": f"sha256:{name}", "size": len(data)}
     (layout / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": [top]}))
 
     with pytest.raises(RefusedError, match="IMAGE-110"):
-        image.unpack(image.read(layout), layout, tmp_path / "out")
+        unpack(read_layout(layout), layout, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -467,20 +467,20 @@ def test_layers_that_are_not_what_the_config_says(tmp_path):
     layout = layout_of(tmp_path / "image", gzip.compress(archive(FINE)), config=lie)
 
     with pytest.raises(RefusedError, match="has a layer that is not sha256:000"):
-        image.unpack(image.read(layout), layout, tmp_path / "out")
+        unpack(read_layout(layout), layout, tmp_path / "out")
 
 
 def test_a_damaged_blob_is_noticed(tmp_path):
     """One flipped bit in a layer."""
     build(tmp_path)
-    found = image.read(tmp_path / "image")
-    path = image.blob_path(tmp_path / "image", found.layers[0])
+    found = read_layout(tmp_path / "image")
+    path = blob_path(tmp_path / "image", found.layers[0])
     data = bytearray(path.read_bytes())
     data[1000] ^= 1
     path.write_bytes(data)
 
     with pytest.raises(RefusedError, match=f"has a damaged blob {found.layers[0].digest}"):
-        image.unpack(found, tmp_path / "image", tmp_path / "out")
+        unpack(found, tmp_path / "image", tmp_path / "out")
 
 
 def test_an_index_leads_to_its_amd64_image(tmp_path):
@@ -488,7 +488,7 @@ def test_an_index_leads_to_its_amd64_image(tmp_path):
 
     def named(os_: str, machine: str, digit: str) -> dict[str, Any]:
         platform = {"os": os_, "architecture": machine}
-        top = {"mediaType": image.MANIFEST, "digest": f"sha256:{digit * 64}", "size": 1}
+        top = {"mediaType": MANIFEST, "digest": f"sha256:{digit * 64}", "size": 1}
         return top | {"platform": platform}
 
     entries = [
@@ -497,8 +497,8 @@ def test_an_index_leads_to_its_amd64_image(tmp_path):
         named("linux", "amd64", "3"),
     ]
 
-    assert "sha256:" + "3" * 64 == image.choose({"manifests": entries}, where="x").digest
-    assert "sha256:" + "2" * 64 == image.choose({"manifests": entries[:2]}, where="x").digest
+    assert "sha256:" + "3" * 64 == choose_manifest({"manifests": entries}, where="x").digest
+    assert "sha256:" + "2" * 64 == choose_manifest({"manifests": entries[:2]}, where="x").digest
 
 
 def test_the_reader_agrees_with_pythons(tmp_path):
@@ -529,9 +529,7 @@ def test_mutated_archives_end_in_an_answer(tmp_path):
             data[chance.randrange(min(len(data), 2048))] = chance.randrange(256)
         layout = layout_of(tmp_path / str(number), bytes(data))
         try:
-            image.unpack(
-                image.read(layout), layout, tmp_path / f"out{number}", wanted=lambda _: True
-            )
+            unpack(read_layout(layout), layout, tmp_path / f"out{number}", wanted=lambda _: True)
             ends.add("read")
         except TuningError as error:
             ends.add(error.problems[0].code)
@@ -546,11 +544,13 @@ def test_memory_stays_flat(tmp_path):
     program = """
 import resource, sys
 from pathlib import Path
-from tuning import image
+from tuning.oci.layout.extract import unpack
+from tuning.oci.layout.manifest import read_layout
+from tuning.oci.layout.package import build_adapter
 folder = Path(sys.argv[1])
 rest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-image.build(folder / "adapter", folder / "image", preset="p", run_id="r", annotations={})
-image.unpack(image.read(folder / "image"), folder / "image", folder / "out")
+build_adapter(folder / "adapter", folder / "image", preset="p", run_id="r", annotations={})
+unpack(read_layout(folder / "image"), folder / "image", folder / "out")
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - rest)
 """
     command = [sys.executable, "-c", program, str(tmp_path)]

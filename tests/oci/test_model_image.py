@@ -15,8 +15,9 @@ from registries import Signer
 from tuning import presets
 from tuning.console import Console
 from tuning.errors import RefusedError, SpecError, UsageError
-from tuning.oci import layout, model_image, registry
+from tuning.oci import model_image, registry
 from tuning.oci.delivery import Access
+from tuning.oci.layout.manifest import read_layout
 from tuning.oci.policy import Trust
 from tuning.pipeline import options, whole_models
 from tuning.presets.load import CONFIGS, table
@@ -171,5 +172,5 @@ def test_a_run_starts_from_an_image(tmp_path):
     assert f"model: oci:{tmp_path}/model" in checked.stdout
     assert json.loads(shown.stdout)
     (copy,) = (tmp_path / "cache" / "tuning" / "models").iterdir()
-    digest = layout.read(tmp_path / "model").digest
+    digest = read_layout(tmp_path / "model").digest
     assert digest.replace(":", "-") == copy.name

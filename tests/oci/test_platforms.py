@@ -19,8 +19,17 @@ from registries import Registry, TokenFront
 from tuning.errors import RefusedError
 from tuning.network.docker_config import Login
 from tuning.oci import delivery, registry
-from tuning.oci import layout as image
 from tuning.oci.delivery import Access
+from tuning.oci.layout.extract import unpack
+from tuning.oci.layout.manifest import (
+    DOCKER_MANIFEST,
+    INDEX,
+    MANIFEST,
+    RUN_ID,
+    blob_path,
+    read_layout,
+)
+from tuning.oci.layout.package import Built
 from tuning.spec import Destination, reference
 
 pytestmark = pytest.mark.registry
@@ -33,7 +42,7 @@ def remote(host: str, repository: str, tag: str = "1", **more: Any) -> registry.
 
 
 def read(layout: Path, digest: str) -> dict[str, Any]:
-    return dict(json.loads(image.blob_path(layout, digest).read_bytes()))
+    return dict(json.loads(blob_path(layout, digest).read_bytes()))
 
 
 # -- an index ------------------------------------------------------------------------------------
@@ -42,19 +51,19 @@ def read(layout: Path, digest: str) -> dict[str, Any]:
 def test_an_index_holds_three_images_of_the_same_layers(tmp_path):
     """amd64, arm64 and a ModelPack; the weights are there once."""
     plain = adapters.build(tmp_path)
-    first = image.read(tmp_path / "image")
+    first = read_layout(tmp_path / "image")
     built = adapters.build(tmp_path, index=True)
     layout = tmp_path / "image"
     index = read(layout, built.digest)
 
-    assert image.INDEX == index["mediaType"]
+    assert INDEX == index["mediaType"]
     assert first.annotations == index["annotations"]
     assert [
         {"architecture": "amd64", "os": "linux"},
         {"architecture": "arm64", "os": "linux"},
         {"architecture": "unknown", "os": "unknown"},
     ] == [entry["platform"] for entry in index["manifests"]]
-    assert plain.digest == index["manifests"][0]["digest"] == image.read(layout).digest
+    assert plain.digest == index["manifests"][0]["digest"] == read_layout(layout).digest
     manifests = [read(layout, entry["digest"]) for entry in index["manifests"]]
     digests = [[layer["digest"] for layer in each["layers"]] for each in manifests]
     assert digests[0] == digests[1] == digests[2]
@@ -144,9 +153,9 @@ def base_image(
         "history": [{"created_by": "base"}],
     }
     kinds = {
-        True: (image.DOCKER_MANIFEST, "application/vnd.docker.container.image.v1+json",
+        True: (DOCKER_MANIFEST, "application/vnd.docker.container.image.v1+json",
                "application/vnd.docker.image.rootfs.diff.tar.gzip"),
-        False: (image.MANIFEST, "application/vnd.oci.image.config.v1+json",
+        False: (MANIFEST, "application/vnd.oci.image.config.v1+json",
                 "application/vnd.oci.image.layer.v1.tar+gzip"),
     }  # fmt: skip
     kind, config_kind, layer_kind = kinds[docker]
@@ -171,7 +180,7 @@ def digest_of(data: bytes) -> str:
     return f"sha256:{hashlib.sha256(data).hexdigest()}"
 
 
-def package(tmp_path: Path, name: str, output: str | None = None) -> image.Built:
+def package(tmp_path: Path, name: str, output: str | None = None) -> Built:
     source = tmp_path / "adapter"
     if not source.exists():
         adapters.adapter(source)
@@ -186,17 +195,17 @@ def test_layers_of_a_base_image_come_first(started, tmp_path, repository, docker
     name = base_image(remote(started.host, f"{repository}/base"), docker=docker)
     built = package(tmp_path, name)
     layout = tmp_path / "image"
-    found = image.read(layout)
+    found = read_layout(layout)
     config = read(layout, found.config.digest)
 
     assert built.digest == package(tmp_path, name).digest
     assert 4 == len(found.layers) == len(config["rootfs"]["diff_ids"]) == len(config["history"])
     assert "application/vnd.oci.image.layer.v1.tar+gzip" == found.layers[0].media_type
     assert (["/bin/sh"], ["PATH=/bin"]) == (config["config"]["Cmd"], config["config"]["Env"])
-    assert {"base": "yes", image.RUN_ID: "run-1"}.items() <= config["config"]["Labels"].items()
+    assert {"base": "yes", RUN_ID: "run-1"}.items() <= config["config"]["Labels"].items()
     told = [found.annotations[f"org.opencontainers.image.base.{key}"] for key in ("name", "digest")]
     assert [name, name.partition("@")[2]] == told
-    image.unpack(found, layout, tmp_path / "out")
+    unpack(found, layout, tmp_path / "out")
     assert adapters.content(tmp_path / "adapter") == adapters.content(tmp_path / "out")
 
 
@@ -204,7 +213,10 @@ def test_layers_of_a_base_image_come_first(started, tmp_path, repository, docker
     ("more", "words"),
     [
         ({"arch": "arm64"}, "is an image for linux/arm64"),
-        ({"odd": "application/vnd.oci.image.layer.nondistributable.v1.tar"}, "no container image"),
+        (
+            {"odd": "application/vnd.oci.image.layer.nondistributable.v1.tar"},
+            "not a container image",
+        ),
     ],
 )
 def test_a_base_that_will_not_do(started, tmp_path, repository, more, words):
@@ -221,7 +233,7 @@ def test_blobs_of_a_base_in_the_same_registry_are_mounted(started, tmp_path, rep
     base = f"{repository}/base"
     name = base_image(remote(started.host, base))
     package(tmp_path, name, f"{started.host}/{repository}:1")
-    size = sum(layer.size for layer in image.read(tmp_path / "image").layers[1:])
+    size = sum(layer.size for layer in read_layout(tmp_path / "image").layers[1:])
     with TokenFront(started) as front:
         login = Login("file", "me", "secret")
         to = remote(front.host, repository, login=login, mount_from=base)

@@ -15,9 +15,9 @@ from registries import ReferrersFront
 
 from tuning import files
 from tuning.errors import RefusedError, TransientError
-from tuning.oci import delivery, layout, provenance, registry
+from tuning.oci import delivery, provenance, registry
 from tuning.oci.delivery import Access
-from tuning.oci.layout import Blob
+from tuning.oci.layout.manifest import MANIFEST, Blob, read_layout
 from tuning.oci.policy import Trust
 from tuning.spec import Destination, reference
 
@@ -102,7 +102,7 @@ def remote(host: str, run: Path) -> registry.Remote:
 
 
 def digest(run: Path) -> str:
-    return layout.read(run / "image").digest
+    return read_layout(run / "image").digest
 
 
 def test_the_statement_tells_what_was_asked_planned_and_measured(run):
@@ -204,7 +204,7 @@ def test_attaching_survives_a_fault_at_each_request(started, run, method, path, 
         "503": fp.status(503),
         "429": fp.status(429, retry_after=0),
     }
-    subject = Blob(layout.MANIFEST, digest(run), 1)
+    subject = Blob(MANIFEST, digest(run), 1)
     with Proxy(started.address) as front:
         front.spoil(faults[fault], method=method, path=path)
         registry.attach(remote(front.host, run), subject, b"{}\n", media_type="x/y", annotations={})
@@ -215,7 +215,7 @@ def test_attaching_survives_a_fault_at_each_request(started, run, method, path, 
 
 def test_statements_of_several_writers_stay_beside_each_other(started, run):
     """One after the other all are kept; at once the list stays a list, and nobody fails."""
-    subject = Blob(layout.MANIFEST, digest(run), 1)
+    subject = Blob(MANIFEST, digest(run), 1)
 
     def attach(number: int) -> str:
         to = remote(started.host, run)

@@ -21,8 +21,9 @@ import pytest
 from registries import Certificate, Registry, TokenFront
 
 from tuning.network.docker_config import Login
-from tuning.oci import layout as image
 from tuning.oci import registry
+from tuning.oci.layout.extract import unpack
+from tuning.oci.layout.manifest import RUN_ID, read_documents, read_layout
 from tuning.spec import reference
 
 pytestmark = pytest.mark.registry
@@ -110,9 +111,9 @@ def test_skopeo_inspects(place, built, tag):
         run(program("skopeo", "skopeo"), "inspect", *skopeo(place, source=False), name)
     )
 
-    assert image.documents(built / tag)[-1].blob.digest == told["Digest"]
-    assert [layer.digest for layer in image.read(built / tag).layers] == told["Layers"]
-    assert "run-1" == told["Labels"][image.RUN_ID]
+    assert read_documents(built / tag)[-1].blob.digest == told["Digest"]
+    assert [layer.digest for layer in read_layout(built / tag).layers] == told["Layers"]
+    assert "run-1" == told["Labels"][RUN_ID]
 
 
 @pytest.mark.parametrize("tag", ["plain", "index"])
@@ -182,7 +183,7 @@ def test_oras_pulls(built, place, tmp_path, monkeypatch):
     for path in map(Path, paths):
         run("tar", "-x", "-f", path, "-C", root)
 
-    assert len(image.read(built / "plain").layers) == len(paths)
+    assert len(read_layout(built / "plain").layers) == len(paths)
     same(built, root / "data")
 
 
@@ -195,8 +196,8 @@ def test_the_oras_command_pulls(built, place, tmp_path):
     login = ["--from-username", ME, "--from-password", WORD]
     layout = f"{tmp_path}/layout:1"
     run(oras, "copy", *trust, *login, "--to-oci-layout", place.name("plain"), layout)
-    found = image.read(tmp_path / "layout")
-    image.unpack(found, tmp_path / "layout", tmp_path / "out")
+    found = read_layout(tmp_path / "layout")
+    unpack(found, tmp_path / "layout", tmp_path / "out")
 
     same(built, tmp_path / "out")
 

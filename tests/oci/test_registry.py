@@ -19,7 +19,7 @@ from registries import Certificate, Registry, TokenFront, tool
 from tuning.errors import RefusedError, SpecError, TransientError, TuningError
 from tuning.network.docker_config import Login
 from tuning.oci import delivery, registry
-from tuning.oci import layout as image
+from tuning.oci.layout.manifest import INDEX, MANIFEST, blob_path, read_layout
 from tuning.spec import Destination, reference
 
 pytestmark = pytest.mark.registry
@@ -67,11 +67,11 @@ def remote(host: str, repository: str, *, tag: str = "1", **more: Any) -> regist
 
 
 def push(to: registry.Remote, layout: Path, **more: Any) -> registry.Pushed:
-    return registry.push(to, layout, run_id=image.read(layout).run_id or "", **more)
+    return registry.push(to, layout, run_id=read_layout(layout).run_id or "", **more)
 
 
 def digest(layout: Path) -> str:
-    return image.read(layout).digest
+    return read_layout(layout).digest
 
 
 def held(started: Registry, repository: str, tag: str = "1") -> str | None:
@@ -81,7 +81,7 @@ def held(started: Registry, repository: str, tag: str = "1") -> str | None:
 
 
 def size(layout: Path) -> int:
-    return sum(blob.size for blob in image.read(layout).blobs)
+    return sum(blob.size for blob in read_layout(layout).blobs)
 
 
 # -- push and pull -----------------------------------------------------------------------------
@@ -116,7 +116,7 @@ def test_the_same_push_again_sends_nothing(proxied, built, repository):
 
     assert (size(built), 0) == (first.bytes_sent, again.bytes_sent)
     assert {"GET", "HEAD", "PUT"} >= {seen.method for seen in proxied.seen}
-    assert proxied.received() == len(image.blob_path(built, digest(built)).read_bytes())
+    assert proxied.received() == len(blob_path(built, digest(built)).read_bytes())
 
 
 def test_a_pull_by_digest_and_of_an_index_and_of_an_index_within_one(
@@ -125,8 +125,8 @@ def test_a_pull_by_digest_and_of_an_index_and_of_an_index_within_one(
     """An index leads to its image, and the digest told is the one that was named."""
     plain = remote(open_registry.host, repository)
     push(plain, built)
-    size = len(image.blob_path(built, digest(built)).read_bytes())
-    entry = {"mediaType": image.MANIFEST, "digest": digest(built), "size": size}
+    size = len(blob_path(built, digest(built)).read_bytes())
+    entry = {"mediaType": MANIFEST, "digest": digest(built), "size": size}
     inner = put_index(plain, "inner", entry | {"platform": {"os": "linux", "architecture": "x"}})
     outer = put_index(plain, "outer", inner)
 
@@ -140,11 +140,11 @@ def test_a_pull_by_digest_and_of_an_index_and_of_an_index_within_one(
 
 def put_index(to: registry.Remote, tag: str, entry: dict[str, Any]) -> dict[str, Any]:
     """An index of one entry under `tag`; gives its descriptor."""
-    index = {"schemaVersion": 2, "mediaType": image.INDEX, "manifests": [entry]}
-    data, headers = json.dumps(index).encode(), {"Content-Type": image.INDEX}
+    index = {"schemaVersion": 2, "mediaType": INDEX, "manifests": [entry]}
+    data, headers = json.dumps(index).encode(), {"Content-Type": INDEX}
     to.request("PUT", f"/manifests/{tag}", expect=(201,), body=lambda: data, headers=headers)
     name = f"sha256:{hashlib.sha256(data).hexdigest()}"
-    return {"mediaType": image.INDEX, "digest": name, "size": len(data)}
+    return {"mediaType": INDEX, "digest": name, "size": len(data)}
 
 
 def test_kaitos_puller_gets_the_files(open_registry, built, repository, tmp_path):
@@ -203,9 +203,9 @@ def put_image(to: registry.Remote, *, config: bytes, layer: bytes) -> None:
         to.request("PUT", url, expect=(201,), body=lambda: data)  # noqa: B023
         media_type = f"application/vnd.oci.image.{kind}"
         parts.append({"mediaType": media_type, "digest": name, "size": len(data)})
-    manifest = {"schemaVersion": 2, "mediaType": image.MANIFEST}
+    manifest = {"schemaVersion": 2, "mediaType": MANIFEST}
     manifest |= {"config": parts[0], "layers": parts[1:]}
-    body, headers = json.dumps(manifest).encode(), {"Content-Type": image.MANIFEST}
+    body, headers = json.dumps(manifest).encode(), {"Content-Type": MANIFEST}
     to.request("PUT", "/manifests/1", expect=(201,), body=lambda: body, headers=headers)
 
 
@@ -378,7 +378,7 @@ def test_a_push_survives_each_fault_at_each_request(mortal, built, repository, r
     there = registry.look(remote(mortal.host, repository, login=ME))
     assert registry.Found(digest(built), "run-1") == there
     assert digest(built) == pushed.digest
-    assert {blob.digest for blob in image.read(built).blobs} <= mortal.blobs()
+    assert {blob.digest for blob in read_layout(built).blobs} <= mortal.blobs()
     assert proxy.received() <= 2 * size(built)
 
 
@@ -491,13 +491,13 @@ def test_a_blob_may_lie_elsewhere(open_registry, built, repository, tmp_path, st
     """A pull follows redirects to a store, without the login."""
     push(remote(open_registry.host, repository), built)
     with Proxy(open_registry.address) as near, Proxy(open_registry.address) as store:
-        for blob in image.read(built).blobs:
+        for blob in read_layout(built).blobs:
             url = f"http://localhost:{store.port}/v2/{repository}/blobs/{blob.digest}"
             near.spoil(fp.status(status, location=url), method="GET", path=blob.digest)
 
         registry.pull(remote(near.host, repository, login=ME), tmp_path / "out")
 
-    assert len(image.read(built).blobs) == len(store.seen)
+    assert len(read_layout(built).blobs) == len(store.seen)
     assert [] == [seen for seen in store.seen if "authorization" in seen.headers]
 
 
@@ -534,7 +534,7 @@ def test_a_registry_that_shows_something_else_never_succeeds(
 
 def test_a_blob_that_the_registry_lost_is_noticed(proxied, built, repository):
     """Every blob is asked for again at the end."""
-    blobs = len(image.read(built).blobs)
+    blobs = len(read_layout(built).blobs)
     proxied.spoil(fp.status(404), method="HEAD", path="/blobs/", nth=blobs + 2, times=None)
 
     with pytest.raises(TransientError, match="does not show the blob"):
@@ -554,8 +554,8 @@ def test_a_manifest_whose_blob_vanished_brings_it_back(proxied, open_registry, b
 def test_a_damaged_layout_is_not_the_registrys_fault(open_registry, repository, tmp_path):
     """A blob whose bytes changed on the disk is named, and the tag is not written."""
     adapters.build(tmp_path)
-    blob = image.read(tmp_path / "image").layers[1]
-    path = image.blob_path(tmp_path / "image", blob)
+    blob = read_layout(tmp_path / "image").layers[1]
+    path = blob_path(tmp_path / "image", blob)
     path.write_bytes(path.read_bytes()[:-1] + b"!")
 
     with pytest.raises(SpecError, match=f"IMAGE-105 {path}"):
@@ -569,7 +569,7 @@ def test_a_damaged_layout_is_not_the_registrys_fault(open_registry, repository, 
 def test_a_pull_goes_on_where_it_broke_off(proxied, open_registry, built, repository, tmp_path):
     """The rest of a blob is asked for, not the whole."""
     push(remote(open_registry.host, repository), built)
-    weights = image.read(built).layers[0]
+    weights = read_layout(built).layers[0]
     proxied.spoil(fp.cut_reply(150_000, reset=False), method="GET", path=weights.digest)
 
     registry.pull(remote(proxied.host, repository), tmp_path / "out")
@@ -584,7 +584,7 @@ def test_a_blob_that_is_shorter_than_its_manifest_says_is_refused_at_once(
 ):
     """It will never be whole: no patience helps."""
     push(remote(open_registry.host, repository), built)
-    weights = image.read(built).layers[0]
+    weights = read_layout(built).layers[0]
     proxied.spoil(fp.status(200, b"short"), method="GET", path=weights.digest)
 
     with pytest.raises(RefusedError, match=r"REG-143 .*has 5 bytes of"):
@@ -609,9 +609,9 @@ def test_a_server_without_ranges_is_read_from_the_start(
 ):
     """A 200 to a range means all of it."""
     push(remote(open_registry.host, repository), built)
-    weights = image.read(built).layers[0]
+    weights = read_layout(built).layers[0]
     proxied.spoil(fp.cut_reply(150_000, reset=False), method="GET", path=weights.digest)
-    whole = image.blob_path(built, weights).read_bytes()
+    whole = blob_path(built, weights).read_bytes()
     proxied.spoil(fp.status(200, whole), method="GET", path=weights.digest, nth=2)
 
     registry.pull(remote(proxied.host, repository), tmp_path / "out")
@@ -625,7 +625,7 @@ def test_bytes_that_are_not_the_digest_leave_nothing(
 ):
     """Refused, and neither the target nor a scratch folder is there."""
     push(remote(open_registry.host, repository), built)
-    weights = image.read(built).layers[0]
+    weights = read_layout(built).layers[0]
 
     def corrupt(reply: Reply) -> None:
         data = reply.content()

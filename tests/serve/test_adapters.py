@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from tuning import files
 from tuning.console import Console
-from tuning.oci import layout
 from tuning.oci.delivery import Access
+from tuning.oci.layout.package import build_adapter
 from tuning.serve import adapters
 from tuning.serve.adapter_specs import AdapterSpec
 from tuning.serve.adapters import RejectedAdapter
@@ -109,7 +109,7 @@ def test_an_adapter_called_as_all_together_is_both(take: Take, good: Path) -> No
 def test_an_image_layout_is_served_too(take: Take, good: Path, tmp_path: Path) -> None:
     """What `run --output oci:DIR` leaves; a layout without an adapter is refused by name."""
     (good / "tuning.json").write_text("{}")
-    layout.build(
+    build_adapter(
         good, tmp_path / "layout", run_id="run-1", preset="phi-3-mini-4k-instruct", annotations={}
     )
 

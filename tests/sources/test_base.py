@@ -26,7 +26,8 @@ from fake_hub import (
 from huggingface_hub import constants
 
 from tuning.errors import RefusedError, SpecError, Stopped, TransientError, TuningError
-from tuning.sources import base, hub
+from tuning.network.retry import Patience
+from tuning.sources import base, hub, hub_download, verify
 from tuning.sources.base import Base
 
 ID = "org/model"
@@ -48,7 +49,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPat
     """Nothing of the machine's: no saved login, no cache of digests, no waiting between tries."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("xdg")))
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr(hub, "WAIT", 0.001)
+    monkeypatch.setattr(hub, "PATIENCE", Patience(first=0.001, tries=4))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path_factory.mktemp("hf") / "token"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
 
@@ -318,7 +319,7 @@ def test_progress_counts_once_where_the_library_reports_twice() -> None:
 
     model = Base("m", "hub", "m", None, "c", (base.Entry("a", 100),))
     told: list[float] = []
-    meter = base._Meter(model, 0, lambda done, total, note: told.append(done), lambda: False)
+    meter = hub_download.Meter(model, 0, lambda done, total, note: told.append(done), lambda: False)
     with XetDownloadProgressReporter(
         reconstruction_desc="a", total=100, log_level=30, tqdm_class=meter.bar()
     ) as reporter:
@@ -381,8 +382,8 @@ def test_the_usual_environment_of_the_hub_is_honoured(fake: FakeHub, tmp_path: P
 
 
 def test_a_good_folder_gives_its_config(tmp_path: Path) -> None:
-    assert CONFIG == base.verify(laid(tmp_path / "one", MODEL | CLUTTER))
-    assert CONFIG == base.verify(laid(tmp_path / "many", SHARDED))
+    assert CONFIG == verify.verify(laid(tmp_path / "one", MODEL | CLUTTER))
+    assert CONFIG == verify.verify(laid(tmp_path / "many", SHARDED))
 
 
 def test_a_folder_is_pinned_to_what_training_reads_of_it(tmp_path: Path) -> None:
@@ -470,7 +471,7 @@ BROKEN: list[tuple[str, dict[str, bytes | None], str, str]] = [
     ("index empty", {**SHARDED, "model.safetensors.index.json": b"{}"},
      "BASE-106", "no weight_map"),
     ("index odd", {**SHARDED, "model.safetensors.index.json": b'{"weight_map": {"a": 1}}'},
-     "BASE-106", "no mapping"),
+     "BASE-106", "not a mapping"),
 ]  # fmt: skip
 
 
@@ -483,7 +484,7 @@ def test_a_broken_folder_is_refused(
     folder = laid(tmp_path / "model", files)
 
     with pytest.raises(SpecError) as caught:
-        base.verify(folder)
+        verify.verify(folder)
 
     assert [code] == [problem.code for problem in caught.value.problems]
     assert str(folder) in str(caught.value)
@@ -495,7 +496,7 @@ def test_all_problems_of_a_folder_come_at_once(tmp_path: Path) -> None:
     folder = laid(tmp_path, {**files, "tokenizer.json": None, "model.safetensors": LFS})
 
     with pytest.raises(SpecError) as caught:
-        base.verify(folder)
+        verify.verify(folder)
 
     assert ["BASE-104", "BASE-107", "BASE-109"] == sorted(p.code for p in caught.value.problems)
 
@@ -508,15 +509,15 @@ def test_a_native_class_is_used_although_code_is_offered(tmp_path: Path, model_t
     folder = laid(tmp_path, with_config(**more))
 
     if native:
-        assert model_type == base.verify(folder)["model_type"]
+        assert model_type == verify.verify(folder)["model_type"]
     else:
         with pytest.raises(SpecError, match="BASE-108"):
-            base.verify(folder)
+            verify.verify(folder)
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"BASE-100 .*does not exist"):
-        base.verify(tmp_path / "none")
+        verify.verify(tmp_path / "none")
 
 
 def test_what_the_real_library_writes_passes(tmp_path: Path) -> None:
@@ -530,4 +531,4 @@ def test_what_the_real_library_writes_passes(tmp_path: Path) -> None:
         {"format": "pt"},
     )
 
-    assert CONFIG == base.verify(folder)
+    assert CONFIG == verify.verify(folder)

@@ -25,14 +25,18 @@ from faults.web import Behaviour, Origin, Request
 
 from tuning.errors import RefusedError, SpecError, TransientError
 from tuning.network import sigv4
+from tuning.network.policy import Policy, load_headers
+from tuning.network.retry import Patience
 from tuning.sources import fetch, stores
-from tuning.sources.fetch import File, Patience, Policy
+from tuning.sources.http import Limits
+from tuning.sources.local import File
 from tuning.sources.stores import Keys, load_keys, logins
 from tuning.spec import Source, urls
 
 ROWS = b"".join(b'{"prompt": "%d", "completion": "%d"}\n' % (n, n * n) for n in range(4000))
 LOOPBACK = Policy(allow_hosts={"127.0.0.1"})
-QUICK = Patience(connect=2, stall=0.4, slow_window=0.5, tries=3, backoff=0.01, backoff_cap=0.02)
+RETRY = Patience(tries=3, first=0.01, longest=0.02)
+QUICK = Limits(connect=2, stall=0.4, slow_window=0.5, retry=RETRY)
 ID, SECRET, SESSION = "AKIAOURS", "s3cr3t-canary", "session-canary"
 
 
@@ -138,7 +142,7 @@ def bucket() -> Iterator[Bucket]:
 
 def get(folder: Path, url: str, keys: Keys, policy: Policy = LOOPBACK, **more: Any) -> File:
     (file,) = fetch.fetch(
-        Source(urls=(url,)), folder, policy=policy, keys=keys, patience=QUICK, **more
+        Source(urls=(url,)), folder, policy=policy, keys=keys, limits=QUICK, **more
     )
     return file
 
@@ -322,9 +326,9 @@ def test_the_region_of_an_answer_cannot_lead_elsewhere() -> None:
     [
         (
             {"AWS_SECRET_ACCESS_KEY": "wrong-canary"},
-            "mend AWS_SECRET_ACCESS_KEY in the Secret rows",
+            "correct AWS_SECRET_ACCESS_KEY in the Secret rows",
         ),
-        ({"AWS_ACCESS_KEY_ID": "AKIAOTHER"}, "mend AWS_ACCESS_KEY_ID in the Secret rows"),
+        ({"AWS_ACCESS_KEY_ID": "AKIAOTHER"}, "correct AWS_ACCESS_KEY_ID in the Secret rows"),
         ({"AWS_SESSION_TOKEN": "old-canary"}, "the session has expired"),
         ({"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}, "put AWS_ACCESS_KEY_ID and"),
     ],
@@ -417,7 +421,7 @@ def test_keys_are_files_of_a_mounted_secret_beside_headers(tmp_path: Path) -> No
     keys = stores.load_keys(tmp_path)
 
     assert {"AWS_ACCESS_KEY_ID": ID, "AWS_SECRET_ACCESS_KEY": SECRET} == keys.values
-    assert {"data.example": {"X-Team": "7"}} == fetch.load_headers(tmp_path)
+    assert {"data.example": {"X-Team": "7"}} == load_headers(tmp_path)
     assert SECRET not in repr(keys)
 
 
@@ -462,10 +466,10 @@ def test_a_profile_that_is_not_there_disturbs_only_whom_s3_refuses(
     ("values", "said"),
     [
         ({"AWS_ACCESS_KEY_ID": ID}, "go together"),
-        ({"AWS_REGION": "evil.example/"}, "AWS_REGION is no region"),
-        ({"AWS_ENDPOINT_URL": "minio:9000"}, "AWS_ENDPOINT_URL is no address"),
-        ({"AWS_ENDPOINT_URL": "http://[::1"}, "AWS_ENDPOINT_URL is no address"),
-        ({"AWS_SESSION_TOKEN": "part1\nCANARY"}, "AWS_SESSION_TOKEN holds a line break"),
+        ({"AWS_REGION": "evil.example/"}, "AWS_REGION is not a region"),
+        ({"AWS_ENDPOINT_URL": "minio:9000"}, "AWS_ENDPOINT_URL is not a URL"),
+        ({"AWS_ENDPOINT_URL": "http://[::1"}, "AWS_ENDPOINT_URL is not a URL"),
+        ({"AWS_SESSION_TOKEN": "part1\nCANARY"}, "AWS_SESSION_TOKEN contains a line break"),
     ],
 )
 def test_half_a_key_is_refused_before_a_request(values: dict[str, str], said: str) -> None:
@@ -533,7 +537,7 @@ def test_a_pods_role_opens_a_private_bucket(
 
         assert [] == cloud.seen and public.size > len(ROWS)
         both = Source(urls=("s3://private/a.jsonl", "s3://private/b.jsonl"))
-        fetch.fetch(both, tmp_path / "2", policy=LOOPBACK, keys=keys, patience=QUICK)
+        fetch.fetch(both, tmp_path / "2", policy=LOOPBACK, keys=keys, limits=QUICK)
 
         assert 1 == len(cloud.seen)
     assert not {POD, SECRET, SESSION} & set(re.findall(r"[\w.-]+", caplog.text))
@@ -606,7 +610,7 @@ def test_a_token_service_that_gives_nothing(
             load_keys(None, LOOPBACK), values={"AWS_ENDPOINT_URL": bucket.origin.url("")}
         )
         get(tmp_path / "1", "s3://private/a.jsonl", keys)
-    assert {403: 1, 503: QUICK.tries}[status] == len(cloud.seen)
+    assert {403: 1, 503: RETRY.tries}[status] == len(cloud.seen)
 
 
 @pytest.mark.parametrize(

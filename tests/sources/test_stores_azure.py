@@ -19,14 +19,18 @@ from faults.web import Origin
 from registries import Certificate
 
 from tuning.errors import RefusedError, SpecError
+from tuning.network.policy import Policy
+from tuning.network.retry import Patience
 from tuning.sources import fetch, stores
-from tuning.sources.fetch import File, Patience, Policy
+from tuning.sources.http import Limits, Web
+from tuning.sources.local import File
 from tuning.sources.stores import Keys, load_keys
 from tuning.spec import Source, urls
 
 ROWS = b"".join(b'{"prompt": "%d", "completion": "%d"}\n' % (n, n * n) for n in range(4000))
 LOOPBACK = Policy(allow_hosts={"127.0.0.1"})
-QUICK = Patience(connect=2, stall=5, tries=3, backoff=0.01, backoff_cap=0.02)
+RETRY = Patience(tries=3, first=0.01, longest=0.02)
+QUICK = Limits(connect=2, stall=5, retry=RETRY)
 WHERE = "the Secret rows"
 
 
@@ -41,7 +45,7 @@ def azurite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Azurite]:
 def get(folder: Path, url: str, values: dict[str, str], **more: Any) -> File:
     policy = more.pop("policy", LOOPBACK)
     (file,) = fetch.fetch(
-        Source(urls=(url,)), folder, policy=policy, keys=Keys(values, WHERE), patience=QUICK, **more
+        Source(urls=(url,)), folder, policy=policy, keys=Keys(values, WHERE), limits=QUICK, **more
     )
     return file
 
@@ -77,12 +81,21 @@ def test_a_url_of_azure_is_an_address_of_its_account(values: dict[str, str], add
     ("values", "said"),
     [
         ({}, "needs the name of the storage account"),
-        ({"AZURE_STORAGE_ACCOUNT_NAME": "evil.example/"}, "no name of a storage account"),
-        ({"AZURE_STORAGE_ACCOUNT_NAME": "me1", "AZURE_STORAGE_KEY": "canary!"}, "is no key"),
-        ({"AZURE_STORAGE_ACCOUNT_NAME": "me1", "AZURE_STORAGE_SAS_TOKEN": "canary"}, "no shared"),
-        ({"AZURE_STORAGE_ACCOUNT_NAME": "me1", "AZURE_STORAGE_SAS_TOKEN": "sig=a#b"}, "no shared"),
-        ({"AZURE_STORAGE_CONNECTION_STRING": "canary"}, "is no connection string"),
-        ({"AZURE_STORAGE_CONNECTION_STRING": "BlobEndpoint=blobs:10000"}, "is no address"),
+        ({"AZURE_STORAGE_ACCOUNT_NAME": "evil.example/"}, "not a storage account's name"),
+        (
+            {"AZURE_STORAGE_ACCOUNT_NAME": "me1", "AZURE_STORAGE_KEY": "canary!"},
+            "not a storage account's key",
+        ),
+        (
+            {"AZURE_STORAGE_ACCOUNT_NAME": "me1", "AZURE_STORAGE_SAS_TOKEN": "canary"},
+            "not a shared",
+        ),
+        (
+            {"AZURE_STORAGE_ACCOUNT_NAME": "me1", "AZURE_STORAGE_SAS_TOKEN": "sig=a#b"},
+            "not a shared",
+        ),
+        ({"AZURE_STORAGE_CONNECTION_STRING": "canary"}, "is not a connection string"),
+        ({"AZURE_STORAGE_CONNECTION_STRING": "BlobEndpoint=blobs:10000"}, "is not a URL"),
         (
             {
                 "AZURE_STORAGE_CONNECTION_STRING": "AccountName=me1",
@@ -181,7 +194,7 @@ def test_a_transfer_goes_on_where_it_was(azurite: Azurite, tmp_path: Path) -> No
     values = azurite.keys(AZURE_STORAGE_ACCOUNT_KEY=KEY)
     whole = get(tmp_path / "whole", "az://rows/a.jsonl", values)
     item = fetch._items(("az://rows/a.jsonl",), LOOPBACK, Keys(values))[0]
-    web = fetch.Web(LOOPBACK, {}, QUICK)
+    web = Web(LOOPBACK, {}, QUICK)
     response = web.get(item, {"Range": "bytes=50000-"})
     rest = response.read()
     response.close()
@@ -215,7 +228,7 @@ def test_wrong_keys_are_named(azurite: Azurite, tmp_path: Path) -> None:
     """Which key of which Secret, never a value."""
     said = refused(azurite, tmp_path, "az://rows/a.jsonl", AZURE_STORAGE_ACCOUNT_KEY="Y2FuYXJ5")
 
-    assert f"mend AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_ACCOUNT_NAME in {WHERE}" in said
+    assert f"correct AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_ACCOUNT_NAME in {WHERE}" in said
 
 
 def test_a_wrong_key_in_a_connection_string_is_named_by_it(
@@ -225,7 +238,7 @@ def test_a_wrong_key_in_a_connection_string_is_named_by_it(
 
     said = refused(azurite, tmp_path, "az://rows/a.jsonl", AZURE_STORAGE_CONNECTION_STRING=wrong)
 
-    assert f"mend AZURE_STORAGE_CONNECTION_STRING in {WHERE}" in said
+    assert f"correct AZURE_STORAGE_CONNECTION_STRING in {WHERE}" in said
 
 
 def test_a_signature_that_has_ended_says_when(azurite: Azurite, tmp_path: Path) -> None:
@@ -271,7 +284,7 @@ def test_what_is_missing_or_private_is_told(
 @pytest.mark.parametrize(
     ("status", "code", "said"),
     [
-        (403, "AuthorizationFailure", "its firewall shuts us out"),
+        (403, "AuthorizationFailure", "its firewall blocks this machine"),
         (403, "AuthenticationFailed", "set the machine's clock"),
         (403, "KeyBasedAuthenticationNotPermitted", "put a user delegation SAS into"),
         (409, "PublicAccessNotPermitted", "is not public"),
@@ -394,7 +407,7 @@ def trusting(store: Azurite) -> Policy:
 
 def fetched(folder: Path, url: str, store: Azurite, keys: Keys) -> File:
     policy = trusting(store)
-    (file,) = fetch.fetch(Source(urls=(url,)), folder, policy=policy, keys=keys, patience=QUICK)
+    (file,) = fetch.fetch(Source(urls=(url,)), folder, policy=policy, keys=keys, limits=QUICK)
     return file
 
 

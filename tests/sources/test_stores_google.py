@@ -24,14 +24,18 @@ from google.cloud.storage import _signing
 from google.oauth2 import service_account
 
 from tuning.errors import RefusedError, SpecError
+from tuning.network.policy import Policy
+from tuning.network.retry import Patience
 from tuning.sources import fetch, stores
-from tuning.sources.fetch import File, Patience, Policy
+from tuning.sources.http import Limits
+from tuning.sources.local import File
 from tuning.sources.stores import Keys, load_keys
 from tuning.spec import Source, urls
 
 ROWS = b"".join(b'{"prompt": "%d", "completion": "%d"}\n' % (n, n * n) for n in range(4000))
 LOOPBACK = Policy(allow_hosts={"127.0.0.1"})
-QUICK = Patience(connect=2, stall=2, tries=3, backoff=0.01, backoff_cap=0.02)
+RETRY = Patience(tries=3, first=0.01, longest=0.02)
+QUICK = Limits(connect=2, stall=2, retry=RETRY)
 TOKEN, WHERE = "ya29.canary", "the Secret rows"
 
 
@@ -115,7 +119,7 @@ def bucket(account: dict[str, Any]) -> Iterator[Bucket]:
 
 def get(folder: Path, url: str, values: dict[str, str], policy: Policy = LOOPBACK) -> File:
     (file,) = fetch.fetch(
-        Source(urls=(url,)), folder, policy=policy, keys=Keys(values, WHERE), patience=QUICK
+        Source(urls=(url,)), folder, policy=policy, keys=Keys(values, WHERE), limits=QUICK
     )
     return file
 
@@ -140,19 +144,19 @@ EC = ec.generate_private_key(ec.SECP256R1())
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"GOOGLE_APPLICATION_CREDENTIALS": "/canary.json"}, "is no key file of Google's"),
-        ({"GOOGLE_APPLICATION_CREDENTIALS": '["canary"]'}, "is no key file of Google's"),
+        ({"GOOGLE_APPLICATION_CREDENTIALS": "/canary.json"}, "is not a key file of Google's"),
+        ({"GOOGLE_APPLICATION_CREDENTIALS": '["canary"]'}, "is not a key file of Google's"),
         (
             {"GOOGLE_APPLICATION_CREDENTIALS": '{"type": "authorized_user", "x": "canary"}'},
             "GOOGLE_OAUTH_ACCESS_TOKEN to what `gcloud auth print-access-token` prints",
         ),
         (
             {"GOOGLE_APPLICATION_CREDENTIALS": '{"type": "service_account", "private_key": "x"}'},
-            "no private key that can be read",
+            "no readable private key",
         ),
         ({"GOOGLE_APPLICATION_CREDENTIALS": json.dumps(key_file(key=EC))}, "no RSA key"),
-        ({"GOOGLE_OAUTH_ACCESS_TOKEN": "canary\r\nX-Evil: 1"}, "holds a line break"),
-        ({"STORAGE_EMULATOR_HOST": "localhost:9023"}, "STORAGE_EMULATOR_HOST is no address"),
+        ({"GOOGLE_OAUTH_ACCESS_TOKEN": "canary\r\nX-Evil: 1"}, "contains a line break"),
+        ({"STORAGE_EMULATOR_HOST": "localhost:9023"}, "STORAGE_EMULATOR_HOST is not a URL"),
     ],
 )
 def test_keys_that_cannot_be_meant_are_refused_before_a_request(
@@ -306,7 +310,7 @@ def test_what_is_private_is_told(
         (404, "NoSuchBucket", "FETCH-110 .*no such bucket"),
         (403, "AccessDenied", "FETCH-111 .*Storage Object Viewer.* to reader@rows"),
         (400, "ExpiredToken", "FETCH-111 .*set the clock"),
-        (400, "UserProjectMissing", "FETCH-111 .*requester pay"),
+        (400, "UserProjectMissing", "FETCH-111 .*requester-pays"),
     ],
 )
 def test_googles_codes_have_words_of_ours(
@@ -397,7 +401,7 @@ def logged_in(bucket: Bucket, monkeypatch: pytest.MonkeyPatch, path: Path | None
 
 
 def fetched(folder: Path, url: str, keys: Keys) -> File:
-    (file,) = fetch.fetch(Source(urls=(url,)), folder, policy=LOOPBACK, keys=keys, patience=QUICK)
+    (file,) = fetch.fetch(Source(urls=(url,)), folder, policy=LOOPBACK, keys=keys, limits=QUICK)
     return file
 
 
@@ -453,10 +457,10 @@ def test_a_login_that_has_ended_is_said_so(
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"token_url": "https://evil.example/token"}, "token_url that is none of Google's"),
+        ({"token_url": "https://evil.example/token"}, "token_url that is not Google's"),
         ({"credential_source": {"url": "http://169.254.169.254/"}}, "credential_source.file"),
-        ({"credential_source": {"file": "/t", "format": {"type": "json"}}}, "inside of JSON"),
-        ({"service_account_impersonation_url": "https://evil.example/x"}, "none of Google's"),
+        ({"credential_source": {"file": "/t", "format": {"type": "json"}}}, "token in JSON"),
+        ({"service_account_impersonation_url": "https://evil.example/x"}, "not Google's"),
     ],
 )
 def test_a_federation_that_leads_elsewhere_is_refused(

@@ -123,6 +123,6 @@ def spec_of(
 
 def hosts_of(allowed: list[str] | None, policy: Path | None) -> tuple[str, ...]:
     """The private hosts that data may come from, by --allow-host and the policy file."""
-    from tuning.sources.fetch import Policy
+    from tuning.network.policy import Policy
 
     return (*(allowed or ()), *(Policy.load(policy).allow_hosts if policy else ()))

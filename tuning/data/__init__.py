@@ -7,7 +7,7 @@ Step "tokenise" reads every file, reports what cannot be trained (DataError with
 pass, exit 10) and writes `rows.arrow`, `preview.json` and `tokenised.json` into `out`:
 
     {"step": "tokenise",
-     "files": [{"path": str, "shown": str, ...}],      as fetch.File; further keys are ignored
+     "files": [{"path": str, "shown": str, ...}],      as local.File; further keys are ignored
      "base": str,                                      folder with the base model's tokenizer
      "out": str,                                       RUN/data/tokenised; made if absent
      "settings": {"messages_column", "context_column", "response_column", "dataset_extension",

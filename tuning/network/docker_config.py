@@ -5,8 +5,8 @@ Every valid form of a `dockerconfigjson` (and of docker's own config.json): `aut
 or path, a URL, a pattern as kubelets know it (`*.azurecr.io`), or one of Docker Hub's old names.
 The most specific entry wins. Messages name the file and the key, never a value.
 
-A credential helper is run for docker's own configuration alone, as every docker client does: a
-Secret that came from elsewhere never decides what runs here.
+A credential helper is run for docker's own configuration only: a Secret never decides what runs
+here.
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ LARGEST = 1 << 20  # bytes; a Secret cannot hold more
 SECRET_KEYS = (".dockerconfigjson", "config.json", ".dockercfg")
 DOCKER_HUB = frozenset({"docker.io", "index.docker.io", "registry-1.docker.io"})
 DOCKER_HUB_KEY = "https://index.docker.io/v1/"
-TOKEN_USER = "<token>"  # noqa: S105 (what helpers put in the place of a user's name)
-EARLY = 60.0  # seconds before its end in which a login counts as run out
+TOKEN_USER = "<token>"  # noqa: S105 (helpers give it as the user of an identity token)
+EARLY = 60.0  # seconds before its expiry in which a login counts as expired
 HELPER_SECONDS = 60  # some ask a person, some a cloud
 _FORM = 'write {"auths": {"HOST": {"auth": base64 of "user:password"}}}'
 
 
 @dataclass(frozen=True)
 class Login:
-    """How to say who we are: a user and a password, or an identity token. Never shown."""
+    """A user and a password, or an identity token. Never shown."""
 
     origin: str  # the file and key it comes from
     username: str = ""
     password: str = field(default="", repr=False)
     identity_token: str = field(default="", repr=False)
-    until: float | None = field(default=None, repr=False)  # on the monotonic clock, if it runs out
+    until: float | None = field(default=None, repr=False)  # on the monotonic clock, if it expires
 
     @property
     def stale(self) -> bool:
-        """Whether it has run out, or is about to."""
+        """Whether it has expired, or is about to."""
         return self.until is not None and time.monotonic() >= self.until - EARLY
 
     @property
@@ -65,11 +65,10 @@ def login(
 ) -> Login | None:
     """The login for `registry` (host, or host:port), or None where there is none.
 
-    `secret` is a dockerconfigjson file, or the folder where a Secret of that type is mounted; then
-    an entry for the registry must be in it. More such folders in it, called by numbers, are more
-    Secrets: the first that knows the registry counts, and none need. Otherwise docker's own
-    configuration is asked: the folder `docker`, DOCKER_CONFIG or ~/.docker. Raises SpecError for
-    an unusable file.
+    `secret` is a dockerconfigjson file, or the folder where a Secret of that type is mounted; it
+    must have an entry for the registry. Numbered folders in it are further Secrets: the first with
+    an entry counts, and none needs one. Without `secret` docker's own configuration is read: the
+    folder `docker`, DOCKER_CONFIG or ~/.docker. Raises SpecError for an unusable file.
     """
     if secret is None:
         folder = docker or Path(os.environ.get("DOCKER_CONFIG") or Path.home() / ".docker")
@@ -84,17 +83,17 @@ def login(
         hosts = ", ".join(sorted({_host(key) for key in auths})) or "nothing"
         what = f"has no entry for {registry}, only for {hosts[:300]}"
         raise _refusal("REG-112", path, what, f"add {registry} to auths")
-    found = _read(auths[key], _origin(path, key))
-    if found is None:
-        what = "is empty: a login that a docker helper keeps is not in the file"
+    known = _read(auths[key], _origin(path, key))
+    if known is None:
+        what = "is empty: the login is in a docker credential helper, not in the file"
         raise _refusal(
             "REG-111", _origin(path, key), what, "fill in auth, or username and password"
         )
-    return found
+    return known
 
 
 def _several(secret: Path) -> list[Path]:
-    """Secrets mounted below one folder, in order: its own, if any, and the numbered ones."""
+    """Secrets mounted in one folder, in order: its own, if any, then the numbered ones."""
     inside = secret.iterdir() if secret.is_dir() else ()
     numbered = [each for each in inside if each.name.isdecimal() and each.is_dir()]
     if not numbered:
@@ -113,17 +112,17 @@ def _from_any(folders: list[Path], registry: str, repository: str) -> Login | No
 
 
 def _from_docker(path: Path, registry: str, repository: str) -> Login | None:
-    """What docker itself would use: the host's own helper, an entry, the helper for all."""
+    """The login that docker itself would use: the host's helper, an entry, the common helper."""
     config = _config(path)
     helpers = config.get("credHelpers") or {}
     if isinstance(helpers, dict) and (key := _best(helpers, registry, "")):
-        return _helped(helpers[key], registry, path)
+        return _from_helper(helpers[key], registry, path)
     auths = _auths(config, path, needed=False)
     key = _best(auths, registry, repository)
-    found = _read(auths[key], _origin(path, key)) if key else None
-    if found is None and config.get("credsStore"):
-        found = _helped(config["credsStore"], registry, path)
-    return found
+    known = _read(auths[key], _origin(path, key)) if key else None
+    if known is None and config.get("credsStore"):
+        known = _from_helper(config["credsStore"], registry, path)
+    return known
 
 
 def _file_of(secret: Path) -> Path:
@@ -132,7 +131,7 @@ def _file_of(secret: Path) -> Path:
             if (secret / name).is_file():
                 return secret / name
         keys = ", ".join(sorted(p.name for p in secret.iterdir() if not p.name.startswith("..")))
-        what = f"holds no key {SECRET_KEYS[0]}, only {keys[:300] or 'nothing'}"
+        what = f"has no key {SECRET_KEYS[0]}, only {keys[:300] or 'none'}"
         change = "use a Secret of type kubernetes.io/dockerconfigjson"
         raise _refusal("REG-110", secret, what, change)
     if not secret.exists():
@@ -158,16 +157,19 @@ def _config(path: Path) -> dict[str, Any]:
     try:
         config = files.parse_json(text.encode())
     except (ValueError, RecursionError):
-        what, change = "is no JSON", _FORM
+        what, change = "is not JSON", _FORM
         if _is_base64(text):
             what, change = "is base64, as `kubectl get -o yaml` shows it", "decode it: base64 -d"
         elif re.search(r"^kind:\s*Secret", text, re.MULTILINE):
-            what, change = "is the Secret's manifest", "give what its key .dockerconfigjson holds"
+            what, change = (
+                "is the Secret's manifest",
+                "give the value of its .dockerconfigjson",
+            )
         raise _refusal("REG-110", path, what, change) from None
     if not isinstance(config, dict):
-        raise _refusal("REG-110", path, "is no JSON object", _FORM)
+        raise _refusal("REG-110", path, "is not a JSON object", _FORM)
     if config.get("kind") == "Secret":
-        change = "give what its key .dockerconfigjson holds"
+        change = "give the value of its .dockerconfigjson"
         raise _refusal("REG-110", path, "is the Secret's manifest", change)
     return config
 
@@ -182,25 +184,25 @@ def _auths(config: dict[str, Any], path: Path, *, needed: bool = True) -> dict[s
     if auths is None and not needed:
         return {}
     if not isinstance(auths, dict):
-        what = "has no auths" if auths is None else "auths is no object"
+        what = "has no auths" if auths is None else "auths is not an object"
         raise _refusal("REG-110", path, what, _FORM)
     return auths
 
 
 def _best(keys: Mapping[str, Any], registry: str, repository: str) -> str | None:
-    """The key that matches the longest part of registry/repository, plain ones before patterns."""
-    wanted = _host(registry)
+    """The key that matches most of registry/repository; names before patterns."""
+    requested = _host(registry)
     fitting = []
     for key in keys:
         host, (_, _, path) = _host(key), _bare(key).partition("/")
         path = "" if path in ("v1", "v2") else path
-        if matches(host, wanted) and (not path or f"{repository}/".startswith(f"{path}/")):
-            fitting.append((len(path), host == wanted, key))
+        if matches(host, requested) and (not path or f"{repository}/".startswith(f"{path}/")):
+            fitting.append((len(path), host == requested, key))
     return max(fitting)[2] if fitting else None
 
 
 def matches(pattern: str, host: str) -> bool:
-    """As kubelets do it: a * stands for any text between two dots; ports must be equal."""
+    """Match as kubelets do: a * is any text between two dots; ports must be equal."""
     if "*" not in pattern:
         return pattern == host
     (name, _, port), (host_name, _, host_port) = pattern.partition(":"), host.partition(":")
@@ -213,19 +215,19 @@ def matches(pattern: str, host: str) -> bool:
 
 
 def _read(entry: Any, origin: str) -> Login | None:
-    """The login in an entry of auths; None for an empty one, which docker leaves for helpers."""
+    """The login in an entry of auths; None for an empty one, which docker writes for helpers."""
     if not isinstance(entry, dict):
-        raise _refusal("REG-111", origin, "is no object", _FORM)
+        raise _refusal("REG-111", origin, "is not an object", _FORM)
     for key in ("auth", "username", "password", "identitytoken"):
         if not isinstance(entry.get(key, ""), str):
-            raise _refusal("REG-111", f"{origin}.{key}", "is no text", "write it in quotes")
+            raise _refusal("REG-111", f"{origin}.{key}", "is not a string", "write it in quotes")
     username, password = entry.get("username", ""), entry.get("password", "")
     if packed := entry.get("auth", "").strip():
         try:
             pair = base64.b64decode(packed, validate=True).decode()
         except (binascii.Error, UnicodeDecodeError, ValueError):
             change = "write base64 of user:password"
-            raise _refusal("REG-111", f"{origin}.auth", "is no base64 of text", change) from None
+            raise _refusal("REG-111", f"{origin}.auth", "is not base64 of text", change) from None
         username, colon, password = pair.strip("\0\r\n").partition(":")
         if not colon:
             what, change = "has no colon", "write base64 of user:password"
@@ -241,17 +243,17 @@ def _read(entry: Any, origin: str) -> Login | None:
         raise _refusal("REG-111", origin, f"has no {missing}", f"add the {missing}")
     # A password may have lines within: Google's key file is one.
     if re.search(r"[\x00-\x1f\x7f]", username) or re.search(r"\x00|[\r\n]$", password):
-        what = "holds a line break or another control character"
+        what = "contains a line break or another control character"
         change = "make it without: echo -n, or printf %s"
         raise _refusal("REG-111", origin, what, change)
     return Login(origin, username, password)
 
 
-def _helped(name: Any, registry: str, path: Path) -> Login | None:
-    """What a credential helper knows of the registry; None if it knows nothing."""
+def _from_helper(name: Any, registry: str, path: Path) -> Login | None:
+    """A credential helper's login for the registry, or None."""
     where = f"{path}: helper {str(name)[:60]!r}"
     if not isinstance(name, str) or not re.fullmatch(r"[a-z0-9][a-z0-9._-]*", name):
-        raise _refusal("REG-113", where, "is no name of a helper", "run `docker login` again")
+        raise _refusal("REG-113", where, "is not a helper's name", "run `docker login` again")
     program = shutil.which(f"docker-credential-{name}")
     if program is None:
         what, change = "is not installed", "install it, or give the login as a file"
@@ -270,7 +272,7 @@ def _helped(name: Any, registry: str, path: Path) -> Login | None:
         record = json.loads(done.stdout)
         user, word = str(record["Username"]), str(record["Secret"])
     except (ValueError, KeyError, TypeError):
-        what = "answers what no helper should"
+        what = "gave an invalid answer"
         raise _refusal("REG-113", where, what, "give the login as a file") from None
     if user == TOKEN_USER:
         return Login(where, user, identity_token=word)

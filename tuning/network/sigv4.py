@@ -1,6 +1,6 @@
-"""AWS's Signature Version 4: proof that a request comes from who holds a secret key.
+"""AWS's Signature Version 4, for ECR and S3.
 
-ECR is asked with it, and S3. The path is signed as it stands in the URL: S3 wants it encoded once.
+The path is signed as it is in the URL: S3 wants it encoded once.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ def sign(
     secret: str,
     region: str,
     service: str,
-    now: datetime.datetime,
+    now: datetime.datetime | None = None,
 ) -> dict[str, str]:
-    """`headers` with AWS's Signature Version 4 for a request without a query; `now` is in UTC."""
-    place = urlsplit(url)
+    """`headers` with AWS's Signature Version 4 for a request without a query; `now` is UTC."""
+    place, now = urlsplit(url), now or datetime.datetime.now(datetime.UTC)
     stamp, day = now.strftime("%Y%m%dT%H%M%SZ"), now.strftime("%Y%m%d")
     sent = {**headers, "Host": place.netloc, "X-Amz-Date": stamp}
     lines = sorted((name.lower(), " ".join(value.split())) for name, value in sent.items())
@@ -39,5 +39,5 @@ def sign(
     chain = f"AWS4{secret}".encode()
     for part in (*scope.split("/"), text):
         chain = hmac.digest(chain, part.encode(), "sha256")
-    told = f"Credential={key}/{scope}, SignedHeaders={names}, Signature={chain.hex()}"
-    return {**sent, "Authorization": f"AWS4-HMAC-SHA256 {told}"}
+    credential = f"Credential={key}/{scope}, SignedHeaders={names}, Signature={chain.hex()}"
+    return {**sent, "Authorization": f"AWS4-HMAC-SHA256 {credential}"}

@@ -9,9 +9,10 @@ from functools import partial
 from pathlib import Path
 
 from tuning.errors import Problem, RefusedError, SpecError
-from tuning.network import docker_config, session
+from tuning.network import docker_config
+from tuning.network.session import Session
 from tuning.oci import registry, signature
-from tuning.oci.layout import Image
+from tuning.oci.layout.manifest import Image
 from tuning.oci.policy import Trust
 from tuning.oci.registry import Patience, Remote
 from tuning.spec import reference
@@ -27,20 +28,20 @@ class Access:
     pull_secret: Path | None = None
     ca: Path | None = None
     insecure: bool = False
-    trust: Trust = field(default_factory=Trust)  # the administrator's word
-    patience: Patience = field(default_factory=Patience)  # where nothing else is said
+    trust: Trust = field(default_factory=Trust)  # the administrator's policy
+    patience: Patience = field(default_factory=Patience)  # by default
 
     def remote(self, name: str, *, secret: Path | None, patience: Patience | None = None) -> Remote:
-        """The repository that `name` names, with the login for it. Raises SpecError."""
+        """The repository of the reference `name`, with its login. Raises SpecError."""
         try:
             parsed = reference.parse(name)
         except ValueError as error:
-            change = "write REGISTRY/REPOSITORY:TAG"
-            raise SpecError.at("REG-101", name, f"is no image reference: {error}", change) from None
+            what, change = f"is not an image reference: {error}", "write REGISTRY/REPOSITORY:TAG"
+            raise SpecError.at("REG-101", name, what, change) from None
         host, registry_ = self.trust.host(parsed.registry), parsed.registry
         identity, login = None, None
         if host.identity and secret is None:
-            ask = session.session(host.ca or self.ca, host.client).request
+            ask = Session(host.ca or self.ca, host.client).request
             identity = partial(host.identity.login, registry_, ask)
         else:
             login = docker_config.login(registry_, secret=secret, repository=parsed.repository)
@@ -55,33 +56,33 @@ class Access:
         )
 
     def pull_data(self, name: str, folder: Path) -> None:
-        """Lay the files under /data of a data image down in the empty `folder`."""
+        """Extract the files under /data of a data image into the empty `folder`."""
         remote = self.remote(name, secret=self.pull_secret)
         approve = self.approve(remote)
         registry.pull(remote, folder, wanted=lambda _: True, approve=approve)
 
     def look(self, name: str) -> Image:
-        """What a data image is, from its manifest. Raises as a pull does."""
+        """A data image's manifest. Raises as a pull does."""
         remote = self.remote(name, secret=self.pull_secret)
-        digest, found = remote.persist(lambda: registry.resolve(remote))
+        digest, image = remote.persist(lambda: registry.resolve(remote))
         self.approve(remote)(digest)
-        return found
+        return image
 
     def approve_folder(self, name: str) -> None:
-        """Raises RefusedError for a layout folder where signatures are required: it has none."""
+        """Raise RefusedError for a layout folder, which is unsigned, if signatures are required."""
         if self.trust.signatures == "require":
-            what = "is a folder, which holds no signatures, and they are required"
+            what = "is a folder, which has no signatures, and they are required"
             raise RefusedError.at("SIGN-110", name, what, "pull it from its registry")
 
     def approve(
         self, remote: Remote, say: Callable[[str], None] = log.warning
     ) -> Callable[[str], None]:
-        """What refuses the digest of an image that the administrator wants signed, and is not.
+        """A check of an image's signatures by its digest, as the administrator's policy demands.
 
-        Where signatures are only to be warned of, `say` is told.
+        It raises RefusedError, or calls `say` where the policy is to warn.
         """
 
-        def judge(digest: str) -> None:
+        def check(digest: str) -> None:
             rule = self.trust.signatures
             if rule == "off":
                 return
@@ -95,4 +96,4 @@ class Access:
                 raise RefusedError([problem])
             say(str(problem))
 
-        return judge
+        return check

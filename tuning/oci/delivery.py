@@ -1,4 +1,4 @@
-"""Where an adapter goes and where it comes from: a registry, a layout folder, a plain folder.
+"""Where an adapter is pushed to or pulled from: a registry, a layout folder, a plain folder.
 
 An adapter is named in one of three ways: an image reference, `oci:DIR` (an OCI image layout), or a
 folder with `adapter_config.json`.
@@ -21,57 +21,60 @@ from tuning import adapter as adapters
 from tuning import files, presets
 from tuning.console import Console, Report
 from tuning.errors import RefusedError, SpecError, TuningError, UsageError
-from tuning.oci import layout as image
 from tuning.oci import provenance, registry
 from tuning.oci.access import Access as Access
+from tuning.oci.layout.extract import unpack
+from tuning.oci.layout.manifest import RUN_ID, read_documents, read_layout
+from tuning.oci.layout.package import ADAPTER_FILES, Built, build_adapter
+from tuning.oci.layout.platforms import Base, base_of
 from tuning.oci.policy import Trust
 from tuning.oci.registry import Patience, Remote
 from tuning.spec import Destination, reference
 
 log = logging.getLogger(__name__)
 
-BRIEF = Patience(total=60.0)  # for what a run can do without
-QUICK = Patience(total=10.0)  # for a look that a person waits for
-# What a folder of ours holds, the telling one first.
+BRIEF = Patience(total=60.0)  # for optional steps
+QUICK = Patience(total=10.0)  # while a user waits
+# The files of our folders; the first one identifies them.
 LAYOUT = ("oci-layout", "index.json", "blobs")
-ADAPTER = ("adapter_config.json", *sorted(image.ADAPTER_FILES))
+ADAPTER = ("adapter_config.json", *sorted(ADAPTER_FILES))
 
 
 def check(destination: Destination, access: Access) -> None:
-    """Whether the adapter may go where it should, in seconds; leaves nothing behind.
+    """Check in seconds that the destination is writable; leaves nothing behind.
 
     Raises SpecError, RefusedError or TransientError.
     """
     for folder, ours in ((destination.folder, ADAPTER), (destination.layout, LAYOUT)):
         if folder is not None:
-            _judge_folder(folder, ours)
+            _check_folder(folder, ours)
     if destination.image:
         remote = access.remote(destination.image, secret=access.push_secret, patience=QUICK)
         registry.check_push(remote)
 
 
-def _judge_folder(folder: Path, ours: Collection[str]) -> None:
-    """Raises SpecError for a folder that could not be filled."""
+def _check_folder(folder: Path, ours: Collection[str]) -> None:
+    """Raise SpecError for a folder that cannot be filled."""
     if folder.exists() and not folder.is_dir():
-        raise SpecError.at("REG-102", str(folder), "is no folder", "name another one")
+        raise SpecError.at("REG-102", str(folder), "is not a folder", "name another one")
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        what = f"cannot be written: {nearest} is no folder of yours"
+        what = f"cannot be written: {nearest} is not a writable folder"
         raise SpecError.at("REG-102", str(folder), what, "name a folder that you may write to")
     here = {path.name for path in folder.iterdir()} - {"lost+found"} if folder.is_dir() else set()
     if here and not here & set(ours):
-        what = f"is not empty and holds no {next(iter(ours))}"
+        what = f"is not empty and has no {next(iter(ours))}"
         raise SpecError.at("REG-103", str(folder), what, "name a new or empty folder")
 
 
 def claim(
     destination: Destination, access: Access, *, run_id: str | None, own: Collection[str]
 ) -> str | None:
-    """The digest that this very run left under the tag already, or None.
+    """The digest that this very run pushed to the tag already, or None.
 
-    `own`: digests that this run directory put out before; with those that the Workspace did, they
-    may be replaced. `run_id` None: not known yet, so an image of any run passes for now. Raises
-    RefusedError for a tag, layout or folder that holds somebody else's.
+    `own`: digests that this run directory pushed before; those and the Workspace's earlier ones may
+    be replaced. `run_id` None: not known yet, so an image of any run passes for now. Raises
+    RefusedError for a tag, layout or folder with anything else.
     """
     if run_id is not None and destination.on_tag_exists == "refuse":
         _claim_folders(destination, run_id, own)
@@ -80,40 +83,40 @@ def claim(
     remote = access.remote(destination.image, secret=access.push_secret, patience=QUICK)
     policy = destination.on_tag_exists
     ours = {*own, *destination.earlier}
-    found = registry.claim(remote, run_id=run_id, own=ours, on_tag_exists=policy)
-    return found.digest if found else None
+    held = registry.claim(remote, run_id=run_id, own=ours, on_tag_exists=policy)
+    return held.digest if held else None
 
 
 def _claim_folders(destination: Destination, run_id: str, own: Collection[str]) -> None:
-    """Raises RefusedError for a layout or a folder with what neither this run nor its run directory
-    made; what nobody can read is no reason."""
+    """Raise RefusedError for a layout or folder with an adapter of another run; an unreadable one
+    is ignored."""
     held: list[tuple[Path, str, str | None]] = []
     if (layout := destination.layout) and (layout / "index.json").is_file():
         with contextlib.suppress(RefusedError):
-            top = image.documents(layout)[-1]
+            top = read_documents(layout)[-1]
             notes = json.loads(top.data).get("annotations") or {}
-            held.append((layout, top.blob.digest, notes.get(image.RUN_ID)))
+            held.append((layout, top.blob.digest, notes.get(RUN_ID)))
     weights = destination.folder / adapters.WEIGHTS if destination.folder else None
     if weights is not None and weights.is_file():
-        made = _made_by(weights.parent)
-        held.append((weights.parent, files.digest_file(weights), made))
+        made_by_run = _made_by(weights.parent)
+        held.append((weights.parent, files.digest_file(weights), made_by_run))
     for folder, digest, made_by in held:
         if digest not in own and made_by != run_id:
-            what = f"holds another run's work already ({made_by or digest})"
+            what = f"already has the adapter of another run ({made_by or digest})"
             change = (
-                "name another folder, remove this one, or say that it may be replaced "
+                "name another folder, remove this one, or allow replacing it "
                 "(annotation tuning.kaito.sh/on-tag-exists: overwrite; package-model --overwrite)"
             )
             raise RefusedError.at("REG-105", str(folder), what, change)
 
 
 def _made_by(adapter: Path) -> str | None:
-    """The run id of an adapter's folder, if it tells one."""
+    """The run id in an adapter's folder, if any."""
     try:
-        found = files.read_json(adapter / "tuning.json").get("run_id")
+        run_id = files.read_json(adapter / "tuning.json").get("run_id")
     except (OSError, ValueError, AttributeError):
         return None
-    return found if isinstance(found, str) else None
+    return run_id if isinstance(run_id, str) else None
 
 
 def package(
@@ -125,15 +128,15 @@ def package(
     annotations: Mapping[str, str],
     destination: Destination,
     access: Access,
-) -> image.Built:
-    """The folder of a finished adapter as an image in `layout`, in the form that was asked for.
+) -> Built:
+    """Package a finished adapter as an image in `layout`, as `destination` wants it.
 
-    A base image comes from its registry. Raises SpecError, RefusedError or TransientError.
+    A base image is pulled from its registry. Raises SpecError, RefusedError or TransientError.
     """
     named = destination.base_image
     with tempfile.TemporaryDirectory(prefix=".base-", dir=layout.parent) as scratch:
         base = fetch_base(named, destination, access, Path(scratch)) if named else None
-        return image.build(
+        return build_adapter(
             adapter,
             layout,
             preset=preset,
@@ -144,14 +147,14 @@ def package(
         )
 
 
-def fetch_base(name: str, destination: Destination, access: Access, layout: Path) -> image.Base:
-    """The image `name`, its layers in `layout`, as one that ours stands on."""
+def fetch_base(name: str, destination: Destination, access: Access, layout: Path) -> Base:
+    """The base image `name`, its layers pulled into `layout`."""
     same = destination.image and _registry(name) == _registry(destination.image)
     remote = access.remote(name, secret=access.push_secret if same else access.pull_secret)
-    digest, found = remote.persist(lambda: registry.resolve(remote))
+    digest, image = remote.persist(lambda: registry.resolve(remote))
     access.approve(remote)(digest)
-    registry.download(remote, found.blobs, layout)
-    return image.base_of(found, layout, name)
+    registry.download(remote, image.blobs, layout)
+    return base_of(image, layout, name)
 
 
 def _registry(name: str) -> str:
@@ -170,10 +173,10 @@ def deliver(
     run: Path | None = None,
     say: Callable[[str], None] = log.warning,
 ) -> list[str]:
-    """Put the finished adapter everywhere it should be; gives where the image can be had.
+    """Put the finished adapter into every destination; returns the image's references.
 
-    With `run`, its run directory, a provenance statement is attached to what was pushed; the
-    administrator's rule says whether trouble with that ends the run, or is told to `say`.
+    With the run directory `run`, a provenance statement is attached to the pushed image; by the
+    administrator's policy a failure of that ends the run or is passed to `say`.
     """
     references = []
     if destination.image:
@@ -203,10 +206,10 @@ def deliver(
 def _attest(
     remote: Remote, layout: Path, run: Path, trust: Trust, say: Callable[[str], None]
 ) -> None:
-    """Attach the run's provenance to the pushed image, as far as the rule wants it."""
+    """Attach the run's provenance to the pushed image, as the policy demands."""
     if trust.provenance == "off":
         return
-    top = image.documents(layout)[-1].blob
+    top = read_documents(layout)[-1].blob
     name = f"{remote.reference.registry}/{remote.reference.repository}"
     statement = provenance.write(run, digest=top.digest, name=name)
     if trust.provenance == "warn":
@@ -228,13 +231,13 @@ def _attest(
 def copy(source: Path, target: Path, *, ours: str) -> None:
     """Make `target` a copy of the folder `source`, file by file, `ours` last.
 
-    The target may be a mounted volume, so it is filled and not replaced; a reader that sees `ours`
-    sees the rest. Raises SpecError for a folder that holds something else.
+    The target may be a mounted volume, so it is filled, not replaced; a reader that sees `ours`
+    sees the rest. Raises SpecError for a folder with other content.
     """
     if target.is_dir() and any(target.iterdir()) and not (target / ours).exists():
-        strangers = sorted(p.name for p in target.iterdir() if p.name != "lost+found")
-        if strangers and not set(strangers) <= {p.name for p in source.iterdir()}:
-            what = f"is not empty and holds no {ours}"
+        others = sorted(p.name for p in target.iterdir() if p.name != "lost+found")
+        if others and not set(others) <= {p.name for p in source.iterdir()}:
+            what = f"is not empty and has no {ours}"
             raise SpecError.at("REG-103", str(target), what, "name a new or empty folder")
     paths = sorted(path.relative_to(source) for path in source.rglob("*") if path.is_file())
     for path in sorted(paths, key=lambda path: path.name in (ours, "index.json")):
@@ -245,32 +248,31 @@ def copy(source: Path, target: Path, *, ours: str) -> None:
 def pull(
     name: str, target: Path, *, access: Access, console: Console, base: str | None = None
 ) -> str:
-    """Lay the adapter that `name` names down in the new folder `target`; gives its digest.
+    """Extract the adapter `name` into the new folder `target`; returns its digest.
 
-    What came is read as strictly as an adapter is before it is used, and must be for the base model
-    `base` (a preset or org/model), if that is given. Raises SpecError, RefusedError or
-    TransientError; then there is no `target`.
+    It is validated, and must be for the base model `base` (a preset or org/model), if given. Raises
+    SpecError, RefusedError or TransientError; then there is no `target`.
     """
-    with files.making(target) as made:
+    with files.making(target) as folder:
         if name.startswith("oci:"):
             access.approve_folder(name)
             layout = Path(name.removeprefix("oci:"))
-            found = image.read(layout)
-            image.unpack(found, layout, made)
-            digest = found.digest
+            image = read_layout(layout)
+            unpack(image, layout, folder)
+            digest = image.digest
         else:
             remote = access.remote(name, secret=access.pull_secret)
             approve = access.approve(remote, partial(console.say, style="yellow"))
             with console.work(f"Pulling {name}", unit="bytes") as report:
-                digest = registry.pull(remote, made, approve=approve, progress=report).digest
-        check_base(adapters.inspect(made), base)
+                digest = registry.pull(remote, folder, approve=approve, progress=report).digest
+        check_base(adapters.inspect(folder), base)
     return digest
 
 
 def check_base(adapter: adapters.Adapter, base: str | None) -> None:
-    """Refuse an adapter that names another base model than `base`: a preset, or org/model.
+    """Raise SpecError for an adapter of another base model than `base` (a preset or org/model).
 
-    Nothing is known of a folder's name. Raises SpecError that names both.
+    A base model that is a folder is not compared.
     """
     if base is None or Path(base).is_dir():
         return
@@ -283,10 +285,7 @@ def check_base(adapter: adapters.Adapter, base: str | None) -> None:
 def at_hand(
     name: str | None, *, access: Access, console: Console, base: str | None = None
 ) -> Iterator[Path | None]:
-    """The adapter that `name` names as a folder, for as long as the block runs.
-
-    It must be for the base model `base`, if that is given and both have names.
-    """
+    """The adapter `name` as a folder while the block runs, checked to be for `base`, if given."""
     if name is None or (folder := Path(name)).is_dir():
         if name is not None:
             check_base(adapters.inspect(adapter_folder(folder)), base)
@@ -305,4 +304,4 @@ def adapter_folder(folder: Path) -> Path:
     if (folder / "adapter_config.json").is_file():
         return folder
     hint = f"write oci:{folder}" if (folder / "oci-layout").is_file() else "name another folder"
-    raise UsageError.at("REG-104", str(folder), "holds no adapter_config.json", hint)
+    raise UsageError.at("REG-104", str(folder), "has no adapter_config.json", hint)

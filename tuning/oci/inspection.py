@@ -1,7 +1,7 @@
-"""What an adapter is, without its weights: told from manifests, configs and the first kilobytes.
+"""Describe an adapter from manifests, configs and its first kilobytes, without its weights.
 
 Small layers are read whole and checked against their digests. Of a layer with weights only the
-beginning is read, which no digest covers: it tells, `pull` proves.
+beginning is read, which no digest covers: only `pull` verifies it.
 """
 
 from __future__ import annotations
@@ -15,10 +15,21 @@ from typing import Any
 from tuning import adapter as adapters
 from tuning import files, safetensors
 from tuning.errors import SpecError, TuningError
-from tuning.oci import layout as image
 from tuning.oci import registry, signature
 from tuning.oci.delivery import Access, adapter_folder
-from tuning.oci.layout import Blob, Image
+from tuning.oci.layout.layer import peek_layer
+from tuning.oci.layout.manifest import (
+    MODEL_NAME,
+    RUN_ID,
+    Blob,
+    Image,
+    blob_path,
+    is_index,
+    parse_json,
+    read_documents,
+    read_layout,
+    refused,
+)
 from tuning.oci.registry import Remote
 
 PART = 4 << 20  # bytes of a layer that are read at most
@@ -28,7 +39,7 @@ Value = dict[str, Any]
 
 @dataclass(frozen=True)
 class Inspection:
-    """What is known of an adapter; what nobody says is None, or empty."""
+    """What is known of an adapter; unknown values are None or empty."""
 
     name: str
     digest: str | None = None
@@ -36,12 +47,12 @@ class Inspection:
     layers: tuple[int, ...] = ()  # bytes of each
     size: int = 0  # bytes of all
     annotations: Mapping[str, str] = field(default_factory=dict)
-    config: Value | None = None  # adapter_config.json, as far as it is one that we load
-    problems: tuple[str, ...] = ()  # why it would not be loaded here
+    config: Value | None = None  # adapter_config.json, if it can be loaded
+    problems: tuple[str, ...] = ()  # why it cannot be loaded here
     tensors: Mapping[str, safetensors.Tensor] = field(default_factory=dict)
     recipe: Value = field(default_factory=dict)  # tuning.json
     attached: tuple[registry.Attached, ...] = ()
-    signatures: tuple[str, ...] = ()  # a verdict on each
+    signatures: tuple[str, ...] = ()  # the result of verifying each
 
     def to_json(self) -> Value:
         """For `inspect --json`: flat, with plain values."""
@@ -61,8 +72,8 @@ class Inspection:
             or config.get("target_modules"),
             "parameters": sum(tensor.count for tensor in self.tensors.values()) or None,
             "dtypes": sorted({tensor.dtype for tensor in self.tensors.values()}),
-            "preset": self.annotations.get(image.MODEL_NAME) or self.recipe.get("preset"),
-            "run_id": self.annotations.get(image.RUN_ID) or self.recipe.get("run_id"),
+            "preset": self.annotations.get(MODEL_NAME) or self.recipe.get("preset"),
+            "run_id": self.annotations.get(RUN_ID) or self.recipe.get("run_id"),
             "data": self._recipe("data"),
             "steps": steps if isinstance(steps := self._recipe("steps"), int) else None,
             "final_loss": self._final_loss(),
@@ -81,7 +92,7 @@ class Inspection:
         }
 
     def _final_loss(self) -> float | None:
-        """Of the last step, if a stranger's file says so in form."""
+        """The loss of the last step, if the untrusted file has it."""
         match self.recipe.get("loss_by_step"):
             case [*_, [_, int() | float() as loss]]:
                 return float(loss)
@@ -96,9 +107,9 @@ class Inspection:
 
 
 def inspect(name: str, *, access: Access) -> Inspection:
-    """What the image, layout (`oci:DIR`) or folder `name` holds.
+    """Describe the image, layout (`oci:DIR`) or folder `name`.
 
-    Raises SpecError, RefusedError or TransientError for what cannot be read at all.
+    Raises SpecError, RefusedError or TransientError if it cannot be read at all.
     """
     if Path(name).is_dir():
         return _folder(name, adapter_folder(Path(name)))
@@ -109,7 +120,7 @@ def inspect(name: str, *, access: Access) -> Inspection:
 
 
 def _remote(name: str, remote: Remote, keys: tuple[signature.Key, ...]) -> Inspection:
-    digest, found = remote.persist(lambda: registry.resolve(remote))
+    digest, image = remote.persist(lambda: registry.resolve(remote))
     top = remote.persist(lambda: registry.manifest(remote, digest)) or b""
 
     def part(blob: Blob) -> bytes:
@@ -124,58 +135,58 @@ def _remote(name: str, remote: Remote, keys: tuple[signature.Key, ...]) -> Inspe
     return _image(
         name,
         digest,
-        found,
+        image,
         part,
-        platforms=_platforms(top, found, part),
+        platforms=_platforms(top, image, part),
         attached=remote.persist(lambda: registry.attached(remote, digest)),
         signatures=tuple(verdicts),
     )
 
 
 def _layout(name: str, layout: Path) -> Inspection:
-    found = image.read(layout)
-    top = image.documents(layout)[-1]
+    image = read_layout(layout)
+    top = read_documents(layout)[-1]
 
     def part(blob: Blob) -> bytes:
-        path = image.blob_path(layout, blob)
+        path = blob_path(layout, blob)
         if not path.is_file():
-            raise image.refused(name, f"lacks the blob {blob.digest}")
+            raise refused(name, f"lacks the blob {blob.digest}")
         with path.open("rb") as file:
             data = file.read(PART)
         if blob.size <= PART and f"sha256:{files.digest(data)}" != blob.digest:
-            raise image.refused(name, f"has a damaged blob {blob.digest}")
+            raise refused(name, f"has a damaged blob {blob.digest}")
         return data
 
-    platforms = _platforms(top.data, found, part)
-    return _image(name, top.blob.digest, found, part, platforms=platforms)
+    platforms = _platforms(top.data, image, part)
+    return _image(name, top.blob.digest, image, part, platforms=platforms)
 
 
 def _image(
-    name: str, digest: str, found: Image, part: Callable[[Blob], bytes], **more: Any
+    name: str, digest: str, image: Image, part: Callable[[Blob], bytes], **more: Any
 ) -> Inspection:
     held: dict[str, bytes] = {}
-    for blob in found.layers:
+    for blob in image.layers:
         if "tar" in blob.media_type:
-            held |= image.peek(io.BytesIO(part(blob)), blob, name, WANTED)
+            held |= peek_layer(io.BytesIO(part(blob)), blob, name, WANTED)
     return Inspection(
         name=name,
         digest=digest,
-        layers=tuple(blob.size for blob in found.layers),
-        size=sum(blob.size for blob in found.blobs),
-        annotations=found.annotations,
+        layers=tuple(blob.size for blob in image.layers),
+        size=sum(blob.size for blob in image.blobs),
+        annotations=image.annotations,
         **_adapter(held, name),
         **more,
     )
 
 
-def _platforms(top: bytes, found: Image, part: Callable[[Blob], bytes]) -> tuple[str, ...]:
-    """What the image is made for: an index's entries, or what the image's config says."""
-    record = image.parse_json(top, where=found.where)
-    if image.is_index(record):
+def _platforms(top: bytes, image: Image, part: Callable[[Blob], bytes]) -> tuple[str, ...]:
+    """The platforms of an index's entries, or that in the image's config."""
+    record = parse_json(top, where=image.where)
+    if is_index(record):
         rows = [entry.get("platform") or {} for entry in record["manifests"]]
         kinds = [str(entry.get("artifactType") or "") for entry in record["manifests"]]
     else:
-        rows, kinds = [image.parse_json(part(found.config), where=found.where)], [""]
+        rows, kinds = [parse_json(part(image.config), where=image.where)], [""]
     return tuple(
         kind or f"{row.get('os', '?')}/{row.get('architecture', '?')}"
         for row, kind in zip(rows, kinds, strict=True)
@@ -194,7 +205,7 @@ def _folder(name: str, folder: Path) -> Inspection:
 
 
 def _adapter(held: Mapping[str, bytes], name: str) -> Value:
-    """Config, tensors and recipe out of the files' beginnings, and what is wrong with them."""
+    """Config, tensors and recipe from the files' beginnings, and their problems."""
     problems: list[str] = []
     config, tensors, recipe = None, {}, {}
     if adapters.CONFIG not in held:
@@ -215,7 +226,7 @@ def _adapter(held: Mapping[str, bytes], name: str) -> Value:
         problems += map(str, adapters.mismatches(config, tensors, adapters.WEIGHTS))
     if "tuning.json" in held:
         try:
-            recipe = image.parse_json(held["tuning.json"], where=name)
+            recipe = parse_json(held["tuning.json"], where=name)
         except TuningError as error:
             problems += map(str, error.problems)
     return {

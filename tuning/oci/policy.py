@@ -1,4 +1,4 @@
-"""What an administrator says of registries: how they are reached, and which images are trusted.
+"""An administrator's policy on registries: how they are reached, and which images are trusted.
 
 The section `registry` of the policy file:
 
@@ -12,7 +12,7 @@ The section `registry` of the policy file:
         123456789012.dkr.ecr.eu-west-1.amazonaws.com: {identity: {kind: aws, region: eu-west-1}}
         europe-docker.pkg.dev: {identity: {kind: google, audience: //iam.googleapis.com/...}}
 
-What an identity leaves out is taken from the environment, where the clouds' webhooks put it.
+Missing values of an identity come from the environment, where the clouds' webhooks put them.
 """
 
 from __future__ import annotations
@@ -76,17 +76,16 @@ class _Azure(_Part):
     authority: str = ""
 
     def build(self, where: str) -> workload_identity.Identity:
-        given = {
-            "tenant": (self.tenant_id, "AZURE_TENANT_ID", "tenantId"),
-            "client": (self.client_id, "AZURE_CLIENT_ID", "clientId"),
-            "token_file": (self.token_file, "AZURE_FEDERATED_TOKEN_FILE", "tokenFile"),
-        }
-        found = _filled(given, where)
+        tenant, client, token = _filled(
+            self,
+            where,
+            tenant_id="AZURE_TENANT_ID",
+            client_id="AZURE_CLIENT_ID",
+            token_file="AZURE_FEDERATED_TOKEN_FILE",  # noqa: S106 (a variable's name)
+        )
         authority = self.authority or os.environ.get("AZURE_AUTHORITY_HOST", "")
         more = {"authority": authority} if authority else {}
-        return workload_identity.Azure(
-            found["tenant"], found["client"], Path(found["token_file"]), **more
-        )
+        return workload_identity.Azure(tenant, client, Path(token), **more)
 
 
 class _Aws(_Part):
@@ -98,15 +97,14 @@ class _Aws(_Part):
     ecr: str = ""
 
     def build(self, where: str) -> workload_identity.Identity:
-        given = {
-            "role": (self.role_arn, "AWS_ROLE_ARN", "roleArn"),
-            "region": (self.region, "AWS_REGION", "region"),
-            "token_file": (self.token_file, "AWS_WEB_IDENTITY_TOKEN_FILE", "tokenFile"),
-        }
-        found = _filled(given, where)
-        return workload_identity.Aws(
-            found["role"], found["region"], Path(found["token_file"]), self.sts, self.ecr
+        role, region, token = _filled(
+            self,
+            where,
+            role_arn="AWS_ROLE_ARN",
+            region="AWS_REGION",
+            token_file="AWS_WEB_IDENTITY_TOKEN_FILE",  # noqa: S106 (a variable's name)
         )
+        return workload_identity.Aws(role, region, Path(token), self.sts, self.ecr)
 
 
 class _Google(_Part):
@@ -118,28 +116,24 @@ class _Google(_Part):
     iam: str = ""
 
     def build(self, where: str) -> workload_identity.Identity:
-        given = {
-            "audience": (self.audience, "", "audience"),
-            "token_file": (self.token_file, "", "tokenFile"),
-        }
-        found = _filled(given, where)
+        audience, token = _filled(self, where, audience="", token_file="")
         more = {name: url for name, url in (("sts", self.sts), ("iam", self.iam)) if url}
-        return workload_identity.Google(
-            found["audience"], Path(found["token_file"]), self.service_account, **more
-        )
+        return workload_identity.Google(audience, Path(token), self.service_account, **more)
 
 
-def _filled(given: Mapping[str, tuple[str, str, str]], where: str) -> dict[str, str]:
-    """Each value as it is written, else as the environment has it. Raises SpecError."""
-    found, problems = {}, []
-    for name, (written, variable, key) in given.items():
-        found[name] = written or (os.environ.get(variable, "") if variable else "")
-        if not found[name]:
-            what = f"says no {key}" + (f", and {variable} is not set" if variable else "")
+def _filled(part: _Part, where: str, **variables: str) -> list[str]:
+    """Each field as it is written, else from its environment variable. Raises SpecError."""
+    values, problems = [], []
+    for name, variable in variables.items():
+        value = getattr(part, name) or (os.environ.get(variable, "") if variable else "")
+        values.append(value)
+        if not value:
+            key = to_camel(name)
+            what = f"has no {key}" + (f", and {variable} is not set" if variable else "")
             problems.append(Problem("FETCH-109", where, what, f"add {key}"))
     if problems:
         raise SpecError(problems)
-    return found
+    return values
 
 
 class _Host(_Part):
@@ -159,7 +153,7 @@ class _Section(_Part):
         """The section with its paths beside the policy file."""
         folder, problems, hosts = path.parent, [], {}
         if self.signatures != "off" and not self.keys:
-            what = f"says signatures: {self.signatures}, and no keys"
+            what = f"has signatures: {self.signatures}, but no keys"
             problems.append(Problem("FETCH-109", f"{path} registry", what, "add keys"))
         for name, host in self.hosts.items():
             where = f"{path} registry.hosts.{name}"

@@ -1,8 +1,8 @@
-"""Run directory -> a provenance statement: what was asked, where and when it ran, what it took.
+"""Run directory -> a provenance statement: its inputs, where and when it ran, what it used.
 
-What an image's digest may not cover (times, machine, speed) is told here, in the form that tools
-of the supply chain read: an in-toto Statement with SLSA's provenance as its predicate. It is put
-beside the image, after it, by its digest. URLs lose their queries; prompts and answers stay out.
+It has what an image's digest must not cover (times, machine, speed), as an in-toto Statement with
+SLSA provenance as its predicate, and is attached to the image by its digest. URLs lose their
+queries; prompts and answers are not in it.
 
 Formats: in-toto Statement v1, SLSA Provenance v1.
 """
@@ -28,10 +28,10 @@ Value = dict[str, Any]
 
 
 def write(run: Path, *, digest: str, name: str) -> bytes:
-    """The statement for the image with this digest, from the run directory `run`, kept there.
+    """Write the statement for the image with this digest into the run directory `run`.
 
-    A statement that the folder holds for the same digest and name stays as it is, so that the same
-    command again tells the same. `name` is the image's repository, or its run's name.
+    An existing one for the same digest and name is kept, so that repeating the command changes
+    nothing. `name`: the image's repository, or the run's name.
     """
     path = run / FILE
     subject = [{"name": name, "digest": {"sha256": digest.removeprefix("sha256:")}}]
@@ -42,13 +42,13 @@ def write(run: Path, *, digest: str, name: str) -> bytes:
             kept = None
         if isinstance(kept, dict) and kept.get("subject") == subject:
             return files.canonical(kept)
-    made = statement(run, subject)
-    files.write_json(path, made)
-    return files.canonical(made)
+    new = statement(run, subject)
+    files.write_json(path, new)
+    return files.canonical(new)
 
 
 def statement(run: Path, subject: list[Value]) -> Value:
-    """The statement about `subject` that the run directory `run` supports."""
+    """The statement about `subject`, from the run directory `run`."""
     plan = files.read_json(run / "plan.json")
     recipe = plan["recipe"]
     lines = (run / "journal.jsonl").read_text(encoding="utf-8").splitlines()
@@ -61,7 +61,7 @@ def statement(run: Path, subject: list[Value]) -> Value:
         "predicate": {
             "buildDefinition": {
                 "buildType": "https://tuning.kaito.sh/run/v1",
-                "externalParameters": _asked(run / "spec.yaml"),
+                "externalParameters": _inputs(run / "spec.yaml"),
                 "internalParameters": {
                     "recipe": _clean(recipe),
                     "placement": plan["placement"],
@@ -88,8 +88,8 @@ def statement(run: Path, subject: list[Value]) -> Value:
     }
 
 
-def _asked(path: Path) -> Value:
-    """Workspace, ConfigMap and what the command line said beside them, URLs without queries."""
+def _inputs(path: Path) -> Value:
+    """Workspace, ConfigMap and notes of the command line, URLs without queries."""
     text = path.read_text(encoding="utf-8")
     comments = [line.lstrip("# ") for line in text.splitlines() if line.startswith("#")]
     documents = [each for each in yaml.safe_load_all(text) if each]
@@ -113,7 +113,7 @@ def _dependencies(recipe: Value) -> list[Value]:
 
 
 def _last(journal: list[Value], phase: str) -> Value:
-    """What the phase returned the last time that it ended."""
+    """The phase's latest result."""
     ends = [r for r in journal if (r["phase"], r["event"]) == (phase, "end")]
     value: Value = ends[-1]["value"] if ends else {}
     return value
@@ -125,5 +125,5 @@ def _ended(journal: list[Value], phase: str) -> str | None:
 
 
 def _time(text: str) -> str:
-    """As RFC 3339 in UTC, which the journal writes with an offset of nothing."""
+    """A time of the journal, which is in UTC, as RFC 3339 with Z."""
     return text.replace("+00:00", "Z")

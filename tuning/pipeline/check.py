@@ -13,12 +13,14 @@ from tuning.data import formats
 from tuning.data.first_rows import FirstRows, check_file, check_head
 from tuning.data.problems import mixed_shapes
 from tuning.errors import DataError
+from tuning.network.policy import load_headers
 from tuning.oci import delivery, model_image
 from tuning.pipeline import sizing
 from tuning.pipeline.endings import together
 from tuning.pipeline.options import Options, base_reference, read_token
 from tuning.plan import device
-from tuning.sources import base, fetch
+from tuning.sources import base, fetch, stores
+from tuning.sources.local import File
 from tuning.spec import Spec
 
 
@@ -50,12 +52,12 @@ def check(spec: Spec, options: Options, console: Console) -> Iterator[str]:
     def data() -> None:
         if spec.source.urls:
             secrets = options.data_secrets
-            headers = fetch.load_headers(secrets) if secrets else None
+            headers = load_headers(secrets) if secrets else None
             found = fetch.check(
                 spec.source,
                 policy=options.policy,
                 credentials=headers,
-                keys=fetch.load_keys(secrets, options.policy),
+                keys=stores.load_keys(secrets, options.policy),
             )
             firsts = [(seen.shown, seen.size, seen.head) for seen in found]
             together(*(partial(first_rows, *first) for first in firsts))
@@ -82,7 +84,7 @@ def check(spec: Spec, options: Options, console: Console) -> Iterator[str]:
             shown, size, check_head(head, shown, whole=whole, columns=columns, extension=extension)
         )
 
-    def first_rows_here(file: fetch.File) -> None:
+    def first_rows_here(file: File) -> None:
         found = check_file(file.path, file.shown, columns=columns, extension=s.dataset_extension)
         judged_rows(file.shown, file.size, found)
 

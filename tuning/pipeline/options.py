@@ -8,11 +8,11 @@ from pathlib import Path
 
 from tuning import presets
 from tuning.errors import SpecError
+from tuning.network.policy import Policy
 from tuning.oci import model_image
 from tuning.oci.delivery import Access
 from tuning.oci.policy import Trust
 from tuning.pipeline import watchdog
-from tuning.sources import fetch
 from tuning.spec import Spec
 
 JOB_SECRETS, JOB_MODELS = Path("/etc/tuning/secrets"), Path("/models")
@@ -25,7 +25,7 @@ class Options:
 
     run_dir: Path
     access: Access = field(default_factory=Access)
-    policy: fetch.Policy = field(default_factory=fetch.Policy)
+    policy: Policy = field(default_factory=Policy)
     hub_token_file: Path | None = None
     data_secrets: Path | None = None  # folder of headers by host, and keys of object stores
     cache: Path | None = None  # base weights; the hub's usual cache folder if not given
@@ -62,7 +62,7 @@ def gather(
         place = mounted / name
         return named if named is not None else place if place.is_dir() else None
 
-    policy = fetch.Policy.load(policy_file) if policy_file else fetch.Policy()
+    policy = Policy.load(policy_file) if policy_file else Policy()
     token = hub_token_file or found(None, "hub")
     return Options(
         run_dir=run_dir or Path("runs") / spec.name,

@@ -17,7 +17,7 @@ from tuning.pipeline.endings import together
 from tuning.pipeline.options import base_reference, read_token, reference
 from tuning.pipeline.run import Run, Value, key_of
 from tuning.plan import Plan, backends
-from tuning.sources import base, fetch
+from tuning.sources import base, fetch, stores
 
 RECIPE_LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes")
 DATA_SETTINGS = (
@@ -96,11 +96,11 @@ def known_base(run: Run, model: base.Base) -> plan.Base:
 
 
 def fetch_data(run: Run) -> list[Value]:
-    """The verified files of the data, as `fetch.File.to_json` writes them."""
+    """The verified files of the data, as `local.File.to_json` writes them."""
     run.begin("fetch")
     source = run.spec.source
 
-    keys = fetch.load_keys(run.options.data_secrets, run.options.policy) if source.urls else None
+    keys = stores.load_keys(run.options.data_secrets, run.options.policy) if source.urls else None
 
     def work() -> Value:
         with run.console.work("Fetching data", unit="bytes") as report:
@@ -127,7 +127,7 @@ def fetch_data(run: Run) -> list[Value]:
 
 def _credentials(run: Run) -> policy.Headers | None:
     folder = run.options.data_secrets
-    return fetch.load_headers(folder) if folder else None
+    return policy.load_headers(folder) if folder else None
 
 
 def tokenise(run: Run, data: list[Value], tokenizer: Path, model: base.Base) -> Value:

@@ -1,35 +1,30 @@
-"""Calls to the Hugging Face hub, and what its answers mean to a person.
+"""Calls to the Hugging Face hub, and its errors as ours.
 
-huggingface_hub is imported when it is first needed: it is slow, and `plan` does without.
+huggingface_hub is imported late: it is slow, and `plan` does not need it.
 """
 
 from __future__ import annotations
 
-import logging
 import os
-import random
-import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from tuning import process
 from tuning.errors import RefusedError, SpecError, TransientError, TuningError
 from tuning.network.policy import hush
-
-log = logging.getLogger(__name__)
+from tuning.network.retry import Again, Patience, is_retryable, persist
 
 T = TypeVar("T")
-TRIES = 4
-WAIT = 2.0  # seconds before the second try, doubled for each one after it
+PATIENCE = Patience(first=3.0, tries=4)
 
 
 def endpoint() -> str:
-    """Where the hub is: HF_ENDPOINT as it is now, not as it was when the library was imported."""
+    """The hub's URL: HF_ENDPOINT as it is now, not as it was when the library was imported."""
     return os.environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
 
 
 def quietly() -> None:
-    """No bars and no warnings of the library's own: they show signed URLs, and we tell progress."""
+    """Silence the library's progress bars and warnings, which show signed URLs."""
     import huggingface_hub
 
     huggingface_hub.utils.disable_progress_bars()
@@ -42,12 +37,13 @@ def ask(
     hub_id: str,
     revision: str | None,
     *,
-    tries: int = TRIES,
+    patience: Patience | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> T:
-    """What `work` returns; its errors in our words, transient ones after a few tries."""
+    """What `work` returns; transient failures are tried again. Raises TuningError."""
     quietly()
-    for attempt in range(1, tries + 1):
+
+    def attempt() -> T:
         try:
             return work()
         except TuningError:
@@ -57,15 +53,15 @@ def ask(
             if meaning is None:
                 raise
             offline = any(problem.code == "HUB-111" for problem in meaning.problems)
-            if not isinstance(meaning, TransientError) or offline or attempt == tries or stop():
-                raise meaning from None
-            log.info("%s; trying again", meaning)
-            time.sleep(random.uniform(0.5, 1) * WAIT * 2 ** (attempt - 1))  # noqa: S311
-    raise AssertionError("unreachable")
+            if isinstance(meaning, TransientError) and not offline:
+                raise Again(meaning.problems[0]) from None
+            raise meaning from None
+
+    return persist(attempt, patience or PATIENCE, unless=stop)
 
 
 def explain(error: BaseException, hub_id: str, revision: str | None) -> TuningError | None:
-    """`error` of the hub's library in our words; None if it is not about the hub."""
+    """The TuningError of an error of the hub's library; None if it is not about the hub."""
     from huggingface_hub import errors
 
     page = f"{endpoint()}/{hub_id}"
@@ -91,15 +87,15 @@ def explain(error: BaseException, hub_id: str, revision: str | None) -> TuningEr
     if isinstance(error, errors.HfHubHTTPError):
         return _status(error, hub_id, page)
     if isinstance(error, errors.OfflineModeIsEnabled | errors.LocalEntryNotFoundError):
-        what = "is not in the cache, and HF_HUB_OFFLINE forbids to fetch it"
+        what = "is not in the cache, and HF_HUB_OFFLINE forbids downloading it"
         change = "unset HF_HUB_OFFLINE, or fetch the model first"
         return TransientError.at("HUB-111", hub_id, what, change)
     if isinstance(error, errors.FileMetadataError):
-        what = f"{endpoint()} does not answer as a hub does"
+        what = f"{endpoint()} does not answer like a hub"
         return RefusedError.at("HUB-113", hub_id, what, "check HF_ENDPOINT, proxies and firewall")
     if isinstance(error, errors.HFValidationError):
         change = "write org/model as on the hub, a preset's name, or a folder"
-        return SpecError.at("HUB-100", hub_id, "is no name of a model", change)
+        return SpecError.at("HUB-100", hub_id, "is not a model name", change)
     if type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "requests", "urllib3"):
         what = f"cannot reach {endpoint()} ({type(error).__name__})"
         change = "check the network and HF_ENDPOINT, then run it again; it goes on"
@@ -124,7 +120,7 @@ def _status(error: Any, hub_id: str, page: str) -> TuningError:
         what = "the access token may not read it"
         change = f"give the token read access to {page} (fine-grained tokens list repositories)"
         return RefusedError.at("HUB-107", hub_id, what, change)
-    if status in (408, 429) or status >= 500:
+    if is_retryable(status) or status > 500:
         change = "run the same command again later; it goes on"
         return TransientError.at("HUB-110", hub_id, f"the hub answers {status}", change)
     change = f"look at {page}"

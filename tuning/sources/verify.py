@@ -1,12 +1,14 @@
-"""Is this folder a base model that can be trained? Judged from headers, without loading a tensor.
+"""Check that a folder is a base model that can be trained, from headers alone.
 
-A checkpoint that is incomplete, quantised, needs code of its own or holds only pickles is named
-before a GPU is paid for.
+A checkpoint that is incomplete, quantised, needs custom code or has only pickles is refused before
+a GPU is paid for.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import logging
+import threading
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,13 @@ from tuning import files, safetensors
 from tuning.errors import Problem, SpecError
 from tuning.presets.config import families
 
+log = logging.getLogger(__name__)
+
 MAX_JSON = 64 << 20
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
-# What a model needs beside its weights, and nothing else: no README, no code, no second copy.
+# The files a model needs beside its weights; no README, no code, no second copy.
 COMPANIONS = frozenset(
     {
         "config.json", "generation_config.json", INDEX,
@@ -36,12 +40,13 @@ _TOKENIZERS = (
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _OTHERS = {".gguf": "GGUF", ".h5": "TensorFlow", ".msgpack": "Flax", ".onnx": "ONNX"}
 _WRAPPERS = ("gemma3", "mistral3")
+_memory_lock = threading.Lock()
 
 
 def needed(names: Iterable[str]) -> tuple[list[str], list[Problem]]:
-    """Of the files of a repository or folder, those that a training run reads; and what is wrong.
+    """The files of a repository or folder that a training run reads, and problems with them.
 
-    Prefers the sharded weights that an index names; never takes pickles, code, or a second copy of
+    Prefers the sharded weights that an index names; ignores pickles, code, and second copies of
     the weights in another format (`consolidated.safetensors`, `original/`).
     """
     top = sorted(name for name in names if "/" not in name)
@@ -52,7 +57,7 @@ def needed(names: Iterable[str]) -> tuple[list[str], list[Problem]]:
         weights = [SINGLE]
     else:
         weights = [n for n in tensors if not n.startswith(("consolidated", "adapter_"))]
-    found = sorted({name for name in top if name in COMPANIONS} | set(weights))
+    required = sorted({name for name in top if name in COMPANIONS} | set(weights))
     problems = [] if weights else [_no_weights(top)]
     if "config.json" not in top:
         problem = Problem("BASE-103", "", "has no config.json", "name a Hugging Face model")
@@ -64,7 +69,7 @@ def needed(names: Iterable[str]) -> tuple[list[str], list[Problem]]:
         what = "has no tokenizer (tokenizer.json or tokenizer.model)"
         change = "add the tokenizer's files of the same model"
         problems.append(Problem("BASE-107", "", what, change))
-    return found, problems
+    return required, problems
 
 
 def _no_weights(names: list[str]) -> Problem:
@@ -81,12 +86,12 @@ def _no_weights(names: list[str]) -> Problem:
 
 
 def verify(folder: Path) -> dict[str, Any]:
-    """The parsed config.json of a base model in `folder`, if all of it can be trained on.
+    """Check the base model in `folder`; returns its parsed config.json.
 
     Raises SpecError with all problems.
     """
     if not folder.is_dir():
-        what = "is no folder" if folder.exists() else "does not exist"
+        what = "is not a folder" if folder.exists() else "does not exist"
         change = "name a folder, a preset, or org/model of the hub"
         raise SpecError.at("BASE-100", str(folder), what, change)
     names, problems = needed(path.name for path in folder.iterdir())
@@ -112,15 +117,15 @@ def at(place: str, problems: Iterable[Problem]) -> SpecError:
 
 
 def config_problems(config: dict[str, Any]) -> list[Problem]:
-    """What stands against training a model with this config.json."""
+    """Reasons why a model with this config.json cannot be trained."""
     problems = []
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or not model_type:
         change = "name a Hugging Face model"
         problems.append(Problem("BASE-103", "config.json", "has no model_type", change))
     elif config.get("auto_map") and not native(model_type):
-        what = f"needs code of its own (auto_map; {model_type} is not part of transformers)"
-        change = "use a model that transformers supports itself; no remote code is ever run"
+        what = f"needs custom code (auto_map; {model_type} is not part of transformers)"
+        change = "use a model that transformers supports; remote code is never run"
         problems.append(Problem("BASE-108", "config.json", what, change))
     text = config.get("text_config")
     inner = text if isinstance(text, dict) else {}
@@ -137,7 +142,7 @@ def _quantised(method: str, where: str) -> Problem:
 
 
 def native(model_type: str) -> bool:
-    """True if transformers has the class itself, found without importing it."""
+    """True if transformers has the class, checked without importing it."""
     if model_type in families() or model_type in _WRAPPERS:
         return True
     spec = importlib.util.find_spec("transformers")
@@ -172,11 +177,11 @@ def _tensor_problems(folder: Path, names: Collection[str]) -> list[Problem]:
 
 
 def _index_problems(path: Path, where: dict[str, str], names: Collection[str]) -> list[Problem]:
-    """Every tensor of the index must be in the file that the index says."""
+    """Problems of an index whose tensors are not in the files it says."""
     try:
         index = json_object(path)["weight_map"]
         if not isinstance(index, dict) or not all(isinstance(v, str) for v in index.values()):
-            raise ValueError("weight_map is no mapping of names to files")
+            raise ValueError("weight_map is not a mapping of names to files")
     except (KeyError, ValueError) as error:
         what = "has no weight_map" if isinstance(error, KeyError) else str(error)
         return [Problem("BASE-106", path.name, what, "download the file again")]
@@ -192,7 +197,7 @@ def _index_problems(path: Path, where: dict[str, str], names: Collection[str]) -
 
 
 def json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`. Raises ValueError that says what is wrong."""
+    """The JSON object in `path`. Raises ValueError with the problem."""
     if path.stat().st_size > MAX_JSON:
         raise ValueError("is too large")
     if path.read_bytes().startswith(safetensors.LFS):
@@ -204,3 +209,29 @@ def json_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError("is no JSON object")
     return value
+
+
+def digest(path: Path, memory: Path) -> str:
+    """The sha256 of `path`, from the file `memory` or computed and recorded there."""
+    path = path.resolve()
+    stat = path.stat()
+    stamp = [stat.st_size, stat.st_mtime_ns]
+    known = _remembered(memory).get(str(path))
+    if isinstance(known, list) and known[:2] == stamp:
+        return str(known[2])
+    sha256 = files.digest_file(path)
+    with _memory_lock:
+        try:
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            files.write_json(memory, _remembered(memory) | {str(path): [*stamp, sha256]})
+        except OSError as error:  # a read-only home costs time, not the run
+            log.info("cannot remember digests in %s: %s", memory, error)
+    return sha256
+
+
+def _remembered(memory: Path) -> dict[str, Any]:
+    try:
+        value = files.read_json(memory)
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}

@@ -1,7 +1,7 @@
-"""The files under /data of an image, laid down in a new folder: what is wanted, and nothing else.
+"""Extract wanted files under /data of an untrusted image into a new folder.
 
-Only regular files come out, and hard links to such files of the same layer. Their mode, owner and
-time are ours. Nothing is followed, nothing lands outside, and a small image cannot fill the disk.
+Only regular files are extracted, and hard links to such files of the same layer, with our mode,
+owner and time. No link is followed, nothing is written outside, and size is limited.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from tuning.oci.layout.package import ADAPTER_FILES
 from tuning.oci.layout.tar import BadTar, Content, Entry, Source
 
 MOST_ENTRIES = 200_000  # in one image; a base image has some ten thousand
-MOST_FILES = 10_000  # that come out of it
-LARGEST_TOTAL = 64 << 30  # bytes that come out of it
+MOST_FILES = 10_000  # that are extracted
+LARGEST_TOTAL = 64 << 30  # bytes that are extracted
 LONGEST_NAME, DEEPEST_NAME = 1024, 32  # characters, parts
 
 
@@ -38,12 +38,12 @@ def unpack(
     verified: bool = False,
     largest: int = LARGEST_TOTAL,
 ) -> tuple[str, ...]:
-    """Lay the files under /data of `image` down in the new folder `target`; gives their names.
+    """Extract the files under /data of `image` into the new folder `target`; returns their names.
 
     Every blob's digest is checked first, unless they are `verified`. Only regular files whose name
-    `wanted` accepts come out, `largest` bytes at most; a later layer's file replaces an earlier
-    one's. Raises RefusedError for a damaged or hostile image, SpecError if `target` is already
-    there with something in it; then nothing is left.
+    `wanted` accepts are extracted, `largest` bytes at most; a later layer's file replaces an
+    earlier one's. Raises RefusedError for a damaged or malicious image, SpecError if `target`
+    exists and is not empty; then nothing is left.
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise SpecError.at("IMAGE-103", str(target), "already exists", "name a new folder")
@@ -57,7 +57,7 @@ def unpack(
     try:
         names = _Unpacking(image.where, scratch, wanted, largest).layers(image, layout)
         if not names:
-            raise refused(image.where, "holds no file under /data that is wanted here")
+            raise refused(image.where, "has no wanted file under /data")
         if target.exists():
             target.rmdir()
         files.replace_folder(scratch, target)
@@ -75,7 +75,7 @@ def _verify(path: Path, blob: Blob, where: str) -> None:
 
 @dataclass
 class _Unpacking:
-    """One image on its way into `folder`."""
+    """The extraction of one image into `folder`."""
 
     where: str
     folder: Path
@@ -86,7 +86,7 @@ class _Unpacking:
     total: int = 0
 
     def layers(self, image: Image, layout: Path) -> tuple[str, ...]:
-        """Take every layer in turn; gives the names of what came out."""
+        """Extract every layer in turn; returns the names of the files."""
         expected = _diff_ids(image, layout)
         names: set[str] = set()
         for number, blob in enumerate(image.layers):
@@ -95,7 +95,7 @@ class _Unpacking:
                     stream = layer.plain(raw, blob, self.where)
                     names |= self._layer(stream)
             except (BadTar, EOFError, zlib.error, gzip.BadGzipFile) as error:
-                raise refused(self.where, f"has a layer that is no valid tar: {error}") from None
+                raise refused(self.where, f"has a layer that is not a valid tar: {error}") from None
             if expected and stream.digest not in (None, expected[number]):
                 raise refused(self.where, f"has a layer that is not {expected[number]}")
         return tuple(sorted(names))
@@ -116,21 +116,21 @@ class _Unpacking:
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EIO):
                     raise
-                raise refused(self.where, "has a file in the place of a folder") from None
+                raise refused(self.where, "has a file in place of a folder") from None
             names.add(name)
         return names
 
     def _file(self, name: str, entry: Entry, content: Content, names: set[str]) -> None:
         self.files, self.total = self.files + 1, self.total + entry.size
         if self.files > MOST_FILES or self.total > self.largest:
-            raise refused(self.where, "unpacks to more than it may")
+            raise refused(self.where, "unpacks to more than the limit")
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
         if entry.kind == tar.HARD_LINK:
             source = self._name(entry.target, tar.REGULAR)
             if source not in names:
-                raise refused(self.where, f"has data/{name} as a link to what is not there")
+                raise refused(self.where, f"has data/{name} as a link to a missing file")
             path.hardlink_to(self.folder / str(source))
         elif entry.kind == tar.REGULAR:
             with path.open("xb") as out:
@@ -140,7 +140,7 @@ class _Unpacking:
             raise refused(self.where, f"has data/{name} as a link or device")
 
     def _name(self, name: str, kind: bytes) -> str | None:
-        """The entry's name below data/, or None if it lies elsewhere."""
+        """The entry's name below data/, or None if it is elsewhere."""
         parts = [part for part in name.split("/") if part not in ("", ".")]
         if name.startswith("/") or ".." in parts:
             raise refused(self.where, "has an entry that points out of the image")
@@ -150,7 +150,7 @@ class _Unpacking:
             return None
         if len(parts) == 1:
             if kind != tar.FOLDER:
-                raise refused(self.where, "has /data as something else than a folder")
+                raise refused(self.where, "has a /data that is not a folder")
             return None
         clean = "/".join(parts[1:])
         if not clean.isprintable() or "\\" in clean:
@@ -161,23 +161,23 @@ class _Unpacking:
 
 
 def _hides_data(parts: list[str]) -> bool:
-    """Whether an entry is a mark that takes files of earlier layers out of /data."""
+    """Whether an entry is a whiteout of files under /data."""
     if len(parts) == 1:
         return parts[0] in (".wh.data", ".wh..wh..opq")
     return parts[:1] == ["data"] and parts[-1].startswith(".wh.")
 
 
 def _diff_ids(image: Image, layout: Path) -> list[Any]:
-    """What the config says of the layers' plain bytes; nothing, where it is no image's config."""
+    """The config's digests of the uncompressed layers; none if it is not an image's config."""
     path = blob_path(layout, image.config)
     if not image.config.media_type.endswith(("image.config.v1+json", "container.image.v1+json")):
         return []
     if image.config.size > LARGEST_JSON:
         raise refused(image.where, "has a config of impossible size")
     try:
-        found = parse_json(path.read_bytes(), where=image.where)["rootfs"]["diff_ids"]
+        diff_ids = parse_json(path.read_bytes(), where=image.where)["rootfs"]["diff_ids"]
     except (KeyError, TypeError):
-        found = None
-    if not isinstance(found, list) or len(found) != len(image.layers):
-        raise refused(image.where, "has a config that does not fit its layers")
-    return found
+        diff_ids = None
+    if not isinstance(diff_ids, list) or len(diff_ids) != len(image.layers):
+        raise refused(image.where, "has a config that does not match its layers")
+    return diff_ids

@@ -1,7 +1,7 @@
-"""One layer of an image as the tar stream that it is, whatever compressed it.
+"""One layer of an image as an uncompressed tar stream.
 
-`plain` opens it; `peek` reads the small files at a layer's beginning, and of weights no more than
-their header, so that an adapter of gigabytes can be told by its first few kilobytes.
+`plain` opens it; `peek_layer` reads the small files at its beginning, and of weights only the
+header, so that an adapter of gigabytes can be inspected by its first kilobytes.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from tuning.oci.layout import tar
 from tuning.oci.layout.manifest import LARGEST_JSON, Blob, refused
 from tuning.oci.layout.tar import BadTar, Content, Source
 
-HIGHEST_RATIO = 200  # bytes out of a compressed layer for each byte in it
+HIGHEST_RATIO = 200  # of decompression
 WEIGHTS = ".safetensors"
 
 
 class Plain:
-    """A layer's tar stream; of a compressed one it knows the digest at the end."""
+    """A layer's tar stream; it computes the digest of a compressed one."""
 
     def __init__(self, source: Source, *, limit: int | None, where: str) -> None:
         self._source, self._limit, self._where = source, limit, where
@@ -42,17 +42,17 @@ class Plain:
 
     @property
     def digest(self) -> str | None:
-        """Of what was read; None for a layer that is not compressed: its blob's digest says it."""
+        """Of the bytes read; None for an uncompressed layer, which has its blob's digest."""
         return None if self._limit is None else f"sha256:{self._hash.hexdigest()}"
 
 
 def plain(raw: Source, blob: Blob, where: str) -> Plain:
-    """The tar stream of the layer `raw`, decompressed by what its first bytes say.
+    """The tar stream of the layer `raw`, decompressed according to its first bytes.
 
-    Raises RefusedError for a layer that is no tar, SpecError for zstd without its library.
+    Raises RefusedError for a layer that is not a tar, SpecError for zstd without its library.
     """
     if "tar" not in blob.media_type:
-        raise refused(where, f"has a layer of type {blob.media_type[:80]!r}, which is no tar")
+        raise refused(where, f"has a layer of type {blob.media_type[:80]!r}, which is not a tar")
     head = b""
     while len(head) < 4 and (piece := raw.read(4 - len(head))):
         head += piece
@@ -66,7 +66,7 @@ def plain(raw: Source, blob: Blob, where: str) -> Plain:
 
 
 class _Rewound:
-    """A stream that begins with what was read of it already."""
+    """A stream that starts with the bytes already read of it."""
 
     def __init__(self, head: bytes, rest: Source) -> None:
         self._head, self._rest = head, rest
@@ -79,7 +79,7 @@ class _Rewound:
 
 
 class _Zstd:
-    """A zstd stream whose errors are those of a bad tar."""
+    """A zstd stream that raises BadTar."""
 
     def __init__(self, stream: Any, error: type[Exception]) -> None:
         self._stream, self._error = stream, error
@@ -103,30 +103,30 @@ def _zstd(raw: Any, where: str) -> _Zstd:
     return _Zstd(stream, zstandard.ZstdError)
 
 
-def peek(raw: Source, blob: Blob, where: str, wanted: Collection[str]) -> dict[str, bytes]:
-    """Of the files under data/ of a layer, `wanted` ones that `raw` reaches, by name.
+def peek_layer(raw: Source, blob: Blob, where: str, wanted: Collection[str]) -> dict[str, bytes]:
+    """The `wanted` files under data/ of a layer that are within `raw`, by name.
 
-    Of a safetensors file the header alone, with the eight bytes of its length. `raw` may end early:
-    then there is less. Nothing is checked against the blob's digest. Raises RefusedError.
+    Of a safetensors file only the header, with the eight bytes of its length. `raw` may end early.
+    Nothing is checked against the blob's digest. Raises RefusedError.
     """
-    found: dict[str, bytes] = {}
+    contents: dict[str, bytes] = {}
     try:
         for entry, content in tar.entries(plain(raw, blob, where)):
             below, data, name = entry.name.removeprefix("./").partition("data/")
-            fresh = name in wanted and name not in found
+            fresh = name in wanted and name not in contents
             if data and not below and fresh and entry.kind == tar.REGULAR:
-                found[name] = _header(content) if name.endswith(WEIGHTS) else _small(content)
-            if len(found) == len(wanted):
+                contents[name] = _header(content) if name.endswith(WEIGHTS) else _small(content)
+            if len(contents) == len(wanted):
                 break
     except (BadTar, EOFError, zlib.error, gzip.BadGzipFile):
-        pass  # it ends where our part of it does; what came before stands
-    return found
+        pass  # `raw` ended early
+    return contents
 
 
 def _small(content: Content) -> bytes:
     data = _exactly(content, LARGEST_JSON + 1, short=True)
     if len(data) > LARGEST_JSON:
-        raise BadTar("it holds a document of impossible size")
+        raise BadTar("it has a document of impossible size")
     return data
 
 

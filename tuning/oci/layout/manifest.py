@@ -1,4 +1,4 @@
-"""Manifests, indexes and descriptors: what an image says of itself, read strictly."""
+"""Manifests, indexes and descriptors, parsed strictly."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RUN_ID = "tuning.kaito.sh/run-id"
 MODEL_NAME = "sh.kaito.model.name"
 
 LARGEST_JSON = 4 << 20  # bytes of a manifest, index or config
-MOST_LAYERS = 127  # what container runtimes take
+MOST_LAYERS = 127  # limit of container runtimes
 DEEPEST_INDEX = 3
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
@@ -41,7 +41,7 @@ class Blob:
 
 @dataclass(frozen=True)
 class Image:
-    """A manifest and what it points at; `where` names the image in messages."""
+    """A parsed manifest; `where` names the image in messages."""
 
     where: str
     digest: str
@@ -51,17 +51,17 @@ class Image:
 
     @property
     def run_id(self) -> str | None:
-        """The run that made it, if it is one of ours."""
+        """The run that made it, if any of ours did."""
         return self.annotations.get(RUN_ID)
 
     @property
     def blobs(self) -> tuple[Blob, ...]:
-        """What the manifest points at: the config and each layer once."""
+        """The config and each layer once."""
         return tuple(dict.fromkeys((self.config, *self.layers)))
 
 
 def refused(where: str, what: str) -> RefusedError:
-    """The error for an image that is not what an image must be."""
+    """The error of an invalid image."""
     return RefusedError.at("IMAGE-110", where, what, "build or push the image again")
 
 
@@ -77,7 +77,7 @@ def parse_json(data: bytes, *, where: str) -> dict[str, Any]:
 
 
 def is_index(record: Mapping[str, Any]) -> bool:
-    """Whether a manifest's JSON is that of an index; its own word counts, not the server's."""
+    """Whether a manifest's JSON is an index, by its content and not by the server's header."""
     return record.get("mediaType") in (INDEX, DOCKER_INDEX) or "manifests" in record
 
 
@@ -95,29 +95,27 @@ def parse_manifest(data: bytes, *, where: str) -> Image:
     return Image(where, f"sha256:{files.digest(data)}", config, layers, annotations)
 
 
-def entries(index: Mapping[str, Any], *, where: str) -> tuple[Blob, ...]:
-    """Every manifest that an index names, of whatever kind."""
+def index_entries(index: Mapping[str, Any], *, where: str) -> tuple[Blob, ...]:
+    """Every manifest in an index, of any kind."""
     try:
         return tuple(_blob(entry) for entry in index["manifests"])
     except (KeyError, TypeError, ValueError, AttributeError):
         raise refused(where, "has an index with an invalid entry") from None
 
 
-def choose(index: Mapping[str, Any], *, where: str) -> Blob:
-    """The manifest of an index that is meant here: linux/amd64, else the first image."""
-    found = []
-    try:
-        for entry in index["manifests"]:
-            platform = entry.get("platform") or {}
-            if platform.get("os") == "unknown":  # attestations and the like
-                continue
+def choose_manifest(index: Mapping[str, Any], *, where: str) -> Blob:
+    """The manifest of an index to use: linux/amd64, else the first image."""
+    images = []
+    blobs = index_entries(index, where=where)
+    for entry, blob in zip(index["manifests"], blobs, strict=True):
+        platform = entry.get("platform")
+        platform = platform if isinstance(platform, dict) else {}
+        if platform.get("os") != "unknown":  # attestations and the like
             amd64 = (platform.get("os"), platform.get("architecture")) == ("linux", "amd64")
-            found.append((not amd64, _blob(entry)))
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise refused(where, "has an index with an invalid entry") from None
-    if not found:
+            images.append((not amd64, blob))
+    if not images:
         raise refused(where, "has an index without an image")
-    return min(found, key=lambda pair: pair[0])[1]
+    return min(images, key=lambda pair: pair[0])[1]
 
 
 def _blob(value: Mapping[str, Any]) -> Blob:
@@ -129,61 +127,64 @@ def _blob(value: Mapping[str, Any]) -> Blob:
     return Blob(media_type, digest, size)
 
 
-def read(layout: Path) -> Image:
+def read_layout(layout: Path) -> Image:
     """The image of a layout folder, its manifest's digest checked. Raises RefusedError."""
     where = f"oci:{layout}"
     record = parse_json(_content(layout / "index.json", where), where=where)
     for _ in range(DEEPEST_INDEX):
-        top = choose(record, where=where)
-        data = _content(blob_path(layout, top), where)
-        if f"sha256:{files.digest(data)}" != top.digest:
-            raise refused(where, f"has a manifest that is not {top.digest}")
+        top = choose_manifest(record, where=where)
+        data = _checked(layout, top, where)
         record = parse_json(data, where=where)
         if not is_index(record):
             return parse_manifest(data, where=where)
-    raise refused(where, "has indexes within indexes")
+    raise refused(where, "has too deeply nested indexes")
 
 
 @dataclass(frozen=True)
 class Document:
-    """A manifest or an index: its descriptor and its bytes, which fit each other."""
+    """A manifest or an index: its descriptor and its bytes, checked."""
 
     blob: Blob
     data: bytes
 
 
-def documents(layout: Path) -> tuple[Document, ...]:
-    """The manifests of a layout's image, each after what it names; the last one is the top.
+def read_documents(layout: Path) -> tuple[Document, ...]:
+    """The manifests of a layout's image; an index comes after its entries, the top one last.
 
-    An image of one platform has one. Raises RefusedError.
+    Raises RefusedError.
     """
     where = f"oci:{layout}"
     record = parse_json(_content(layout / "index.json", where), where=where)
-    found: dict[str, Document] = {}
+    documents: dict[str, Document] = {}
 
     def take(blob: Blob, depth: int) -> None:
         if depth == DEEPEST_INDEX:
-            raise refused(where, "has indexes within indexes")
-        data = _content(blob_path(layout, blob), where)
-        if f"sha256:{files.digest(data)}" != blob.digest:
-            raise refused(where, f"has a manifest that is not {blob.digest}")
+            raise refused(where, "has too deeply nested indexes")
+        data = _checked(layout, blob, where)
         inner = parse_json(data, where=where)
-        for entry in entries(inner, where=where) if is_index(inner) else ():
+        for entry in index_entries(inner, where=where) if is_index(inner) else ():
             take(entry, depth + 1)
-        found.setdefault(blob.digest, Document(blob, data))
+        documents.setdefault(blob.digest, Document(blob, data))
 
-    take(choose(record, where=where), 0)
-    return tuple(found.values())
+    take(choose_manifest(record, where=where), 0)
+    return tuple(documents.values())
 
 
-def blobs_of(found: Iterable[Document], *, where: str) -> tuple[Blob, ...]:
-    """Config and layers of every image among the documents, each once; the smallest first."""
+def blobs_of(documents: Iterable[Document], *, where: str) -> tuple[Blob, ...]:
+    """Config and layers of all images among the documents, each once, smallest first."""
     blobs: dict[str, Blob] = {}
-    for document in found:
+    for document in documents:
         if not is_index(parse_json(document.data, where=where)):
             for blob in parse_manifest(document.data, where=where).blobs:
                 blobs.setdefault(blob.digest, blob)
     return tuple(sorted(blobs.values(), key=lambda blob: (blob.size, blob.digest)))
+
+
+def _checked(layout: Path, blob: Blob, where: str) -> bytes:
+    data = _content(blob_path(layout, blob), where)
+    if f"sha256:{files.digest(data)}" != blob.digest:
+        raise refused(where, f"has a manifest that is not {blob.digest}")
+    return data
 
 
 def _content(path: Path, where: str) -> bytes:
@@ -193,10 +194,10 @@ def _content(path: Path, where: str) -> bytes:
     except OSError:
         if not path.parent.exists():
             raise refused(where, "does not exist") from None
-        raise refused(where, f"is no OCI image layout: it lacks {path.name}") from None
+        raise refused(where, f"is not an OCI image layout: it lacks {path.name}") from None
 
 
 def blob_path(layout: Path, blob: Blob | str) -> Path:
-    """Where a layout keeps a blob, which may be given by its digest."""
+    """The path of a blob, or of a digest, in a layout."""
     digest = blob if isinstance(blob, str) else blob.digest
     return layout / "blobs" / "sha256" / digest.removeprefix("sha256:")

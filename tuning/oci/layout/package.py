@@ -1,8 +1,8 @@
 """An adapter folder as one image in an OCI layout folder: the same files, the same digest.
 
 Uncompressed USTAR layers without clock, owner or mode of this machine, and canonical JSON.
-Compression would only cost time (weights hardly shrink) and put a compressor's version into the
-digest. Files lie in `/data`, and hard-linked under `/models` for the readers that look there.
+Compression would cost time (weights hardly shrink) and make the digest depend on the compressor.
+Files are in `/data`, hard-linked under `/models` for readers that expect them there.
 """
 
 from __future__ import annotations
@@ -52,40 +52,37 @@ class Built:
     blobs: tuple[Blob, ...]  # configs and layers
 
 
-def build(
+def build_adapter(
     adapter: Path,
     layout: Path,
     *,
     preset: str,
     run_id: str,
     annotations: Mapping[str, str],
-    name: str | None = None,
     index: bool = False,
     base: Base | None = None,
 ) -> Built:
     """Write the files of `adapter` as one image into the layout folder `layout`.
 
-    An image that `layout` held before is replaced. `name` is what the layout's index calls it. The
-    time of its making is SOURCE_DATE_EPOCH, or 1970. With `index` the image is an index: the same
+    An image that `layout` held before is replaced. Its
+    creation time is SOURCE_DATE_EPOCH, or 1970. With `index` the image is an index: the same
     layers for amd64, for arm64, and as a model of CNCF ModelPack. With `base` that image's layers
-    come first, for readers that need a shell. Raises SpecError when the folder holds a file that no
-    adapter image may carry, or lacks one that each must.
+    come first, for readers that need a shell. Raises SpecError for an unknown file in the
+    folder, or a missing one.
     """
-    _refuse_strangers(adapter)
+    _check_files(adapter)
     notes = {**annotations, MODEL_NAME: preset, RUN_ID: run_id}
     groups = {
         title: tuple(name for name in names if (adapter / name).is_file())
         for title, names in LAYERS.items()
     }
-    return _write(adapter, layout, groups, notes, name=name, index=index, base=base)
+    return _write(adapter, layout, groups, notes, index=index, base=base)
 
 
-def build_model(
-    model: Path, layout: Path, *, annotations: Mapping[str, str], name: str | None = None
-) -> Built:
-    """Write a whole model, its safetensors and what belongs to them, as one image into `layout`.
+def build_model(model: Path, layout: Path, *, annotations: Mapping[str, str]) -> Built:
+    """Write a whole model, safetensors and companions, as one image into `layout`.
 
-    Each weights file is a layer of its own. Nothing else of the folder goes in. Raises SpecError.
+    Each weights file is a layer of its own. Other files are left out. Raises SpecError.
     """
     present = sorted(path.name for path in model.iterdir() if path.is_file())
     weights = [name for name in present if name.endswith(".safetensors")]
@@ -94,7 +91,7 @@ def build_model(
         **{name: (name,) for name in weights},
         "documents": tuple(name for name in present if name in MODEL_DOCUMENTS),
     }
-    return _write(model, layout, groups, annotations, name=name)
+    return _write(model, layout, groups, annotations)
 
 
 def _write(
@@ -103,17 +100,16 @@ def _write(
     groups: Mapping[str, tuple[str, ...]],
     annotations: Mapping[str, str],
     *,
-    name: str | None = None,
     index: bool = False,
     base: Base | None = None,
 ) -> Built:
-    """Write each group of files as a layer, and the image of them all."""
+    """Write each group of files as a layer, and an image of them."""
     created = _created()
     blobs = layout / "blobs" / "sha256"
     blobs.mkdir(parents=True, exist_ok=True)
     notes = {**annotations, "org.opencontainers.image.created": created}
     if base:
-        base.bring(blobs)
+        base.copy_layers(blobs)
         notes |= base.annotations
     layers = {title: write_layer(source, names, blobs) for title, names in groups.items() if names}
     writer = Writer(blobs, layers, created, notes)
@@ -122,24 +118,24 @@ def _write(
     else:
         top, config = writer.image("amd64", base)
         parts = (config, *(base.layers if base else ()), *layers.values(), top)
-    _point(layout, top, name)
+    _point(layout, top)
     _sweep(blobs, {part.digest for part in parts})
     kept = tuple(part for part in parts if part.media_type not in (MANIFEST, INDEX))
     return Built(top.digest, sum(part.size for part in dict.fromkeys(parts)), kept)
 
 
 def _created() -> str:
-    """The time that the image gives as its own: no clock, so that its digest repeats."""
+    """The image's creation time: not the clock's, so that the digest is reproducible."""
     text = os.environ.get("SOURCE_DATE_EPOCH") or "0"
     try:
         moment = datetime.fromtimestamp(int(text), UTC)
     except (ValueError, OverflowError, OSError):
-        what, change = "is no time in seconds since 1970", "unset it"
+        what, change = "is not a time in seconds since 1970", "unset it"
         raise SpecError.at("IMAGE-106", "SOURCE_DATE_EPOCH", what, change) from None
     return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def _refuse_strangers(adapter: Path) -> None:
+def _check_files(adapter: Path) -> None:
     problems = [
         Problem("IMAGE-101", str(adapter / name), "is missing", "train the adapter again")
         for name in WEIGHTS
@@ -149,7 +145,7 @@ def _refuse_strangers(adapter: Path) -> None:
         Problem(
             "IMAGE-102",
             str(path),
-            "is no file of an adapter, so it does not go into the image",
+            "is not a file of an adapter",
             "remove it from the folder",
         )
         for path in sorted(adapter.iterdir())
@@ -159,14 +155,12 @@ def _refuse_strangers(adapter: Path) -> None:
         raise SpecError(problems)
 
 
-def _point(layout: Path, top: Blob, name: str | None) -> None:
-    """Make `top` the image of the layout."""
+def _point(layout: Path, top: Blob) -> None:
+    """Make `top` the layout's image."""
     files.write(layout / "oci-layout", files.canonical({"imageLayoutVersion": "1.0.0"}))
     entry = top.to_json()
     if top.media_type == MANIFEST:
         entry["platform"] = {"architecture": "amd64", "os": "linux"}
-    if name:
-        entry["annotations"] = {"org.opencontainers.image.ref.name": name}
     index = {"schemaVersion": 2, "mediaType": INDEX, "manifests": [entry]}
     files.write(layout / "index.json", files.canonical(index))
 

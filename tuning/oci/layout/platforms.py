@@ -1,4 +1,4 @@
-"""Layers -> the images that name them: for amd64, for arm64, as a ModelPack, on a base image.
+"""Layers -> images: for amd64, for arm64, as a ModelPack, on a base image.
 
 The layers are the same files everywhere, so an index costs a few kilobytes. A ModelPack (the model
 specification of the CNCF) names the same blobs with media types of its own.
@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tuning.errors import RefusedError
 from tuning.oci.layout.manifest import (
     CONFIG,
     INDEX,
@@ -43,9 +42,9 @@ Value = dict[str, Any]
 
 @dataclass(frozen=True)
 class Base:
-    """An image whose layers come before ours. `layout` holds its blobs."""
+    """An image whose layers come before ours; its blobs are in `layout`."""
 
-    name: str  # the reference, as it was asked for
+    name: str  # the reference, as the user wrote it
     config: Value
     layers: tuple[Blob, ...]
     digest: str
@@ -53,12 +52,12 @@ class Base:
 
     @property
     def annotations(self) -> dict[str, str]:
-        """What an image that stands on it says of it."""
+        """Annotations of an image that is based on it."""
         known = "org.opencontainers.image.base"
         return {f"{known}.name": self.name, f"{known}.digest": self.digest}
 
-    def bring(self, blobs: Path) -> None:
-        """Put its layers among the blobs of another layout."""
+    def copy_layers(self, blobs: Path) -> None:
+        """Link or copy its layers into the blobs of another layout."""
         for layer in self.layers:
             source, target = blob_path(self.layout, layer), blobs / layer.digest[7:]
             if target.exists():
@@ -70,9 +69,9 @@ class Base:
 
 
 def base_of(image: Image, layout: Path, name: str) -> Base:
-    """The image in `layout`, whose blobs are verified, as one that others stand on.
+    """The image in `layout`, whose blobs are verified, as a base image.
 
-    Raises RefusedError for what no runtime would run.
+    Raises RefusedError for an image that no runtime would run.
     """
     config = parse_json(blob_path(layout, image.config).read_bytes(), where=name)
     try:
@@ -82,14 +81,10 @@ def base_of(image: Image, layout: Path, name: str) -> Base:
         fits = len(config["rootfs"]["diff_ids"]) == len(layers)
         platform = config["os"], config["architecture"]
     except (KeyError, TypeError):
-        raise _unfit(name, "is no container image") from None
+        raise refused(f"base image {name}", "is not a container image") from None
     if not fits or platform != ("linux", "amd64"):
-        raise _unfit(name, f"is an image for {'/'.join(map(str, platform))}")
+        raise refused(f"base image {name}", f"is an image for {'/'.join(map(str, platform))}")
     return Base(name, config, layers, image.digest, layout)
-
-
-def _unfit(name: str, what: str) -> RefusedError:
-    return refused(f"base image {name}", what)
 
 
 @dataclass(frozen=True)
@@ -102,7 +97,7 @@ class Writer:
     notes: Mapping[str, str]
 
     def image(self, architecture: str, base: Base | None = None) -> tuple[Blob, Blob]:
-        """A container image; gives its manifest and its config."""
+        """A container image; returns its manifest and its config."""
         under = base.config if base else {}
         inner = under.get("config") or {}
         history = [*(under.get("history") or ())]
@@ -126,14 +121,14 @@ class Writer:
         return self._manifest(blob, [layer.to_json() for layer in layers]), blob
 
     def modelpack(self) -> tuple[Blob, Blob]:
-        """The same layers as a model of the CNCF's ModelPack; gives its manifest and its config."""
-        told = {
+        """The same layers as a CNCF ModelPack; returns its manifest and its config."""
+        texts = {
             "name": self.notes.get(MODEL_NAME, ""),
             "title": self.notes.get("org.opencontainers.image.title", ""),
             "description": self.notes.get("org.opencontainers.image.description", ""),
         }
         licence = self.notes.get("org.opencontainers.image.licenses")
-        descriptor: Value = {name: text for name, text in told.items() if text}
+        descriptor: Value = {name: text for name, text in texts.items() if text}
         descriptor |= {"createdAt": self.created} | ({"licenses": [licence]} if licence else {})
         config = {
             "descriptor": descriptor,
@@ -155,7 +150,7 @@ class Writer:
         return self._manifest(blob, layers, artifactType=MODELPACK), blob
 
     def index(self) -> tuple[Blob, tuple[Blob, ...]]:
-        """An index of both platforms and the ModelPack; gives it, and every blob that it needs."""
+        """An index of both platforms and the ModelPack; returns it and all its blobs."""
         images = {architecture: self.image(architecture) for architecture in ("amd64", "arm64")}
         model, config = self.modelpack()
         entries = [

@@ -1,4 +1,4 @@
-"""Files -> one deterministic tar layer in a layout: no clock, owner or mode of this machine."""
+"""Write deterministic tar layers: without clock, owner or mode of this machine."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any, BinaryIO
 from tuning import files
 from tuning.oci.layout.manifest import LAYER, Blob
 
-LARGEST_FILE = 8**11 - 1  # bytes that a USTAR header can count; beyond it GNU's form is needed
+LARGEST_FILE = 8**11 - 1  # bytes in a USTAR header; larger files need GNU's form
 
 
 class _Layer:
-    """A tar on its way to the disk, hashed as it is written: the bytes are read once."""
+    """A tar being written and hashed: the files are read once."""
 
     def __init__(self, out: BinaryIO) -> None:
         self._out, self._hash, self.size = out, hashlib.sha256(), 0
@@ -28,7 +28,7 @@ class _Layer:
         self.size += len(data)
 
     def entry(self, name: str, kind: bytes, *, size: int = 0, target: str = "") -> None:
-        """Write a header; time and owner are 0 and the owner's name is empty by default."""
+        """Write a header; time and owner are 0, names of owners empty."""
         entry = tarfile.TarInfo(name)
         entry.type, entry.size, entry.linkname = kind, size, target
         entry.mode = 0o755 if kind == tarfile.DIRTYPE else 0o644
@@ -50,7 +50,7 @@ class _Layer:
             self.put(bytes(padding))
 
     def end(self) -> str:
-        """Write the end, padded as tar programs do; gives the digest."""
+        """Write the end, padded as tar programs do; returns the digest."""
         self.put(bytes(2 * tarfile.BLOCKSIZE))
         self.put(bytes(-self.size % tarfile.RECORDSIZE))
         return f"sha256:{self._hash.hexdigest()}"
@@ -59,7 +59,7 @@ class _Layer:
 def write_layer(folder: Path, names: Iterable[str], blobs: Path) -> Blob:
     """One tar of the files `names` of `folder` under data/, and hard links to them under models/.
 
-    A file beyond 8 GiB gets a header that every reader knows but POSIX's of 1988 does not.
+    A file beyond 8 GiB gets GNU's header, which all readers know but POSIX of 1988 does not.
     """
     names = sorted(names)
     scratch = blobs / f".{os.getpid()}.tmp"

@@ -1,48 +1,31 @@
-"""What a registry's answer means, or its silence: a final no, or worth another try."""
+"""Errors for what a registry answers, or does not answer: a final refusal, or worth another try."""
 
 from __future__ import annotations
 
-import email.utils
-import socket
-import ssl
-import time
+import json
 from dataclasses import dataclass
 
-import requests
-import urllib3.exceptions
+from urllib3.exceptions import HTTPError
 
 from tuning.errors import Problem, RefusedError
 from tuning.network.docker_config import Login
+from tuning.network.retry import Again, is_retryable, retry_after
+from tuning.network.session import Response, Unreachable, unreachable
 from tuning.spec.reference import Reference
 
-AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})  # and what CDNs put above 507
 _CERTIFICATE = "trust its certificate with --ca FILE"
 
 
-class Again(Exception):
-    """A request failed in a way that another try may mend.
-
-    `wait` is what the registry asked for, in seconds; `tries` is how often this kind of failure may
-    come up in one operation, as often as patience lasts if None.
-    """
-
-    def __init__(
-        self, problem: Problem, *, wait: float | None = None, tries: int | None = None
-    ) -> None:
-        self.problem, self.wait, self.tries = problem, wait, tries
-        super().__init__(str(problem))
-
-
 @dataclass
-class Judge:
-    """Puts what one repository says, or does not say, into words for the person who must act."""
+class Errors:
+    """The errors of one repository."""
 
     reference: Reference
-    login: Login | None  # the one that is in use
+    login: Login | None  # in use
 
     def refusal(self, code: str, what: str, change: str) -> RefusedError:
-        """The error for a final no."""
-        return RefusedError([self.problem(code, what, change)])
+        """The error of a final refusal."""
+        return RefusedError([self._problem(code, what, change)])
 
     def again(
         self,
@@ -50,49 +33,49 @@ class Judge:
         what: str,
         change: str,
         *,
-        wait: float | None = None,
+        after: float | None = None,
         tries: int | None = None,
     ) -> Again:
-        """What is raised for something that may pass."""
-        return Again(self.problem(code, what, change), wait=wait, tries=tries)
+        """The error of a failure that may pass."""
+        return Again(self._problem(code, what, change), after=after, tries=tries)
 
-    def problem(self, code: str, what: str, change: str) -> Problem:
-        """A problem with this repository."""
+    def _problem(self, code: str, what: str, change: str) -> Problem:
         return Problem(code, str(self.reference), what, change)
 
-    def status(self, method: str, answer: requests.Response) -> RefusedError | Again:
-        """What a status means that nobody wanted."""
-        status, said = answer.status_code, _said(answer)
-        what = f"answered {status} to {method}{f' ({said})' if said else ''}"
-        if status in AGAIN or status > 507:
+    def status(self, method: str, answer: Response) -> RefusedError | Again:
+        """The error of an unexpected status."""
+        status, message = answer.status, _message(answer)
+        what = f"answered {status} to {method}{f' ({message})' if message else ''}"
+        if is_retryable(status):
+            after, tries = retry_after(answer.headers), 2 if status == 500 else None
             change = "run the same command again later"
-            tries = 2 if status == 500 else None
-            return self.again("REG-130", what, change, wait=retry_after(answer), tries=tries)
-        full = any(word in said.lower() for word in ("quota", "storage limit", "insufficient"))
+            return self.again("REG-130", what, change, after=after, tries=tries)
+        full = any(word in message.lower() for word in ("quota", "storage limit", "insufficient"))
         if status == 507 or (full and status in (400, 403, 413)):
             change = "free some space in the registry, or raise its quota"
             return self.refusal("REG-128", what, change)
         match status:
             case 401:
-                return self.unwelcome()
+                return self.unauthorized()
             case 403:
-                change = f"give {self._who()} the right to do that in {self.reference.repository}"
+                who = f"the login from {self.login.origin}" if self.login else "everybody"
+                change = f"give {who} the right to do that in {self.reference.repository}"
                 return self.refusal("REG-122", what, change)
             case 404:
                 change = "check the name; some registries want a repository to be made first"
                 return self.refusal("REG-123", what, change)
             case 405:
-                change = "push to a registry that takes images: this one looks like a read-only one"
+                change = "push to another registry: this one looks like a read-only mirror"
                 return self.refusal("REG-129", what, change)
             case 413:
                 change = "raise the limit on uploads of the registry, or of the proxy before it"
                 return self.refusal("REG-124", what, change)
-        if "HTTP request to an HTTPS server" in answer.text[:200]:
+        if "HTTP request to an HTTPS server" in _text(answer)[:200]:
             return self.refusal("REG-126", "talks TLS, but was asked in plain http", _CERTIFICATE)
         return self.refusal("REG-125", what, "check the reference and the registry's settings")
 
-    def unwelcome(self) -> RefusedError:
-        """The error for a 401 that no login of ours mends."""
+    def unauthorized(self) -> RefusedError:
+        """The error of a 401 that no login of ours prevents."""
         if self.login is None:
             what = "wants a login, and there is none"
             change = f"name a Secret for {self.reference.registry} (--push-secret FILE)"
@@ -101,91 +84,57 @@ class Judge:
             change = "renew that Secret's user and password"
         return self.refusal("REG-121", what, change)
 
-    def _who(self) -> str:
-        return f"the login from {self.login.origin}" if self.login else "everybody"
-
     def unreachable(self, error: Exception) -> RefusedError | Again:
-        """What a request that got no answer means."""
-        inner = error.args[0] if error.args else None
-        reason = getattr(inner, "reason", None) or inner
-        if isinstance(error, requests.exceptions.SSLError):
-            return self._tls(_tls_cause(error))
-        if isinstance(error, requests.exceptions.InvalidURL | requests.exceptions.InvalidSchema):
-            change = "check the reference and the registry's settings"
-            return self.refusal("REG-125", "sent us to an address that is none", change)
+        """The error of a request without an answer, or of an answer that breaks off."""
+        failure = error if isinstance(error, Unreachable) else unreachable(error)
         change = "check the registry's name: it is wrong, or the registry is down"
-        if isinstance(reason, urllib3.exceptions.NameResolutionError):
-            what = f"there is no host {self.reference.registry.partition(':')[0]}"
-            if _errno(reason) not in (None, socket.EAI_NONAME):
+        match failure.kind:
+            case "certificate":
+                what = f"its certificate is not trusted: {failure.reason}"
+                return self.refusal("REG-126", what, _CERTIFICATE)
+            case "tls":
+                change = "say --insecure if it talks plain http"
+                return self.refusal("REG-126", f"TLS failed: {failure.reason}", change)
+            case "url":
+                change = "check the reference and the registry's settings"
+                return self.refusal("REG-125", "redirected to an invalid URL", change)
+            case "host":
+                what = f"there is no host {self.reference.registry.partition(':')[0]}"
+                return self.again("REG-131", what, change)
+            case "dns":
                 what, change = "its name cannot be looked up", "check the network's DNS"
-            return self.again("REG-131", what, change)
-        if isinstance(error, requests.exceptions.Timeout):
-            what = f"{self.reference.registry} does not answer"
-            return self.again("REG-131", what, "check the network, then run it again")
-        if isinstance(reason, urllib3.exceptions.NewConnectionError):
-            cause = reason.__cause__
-            words = cause.strerror if isinstance(cause, OSError) and cause.strerror else "no route"
-            return self.again("REG-131", f"cannot connect: {words}", change)
+                return self.again("REG-131", what, change)
+            case "timeout" | "silent":
+                what = f"{self.reference.registry} does not answer"
+                return self.again("REG-131", what, "check the network, then run it again")
+            case "connect":
+                return self.again("REG-131", f"cannot connect: {failure.reason}", change)
         what = "the connection to the registry broke"
         return self.again("REG-132", what, "run the same command again")
 
-    def _tls(self, cause: Exception) -> RefusedError | Again:
-        if isinstance(cause, ssl.SSLCertVerificationError):
-            what = f"its certificate is not trusted: {cause.verify_message}"
-            return self.refusal("REG-126", what, _CERTIFICATE)
-        if isinstance(cause, ssl.SSLEOFError):
-            what = "the connection to the registry broke"
-            return self.again("REG-132", what, "run the same command again")
-        reason = (getattr(cause, "reason", None) or "handshake failed").replace("_", " ").lower()
-        change = "say --insecure if it talks plain http"
-        return self.refusal("REG-126", f"TLS failed: {reason}", change)
 
-
-def _tls_cause(error: BaseException) -> Exception:
-    """The innermost error of Python's ssl module."""
-    found: Exception = ssl.SSLError()
-    seen: BaseException | None = error
-    for _ in range(8):
-        if isinstance(seen, ssl.SSLError):
-            found = seen
-        args = [a for a in getattr(seen, "args", ()) if isinstance(a, BaseException)]
-        seen = getattr(seen, "reason", None) if not args else args[0]
-        if not isinstance(seen, BaseException):
-            break
-    return found
-
-
-def _errno(error: Exception) -> int | None:
-    cause = error.__cause__ or error.__context__
-    return cause.errno if isinstance(cause, socket.gaierror) else None
-
-
-def retry_after(answer: requests.Response) -> float | None:
-    """Seconds that the answer asks to wait: a number, or until a date."""
-    text = answer.headers.get("Retry-After", "").strip()
-    if text.isdecimal():
-        return float(text)
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
-    except (ValueError, TypeError, OverflowError):
-        return None
-
-
-def code(answer: requests.Response) -> str:
-    """The code of the first error in the answer: BLOB_UPLOAD_UNKNOWN and the like; or nothing."""
+def code(answer: Response) -> str:
+    """The code of the first error in the answer, such as BLOB_UPLOAD_UNKNOWN; or nothing."""
     return str(_first(answer).get("code", ""))
 
 
-def _said(answer: requests.Response) -> str:
-    """The registry's own words, if it has some."""
+def _message(answer: Response) -> str:
+    """Code and message of the first error in the answer, if any."""
     first = _first(answer)
     text = ": ".join(str(first[name]) for name in ("code", "message") if first.get(name))
     return "".join(c if c.isprintable() else " " for c in text)[:160]
 
 
-def _first(answer: requests.Response) -> dict[str, object]:
+def _first(answer: Response) -> dict[str, object]:
     try:
-        first = answer.json()["errors"][0]
-    except (ValueError, KeyError, IndexError, TypeError, requests.exceptions.RequestException):
+        first = json.loads(_text(answer))["errors"][0]
+    except (ValueError, KeyError, IndexError, TypeError, RecursionError):
         return {}
     return first if isinstance(first, dict) else {}
+
+
+def _text(answer: Response) -> str:
+    try:
+        return answer.data.decode("utf-8", "replace")
+    except (HTTPError, OSError):
+        return ""

@@ -1,75 +1,91 @@
-"""Exactly one right digest under the tag, whatever happened before or happens in between.
+"""Push an image so that exactly the right digest ends up under the tag.
 
-Look at the tag, decide; HEAD each blob and upload what is missing; PUT the manifest by digest, then
-the tag; read everything back. A crash between any two steps is repaired by doing it again from the
-first, because each step is idempotent and blobs are named by their content.
+Read the tag and decide; HEAD each blob and upload the missing ones; PUT the manifest by digest,
+then the tag; read everything back. Each step is idempotent, so a crash between any two is repaired
+by starting again.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import urllib3.exceptions
+from urllib3.exceptions import HTTPError
 
 from tuning import files
+from tuning.console import Report
 from tuning.errors import RefusedError
-from tuning.oci import layout as image
-from tuning.oci.layout import Blob
+from tuning.network.retry import Again
+from tuning.oci.layout.manifest import (
+    DOCKER_INDEX,
+    DOCKER_MANIFEST,
+    INDEX,
+    LARGEST_JSON,
+    MANIFEST,
+    Blob,
+    blobs_of,
+    choose_manifest,
+    is_index,
+    parse_json,
+    parse_manifest,
+    read_documents,
+    refused,
+)
 from tuning.oci.registry import answers, upload
-from tuning.oci.registry.answers import Again
 from tuning.oci.registry.wire import Remote
 from tuning.spec.reference import Reference
 
-ACCEPT = ", ".join((image.MANIFEST, image.DOCKER_MANIFEST, image.INDEX, image.DOCKER_INDEX))
-Progress = Callable[[float, float | None, str], None]
+ACCEPT = ", ".join((MANIFEST, DOCKER_MANIFEST, INDEX, DOCKER_INDEX))
 OnTagExists = Literal["refuse", "overwrite"]
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a tag points at."""
+    """The image under a tag."""
 
     digest: str
-    run_id: str | None  # of the run that made it, if it is one of ours
+    run_id: str | None  # of the run that made it, if any of ours did
 
 
 @dataclass(frozen=True)
 class Pushed:
-    """What a push did."""
+    """A pushed image."""
 
     digest: str
-    bytes_sent: int  # of blobs
-    reused: int  # blobs that were there already
-
-
-def is_named(name: str, data: bytes) -> bool:
-    """Whether the bytes of a manifest are those of its digest; a tag says nothing of them."""
-    kind, colon, digest = name.partition(":")
-    if not colon:
-        return True
-    return hashlib.new(kind, data, usedforsecurity=True).hexdigest() == digest
+    bytes_sent: int  # of blobs that were not there already
 
 
 def manifest(remote: Remote, name: str) -> bytes | None:
-    """The manifest `name` (tag or digest), not yet checked; None where there is none."""
+    """The manifest `name` (a tag or a digest), or None where there is none.
+
+    Raises RefusedError for bytes that do not have the digest `name`; a tag is not checked.
+    """
     answer = remote.request(
         "GET", f"/manifests/{name}", expect=(200, 404), headers={"Accept": ACCEPT}, stream=True
     )
-    with answer:
-        if answer.status_code == 404:
+    with closing(answer):
+        if answer.status == 404:
             return None
         try:
-            data: bytes = answer.raw.read(image.LARGEST_JSON + 1)
-        except urllib3.exceptions.HTTPError as error:
-            raise remote.judge.unreachable(error) from None
-    if len(data) > image.LARGEST_JSON:
-        raise image.refused(str(remote.reference), "has a manifest of impossible size")
+            data: bytes = answer.read(LARGEST_JSON + 1)
+        except HTTPError as error:
+            raise remote.errors.unreachable(error) from None
+    if len(data) > LARGEST_JSON:
+        raise refused(str(remote.reference), "has a manifest of impossible size")
+    kind, colon, digest = name.partition(":")
+    if colon and hashlib.new(kind, data, usedforsecurity=True).hexdigest() != digest:
+        raise damaged(remote, f"sent a manifest that is not {name}")
     return data
+
+
+def damaged(remote: Remote, what: str) -> RefusedError:
+    """The error of a registry with damaged storage."""
+    change = "check the registry's storage, then push the image again"
+    return remote.errors.refusal("REG-143", what, change)
 
 
 def digest_of(data: bytes) -> str:
@@ -78,12 +94,12 @@ def digest_of(data: bytes) -> str:
 
 
 def tag_of(reference: Reference) -> str:
-    """What the reference names in its repository."""
+    """The digest or tag of the reference."""
     return reference.digest or reference.tag or "latest"
 
 
 def look(remote: Remote) -> Found | None:
-    """What the tag of the remote's reference points at now."""
+    """The image under the tag of the remote's reference, if any."""
 
     def work() -> Found | None:
         data = manifest(remote, tag_of(remote.reference))
@@ -91,12 +107,12 @@ def look(remote: Remote) -> Found | None:
             return None
         digest = digest_of(data)
         try:
-            record = image.parse_json(data, where=digest)
-            if image.is_index(record):
-                chosen = image.choose(record, where=digest)
+            record = parse_json(data, where=digest)
+            if is_index(record):
+                chosen = choose_manifest(record, where=digest)
                 data = manifest(remote, chosen.digest) or b""
-            return Found(digest, image.parse_manifest(data, where=digest).run_id)
-        except RefusedError:  # an artifact of another kind: somebody else's
+            return Found(digest, parse_manifest(data, where=digest).run_id)
+        except RefusedError:  # an artifact of another kind, not ours
             return Found(digest, None)
 
     return remote.persist(work)
@@ -105,35 +121,35 @@ def look(remote: Remote) -> Found | None:
 def claim(
     remote: Remote, *, run_id: str | None, own: Collection[str], on_tag_exists: OnTagExists
 ) -> Found | None:
-    """Whether the tag may be written: what this very run left there, or None for a free way.
+    """Check that the tag may be written; returns the image if this very run pushed it already.
 
-    `own` holds digests that this run directory or Workspace put out before: they are replaced.
-    `run_id` None means not known yet; then an image of any run passes for now. Raises RefusedError
-    for an image of somebody else, unless it is to be overwritten.
+    `own`: digests that this run directory or Workspace pushed before, which may be replaced.
+    `run_id` None: not known yet; then an image of any run passes for now. Raises RefusedError for
+    any other image, unless it is to be overwritten.
     """
-    return _judge(remote, look(remote), run_id=run_id, own=own, on_tag_exists=on_tag_exists)
+    return _decide(remote, look(remote), run_id=run_id, own=own, on_tag_exists=on_tag_exists)
 
 
-def _judge(
+def _decide(
     remote: Remote,
-    found: Found | None,
+    held: Found | None,
     *,
     run_id: str | None,
     own: Collection[str],
     on_tag_exists: OnTagExists,
 ) -> Found | None:
-    if found is None or found.digest in own:
+    if held is None or held.digest in own:
         return None
-    if found.run_id is not None and run_id in (None, found.run_id):
-        return found if run_id else None
+    if held.run_id is not None and run_id in (None, held.run_id):
+        return held if run_id else None
     if on_tag_exists == "overwrite":
         return None
-    raise _taken(remote, found.digest, None)
+    raise _taken(remote, held.digest, None)
 
 
 def _taken(remote: Remote, theirs: str, ours: str | None) -> RefusedError:
     instead = f", this one is {ours}" if ours else ""
-    return remote.refusal(
+    return remote.errors.refusal(
         "REG-140",
         f"the tag already holds {theirs}, which this run did not make{instead}",
         "choose another tag, or set the annotation tuning.kaito.sh/on-tag-exists: overwrite",
@@ -141,9 +157,9 @@ def _taken(remote: Remote, theirs: str, ours: str | None) -> RefusedError:
 
 
 def check_push(remote: Remote) -> None:
-    """Whether the login may push: an upload is begun and given up. Raises RefusedError."""
+    """Check push access by starting and cancelling an upload. Raises RefusedError."""
     url = remote.persist(lambda: upload.begin(remote))
-    with contextlib.suppress(Again, RefusedError):  # registries forget uploads that nobody ends
+    with suppress(Again, RefusedError):  # registries expire unfinished uploads
         remote.request("DELETE", url, expect=range(200, 500))
 
 
@@ -154,15 +170,15 @@ def push(
     run_id: str,
     own: Collection[str] = (),
     on_tag_exists: OnTagExists = "refuse",
-    progress: Progress = lambda done, total, note: None,
+    progress: Report = lambda done, total, note: None,
 ) -> Pushed:
     """Put the image of `layout` under the tag of the remote's reference, verified.
 
-    Done again after any crash it ends the same way, and sends nothing that is there already. Raises
-    RefusedError for a final no, TransientError when the registry stays away.
+    Idempotent; sends only what is missing. Raises RefusedError for a final refusal, TransientError
+    for an unreachable registry.
     """
-    found = image.documents(layout)
-    top, blobs = found[-1], image.blobs_of(found, where=f"oci:{layout}")
+    documents = read_documents(layout)
+    top, blobs = documents[-1], blobs_of(documents, where=f"oci:{layout}")
     digest = top.blob.digest
     terms: dict[str, Any] = {
         "run_id": run_id,
@@ -171,29 +187,29 @@ def push(
     }
     claim(remote, **terms)
 
-    def publish() -> tuple[int, int]:
-        counts = upload.blobs(remote, layout, blobs, progress=progress)
-        for document in found:
+    def publish() -> int:
+        sent = upload.blobs(remote, layout, blobs, progress=progress)
+        for document in documents:
             put(remote, document.blob.digest, document.data, document.blob.media_type)
-        return counts
+        return sent
 
     def point() -> None:
         held = look(remote)
         if held is None or held.digest != digest:
-            _judge(remote, held, **terms)  # somebody may have come in between
+            _decide(remote, held, **terms)  # a concurrent push may have written it
             put(remote, tag_of(remote.reference), top.data, top.blob.media_type)
 
-    sent, reused = remote.persist(publish)
+    bytes_sent = remote.persist(publish)
     remote.persist(point)
     remote.persist(lambda: verify(remote, digest, blobs))
-    return Pushed(digest, sent, reused)
+    return Pushed(digest, bytes_sent)
 
 
-_MAYBE_THERE = (400, 403, 404, 405, 409, 412, 422)  # how an immutable tag says that it is one
+_MAYBE_THERE = (400, 403, 404, 405, 409, 412, 422)  # answers for an immutable tag
 
 
 def put(remote: Remote, name: str, data: bytes, media_type: str) -> None:
-    """PUT a manifest under a tag or its digest; where it is there already, no is no matter."""
+    """PUT a manifest under a tag or its digest; a refusal is ignored if it is there already."""
     answer = remote.request(
         "PUT",
         f"/manifests/{name}",
@@ -201,33 +217,32 @@ def put(remote: Remote, name: str, data: bytes, media_type: str) -> None:
         body=lambda: data,
         headers={"Content-Type": media_type},
     )
-    if answer.status_code not in _MAYBE_THERE or manifest(remote, name) == data:
+    if answer.status not in _MAYBE_THERE or manifest(remote, name) == data:
         return
     code = answers.code(answer)
     if code == "MANIFEST_BLOB_UNKNOWN":
-        what = "does not know a blob that it had taken"
-        raise remote.judge.again("REG-134", what, "run the same command again", tries=3)
-    if answer.status_code in (403, 404, 405):
-        raise remote.judge.status("PUT", answer)
-    said = f"{answer.status_code}{f' {code}' if code else ''}"
-    what = f"answered {said} to the manifest under {name}"
-    raise remote.refusal("REG-141", what, "choose another tag: this one may be immutable")
+        what = "does not know a blob that it accepted"
+        raise remote.errors.again("REG-134", what, "run the same command again", tries=3)
+    if answer.status in (403, 404, 405):
+        raise remote.errors.status("PUT", answer)
+    reply = f"{answer.status}{f' {code}' if code else ''}"
+    what = f"answered {reply} to the manifest {name}"
+    raise remote.errors.refusal("REG-141", what, "choose another tag: this one may be immutable")
 
 
 def verify(remote: Remote, ours: str, blobs: Iterable[Blob]) -> None:
-    """Read the tag back and look for every blob. Raises RefusedError if anything differs."""
+    """Read back the tag and every blob's presence. Raises RefusedError if anything differs."""
     data = manifest(remote, tag_of(remote.reference))
     change = "run the same command again"
     if data is None:
-        raise remote.judge.again("REG-134", "does not show the tag", change, tries=5)
+        raise remote.errors.again("REG-134", "does not show the tag", change, tries=5)
     if digest_of(data) != ours:
-        found = look(remote)
-        held = found.digest if found else digest_of(data)
+        held_now = look(remote)
+        held = held_now.digest if held_now else digest_of(data)
         if held == digest_of(data):
             raise _taken(remote, held, ours)
-        what = f"shows the tag as {digest_of(data)}, not as {ours}"
-        raise remote.refusal("REG-143", what, "look after the registry's storage")
+        raise damaged(remote, f"shows the tag as {digest_of(data)}, not as {ours}")
     for blob in blobs:
         if not upload.has(remote, blob):
-            what = f"does not show the blob {blob.digest}, which it took"
-            raise remote.judge.again("REG-134", what, change, tries=3)
+            what = f"does not show the blob {blob.digest}, which it accepted"
+            raise remote.errors.again("REG-134", what, change, tries=3)

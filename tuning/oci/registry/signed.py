@@ -1,4 +1,4 @@
-"""The signatures of an image, where cosign leaves them: found here, judged in `signature`."""
+"""Read the signatures that cosign attached to an image; `signature` verifies them."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ REFERRER = "application/vnd.dev.cosign.artifact.sig.v1+json"  # cosign 2, in its
 
 
 def signed(remote: Remote, digest: str) -> tuple[signature.Signature, ...]:
-    """Everything that claims to be a signature of the image with this digest. Nothing is judged."""
+    """Everything that claims to sign the image with this digest, not yet verified."""
 
     def work() -> tuple[signature.Signature, ...]:
-        found = list(parts(remote, f"{fallback_tag(digest)}.sig", signature.SIMPLE))
+        candidates = list(parts(remote, f"{fallback_tag(digest)}.sig", signature.SIMPLE))
         kinds = {REFERRER: signature.SIMPLE, signature.BUNDLE: signature.BUNDLE}
         for each in attached(remote, digest, kinds):
             try:
-                found += parts(remote, each.digest, kinds[each.artifact_type])
-            except RefusedError as error:  # anybody may attach anything: the others still count
+                candidates += parts(remote, each.digest, kinds[each.artifact_type])
+            except RefusedError as error:  # anyone may attach anything: the others still count
                 log.warning("an attachment of %s cannot be read: %s", digest, error)
         return tuple(
             signature.Signature(
                 part.media_type, part.content, part.annotations.get(signature.ANNOTATION, "")
             )
-            for part in found
+            for part in candidates
         )
 
     return remote.persist(work)

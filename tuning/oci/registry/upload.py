@@ -1,8 +1,8 @@
-"""Blobs into a repository: only what is missing; at any doubt a blob is sent again from its start.
+"""Upload the missing blobs of an image; in doubt a blob is sent again from its start.
 
-Registries lose uploads with the reply, and some take a piece at a wrong offset without a word. So
-no piece is ever sent twice into the same upload, and the push asks for every blob again at its end.
-Several blobs go side by side; each is tried again for itself.
+Registries lose uploads together with the reply, and some accept a piece at a wrong offset silently.
+So no piece is sent twice into the same upload, and the push checks every blob again at its end.
+Several blobs are uploaded concurrently, each with its own retries.
 """
 
 from __future__ import annotations
@@ -13,23 +13,22 @@ from functools import partial
 from pathlib import Path
 from urllib.parse import urlencode
 
-import requests
-
 from tuning import files
+from tuning.console import Report
 from tuning.errors import RefusedError, SpecError
-from tuning.oci import layout as image
-from tuning.oci.layout import Blob
+from tuning.network.retry import Again
+from tuning.network.session import Response
+from tuning.oci.layout.manifest import Blob, blob_path
 from tuning.oci.registry import answers
-from tuning.oci.registry.answers import Again
 from tuning.oci.registry.wire import Remote
 from tuning.threads import side_by_side
 
 AT_ONCE = 4  # blobs
 PIECE = 1 << 18  # bytes in one send: at 1 KiB/s still within the time-out of 300 s
-DOUBTFUL = (400, 404, 416)  # the upload is lost, or not what it should be
+DOUBTFUL = (400, 404, 416)  # the upload is lost or damaged
 NO_PIECES = (405, 411, 415, 501)
 _EMPTY = {"Content-Length": "0"}
-Report = Callable[[int], None]
+Sent = Callable[[int], None]  # bytes of one blob so far
 
 
 def blobs(
@@ -37,9 +36,9 @@ def blobs(
     layout: Path,
     wanted: Iterable[Blob],
     *,
-    progress: Callable[[float, float | None, str], None],
-) -> tuple[int, int]:
-    """Upload what is missing of `wanted`; gives bytes sent and blobs that were there already.
+    progress: Report,
+) -> int:
+    """Upload the missing ones of `wanted`; gives the bytes sent.
 
     Raises RefusedError, TransientError, or SpecError for a layout that is damaged.
     """
@@ -55,56 +54,53 @@ def blobs(
             failed.set()
             raise
 
-    # The first goes alone: what refuses one blob refuses all. All of the others come to their end
-    # before this does, whatever befalls one: no upload of ours goes on behind a second try.
+    # The first goes alone: what refuses one blob refuses all. The others all end before this
+    # function does, whatever happens to one: no upload goes on behind a second try.
     results: list[int | BaseException] = [upload(blob) for blob in wanted[:1]]
     results += side_by_side([partial(upload, blob) for blob in wanted[1:]], at_once=AT_ONCE)
     for result in results:
         if isinstance(result, BaseException):
             raise result
-    sent = sum(count for count in results if isinstance(count, int))
-    return sent, sum(not count for count in results)
+    return sum(count for count in results if isinstance(count, int))
 
 
 class _Tally:
     """The progress of several blobs as one."""
 
-    def __init__(
-        self, wanted: tuple[Blob, ...], progress: Callable[[float, float | None, str], None]
-    ) -> None:
+    def __init__(self, wanted: tuple[Blob, ...], progress: Report) -> None:
         self._progress, self._total = progress, sum(blob.size for blob in wanted)
-        self._done, self._told = dict.fromkeys(wanted, 0), 0
+        self._done, self._reported = dict.fromkeys(wanted, 0), 0
         self._lock = threading.Lock()
 
-    def of(self, blob: Blob) -> Report:
-        """What reports that so many bytes of `blob` are there; a blob begun again tells no less."""
+    def of(self, blob: Blob) -> Sent:
+        """The progress callback for `blob`; the total never goes down when a blob starts again."""
 
         def report(count: int) -> None:
             with self._lock:
                 self._done[blob] = count
-                self._told = max(self._told, sum(self._done.values()))
-                self._progress(self._told, self._total, "")
+                self._reported = max(self._reported, sum(self._done.values()))
+                self._progress(self._reported, self._total, "")
 
         return report
 
 
 def has(remote: Remote, blob: Blob) -> bool:
-    """Whether the repository shows the blob, at its full size where it tells."""
+    """Whether the repository has the blob, at its full size if it says a size."""
     answer = remote.request("HEAD", f"/blobs/{blob.digest}", expect=(200, 404))
     size = answer.headers.get("Content-Length", str(blob.size))
-    return answer.status_code == 200 and size == str(blob.size)
+    return answer.status == 200 and size == str(blob.size)
 
 
 def begin(remote: Remote) -> str:
-    """Begin an upload; gives the URL that it goes on at."""
+    """Begin an upload; returns the URL to continue at."""
     answer = remote.request("POST", "/blobs/uploads/", expect=(202,), headers=_EMPTY)
     return _next(remote, answer, "")
 
 
 def _mount(remote: Remote, blob: Blob) -> str | None:
-    """Have the registry take the blob from its repository `mount_from`, without a byte sent.
+    """Mount the blob from the registry's repository `mount_from`, without sending a byte.
 
-    None if it did so; else the URL of an upload that is begun instead.
+    Returns None, or the URL of an upload that the registry began instead.
     """
     query = urlencode({"mount": blob.digest, "from": remote.mount_from}, safe=":/")
     try:
@@ -115,26 +111,26 @@ def _mount(remote: Remote, blob: Blob) -> str | None:
             headers=_EMPTY,
             also=remote.mount_from,
         )
-    except RefusedError:  # no right to read there: then this is a blob like any other
+    except RefusedError:  # no right to read there: upload the blob
         answer = None
-    if answer is None or answer.status_code >= 400:
-        remote.forget(remote.mount_from)
+    if answer is None or answer.status >= 400:
+        remote.tokens.forget(remote.mount_from)
         return begin(remote)
-    return None if answer.status_code == 201 else _next(remote, answer, "")
+    return None if answer.status == 201 else _next(remote, answer, "")
 
 
-def _blob(remote: Remote, layout: Path, blob: Blob, report: Report) -> int:
-    """Upload one blob; gives bytes sent, none if it was there. Safe to repeat from the start."""
+def _blob(remote: Remote, layout: Path, blob: Blob, report: Sent) -> int:
+    """Upload one blob if it is missing; returns the bytes sent. Safe to repeat."""
     url = None
     if not has(remote, blob):
         url = _mount(remote, blob) if remote.mount_from else begin(remote)
     if url is None:
         report(blob.size)
         return 0
-    path, start = image.blob_path(layout, blob), 0
+    path, start = blob_path(layout, blob), 0
     if remote.in_pieces and blob.size > remote.chunk:
         with remote.lock:
-            remote.in_pieces -= 1  # unless this goes well
+            remote.in_pieces -= 1  # given back on success
         ended = _pieces(remote, url, path, blob, report)
         with remote.lock:
             remote.in_pieces = remote.in_pieces + 1 if ended else 0
@@ -146,7 +142,7 @@ def _blob(remote: Remote, layout: Path, blob: Blob, report: Report) -> int:
         body=partial(_Body, path, start, blob.size, report),
         headers=_headers(blob.size - start),
     )
-    if answer.status_code in DOUBTFUL:
+    if answer.status in DOUBTFUL:
         if f"sha256:{files.digest_file(path)}" != blob.digest:
             what, change = "is damaged", "remove the layout folder and run the same command again"
             raise SpecError.at("IMAGE-105", str(path), what, change)
@@ -154,8 +150,8 @@ def _blob(remote: Remote, layout: Path, blob: Blob, report: Report) -> int:
     return blob.size
 
 
-def _pieces(remote: Remote, url: str, path: Path, blob: Blob, report: Report) -> str | None:
-    """Send the blob in pieces; gives the URL that ends the upload, None if it takes no pieces."""
+def _pieces(remote: Remote, url: str, path: Path, blob: Blob, report: Sent) -> str | None:
+    """Send the blob in pieces; returns the final URL, None if the registry takes no pieces."""
     for start in range(0, blob.size, remote.chunk):
         end = min(start + remote.chunk, blob.size)
         answer = remote.request(
@@ -165,10 +161,10 @@ def _pieces(remote: Remote, url: str, path: Path, blob: Blob, report: Report) ->
             body=partial(_Body, path, start, end, report),
             headers=_headers(end - start) | {"Content-Range": f"{start}-{end - 1}"},
         )
-        if answer.status_code in NO_PIECES and start == 0:
+        if answer.status in NO_PIECES and start == 0:
             return None
         held = answer.headers.get("Range", "").removeprefix("bytes=")
-        if answer.status_code >= 400 or held not in ("", f"0-{end - 1}"):
+        if answer.status >= 400 or held not in ("", f"0-{end - 1}"):
             raise _doubt(remote, blob, answer)
         url = _next(remote, answer, url)
     return url
@@ -178,25 +174,25 @@ def _headers(size: int) -> dict[str, str]:
     return {"Content-Type": "application/octet-stream", "Content-Length": str(size)}
 
 
-def _next(remote: Remote, answer: requests.Response, url: str) -> str:
+def _next(remote: Remote, answer: Response, url: str) -> str:
     location = answer.headers.get("Location")
     if not location and not url:
         what, change = "begins an upload without saying where", "tell the registry's administrator"
-        raise remote.refusal("REG-125", what, change)
+        raise remote.errors.refusal("REG-125", what, change)
     return remote.absolute(location) if location else url
 
 
-def _doubt(remote: Remote, blob: Blob, answer: requests.Response) -> Again:
+def _doubt(remote: Remote, blob: Blob, answer: Response) -> Again:
     code = answers.code(answer)
-    said = f"{answer.status_code}{f' {code}' if code else ''}"
-    what = f"lost the upload of {blob.digest} (it answered {said})"
-    return remote.judge.again("REG-134", what, "run the same command again", tries=4)
+    reply = f"{answer.status}{f' {code}' if code else ''}"
+    what = f"lost the upload of {blob.digest} (it answered {reply})"
+    return remote.errors.again("REG-134", what, "run the same command again", tries=4)
 
 
 class _Body:
-    """A range of a file as a request's body: with a length, read as it is sent, reported."""
+    """A range of a file as a request's body, read as it is sent, with progress."""
 
-    def __init__(self, path: Path, start: int, end: int, report: Report) -> None:
+    def __init__(self, path: Path, start: int, end: int, report: Sent) -> None:
         self._path, self._start, self._end, self._report = path, start, end, report
 
     def __len__(self) -> int:

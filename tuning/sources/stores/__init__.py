@@ -1,9 +1,9 @@
-"""Files in object stores: `s3://`, `gs://` and `az://` -> https on the store's own address, signed.
+"""Files in object stores: `s3://`, `gs://` and `az://` -> signed https on the store's own address.
 
-No client library of a cloud is at work here: the address is asked for by our own fetcher like any
-other, so that resuming, caps, the policy on hosts and checksums hold. A store adds three things: an
-address, a proof that is made anew for each request (signatures age), and what its refusals mean.
-Only the address itself ever gets that proof, never where it redirects to.
+The address is downloaded like any other URL, so that resuming, limits, the policy on hosts and
+checksums hold; a cloud's client library would bypass them. A store adds an address, a signature for
+each request (signatures expire), and the meaning of its refusals. Only the address itself gets the
+signature, never a redirect's target.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["Keys", "Signed", "Store", "load_keys", "of"]
 
 
 def of(url: str, keys: Keys) -> Store | None:
-    """The place of `url`, or None if that is no URL of a store. Raises SpecError for its keys."""
+    """The object that `url` names, or None if it names none. Raises SpecError for its keys."""
     match urls.in_store(url):
         case ("s3", bucket, key):
             return S3(bucket, key, keys)

@@ -1,8 +1,7 @@
-"""Amazon S3, and stores that speak its language: each request signed with Signature Version 4."""
+"""Amazon S3 and compatible stores: each request signed with Signature Version 4."""
 
 from __future__ import annotations
 
-import datetime
 import re
 from collections.abc import Mapping
 
@@ -16,10 +15,10 @@ _PLACE = re.compile(r"<Region>([a-z0-9-]+)</Region>")
 
 
 class S3:
-    """One object of Amazon S3, or of a store that speaks its language (MinIO, Ceph, R2).
+    """One object of Amazon S3 or of a compatible store (MinIO, Ceph, R2).
 
-    Without AWS_ACCESS_KEY_ID it is asked for unsigned, as public buckets allow, and if that is
-    refused with the pod's role.
+    Without AWS_ACCESS_KEY_ID the request is unsigned, as public buckets allow; if that is refused,
+    the pod's role signs it.
     """
 
     def __init__(self, bucket: str, key: str, keys: Keys) -> None:
@@ -34,7 +33,7 @@ class S3:
         half = bool(self._id) != bool(self._secret)
         if half or not _REGION.fullmatch(self.region):
             what = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY go together"
-            what = what if half else "AWS_REGION is no region"
+            what = what if half else "AWS_REGION is not a region"
             change = "set both" if half else "write one such as eu-central-1"
             raise keys.refusal(what, change)
         login = keys.logins.amazon(self.region) if keys.logins and not self._id else None
@@ -52,11 +51,11 @@ class S3:
         return f"https://{self.bucket}.s3.{self.region}.{domain}/{self.key}"
 
     def signed(self, headers: Mapping[str, str]) -> Signed:
-        """Signature Version 4 over host, date, the range that is asked for and all x-amz-."""
+        """Signature Version 4 over host, date, range and all x-amz- headers."""
         key, secret, session = self._id, self._secret, self._session
         if self._login and self._logged_in:
-            given = self._login()
-            key, secret, session = given.key, given.secret, given.token
+            keys = self._login()
+            key, secret, session = keys.key, keys.secret, keys.token
         if not key:
             return Signed(self.address)
         named = {
@@ -67,7 +66,7 @@ class S3:
         named["X-Amz-Content-SHA256"] = _EMPTY
         if session:
             named["X-Amz-Security-Token"] = session
-        found = sigv4.sign(
+        signed = sigv4.sign(
             "GET",
             self.address,
             named,
@@ -76,12 +75,11 @@ class S3:
             secret=secret,
             region=self.region,
             service="s3",
-            now=datetime.datetime.now(datetime.UTC),
         )
-        return Signed(self.address, found)
+        return Signed(self.address, signed)
 
     def moved(self, headers: Mapping[str, str], body: str) -> str | None:
-        """The address in the bucket's own region, if an answer names it; the same with a login."""
+        """The address in the bucket's own region, if the answer names it; the same with a login."""
         match = _PLACE.search(body)
         region = headers.get("x-amz-bucket-region") or (match[1] if match else "")
         if not self._moved and region != self.region and _REGION.fullmatch(region):
@@ -93,7 +91,7 @@ class S3:
         return None
 
     def meaning(self, status: int, body: str) -> tuple[str, str]:
-        """Amazon's code in our words."""
+        """The problem and remedy of Amazon's error code."""
         code, where = code_of(body, status), self.keys.origin
         known = {
             "NoSuchKey": ("there is no such object", "correct the key; capitals count"),
@@ -106,31 +104,25 @@ class S3:
                 "the session has expired",
                 f"renew AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN in {where}",
             ),
-            "InvalidToken": ("the session's token is wrong", f"mend AWS_SESSION_TOKEN in {where}"),
+            "InvalidToken": ("the session token is wrong", f"correct AWS_SESSION_TOKEN in {where}"),
             "InvalidAccessKeyId": (
                 "the store does not know the access key",
-                f"mend AWS_ACCESS_KEY_ID in {where}; a temporary one needs AWS_SESSION_TOKEN",
+                f"correct AWS_ACCESS_KEY_ID in {where}; a temporary one needs AWS_SESSION_TOKEN",
             ),
             "SignatureDoesNotMatch": (
                 "the secret key does not fit the access key",
-                f"mend AWS_SECRET_ACCESS_KEY in {where}",
-            ),
-            "AuthorizationHeaderMalformed": (
-                f"the bucket is not in the region {self.region}",
-                f"set AWS_REGION in {where}",
-            ),
-            "PermanentRedirect": (
-                f"the bucket is not in the region {self.region}",
-                f"set AWS_REGION in {where}",
+                f"correct AWS_SECRET_ACCESS_KEY in {where}",
             ),
             "InvalidObjectState": ("the object is archived", "restore it from Glacier first"),
         }
+        elsewhere = (f"the bucket is not in the region {self.region}", f"set AWS_REGION in {where}")
+        known |= dict.fromkeys(("AuthorizationHeaderMalformed", "PermanentRedirect"), elsewhere)
         if code in known:
             what, change = known[code]
             return f"{what} ({status} {code})", change
         if status == 404:
             return f"there is no such object ({code})", "correct bucket and key; capitals count"
-        # Who may not list a bucket is told nothing of what is not in it.
+        # Without the right to list the bucket, S3 does not say whether the object exists.
         if self._login:
             what = f"the store refuses access, or there is no such object ({status} {code})"
             return what, f"correct its name, or grant s3:GetObject on it to {self._login.who}"

@@ -1,4 +1,4 @@
-"""Azure Blob Storage: each request with the account's key, or with a shared access signature.
+"""Azure Blob Storage: requests with the account's key or a shared access signature.
 
 Source: https://learn.microsoft.com/rest/api/storageservices/authorize-with-shared-key
 """
@@ -17,7 +17,7 @@ from urllib.parse import parse_qs, urlsplit
 from tuning.sources.stores.keys import Keys
 from tuning.sources.stores.store import Signed, code_of
 
-VERSION = "2021-08-06"  # of the service's language; decides what a signature covers
+VERSION = "2021-08-06"  # of the REST API; decides what a signature covers
 SUFFIX = "core.windows.net"
 NAME, KEY, SAS, STRING = (
     "AZURE_STORAGE_ACCOUNT_NAME",
@@ -32,21 +32,21 @@ _SAS = re.compile(r"[\w.~%&=:/+,*-]+", re.ASCII)
 
 @dataclass(frozen=True)
 class _Account:
-    """Where an account's blobs are, and one of two ways to prove that they may be read."""
+    """An account's endpoint, and a key or a shared access signature for it."""
 
     name: str
     endpoint: str
     key: bytes = field(default=b"", repr=False)
     sas: str = field(default="", repr=False)
-    named: str = NAME  # which of the keys says its name
-    proof: str = KEY  # which of them is to be mended when it does not fit
+    named: str = NAME  # the setting with its name
+    proof: str = KEY  # the setting to correct when it does not fit
 
 
 class AzureBlob:
     """One blob of a container.
 
-    Without a key it is asked for unsigned, as public containers allow, and if that is refused by
-    the pod's identity.
+    Without a key the request is unsigned, as public containers allow; if that is refused, the pod's
+    identity is used.
     """
 
     def __init__(self, container: str, blob: str, keys: Keys) -> None:
@@ -71,36 +71,37 @@ class AzureBlob:
         return Signed(self.address, sign(self.address, headers, own, self._account))
 
     def moved(self, headers: Mapping[str, str], body: str) -> str | None:
-        """The same with a login: an account is in one place."""
+        """The same address with a login: an account has only one."""
         if self._login and not self._logged_in:
             self._logged_in = True
             return self.address
         return None
 
     def meaning(self, status: int, body: str) -> tuple[str, str]:
-        """Azure's code in our words."""
+        """The problem and remedy of Azure's error code."""
         code, where = code_of(body, status), self.keys.origin
         account, proof = self._account.name or self._account.endpoint, self._account.proof
         allow = f"put {KEY} or {SAS} into {where}"
+        not_public = ("is not public, and there is no key", allow)
         known = {
             "BlobNotFound": ("there is no such blob", "correct its name; capitals count"),
             "ContainerNotFound": (
                 f"there is no such container in the account {account}",
                 f"correct the container's name, or {self._account.named} in {where}",
             ),
-            "NoAuthenticationInformation": ("is not public, and there is no key", allow),
-            "PublicAccessNotPermitted": ("is not public, and there is no key", allow),
+            "NoAuthenticationInformation": not_public,
+            "PublicAccessNotPermitted": not_public,
             "AuthorizationPermissionMismatch": (
-                "the shared access signature does not allow to read",
+                "the shared access signature does not allow reading",
                 f"make one with the permission r, and put it into {proof} of {where}",
             ),
             "AuthenticationFailed": (
                 f"{proof} does not fit the account {account}, or the clock is off",
-                f"mend {self._mend} in {where}; set the machine's clock (NTP)",
+                f"correct {self._suspects} in {where}; set the machine's clock (NTP)",
             ),
             "AuthorizationFailure": (
-                f"{proof} does not fit the account {account}, or its firewall shuts us out",
-                f"mend {self._mend} in {where}; open the firewall to this machine",
+                f"{proof} does not fit the account {account}, or its firewall blocks this machine",
+                f"correct {self._suspects} in {where}; open the firewall to this machine",
             ),
             "KeyBasedAuthenticationNotPermitted": (
                 f"the account {account} accepts no key",
@@ -138,7 +139,7 @@ class AzureBlob:
         return bool(self._account.sas or self._account.key)
 
     @property
-    def _mend(self) -> str:
+    def _suspects(self) -> str:
         return " or ".join(dict.fromkeys((self._account.proof, self._account.named)))
 
     def _moment(self, name: str) -> datetime.datetime | None:
@@ -166,13 +167,13 @@ def sign(
 
 
 def _account(keys: Keys) -> _Account:
-    """The account that `keys` name. Raises SpecError without a word of a key."""
+    """The account that `keys` name. Raises SpecError, which never contains a key."""
     parts = _parts(keys)
     separate = keys.get(NAME, "AZURE_STORAGE_ACCOUNT")
     name = parts.get("accountname") or separate
     endpoint = parts.get("blobendpoint", "").rstrip("/")
     key, sas = parts.get("accountkey", ""), parts.get("sharedaccesssignature", "")
-    if not key and not sas:  # else they belong to the string's account, whatever else is set
+    if not key and not sas:  # else those of the string belong to its account
         key, sas = keys.get(KEY, "AZURE_STORAGE_KEY"), keys.get(SAS)
     sas = sas.lstrip("?").replace("+", "%2B")  # a + would be read as a space
     suffix = parts.get("endpointsuffix", SUFFIX)
@@ -185,21 +186,21 @@ def _account(keys: Keys) -> _Account:
     if endpoint:
         endpoint = keys.checked_endpoint(f"BlobEndpoint in {STRING}", endpoint)
     if name and not _ACCOUNT.fullmatch(name):
-        what = f"{NAME} is no name of a storage account"
-        raise keys.refusal(what, "write 3 to 24 small letters and digits")
+        what = f"{NAME} is not a storage account's name"
+        raise keys.refusal(what, "write 3 to 24 lower-case letters and digits")
     if not _DOMAIN.fullmatch(suffix):
-        raise keys.refusal(f"EndpointSuffix in {STRING} is no domain", f"write {SUFFIX}")
+        raise keys.refusal(f"EndpointSuffix in {STRING} is not a domain", f"write {SUFFIX}")
     if sas and not ("sig=" in sas and _SAS.fullmatch(sas)):
-        what = f"{SAS} is no shared access signature"
+        what = f"{SAS} is not a shared access signature"
         raise keys.refusal(what, "write what the portal shows as SAS token: sv=...&sig=...")
     try:
         secret = base64.b64decode(key, validate=True)
     except ValueError:
-        what = f"{KEY} is no key of a storage account"
+        what = f"{KEY} is not a storage account's key"
         raise keys.refusal(what, "write it as the portal shows it (base64)") from None
     scheme = "http" if parts.get("defaultendpointsprotocol") == "http" else "https"
     endpoint = endpoint or f"{scheme}://{name}.blob.{suffix}"
-    # A key reads everything, a signature what it was made for: the narrower of the two is used.
+    # A key reads everything, a signature only what it was made for: prefer the signature.
     kind, usual = ("sharedaccesssignature", SAS) if sas else ("accountkey", KEY)
     return _Account(
         name,
@@ -212,10 +213,10 @@ def _account(keys: Keys) -> _Account:
 
 
 def _parts(keys: Keys) -> dict[str, str]:
-    """The parts of the connection string, names in small letters."""
+    """The parts of the connection string, by lower-case name."""
     text = keys.get(STRING)
     pairs = [part.partition("=") for part in text.split(";") if part.strip()]
     if any(not equals for _, equals, _ in pairs):
-        what = f"{STRING} is no connection string"
+        what = f"{STRING} is not a connection string"
         raise keys.refusal(what, "write AccountName=...;AccountKey=... as the portal shows it")
     return {name.strip().lower(): value.strip() for name, _, value in pairs}

@@ -1,7 +1,7 @@
-"""Google Cloud Storage: a signed URL for each request, or somebody's access token.
+"""Google Cloud Storage: a signed URL for each request, or an access token.
 
-A service account's key file signs by itself (V4 signing process, GOOG4-RSA-SHA256); no token is
-asked for. Source: https://cloud.google.com/storage/docs/authentication/signatures
+A service account's key file signs by itself, without a token (V4 signing, GOOG4-RSA-SHA256).
+Source: https://cloud.google.com/storage/docs/authentication/signatures
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from tuning.sources.stores.store import Signed, code_of
 
 FILE, TOKEN = "GOOGLE_APPLICATION_CREDENTIALS", "GOOGLE_OAUTH_ACCESS_TOKEN"
 ENDPOINT = "https://storage.googleapis.com"
-GOOD_FOR = 900  # seconds in which a signed URL may be asked for; a longer transfer goes on
+VALID_FOR = 900  # seconds in which a transfer may start
 
 
 class CloudStorage:
     """One object of a bucket.
 
-    Without a key file and a token it is asked for unsigned, as public buckets allow, and if that
-    is refused by who is logged in.
+    Without a key file or token the request is unsigned, as public buckets allow; if that is
+    refused, the environment's login is used.
     """
 
     def __init__(self, bucket: str, key: str, keys: Keys) -> None:
@@ -47,8 +47,8 @@ class CloudStorage:
 
     def signed(self, headers: Mapping[str, str]) -> Signed:
         """The address with a signature of the service account, or with the token."""
-        # An object that is stored compressed comes as it is: unpacked on the way it would have
-        # neither a length nor ranges, and a broken transfer could not go on.
+        # An object that is stored compressed is sent as it is: decompressed on the way it would
+        # have neither length nor ranges, and could not be resumed.
         own = {"Accept-Encoding": "gzip"}
         token = self._login().text if self._login and self._logged_in else self._token
         if token:
@@ -59,21 +59,21 @@ class CloudStorage:
         return Signed(sign(self.address, self._email, self._key, now), own)
 
     def moved(self, headers: Mapping[str, str], body: str) -> str | None:
-        """The same with a login: every bucket answers everywhere."""
+        """The same address with a login: a bucket has only one."""
         if self._login and not self._logged_in:
             self._logged_in = True
             return self.address
         return None
 
     def meaning(self, status: int, body: str) -> tuple[str, str]:
-        """Google's code in our words."""
+        """The problem and remedy of Google's error code."""
         code, where = code_of(body, status), self.keys.origin
         known = {
             "NoSuchKey": ("there is no such object", "correct the name; capitals count"),
             "NoSuchBucket": ("there is no such bucket", "correct the bucket's name"),
             "UserProjectMissing": (
-                "the bucket lets the requester pay, which is not done here",
-                "copy the file to a bucket of yours",
+                "the bucket is requester-pays, which is not supported",
+                "copy the file to your own bucket",
             ),
             "SignatureDoesNotMatch": (
                 "the key does not fit its service account",
@@ -95,14 +95,14 @@ class CloudStorage:
         if not self._token and not self._login and self._key is None:
             what = f"is not public, or not there, and there is no key to sign with ({code})"
             return what, f"put a service account's key file into {FILE} of {where}, or set {TOKEN}"
-        who = self._email or (self._login.who if self._login else "whose token it is")
+        who = self._email or (self._login.who if self._login else "the token's owner")
         what = f"the store refuses access, or there is no such object ({status} {code})"
         change = f"grant storage.objects.get on it (Storage Object Viewer) to {who}"
         return what, f"correct its name, or {change}"
 
 
 def sign(address: str, email: str, key: rsa.RSAPrivateKey, now: datetime.datetime) -> str:
-    """The URL of a GET of `address` that a service account allows; `now` is in UTC."""
+    """The signed URL of a GET of `address`; `now` is in UTC."""
     place, stamp = urlsplit(address), now.strftime("%Y%m%dT%H%M%SZ")
     scope = f"{stamp[:8]}/auto/storage/goog4_request"
     query = "&".join(
@@ -111,7 +111,7 @@ def sign(address: str, email: str, key: rsa.RSAPrivateKey, now: datetime.datetim
             ("X-Goog-Algorithm", "GOOG4-RSA-SHA256"),
             ("X-Goog-Credential", f"{email}/{scope}"),
             ("X-Goog-Date", stamp),
-            ("X-Goog-Expires", str(GOOD_FOR)),
+            ("X-Goog-Expires", str(VALID_FOR)),
             ("X-Goog-SignedHeaders", "host"),
         )
     )
@@ -123,24 +123,24 @@ def sign(address: str, email: str, key: rsa.RSAPrivateKey, now: datetime.datetim
 
 
 def _service_account(text: str, keys: Keys) -> tuple[str, rsa.RSAPrivateKey]:
-    """E-mail address and key of a key file. Raises SpecError without a word of it."""
+    """E-mail address and key of a key file. Raises SpecError, which never contains the key."""
     change = f"put the file in whole (--from-file={FILE}=key.json); in the environment, its path"
     if not text.startswith("{") and keys.origin == Keys.ENVIRONMENT:
-        raise keys.refusal(f"{FILE} names no file that can be read", "correct the path")
+        raise keys.refusal(f"{FILE} does not name a readable file", "correct the path")
     try:
-        found = json.loads(text)
-        kind = found["type"]
+        record = json.loads(text)
+        kind = record["type"]
     except (ValueError, KeyError, TypeError):
-        raise keys.refusal(f"{FILE} is no key file of Google's", change) from None
+        raise keys.refusal(f"{FILE} is not a key file of Google's", change) from None
     if kind != "service_account":
         shown = kind if kind in ("authorized_user", "external_account") else "something else"
-        what = f"{FILE} is no service account's key but {shown}, which needs Google's token service"
+        what = f"{FILE} is not a service account's key but {shown}, which needs a token service"
         raise keys.refusal(what, f"set {TOKEN} to what `gcloud auth print-access-token` prints")
     try:
-        key = serialization.load_pem_private_key(found["private_key"].encode(), None)
-        email = found["client_email"]
+        key = serialization.load_pem_private_key(record["private_key"].encode(), None)
+        email = record["client_email"]
     except (ValueError, TypeError, KeyError, AttributeError, UnsupportedAlgorithm):
-        raise keys.refusal(f"{FILE} holds no private key that can be read", change) from None
+        raise keys.refusal(f"{FILE} has no readable private key", change) from None
     if not isinstance(key, rsa.RSAPrivateKey) or not isinstance(email, str):
-        raise keys.refusal(f"{FILE} holds no RSA key with its account", change)
+        raise keys.refusal(f"{FILE} has no RSA key with an account", change)
     return email, key

@@ -1,9 +1,9 @@
-"""Who has no key of a store, but is known to its cloud: a pod by its workload identity, a person.
+"""Logins without a key: a pod's workload identity, or a user's default credentials.
 
-What the clouds' webhooks put into a pod's environment is read, and Google's file of default
-credentials. Tokens are asked for when a store refuses who says nothing, so that nobody needs one
-for what is public, and again before they run out. They go to the clouds' own addresses alone: one
-that a Secret names could keep them. What an emulator on this machine gives goes to this machine.
+They come from what the clouds' webhooks put into a pod's environment, and from Google's file of
+default credentials. A token is requested after a store refused an anonymous request, so that public
+files need none, and again before it expires. Tokens go to the clouds' own addresses only: an
+endpoint in a Secret could steal them. An emulator's token goes to this machine only.
 """
 
 from __future__ import annotations
@@ -19,15 +19,13 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 from urllib.parse import urlsplit
 
-import requests
-
 from tuning.errors import SpecError
 from tuning.network import federation
-from tuning.network import session as https
-from tuning.network.federation import Ask, Session, Token
+from tuning.network.federation import Ask, TemporaryKeys, Token
 from tuning.network.policy import Policy, place
+from tuning.network.session import Session, is_loopback
 
-EARLY = 120.0  # seconds before its end in which a token counts as run out
+EARLY = 120.0  # seconds before its expiry in which a token counts as expired
 GOOGLE_FILE = "GOOGLE_APPLICATION_CREDENTIALS"
 LARGEST_FILE = 1 << 16  # bytes
 AZURE_SCOPE = "https://storage.azure.com/.default"
@@ -38,43 +36,43 @@ _STORES = re.compile(
 )
 _GOOGLE = re.compile(r"(oauth2|sts|iamcredentials)\.googleapis\.com")
 _ACCOUNT = re.compile(r"/v1/projects/-/serviceAccounts/([\w.@-]+):generateAccessToken")
-Given = TypeVar("Given", Session, Token)
+Grant = TypeVar("Grant", TemporaryKeys, Token)
 
 
 @dataclass
-class Login(Generic[Given]):
-    """A token or session that is renewed. Threads may share it."""
+class Login(Generic[Grant]):
+    """A token, or temporary keys, renewed in time. Thread-safe."""
 
-    who: str  # as messages call it
-    ask: Callable[[], Given] = field(repr=False)
+    who: str  # its name in messages
+    ask: Callable[[], Grant] = field(repr=False)
     local: bool = False  # from a token service on this machine
-    _given: Given | None = field(default=None, repr=False)
+    _grant: Grant | None = field(default=None, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
-    def __call__(self) -> Given:
-        """What is good now. Raises as `federation` does."""
+    def __call__(self) -> Grant:
+        """What is valid now. Raises as `federation` does."""
         with self._lock:
-            if self._given is None or time.monotonic() >= self._given.until - EARLY:
-                self._given = self.ask()
-            return self._given
+            if self._grant is None or time.monotonic() >= self._grant.until - EARLY:
+                self._grant = self.ask()
+            return self._grant
 
     def fits(self, address: str) -> bool:
-        """Whether what it gives may be sent to `address`."""
+        """Whether it may be sent to `address`."""
         return _is(address, None if self.local else _STORES)
 
 
 class Logins:
-    """The logins that an environment has for each cloud."""
+    """The logins that an environment provides for each cloud."""
 
     def __init__(
         self, environment: Mapping[str, str], ask: Ask, gcloud: Path | None = None
     ) -> None:
-        """`gcloud`: where gcloud keeps a person's default credentials, if they count."""
+        """`gcloud`: the file of a user's default credentials, if they may be used."""
         self._environment, self._ask, self._gcloud = environment, ask, gcloud
         self._known: dict[str, Any] = {}
 
-    def amazon(self, region: str) -> Login[Session] | None:
-        """Of the role that EKS gives to a service account."""
+    def amazon(self, region: str) -> Login[TemporaryKeys] | None:
+        """The login of the role that EKS gives to a service account."""
         role = self._environment.get("AWS_ROLE_ARN")
         file = self._environment.get("AWS_WEB_IDENTITY_TOKEN_FILE")
         if not role or not file:
@@ -85,7 +83,7 @@ class Logins:
         return self._once(f"aws {region}", who, lambda: aws.session(self._ask), sts)
 
     def azure(self) -> Login[Token] | None:
-        """Of the identity that Azure's webhook gives to a service account."""
+        """The login of the identity that Azure's webhook gives to a service account."""
         names = ("AZURE_TENANT_ID", "AZURE_CLIENT_ID", "AZURE_FEDERATED_TOKEN_FILE")
         tenant, client, file = (self._environment.get(name, "") for name in names)
         if not (tenant and client and file):
@@ -99,52 +97,48 @@ class Logins:
         )
 
     def google(self) -> Login[Token] | None:
-        """Of who said `gcloud auth application-default login`, or of a federated identity."""
+        """The login of `gcloud auth application-default login`, or of a federated identity."""
         named = self._environment.get(GOOGLE_FILE)
         path = Path(named) if named else self._gcloud
         try:
-            found: dict[str, Any] = json.loads(_text(path)) if path else {}
-            kind = found.get("type")
+            credentials: dict[str, Any] = json.loads(read_text(path)) if path else {}
+            kind = credentials.get("type")
         except (OSError, ValueError, AttributeError):
-            return None  # a file that is named and cannot be read: the store says so
+            return None  # the store reports an unreadable file
         match kind:
             case "authorized_user":
-                who, url = "the person of gcloud's default login", str(found.get("token_uri"))
+                who, url = "the user of gcloud's default login", str(credentials.get("token_uri"))
                 return self._once(
-                    "google", who, lambda: _user(found, str(path)).token(self._ask), url
+                    "google", who, lambda: _user(credentials, str(path)).token(self._ask), url
                 )
             case "external_account":
-                who, url = "the federated identity", str(found.get("token_url"))
+                who, url = "the federated identity", str(credentials.get("token_url"))
                 return self._once(
-                    "google", who, lambda: _federated(found, str(path)).token(self._ask), url
+                    "google", who, lambda: _federated(credentials, str(path)).token(self._ask), url
                 )
         return None
 
-    def _once(self, key: str, who: str, ask: Callable[[], Given], service: str) -> Login[Given]:
+    def _once(self, key: str, who: str, ask: Callable[[], Grant], service: str) -> Login[Grant]:
         """The same login for all files of a cloud."""
-        made = Login(who, ask, _is(service, None))
-        found: Login[Given] = self._known.setdefault(key, made)
-        return found
+        new = Login(who, ask, _is(service, None))
+        login: Login[Grant] = self._known.setdefault(key, new)
+        return login
 
 
 def token_service(policy: Policy) -> Ask:
-    """Requests to token services, by the proxy and with the authorities that `policy` says."""
-    session = https.session(policy.ca_bundle)
+    """Requests to token services, by the proxy and with the authorities that `policy` names."""
 
-    def ask(method: str, url: str, **more: Any) -> requests.Response:
-        scheme, host, port = place(url)
-        through = not https.is_loopback(url) and policy.uses_proxy(host, port)
-        proxies = {scheme: str(policy.proxy)} if through else {}
-        return session.request(method, url, proxies=proxies, **more)
+    def proxy(url: str) -> str | None:
+        return None if is_loopback(url) else policy.proxy_for(url)
 
-    return ask
+    return Session(policy.ca_bundle, proxy=proxy).request
 
 
 def _is(address: str, hosts: re.Pattern[str] | None) -> bool:
     """Whether `address` is one of `hosts`, by https; None: this machine."""
     try:
         scheme, host, port = place(address)
-        local = https.is_loopback(address)
+        local = is_loopback(address)
     except ValueError:
         return False
     if hosts is None:
@@ -153,54 +147,54 @@ def _is(address: str, hosts: re.Pattern[str] | None) -> bool:
 
 
 def gcloud_file() -> Path:
-    """Where gcloud keeps a person's default credentials."""
+    """The file of a user's default credentials of gcloud."""
     folder = os.environ.get("CLOUDSDK_CONFIG") or Path.home() / ".config" / "gcloud"
     return Path(folder) / "application_default_credentials.json"
 
 
-def _user(found: dict[str, Any], where: str) -> federation.GoogleUser:
+def _user(credentials: dict[str, Any], where: str) -> federation.GoogleUser:
     names = ("client_id", "client_secret", "refresh_token")
-    values = [found.get(name) for name in names]
+    values = [credentials.get(name) for name in names]
     if not all(isinstance(value, str) and value for value in values):
-        change = "say once more: gcloud auth application-default login"
-        raise SpecError.at("FETCH-107", where, f"holds no {', '.join(names)}", change)
-    uri = str(found.get("token_uri"))  # old files have older addresses of the same service
+        change = "run again: gcloud auth application-default login"
+        raise SpecError.at("FETCH-107", where, f"has no {', '.join(names)}", change)
+    uri = str(credentials.get("token_uri"))  # old files have older addresses of the same service
     more = {"url": uri} if _is(uri, None) else {}
     return federation.GoogleUser(*map(str, values), **more)
 
 
-def _federated(found: dict[str, Any], where: str) -> federation.Google:
+def _federated(credentials: dict[str, Any], where: str) -> federation.Google:
     """A file of `gcloud iam workload-identity-pools create-cred-config`, its token in a file."""
-    source, audience = found.get("credential_source"), found.get("audience")
+    source, audience = credentials.get("credential_source"), credentials.get("audience")
     file = source.get("file") if isinstance(source, dict) else None
     if not isinstance(file, str) or not isinstance(audience, str):
-        what = "says no credential_source.file, or no audience"
-        change = "make it with --credential-source-file; other sources are not read"
+        what = "has no credential_source.file or no audience"
+        change = "make it with --credential-source-file; other sources are not supported"
         raise SpecError.at("FETCH-107", where, what, change)
     form = source.get("format") if isinstance(source, dict) else None
     if isinstance(form, dict) and form.get("type", "text") != "text":
-        what, change = "wants a token inside of JSON", "make it without --credential-source-type"
+        what, change = "expects a token in JSON", "make it without --credential-source-type"
         raise SpecError.at("FETCH-107", where, what, change)
-    acts, account, more = found.get("service_account_impersonation_url"), "", {}
-    if acts:
-        parts = urlsplit(str(acts))
+    impersonation, account, more = credentials.get("service_account_impersonation_url"), "", {}
+    if impersonation:
+        parts = urlsplit(str(impersonation))
         match = _ACCOUNT.fullmatch(parts.path)
-        if not match or not _googles(str(acts)):
-            what = "has a service_account_impersonation_url that is none of Google's"
-            raise SpecError.at("FETCH-107", where, what, "make the file once more")
+        if not match or not _googles(str(impersonation)):
+            what = "has a service_account_impersonation_url that is not Google's"
+            raise SpecError.at("FETCH-107", where, what, "make the file again")
         account, more = match[1], {"iam": f"{parts.scheme}://{parts.netloc}"}
-    more |= _place(found, "token_url", "sts", where)
+    more |= _place(credentials, "token_url", "sts", where)
     return federation.Google(audience, Path(file), account, **more)
 
 
-def _place(found: dict[str, Any], name: str, as_: str, where: str) -> dict[str, str]:
-    """An address of Google's token service in a file, if it says one."""
-    url = found.get(name)
+def _place(credentials: dict[str, Any], name: str, as_: str, where: str) -> dict[str, str]:
+    """The address of Google's token service in a file, if any."""
+    url = credentials.get(name)
     if not url:
         return {}
     if not _googles(str(url)):
-        what = f"has a {name} that is none of Google's"
-        raise SpecError.at("FETCH-107", where, what, "make the file once more")
+        what = f"has a {name} that is not Google's"
+        raise SpecError.at("FETCH-107", where, what, "make the file again")
     return {as_: str(url)}
 
 
@@ -208,6 +202,7 @@ def _googles(url: str) -> bool:
     return _is(url, _GOOGLE) or _is(url, None)
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of a small file."""
     with path.open("rb") as file:
-        return file.read(LARGEST_FILE).decode("utf-8")
+        return file.read(LARGEST_FILE).decode().strip()

@@ -1,4 +1,4 @@
-"""What every object store has in common."""
+"""The interface of an object store."""
 
 from __future__ import annotations
 
@@ -12,42 +12,42 @@ _CODE = re.compile(r"<Code>(\w{1,80})</Code>")
 
 @dataclass(frozen=True)
 class Signed:
-    """A GET of a store's file with what proves that it is ours, good for some minutes."""
+    """A signed GET of a store's file, valid for some minutes."""
 
-    url: str = field(repr=False)  # the address, with a signature in its query where one is
+    url: str = field(repr=False)  # the address, maybe with a signature in its query
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
 class Store(Protocol):
-    """A place of one file."""
+    """One file of a store."""
 
     @property
     def address(self) -> str:
-        """Where it is asked for; holds no secret."""
+        """Its https URL. Not secret."""
         ...
 
     @property
     def identity(self) -> str:
-        """What tells its store from others in which the same URL names another file; no secret."""
+        """Identifies the store (endpoint, account) in cache keys. Not secret."""
         ...
 
     def signed(self, headers: Mapping[str, str]) -> Signed:
-        """A GET of the address with `headers`, from now on. The headers found are more of them."""
+        """A signed GET of the address with `headers`; the result holds further headers."""
         ...
 
     def moved(self, headers: Mapping[str, str], body: str) -> str | None:
-        """Where to ask again: an address that a refusal points to, or the same with a login.
+        """The address to try after a refusal: where it points to, or the same with a login.
 
-        None if there is no such way, or if it was gone before.
+        None if there is none, or it was tried before.
         """
         ...
 
     def meaning(self, status: int, body: str) -> tuple[str, str]:
-        """What is wrong, and what to change; never a text of the answer's."""
+        """The problem and its remedy; never text of the answer."""
         ...
 
 
 def code_of(body: str, status: int) -> str:
-    """The code in an answer's XML, in which all stores write their reasons; else the status."""
-    found = _CODE.search(body)
-    return found[1] if found else str(status)
+    """The error code in an answer's XML, else the status."""
+    match = _CODE.search(body)
+    return match[1] if match else str(status)

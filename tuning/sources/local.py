@@ -1,0 +1,167 @@
+"""Data files that are on this machine: single files, folders, and what images hold under /data."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tuning import files
+from tuning.errors import DataError, Problem, SpecError
+from tuning.spec import Source
+
+log = logging.getLogger(__name__)
+
+PullImage = Callable[[str, Path], object]  # image reference, empty folder for its /data files
+
+# Files beside data in published folders; --data FILE still reads one.
+_COMPANIONS = re.compile(
+    r"(readme|license|licence|notice|changelog)(\..*)?|.*\.md"
+    r"|(dataset_infos?|dataset_dict|state)\.json",  # of datasets' save_to_disk
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class File:
+    """One verified file of the data."""
+
+    path: Path
+    shown: str  # what messages call it: the URL without its query, or the path as given
+    sha256: str
+    size: int  # bytes
+
+    def to_json(self) -> dict[str, Any]:
+        """For the journal and for requests to child processes; `from_json` reads it."""
+        return asdict(self) | {"path": str(self.path)}
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> File:
+        """The file that `to_json` recorded."""
+        return cls(Path(record["path"]), record["shown"], record["sha256"], record["size"])
+
+
+def listed(folder: Path) -> list[tuple[Path, str]]:
+    """The data files below `folder`, sorted by name: path and display name of each.
+
+    Hidden files and companions such as README.md are left out. Raises DataError for an empty folder
+    or a link that leads out of it.
+    """
+    if not folder.is_dir():
+        what = "is not a folder" if folder.exists() else "does not exist"
+        raise DataError.at("FETCH-123", str(folder), what, "name the folder that holds the data")
+    root = folder.resolve()
+    data, problems = [], []
+    for path in _walk(folder):
+        name = path.relative_to(folder).as_posix()
+        if not path.resolve().is_relative_to(root):
+            what = "is a link that leads out of the folder"
+            change = "put the file itself there"
+            problems.append(Problem("FETCH-125", f"{folder}/{name}", what, change))
+        elif not path.is_file():
+            log.info("%s: not a regular file, left out", path)
+        elif _COMPANIONS.fullmatch(path.name):
+            log.info("%s: not data by its name, left out", path)
+        else:
+            data.append((path, f"{folder}/{name}"))
+    if problems:
+        raise DataError(problems)
+    if not data:
+        raise DataError.at("FETCH-124", str(folder), "holds no data file", "put the data there")
+    return data
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """The visible files below `folder`, by name; links to folders are not followed."""
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if entry.name.startswith(".") or entry.name == "lost+found":
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            yield from _walk(Path(entry.path))
+        else:
+            yield Path(entry.path)
+
+
+def chosen(
+    candidates: list[tuple[Path, str]], root: Path, source: Source
+) -> list[tuple[Path, str]]:
+    """The files below `root` that dataset_path and dataset_extension select."""
+    names = {path: path.relative_to(root).as_posix() for path, _ in candidates}
+    if source.within:
+        for within in spellings(source.within):
+            start = f"{within}/" if within else ""
+            if inside := [each for each in candidates if f"{names[each[0]]}/".startswith(start)]:
+                break
+        else:
+            raise no_match(source, list(names.values()))
+        candidates = inside
+    if source.ending:
+        ended = [each for each in candidates if _has_ending(names[each[0]], source.ending)]
+        return ended or candidates  # where none has it, it says what the files are
+    return candidates
+
+
+def _has_ending(name: str, ending: str) -> bool:
+    name = name.lower()
+    for suffix in (".gz", ".gzip", ".zst", ".zstd"):
+        name = name.removesuffix(suffix)
+    return name.endswith(f".{ending}")
+
+
+def no_match(source: Source, names: list[str]) -> SpecError:
+    """The error of a dataset_path that selects no file among `names`."""
+    shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
+    what = f'names "{source.within}", and no such file or folder is among the data: {shown}'
+    change = "name a file or folder that is there, or remove the key"
+    return SpecError.at("FETCH-126", "DatasetConfig.dataset_path", what, change)
+
+
+def hashed(named: list[tuple[Path, str]]) -> tuple[File, ...]:
+    """Local files, hashed where they are. Raises DataError with all problems."""
+    verified, problems = [], []
+    for path, shown in named:
+        try:
+            size = path.stat().st_size
+            if not path.is_file():
+                problems.append(Problem("FETCH-123", shown, "is not a file", "name a file"))
+            elif size == 0:
+                problems.append(Problem("FETCH-120", shown, "is empty", "name a file with rows"))
+            else:
+                verified.append(File(path.resolve(), shown, files.digest_file(path), size))
+        except OSError as error:
+            what = "does not exist" if error.errno == 2 else f"cannot be read: {error.strerror}"
+            problems.append(Problem("FETCH-123", shown, what, "check its name and rights"))
+    if problems:
+        raise DataError(problems)
+    return tuple(verified)
+
+
+def from_image(source: Source, folder: Path, pull_image: PullImage | None) -> tuple[File, ...]:
+    """The files under /data of an image, pulled once."""
+    reference = str(source.image)
+    if pull_image is None:
+        raise ValueError("a source that is an image needs pull_image")
+    target, record = folder / "image", folder / "image.json"
+    known = files.read_json(record) if record.exists() else None
+    if not known or known["image"] != reference or not target.is_dir():
+        scratch = folder / "image.tmp"
+        for old in (scratch, target):
+            shutil.rmtree(old, ignore_errors=True)
+        record.unlink(missing_ok=True)
+        scratch.mkdir(parents=True)
+        pull_image(reference, scratch)
+        files.replace_folder(scratch, target)
+        files.write_json(record, {"image": reference})
+    data = [(path, f"{reference}:/data/{path.relative_to(target)}") for path, _ in listed(target)]
+    return hashed(chosen(data, target, source))
+
+
+def spellings(within: str) -> tuple[str, ...]:
+    """dataset_path as written, and as KAITO reads it: relative to the folder `data`."""
+    inner = f"{within}/".removeprefix("data/").rstrip("/")
+    return (within,) if inner == within else (within, inner)

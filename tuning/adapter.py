@@ -9,30 +9,22 @@ parser and `inspect` need no torch.
 from __future__ import annotations
 
 import json
-import logging
 import math
 import re
-import shutil
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tuning import files
-from tuning.errors import DivergedError, Problem, SpecError, TuningError
-
-if TYPE_CHECKING:
-    import torch
-
-logger = logging.getLogger(__name__)
+from tuning.errors import Problem, SpecError
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 HEADER_LIMIT = 100 << 20  # what safetensors itself accepts
-KNOWN_SUFFIXES = frozenset({".json", ".safetensors", ".jinja", ".model", ".txt", ".md"})
 
 Unset = Literal[False] | None
 """What a key may say that we know and do not support."""
@@ -122,16 +114,6 @@ class Adapter:
         return self.config.get("base_model_name_or_path")
 
     @property
-    def revision(self) -> str | None:
-        """The revision of the base model, if the adapter names one."""
-        return self.config.get("revision")
-
-    @property
-    def targets(self) -> tuple[str, ...]:
-        """Last names of the adapted projections, sorted."""
-        return tuple(sorted({name.rpartition(".")[2] for name in self.modules}))
-
-    @property
     def modules(self) -> tuple[str, ...]:
         """Full names of the adapted projections in the base model, sorted."""
         return modules(self.tensors)
@@ -140,11 +122,6 @@ class Adapter:
     def parameters(self) -> int:
         """How many numbers the adapter has."""
         return sum(tensor.count for tensor in self.tensors.values())
-
-    @property
-    def bytes(self) -> int:
-        """Size of the weights file."""
-        return (self.folder / WEIGHTS).stat().st_size
 
     @property
     def sha256(self) -> str:
@@ -355,95 +332,3 @@ _WRITES = frozenset({"o_proj", "down_proj", "fc2", "dense_4h_to_h"})
 
 def _named(adapter: Adapter) -> str:
     return f", {adapter.base_model}" if adapter.base_model else ""
-
-
-def finish(
-    target: Path,
-    *,
-    tensors: Mapping[str, torch.Tensor],
-    config: Mapping[str, Any],
-    save_tokenizer: Callable[[Path], object],
-    step: int,
-    steps: int,
-) -> Adapter:
-    """Put a trained adapter in place at `target`, if it is one: the finish gate.
-
-    The step count is reached, every tensor is finite, at least one `lora_B` is not zero, and what
-    was written reads back as the adapter of `config`. Whatever fails, nothing is at `target` that
-    was not there before. The same tensors and config always give the same bytes. Raises
-    DivergedError, SpecError, or TuningError for an unfinished training.
-    """
-    import safetensors.torch
-
-    _gate(tensors, step=step, steps=steps)
-    scratch = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    try:
-        save_tokenizer(scratch)
-        for path in scratch.rglob("*"):
-            if path.suffix not in KNOWN_SUFFIXES:
-                raise AssertionError(f"unexpected file {path.name} beside the tokenizer")
-        files.write_json(scratch / CONFIG, dict(config))
-        ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        files.write(scratch / WEIGHTS, safetensors.torch.save(ready, metadata={"format": "pt"}))
-        inspect(scratch)
-        if target.exists():
-            shutil.rmtree(target)
-        files.replace_folder(scratch, target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return inspect(target)
-
-
-def _gate(tensors: Mapping[str, torch.Tensor], *, step: int, steps: int) -> None:
-    if step != steps:
-        what = f"training ended at step {step} of {steps}"
-        raise TuningError.at("TRAIN-150", "adapter", what, "run the same command again")
-    broken = sorted(name for name, tensor in tensors.items() if not tensor.isfinite().all())
-    if broken:
-        raise DivergedError.at(
-            "TRAIN-132",
-            "adapter",
-            f"{len(broken)} of {len(tensors)} tensors are not finite, the first {broken[0]}",
-            "lower learning_rate, or look at the rows of the last steps",
-        )
-    changed = any(tensor.any() for name, tensor in tensors.items() if ".lora_B." in name)
-    if steps > 0 and not changed:
-        raise DivergedError.at(
-            "TRAIN-133",
-            "adapter",
-            "every lora_B is zero: training changed nothing",
-            "check that learning_rate is not 0 and that the rows have answers to learn",
-        )
-
-
-def config_of(
-    lora: Mapping[str, Any], *, base_name: str, base_revision: str | None
-) -> dict[str, Any]:
-    """`adapter_config.json` of a LoRA config (PEFT's `to_dict`): only what a reader needs, sorted.
-
-    No local path gets in: `base_name` replaces whatever folder the base was loaded from.
-    """
-    alpha = float(lora["lora_alpha"])
-    hub_revision = base_revision if base_revision and ":" not in base_revision else None
-    record = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_name,
-        "revision": hub_revision,
-        "r": lora["r"],
-        "lora_alpha": int(alpha) if alpha.is_integer() else alpha,  # some readers want an int
-        "lora_dropout": lora["lora_dropout"],
-        "use_rslora": lora["use_rslora"],
-        "use_dora": lora["use_dora"],
-        "target_modules": sorted(lora["target_modules"]),
-        "layers_to_transform": lora["layers_to_transform"],
-        "bias": "none",
-        "inference_mode": True,
-        "peft_version": lora["peft_version"],
-    }
-    exclude = lora["exclude_modules"]
-    if exclude:
-        record["exclude_modules"] = exclude if isinstance(exclude, str) else sorted(exclude)
-    return {name: value for name, value in record.items() if value is not None}

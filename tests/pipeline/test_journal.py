@@ -25,7 +25,7 @@ def test_a_phase_is_done_once_for_each_key(tmp_path):
     with journal.opened(tmp_path / "run") as book:
         assert book.done("fetch", "a") == {"count": 1}
         assert book.done("fetch", "b") == {"count": 2}
-        assert book.stands("fetch", "a") is None
+        assert book.current("fetch", "a") is None
         assert book.values("fetch") == [{"count": 1}, {"count": 2}]
 
 
@@ -44,9 +44,9 @@ def test_files_of_another_key_are_not_taken_for_those_of_this_one(tmp_path):
             book.do("tokenise", "b", lambda: {"x": 1 // 0})
         book.do("tokenise", "a", lambda: work("a"))
 
-        assert book.stands("tokenise", "a", unless=("train",)) == {"name": "a"}
+        assert book.current("tokenise", "a", unless=("train",)) == {"name": "a"}
         book.append("train", "start", "k")
-        assert book.stands("tokenise", "a", unless=("train",)) is None
+        assert book.current("tokenise", "a", unless=("train",)) is None
 
     assert ["a", "b", "a", "a"] == worked
 

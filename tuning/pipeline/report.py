@@ -1,7 +1,7 @@
-"""Run directory -> one page for a person: how far, how fast, the loss, and plan against measured.
+"""Run directory -> one HTML page: progress, speed, loss, planned and measured values.
 
-One file that loads nothing. While a run lasts it is served and reloads itself (`live`); at the end
-it stays in the run directory as `report.html`. It shows no row of the data and no answer.
+One self-contained file. While a run lasts it is served and reloads itself (`progress_server`); at
+the end it is `report.html` in the run directory. It shows no row of the data and no answer.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ GIB = 2**30
 
 
 def page(run: Path, *, name: str, reload: bool = False) -> str:
-    """The page of the run directory `run` as it stands now."""
+    """The page of the run directory `run` as it is now."""
     now, records = outcome.progress(run), _records(run)
     state = f"step {now['step']:,} of {now['steps']:,}" if now else "not training yet"
     if now and reload and now.get("eta_seconds"):
@@ -102,7 +102,7 @@ def _now(now: dict[str, Any] | None) -> Iterable[tuple[str, ...]]:
 def _planned(
     run: Path, now: dict[str, Any] | None
 ) -> tuple[tuple[str, ...], Iterable[tuple[str, ...]]]:
-    """What the plan foretold beside what was seen."""
+    """Headings and rows of planned and measured values."""
     try:
         plan = files.read_json(run / "plan.json")
     except (OSError, ValueError):

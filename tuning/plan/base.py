@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,35 +52,35 @@ class Base:
         return False, "nobody has checked that this family keeps packed rows apart"
 
 
-def base_from_config(name: str, revision: str, config: dict[str, Any]) -> Base:
-    """The base whose parsed `config.json` is `config`. Raises SpecError for an impossible one."""
-    return Base(name, revision, presets.facts(config), config)
+def base_of(spec: Spec, config: dict[str, Any], *, revision: str) -> Base:
+    """The base model of `spec`, whose parsed config.json is `config`.
 
-
-def declared_name(spec: Spec, config: Mapping[str, Any]) -> str:
-    """What the adapter calls its base, whose config.json is `config`.
-
-    The hub id that the spec names, also where its weights come from a folder or an image, unless
-    they are of another shape than the preset says: then the folder's or image's own name.
+    Raises SpecError for an impossible config.
     """
-    given = spec.base_model or spec.preset
-    if not Path(given).is_dir() and not given.startswith(IMAGE):
-        found = presets.find(given)
-        return found.hub_id if found else given
-    preset = presets.find(spec.preset)
+    facts = presets.facts(config)
+    return Base(_name(spec, facts), revision, facts, config)
+
+
+def _name(spec: Spec, facts: presets.Facts | None) -> str:
+    """The base model's name in the adapter: the hub id that the spec names.
+
+    Weights of a folder or an image whose shape differs from the preset's go by the folder's or
+    image's own name.
+    """
+    model = spec.base_model or spec.preset
+    in_folder = Path(model).is_dir()
+    preset = presets.find(spec.preset if in_folder or model.startswith(IMAGE) else model)
+    if not in_folder and not model.startswith(IMAGE):
+        return preset.hub_id if preset else model
     if preset is None:
         return spec.preset
-    if _shape(presets.facts(config)) == _shape(preset.facts):
+    if _shape(facts) == _shape(preset.facts):
         return preset.hub_id
-    return (
-        Path(given).resolve().name
-        if Path(given).is_dir()
-        else given.removeprefix(IMAGE).removeprefix("//")
-    )
+    return Path(model).resolve().name if in_folder else model.removeprefix(IMAGE).removeprefix("//")
 
 
 def _shape(facts: presets.Facts | None) -> tuple[int, ...] | None:
-    """What tells models of different sizes and families apart."""
+    """The sizes that differ between models of different sizes and families."""
     if facts is None:
         return None
     widths = (facts.hidden, facts.intermediate, facts.layers, facts.heads, facts.kv_heads)
@@ -107,7 +107,7 @@ def known_base(spec: Spec) -> Base:
                 f"cannot be read ({error.__class__.__name__})",
                 "name a folder with config.json, *.safetensors and a tokenizer",
             ) from None
-        return base_from_config(declared_name(spec, config), "local", config)
+        return base_of(spec, config, revision="local")
     if preset := presets.find(name):
         return Base(preset.hub_id, spec.settings.revision or preset.revision, preset.facts)
     raise Unknown.at(

@@ -55,7 +55,6 @@ class Facts:
     softcap: bool  # attention scores are capped
     sinks: bool  # attention has a learned sink for each head
     experts: int  # 0 for a dense model
-    experts_per_token: int
     tower: int  # parameters outside the text model (vision tower and projector), all frozen
     stored: str  # how the checkpoint holds its weights: "16-bit", "fp8", "mxfp4", ...
     packing_safe: bool  # packed rows do not see each other

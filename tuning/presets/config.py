@@ -137,7 +137,6 @@ def _read(text: Mapping[str, Any], whole: Mapping[str, Any]) -> Facts | None:
         softcap=bool(merged.get("attn_logit_softcapping")),
         sinks=bool(family["sinks"]),
         experts=merged.get("num_local_experts") or 0,
-        experts_per_token=merged.get("num_experts_per_tok") or 0,
         tower=_tower(whole, merged["hidden_size"]) if wrapped else 0,
         stored=quantised.get("quant_method") or "16-bit",
         packing_safe=bool(family["packing_safe"]),

@@ -43,7 +43,6 @@ class Instance:
     vcpus: int | None
     ram_bytes: int | None
     retired: bool  # the cloud no longer starts new ones; named by old files only
-    kaito: bool  # in the table of KAITO v0.12
     aliases: tuple[str, ...]
 
     @property
@@ -186,7 +185,7 @@ def _instance(name: str, value: Any, *, cloud: str) -> Instance:
         value,
         where=f"{cloud}.yaml: {name}",
         required={"gpu": str, "gpus": int},
-        optional={"vcpus": int, "ram": int, "retired": bool, "kaito": bool, "aliases": list},
+        optional={"vcpus": int, "ram": int, "retired": bool, "aliases": list},
     )
     return Instance(
         name=name,
@@ -196,7 +195,6 @@ def _instance(name: str, value: Any, *, cloud: str) -> Instance:
         vcpus=fields["vcpus"],
         ram_bytes=fields["ram"] * GIB if fields["ram"] else None,
         retired=bool(fields["retired"]),
-        kaito=bool(fields["kaito"]),
         aliases=tuple(fields["aliases"] or ()),
     )
 

@@ -26,7 +26,6 @@ class Preset:
     revision: str  # commit, 40 hexadecimal digits
     licence: str
     gated: bool  # the hub wants a token of an account that accepted the licence
-    kaito_tunes: bool  # KAITO lists it for tuning, not only for inference
     published_gib: float | None  # size of the published 16-bit weights, as KAITO's docs give it
     aliases: tuple[str, ...]
     image: str | None  # oci://REFERENCE with the weights, in place of the hub
@@ -36,11 +35,6 @@ class Preset:
     def architecture(self) -> str:
         """The class that the published config.json names."""
         return self.facts.wrapper or self.facts.architecture
-
-    @property
-    def model_type(self) -> str:
-        """`model_type` of the text model."""
-        return self.facts.model_type
 
     @property
     def weight_bytes(self) -> int:
@@ -117,8 +111,7 @@ def _preset(value: Any, *, where: str) -> Preset:
         value,
         where=where,
         required={"name": str, "hub_id": str, "revision": str, "licence": str, "config": dict},
-        optional={"gated": bool, "kaito_tunes": bool, "published_gib": float, "aliases": list}
-        | {"image": str},
+        optional={"gated": bool, "published_gib": float, "aliases": list, "image": str},
     )
     config = fields.pop("config")
     for part in (config, config.get("text_config") or {}):
@@ -134,6 +127,5 @@ def _preset(value: Any, *, where: str) -> Preset:
             "add it to architectures.yaml",
         )
     fields["gated"] = bool(fields["gated"])
-    fields["kaito_tunes"] = bool(fields["kaito_tunes"])
     fields["aliases"] = tuple(fields["aliases"] or ())
     return Preset(**fields, facts=shape)

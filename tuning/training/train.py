@@ -29,13 +29,13 @@ import transformers
 from peft import get_peft_model_state_dict
 from trl import SFTConfig
 
-from tuning import adapter, files, process
+from tuning import files, process
 from tuning.errors import DataError, OutOfMemoryError, Stopped
 from tuning.models import generate, load
 from tuning.models.kernels import heap
 from tuning.plan import Placement, Recipe, placement_from_json, recipe_from_json
 from tuning.plan.backends import BY_OFFSETS
-from tuning.training import checkpoint, distributed, evaluation, trainer
+from tuning.training import checkpoint, distributed, evaluation, finish, trainer
 
 logger = logging.getLogger(__name__)
 
@@ -211,10 +211,10 @@ def _run(request: Request, stop: Interruption) -> dict[str, Any]:
     answers = ask(tuned, tokenizer, request.questions)
     write_samples(request, tuned, tokenizer)
     with stop.held():
-        done = adapter.finish(
+        done = finish.finish(
             request.adapter,
             tensors=disk,
-            config=adapter.config_of(
+            config=finish.config_of(
                 tuned.peft_config["default"].to_dict(),
                 base_name=request.base_name,
                 base_revision=request.base_revision,

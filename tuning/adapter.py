@@ -1,9 +1,8 @@
-"""What an adapter is: a strict config parser, the finish gate, compatibility with a base.
+"""LoRA adapters: a strict config parser, and the compatibility with a base model. No torch.
 
-An adapter is a folder with `adapter_config.json` and `adapter_model.safetensors`, and the tokenizer
-files it was trained with. The config may come from strangers, and some of its keys make PEFT import
-what they name; so it is read here, against a list of what we know, before any library sees it. The
-parser and `inspect` need no torch.
+An adapter is a folder with `adapter_config.json`, `adapter_model.safetensors` and the tokenizer files
+it was trained with. The config is untrusted, and some of its keys make PEFT import what they name:
+so it is validated here against a list of known keys before any library reads it.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ WEIGHTS = "adapter_model.safetensors"
 HEADER_LIMIT = 100 << 20  # what safetensors itself accepts
 
 Unset = Literal[False] | None
-"""What a key may say that we know and do not support."""
+"""The values of a key that is known and not supported."""
 Nothing = dict[str, Any]  # narrowed by max_length=0 where it is used
 _Empty = Field(default=None, max_length=0)
 
@@ -54,8 +53,8 @@ class _Config(BaseModel):
     peft_version: str | None = None
     bias: Literal["none"] = "none"
     init_lora_weights: bool | Literal["gaussian", "orthogonal"] = True
-    # Known to PEFT and not to us: they may be there, but must say nothing. `auto_mapping` and the
-    # megatron keys name code to import.
+    # Known to PEFT and not supported: they must be unset or empty. `auto_mapping` and the megatron
+    # keys name code to import.
     auto_mapping: Nothing | None = _Empty
     megatron_config: Nothing | None = _Empty
     megatron_core: Literal["megatron.core"] | None = None  # PEFT's default; unused without config
@@ -97,7 +96,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Adapter:
-    """What an adapter folder holds."""
+    """The validated content of an adapter folder."""
 
     folder: Path
     config: dict[str, Any]  # what adapter_config.json sets, checked
@@ -110,7 +109,7 @@ class Adapter:
 
     @property
     def base_model(self) -> str | None:
-        """The base model that the adapter names: a hub id or a name; None if it names none."""
+        """The base model that the config names, a hub id or a path, or None."""
         return self.config.get("base_model_name_or_path")
 
     @property
@@ -130,14 +129,14 @@ class Adapter:
 
 
 def inspect(folder: Path) -> Adapter:
-    """Read the adapter in `folder`: its config strictly, and of its weights the header alone.
+    """Read and validate the adapter in `folder`: its config, and the header of its weights.
 
-    Raises SpecError with everything that is wrong: a file missing, a config key that is unknown or
-    unsupported, a weights file that is damaged, or tensors that do not fit the config.
+    Raises SpecError with all problems: a missing file, an unknown or unsupported config key, a
+    damaged weights file, or tensors that do not fit the config.
     """
     problems = []
     if not folder.is_dir():
-        raise SpecError.at("MODEL-200", str(folder), "is no folder", "name an adapter's folder")
+        raise SpecError.at("MODEL-200", str(folder), "is not a folder", "name an adapter's folder")
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             what = f"has no {name}"
@@ -153,23 +152,22 @@ def inspect(folder: Path) -> Adapter:
 
 
 def parse(data: bytes, *, where: str = CONFIG) -> dict[str, Any]:
-    """The content of an `adapter_config.json`: what it sets beyond PEFT's defaults.
+    """The content of an `adapter_config.json` without PEFT's defaults.
 
-    Raises SpecError with all that is wrong: keys that are unknown, that would run code, or that ask
-    for what we do not support.
+    Raises SpecError with all keys that are unknown, would run code, or are not supported.
     """
     try:
         record = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise SpecError.at("MODEL-202", where, f"is no JSON: {error}", "fetch it again") from None
+        raise SpecError.at("MODEL-202", where, f"is not JSON: {error}", "fetch it again") from None
     if not isinstance(record, dict):
-        raise SpecError.at("MODEL-202", where, "is no JSON object", "fetch it again")
+        raise SpecError.at("MODEL-202", where, "is not a JSON object", "fetch it again")
     try:
         config = _Config.model_validate(record)
     except ValidationError as error:
         raise SpecError(
             Problem("MODEL-203", f"{where} {key}", what, "use a plain LoRA adapter")
-            for key, what in sorted({(_key(e["loc"]), _saying(e)) for e in error.errors()})
+            for key, what in sorted({(_key(e["loc"]), _message(e)) for e in error.errors()})
         ) from None
     return config.model_dump(exclude_defaults=True)
 
@@ -178,9 +176,9 @@ def _key(loc: tuple[int | str, ...]) -> str:
     return str(loc[0]) if loc else ""
 
 
-def _saying(error: Any) -> str:
+def _message(error: Any) -> str:
     if error["type"] == "extra_forbidden":
-        return "is no key that we know"
+        return "is not a known key"
     if error["type"] == "missing":
         return "is missing"
     value = error["input"]
@@ -237,35 +235,37 @@ _NAME = re.compile(
 
 
 def _parts(name: str) -> tuple[str, str]:
-    """`base_model.model.M.lora_A.weight` -> (M, lora_A); ("", "") if it is no such name."""
+    """`base_model.model.M.lora_A.weight` -> (M, lora_A); ("", "") for other names."""
     match = _NAME.fullmatch(name)
     return (match["module"], match["part"]) if match else ("", "")
 
 
 def modules(tensors: Iterable[str]) -> tuple[str, ...]:
-    """Full names of the projections that tensors with these names adapt, sorted."""
+    """Full names of the projections that the tensors adapt, sorted."""
     return tuple(sorted({module for module, _ in map(_parts, tensors)}))
 
 
 def mismatches(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str
 ) -> list[Problem]:
-    """Where names and shapes are not those of a LoRA adapter with this config."""
-    found: dict[str, dict[str, Tensor]] = {}
+    """A problem for each tensor whose name or shape does not fit the config."""
+    by_module: dict[str, dict[str, Tensor]] = {}
     problems = []
     for name, tensor in tensors.items():
         module, part = _parts(name)
         if not module:
-            problems.append((name, "is no LoRA tensor"))
-        found.setdefault(module, {})[part] = tensor
-    found.pop("", None)
-    if not found:
+            problems.append((name, "is not a LoRA tensor"))
+        by_module.setdefault(module, {})[part] = tensor
+    by_module.pop("", None)
+    if not by_module:
         problems.append(("", "holds no LoRA tensors"))
-    wanted = {"lora_A", "lora_B"} | ({"lora_magnitude_vector"} if config.get("use_dora") else set())
+    expected = {"lora_A", "lora_B"} | (
+        {"lora_magnitude_vector"} if config.get("use_dora") else set()
+    )
     rank = config["r"]
-    for module, parts in found.items():
-        if set(parts) != wanted:
-            problems.append((module, f"has {sorted(parts)}, not {sorted(wanted)}"))
+    for module, parts in by_module.items():
+        if set(parts) != expected:
+            problems.append((module, f"has {sorted(parts)}, not {sorted(expected)}"))
             continue
         a, b = parts["lora_A"].shape, parts["lora_B"].shape
         if len(a) != 2 or len(b) != 2 or a[0] != rank or b[1] != rank:
@@ -281,29 +281,31 @@ def mismatches(
 def _targeted(module: str, config: Mapping[str, Any]) -> bool:
     targets = config["target_modules"]
     if isinstance(targets, str):
-        # A pattern from a stranger is never run: it could take for ever.
+        # An untrusted pattern is never run: its matching time has no bound.
         return True
     return any(module == name or module.endswith(f".{name}") for name in targets)
 
 
-def stranger(adapter: Adapter, base: str | None) -> list[Problem]:
-    """Why `adapter` is not for the base model with this hub id; empty if it is, or nobody says.
+def other_base(adapter: Adapter, base: str | None) -> list[Problem]:
+    """A problem if the adapter names another base model than the hub id `base`.
 
-    A folder has no such name (None). Names are compared as hubs do, in any case.
+    None, for a folder, matches every name. Case does not matter, as on hubs.
     """
     named = adapter.base_model
     if base is None or named is None or named.casefold() == base.casefold():
         return []
     what = f"is made for {named}, not for {base}"
-    change = f"use {named}, or say --any-base if the two are the same model"
+    change = (
+        f"use {named}; if the two are the same model, chat and merge with --any-base, and pull without "
+        "--base"
+    )
     return [Problem("MODEL-207", str(adapter.folder), what, change)]
 
 
 def misfits(adapter: Adapter, base_config: Mapping[str, Any]) -> list[Problem]:
-    """Why `adapter` cannot be put on the base model with this `config.json`; empty if it can.
+    """Problems of `adapter` with the base model that has this `config.json`.
 
-    Judges what a config tells: the number of layers, and the width of the hidden state where a
-    projection reads or writes it.
+    Checks the number of layers, and the width of the hidden state that a projection reads or writes.
     """
     text = base_config.get("text_config") or base_config
     layers = text.get("num_hidden_layers") or text.get("n_layer")

@@ -89,7 +89,7 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path):
 def test_a_second_run_on_one_directory_is_refused_and_told_who_holds_it(tmp_path):
     """The lock is the kernel's: another process gets exit code 20 and the owner's pid."""
     code = (
-        "import sys; from pathlib import Path; from tuning import journal\n"
+        "import sys; from pathlib import Path; from tuning.pipeline import journal\n"
         "with journal.opened(Path(sys.argv[1])):\n"
         "    print('held', flush=True); sys.stdin.read()\n"
     )

@@ -82,7 +82,7 @@ ODD = "base_model.model.model.layers.3.self_attn.q_proj"
         (
             {"tensors": tensors(**{"lm_head.weight": torch.ones(1, 2)})},
             SpecError,
-            "is no LoRA tensor",
+            "is not a LoRA tensor",
         ),
         ({"config": CONFIG | {"target_modules": ["q_proj"]}}, SpecError, "not among target_mod"),
     ],

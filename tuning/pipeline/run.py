@@ -18,6 +18,7 @@ from tuning.pipeline.journal import Journal
 from tuning.pipeline.options import Options, read_token
 from tuning.plan import device
 from tuning.spec import Spec
+from tuning.spec.writer import plain
 
 Value = dict[str, Any]
 TRAIN = "training.train"  # the module of the training child
@@ -131,12 +132,4 @@ class Run:
 
 def key_of(*parts: Any) -> str:
     """A short hash of plain values; paths count as their text."""
-    return files.digest(files.canonical(_plain(parts)))[:16]
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(name): _plain(item) for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
+    return files.digest(files.canonical(plain(parts)))[:16]

@@ -1,4 +1,4 @@
-"""Rules for `inference`, in KAITO's words; those that KAITO applies on update only hold always."""
+"""Rules for `inference`, with KAITO's messages; those of its updates always apply."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tuning.spec.workspace import SUBDOMAIN, Adapter, Inference, Tuning
 
 
 def check(inference: Inference, found: Findings, tuning: Tuning | None = None) -> None:
-    """All rules for what is to be served; beside `tuning`, the base is the model that it tunes."""
+    """All rules for `inference`; beside `tuning`, the base is the model that it tunes."""
     path: Path = ("inference",)
     if tuning is not None:
         _check_beside(inference, tuning, path, found)
@@ -35,7 +35,7 @@ def check(inference: Inference, found: Findings, tuning: Tuning | None = None) -
 
 def _check_beside(inference: Inference, tuning: Tuning, path: Path, found: Findings) -> None:
     if inference.template is not None:
-        what = "Template does not go with Tuning: the tuned model is served"
+        what = "Template cannot be combined with Tuning: the tuned model is served"
         found.add("SPEC-116", (*path, "template"), what, "remove it")
     preset = inference.preset
     if preset and preset.name.lower() != tuning.preset.name.lower():
@@ -75,7 +75,7 @@ def _check_adapter(adapter: Adapter, path: Path, found: Findings, seen: set[str]
 
 def _check_strength(text: str, name: str, path: Path, found: Findings) -> None:
     try:
-        strength = float(text) if text[:1].isdigit() else math.nan  # ".5" is none for the CRD
+        strength = float(text) if text[:1].isdigit() else math.nan  # the CRD refuses ".5"
     except ValueError:
         strength = math.nan
     if math.isnan(strength):

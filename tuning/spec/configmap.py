@@ -1,4 +1,4 @@
-"""Which ConfigMap `tuning.config` means, and what stands in it."""
+"""The ConfigMap that `tuning.config` names, and its settings."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from tuning.spec.documents import Document
 from tuning.spec.findings import Findings, shown
 from tuning.spec.values import Method, Settings
 
-# KAITO's own ConfigMaps: they mean "all defaults" and need not be in the file.
+# KAITO's own ConfigMaps: all defaults; they need not be in the file.
 TEMPLATES: dict[str, Method] = {"lora-params-template": "lora", "qlora-params-template": "qlora"}
 _TEXT = ("data", config.FILE)
 
 
 @dataclass(frozen=True)
 class ConfigMap:
-    """The ConfigMap, if the file has it, with its settings and what is wrong with it."""
+    """The ConfigMap, if the file has it, with its settings and findings."""
 
     settings: Settings = Settings()  # noqa: RUF009 it is frozen
     document: Document | None = None
@@ -38,8 +38,8 @@ def read(
     name = workspace.at("tuning", "config")
     if not isinstance(name, str) or not name:
         return ConfigMap()
-    written = workspace.at("tuning", "method")
-    method = rules.method(written, Findings({})) if isinstance(written, str) else None
+    named = workspace.at("tuning", "method")
+    method = rules.method(named, Findings({})) if isinstance(named, str) else None
     document = _find(everything, workspace, name, method)
     if document is None:
         return ConfigMap()
@@ -83,8 +83,8 @@ def _find(
         what = f"ConfigMap '{name[:253]}' specified in 'config' not found in namespace '{where}'"
         change = "put the ConfigMap into the same file, after a line ---, or remove config"
         found.add("SPEC-117", path, what, change)
-    elif wrong := config.contradiction(method, TEMPLATES[name] == "qlora", None, name):
-        found.add("SPEC-108", path, wrong[0], "remove config: the defaults suit the method")
+    elif conflict := config.contradiction(method, TEMPLATES[name] == "qlora", None, name):
+        found.add("SPEC-108", path, conflict[0], "remove config: the defaults suit the method")
     return None
 
 
@@ -100,5 +100,5 @@ def _text(document: Document, found: Findings) -> str | None:
         found.add("SPEC-112", _TEXT, what, f"add `{config.FILE}: |` below `data:`")
     else:
         change = f"write `{config.FILE}: |`, with the bar"
-        found.add("SPEC-113", _TEXT, f"is {shown(content)}, expected a text", change)
+        found.add("SPEC-113", _TEXT, f"is {shown(content)}, expected a string", change)
     return None

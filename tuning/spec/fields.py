@@ -1,4 +1,4 @@
-"""Rules for single values: names, image references, URLs, volumes; placeholders left in them."""
+"""Rules for single values: names, image references, URLs, volumes, unfilled placeholders."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tuning.spec import reference, urls
 from tuning.spec.findings import Findings, Path, shown
 from tuning.spec.workspace import SUBDOMAIN, Preset
 
-# As published quick starts have them: ACR_REPO_HERE, <your-registry>, ${REGISTRY}.
+# As in published quick starts: ACR_REPO_HERE, <your-registry>, ${REGISTRY}.
 _PLACEHOLDER = re.compile(r"[A-Z][A-Z0-9_]*_HERE|<[A-Za-z][^<>]*>|\$\{?[A-Z][A-Z0-9_]*\}?")
 _HUB_PART = "[A-Za-z0-9][A-Za-z0-9._-]*"
 
@@ -18,12 +18,12 @@ _HUB_PART = "[A-Za-z0-9][A-Za-z0-9._-]*"
 def check_name(
     name: str, pattern: str, longest: int, path: Path, found: Findings, what: str
 ) -> None:
-    """`name` as the name of a `what`, which Kubernetes would refuse otherwise."""
+    """`name` as the name of a Kubernetes object of kind `what`."""
     if len(name) > longest or not re.fullmatch(pattern, name, re.A):
-        # In the place of a Secret's name somebody may have put the secret.
-        given = "this" if what == "Secret" else shown(name)
+        # The author may have written the secret in place of the Secret's name.
+        subject = "this" if what == "Secret" else shown(name)
         change = f'use lower-case letters, digits and "-", {longest} at most'
-        found.add("SPEC-107", path, f"{given} cannot be the name of a {what}", change)
+        found.add("SPEC-107", path, f"{subject} is not a valid name of a {what}", change)
 
 
 def check_secret(name: str, path: Path, found: Findings) -> None:
@@ -33,7 +33,7 @@ def check_secret(name: str, path: Path, found: Findings) -> None:
 
 
 def check_preset(preset: Preset, path: Path, found: Findings) -> None:
-    """A base model's name and options. Whether there is such a preset is not known here."""
+    """A base model's name and options. Whether the preset exists is checked later."""
     name = (*path, "name")
     if _placeholder(preset.name, name, found, "the name of a preset, or org/model,"):
         return
@@ -52,7 +52,7 @@ def check_preset(preset: Preset, path: Path, found: Findings) -> None:
 
 
 def check_image(text: str, path: Path, found: Findings, role: str) -> None:
-    """An image reference, in KAITO's words. `role` is input, output or adapter."""
+    """An image reference, with KAITO's messages. `role` is input, output, adapter or base-image."""
     if _placeholder(text, path, found, "your own registry and image, in lower case,"):
         return
     try:
@@ -75,13 +75,13 @@ _OTHER_NAMES = {
 
 
 def check_url(url: str, path: Path, found: Findings, allow_hosts: Collection[str]) -> None:
-    """One data URL. The message never shows it, since its query may be a key."""
+    """One data URL. Messages never show it: its query may hold a key."""
     if _placeholder(url.partition("?")[0], path, found, "the address of your data file"):
         return
     refusal = urls.refusal(url, allow_hosts=allow_hosts)
     if refusal is None:
         if url[:5].lower() == "http:":
-            found.note(path, "http, not https: whoever is on the way can read and change the data")
+            found.note(path, "http, not https: the data can be read and changed on its way")
         return
     changes = {
         urls.NOT_ONE_FILE: "write one URL for each file, such as s3://bucket/folder/rows.jsonl",
@@ -99,7 +99,7 @@ def check_url(url: str, path: Path, found: Findings, allow_hosts: Collection[str
 
 
 def check_volume(volume: dict[str, Any], path: Path, found: Findings) -> None:
-    """A Kubernetes VolumeSource, as far as we look into it."""
+    """A Kubernetes VolumeSource: exactly one kind, and an absolute hostPath."""
     host_path = volume.get("hostPath")
     if not volume:
         found.add("SPEC-112", path, "names no volume", "add hostPath or persistentVolumeClaim")

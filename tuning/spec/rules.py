@@ -1,7 +1,7 @@
-"""What a Workspace must obey beyond the types of its fields, in KAITO's words where it has them.
+"""Rules for a Workspace beyond the types of its fields, with KAITO's messages where it has them.
 
-The same rules hold for a file, at admission and at each reconcile. A rule adds to the findings and
-goes on, so that a person sees everything at once.
+The same rules apply to a file, at admission and at each reconcile. Rules add to the findings: all
+problems are reported at once.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ def check(
     own_output: bool,
     allow_hosts: Collection[str],
 ) -> None:
-    """All rules for `workspace`. The command line may bring input and output of its own."""
+    """All rules for `workspace`; `own_input` and `own_output`: the command line replaces them."""
     _check_metadata(workspace.metadata, found)
     _check_version(workspace, (), found, beta=workspace.api_version.endswith("v1beta1"))
     if workspace.resource:
         _check_resource(workspace.resource, found, tuning=workspace.tuning is not None)
-    nothing = workspace.tuning is None and workspace.inference is None
-    if nothing and not found.blames(("tuning",)) and not found.blames(("inference",)):
+    neither = workspace.tuning is None and workspace.inference is None
+    if neither and not found.blames(("tuning",)) and not found.blames(("inference",)):
         what = "Either Inference or Tuning must be specified, not neither"
         found.add(
             "SPEC-112", ("tuning",), what, 'add "tuning" with preset, method, input and output'
@@ -93,8 +93,8 @@ def _check_metadata(metadata: Metadata, found: Findings) -> None:
     ours = metadata.annotations or {}
     if ours.get(f"{ANNOTATION}image-index") == "true" and f"{ANNOTATION}base-image" in ours:
         path = ("metadata", "annotations", f"{ANNOTATION}base-image")
-        what = "does not go with image-index: a base image is for one platform"
-        found.add("SPEC-104", path, what, "leave one of the two out")
+        what = "cannot be combined with image-index: a base image is for one platform"
+        found.add("SPEC-104", path, what, "remove one of the two")
 
 
 def _check_version(part: BaseModel, path: Path, found: Findings, *, beta: bool) -> None:
@@ -126,7 +126,7 @@ def _check_resource(resource: Resource, found: Findings, *, tuning: bool) -> Non
     instance, path = resource.instance_type, ("resource", "instanceType")
     if instance is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", instance):
         change = "write a name such as Standard_NC24ads_A100_v4 (`python -m tuning presets`)"
-        found.add("SPEC-104", path, f"is {shown(instance)}, which is no instance type", change)
+        found.add("SPEC-104", path, f"is {shown(instance)}, which is not an instance type", change)
     selector = resource.label_selector
     for i, each in enumerate((selector.match_expressions if selector else None) or []):
         if each.operator != "In" or len(each.values or []) != 1:
@@ -143,8 +143,9 @@ def _check_input(source: DataSource | None, found: Findings, allow_hosts: Collec
         change = "add urls, volumeSource or image, or give --data"
         found.add("SPEC-112", path, "missing field(s): tuning.Input", change)
         return
-    given = [source.urls or None, source.volume_source, source.image]
-    count = sum(each is not None for each in given)
+    count = sum(
+        each is not None for each in (source.urls or None, source.volume_source, source.image)
+    )
     if count > 1 or (count == 0 and not found.blames(path)):
         what = "Exactly one of URLs, Volume, or Image must be specified"
         change = "keep one" if count else "add one"

@@ -1,8 +1,8 @@
 """LoRA adapters: a strict config parser, and the compatibility with a base model. No torch.
 
-An adapter is a folder with `adapter_config.json`, `adapter_model.safetensors` and the tokenizer files
-it was trained with. The config is untrusted, and some of its keys make PEFT import what they name:
-so it is validated here against a list of known keys before any library reads it.
+An adapter is a folder with `adapter_config.json`, `adapter_model.safetensors` and its tokenizer's
+files. The config is untrusted, and some keys make PEFT import what they name, so it is checked here
+against a list of known keys before any library reads it.
 """
 
 from __future__ import annotations
@@ -167,13 +167,9 @@ def parse(data: bytes, *, where: str = CONFIG) -> dict[str, Any]:
     except ValidationError as error:
         raise SpecError(
             Problem("MODEL-203", f"{where} {key}", what, "use a plain LoRA adapter")
-            for key, what in sorted({(_key(e["loc"]), _message(e)) for e in error.errors()})
+            for key, what in sorted({(str(e["loc"][0]), _message(e)) for e in error.errors()})
         ) from None
     return config.model_dump(exclude_defaults=True)
-
-
-def _key(loc: tuple[int | str, ...]) -> str:
-    return str(loc[0]) if loc else ""
 
 
 def _message(error: Any) -> str:
@@ -295,17 +291,14 @@ def other_base(adapter: Adapter, base: str | None) -> list[Problem]:
     if base is None or named is None or named.casefold() == base.casefold():
         return []
     what = f"is made for {named}, not for {base}"
-    change = (
-        f"use {named}; if the two are the same model, chat and merge with --any-base, and pull without "
-        "--base"
-    )
+    change = f"use {named}; if both are the same model: chat, merge --any-base; pull without --base"
     return [Problem("MODEL-207", str(adapter.folder), what, change)]
 
 
 def misfits(adapter: Adapter, base_config: Mapping[str, Any]) -> list[Problem]:
     """Problems of `adapter` with the base model that has this `config.json`.
 
-    Checks the number of layers, and the width of the hidden state that a projection reads or writes.
+    Checks the number of layers, and the hidden width that a projection reads or writes.
     """
     text = base_config.get("text_config") or base_config
     layers = text.get("num_hidden_layers") or text.get("n_layer")
@@ -321,7 +314,8 @@ def misfits(adapter: Adapter, base_config: Mapping[str, Any]) -> list[Problem]:
         size = tensor.shape[1] if reads else tensor.shape[0] if writes else width
         if width is not None and size != width:
             problems.append((module, f"is made for width {size}; the base model has {width}"))
-    change = f"use the adapter with its own base model{_named(adapter)}"
+    named = f", {adapter.base_model}" if adapter.base_model else ""
+    change = f"use the adapter with its own base model{named}"
     return [Problem("MODEL-206", module, what, change) for module, what in problems]
 
 
@@ -330,7 +324,3 @@ _READS = frozenset(
     | {"gate_proj", "up_proj", "gate_up_proj", "fc1", "dense_h_to_4h"}
 )
 _WRITES = frozenset({"o_proj", "down_proj", "fc2", "dense_4h_to_h"})
-
-
-def _named(adapter: Adapter) -> str:
-    return f", {adapter.base_model}" if adapter.base_model else ""

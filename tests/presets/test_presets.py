@@ -90,7 +90,7 @@ def test_weight_bytes_match_the_published_size(name: str) -> None:
     """16-bit bytes are within 0.5 % of the GiB that KAITO publishes."""
     preset = presets.find(name)
 
-    assert preset.weight_bytes / GIB == pytest.approx(preset.published_gib, rel=0.005)
+    assert preset.facts.weight_bytes / GIB == pytest.approx(preset.published_gib, rel=0.005)
 
 
 @pytest.mark.parametrize("name", HUB_COUNTS)
@@ -241,7 +241,7 @@ def test_what_is_promised(name: str, lora: bool, qlora: bool, words: str) -> Non
 
 def test_packing_is_off_where_rows_would_see_each_other() -> None:
     """Measured wrong for Falcon and gpt-oss; every other preset packs."""
-    unsafe = {p.facts.model_type for p in presets.all() if not p.packing_safe}
+    unsafe = {p.facts.model_type for p in presets.all() if not p.facts.packing_safe}
 
     assert {"falcon", "gpt_oss"} == unsafe
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from tuning.cli import options as option
 from tuning.cli.app import app
 
@@ -48,11 +50,9 @@ def run(
         policy_file=policy,
         ca=ca,
         insecure=insecure,
-        questions=tuple(ask or ()),
-        port=port,
-        ranks=ranks,
-        record=record,
-        grace=grace,
+    )
+    options = replace(
+        options, questions=tuple(ask or ()), port=port, ranks=ranks, record=record, grace=grace
     )
     summary = pipeline.execute(spec, options, Console())
     if as_json:

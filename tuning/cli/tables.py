@@ -59,7 +59,7 @@ def _preset(preset: presets.Preset) -> dict[str, Any]:
         "name": preset.name,
         "hub": preset.hub_id,
         "billion": round(preset.facts.parameters / 1e9, 2),
-        "weights_gib": round(preset.weight_bytes / 2**30, 2),
+        "weights_gib": round(preset.facts.weight_bytes / 2**30, 2),
         "context": preset.facts.context,
         "licence": preset.licence,
         "gated": preset.gated,

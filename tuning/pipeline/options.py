@@ -49,11 +49,6 @@ def gather(
     policy_file: Path | None = None,
     ca: Path | None = None,
     insecure: bool = False,
-    questions: tuple[str, ...] = (),
-    port: int | None = None,
-    ranks: int | None = None,
-    record: Path | None = None,
-    grace: float = 30.0,
 ) -> Options:
     """The options of a command line; secrets not named are taken from where a Job mounts them."""
     mounts = secrets or JOB_SECRETS
@@ -77,11 +72,6 @@ def gather(
         hub_token_file=token / "HF_TOKEN" if token and token.is_dir() else token,
         data_secrets=secret(JOB_DATA_SECRET if JOB_DATA_SECRET.is_dir() else None, "data"),
         cache=JOB_MODELS if JOB_MODELS.is_dir() else None,
-        questions=questions,
-        port=port,
-        ranks=ranks,
-        record=record,
-        grace=grace,
     )
 
 

@@ -12,7 +12,7 @@ from tuning.errors import SpecError, UsageError
 from tuning.oci import delivery, model_image
 from tuning.oci.delivery import Access
 from tuning.sources import base
-from tuning.spec import Destination, reference
+from tuning.spec import Destination, places, reference
 
 
 def packaged(
@@ -29,11 +29,7 @@ def packaged(
 
     Raises SpecError, RefusedError or TransientError.
     """
-    where = _destination(output, overwrite=overwrite)
-    if where.folder is not None:
-        raise UsageError.at(
-            "USE-103", output, "is a folder, not an image", "write oci:DIR or an image reference"
-        )
+    where = _destination(output, overwrite=overwrite, folders=False)
     token = pipeline.read_token(token_file)
     preset = None if Path(model).is_dir() else presets.find(model)
     hub_id = preset.hub_id if preset else model
@@ -67,7 +63,7 @@ def merged(
 
     Raises SpecError, RefusedError or TransientError.
     """
-    where = _destination(output, overwrite=False)
+    where = _destination(output)
     delivery.check(where, access)
     if where.layout and (where.layout / "index.json").exists():
         raise SpecError.at("MODEL-301", output, "already exists", "name a new folder")
@@ -94,20 +90,20 @@ def merged(
         return _store(target, where, output, stored.revision, notes, access, console)
 
 
-def _destination(output: str, *, overwrite: bool) -> Destination:
-    kind, _, rest = output.partition(":")
-    if kind in ("oci", "dir") and rest:
-        folder = Path(rest)
-        where = Destination(layout=folder) if kind == "oci" else Destination(folder=folder)
-    else:
+def _destination(output: str, *, overwrite: bool = False, folders: bool = True) -> Destination:
+    where = places.named_destination(output)
+    change = f"write oci:{output} for an image layout"
+    if folders:
+        change += f", dir:{output} for a folder"
+    elif where.folder:
+        change = "write oci:DIR or an image reference"
+        raise UsageError.at("USE-103", output, "is a folder, not an image", change)
+    if where.image or output in ("oci:", "dir:"):
         try:
             reference.parse(output)
         except ValueError as error:
-            change = f"write dir:{output} for a folder, oci:{output} for an image layout"
-            raise UsageError.at(
-                "USE-103", output, f"is not an image reference: {error}", change
-            ) from None
-        where = Destination(image=output)
+            what = f"is not an image reference: {error}"
+            raise UsageError.at("USE-103", output, what, change) from None
     return replace(where, on_tag_exists="overwrite" if overwrite else "refuse")
 
 

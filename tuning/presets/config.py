@@ -121,7 +121,7 @@ def _read(text: Mapping[str, Any], whole: Mapping[str, Any]) -> Facts | None:
     return Facts(
         model_type=merged["model_type"],
         architecture=family["architecture"],
-        wrapper=_wrapper(whole) if wrapped else None,
+        wrapper=str((whole.get("architectures") or [whole["model_type"]])[0]) if wrapped else None,
         layout=family["layout"],
         hidden=merged["hidden_size"],
         layers=merged["num_hidden_layers"],
@@ -203,11 +203,6 @@ def _windows(config: Mapping[str, Any], rule: str | None) -> tuple[int | None, i
     else:  # one layer in `pattern` has no window
         count = layers - layers // (config.get("sliding_window_pattern") or 2)
     return (window, count) if count else (None, 0)
-
-
-def _wrapper(whole: Mapping[str, Any]) -> str:
-    named = whole.get("architectures")
-    return str(named[0]) if named else str(whole["model_type"])
 
 
 def _tower(whole: Mapping[str, Any], hidden: int) -> int:

@@ -31,21 +31,6 @@ class Preset:
     image: str | None  # oci://REFERENCE with the weights, in place of the hub
     facts: Facts
 
-    @property
-    def architecture(self) -> str:
-        """The class that the published config.json names."""
-        return self.facts.wrapper or self.facts.architecture
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of the text model's weights in 16 bits."""
-        return self.facts.weight_bytes
-
-    @property
-    def packing_safe(self) -> bool:
-        """Whether packed rows do not attend to each other."""
-        return self.facts.packing_safe
-
 
 @cache
 def all() -> tuple[Preset, ...]:
@@ -60,8 +45,8 @@ def all() -> tuple[Preset, ...]:
 def find(name: str, *, where: str = "tuning.preset.name") -> Preset | None:
     """The preset of this name, alias or hub id, in any case.
 
-    None for any other `org/model`, which may exist on the hub. Raises SpecError for other names, with
-    the nearest one; `where` is the place that the error names.
+    None for any other `org/model`, which may exist on the hub. Raises SpecError for other names,
+    with the nearest one; `where` is the place that the error names.
     """
     key = name.strip().lower()
     by_name = _by_name()

@@ -35,7 +35,7 @@ def support(model: Preset | Facts, method: Method) -> Support:
     if facts.layout == "falcon" and method == "qlora":
         return Support(
             True,
-            "its linear layers are replaced by plain ones first, so that 4-bit loading packs them",
+            "its linear layers are first replaced by plain ones, which 4-bit loading packs",
         )
     return Support(True, "every attention and MLP projection is a plain linear layer")
 

@@ -78,9 +78,9 @@ def _check_strength(text: str, name: str, path: Path, found: Findings) -> None:
         strength = float(text) if text[:1].isdigit() else math.nan  # the CRD refuses ".5"
     except ValueError:
         strength = math.nan
+    if 0 <= strength <= 1:
+        return
+    what = f"Strength value for Adapter '{name[:60]}' must be between 0 and 1"
     if math.isnan(strength):
         what = f"Invalid strength value for Adapter '{name[:60]}': {shown(text)}"
-        found.add("SPEC-104", path, what, 'write a number in quotes, such as "0.5"')
-    elif not 0 <= strength <= 1:
-        what = f"Strength value for Adapter '{name[:60]}' must be between 0 and 1"
-        found.add("SPEC-104", path, what, 'write a number in quotes, such as "0.5"')
+    found.add("SPEC-104", path, what, 'write a number in quotes, such as "0.5"')

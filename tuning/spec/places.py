@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,12 +97,7 @@ def destination(
         "earlier": _earlier(status),
     }
     if output is not None:
-        kind, _, folder = output.partition(":")
-        if kind == "oci":
-            return Destination(layout=Path(folder), **ours)
-        if kind == "dir":
-            return Destination(folder=Path(folder), **ours)
-        return Destination(image=output, **ours)
+        return replace(named_destination(output), **ours)
     assert written is not None
     volume = written.volume_source
     return Destination(
@@ -110,6 +106,17 @@ def destination(
         folder=_folder(volume, _OUTPUT_MOUNT, "output", notes) if volume else None,
         **ours,
     )
+
+
+def named_destination(output: str) -> Destination:
+    """The destination that `oci:DIR`, `dir:DIR` or an image reference names."""
+    kind, _, folder = output.partition(":")
+    match kind:
+        case "oci":
+            return Destination(layout=Path(folder))
+        case "dir":
+            return Destination(folder=Path(folder))
+    return Destination(image=output)
 
 
 def _earlier(status: object) -> tuple[str, ...]:

@@ -108,15 +108,10 @@ def _planned(
     except (OSError, ValueError):
         plan = {}
     memory, speed, measured = plan.get("memory") or {}, plan.get("speed") or {}, now or {}
+    tokens = "tokens_per_second"
     values = (
         ("peak memory, GiB", memory.get("allocated"), measured.get("memory_bytes"), GIB, ".2f"),
-        (
-            "tokens a second",
-            speed.get("tokens_per_second"),
-            measured.get("tokens_per_second"),
-            1,
-            ",.0f",
-        ),
+        ("tokens a second", speed.get(tokens), measured.get(tokens), 1, ",.0f"),
     )
     rows = [
         (label, format(planned / unit, spec) if planned else "–", format(seen / unit, spec))

@@ -1,4 +1,4 @@
-"""What the plan must know of the base model, and what goes with no machine or method."""
+"""The base model as a plan needs it; combinations of model, method and device that are refused."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ LARGEST_ON_CPU = 10**9  # parameters; a step of a larger model takes minutes wit
 
 @dataclass(frozen=True)
 class Base:
-    """What the plan must know of the base model; `facts` is None for an unknown family."""
+    """A base model as a plan needs it; `facts` is None for an unknown family."""
 
     name: str  # hub id, or "local"
     revision: str
     facts: presets.Facts | None
     config: dict[str, Any] = field(default_factory=dict)  # config.json, where it was read
-    simulated: Coefficients | None = None  # of its memory, for a model outside the presets
-    unsized: str = ""  # why there are none
+    simulated: Coefficients | None = None  # memory coefficients, for a model outside the presets
+    unsized: str = ""  # why it could not be simulated
 
     def sized(self, device: Device) -> sizing.Model | None:
-        """What tells the memory of its training on `device`; None where nobody knows."""
+        """The coefficients to estimate its memory on `device` with; None where there are none."""
         if self.simulated is not None:
             return sizing.Model(self.facts, self.simulated)
         return sizing.model(self.facts) if device.kind == "cuda" else None
 
     @property
     def context(self) -> int:
-        """The longest sequence it reads, in tokens."""
+        """The longest sequence, in tokens."""
         if self.facts:
             return self.facts.context
         return int(self.config.get("max_position_embeddings", DRAFT_LENGTH))
@@ -92,7 +92,10 @@ class Unknown(SpecError):
 
 
 def known_base(spec: Spec) -> Base:
-    """The base model as far as it is known without the network. Raises Unknown, SpecError."""
+    """The base model of a local folder or a preset, without the network.
+
+    Raises Unknown for any other, SpecError.
+    """
     name = spec.base_model or spec.preset
     if name.startswith(IMAGE):  # an image with the preset's weights
         name = spec.preset
@@ -157,9 +160,9 @@ def refuse_unsupported(spec: Spec, base: Base, device: Device) -> None:
 
 
 def _unknown_modules(spec: Spec, base: Base) -> Iterator[Problem]:
-    """Targets and exclusions that are no projection of the model; named as for PEFT, by their end.
+    """Targets and exclusions that match no projection of the model by their suffix, as in PEFT.
 
-    A name that tells a layer is left to who sees the model itself.
+    A name with a layer number is checked later, on the loaded model.
     """
     names = [linear.name for linear in base.facts.linears] if base.facts else []
     known = sorted({name.rpartition(".")[2] for name in names})
@@ -167,14 +170,14 @@ def _unknown_modules(spec: Spec, base: Base) -> Iterator[Problem]:
     if base.facts and (beyond := [n for n in s.layers or () if n >= base.facts.layers]):
         what = f"names layer {beyond[0]}, and {base.name} has {base.facts.layers}, from 0"
         yield Problem("PLAN-113", "LoraConfig.layers_to_transform", what, "name layers that exist")
-    for key, wanted in (
+    for key, listed in (
         ("target_modules", s.target_modules or ()),
         ("exclude_modules", s.exclude_modules or ()),
     ):
-        for part in wanted:
-            told = part in ("all-linear", "") or any(each.isdigit() for each in part.split("."))
-            if known and not told and part.rpartition(".")[2] not in known:
-                what = f"names {part!r}, which is no attention or MLP projection of {base.name}"
+        for part in listed:
+            skipped = part in ("all-linear", "") or any(x.isdigit() for x in part.split("."))
+            if known and not skipped and part.rpartition(".")[2] not in known:
+                what = f"names {part!r}, which is not an attention or MLP projection of {base.name}"
                 change = f"use some of {', '.join(known)}"
                 change += ", or leave it out: all are trained" if key == "target_modules" else ""
                 yield Problem("PLAN-111", f"LoraConfig.{key}", what, change)

@@ -23,7 +23,7 @@ _GO_TYPES = {str: "string", int: "int", float: "float64", list: "[]interface {}"
 
 def read(
     value: Any,
-    found: Findings,
+    findings: Findings,
     *,
     name: str,
     method: Method | None,
@@ -31,20 +31,19 @@ def read(
 ) -> Settings:
     """The settings in `value`, the content of `training_config.yaml` of the ConfigMap `name`.
 
-    Problems go to `found`. `read_template` returns the text of a chat template's file, or None.
+    Problems go to `findings`. `read_template` returns the text of a chat template's file, or None.
     """
     root = value.get(ROOT) if isinstance(value, dict) else None
     if not isinstance(root, dict):
         what = f"Expected '{ROOT}' key to contain a map"
-        found.add("SPEC-113", (ROOT,), what, f"begin the text with `{ROOT}:` and indent the rest")
+        findings.add("SPEC-113", (ROOT,), what, f"begin with `{ROOT}:` and indent the rest")
         return Settings()
     for extra in sorted(value.keys() - {ROOT}):
-        found.add("SPEC-111", (extra,), "unknown key", f"put everything under `{ROOT}:`")
-    chosen = _Chosen(found)
+        findings.add("SPEC-111", (extra,), "unknown key", f"put everything under `{ROOT}:`")
+    chosen = _Chosen(findings)
     for section, content in root.items():
         _read_section(section, content, chosen)
-    quantisation = root.get("QuantizationConfig")
-    _check_quantisation(quantisation if isinstance(quantisation, dict) else {}, found, name, method)
+    _check_quantisation(root.get("QuantizationConfig"), findings, name, method)
     _drop_template_rank(chosen)
     if path := chosen.settings.get("chat_template"):
         chosen.settings["chat_template"] = _template(path, chosen, read_template)
@@ -54,8 +53,8 @@ def read(
 class _Chosen:
     """The settings so far, and the path of the key that set each."""
 
-    def __init__(self, found: Findings) -> None:
-        self.found = found
+    def __init__(self, findings: Findings) -> None:
+        self.findings = findings
         self.settings: dict[str, Any] = {}
         self.paths: dict[str, Path] = {}
 
@@ -66,7 +65,7 @@ class _Chosen:
         elif before is not None and not same(before, value):
             other = self.paths[setting][-1]
             what = f"contradicts {other}, which sets the same"
-            self.found.add("SPEC-108", path, what, "keep one of the two")
+            self.findings.add("SPEC-108", path, what, "keep one of the two")
         self.settings[setting], self.paths[setting] = value, path
 
 
@@ -74,19 +73,19 @@ def _read_section(section: str, content: Any, chosen: _Chosen) -> None:
     known, path = keys.sections(), (ROOT, section)
     if section not in known:
         change = did_you_mean(section, known)
-        chosen.found.add("SPEC-111", path, f"Unrecognized section: {section}", change)
+        chosen.findings.add("SPEC-111", path, f"Unrecognized section: {section}", change)
         return
     if content is None:
         return
     if not isinstance(content, dict):
         what = f"is {shown(content)}, expected keys"
-        chosen.found.add("SPEC-113", path, what, "write `key: value` lines below it, indented")
+        chosen.findings.add("SPEC-113", path, what, "write `key: value` lines below it, indented")
         return
     for name, value in _flattened(content, known[section]):
         key = known[section].get(name)
         if key is None:
             change = _nearest_key(section, name)
-            chosen.found.add("SPEC-111", (*path, name), "unknown key", change)
+            chosen.findings.add("SPEC-111", (*path, name), "unknown key", change)
         elif value is not None:
             _read_key(key, value, (*path, name), chosen)
 
@@ -142,30 +141,30 @@ def _nearest_key(section: str, name: str) -> str:
 def _read_key(key: Key, value: Any, path: Path, chosen: _Chosen) -> None:
     silent = any(same(value, each) for each in key.unset)
     if key.name == "output_dir":
-        _check_output_dir(value, path, chosen.found)
+        _check_output_dir(value, path, chosen.findings)
     if key.use == "ignored":
         if not silent:
-            chosen.found.note(path, f"ignored, because {key.text}")
+            chosen.findings.note(path, f"ignored, because {key.text}")
     elif key.use == "refused":
         if not silent and key.name != "load_in_8bit":  # checked together with load_in_4bit
-            chosen.found.add("SPEC-118", path, f"is not supported: {key.text}", key.change)
+            chosen.findings.add("SPEC-118", path, f"is not supported: {key.text}", key.change)
     elif key.setting and not silent:
         try:
             typed = coerce(key, value)
         except Invalid as error:
-            chosen.found.add(error.code, path, error.what, error.change)
+            chosen.findings.add(error.code, path, error.what, error.change)
             return
         if any(same(typed, each) for each in key.unset):
             return
         if key.use == "translated":
-            chosen.found.note(path, f"is read as {key.text}")
+            chosen.findings.note(path, f"is read as {key.text}")
         chosen.set(key.setting, typed if key.map is None else key.map[typed], path)
 
 
-def _check_output_dir(value: Any, path: Path, found: Findings) -> None:
+def _check_output_dir(value: Any, path: Path, findings: Findings) -> None:
     """KAITO's own check: a file that passes here passes there."""
     if not isinstance(value, str):
-        found.add("SPEC-113", path, "output_dir is not a string", "remove it")
+        findings.add("SPEC-113", path, "output_dir is not a string", "remove it")
         return
     parts: list[str] = []
     for part in value.removeprefix("/mnt").split("/"):
@@ -175,29 +174,27 @@ def _check_output_dir(value: Any, path: Path, found: Findings) -> None:
             parts.append(part)
     if not parts or parts[0] == "..":
         what = f"Invalid output_dir specified: '{value[:60]}', must be a directory"
-        found.add("SPEC-104", path, what, "remove it; the adapter goes to tuning.output")
+        findings.add("SPEC-104", path, what, "remove it; the adapter goes to tuning.output")
 
 
-def _check_quantisation(
-    section: dict[str, Any], found: Findings, name: str, method: Method | None
-) -> None:
+def _check_quantisation(section: Any, findings: Findings, name: str, method: Method | None) -> None:
     """load_in_4bit and load_in_8bit must fit the method; the messages are KAITO's."""
     path = (ROOT, "QuantizationConfig")
     flags: dict[str, Any] = {}
     for key in ("load_in_4bit", "load_in_8bit"):
-        flags[key] = section.get(key)
+        flags[key] = section.get(key) if isinstance(section, dict) else None
         if flags[key] is not None and not isinstance(flags[key], bool):
             go = _GO_TYPES.get(type(flags[key]), "map[string]interface {}")
             what = f"value must be either nil or a boolean, got type {go}"
-            found.add("SPEC-113", (*path, key), what, "write true or false")
+            findings.add("SPEC-113", (*path, key), what, "write true or false")
             return
     four, eight = flags["load_in_4bit"], flags["load_in_8bit"]
     if conflict := contradiction(method, four, eight, name):
-        found.add("SPEC-108", path, *conflict)
+        findings.add("SPEC-108", path, *conflict)
     elif eight:
         key8 = keys.sections()["QuantizationConfig"]["load_in_8bit"]
         what = f"is not supported: {key8.text}"
-        found.add("SPEC-118", (*path, "load_in_8bit"), what, key8.change)
+        findings.add("SPEC-118", (*path, "load_in_8bit"), what, key8.change)
 
 
 def contradiction(
@@ -231,5 +228,5 @@ def _template(text: str, chosen: _Chosen, read_template: Callable[[str], str | N
     if content is None:
         what = f"the file {shown(text)} cannot be read"
         change = "correct the path, or paste the template's text (a cluster takes only the text)"
-        chosen.found.add("SPEC-104", chosen.paths["chat_template"], what, change)
+        chosen.findings.add("SPEC-104", chosen.paths["chat_template"], what, change)
     return content

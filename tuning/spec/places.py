@@ -14,13 +14,13 @@ from tuning.spec.workspace import ANNOTATION, DataDestination, DataSource
 _INPUT_MOUNT, _OUTPUT_MOUNT = Path("/data"), Path("/output")  # of volumes, in the Job
 
 
-def check(overrides: Overrides, found: Findings) -> None:
+def check(overrides: Overrides, findings: Findings) -> None:
     """All rules for the command line's overrides; problems name the flag."""
     for i, item in enumerate(overrides.data):
         if is_url(item):
-            fields.check_url(item, ("--data", i), found, overrides.allow_hosts)
+            fields.check_url(item, ("--data", i), findings, overrides.allow_hosts)
         elif not item or not item.isprintable():
-            found.add(
+            findings.add(
                 "SPEC-109", ("--data", i), "is not a file name", "name a file, a folder or a URL"
             )
     kinds = {
@@ -28,22 +28,22 @@ def check(overrides: Overrides, found: Findings) -> None:
     }
     if len(kinds) > 1 or (kinds == {"folder"} and len(overrides.data) > 1):
         what = "mixes files, folders and URLs, or names several folders"
-        found.add("SPEC-109", ("--data",), what, "give files, or URLs, or one folder")
+        findings.add("SPEC-109", ("--data",), what, "give files, or URLs, or one folder")
     output = overrides.output
     if output is not None and not output.startswith(("oci:", "dir:")):
         if output.startswith(("/", ".", "~")) or not output:
             what = f"{shown(output)} is not an image reference"
             folder = shorten(output) or "FOLDER"
             change = f"write dir:{folder} for a plain folder, oci:{folder} for an image layout"
-            found.add("SPEC-109", ("--output",), what, change)
+            findings.add("SPEC-109", ("--output",), what, change)
         else:
-            fields.check_image(output, ("--output",), found, "output")
+            fields.check_image(output, ("--output",), findings, "output")
     elif output is not None and (not output[4:] or not output.isprintable()):
-        found.add("SPEC-109", ("--output",), "names no folder", f"write {output[:4]}FOLDER")
+        findings.add("SPEC-109", ("--output",), "names no folder", f"write {output[:4]}FOLDER")
     for name in ("base_model", "instance"):
         if getattr(overrides, name) == "":
             flag = f"--{name.replace('_', '-')}"
-            found.add("SPEC-109", (flag,), "is empty", "give a value, or leave it out")
+            findings.add("SPEC-109", (flag,), "is empty", "give a value, or leave it out")
 
 
 def is_url(text: str) -> bool:

@@ -58,27 +58,27 @@ def _read(
 ) -> Spec:
     everything = documents.read(text, origin=origin)
     document = _the_workspace(everything, origin)
-    found = document.findings
+    findings = document.findings
     command_line = Findings({})
     places.check(overrides, command_line)
     workspace = shape.read(document)
     if workspace:
         rules.check(
             workspace,
-            found,
+            findings,
             own_input=bool(overrides.data),
             own_output=overrides.output is not None,
             allow_hosts=overrides.allow_hosts,
         )
     config = configmap.read(everything, document, origin=origin, read_template=read_template)
-    problems = [p for each in (command_line, found, *config.found) for p in each.in_order()]
+    problems = [p for each in (command_line, findings, *config.findings) for p in each.in_order()]
     if workspace is None or problems:
         raise SpecError(problems)
     if workspace.tuning is None:
         what = 'the Workspace has no "tuning", so there is nothing to tune'
         _refuse_file(origin, what, 'add "tuning" with preset, method, input and output')
     notes = _notes_on_others([d for d in everything if d not in (document, config.document)])
-    notes += [n for each in (command_line, found, *config.found) for n in each.notes]
+    notes += [n for each in (command_line, findings, *config.findings) for n in each.notes]
     return _spec(workspace, document, config, overrides, notes)
 
 

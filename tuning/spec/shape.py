@@ -53,7 +53,7 @@ def read(document: Document) -> Workspace | None:
     Where there are problems it is a repaired copy, good only for finding more of them, or None.
     """
     document.value = without_nulls(document.value)
-    value, found = document.value, document.findings
+    value, findings = document.value, document.findings
     for round_ in range(_ROUNDS):
         try:
             return Workspace.model_validate(value)
@@ -62,15 +62,15 @@ def read(document: Document) -> Workspace | None:
             errors = error.errors(include_url=False, include_context=False)
         for each in errors:
             path = tuple(each["loc"])
-            if round_ == 0 or not (found.blames(path) or found.blamed_above(path)):
-                _explain(each["type"], path, each.get("input"), found)
+            if round_ == 0 or not (findings.blames(path) or findings.blamed_above(path)):
+                _explain(each["type"], path, each.get("input"), findings)
         # From the end, so that removing an item of a list keeps the index of the others.
         for each in reversed(errors):
-            _repair(value, tuple(each["loc"]), each["type"], found)
+            _repair(value, tuple(each["loc"]), each["type"], findings)
     return None
 
 
-def _repair(value: Any, path: Path, kind: str, found: Findings) -> None:
+def _repair(value: Any, path: Path, kind: str, findings: Findings) -> None:
     """Remove the wrong value at `path`, fill in a missing one, or correct a misspelt key."""
     *above, last = path
     for part in above:
@@ -83,7 +83,7 @@ def _repair(value: Any, path: Path, kind: str, found: Findings) -> None:
         meant = nearest(str(last), _known_keys(path[:-1]))
         if meant and meant not in value:
             value[meant] = content
-            found.rename(path, (*above, meant))
+            findings.rename(path, (*above, meant))
 
 
 def without_nulls(value: Any) -> Any:
@@ -93,27 +93,27 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(each) for each in value] if isinstance(value, list) else value
 
 
-def _explain(kind: str, path: Path, value: Any, found: Findings) -> None:
-    """Add one of pydantic's errors to `found`."""
+def _explain(kind: str, path: Path, value: Any, findings: Findings) -> None:
+    """Add one of pydantic's errors to `findings`."""
     name = str(path[-1]) if path else ""
     if kind == "extra_forbidden":
         change = _HINTS.get(name) or did_you_mean(name, _known_keys(path[:-1]))
-        found.add("SPEC-111", path, "unknown key", change)
+        findings.add("SPEC-111", path, "unknown key", change)
     elif kind == "missing":
         what = _MISSING.get(path, f"missing field(s): {spelled(path)}")
-        found.add("SPEC-112", path, what, f'add "{name}"')
+        findings.add("SPEC-112", path, what, f'add "{name}"')
     elif kind == "literal_error":
         options = _literals(path)
         hint = nearest(value, options) if isinstance(value, str) else None
         change = f"use {' or '.join(options)}" + (f"; did you mean {hint}?" if hint else "")
-        found.add("SPEC-104", path, f"is {shown(value)}", change)
+        findings.add("SPEC-104", path, f"is {shown(value)}", change)
     elif kind == "greater_than_equal":
-        found.add("SPEC-104", path, f"is {shown(value)}", "write a number of at least 1")
+        findings.add("SPEC-104", path, f"is {shown(value)}", "write a number of at least 1")
     else:
         expected = _EXPECTED.get(kind, "something else")
         scalar = expected == "a string" and not isinstance(value, (list, dict))
         quotes = ", in quotes" if scalar else ""
-        found.add(
+        findings.add(
             "SPEC-113", path, f"is {shown(value)}, expected {expected}", f"write {expected}{quotes}"
         )
 

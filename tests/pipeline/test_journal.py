@@ -118,7 +118,7 @@ def test_a_folder_that_holds_something_else_is_not_touched(tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
 
     with (
-        pytest.raises(SpecError, match=r"no run directory \(it holds thesis.tex\)"),
+        pytest.raises(SpecError, match=r"nor a run directory \(it holds thesis.tex\)"),
         journal.opened(tmp_path),
     ):
         pass

@@ -45,7 +45,10 @@ def catalogue(name: str | None, *, instances: bool) -> list[dict[str, Any]]:
         preset = presets.find(name)
         if preset is None:
             raise SpecError.at(
-                "SPEC-302", "", f'"{name}" is not among the presets', "see the list: `presets`"
+                "SPEC-302",
+                "",
+                f'"{name}" is not among the presets',
+                "see `python -m tuning presets`",
             )
         return [_preset(preset)]
     if instances:

@@ -83,7 +83,9 @@ def read_token(path: Path | None) -> str | None:
         return path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         what = f"cannot be read ({type(error).__name__})"
-        raise SpecError.at("HUB-101", str(path), what, "name a file with the token") from None
+        raise SpecError.at(
+            "HUB-101", str(path), what, "name a file with --hub-token-file"
+        ) from None
 
 
 def base_reference(spec: Spec) -> tuple[str, str | None]:

@@ -291,7 +291,7 @@ def other_base(adapter: Adapter, base: str | None) -> list[Problem]:
     if base is None or named is None or named.casefold() == base.casefold():
         return []
     what = f"is made for {named}, not for {base}"
-    change = f"use {named}; if both are the same model: chat, merge --any-base; pull without --base"
+    change = f"use {named}, or if both are the same add --any-base (pull: leave out --base)"
     return [Problem("MODEL-207", str(adapter.folder), what, change)]
 
 

@@ -173,7 +173,7 @@ def test_an_unknown_architecture_is_none_and_a_broken_config_is_an_error() -> No
     assert presets.facts({"model_type": "llava", "text_config": {"model_type": "llama"}}) is None
     with pytest.raises(SpecError, match=r"SPEC-305 config\.json: has no model_type"):
         presets.facts({})
-    with pytest.raises(SpecError, match="is no mapping"):
+    with pytest.raises(SpecError, match="is not a mapping"):
         presets.facts({"model_type": "gemma3", "text_config": "x"})
     with pytest.raises(SpecError) as caught:
         presets.facts({"model_type": "llama", "hidden_size": 0, "vocab_size": "many"})

@@ -1,4 +1,4 @@
-"""Children that answer by a file, whatever happens to them."""
+"""Child processes return their result in a file, whatever happens to them."""
 
 import os
 import signal
@@ -81,7 +81,7 @@ def test_a_killed_child_leaves_no_answer_even_if_an_old_one_was_there(room, tmp_
     assert caught.value.status == -signal.SIGKILL
 
 
-def test_a_stop_is_passed_on_and_the_child_tells_how_it_ended(room, tmp_path):
+def test_a_stop_is_passed_on_and_the_child_reports_how_it_ended(room, tmp_path):
     """SIGTERM goes to the child once; its own Stopped comes back."""
     asked = threading.Event()
     body = f"""
@@ -115,7 +115,7 @@ def test_children_see_no_secret_of_the_environment(room, monkeypatch):
 
 
 def test_a_child_does_not_outlive_its_parent(tmp_path):
-    """When the parent is killed the child goes too, and with it the lock it inherited."""
+    """When the parent is killed the child ends too, and with it the lock it inherited."""
     body = textwrap.dedent(
         f"""
         import sys, time
@@ -152,8 +152,8 @@ def test_a_child_does_not_outlive_its_parent(tmp_path):
     wait_until(lambda: not alive(child))
 
 
-def test_a_child_started_ahead_answers_when_it_is_asked(room, tmp_path):
-    """It imports its room while nothing is known, and is asked once."""
+def test_a_prewarmed_child_serves_one_request(room, tmp_path):
+    """It imports its room before there is a request, and takes one."""
     body = """
     import os
     from pathlib import Path
@@ -163,25 +163,25 @@ def test_a_child_started_ahead_answers_when_it_is_asked(room, tmp_path):
     assert room(body, {"n": 1})["twice"] == 2  # writes the module
     loaded = tmp_path / "more" / "loaded"
     loaded.unlink()
-    with process.Ahead("probe_room", log=tmp_path / "log") as ahead:
+    with process.Prewarmed("probe_room", log=tmp_path / "log") as child:
         wait_until(loaded.exists)
-        first = room(body, {"n": 21}, ahead=ahead)
-        second = room(body, {"n": 4}, ahead=ahead)
+        first = room(body, {"n": 21}, prewarmed=child)
+        second = room(body, {"n": 4}, prewarmed=child)
 
     assert [42, 8] == [first["twice"], second["twice"]]
     assert first["pid"] != second["pid"]
 
 
-def test_a_child_started_ahead_in_vain_is_gone(room, tmp_path):
-    """Nobody asks it, or it cannot even be imported: it ends, and the next one answers."""
+def test_an_unused_prewarmed_child_ends(room, tmp_path):
+    """It gets no request, or cannot be imported: it ends, and a new child takes the request."""
     room("def work(r): return {}")
-    with process.Ahead("probe_room", log=tmp_path / "log") as ahead:
-        child = ahead._child.pid
-        assert alive(child)
-    assert not alive(child)
-    with process.Ahead("no_such_room", log=tmp_path / "log") as ahead:
-        wait_until(lambda: ahead._child.poll() is not None)
-        assert room("def work(r): return {'n': 1}", ahead=ahead) == {"n": 1}
+    with process.Prewarmed("probe_room", log=tmp_path / "log") as child:
+        pid = child._child.pid
+        assert alive(pid)
+    assert not alive(pid)
+    with process.Prewarmed("no_such_room", log=tmp_path / "log") as child:
+        wait_until(lambda: child._child.poll() is not None)
+        assert room("def work(r): return {'n': 1}", prewarmed=child) == {"n": 1}
 
 
 def alive(pid):

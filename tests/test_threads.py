@@ -32,7 +32,7 @@ def test_no_jobs_give_no_results() -> None:
 
 
 def test_a_stop_does_not_wait_for_a_job_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(threads, "LAST_WORDS", 0.01)
+    monkeypatch.setattr(threads, "STOP_SECONDS", 0.01)
     started, end = threading.Event(), threading.Event()
 
     def hang() -> None:

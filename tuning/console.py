@@ -1,7 +1,7 @@
-"""Talk for people, on stderr: lines, and for long work a bar on a terminal or a line now and then.
+"""Messages and progress on stderr: a bar on a terminal, otherwise a line every ten seconds.
 
-stdout is kept for data. NO_COLOR is honoured (rich does). Rooms that do long work take a callable
-`(done, total, note)`; what they get from here is such a callable.
+stdout is kept for data. NO_COLOR is honoured (by rich). Long work reports to a `Report`, a callable
+that `Console.work` makes.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ import rich.text
 from tuning.errors import redact
 
 Report = Callable[[float, float | None, str], None]  # done, total (None: unknown), note
-LINE_EVERY = 10.0  # seconds between two lines of one piece of work where there is no terminal
+LINE_EVERY = 10.0  # seconds between two progress lines where there is no terminal
 
 
 class Console:
-    """Where a run talks to a person."""
+    """Prints messages and progress on stderr."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         self._out = rich.console.Console(stderr=True, quiet=quiet, highlight=False)
 
     def say(self, text: str, *, style: str = "") -> None:
-        """One line, or several; markup in it is text."""
+        """Print `text` without credentials; markup in it is plain text."""
         self._out.print(rich.text.Text(redact(text), style=style), soft_wrap=True)
 
     @contextmanager
     def work(
         self, title: str, *, unit: str = "", lines_every: float = LINE_EVERY
     ) -> Iterator[Report]:
-        """Show the progress of one piece of work for as long as the block runs."""
+        """Show the progress of `title` while the block runs; yields the callable to report to."""
         if self._out.is_terminal:
             yield from self._bar(title, unit)
         else:
@@ -72,14 +72,14 @@ class Console:
 
 
 def amount(done: float, total: float | None, unit: str) -> str:
-    """`done` of `total` in words: sizes where the unit is bytes, whole numbers otherwise."""
+    """`done` of `total` as text: sizes where the unit is bytes, whole numbers otherwise."""
     if unit == "bytes":
         return size(done) + (f" of {size(total)}" if total else "")
     return f"{done:,.0f}" + (f"/{total:,.0f}" if total else "") + (f" {unit}" if unit else "")
 
 
 def size(count: float) -> str:
-    """A number of bytes in the unit that suits it: 912 B, 8.0 MiB, 7.1 GiB."""
+    """A number of bytes as text: 912 B, 8.0 MiB, 7.1 GiB."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -88,7 +88,7 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time in words: 45 s, 3 min 20 s, 2 h 5 min."""
+    """Seconds as text: 45 s, 3 min 20 s, 2 h 5 min."""
     whole = round(seconds)
     if whole < 90:
         return f"{whole} s"

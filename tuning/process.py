@@ -1,9 +1,9 @@
-"""Child processes that answer by a file.
+"""Child processes that return their result in a file.
 
-The parent process owns signals, journal and exit code and never imports torch; the heavy phases run
-as `python -m tuning.process ROOM REQUEST`, a JSON file, and leave `<REQUEST stem>.result.json`
-beside it. A launcher may lose an exit code and a log may be cut, so the file alone is the answer:
-either `{"ok": value}` or `{"error": {...}}`. No file means that the child was killed.
+The parent process owns signals, journal and exit code and never imports torch. Heavy phases run as
+`python -m tuning.process ROOM REQUEST`, where REQUEST is a JSON file, and write
+`<REQUEST stem>.result.json` beside it: `{"ok": value}` or `{"error": {...}}`. Only the file counts,
+since a launcher may lose an exit code and a log may be cut. No file: the child was killed.
 """
 
 from __future__ import annotations
@@ -31,54 +31,54 @@ from tuning.errors import TransientError, TuningError, from_json
 
 
 class ChildDied(Exception):
-    """The child left no answer: killed from outside (negative `status`) or broken by a bug."""
+    """The child left no result: killed from outside (negative `status`) or broken by a bug."""
 
     def __init__(self, room: str, status: int) -> None:
         self.room, self.status = room, status
-        super().__init__(f"tuning.{room} ended with status {status} and left no answer")
+        super().__init__(f"tuning.{room} ended with status {status} and left no result")
 
 
 class Hung(Exception):
-    """The child has been silent for `seconds`, which is too long. Raised by a `tick`."""
+    """The child showed no progress for `seconds`. Raised by a `tick`."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
-        super().__init__(f"silent for {seconds:.0f} s")
+        super().__init__(f"no progress for {seconds:.0f} s")
 
 
 def result_path(request: Path, rank: int = 0) -> Path:
-    """Where the child that was given `request` leaves its answer; the ranks beside it, theirs."""
-    which = f".{rank}" if rank else ""
-    return request.with_name(request.name.removesuffix(".json") + f"{which}.result.json")
+    """The result file of `request`; each rank above 0 has its own beside it."""
+    suffix = f".{rank}" if rank else ""
+    return request.with_name(request.name.removesuffix(".json") + f"{suffix}.result.json")
 
 
 def serve(work: Callable[[dict[str, Any]], dict[str, Any]]) -> int:
-    """The child's whole life: read the request named on the command line, work, answer.
+    """Run `work` on the request that argv names and write its result; returns the exit status.
 
-    Returns the exit status. An error that a person can act on travels as it is; anything else is a
-    bug of ours: its traceback goes to stderr and into the answer.
+    A TuningError is passed on as it is. Any other exception is a bug: its traceback goes to stderr
+    and into the result file.
     """
     request = Path(sys.argv[1])
-    answer = result_path(request, int(os.environ.get("RANK", "0")))
+    result = result_path(request, int(os.environ.get("RANK", "0")))
     try:
-        files.write_json(answer, {"ok": work(files.read_json(request))})
+        files.write_json(result, {"ok": work(files.read_json(request))})
         return 0
     except TuningError as error:
-        files.write_json(answer, {"error": error.to_json()})
+        files.write_json(result, {"error": error.to_json()})
         return error.exit_code
     except Exception as error:
         full = disk_full(error)
         if full is not None:
-            with contextlib.suppress(OSError):  # there may be no room for the answer, either
-                files.write_json(answer, {"error": full.to_json()})
+            with contextlib.suppress(OSError):  # the result may not fit, either
+                files.write_json(result, {"error": full.to_json()})
             return full.exit_code
         traceback.print_exc()
-        files.write_json(answer, {"bug": traceback.format_exc()})
+        files.write_json(result, {"bug": traceback.format_exc()})
         return 1
 
 
 def disk_full(error: BaseException) -> TransientError | None:
-    """`error` as the disk-full error, if the operating system said so."""
+    """The disk-full error for an ENOSPC or EDQUOT of the operating system, else None."""
     if isinstance(error, OSError) and error.errno in (28, 122):  # ENOSPC, EDQUOT
         return _no_space(str(error.filename or "disk"))
     return None
@@ -104,44 +104,44 @@ def run(
     tick: Callable[[], None] = lambda: None,
     environment: Mapping[str, str] = MappingProxyType({}),
     grace: float = 25.0,
-    ahead: Ahead | None = None,
+    prewarmed: Prewarmed | None = None,
     ranks: int = 1,
 ) -> dict[str, Any]:
-    """Run `tuning.<room>` on `value` as a child process and return its answer.
+    """Run `tuning.<room>` on `value` in a child process and return its result.
 
-    `ranks` above 1 starts so many with the same request, told apart by the environment (RANK,
-    WORLD_SIZE and LOCAL_RANK); the first one's answer counts, and when one fails all are ended.
+    `ranks` above 1 starts that many children with the same request and the environment of their
+    rank (RANK, WORLD_SIZE, LOCAL_RANK). Rank 0's result counts; when one fails all are ended.
 
-    `log` takes what the child prints. `keep_open` are file descriptors it inherits: the run
-    directory's lock, so that the lock holds as long as any process may write. `tick` is called
-    about ten times a second; it may raise Hung, and then the child leaves its stacks in `log` and
-    is killed. A child that was started `ahead` answers, if it still lives. When `stop_asked` turns
-    true the child gets SIGTERM, once, and `grace` seconds to end. Raises the child's own error,
-    ChildDied, or what `tick` raises.
+    `log` takes what the child prints. `keep_open` are file descriptors it inherits, such as the run
+    directory's lock, which then holds as long as any process may write. `tick` is called about ten
+    times a second; if it raises Hung, the child dumps its stacks to `log` and is killed. A live
+    `prewarmed` child is used in place of a new one. When `stop_asked` turns true the child gets
+    SIGTERM, once, and `grace` seconds to end. Raises the child's own error, ChildDied, or what
+    `tick` raises.
     """
     for rank in range(ranks):
         result_path(request, rank).unlink(missing_ok=True)
     files.write_json(request, value)
-    first = ahead.take(request) if ahead is not None and ranks == 1 else None
+    first = prewarmed.take(request) if prewarmed is not None and ranks == 1 else None
     children = [first] if first is not None else []
     try:
         for rank in range(len(children), ranks):
-            told = {**environment, **_rank(rank, ranks)}
-            children.append(_start(room, str(request), log, keep_open, told))
-        ended = _wait(children, stop_asked=stop_asked, tick=tick, grace=grace)
+            variables = {**environment, **_rank(rank, ranks)}
+            children.append(_start(room, str(request), log, keep_open, variables))
+        abandoned = _wait(children, stop_asked=stop_asked, tick=tick, grace=grace)
     except Hung:
         for child in children:
             _dump_stacks(child, log)
         raise
     finally:
         for child in children:
-            _end(child)
+            _kill(child)
     tick()
-    return _answer(room, request, [None if c in ended else c.returncode for c in children])
+    return _result(room, request, [None if c in abandoned else c.returncode for c in children])
 
 
 def _rank(rank: int, ranks: int) -> dict[str, str]:
-    """The environment of one of several ranks, as torch's own launcher sets it."""
+    """The variables that torch's launcher sets for a rank."""
     if ranks == 1:
         return {}
     return {
@@ -159,13 +159,13 @@ def _wait(
     tick: Callable[[], None],
     grace: float,
 ) -> list[subprocess.Popen[bytes]]:
-    """Wait for all `children`; once one has failed, its peers are ended: they are returned.
+    """Wait for all `children`; returns those that were killed because another one had failed.
 
-    Asked to stop, all get `grace` seconds.
+    After a stop request all get `grace` seconds.
     """
     deadline: float | None = None
     stopping = False
-    ended: list[subprocess.Popen[bytes]] = []
+    abandoned: list[subprocess.Popen[bytes]] = []
     while alive := [child for child in children if child.poll() is None]:
         now = time.monotonic()
         if stop_asked() and not stopping:
@@ -173,21 +173,21 @@ def _wait(
             for child in alive:
                 child.terminate()
         if deadline is None and any(child.returncode for child in children):
-            deadline = now + LONELY
+            deadline = now + PEER_SECONDS
         if deadline is not None and now > deadline:
             for child in alive:
-                child.kill()  # its last checkpoint holds
+                child.kill()  # the last checkpoint stays valid
             if not stopping:
-                ended += alive
+                abandoned += alive
         tick()
         time.sleep(0.1)
-    return ended
+    return abandoned
 
 
-def _answer(room: str, request: Path, statuses: Sequence[int | None]) -> dict[str, Any]:
-    """What the children answered: the first error that a person can act on, else the result.
+def _result(room: str, request: Path, statuses: Sequence[int | None]) -> dict[str, Any]:
+    """Rank 0's result. Raises the first error in a result file, or ChildDied.
 
-    `statuses` are how they ended, None for those that were ended because another had failed.
+    `statuses` are the exit statuses, None for a child that was killed because another had failed.
     """
     replies: list[dict[str, Any]] = []
     for rank in range(len(statuses)):
@@ -203,46 +203,46 @@ def _answer(room: str, request: Path, statuses: Sequence[int | None]) -> dict[st
         for status, reply in zip(statuses, replies, strict=True)
         if "ok" not in reply and status is not None
     ]
-    if TransientError.exit_code in broken:  # it could not even write that
+    if TransientError.exit_code in broken:  # there was no space for the result
         raise _no_space(str(request.parent))
-    if broken:  # one that was killed broke those that waited for it
+    if broken:  # a killed rank makes its peers fail: its signal is the cause
         raise ChildDied(room, min(1 if status > 0 else status for status in broken))
     result: dict[str, Any] = replies[0]["ok"]
     return result
 
 
-class Ahead:
-    """A child of `room` that loads its libraries while there is nothing to ask it yet.
+class Prewarmed:
+    """A child of `room` that loads its libraries before its request exists.
 
-    It waits for the name of its request, or for the end: of this process, or of `with`.
+    It reads the name of its request from stdin. It ends with this process, or with the block.
     """
 
     def __init__(self, room: str, *, log: Path, keep_open: tuple[int, ...] = ()) -> None:
-        self._child: subprocess.Popen[bytes] | None = _start(room, WAITING, log, keep_open, {})
+        self._child: subprocess.Popen[bytes] | None = _start(room, ON_STDIN, log, keep_open, {})
 
-    def __enter__(self) -> Ahead:
+    def __enter__(self) -> Prewarmed:
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._child is not None:
-            _end(self._child)
+            _kill(self._child)
             self._child = None
 
     def take(self, request: Path) -> subprocess.Popen[bytes] | None:
-        """The child, told to answer `request`; None if it is gone or was taken before."""
+        """Hand `request` to the child and return it; None if it is gone or was taken before."""
         child, self._child = self._child, None
         if child is None or child.stdin is None:
             return None
         try:
             os.write(child.stdin.fileno(), f"{request}\n".encode())
         except OSError:  # it died
-            _end(child)
+            _kill(child)
             return None
         return child
 
 
-LONELY = 5.0  # seconds that the other ranks get to end when one has failed
-WAITING = "-"  # in the place of a request that will be named on stdin
+PEER_SECONDS = 5.0  # that the other ranks get to end when one has failed
+ON_STDIN = "-"  # in place of a request that will be named on stdin
 
 
 def _start(
@@ -260,7 +260,7 @@ def _start(
         )
 
 
-def _end(child: subprocess.Popen[bytes]) -> None:
+def _kill(child: subprocess.Popen[bytes]) -> None:
     if child.poll() is None:
         child.kill()
     child.wait()
@@ -269,7 +269,7 @@ def _end(child: subprocess.Popen[bytes]) -> None:
 
 
 def _dump_stacks(child: subprocess.Popen[bytes], log: Path) -> None:
-    """Have the child write where its threads stand, and wait for that; a stopped one cannot."""
+    """Have the child write its stacks to `log`, and wait up to 5 s; a SIGSTOPped one cannot."""
     size = log.stat().st_size
     child.send_signal(signal.SIGUSR1)
     for _ in range(50):
@@ -280,9 +280,9 @@ def _dump_stacks(child: subprocess.Popen[bytes], log: Path) -> None:
 
 
 def clean_environment() -> dict[str, str]:
-    """The environment of a child: ours without secrets, offline, with fixed hash seed.
+    """The environment of a child: ours without secrets, offline, with a fixed hash seed.
 
-    A child reads local files only; the parent has fetched everything and keeps every credential.
+    A child reads local files only: the parent fetches everything and keeps the credentials.
     """
     kept = {
         name: value
@@ -298,33 +298,33 @@ def clean_environment() -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "true",
         "PYTHONUNBUFFERED": "1",
         # bitsandbytes compiles when it is imported: two seconds of inductor, for functions whose
-        # results would differ from machine to machine. Who compiles on purpose removes this.
+        # results would differ from machine to machine. Remove it to compile on purpose.
         "TORCHDYNAMO_DISABLE": "1",
     }
 
 
 def launch() -> None:
-    """Become the room that the command line names, `ROOM REQUEST`.
+    """Run the module that the command line names, `ROOM REQUEST`.
 
-    What ties a child to its parent is in place before its imports, which take seconds: it ends when
-    the parent is gone, and on SIGUSR1 it writes where each of its threads stands to its log.
+    Before the module's imports, which take seconds, the child is tied to its parent: it ends when
+    the parent is gone, and dumps the stacks of its threads to its log on SIGUSR1.
     """
     room = sys.argv.pop(1)
     faulthandler.register(signal.SIGUSR1, all_threads=True)
-    named: queue.SimpleQueue[str] = queue.SimpleQueue()
+    requests: queue.SimpleQueue[str] = queue.SimpleQueue()
     if stat.S_ISFIFO(os.fstat(0).st_mode):
-        follow_parent(named)
-    if sys.argv[1] == WAITING:
+        follow_parent(requests)
+    if sys.argv[1] == ON_STDIN:
         importlib.import_module(f"tuning.{room}")
-        del sys.modules[f"tuning.{room}"]  # it is run below, as __main__; what it imported stays
-        sys.argv[1] = named.get()
+        del sys.modules[f"tuning.{room}"]  # it runs below as __main__; its imports stay loaded
+        sys.argv[1] = requests.get()
     runpy.run_module(f"tuning.{room}", run_name="__main__", alter_sys=True)
 
 
-def follow_parent(named: queue.SimpleQueue[str] | None = None) -> None:
+def follow_parent(requests: queue.SimpleQueue[str] | None = None) -> None:
     """End this child when its parent is gone: an orphan would hold GPU and lock.
 
-    What the parent writes meanwhile (`Ahead.take`) goes to `named`, line by line.
+    Lines that the parent writes meanwhile (`Prewarmed.take`) go to `requests`.
     """
 
     def watch() -> None:
@@ -333,14 +333,14 @@ def follow_parent(named: queue.SimpleQueue[str] | None = None) -> None:
             while piece := os.read(0, 4096):
                 *lines, text = (text + piece).split(b"\n")
                 for line in lines:
-                    if named is not None:
-                        named.put(line.decode())
+                    if requests is not None:
+                        requests.put(line.decode())
         os.kill(os.getpid(), signal.SIGKILL)
 
     threading.Thread(target=watch, daemon=True).start()
 
 
 if __name__ == "__main__":
-    from tuning import process  # the module that rooms import, not this copy of it
+    from tuning import process  # the module that others import, not this copy of it
 
     process.launch()

@@ -1,4 +1,4 @@
-"""A few pieces of blocking work side by side, which a stopped run does not wait for."""
+"""Blocking calls in daemon threads, which a stopped run does not wait for."""
 
 from __future__ import annotations
 
@@ -9,17 +9,16 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
-LAST_WORDS = 2.0  # seconds that each thread gets to save its state when a run is stopped
+STOP_SECONDS = 2.0  # that each thread gets to save its state after a stop
 
 
 def side_by_side(
     jobs: Sequence[Callable[[], T]], *, at_once: int, stop: Callable[[], bool] = lambda: False
 ) -> list[T | BaseException]:
-    """What each job returns or raises, in the order of `jobs`.
+    """Run `jobs`, `at_once` at a time; the result or exception of each, in the order of `jobs`.
 
-    When `stop` turns true this returns soon, whatever the jobs do: they are expected to look at the
-    same thing, and one that hangs on a silent socket is left to the end of the process (its result
-    is then an InterruptedError).
+    When `stop` turns true this returns soon: jobs should poll the same `stop`, one that hangs on a
+    silent socket is left behind with an InterruptedError as its result.
     """
     results: list[T | BaseException] = [InterruptedError() for _ in jobs]
     waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -35,7 +34,7 @@ def side_by_side(
                 except BaseException as error:
                     results[index] = error
 
-    # Daemons, because the interpreter waits for all others before it ends.
+    # Daemons, since the interpreter waits for all other threads before it ends.
     workers = [
         threading.Thread(target=work, name=f"side-by-side-{n}", daemon=True)
         for n in range(min(at_once, len(jobs)))
@@ -45,5 +44,5 @@ def side_by_side(
     for worker in workers:
         while worker.is_alive() and not stop():
             worker.join(0.05)
-        worker.join(LAST_WORDS)
+        worker.join(STOP_SECONDS)
     return list(results)

@@ -180,7 +180,7 @@ def test_no_weights_are_fetched_for_a_hub_model(tmp_path):
 def test_colour_or_marks(settings, coloured):
     """Trained tokens are green where colours are wanted; with NO_COLOR or no terminal, marked."""
     code = (
-        "import rich.console; from tuning import preview\n"
+        "import rich.console; from tuning.cli import preview\n"
         "out = rich.console.Console()\n"
         "line = preview.tokens([['a', False], ['b', True]], colours=preview.has_colours(out))\n"
         "out.print(line)\n"

@@ -25,7 +25,7 @@ def test_a_phase_is_done_once_for_each_key(tmp_path):
     with journal.opened(tmp_path / "run") as book:
         assert book.done("fetch", "a") == {"count": 1}
         assert book.done("fetch", "b") == {"count": 2}
-        assert book.stands("fetch", "a") is None
+        assert book.current("fetch", "a") is None
         assert book.values("fetch") == [{"count": 1}, {"count": 2}]
 
 
@@ -44,9 +44,9 @@ def test_files_of_another_key_are_not_taken_for_those_of_this_one(tmp_path):
             book.do("tokenise", "b", lambda: {"x": 1 // 0})
         book.do("tokenise", "a", lambda: work("a"))
 
-        assert book.stands("tokenise", "a", unless=("train",)) == {"name": "a"}
+        assert book.current("tokenise", "a", unless=("train",)) == {"name": "a"}
         book.append("train", "start", "k")
-        assert book.stands("tokenise", "a", unless=("train",)) is None
+        assert book.current("tokenise", "a", unless=("train",)) is None
 
     assert ["a", "b", "a", "a"] == worked
 
@@ -89,7 +89,7 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path):
 def test_a_second_run_on_one_directory_is_refused_and_told_who_holds_it(tmp_path):
     """The lock is the kernel's: another process gets exit code 20 and the owner's pid."""
     code = (
-        "import sys; from pathlib import Path; from tuning import journal\n"
+        "import sys; from pathlib import Path; from tuning.pipeline import journal\n"
         "with journal.opened(Path(sys.argv[1])):\n"
         "    print('held', flush=True); sys.stdin.read()\n"
     )
@@ -118,7 +118,7 @@ def test_a_folder_that_holds_something_else_is_not_touched(tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
 
     with (
-        pytest.raises(SpecError, match=r"no run directory \(it holds thesis.tex\)"),
+        pytest.raises(SpecError, match=r"nor a run directory \(it holds thesis.tex\)"),
         journal.opened(tmp_path),
     ):
         pass

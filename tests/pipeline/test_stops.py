@@ -299,8 +299,8 @@ def test_a_child_killed_by_the_kernel_is_out_of_memory_and_remembered(world: Wor
 IMPATIENT = """
 import sys
 from functools import partial
-from tuning import cli, watchdog
-from tuning.pipeline import options
+from tuning import cli
+from tuning.pipeline import options, watchdog
 dog = partial(watchdog.Watchdog, floor=2.0, factor=1.0)
 options.Options = partial(options.Options, watchdog=dog)
 sys.argv[0] = "tuning"

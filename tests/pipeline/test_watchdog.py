@@ -1,4 +1,4 @@
-"""Silence is judged by the pace of the steps; a hung child leaves its stacks."""
+"""How long a child may go without a change depends on its median step."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from tuning.pipeline.watchdog import Watchdog
 
 
 def fed(dog: Watchdog, *steps: tuple[float, int]) -> Watchdog:
-    """`dog`, told of a child that begins at 0 s and does these steps."""
-    dog.hear("begun", step=None, now=0.0)
+    """`dog` after a child that begins at 0 s and does these steps."""
+    dog.observe("begun", step=None, now=0.0)
     for now, step in steps:
-        dog.hear(f"step {step}", step=step, now=now)
+        dog.observe(f"step {step}", step=step, now=now)
     return dog
 
 
@@ -38,7 +38,7 @@ def test_any_sign_of_life_counts() -> None:
     """An evaluation does no step for long, but says that it goes on."""
     dog = fed(Watchdog(start=1000, floor=10, factor=2), (1.0, 1), (2.0, 2))
 
-    dog.hear("evaluating", step=2, now=12.0)
+    dog.observe("evaluating", step=2, now=12.0)
 
     assert dog.silence(22.0) is None
     assert dog.silence(23.0) is not None
@@ -48,8 +48,8 @@ def test_a_resumed_run_loads_first() -> None:
     """What an earlier process has logged is no step of this one, and may be taken back."""
     dog = Watchdog(start=100, floor=10, factor=2)
     for now, step in [(0.0, 7), (1.0, 4)]:
-        dog.hear(step, step=step, now=now)
+        dog.observe(step, step=step, now=now)
 
     assert dog.silence(50) is None
-    dog.hear(5, step=5, now=60.0)
+    dog.observe(5, step=5, now=60.0)
     assert dog.silence(71) is not None

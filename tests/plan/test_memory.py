@@ -110,7 +110,7 @@ def test_every_preset_has_coefficients_that_hold_its_weights(preset: presets.Pre
     rank16 = 16 * facts.layers * sum(x.inputs + x.outputs for x in facts.linears)
     assert lora.adapters == 4 * rank16
     assert qlora.adapters == 2 * rank16
-    if preset.packing_safe:
+    if preset.facts.packing_safe:
         assert predict(preset.name).total < predict(preset.name, checkpointing=False).total
 
 

@@ -61,7 +61,7 @@ def test_what_is_chosen_fits_with_room_to_spare():
         base = sizing.Model(preset.facts, coefficients)
         for gpu in map(presets.gpu, fit_page.CLASSES):
             precision = "bfloat16" if gpu.bf16 else "float16"
-            asked = replace(DEMAND, precision=precision, packed=preset.packing_safe)
+            asked = replace(DEMAND, precision=precision, packed=preset.facts.packing_safe)
             found = sizing.best(base, asked, gpu, free_bytes=gpu.memory_bytes)
             if found is None:
                 least = sizing.smallest(base, asked, gpu)

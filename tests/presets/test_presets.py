@@ -90,7 +90,7 @@ def test_weight_bytes_match_the_published_size(name: str) -> None:
     """16-bit bytes are within 0.5 % of the GiB that KAITO publishes."""
     preset = presets.find(name)
 
-    assert preset.weight_bytes / GIB == pytest.approx(preset.published_gib, rel=0.005)
+    assert preset.facts.weight_bytes / GIB == pytest.approx(preset.published_gib, rel=0.005)
 
 
 @pytest.mark.parametrize("name", HUB_COUNTS)
@@ -173,7 +173,7 @@ def test_an_unknown_architecture_is_none_and_a_broken_config_is_an_error() -> No
     assert presets.facts({"model_type": "llava", "text_config": {"model_type": "llama"}}) is None
     with pytest.raises(SpecError, match=r"SPEC-305 config\.json: has no model_type"):
         presets.facts({})
-    with pytest.raises(SpecError, match="is no mapping"):
+    with pytest.raises(SpecError, match="is not a mapping"):
         presets.facts({"model_type": "gemma3", "text_config": "x"})
     with pytest.raises(SpecError) as caught:
         presets.facts({"model_type": "llama", "hidden_size": 0, "vocab_size": "many"})
@@ -241,7 +241,7 @@ def test_what_is_promised(name: str, lora: bool, qlora: bool, words: str) -> Non
 
 def test_packing_is_off_where_rows_would_see_each_other() -> None:
     """Measured wrong for Falcon and gpt-oss; every other preset packs."""
-    unsafe = {p.facts.model_type for p in presets.all() if not p.packing_safe}
+    unsafe = {p.facts.model_type for p in presets.all() if not p.facts.packing_safe}
 
     assert {"falcon", "gpt_oss"} == unsafe
 

@@ -238,7 +238,7 @@ data:
       TrainArguments: {}
 """
     expected = [
-        ("SPEC-107", "metadata.name (line 3)", '"Mine" cannot be the name of a Workspace'),
+        ("SPEC-107", "metadata.name (line 3)", '"Mine" is not a valid name of a Workspace'),
         ("SPEC-118", "resource.count (line 4)", "Tuning does not currently support multinode"),
         ("SPEC-112", "tuning.output (line 5)", "missing field(s): tuning.Output"),
         ("SPEC-104", "tuning.method (line 7)", 'did you mean "lora"?'),
@@ -289,7 +289,7 @@ data:
         ({"tuning__output__pushSecret": "x"}, 'did you mean "imagePushSecret"?'),
         ({"spec": {}}, 'a Workspace has no "spec"'),
         ({"resource": {"partition": {}}}, "GPU partitioning is not supported for tuning"),
-        ({"resource": {"instanceType": "a b"}}, "which is no instance type"),
+        ({"resource": {"instanceType": "a b"}}, "which is not an instance type"),
         (
             {"resource": {"labelSelector": {"matchExpressions": [{"key": "a", "operator": "X"}]}}},
             "Only allow matchLabels or 'IN' matchExpression",
@@ -298,11 +298,14 @@ data:
         ({"kind": "WorkSpace"}, "did you mean Workspace?"),
         ({"kind": "RAGEngine"}, 'is "RAGEngine". Change: use Workspace'),
         ({"kind": ...}, "missing field(s): kind"),
-        ({"tuning__method": True}, "is true, which YAML reads as yes or no, expected a text"),
+        ({"tuning__method": True}, "is true, which YAML reads as yes or no, expected a string"),
         ({"tuning__input__volumeSource": {"hostPath": {}}}, "needs the path of a folder"),
         ({"metadata__annotations": {"tuning.kaito.sh/on-tag": "x"}}, 'did you mean "on-tag-exi'),
         ({"metadata__annotations": {"tuning.kaito.sh/on-tag-exists": "x"}}, "use refuse or over"),
-        ({"metadata__annotations": {"a": 1}}, "is 1, expected a text. Change: write a text, in q"),
+        (
+            {"metadata__annotations": {"a": 1}},
+            "is 1, expected a string. Change: write a string, in q",
+        ),
         ({"inference": {"adapters": [{}]}}, "Either Image or Volume must be specified for adapt"),
         ({"inference": {"adapters": [{}] * 11}}, "Number of Adapters exceeds the maximum limit"),
     ],
@@ -417,9 +420,9 @@ def test_what_kubectl_prints_can_be_read_again() -> None:
     [
         ("", "is empty, but no Workspace"),
         ("---\n---\n", "is empty, but no Workspace"),
-        ("a: [", "SPEC-102 ws.yaml line 2, column 1: this is not YAML"),
-        ("a:\n\t- b", "this is not YAML: found character that cannot start any token"),
-        ("kind: Workspace\nkind: Workspace\n", "stands twice, first in line 1"),
+        ("a: [", "SPEC-102 ws.yaml line 2, column 1: invalid YAML"),
+        ("a:\n\t- b", "invalid YAML: found character that cannot start any token"),
+        ("kind: Workspace\nkind: Workspace\n", "duplicate key, first in line 1"),
         ("kind: Pod\n", 'holds "Pod", but no Workspace'),
         ("kind: Workspace\n---\nkind: Workspace\n", "holds 2 Workspaces, in lines 1 and 3"),
         ("- 1", "but no Workspace"),
@@ -429,9 +432,9 @@ def test_what_kubectl_prints_can_be_read_again() -> None:
         ("a: &a [*a]\nkind: Workspace\n", "nested more than 64 deep"),
         ("x" * ((1 << 20) + 1), "is larger than 1 MiB"),
         ("a: \x01", "characters that YAML does not allow"),
-        ("a: \ud800", "characters that are no text"),
-        ("kind: Workspace\ntuning: {x: .nan}\n", ".nan is no finite number"),
-        ("kind: Workspace\n1: 2\n", "the key 1 is no text"),
+        ("a: \ud800", "invalid characters"),
+        ("kind: Workspace\ntuning: {x: .nan}\n", ".nan is not a finite number"),
+        ("kind: Workspace\n1: 2\n", "the key 1 is not a string"),
     ],
     ids=range(17),
 )
@@ -464,9 +467,9 @@ x: &base {preset: {name: phi-4}, method: lora}
 def test_a_missing_file_and_bytes_that_are_no_text(tmp_path: Path) -> None:
     """Each with its own sentence, no traceback."""
     (tmp_path / "b.yaml").write_bytes(b"\xff\xfe")
-    with pytest.raises(SpecError, match="there is no such file"):
+    with pytest.raises(SpecError, match="no such file"):
         spec.load(tmp_path / "a.yaml")
-    with pytest.raises(SpecError, match="no UTF-8"):
+    with pytest.raises(SpecError, match="is not UTF-8"):
         spec.load(tmp_path / "b.yaml")
     with pytest.raises(SpecError, match="larger than 1 MiB"):
         spec.load(Path("/dev/zero"))
@@ -792,14 +795,14 @@ def test_a_key_with_another_effect_is_told(section: str, content: str, words: st
     [
         ("LoraConfig", "{learning_rate: 1}", "move it to TrainingArguments"),
         ("LoraConfig", "{lorra_alpha: 1}", 'did you mean "lora_alpha"?'),
-        ("LoraConfig", "5", "is 5, and a section holds keys"),
+        ("LoraConfig", "5", "is 5, expected keys"),
         ("LoraConfig", "{r: 0}", "is 0, must be at least 1 and at most 1,024"),
         ("LoraConfig", "{r: 1.5}", "is 1.5, expected a whole number"),
         ("LoraConfig", "{r: true}", "is true, which YAML reads as yes or no, expected a whole"),
         ("LoraConfig", f"{{r: {'9' * 5000}}}", "expected a whole number"),
         ("LoraConfig", f"{{r: {'9' * 4000}}}", "is a huge number, must be"),
         ("LoraConfig", "{lora_dropout: 1}", "must be at least 0 and below 1"),
-        ("LoraConfig", "{target_modules: '.*proj'}", "is a pattern or no name at all"),
+        ("LoraConfig", "{target_modules: '.*proj'}", "is a pattern, or not a name"),
         ("LoraConfig", "{target_modules: [lm_head]}", "lm_head is not supported"),
         ("LoraConfig", "{target_modules: []}", "is an empty list"),
         ("LoraConfig", "{bias: all}", "SPEC-118"),
@@ -819,12 +822,12 @@ def test_a_key_with_another_effect_is_told(section: str, content: str, words: st
         ("TrainingArguments", "{max_length: 512, max_seq_length: 1024}", "SPEC-108"),
         ("TrainingArguments", "{warmup_steps: 1.5}", "expected a whole number"),
         ("DatasetConfig", "{train_test_split: 0}", "must be above 0 and at most 1"),
-        ("DatasetConfig", "{dataset_path: ../../etc}", "leads out of the data"),
+        ("DatasetConfig", "{dataset_path: ../../etc}", "points outside the data"),
         ("DatasetConfig", "{train_on: user}", "use one of assistant, all"),
-        ("DatasetConfig", "{context_column: 5}", "is 5, expected a text"),
+        ("DatasetConfig", "{context_column: 5}", "is 5, expected a string"),
         ("ModelConfig", "{torch_dtype: int8}", "use one of bfloat16, float16, float32"),
-        ("ModelConfig", "{revision: ../x}", "is no revision"),
-        ("ModelConfig", "{chat_template: t.jinja}", "cannot be read from here"),
+        ("ModelConfig", "{revision: ../x}", "is not a revision"),
+        ("ModelConfig", "{chat_template: t.jinja}", "cannot be read"),
         ("QuantizationConfig", "{load_in_8bit: true}", "8-bit bases are not supported"),
         ("QuantizationConfig", "{load_in_4bit: 1}", "value must be either nil or a boolean, got t"),
         (
@@ -865,13 +868,13 @@ def test_four_bit_with_lora_is_a_contradiction() -> None:
     [
         ({}, "missing field(s): training_config.yaml in ConfigMap"),
         ({"training_config.yaml": {"training_config": {}}}, "with the bar"),
-        ({"training_config.yaml": "a: ["}, "this is not YAML"),
+        ({"training_config.yaml": "a: ["}, "invalid YAML"),
         ({"training_config.yaml": ""}, "Expected 'training_config' key to contain a map"),
         ({"training_config.yaml": "LoraConfig: {}"}, "Expected 'training_config' key to contain"),
         ({"training_config.yaml": "training_config: {}\nx: 1"}, "put everything under"),
         (
             {"training_config.yaml": "training_config: {DataCollator: {}, DataCollator: {}}"},
-            "twice",
+            "duplicate",
         ),
     ],
 )
@@ -951,12 +954,12 @@ def test_data_is_files_or_urls_or_one_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("said", "words"),
     [
-        (Overrides(output="./out"), 'SPEC-109 --output: "./out" is no image reference'),
+        (Overrides(output="./out"), 'SPEC-109 --output: "./out" is not an image reference'),
         (Overrides(output="oci:"), "names no folder"),
         (Overrides(output=""), "write dir:FOLDER"),
         (Overrides(output="r.io/A"), "--output: Unable to parse output image reference"),
         (Overrides(data=("http://127.0.0.1/?k=hunter2",)), "SPEC-115 --data[0]"),
-        (Overrides(data=("",)), "is no file name"),
+        (Overrides(data=("",)), "is not a file name"),
         (Overrides(base_model=""), "--base-model: is empty"),
     ],
 )

@@ -1,7 +1,7 @@
 """The command line: parse, call, print; no logic.
 
-stdout is data, stderr is talk. Rooms are imported by the command that needs them, so that `--help`,
-`presets` and `plan` start at once.
+Data goes to stdout, messages to stderr. Each command imports the rooms that it needs, so that
+`--help`, `presets` and `plan` start at once.
 """
 
 # Each module adds its commands, in the order in which --help lists them.

@@ -1,31 +1,28 @@
-"""The commands that tell what is known: presets, version."""
+"""The commands that list what is known: presets, version."""
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
 
 import tuning
+from tuning.cli import options as option
 from tuning.cli.app import app
-from tuning.cli.options import (
-    Json,
-)
 
 
 @app.command()
 def presets(
     name: Annotated[str | None, typer.Argument(help="One preset or instance type.")] = None,
     instances: Annotated[bool, typer.Option(help="List instance types instead.")] = False,
-    as_json: Json = False,
+    as_json: option.Json = False,
 ) -> None:
     """List the base models and machine types that are known by name."""
     from tuning.cli import tables
 
     records = tables.catalogue(name, instances=instances)
     if as_json:
-        print(json.dumps(records, indent=2, sort_keys=True))
+        tables.print_json(records)
     else:
         tables.display(tables.catalogue_table(records))
 

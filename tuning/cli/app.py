@@ -1,4 +1,4 @@
-"""The application, and its life: parse, call, print, and an exit code at the end."""
+"""The typer application, and the exit code of every way it can end."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ _CTRL_C = 130
 
 def main() -> int:
     """Run the command line and return its exit code (docs/errors.md)."""
-    if not sys.stderr.isatty():  # a log is no place for bars of libraries
+    if not sys.stderr.isatty():  # no progress bars in a log
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of kernels it could do without
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of optional kernels
     try:
-        code = app(standalone_mode=False)  # typer makes codes of its own Exit, and of Ctrl-C
+        code = app(standalone_mode=False)  # typer returns the code of Exit and of Ctrl-C
         if isinstance(code, int) and code:
             return Stopped.exit_code if code == _CTRL_C else code
     except TuningError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    except typer.Exit as leave:
-        return leave.exit_code
+    except typer.Exit as end:
+        return end.exit_code
     except typer.TyperException as error:
         usage = UsageError.at("USE-101", "", error.format_message(), "see --help")
         print(usage, file=sys.stderr)
@@ -52,13 +52,13 @@ def main() -> int:
     except ModuleNotFoundError as error:
         if (error.name or "tuning").partition(".")[0] == "tuning":
             raise
-        what = f"this needs {error.name}, which is not installed"
+        what = f"this command needs {error.name}, which is not installed"
         missing = UsageError.at("USE-102", "", what, "pip install 'tuning[train]', or make install")
         print(missing, file=sys.stderr)
         return missing.exit_code
     except (KeyboardInterrupt, typer.Abort):
         return Stopped.exit_code
-    except BrokenPipeError:  # the reader of our output has seen enough
+    except BrokenPipeError:  # the reader of our output has closed it
         sys.stderr.close()
         return 0
     return 0

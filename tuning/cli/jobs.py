@@ -2,76 +2,43 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import Annotated
+from dataclasses import replace
 
-import typer
-
+from tuning.cli import options as option
 from tuning.cli.app import app
-from tuning.cli.options import (
-    AllowHost,
-    BaseModel,
-    CaFile,
-    Data,
-    File,
-    HubToken,
-    Insecure,
-    Instance,
-    Json,
-    Output,
-    PolicyFile,
-    PullSecret,
-    PushSecret,
-    RunDir,
-    Secrets,
-    hosts_of,
-    spec_of,
-)
 
 
 @app.command()
 def run(
-    file: File,
-    run_dir: RunDir = None,
-    base_model: BaseModel = None,
-    data: Data = None,
-    instance: Instance = None,
-    output: Output = None,
-    push_secret: PushSecret = None,
-    pull_secret: PullSecret = None,
-    hub_token_file: HubToken = None,
-    secrets: Secrets = None,
-    allow_host: AllowHost = None,
-    policy: PolicyFile = None,
-    ca: CaFile = None,
-    insecure: Insecure = False,
-    ask: Annotated[
-        list[str] | None,
-        typer.Option(metavar="QUESTION", help="Ask base and tuned model at the end; repeatable."),
-    ] = None,
-    port: Annotated[
-        int | None, typer.Option(metavar="PORT", help="Serve progress on this port meanwhile.")
-    ] = None,
-    ranks: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="N", help="GPUs to use, or processes on a CPU [default: all]."),
-    ] = None,
-    record: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Append planned and measured memory and speed, as JSON."),
-    ] = None,
-    grace: Annotated[
-        float, typer.Option(min=6, metavar="SECONDS", help="From SIGTERM to SIGKILL, here.")
-    ] = 30.0,
-    as_json: Json = False,
+    file: option.File,
+    run_dir: option.RunDir = None,
+    base_model: option.BaseModel = None,
+    data: option.Data = None,
+    instance: option.Instance = None,
+    output: option.Output = None,
+    push_secret: option.PushSecret = None,
+    pull_secret: option.PullSecret = None,
+    hub_token_file: option.HubToken = None,
+    secrets: option.Secrets = None,
+    allow_host: option.AllowHost = None,
+    policy: option.PolicyFile = None,
+    ca: option.CaFile = None,
+    insecure: option.Insecure = False,
+    ask: option.Ask = None,
+    port: option.ProgressPort = None,
+    ranks: option.Ranks = None,
+    record: option.Record = None,
+    grace: option.Grace = 30.0,
+    as_json: option.Json = False,
 ) -> None:
     """Tune: check, fetch, plan, train, package, push. The same command again goes on."""
     from tuning import pipeline
     from tuning.cli import tables
     from tuning.console import Console
 
-    spec = spec_of(file, base_model, data, instance, output, hosts_of(allow_host, policy))
+    spec = option.spec_of(
+        file, base_model, data, instance, output, allow_host=allow_host, policy=policy
+    )
     options = pipeline.gather(
         spec,
         run_dir=run_dir,
@@ -83,28 +50,26 @@ def run(
         policy_file=policy,
         ca=ca,
         insecure=insecure,
-        questions=tuple(ask or ()),
-        port=port,
-        ranks=ranks,
-        record=record,
-        grace=grace,
     )
-    summary = pipeline.live(spec, options, Console())
+    options = replace(
+        options, questions=tuple(ask or ()), port=port, ranks=ranks, record=record, grace=grace
+    )
+    summary = pipeline.execute(spec, options, Console())
     if as_json:
-        print(json.dumps(summary.to_json(), indent=2, sort_keys=True))
+        tables.print_json(summary.to_json())
     else:
         print("\n".join(tables.summary_lines(summary)))
 
 
 @app.command()
 def plan(
-    file: File,
-    base_model: BaseModel = None,
-    data: Data = None,
-    instance: Instance = None,
-    output: Output = None,
-    hub_token_file: HubToken = None,
-    as_json: Json = False,
+    file: option.File,
+    base_model: option.BaseModel = None,
+    data: option.Data = None,
+    instance: option.Instance = None,
+    output: option.Output = None,
+    hub_token_file: option.HubToken = None,
+    as_json: option.Json = False,
 ) -> None:
     """Show what a run would do, and why, without weights or GPU.
 
@@ -115,7 +80,7 @@ def plan(
     from tuning.cli import tables
     from tuning.plan import device
 
-    spec = spec_of(file, base_model, data, instance, output)
+    spec = option.spec_of(file, base_model, data, instance, output)
     here = device.detect()
     if plans.is_enough(spec, here):
         decided = plans.draft(spec, here=here)
@@ -126,7 +91,7 @@ def plan(
         token = pipeline.read_token(hub_token_file)
         decided = pipeline.draft(spec, here=here, token=token, console=Console())
     if as_json:
-        print(json.dumps(decided.to_json(), indent=2, sort_keys=True))
+        tables.print_json(decided.to_json())
         return
     print(tables.plan_heading(spec, decided))
     tables.display(tables.plan_table(decided))
@@ -137,24 +102,26 @@ def plan(
 
 @app.command()
 def check(
-    file: File,
-    base_model: BaseModel = None,
-    data: Data = None,
-    instance: Instance = None,
-    output: Output = None,
-    push_secret: PushSecret = None,
-    pull_secret: PullSecret = None,
-    hub_token_file: HubToken = None,
-    allow_host: AllowHost = None,
-    policy: PolicyFile = None,
-    ca: CaFile = None,
-    insecure: Insecure = False,
+    file: option.File,
+    base_model: option.BaseModel = None,
+    data: option.Data = None,
+    instance: option.Instance = None,
+    output: option.Output = None,
+    push_secret: option.PushSecret = None,
+    pull_secret: option.PullSecret = None,
+    hub_token_file: option.HubToken = None,
+    allow_host: option.AllowHost = None,
+    policy: option.PolicyFile = None,
+    ca: option.CaFile = None,
+    insecure: option.Insecure = False,
 ) -> None:
     """Check spec, base access, data and push rights in seconds; nothing is downloaded or left."""
     from tuning import pipeline
     from tuning.console import Console
 
-    spec = spec_of(file, base_model, data, instance, output, hosts_of(allow_host, policy))
+    spec = option.spec_of(
+        file, base_model, data, instance, output, allow_host=allow_host, policy=policy
+    )
     options = pipeline.gather(
         spec,
         push_secret=push_secret,
@@ -171,22 +138,22 @@ def check(
 
 @app.command()
 def preview(
-    file: File,
-    run_dir: RunDir = None,
-    base_model: BaseModel = None,
-    data: Data = None,
-    instance: Instance = None,
-    output: Output = None,
-    push_secret: PushSecret = None,
-    pull_secret: PullSecret = None,
-    hub_token_file: HubToken = None,
-    secrets: Secrets = None,
-    allow_host: AllowHost = None,
-    policy: PolicyFile = None,
-    ca: CaFile = None,
-    insecure: Insecure = False,
-    rows: Annotated[int, typer.Option(min=0, max=20, help="Sample rows to show.")] = 3,
-    as_json: Json = False,
+    file: option.File,
+    run_dir: option.RunDir = None,
+    base_model: option.BaseModel = None,
+    data: option.Data = None,
+    instance: option.Instance = None,
+    output: option.Output = None,
+    push_secret: option.PushSecret = None,
+    pull_secret: option.PullSecret = None,
+    hub_token_file: option.HubToken = None,
+    secrets: option.Secrets = None,
+    allow_host: option.AllowHost = None,
+    policy: option.PolicyFile = None,
+    ca: option.CaFile = None,
+    insecure: option.Insecure = False,
+    rows: option.Rows = 3,
+    as_json: option.Json = False,
 ) -> None:
     """Show what the data becomes: shape, lengths, what is cut, which tokens are trained.
 
@@ -194,9 +161,12 @@ def preview(
     """
     from tuning import pipeline
     from tuning.cli import preview as previews
+    from tuning.cli import tables
     from tuning.console import Console
 
-    spec = spec_of(file, base_model, data, instance, output, hosts_of(allow_host, policy))
+    spec = option.spec_of(
+        file, base_model, data, instance, output, allow_host=allow_host, policy=policy
+    )
     options = pipeline.gather(
         spec,
         run_dir=run_dir,
@@ -209,8 +179,8 @@ def preview(
         ca=ca,
         insecure=insecure,
     )
-    found = previews.report(pipeline.prepare(spec, options, Console()), rows=rows)
+    report = previews.report(pipeline.prepare(spec, options, Console()), rows=rows)
     if as_json:
-        print(json.dumps(found, indent=2, sort_keys=True))
+        tables.print_json(report)
     else:
-        previews.show(found)
+        previews.show(report)

@@ -1,4 +1,4 @@
-"""Options that several commands have, and what they make of them.
+"""Options of the commands, each declared once, and the spec and access that they make up.
 
 Rooms are imported where they are needed, so that `--help`, `presets` and `plan` start at once.
 """
@@ -14,81 +14,156 @@ if TYPE_CHECKING:
     from tuning.oci.delivery import Access
     from tuning.spec import Spec
 
+# A Workspace and what replaces parts of it
 File = Annotated[
     Path, typer.Option("-f", "--file", metavar="FILE", help="Workspace YAML (kaito.sh).")
 ]
-
 BaseModel = Annotated[
     str | None,
     typer.Option(metavar="MODEL", help="Preset, org/model or folder instead of the file's."),
 ]
-
 Data = Annotated[
     list[str] | None,
     typer.Option(metavar="FILE|URL", help="Data instead of the file's; may be repeated."),
 ]
-
 Instance = Annotated[
     str | None, typer.Option(metavar="TYPE", help="Size for this machine type, not for this one.")
 ]
-
 Output = Annotated[
     str | None,
     typer.Option(metavar="WHERE", help="oci:DIR, dir:DIR or an image, instead of the file's."),
 ]
-
-RunDir = Annotated[
-    Path | None, typer.Option(metavar="DIR", help="Run directory [default: runs/<name>].")
-]
-
-PushSecret = Annotated[
-    Path | None,
-    typer.Option(metavar="FILE", help="dockerconfigjson for the push [default: docker's own]."),
-]
-
-PullSecret = Annotated[
-    Path | None,
-    typer.Option(metavar="FILE", help="dockerconfigjson for the pull [default: docker's own]."),
-]
-
-HubToken = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="File with a token for gated models.")
-]
-
-Secrets = Annotated[
-    Path | None,
-    typer.Option(metavar="DIR", help="Folder with push/, pull/, hub/ and data/ secrets."),
-]
-
 AllowHost = Annotated[
     list[str] | None,
     typer.Option(metavar="HOST", help="A private host that data may come from; repeatable."),
 ]
 
+# A run on this machine
+RunDir = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Run directory [default: runs/<name>].")
+]
+Secrets = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Folder with push/, pull/, hub/ and data/ secrets."),
+]
+Ask = Annotated[
+    list[str] | None,
+    typer.Option(metavar="QUESTION", help="Ask base and tuned model at the end; repeatable."),
+]
+ProgressPort = Annotated[
+    int | None, typer.Option(metavar="PORT", help="Serve progress on this port meanwhile.")
+]
+Ranks = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="GPUs to use, or processes on a CPU [default: all]."),
+]
+Record = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Append planned and measured memory and speed, as JSON."),
+]
+Grace = Annotated[
+    float, typer.Option(min=6, metavar="SECONDS", help="From SIGTERM to SIGKILL, here.")
+]
+Rows = Annotated[int, typer.Option(min=0, max=20, help="Sample rows to show.")]
+
+# Logins, and what is trusted
+PushSecret = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="dockerconfigjson for the push [default: docker's own]."),
+]
+PullSecret = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="dockerconfigjson for the pull [default: docker's own]."),
+]
+HubToken = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="File with a token for gated models.")
+]
 PolicyFile = Annotated[
     Path | None, typer.Option(metavar="FILE", help="The administrator's policy file.")
 ]
-
 CaFile = Annotated[
     Path | None, typer.Option("--ca", metavar="FILE", help="CA certificates to trust (PEM).")
 ]
-
 Insecure = Annotated[bool, typer.Option(help="Talk plain http to the registry.")]
-
 KeyFile = Annotated[
     list[Path] | None,
-    typer.Option(metavar="FILE", help="Refuse an image without a signature by this key (cosign)."),
+    typer.Option(
+        "--key", metavar="FILE", help="Refuse an image without a signature by this key (cosign)."
+    ),
 ]
 
+# Models and adapters
+Base = Annotated[str, typer.Option(metavar="MODEL", help="Preset, org/model, image or folder.")]
+BaseRevision = Annotated[
+    str | None,
+    typer.Option(metavar="COMMIT", help="The base's revision on the hub [default: pinned]."),
+]
+BaseOfAdapter = Annotated[
+    str | None, typer.Option(metavar="MODEL", help="Refuse an adapter for another base model.")
+]
 AnyBase = Annotated[
     bool, typer.Option("--any-base", help="Take an adapter that names another base model.")
 ]
+_ADAPTER = typer.Option(metavar="IMAGE|DIR", help="Adapter image, oci:DIR or folder.")
+Adapter = Annotated[str, _ADAPTER]
+OptionalAdapter = Annotated[str | None, _ADAPTER]
+Question = Annotated[
+    list[str] | None, typer.Option(metavar="TEXT", help="Ask this and leave; repeatable.")
+]
+Method = Annotated[
+    str | None,
+    typer.Option(metavar="METHOD", help="lora or qlora, if the adapter does not say."),
+]
+
+Revision = Annotated[
+    str | None, typer.Option(metavar="COMMIT", help="Revision on the hub [default: pinned].")
+]
+
+# A server
+ServedAdapter = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME=WHERE[@STRENGTH]",
+        help="Adapter image, oci:DIR or folder, with a strength from 0 to 1; repeatable.",
+    ),
+]
+CombinedName = Annotated[
+    str, typer.Option(metavar="NAME", help="What all adapters together are called.")
+]
+BaseName = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="What the base is called [default: its own name]."),
+]
+Host = Annotated[str, typer.Option(help="Address to listen on.")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one.")]
+ApiKeyFile = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Keys, one a line; then every path wants one.")
+]
+Precision = Annotated[
+    str, typer.Option(metavar="HOW", help="auto, float32, bfloat16, float16 or 4bit.")
+]
+Context = Annotated[
+    int | None, typer.Option(min=16, metavar="TOKENS", help="Longest prompt with its answer.")
+]
+LongestAnswer = Annotated[int, typer.Option(min=1, help="Longest answer.")]
+Concurrent = Annotated[int, typer.Option(min=1, max=256, help="Answers at once.")]
+Queue = Annotated[int, typer.Option(min=0, help="Answers that may wait for room.")]
+TimeLimit = Annotated[float, typer.Option(min=1, help="Seconds for one request.")]
+Linger = Annotated[float, typer.Option(min=0, help="Seconds of new requests after SIGTERM.")]
+DrainSeconds = Annotated[float, typer.Option(min=0, help="Seconds for what runs then.")]
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 
 
+def silence_libraries() -> None:
+    """Drop Python warnings: those of libraries tell the user of a command nothing."""
+    import warnings
+
+    warnings.simplefilter("ignore")
+
+
 def access_of(key: list[Path] | None, policy: Path | None, **more: Any) -> Access:
-    """How registries are reached; a --key is a rule that wants a signature by it."""
+    """How registries are reached and trusted; each --key is a required signature."""
     from dataclasses import replace
 
     from tuning.oci.delivery import Access
@@ -106,23 +181,23 @@ def spec_of(
     data: list[str] | None,
     instance: str | None,
     output: str | None,
-    allow_hosts: tuple[str, ...] = (),
+    *,
+    allow_host: list[str] | None = None,
+    policy: Path | None = None,
 ) -> Spec:
-    """The spec in `file`, with what the command line says instead."""
+    """The spec in `file` with the command line's overrides; the policy file may allow hosts too."""
     from tuning import spec as specs
 
+    allowed = tuple(allow_host or ())
+    if policy:
+        from tuning.network.policy import Policy
+
+        allowed += tuple(Policy.load(policy).allow_hosts)
     overrides = specs.Overrides(
         base_model=base_model,
         data=tuple(data or ()),
         instance=instance,
         output=output,
-        allow_hosts=allow_hosts,
+        allow_hosts=allowed,
     )
     return specs.load(file, overrides=overrides)
-
-
-def hosts_of(allowed: list[str] | None, policy: Path | None) -> tuple[str, ...]:
-    """The private hosts that data may come from, by --allow-host and the policy file."""
-    from tuning.network.policy import Policy
-
-    return (*(allowed or ()), *(Policy.load(policy).allow_hosts if policy else ()))

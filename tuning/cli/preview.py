@@ -1,7 +1,7 @@
-"""What the data becomes before a GPU is spent on it: counts for programs, a page for people.
+"""The command `preview`: what the data becomes, as JSON and as a page.
 
-`report` turns what the data child answered into one JSON value; `page` draws that value. Trained
-tokens are coloured where there are colours, and stand in ⟦ ⟧ where there are none.
+`report` makes one JSON value of the data child's results; `page` draws it. Trained tokens are
+coloured, or in ⟦ ⟧ where there are no colours.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ OPEN, CLOSE = "⟦", "⟧"
 
 def report(prepared: Prepared, *, rows: int = ROWS) -> Value:
     """Everything the page shows, with up to `rows` sample rows; lengths are in tokens."""
-    told, packed, chosen = prepared.tokenised, prepared.packed, prepared.packing
-    counts = told["lengths"]["counts"]
+    tokenised, packed, chosen = prepared.tokenised, prepared.packed, prepared.packing
+    counts = tokenised["lengths"]["counts"]
     return {
-        "shape": told["shape"],
-        "rendering": told["rendering"],
-        "files": told["files"],
-        "rows": told["rows"],
-        "tokens": told["tokens"],
-        "trained_tokens": told["trained_tokens"],
-        "trained_share": told["trained_tokens"] / told["tokens"],
-        "lengths": told["lengths"] | {"histogram": histogram(counts)},
+        "shape": tokenised["shape"],
+        "rendering": tokenised["rendering"],
+        "files": tokenised["files"],
+        "rows": tokenised["rows"],
+        "tokens": tokenised["tokens"],
+        "trained_tokens": tokenised["trained_tokens"],
+        "trained_share": tokenised["trained_tokens"] / tokenised["tokens"],
+        "lengths": tokenised["lengths"] | {"histogram": histogram(counts)},
         "max_length": chosen.max_length,
         "max_length_reason": chosen.reasons["max_length"],
         "longer_rows": sum(n for length, n in counts if length > chosen.max_length),
@@ -43,8 +43,8 @@ def report(prepared: Prepared, *, rows: int = ROWS) -> Value:
         "packing": chosen.packing,
         "train": _part(packed["train"]),
         "eval": _part(packed["eval"]),
-        "dropped": _sum(told["dropped"], packed["dropped"]),
-        "notes": list(dict.fromkeys([*told["notes"], *packed["notes"]])),
+        "dropped": _sum(tokenised["dropped"], packed["dropped"]),
+        "notes": list(dict.fromkeys([*tokenised["notes"], *packed["notes"]])),
         "samples": prepared.samples[:rows],
     }
 
@@ -54,13 +54,13 @@ def _part(part: Value | None) -> Value | None:
 
 
 def _sum(*counts: dict[str, int]) -> dict[str, int]:
-    names = dict.fromkeys(name for found in counts for name in found)
-    sums = {name: sum(found.get(name, 0) for found in counts) for name in names}
+    names = dict.fromkeys(name for count in counts for name in count)
+    sums = {name: sum(count.get(name, 0) for count in counts) for name in names}
     return {name: count for name, count in sums.items() if count}
 
 
 def histogram(counts: Sequence[Sequence[int]]) -> list[list[int]]:
-    """[[first, last, rows], ...]: bins of one round width that together hold every length.
+    """[[first, last, rows], ...]: bins of one round width that cover every length.
 
     `counts` are [length, rows] pairs.
     """
@@ -79,54 +79,54 @@ def _round_numbers() -> Iterator[int]:
         scale *= 10
 
 
-def page(found: Value, *, colours: bool) -> Iterator[Text]:
+def page(content: Value, *, colours: bool) -> Iterator[Text]:
     """The lines of the page."""
-    yield Text(f"{found['shape']['name']}: {found['shape']['reason']}", style="bold")
-    yield Text(f"learnt as {found['rendering']}")
+    yield Text(f"{content['shape']['name']}: {content['shape']['reason']}", style="bold")
+    yield Text(f"learnt as {content['rendering']}")
     yield Text("")
-    for file in found["files"]:
+    for file in content["files"]:
         kind = " in ".join(part for part in (file["format"], file["compression"]) if part)
         yield Text(f"{file['rows']:>10,} rows  {_visible(file['shown'])} ({kind})")
-    for reason, rows in found["dropped"].items():
+    for reason, rows in content["dropped"].items():
         yield Text(f"{rows:>10,} rows left out: {reason}", style="yellow")
     yield Text("")
     yield Text(
-        f"{found['tokens']:,} tokens, {found['trained_tokens']:,} of them trained "
-        f"({found['trained_share']:.1%})"
+        f"{content['tokens']:,} tokens, {content['trained_tokens']:,} of them trained "
+        f"({content['trained_share']:.1%})"
     )
-    yield from _histogram(found)
-    yield from _lengths(found)
-    for note in found["notes"]:
+    yield from _histogram(content)
+    yield from _lengths(content)
+    for note in content["notes"]:
         yield Text(f"note: {note}", style="dim")
-    for sample in found["samples"]:
+    for sample in content["samples"]:
         yield Text("")
         yield Text(_visible(sample["where"]), style="underline")
         yield tokens(sample["tokens"], colours=colours)
-    if found["samples"]:
+    if content["samples"]:
         marks = "green" if colours else f"in {OPEN} {CLOSE}"
         yield Text(f"\nTokens {marks} are trained; the others are only read.", style="dim")
 
 
-def _histogram(found: Value) -> Iterator[Text]:
-    bins = found["lengths"]["histogram"]
+def _histogram(content: Value) -> Iterator[Text]:
+    bins = content["lengths"]["histogram"]
     most = max(rows for _, _, rows in bins)
     digits = max(len(f"{last:,}") for _, last, _ in bins)
     yield Text("tokens a row")
     for first, last, rows in bins:
         bar = "█" * max(1, round(BAR * rows / most)) if rows else ""
-        cut = " longer than max_length" if first > found["max_length"] else ""
+        cut = " longer than max_length" if first > content["max_length"] else ""
         style = "yellow" if cut else ""
         name = f"{first:>{digits},}" + (f"-{last:<{digits},}" if last > first else "")
         yield Text(f"  {name} {bar} {rows:,}{cut}", style=style)
 
 
-def _lengths(found: Value) -> Iterator[Text]:
-    lengths, over = found["lengths"], found["over_length"]
+def _lengths(content: Value) -> Iterator[Text]:
+    lengths, over = content["lengths"], content["over_length"]
     yield Text(
         f"mean {lengths['mean']:,.0f}, median {lengths['p50']:,}, 95 % up to {lengths['p95']:,}, "
         f"longest {lengths['max']:,}"
     )
-    yield Text(f"max_length {found['max_length']:,}: {found['max_length_reason']}")
+    yield Text(f"max_length {content['max_length']:,}: {content['max_length_reason']}")
     if over["rows"]:
         done = ", ".join(f"{over[k]:,} {k}" for k in ("truncated", "split", "dropped") if over[k])
         lost = f"{over['lost_tokens']:,} tokens lost"
@@ -136,8 +136,8 @@ def _lengths(found: Value) -> Iterator[Text]:
         yield Text(text, style="yellow")
     else:
         yield Text("no row is longer, nothing is cut")
-    train, held_out = found["train"], found["eval"]
-    packed = f", packed, {train['efficiency']:.1%} full" if found["packing"] else ""
+    train, held_out = content["train"], content["eval"]
+    packed = f", packed, {train['efficiency']:.1%} full" if content["packing"] else ""
     yield Text(f"{train['rows']:,} training rows of {train['documents']:,} documents{packed}")
     if held_out:
         yield Text(f"{held_out['documents']:,} rows held out to evaluate on")
@@ -156,7 +156,7 @@ def tokens(spelled: Sequence[Sequence[Any]], *, colours: bool) -> Text:
 
 
 def _visible(text: str) -> str:
-    """`text` without what could steer a terminal: such characters are spelled out."""
+    """`text` with its control characters escaped."""
     return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
@@ -165,8 +165,8 @@ def has_colours(out: rich.console.Console) -> bool:
     return out.color_system is not None and not out.no_color
 
 
-def show(found: Value) -> None:
+def show(content: Value) -> None:
     """Print the page on stdout, coloured if it is a terminal and NO_COLOR is not set."""
     out = rich.console.Console(highlight=False)
-    for line in page(found, colours=has_colours(out)):
+    for line in page(content, colours=has_colours(out)):
         out.print(line, soft_wrap=True)

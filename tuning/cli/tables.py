@@ -1,9 +1,10 @@
-"""Tables and summaries for people: the plan, the presets, the end of a run."""
+"""Tables and summaries: the plan, the presets, the end of a run, an adapter."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import json
 import platform
 import shlex
 import sys
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 
 def plan_heading(spec: Spec, plan: Plan) -> str:
-    """What is planned, for what."""
+    """The title of a plan: Workspace, base model, device, run id."""
     state = "draft, before the data is read" if plan.rows is None else plan.recipe.run_id[:12]
     return f"{spec.name}: {plan.recipe.base_model} on {plan.device} ({state})"
 
@@ -44,7 +45,10 @@ def catalogue(name: str | None, *, instances: bool) -> list[dict[str, Any]]:
         preset = presets.find(name)
         if preset is None:
             raise SpecError.at(
-                "SPEC-302", "", f'"{name}" is not among the presets', "see the list: `presets`"
+                "SPEC-302",
+                "",
+                f'"{name}" is not among the presets',
+                "see `python -m tuning presets`",
             )
         return [_preset(preset)]
     if instances:
@@ -58,7 +62,7 @@ def _preset(preset: presets.Preset) -> dict[str, Any]:
         "name": preset.name,
         "hub": preset.hub_id,
         "billion": round(preset.facts.parameters / 1e9, 2),
-        "weights_gib": round(preset.weight_bytes / 2**30, 2),
+        "weights_gib": round(preset.facts.weight_bytes / 2**30, 2),
         "context": preset.facts.context,
         "licence": preset.licence,
         "gated": preset.gated,
@@ -68,7 +72,7 @@ def _preset(preset: presets.Preset) -> dict[str, Any]:
 
 
 def _instance(machine: presets.Instance) -> dict[str, Any]:
-    answer = presets.gpu_support(machine.gpu, "qlora")
+    support = presets.gpu_support(machine.gpu, "qlora")
     return {
         "name": machine.name,
         "cloud": machine.cloud,
@@ -76,7 +80,7 @@ def _instance(machine: presets.Instance) -> dict[str, Any]:
         "gpus": machine.gpus,
         "gib_each": round(machine.memory_bytes / 2**30, 1),
         "retired": machine.retired,
-        "note": answer.reason,
+        "note": support.reason,
     }
 
 
@@ -95,10 +99,15 @@ def catalogue_table(records: Sequence[dict[str, Any]]) -> rich.table.Table:
     return table(headings, ([cell(value) for value in record.values()] for record in shown))
 
 
-def display(drawn: rich.table.Table) -> None:
-    """Print a table on stdout: as wide as the terminal, or as wide as it needs in a pipe."""
+def print_json(value: Any) -> None:
+    """Print `value` on stdout as JSON for scripts."""
+    print(json.dumps(value, indent=2, sort_keys=True))
+
+
+def display(shown: rich.table.Table) -> None:
+    """Print a table on stdout: as wide as the terminal, 160 columns in a pipe."""
     width = None if sys.stdout.isatty() else 160
-    rich.console.Console(width=width, highlight=False).print(drawn)
+    rich.console.Console(width=width, highlight=False).print(shown)
 
 
 def questions() -> Iterator[str]:
@@ -114,7 +123,7 @@ def questions() -> Iterator[str]:
 
 
 def answers(question: str, tuned: str, base: str | None) -> str:
-    """One question's answers, the base model's first if it was asked, too."""
+    """The answers to `question`; the base model's first, if there is one."""
     if base is None:
         return tuned
     return f"{question}\n  base:  {one_line(base)}\n  tuned: {one_line(tuned)}"
@@ -122,23 +131,23 @@ def answers(question: str, tuned: str, base: str | None) -> str:
 
 def environment() -> list[str]:
     """Versions and device, one a line, for a bug report."""
-    found = [f"python {platform.python_version()} on {platform.platform()}"]
+    lines = [f"python {platform.python_version()} on {platform.platform()}"]
     for name in ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "oras"):
         try:
-            found.append(f"{name} {importlib.metadata.version(name)}")
+            lines.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
-            found.append(f"{name} is not installed")
-    return [*found, f"device: {device.detect()}"]
+            lines.append(f"{name} is not installed")
+    return [*lines, f"device: {device.detect()}"]
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> rich.table.Table:
-    """A plain table whose text is never taken for markup."""
-    drawn = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
+    """A plain table whose cells are never read as markup."""
+    result = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
     for index, heading in enumerate(headings):
-        drawn.add_column(heading, overflow="fold", no_wrap=index == 0)
+        result.add_column(heading, overflow="fold", no_wrap=index == 0)
     for row in rows:
-        drawn.add_row(*(rich.text.Text(cell) for cell in row))
-    return drawn
+        result.add_row(*(rich.text.Text(cell) for cell in row))
+    return result
 
 
 def plan_table(plan: Plan) -> rich.table.Table:
@@ -185,7 +194,7 @@ def plan_table(plan: Plan) -> rich.table.Table:
 
 
 def _time(plan: Plan) -> str | None:
-    """How long it will take; of a draft, how long for each million tokens."""
+    """The predicted time; for a draft, that of a million tokens."""
     gpus = plan.placement.ranks
     if plan.seconds is not None:
         hours = plan.seconds * gpus / 3600
@@ -196,7 +205,7 @@ def _time(plan: Plan) -> str | None:
 
 
 def memory_table(plan: Plan) -> rich.table.Table | None:
-    """Where each byte of the GPU goes, largest first; None where nobody has sized the model."""
+    """The memory estimate, largest term first; None where the plan has none."""
     if plan.fit is None:
         return None
     terms = sorted(plan.fit.memory.terms.items(), key=lambda term: -term[1])
@@ -207,21 +216,24 @@ def memory_table(plan: Plan) -> rich.table.Table | None:
 
 
 def summary_lines(summary: Summary) -> list[str]:
-    """The eight closing lines of a run."""
+    """The closing lines of a run."""
     t = summary.training
     share = 100 * t["trainable"] / t["total"]
     answers = t.get("answers") or []
     folder = str(summary.adapter)
     speed = f"{t['tokens_per_second']:,.0f} tokens/s, {duration(t['seconds'])} of training"
-    if foretold := summary.planned["tokens_per_second"]:
-        speed += f"; planned {foretold:,.0f}"
-    talk = [python(), "-m", "tuning", "chat", "--base", summary.base, "--adapter", folder]
+    if predicted := summary.planned["tokens_per_second"]:
+        speed += f"; planned {predicted:,.0f}"
+    chat = [python(), "-m", "tuning", "chat", "--base", summary.base, "--adapter", folder]
     lines = [
         (
             "loss",
             f"{t['loss_first']:.3f} -> {t['loss_last']:.3f} in {t['steps']:,} steps{_held_out(t)}",
         ),
-        ("speed", speed if t["seconds"] else "nothing was trained here: the registry had this run"),
+        (
+            "speed",
+            speed if t["seconds"] else "nothing was trained: the registry had the adapter",
+        ),
         *memory_line(summary),
         ("trained", f"{share:.2f} % of the weights ({t['trainable']:,} parameters)"),
         ("adapter", f"{size(summary.adapter_bytes)} in {folder}"),
@@ -231,12 +243,12 @@ def summary_lines(summary: Summary) -> list[str]:
         first = answers[0]
         lines.append(("before", f"{first['question']} {one_line(first['base'])}"))
         lines.append(("after", f"{first['question']} {one_line(first['tuned'])}"))
-    lines.append(("talk to it", shlex.join([*talk, "--compare"])))
+    lines.append(("talk to it", shlex.join([*chat, "--compare"])))
     return [f"{name:<11} {text}" for name, text in lines]
 
 
 def memory_line(summary: Summary) -> list[tuple[str, str]]:
-    """The measured peak beside the planned one, where there is a plan of it."""
+    """Measured and planned peak memory, where both are known."""
     measured, planned = summary.training["peak_memory_bytes"], summary.planned["peak_bytes"]
     if not measured or not planned:
         return []
@@ -245,18 +257,18 @@ def memory_line(summary: Summary) -> list[tuple[str, str]]:
 
 
 def _held_out(training: dict[str, Any]) -> str:
-    """What base and adapter make of the rows that were held out."""
+    """Loss and perplexity of base and adapter on the evaluation split."""
     before, after = training.get("eval_loss_before"), training.get("eval_loss_after")
     if before is None or after is None:
         return ""
-    was, became = training["eval_perplexity_before"], training["eval_perplexity_after"]
+    perplexity = [training[f"eval_perplexity_{when}"] for when in ("before", "after")]
     kept = f", weights of step {best:,}" if (best := training.get("best_step")) else ""
     rows = f"on held-out rows {before:.3f} -> {after:.3f}"
-    return f"; {rows}, perplexity {was:,.2f} -> {became:,.2f}{kept}"
+    return f"; {rows}, perplexity {perplexity[0]:,.2f} -> {perplexity[1]:,.2f}{kept}"
 
 
 def python() -> str:
-    """How a person starts this interpreter from here."""
+    """The path of this interpreter, as typed from the current folder."""
     here = Path(sys.executable)
     with contextlib.suppress(ValueError):
         return str(here.relative_to(Path.cwd()))
@@ -264,51 +276,51 @@ def python() -> str:
 
 
 def one_line(text: str, limit: int = 160) -> str:
-    """`text` on one line, cut where it is long."""
+    """`text` on one line, cut to `limit` characters."""
     flat = " ".join(text.split())
     return flat if len(flat) <= limit else flat[: limit - 1] + "…"
 
 
-def inspection_table(found: dict[str, Any]) -> rich.table.Table:
-    """What `inspection.Inspection.to_json` tells, a line for each thing that is known."""
+def inspection_table(facts: dict[str, Any]) -> rich.table.Table:
+    """The facts of `inspection.Inspection.to_json`, one a line."""
     table = rich.table.Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     rows = {
-        "digest": found["digest"],
-        "for": ", ".join(found["platforms"]),
-        "size": _sizes(found),
-        "base model": found["base_model"],
-        "revision": found["base_revision"],
-        "preset": found["preset"],
-        "method": found["method"],
-        "rank, alpha": f"{found['rank']}, {found['alpha']}" if found["rank"] else None,
-        "adapts": _listed(found["targets"]),
-        "parameters": _parameters(found),
-        "trained": f"{found['steps']:,} steps" if found["steps"] else None,
-        "final loss": found["final_loss"] and f"{found['final_loss']:.4g}",
-        "data": _listed([f"sha256:{digest}" for digest in found["data"] or ()]),
-        "run": found["run_id"],
-        "licence": found["licence"],
-        "attached": _listed([_attached(each) for each in found["attached"]]),
-        "signatures": _listed(found["signatures"]),
-        "problems": "\n".join(found["problems"]),
+        "digest": facts["digest"],
+        "for": ", ".join(facts["platforms"]),
+        "size": _sizes(facts),
+        "base model": facts["base_model"],
+        "revision": facts["base_revision"],
+        "preset": facts["preset"],
+        "method": facts["method"],
+        "rank, alpha": f"{facts['rank']}, {facts['alpha']}" if facts["rank"] else None,
+        "adapts": _listed(facts["targets"]),
+        "parameters": _parameters(facts),
+        "trained": f"{facts['steps']:,} steps" if facts["steps"] else None,
+        "final loss": facts["final_loss"] and f"{facts['final_loss']:.4g}",
+        "data": _listed([f"sha256:{digest}" for digest in facts["data"] or ()]),
+        "run": facts["run_id"],
+        "licence": facts["licence"],
+        "attached": _listed([_attached(each) for each in facts["attached"]]),
+        "signatures": _listed(facts["signatures"]),
+        "problems": "\n".join(facts["problems"]),
     }
     for name, value in rows.items():
         if value:
-            # a stranger's words: nothing of them steers the terminal
+            # untrusted text: no control characters reach the terminal
             plain = "".join(c if c.isprintable() or c == "\n" else "." for c in str(value))
             table.add_row(name, rich.text.Text(plain))
     return table
 
 
-def _sizes(found: dict[str, Any]) -> str:
-    layers = f" in {len(found['layers'])} layers" if found["layers"] else ""
-    return f"{size(found['size'])}{layers}"
+def _sizes(facts: dict[str, Any]) -> str:
+    layers = f" in {len(facts['layers'])} layers" if facts["layers"] else ""
+    return f"{size(facts['size'])}{layers}"
 
 
-def _parameters(found: dict[str, Any]) -> str | None:
-    if not found["parameters"]:
+def _parameters(facts: dict[str, Any]) -> str | None:
+    if not facts["parameters"]:
         return None
-    return f"{found['parameters']:,} ({', '.join(found['dtypes'])})"
+    return f"{facts['parameters']:,} ({', '.join(facts['dtypes'])})"
 
 
 def _attached(each: dict[str, Any]) -> str:

@@ -277,7 +277,7 @@ def check_base(adapter: adapters.Adapter, base: str | None) -> None:
     if base is None or Path(base).is_dir():
         return
     preset = presets.find(base)
-    if problems := adapters.stranger(adapter, preset.hub_id if preset else base):
+    if problems := adapters.other_base(adapter, preset.hub_id if preset else base):
         raise SpecError(problems)
 
 

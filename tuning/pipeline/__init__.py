@@ -1,8 +1,8 @@
-"""The story of a run, and the torch-free parent process that lives it.
+"""The phases of a run, executed by a parent process without torch.
 
-Every phase is remembered in the journal under a key of what it depends on, so the same command
-again goes on where it stopped, and a changed spec redoes what it changes. Signals only set a flag:
-a phase that can stop stops at its next safe point and the run ends with exit code 75.
+The journal records every phase under a hash of its inputs: the same command again resumes where it
+stopped, and a changed spec repeats the phases that it changes. Signals only set a flag: the phase
+stops at its next safe point and the run ends with exit code 75.
 """
 
 from tuning.pipeline.check import check
@@ -10,7 +10,7 @@ from tuning.pipeline.finishing import Summary
 from tuning.pipeline.options import Options, gather, read_token
 from tuning.pipeline.preparing import base_folder
 from tuning.pipeline.sizing import draft
-from tuning.pipeline.story import Prepared, live, prepare
+from tuning.pipeline.story import Prepared, execute, prepare
 
 __all__ = [
     "Options",
@@ -19,8 +19,8 @@ __all__ = [
     "base_folder",
     "check",
     "draft",
+    "execute",
     "gather",
-    "live",
     "prepare",
     "read_token",
 ]

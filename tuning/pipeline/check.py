@@ -1,8 +1,8 @@
-"""`tuning check`: everything that can be refused before a byte of weights moves."""
+"""`tuning check`: everything that can be validated without downloading weights or data."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,99 +14,105 @@ from tuning.data.first_rows import FirstRows, check_file, check_head
 from tuning.data.problems import mixed_shapes
 from tuning.errors import DataError
 from tuning.network.policy import load_headers
-from tuning.oci import delivery, model_image
+from tuning.oci import delivery
+from tuning.oci.delivery import Access
 from tuning.pipeline import sizing
 from tuning.pipeline.endings import together
 from tuning.pipeline.options import Options, base_reference, read_token
 from tuning.plan import device
-from tuning.sources import base, fetch, stores
+from tuning.sources import fetch, stores
 from tuning.sources.local import File
 from tuning.spec import Spec
 
+CheckedFile = tuple[str, int | None, FirstRows]  # name and size of a file, and what its rows are
+
 
 def check(spec: Spec, options: Options, console: Console) -> Iterator[str]:
-    """Everything that can be refused before a byte of weights moves; a line for each good thing."""
-    here = plan.device_of(spec.instance) if spec.instance else device.detect()
-    name, revision = base_reference(spec)
-    token = read_token(options.hub_token_file)
+    """Validate model, data and destination; yields a line for each part that passed.
+
+    Raises one error with all problems.
+    """
     access = replace(options.access, patience=delivery.QUICK)
-    good: list[str] = []
-    shapes: list[tuple[str, formats.Shape]] = []
+    passed = together(
+        lambda: _check_model(spec, options, access, console),
+        lambda: _check_data(spec, options, access),
+        lambda: _check_destination(spec, access),
+    )
+    for lines in passed:
+        yield from lines
 
-    def model() -> None:
-        if model_image.is_image(name):
-            shape = model_image.config(name, access=access)
-            judged(plan.base_from_config(plan.declared_name(spec, shape), name, shape), name)
-            return
-        found = base.resolve(name, revision=revision, token=token)
-        config = base.check(found, token=token)
-        known = plan.base_from_config(plan.declared_name(spec, config), found.revision, config)
-        judged(known, f"{name} at {found.revision[:19]}")
 
-    def judged(known: plan.Base, shown: str) -> None:
-        plan.refuse_unsupported(spec, known, here)
-        known = sizing.sized(spec, known, here, console=console)
-        decided = plan.draft(spec, here=here, base=known)
-        good.extend((f"model: {shown}", f"plan: {fit(decided)}"))
+def _check_model(spec: Spec, options: Options, access: Access, console: Console) -> list[str]:
+    here = plan.device_of(spec.instance) if spec.instance else device.detect()
+    base = sizing.read_base(spec, access=access, token=read_token(options.hub_token_file))
+    plan.refuse_unsupported(spec, base, here)
+    decided = plan.draft(spec, here=here, base=sizing.sized(spec, base, here, console=console))
+    name, _ = base_reference(spec)
+    revision = "" if base.revision == name else f" at {base.revision[:19]}"
+    return [f"model: {name}{revision}", f"plan: {_fit(decided)}"]
 
-    def data() -> None:
-        if spec.source.urls:
-            secrets = options.data_secrets
-            headers = load_headers(secrets) if secrets else None
-            found = fetch.check(
-                spec.source,
-                policy=options.policy,
-                credentials=headers,
-                keys=stores.load_keys(secrets, options.policy),
-            )
-            firsts = [(seen.shown, seen.size, seen.head) for seen in found]
-            together(*(partial(first_rows, *first) for first in firsts))
-        elif image := spec.source.image:
-            size = sum(blob.size for blob in access.look(image).layers)
-            good.append(f"data: {image}, {size:,} bytes as sent, its rows judged when it is pulled")
-        else:
-            local = fetch.fetch(spec.source, Path(), policy=options.policy)
-            together(*(partial(first_rows_here, file) for file in local))
-        odd = [
-            mixed_shapes(shown, shape, *shapes[0])
-            for shown, shape in shapes[1:]
-            if shape.name != shapes[0][1].name
+
+def _fit(decided: plan.Plan) -> str:
+    """The rows trained at once and the memory they take, in one line."""
+    batch = f"{decided.placement.micro_batch} x {decided.recipe.max_length} tokens at once"
+    if decided.fit is None:
+        return f"{batch} on {decided.device}; the memory they take is not known"
+    return f"{batch} take {decided.fit.memory.total / 2**30:.1f} GiB on {decided.device}"
+
+
+def _check_data(spec: Spec, options: Options, access: Access) -> list[str]:
+    source = spec.source
+    if source.image and not source.urls:
+        size = sum(blob.size for blob in access.look(source.image).layers)
+        return [
+            f"data: {source.image}, {size:,} bytes compressed; a run checks its rows after the pull"
         ]
-        if odd:
-            raise DataError(odd)
+    files = together(*_first_rows(spec, options))
+    shapes = [(shown, first.shape) for shown, _, first in files if first.shape]
+    odd = [
+        mixed_shapes(shown, shape, *shapes[0])
+        for shown, shape in shapes[1:]
+        if shape.name != shapes[0][1].name
+    ]
+    if odd:
+        raise DataError(odd)
+    return [
+        f"data: {shown}, {'size unknown' if size is None else f'{size:,} bytes'}, {first}"
+        for shown, size, first in files
+    ]
 
-    s = spec.settings
+
+def _first_rows(spec: Spec, options: Options) -> Iterator[Callable[[], CheckedFile]]:
+    """A call for each file of the data that reads its first rows. Raises as fetch does."""
+    source, s = spec.source, spec.settings
     columns = formats.Columns(s.messages_column, s.context_column, s.response_column)
-
-    def first_rows(shown: str, size: int | None, head: bytes) -> None:
-        whole, extension = size == len(head), s.dataset_extension
-        judged_rows(
-            shown, size, check_head(head, shown, whole=whole, columns=columns, extension=extension)
-        )
-
-    def first_rows_here(file: File) -> None:
-        found = check_file(file.path, file.shown, columns=columns, extension=s.dataset_extension)
-        judged_rows(file.shown, file.size, found)
-
-    def judged_rows(shown: str, size: int | None, what: FirstRows) -> None:
-        bytes_ = f"{size:,} bytes" if size is not None else "size unknown"
-        good.append(f"data: {shown}, {bytes_}, {what}")
-        if what.shape:
-            shapes.append((shown, what.shape))
-
-    def destination() -> None:
-        delivery.check(spec.destination, access)
-        delivery.claim(spec.destination, access, run_id=None, own=())
-        good.append(f"destination: {spec.destination.image or 'local'}")
-
-    together(model, data, destination)
-    yield from good
+    extension = s.dataset_extension
+    if not source.urls:
+        for file in fetch.fetch(source, Path(), policy=options.policy):
+            yield partial(_read_file, file, columns, extension)
+        return
+    secrets = options.data_secrets
+    for seen in fetch.check(
+        source,
+        policy=options.policy,
+        credentials=load_headers(secrets) if secrets else None,
+        keys=stores.load_keys(secrets, options.policy),
+    ):
+        yield partial(_read_head, seen, columns, extension)
 
 
-def fit(decided: plan.Plan) -> str:
-    """Whether the plan fits its device, in a few words."""
-    placed, found = decided.placement, decided.fit
-    batch = f"{placed.micro_batch} x {decided.recipe.max_length} tokens at once"
-    if found is None:
-        return f"{batch} on {decided.device}, which nobody has sized"
-    return f"{batch} take {found.memory.total / 2**30:.1f} GiB on {decided.device}"
+def _read_file(file: File, columns: formats.Columns, extension: str | None) -> CheckedFile:
+    rows = check_file(file.path, file.shown, columns=columns, extension=extension)
+    return file.shown, file.size, rows
+
+
+def _read_head(seen: fetch.Seen, columns: formats.Columns, extension: str | None) -> CheckedFile:
+    whole = seen.size == len(seen.head)
+    rows = check_head(seen.head, seen.shown, whole=whole, columns=columns, extension=extension)
+    return seen.shown, seen.size, rows
+
+
+def _check_destination(spec: Spec, access: Access) -> list[str]:
+    delivery.check(spec.destination, access)
+    delivery.claim(spec.destination, access, run_id=None, own=())
+    return [f"destination: {spec.destination.image or 'local'}"]

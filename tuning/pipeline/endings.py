@@ -1,4 +1,4 @@
-"""How a run can end, told so that a person can act on it."""
+"""The errors that a run can end with."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import signal
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from tuning import process
 from tuning.errors import Killed, Problem, Stopped, TransientError, TuningError
 
+T = TypeVar("T")
+
 
 def known(error: Exception, phase: str, folder: Path) -> TuningError:
-    """`error` as one that a person can read; the traceback of a bug goes into `folder`."""
+    """`error` as a TuningError; the traceback of any other exception goes into `folder`."""
     known = error if isinstance(error, TuningError) else process.disk_full(error)
     if known is None:
         path = folder / "traceback.txt"
@@ -27,48 +30,53 @@ def known(error: Exception, phase: str, folder: Path) -> TuningError:
 
 
 def stopped(phase: str) -> Stopped:
-    """A signal came, and the state is saved."""
+    """The error of a run that a signal stopped, with its state saved."""
     return Stopped.at(
-        "RUN-110", phase, "stopped by a signal, state saved", "run the same command again to go on"
+        "RUN-110",
+        phase,
+        "stopped by a signal, state saved",
+        "run the same command again to continue",
     )
 
 
 def hang(hung: process.Hung, phase: str, output: Path) -> TransientError:
-    """A child was silent for too long."""
+    """The error for a child that showed no progress for too long."""
     return TransientError.at(
         "RUN-112",
         phase,
-        f"no sign of life for {hung.seconds:.0f} s, so the process was killed; where each of its "
-        f"threads stood is at the end of {output}",
-        "run the same command again; it goes on from the last checkpoint",
+        f"no progress for {hung.seconds:.0f} s, so the process was killed; its stacks are at "
+        f"the end of {output}",
+        "run the same command again; it continues from the last checkpoint",
     )
 
 
 def death(died: process.ChildDied, phase: str, output: Path) -> TuningError:
-    """A child left no answer: killed from outside, or a bug of ours."""
+    """The error for a child without a result: killed from outside, or a bug of ours."""
     if died.status >= 0:
         what = f"internal error; the traceback is in {output}"
         return TuningError.at("RUN-198", phase, what, "report it with that file")
     number = -died.status
     name = signal.Signals(number).name
-    why = " (mostly the kernel, out of memory)" if number == signal.SIGKILL else ""
+    cause = " (usually the kernel, out of memory)" if number == signal.SIGKILL else ""
     problem = Problem(
         "RUN-111",
         phase,
-        f"the process was killed by {name}{why}",
-        f"give it more memory, or run the same command again to go on; see {output}",
+        f"the process was killed by {name}{cause}",
+        f"give it more memory, or run the same command again to continue; see {output}",
     )
     return Killed([problem], signal=number)
 
 
-def together(*checks: Callable[[], object]) -> None:
-    """Run every check; raise one error with the problems of all, of the first one's kind."""
+def together(*checks: Callable[[], T]) -> list[T]:
+    """The results of all checks; raises one error with all problems, of the first one's type."""
+    results: list[T] = []
     errors: list[TuningError] = []
     for check in checks:
         try:
-            check()
+            results.append(check())
         except TuningError as error:
             errors.append(error)
     if errors:
-        found = (problem for error in errors for problem in error.problems)
-        raise type(errors[0])(dict.fromkeys(found))
+        problems = (problem for error in errors for problem in error.problems)
+        raise type(errors[0])(dict.fromkeys(problems))
+    return results

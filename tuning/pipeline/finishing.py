@@ -1,4 +1,4 @@
-"""From a trained adapter to an image in its place, and the words that tell of it."""
+"""The phases after training: package, push, finish; and the summary of a run."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from tuning.sources import base
 
 @dataclass(frozen=True)
 class Summary:
-    """What a finished run tells: journaled, so that a repeated command tells it again."""
+    """The summary of a finished run; journaled, so that the same command again prints it."""
 
     name: str
     run_id: str
     digest: str
-    references: tuple[str, ...]  # where the image can be had
+    references: tuple[str, ...]  # where the image can be pulled from
     adapter: str
     adapter_bytes: int
-    base: str  # what to give to `chat --base`
-    training: Value  # the training child's answer
-    planned: Value  # peak_bytes, tokens_per_second, seconds: as far as they were foretold
+    base: str  # for `chat --base`
+    training: Value  # the training child's result
+    planned: Value  # peak_bytes, tokens_per_second, seconds; None where not predicted
     base_revision: str | None = None  # commit of the hub, or "sha256:..." of a local folder's files
 
     def to_json(self) -> Value:
@@ -36,24 +36,24 @@ class Summary:
 
     @classmethod
     def from_json(cls, record: Value) -> Summary:
-        """The summary that `to_json` wrote down."""
+        """The inverse of `to_json`."""
         return cls(**record | {"references": tuple(record["references"])})
 
 
-def left_by(run: Run) -> tuple[Path, ...]:
-    """What a finished run has left on this machine."""
+def outputs(run: Run) -> tuple[Path, ...]:
+    """Files that exist on this machine if the run is finished."""
     return (run.folder / "adapter" / WEIGHTS, *_delivered(run))
 
 
 def _delivered(run: Run) -> tuple[Path, ...]:
-    """What tells that the adapter is where it should be, as far as that is a folder."""
-    wanted = run.spec.destination
-    found = [wanted.layout / "index.json"] if wanted.layout else []
-    return (*found, *([wanted.folder / WEIGHTS] if wanted.folder else []))
+    """Files that exist if the adapter was delivered to a layout or folder."""
+    layout, folder = run.spec.destination.layout, run.spec.destination.folder
+    index = (layout / "index.json",) if layout else ()
+    return (*index, *((folder / WEIGHTS,) if folder else ()))
 
 
 def package(run: Run, decided: Plan, training: Value, packed: Value, model: base.Base) -> str:
-    """The adapter folder gets its card and becomes an image; gives the image's digest."""
+    """Write the model card, build the image, return its digest."""
     run.begin("package", "Building the image ...")
     recipe = decided.recipe
     facts = model_card.Facts(
@@ -71,7 +71,7 @@ def package(run: Run, decided: Plan, training: Value, packed: Value, model: base
 
     def work() -> Value:
         folder = run.folder / "adapter"
-        run.room(2 * sum(path.stat().st_size for path in folder.iterdir()))
+        run.require_space(2 * sum(path.stat().st_size for path in folder.iterdir()))
         model_card.write(folder, recipe=asdict(recipe), run_id=recipe.run_id, facts=facts)
         built = delivery.package(
             folder,
@@ -87,13 +87,13 @@ def package(run: Run, decided: Plan, training: Value, packed: Value, model: base
     key = key_of(
         recipe.run_id, training["adapter_sha256"], run.spec.preset, *run.spec.destination.form
     )
-    left = (run.folder / "image" / "index.json",)
-    digest: str = run.book.do("package", key, work, leaves=left)["digest"]
+    index = (run.folder / "image" / "index.json",)
+    digest: str = run.journal.do("package", key, work, outputs=index)["digest"]
     return digest
 
 
 def deliver(run: Run, decided: Plan, digest: str) -> tuple[str, ...]:
-    """Put the image wherever it should be; gives the references under which it can be had."""
+    """Deliver the image to its destinations; returns the references to pull it from."""
     run.begin("push")
 
     def work() -> Value:
@@ -110,7 +110,7 @@ def deliver(run: Run, decided: Plan, digest: str) -> tuple[str, ...]:
                 layout=run.folder / "image",
                 adapter=run.folder / "adapter",
                 run_id=decided.recipe.run_id,
-                own=run.own(),
+                own=run.own_digests(),
                 progress=report,
                 run=run.folder,
                 say=run.console.say,
@@ -118,14 +118,14 @@ def deliver(run: Run, decided: Plan, digest: str) -> tuple[str, ...]:
         return {"references": references}
 
     key = key_of(digest, asdict(run.spec.destination))
-    done = run.book.do("push", key, lambda: run.unless_stopped(work), leaves=_delivered(run))
+    done = run.journal.do("push", key, lambda: run.interruptible(work), outputs=_delivered(run))
     return tuple(done["references"])
 
 
 def finish(
     run: Run, inputs: str, decided: Plan, training: Value, digest: str, references: tuple[str, ...]
 ) -> Summary:
-    """Write the report, and the summary that a repeated command tells again."""
+    """Write the report and the summary."""
     run.begin("finish")
     adapter = run.folder / "adapter"
     summary = Summary(
@@ -145,14 +145,14 @@ def finish(
         },
     )
     if run.options.record is not None and training["seconds"]:
-        _keep(run.options.record, decided, training)
+        _append_record(run.options.record, decided, training)
     files.write(run.folder / "report.html", report.page(run.folder, name=run.spec.name))
-    run.book.do("finish", inputs, summary.to_json)
+    run.journal.do("finish", inputs, summary.to_json)
     return summary
 
 
-def _keep(path: Path, decided: Plan, training: Value) -> None:
-    """Append what was planned and what was measured; for `benchmarks/results/plan.jsonl`."""
+def _append_record(path: Path, decided: Plan, training: Value) -> None:
+    """Append planned and measured values as JSON, as in `benchmarks/results/plan.jsonl`."""
     recipe = decided.recipe
     record = {
         "date": datetime.date.today().isoformat(),

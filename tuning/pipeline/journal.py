@@ -1,12 +1,11 @@
-"""The run directory: its lock, what is done, what comes next.
+"""The run directory: its lock and the journal of finished phases.
 
     spec.yaml plan.json journal.jsonl metrics.jsonl data/ checkpoints/ adapter/ image/ report.html
 
 `journal.jsonl` holds one JSON object a line: `{"at", "phase", "event", "key", ...}` with event
-`start`, `end` (and the phase's `value`) or `fail`. A phase is done when an `end` with its key is
-there; the key is a hash of everything the phase depends on, so that a changed spec redoes exactly
-what it changes. Each line is fsynced. A crash may cut the last line; such a line is dropped when
-the journal is opened.
+`start`, `end` (with the phase's `value`) or `fail`. A phase is done when it has an `end` with its
+key, a hash of everything it depends on: a changed spec repeats exactly the phases that it changes.
+Each line is fsynced. A last line cut by a crash is dropped when the journal is opened.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ Value = dict[str, Any]
 
 
 class Journal:
-    """An open, locked run directory. Make one with `opened`."""
+    """The journal of an open, locked run directory; made by `opened`."""
 
     def __init__(self, folder: Path, lock: int) -> None:
         self.folder = folder
@@ -54,11 +53,11 @@ class Journal:
                 return value
         return None
 
-    def stands(self, phase: str, key: str, *, unless: Collection[str] = ()) -> Value | None:
-        """What `phase` returned under `key`, if nothing else began in its place since, or None.
+    def current(self, phase: str, key: str, *, unless: Collection[str] = ()) -> Value | None:
+        """What `phase` returned under `key`, or None if it began again since, under any key.
 
-        For phases that leave files: those of one key replace those of another. A phase in `unless`
-        that began since counts as well.
+        For phases that write files: those of one key replace those of another. A phase in `unless`
+        that began since counts too.
         """
         for record in reversed(self.records):
             if record["phase"] in unless and record["event"] == "start":
@@ -69,21 +68,21 @@ class Journal:
         return None
 
     def do(
-        self, phase: str, key: str, work: Callable[[], Value], *, leaves: Iterable[Path] = ()
+        self, phase: str, key: str, work: Callable[[], Value], *, outputs: Iterable[Path] = ()
     ) -> Value:
-        """The value of `phase` under `key`: if it still stands, or worked out now and recorded.
+        """The current value of `phase` under `key`, or else the value of `work`, recorded.
 
-        What it `leaves` has to be there: somebody may have removed it.
+        The phase is repeated if one of its `outputs` is missing.
         """
-        value = self.stands(phase, key)
-        if value is None or not all(path.exists() for path in leaves):
+        value = self.current(phase, key)
+        if value is None or not all(path.exists() for path in outputs):
             self.append(phase, "start", key)
             value = work()
             self.append(phase, "end", key, value=value)
         return value
 
     def values(self, phase: str) -> list[Value]:
-        """Everything `phase` ever returned here, under any key, oldest first."""
+        """Everything `phase` has returned, under any key, oldest first."""
         return [r["value"] for r in self.records if (r["phase"], r["event"]) == (phase, "end")]
 
 
@@ -91,9 +90,8 @@ class Journal:
 def opened(folder: Path) -> Iterator[Journal]:
     """Open the run directory at `folder`, made if absent, and hold its lock.
 
-    The lock is the kernel's (flock): it goes when its holders are gone, however they went. Raises
-    TransientError when another process holds it, naming that process, and SpecError when the folder
-    holds something else than a run.
+    The lock is a flock, which the kernel releases when its holders are gone. Raises TransientError
+    with the holder's name when it is taken, SpecError when the folder is no run directory.
     """
     try:
         _refuse_foreign(folder)
@@ -101,9 +99,9 @@ def opened(folder: Path) -> Iterator[Journal]:
         lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise  # a full disk has its own words
+            raise  # reported as a full disk
         what = f"cannot be written ({error.strerror or type(error).__name__})"
-        change = "name a folder of your own with --run-dir"
+        change = "name a writable folder with --run-dir"
         raise SpecError.at("RUN-103", str(folder), what, change) from None
     try:
         try:
@@ -130,7 +128,7 @@ def _refuse_foreign(folder: Path) -> None:
     elif folder.is_dir() and (names := {p.name for p in folder.iterdir()}) and not names & ours:
         if names <= {"lost+found"}:  # a fresh volume
             return
-        what = f"is not empty and no run directory (it holds {sorted(names)[0]})"
+        what = f"is neither empty nor a run directory (it holds {sorted(names)[0]})"
     else:
         return
     raise SpecError.at("RUN-102", str(folder), what, "name a new or empty folder with --run-dir")

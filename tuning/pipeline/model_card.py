@@ -1,4 +1,4 @@
-"""Run directory -> what travels with the adapter: `tuning.json` and the model card `README.md`.
+"""Run directory -> `tuning.json` and the model card `README.md` beside the adapter.
 
 Both are functions of the recipe and of what training measured that depends on the recipe alone: no
 clock, host, path, speed or placement, because the image's digest covers them.
@@ -21,7 +21,7 @@ CURVE_WIDTH = 60
 
 @dataclass(frozen=True)
 class Facts:
-    """What the card tells beside the recipe."""
+    """What the card holds beside the recipe."""
 
     preset: str
     licence: str | None  # of the base model
@@ -32,7 +32,7 @@ class Facts:
     loss_by_step: Sequence[tuple[int, float]]
     loss_before: float | None = None  # on the held-out rows, base alone
     loss_after: float | None = None
-    best_step: int | None = None  # whose weights these are, if not the last
+    best_step: int | None = None  # step of the weights, if not the last
 
 
 def write(adapter: Path, *, recipe: dict[str, Any], run_id: str, facts: Facts) -> None:
@@ -65,7 +65,7 @@ def provenance(recipe: dict[str, Any], *, run_id: str, facts: Facts) -> dict[str
 
 
 def training(record: dict[str, Any]) -> dict[str, Any]:
-    """What a training child would answer, from the `tuning.json` of a run done elsewhere."""
+    """The training child's result for a run done elsewhere, from its `tuning.json`."""
     losses = [loss for _, loss in record["loss_by_step"]]
     return {
         "steps": record["recipe"]["steps"],
@@ -75,7 +75,7 @@ def training(record: dict[str, Any]) -> dict[str, Any]:
         "eval_loss_before": record["evaluation"]["loss_before"],
         "eval_loss_after": record["evaluation"]["loss_after"],
         "best_step": record["evaluation"]["best_step"],
-        "tokens": 0,  # none here
+        "tokens": 0,
         "tokens_per_second": 0.0,
         "seconds": 0.0,
         "trainable": record["trainable_parameters"],
@@ -144,7 +144,7 @@ and name it to a server that loads LoRA adapters. `tuning.json` holds the whole 
 
 
 def perplexity(loss: float | None) -> float | None:
-    """e to the mean loss of a token; 1 is certainty. None stays None."""
+    """exp of the mean loss of a token; None for None."""
     return None if loss is None else math.exp(min(loss, 700.0))
 
 
@@ -161,9 +161,9 @@ def curve(values: Sequence[float]) -> str:
 
 
 def labels(recipe: dict[str, Any], *, facts: Facts) -> dict[str, str]:
-    """What the image's annotations and labels tell, beside what every image of ours has."""
+    """The annotations and labels of the image that depend on the recipe."""
     base = recipe["base_model"]
-    found = {
+    result = {
         "org.opencontainers.image.title": f"LoRA adapter for {base}",
         "org.opencontainers.image.description": f"{recipe['method']} adapter for {base}",
         "tuning.kaito.sh/base-model": base,
@@ -172,7 +172,7 @@ def labels(recipe: dict[str, Any], *, facts: Facts) -> dict[str, str]:
         "tuning.kaito.sh/data": ",".join(f"sha256:{digest}" for digest in recipe["data"]),
     }
     if facts.licence:
-        found["org.opencontainers.image.licenses"] = facts.licence
+        result["org.opencontainers.image.licenses"] = facts.licence
     if facts.loss_by_step:
-        found["tuning.kaito.sh/final-loss"] = f"{facts.loss_by_step[-1][1]:.6g}"
-    return found
+        result["tuning.kaito.sh/final-loss"] = f"{facts.loss_by_step[-1][1]:.6g}"
+    return result

@@ -1,4 +1,4 @@
-"""What a command line says about this machine, and what it leaves to be found."""
+"""Options of a run on this machine, from the command line and a Job's mounts."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from tuning.pipeline import watchdog
 from tuning.spec import Spec
 
 JOB_SECRETS, JOB_MODELS = Path("/etc/tuning/secrets"), Path("/models")
-JOB_DATA_SECRET = Path("/etc/tuning-data")  # a whole Secret, which no projection can hold
+JOB_DATA_SECRET = Path("/etc/tuning-data")  # a whole Secret, which a projected volume cannot hold
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says about this machine; nothing in it changes the adapter."""
+    """Where a run finds things on this machine; nothing in it changes the adapter."""
 
     run_dir: Path
     access: Access = field(default_factory=Access)
     policy: Policy = field(default_factory=Policy)
     hub_token_file: Path | None = None
     data_secrets: Path | None = None  # folder of headers by host, and keys of object stores
-    cache: Path | None = None  # base weights; the hub's usual cache folder if not given
+    cache: Path | None = None  # base weights; None: the hub's usual cache
     questions: tuple[str, ...] = ()
     port: int | None = None
-    ranks: int | None = None  # processes that train side by side; None: one for each GPU
-    record: Path | None = None  # a file that is told planned against measured
+    ranks: int | None = None  # training processes; None: one for each GPU
+    record: Path | None = None  # file to append planned and measured values to
     grace: float = 30.0  # seconds between SIGTERM and SIGKILL, as Kubernetes counts them
-    watchdog: Callable[[], watchdog.Watchdog] = watchdog.Watchdog  # one for each training child
+    watchdog: Callable[[], watchdog.Watchdog] = watchdog.Watchdog  # for each training child
 
 
 def gather(
@@ -49,39 +49,29 @@ def gather(
     policy_file: Path | None = None,
     ca: Path | None = None,
     insecure: bool = False,
-    questions: tuple[str, ...] = (),
-    port: int | None = None,
-    ranks: int | None = None,
-    record: Path | None = None,
-    grace: float = 30.0,
 ) -> Options:
-    """The options of a command line: what was not named is looked for where a Job mounts it."""
-    mounted = secrets or JOB_SECRETS
+    """The options of a command line; secrets not named are taken from where a Job mounts them."""
+    mounts = secrets or JOB_SECRETS
 
-    def found(named: Path | None, name: str) -> Path | None:
-        place = mounted / name
-        return named if named is not None else place if place.is_dir() else None
+    def secret(named: Path | None, name: str) -> Path | None:
+        mounted = mounts / name
+        return named if named is not None else mounted if mounted.is_dir() else None
 
     policy = Policy.load(policy_file) if policy_file else Policy()
-    token = hub_token_file or found(None, "hub")
+    token = hub_token_file or secret(None, "hub")
     return Options(
         run_dir=run_dir or Path("runs") / spec.name,
         access=Access(
-            push_secret=found(push_secret, "push"),
-            pull_secret=found(pull_secret, "pull"),
+            push_secret=secret(push_secret, "push"),
+            pull_secret=secret(pull_secret, "pull"),
             ca=ca,
             insecure=insecure,
             trust=Trust.load(policy_file) if policy_file else Trust(),
         ),
         policy=policy.with_hosts(allow_hosts),
         hub_token_file=token / "HF_TOKEN" if token and token.is_dir() else token,
-        data_secrets=found(JOB_DATA_SECRET if JOB_DATA_SECRET.is_dir() else None, "data"),
+        data_secrets=secret(JOB_DATA_SECRET if JOB_DATA_SECRET.is_dir() else None, "data"),
         cache=JOB_MODELS if JOB_MODELS.is_dir() else None,
-        questions=questions,
-        port=port,
-        ranks=ranks,
-        record=record,
-        grace=grace,
     )
 
 
@@ -93,16 +83,18 @@ def read_token(path: Path | None) -> str | None:
         return path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         what = f"cannot be read ({type(error).__name__})"
-        raise SpecError.at("HUB-104", str(path), what, "name a file with the token") from None
+        raise SpecError.at(
+            "HUB-104", str(path), what, "name a file with --hub-token-file"
+        ) from None
 
 
 def base_reference(spec: Spec) -> tuple[str, str | None]:
-    """Where the base weights are: a folder, or a hub id and the revision to take."""
+    """Where the base of `spec` is: as `reference` says."""
     return reference(spec.base_model or spec.preset, spec.settings.revision)
 
 
 def reference(name: str, revision: str | None) -> tuple[str, str | None]:
-    """Where the base `name` is: a folder, or a hub id and the revision to take."""
+    """Where the base `name` is: a folder, an image, or a hub id; and its revision on the hub."""
     if Path(name).is_dir() or model_image.is_image(name):
         return name, None
     preset = presets.find(name)
@@ -110,7 +102,7 @@ def reference(name: str, revision: str | None) -> tuple[str, str | None]:
 
 
 def source_of(preset: presets.Preset, revision: str | None) -> tuple[str, str | None]:
-    """Where a preset's weights are: its image, or the hub where a revision is asked for."""
+    """Where a preset's weights are: its image unless `revision` is set, else the hub."""
     if preset.image and revision is None:
         return preset.image, None
     return preset.hub_id, revision or preset.revision

@@ -1,9 +1,9 @@
-"""What a run says of itself: progress, outcome, termination message. Read by the cluster side too.
+"""Progress, outcome and termination message of a run. The cluster side reads them too.
 
 Progress is `metrics.jsonl` in the run directory, one object a log step: `step, steps, epoch, loss,
 lr, grad_norm, tokens, tokens_per_second, eta_seconds, memory_bytes`. The termination message is at
 most 4096 bytes of JSON: `phase, code, reason, message, hint, retryable, step, steps, loss, digest,
-peakMemoryBytes, baseRevision`. The last is the commit that was trained on, so that it is served.
+peakMemoryBytes, baseRevision`. baseRevision is the commit to serve the adapter with.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Outcome:
         return REASONS.get(self.code, "Killed")
 
     def termination_message(self) -> str:
-        """The JSON object for the termination log, cut to fit where a message is too long."""
+        """The JSON object for the termination log; message and hint are cut to fit the limit."""
         record: dict[str, Any] = {
             "phase": self.phase,
             "code": self.code,
@@ -69,13 +69,13 @@ TERMINATION_LOG = Path("/dev/termination-log")
 
 
 def write_termination(outcome: Outcome, *, path: Path = TERMINATION_LOG) -> None:
-    """Leave the outcome where the kubelet looks for it, if there is such a place."""
-    if path.is_file():  # made by the kubelet; opened in place, since it is a mount
+    """Write the outcome to the termination log, if the kubelet made one."""
+    if path.is_file():  # a mount, so it is written in place
         path.write_text(outcome.termination_message())
 
 
 def failed(phase: str, error: TuningError, progress: dict[str, Any] | None) -> Outcome:
-    """The outcome of a run that `error` ended in `phase`."""
+    """The outcome of a run that ended in `phase` with `error`."""
     hints = " ".join(dict.fromkeys(problem.change.rstrip(" .") + "." for problem in error.problems))
     return Outcome(
         phase=phase,

@@ -1,10 +1,11 @@
-"""From a spec to a plan and packed rows: everything before a weight is trained."""
+"""From a spec to a plan and packed rows: the phases before training."""
 
 from __future__ import annotations
 
 import importlib.metadata
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from tuning import files, plan
 from tuning.console import Console
@@ -30,8 +31,8 @@ DATA_SETTINGS = (
 )
 
 
-def judge(run: Run) -> None:
-    """Refuse at once what the spec alone shows to be impossible here, before any network."""
+def validate(run: Run) -> None:
+    """Validate what the spec alone decides on this device, before any network."""
     run.begin("judge")
     backends.refuse_unavailable(run.spec.settings.attention, run.device())
     try:
@@ -42,11 +43,11 @@ def judge(run: Run) -> None:
 
 
 def base_model(run: Run) -> base.Base:
-    """The base with its revision pinned; a folder is looked at afresh at every start."""
+    """The base with its revision pinned; a local folder is read again at every start."""
     run.begin("base")
     name, revision = base_reference(run.spec)
     access, cache = run.options.access, run.options.cache
-    if model_image.is_image(name):  # large: what is refused in seconds comes first
+    if model_image.is_image(name):  # a large download: check the destination first
         delivery.check(run.spec.destination, access)
     name = model_image.local(name, access=access, cache=cache, console=run.console)
     if Path(name).is_dir():
@@ -56,82 +57,76 @@ def base_model(run: Run) -> base.Base:
         token, cache = run.token(), run.options.cache
         return base.resolve(name, revision=revision, token=token, cache=cache).to_json()
 
-    return base.Base.from_json(run.book.do("base", key_of(name, revision), work))
+    return base.Base.from_json(run.journal.do("base", key_of(name, revision), work))
 
 
 def check(run: Run, model: base.Base) -> plan.Base:
-    """Refuse in seconds, in one pass, what can be refused so; gives what is known of the base."""
+    """Validate everything that needs no download, in one pass; returns the base."""
     run.begin("check", "Checking model, machine and destination ...")
     here = run.device()
     if run.spec.instance and plan.device_of(run.spec.instance).name != here.name:
-        run.console.say(f"  {run.spec.instance} is named, but this is {here}", style="dim")
-    destination, access, own = run.spec.destination, run.options.access, run.own()
-    found: list[plan.Base] = []
+        run.note([f"the spec names {run.spec.instance}, this machine has {here}"])
+    destination, access, own = run.spec.destination, run.options.access, run.own_digests()
 
-    def model_fits() -> None:
-        found.append(known_base(run, model))
-        plan.refuse_unsupported(run.spec, found[0], here)
+    def supported() -> plan.Base:
+        known = known_base(run, model)
+        plan.refuse_unsupported(run.spec, known, here)
+        return known
 
-    together(
-        model_fits,
+    results: list[Any] = together(
+        supported,
         lambda: delivery.check(destination, access),
         lambda: delivery.claim(destination, access, run_id=None, own=own),
     )
     known = sizing.sized(
         run.spec,
-        found[0],
+        results[0],
         here,
         console=run.console,
         stop=run.stop.is_set,
-        keep_open=(run.book.lock,),
+        keep_open=(run.journal.lock,),
     )
     plan.draft(replace(run.spec, instance=None), here=here, base=known)  # refuses what cannot fit
     return known
 
 
 def known_base(run: Run, model: base.Base) -> plan.Base:
-    """What the plan must know of the base, from its config. Raises as base.check does."""
+    """The base as its config describes it. Raises as base.check does."""
     config = base.check(model, token=run.token(), cache=run.options.cache)
-    return plan.base_from_config(plan.declared_name(run.spec, config), model.revision, config)
+    return plan.base_of(run.spec, config, revision=model.revision)
 
 
 def fetch_data(run: Run) -> list[Value]:
     """The verified files of the data, as `local.File.to_json` writes them."""
     run.begin("fetch")
-    source = run.spec.source
-
-    keys = stores.load_keys(run.options.data_secrets, run.options.policy) if source.urls else None
+    source, secrets = run.spec.source, run.options.data_secrets
+    keys = stores.load_keys(secrets, run.options.policy) if source.urls else None
 
     def work() -> Value:
         with run.console.work("Fetching data", unit="bytes") as report:
-            found = fetch.fetch(
+            fetched = fetch.fetch(
                 source,
                 run.folder / "data" / "files",
                 policy=run.options.policy,
-                credentials=_credentials(run),
+                credentials=policy.load_headers(secrets) if secrets else None,
                 keys=keys,
                 pull_image=run.options.access.pull_data,
                 progress=report,
                 stop=run.stop.is_set,
             )
-        return {"files": [file.to_json() for file in found]}
+        return {"files": [file.to_json() for file in fetched]}
 
     if source.files or source.folder:  # may have changed: hashed at every start
         done = work()
     else:
-        which = fetch.stores_of(source, keys)  # the same URL is another file in another store
-        done = run.book.do("fetch", key_of(asdict(source), *which), work)
-    found: list[Value] = done["files"]
-    return found
-
-
-def _credentials(run: Run) -> policy.Headers | None:
-    folder = run.options.data_secrets
-    return policy.load_headers(folder) if folder else None
+        named = fetch.stores_of(source, keys)  # the same URL is another file in another store
+        done = run.journal.do("fetch", key_of(asdict(source), *named), work)
+    files_: list[Value] = done["files"]
+    return files_
 
 
 def tokenise(run: Run, data: list[Value], tokenizer: Path, model: base.Base) -> Value:
-    """The answer of the step "tokenise" (tuning/data), with the key of its phase."""
+    """The result of the step "tokenise" (tuning/data), with the key of its phase."""
     run.begin("tokenise", "Reading and tokenising the data ...")
     settings = run.spec.settings
     out = run.folder / "data" / "tokenised"
@@ -143,39 +138,39 @@ def tokenise(run: Run, data: list[Value], tokenizer: Path, model: base.Base) -> 
         "settings": {name: getattr(settings, name) for name in DATA_SETTINGS},
     }
     key = key_of([file["sha256"] for file in data], model.revision, request["settings"])
-    if run.book.done("tokenise", key) is None:
-        run.room(sum(file["size"] for file in data))
+    if run.journal.done("tokenise", key) is None:
+        run.require_space(sum(file["size"] for file in data))
 
     def work() -> Value:
         with run.console.work("Reading and tokenising", unit="bytes") as report:
 
             def tick() -> None:
-                if (said := read_progress.read(out / "progress")) is not None:
-                    report(*said, "")
+                if (progress := read_progress.read(out / "progress")) is not None:
+                    report(*progress, "")
 
             return run.child("data", request, tick=tick) | {"key": key}
 
-    done = run.book.do("tokenise", key, work, leaves=(out / "rows.arrow",))
+    done = run.journal.do("tokenise", key, work, outputs=(out / "rows.arrow",))
     run.console.say(
         f"  {done['rows']:,} rows, {done['tokens']:,} tokens, "
         f"{done['trained_tokens'] / done['tokens']:.0%} of them trained: "
         f"{done['shape']['name']} ({done['shape']['reason']})"
     )
-    run.dim(done["notes"])
+    run.note(done["notes"])
     return done
 
 
 def decide(run: Run, rows: Value, data: list[Value], known: plan.Base) -> tuple[Plan, Value]:
     """The plan with real lengths, and the packed rows.
 
-    The recipe is frozen the first time; a later start keeps it and only places it anew.
+    The recipe is frozen the first time; a later start keeps it and derives the placement again.
     """
     run.begin("plan")
     versions = {name: importlib.metadata.version(name) for name in RECIPE_LIBRARIES}
     here = run.device()
     decided = plan.make(run.spec, known, here, lengths=lengths(rows), versions=versions)
     key = key_of(rows["key"], run.spec.method, asdict(run.spec.settings), versions, known.name)
-    kept = run.book.done("plan", key)
+    kept = run.journal.done("plan", key)
     recipe = plan.recipe_from_json(kept["recipe"]) if kept else decided.recipe
     packed = pack(run, rows, plan.Packing.of(recipe))
     count = packed["train"]["rows"]
@@ -184,15 +179,15 @@ def decide(run: Run, rows: Value, data: list[Value], known: plan.Base) -> tuple[
     else:
         hashes = tuple(file["sha256"] for file in data)
         decided = plan.freeze(decided, run.spec, rows=count, data=hashes)
-        run.book.do("plan", key, lambda: {"recipe": asdict(decided.recipe)})
+        run.journal.do("plan", key, lambda: {"recipe": asdict(decided.recipe)})
     files.write_json(run.folder / "plan.json", decided.to_json())
     if not (run.folder / "adapter").exists():
-        run.room(plan.disk_bytes(decided.recipe, known))
+        run.require_space(plan.disk_bytes(decided.recipe, known))
     return decided, packed
 
 
 def pack(run: Run, rows: Value, chosen: plan.Packing) -> Value:
-    """The answer of the step "pack" (tuning/data)."""
+    """The result of the step "pack" (tuning/data)."""
     run.begin("pack")
     settings = run.spec.settings
     request = {
@@ -209,14 +204,14 @@ def pack(run: Run, rows: Value, chosen: plan.Packing) -> Value:
         "batch": settings.micro_batch,
     }
     key = key_of(rows["key"], request)
-    left = (run.folder / "data" / "packed" / "train.arrow",)
-    done = run.book.do("pack", key, lambda: run.child("data", request), leaves=left)
-    run.dim(done["notes"])
+    outputs = (run.folder / "data" / "packed" / "train.arrow",)
+    done = run.journal.do("pack", key, lambda: run.child("data", request), outputs=outputs)
+    run.note(done["notes"])
     return done
 
 
 def lengths(rows: Value) -> plan.Lengths:
-    """The lengths in the answer of the step "tokenise"."""
+    """The lengths in the result of the step "tokenise"."""
     return plan.Lengths(rows["rows"], rows["tokens"], rows["lengths"]["max"])
 
 
@@ -228,15 +223,15 @@ def base_folder(
     access: Access | None = None,
     revision: str | None = None,
 ) -> Path:
-    """The weights of a preset, hub model, image or folder, fetched if they are not here yet.
+    """The folder with the weights of a preset, hub model, image or folder; downloads if needed.
 
-    `revision` of the hub; None: the preset's, or main.
+    `revision` is the hub's; None means the preset's, or main.
     """
     where, revision = reference(name, revision)
     where = model_image.local(where, access=access or Access(), console=console)
     token = read_token(token_file)
-    found = base.resolve(where, revision=revision, token=token)
-    if found.folder is not None:
-        return found.folder
-    with console.work(f"Fetching {found.name}", unit="bytes") as report:
-        return base.fetch(found, cache=None, token=token, progress=report)
+    model = base.resolve(where, revision=revision, token=token)
+    if model.folder is not None:
+        return model.folder
+    with console.work(f"Fetching {model.name}", unit="bytes") as report:
+        return base.fetch(model, token=token, progress=report)

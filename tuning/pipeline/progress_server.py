@@ -1,7 +1,6 @@
-"""A run's progress over HTTP while it lasts: `GET /progress`, `/metrics`, `/`.
+"""A run's progress over HTTP: `GET /progress` (JSON), `/metrics` (Prometheus), `/` (a page).
 
-Read-only and small: what `metrics.jsonl` says, as JSON, for Prometheus, and as a page that reloads
-itself. On in a Job (the operator polls it), off locally unless asked for.
+Read-only, from `metrics.jsonl`. On in a Job (the operator polls it), off locally without --port.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ GAUGES = {
 
 @contextmanager
 def served(run: Path, *, name: str, port: int | None, host: str = "0.0.0.0") -> Iterator[int]:  # noqa: S104
-    """Serve the run directory's progress for as long as the block runs; gives the port.
+    """Serve the run directory's progress while the block runs; yields the port.
 
     `port` None serves nothing, 0 takes any free one. Raises SpecError for one that is taken.
     """
@@ -78,7 +77,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *_: object) -> None:
-        """Nothing: a poll every few seconds is no news."""
+        """Log nothing: it is polled every few seconds."""
 
 
 def metrics(now: dict[str, Any]) -> str:

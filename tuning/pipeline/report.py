@@ -1,7 +1,7 @@
-"""Run directory -> one page for a person: how far, how fast, the loss, and plan against measured.
+"""Run directory -> one HTML page: progress, speed, loss, planned and measured values.
 
-One file that loads nothing. While a run lasts it is served and reloads itself (`live`); at the end
-it stays in the run directory as `report.html`. It shows no row of the data and no answer.
+One self-contained file. While a run lasts it is served and reloads itself (`progress_server`); at
+the end it is `report.html` in the run directory. It shows no row of the data and no answer.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ GIB = 2**30
 
 
 def page(run: Path, *, name: str, reload: bool = False) -> str:
-    """The page of the run directory `run` as it stands now."""
+    """The page of the run directory `run` as it is now."""
     now, records = outcome.progress(run), _records(run)
     state = f"step {now['step']:,} of {now['steps']:,}" if now else "not training yet"
     if now and reload and now.get("eta_seconds"):
@@ -70,7 +70,11 @@ def chart(loss: Sequence[tuple[int, Any]], held_out: Sequence[tuple[int, Any]]) 
         return round(EDGE + across * wide, 1), round(HEIGHT - EDGE - up * tall, 1)
 
     drawn = " ".join("{},{}".format(*place(x, y)) for x, y in lines[0])
-    dots = "".join(_dot(*place(x, y), f"step {x:,}, held out: {y:.4f}") for x, y in lines[1])
+    dots = "".join(
+        '<circle cx="{}" cy="{}" r="4" fill="#d33">'.format(*place(x, y))
+        + f"<title>step {x:,}, held out: {y:.4f}</title></circle>"
+        for x, y in lines[1]
+    )
     legend = "loss by step; dots: on held-out rows" if lines[1] else "loss by step"
     return (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{legend}">'
@@ -80,10 +84,6 @@ def chart(loss: Sequence[tuple[int, Any]], held_out: Sequence[tuple[int, Any]]) 
         f'<text x="{WIDTH - EDGE}" y="{HEIGHT - 12}" text-anchor="end">{right:,}</text>'
         f'<text x="{WIDTH // 2}" y="{HEIGHT - 12}" text-anchor="middle">{legend}</text></svg>'
     )
-
-
-def _dot(x: float, y: float, title: str) -> str:
-    return f'<circle cx="{x}" cy="{y}" r="4" fill="#d33"><title>{title}</title></circle>'
 
 
 def _now(now: dict[str, Any] | None) -> Iterable[tuple[str, ...]]:
@@ -102,27 +102,22 @@ def _now(now: dict[str, Any] | None) -> Iterable[tuple[str, ...]]:
 def _planned(
     run: Path, now: dict[str, Any] | None
 ) -> tuple[tuple[str, ...], Iterable[tuple[str, ...]]]:
-    """What the plan foretold beside what was seen."""
+    """Headings and rows of planned and measured values."""
     try:
         plan = files.read_json(run / "plan.json")
     except (OSError, ValueError):
         plan = {}
-    memory, speed = plan.get("memory") or {}, plan.get("speed") or {}
-    measured = now or {}
-    rows = []
-    if measured.get("memory_bytes"):
-        planned = memory.get("allocated")
-        rows.append(
-            (
-                "peak memory, GiB",
-                f"{planned / GIB:.2f}" if planned else "–",
-                f"{measured['memory_bytes'] / GIB:.2f}",
-            )
-        )
-    if measured.get("tokens_per_second"):
-        planned = speed.get("tokens_per_second")
-        shown = f"{planned:,.0f}" if planned else "–"
-        rows.append(("tokens a second", shown, f"{measured['tokens_per_second']:,.0f}"))
+    memory, speed, measured = plan.get("memory") or {}, plan.get("speed") or {}, now or {}
+    tokens = "tokens_per_second"
+    values = (
+        ("peak memory, GiB", memory.get("allocated"), measured.get("memory_bytes"), GIB, ".2f"),
+        ("tokens a second", speed.get(tokens), measured.get(tokens), 1, ",.0f"),
+    )
+    rows = [
+        (label, format(planned / unit, spec) if planned else "–", format(seen / unit, spec))
+        for label, planned, seen, unit, spec in values
+        if seen
+    ]
     return ("", "planned", "measured"), rows
 
 

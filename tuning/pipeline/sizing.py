@@ -1,4 +1,4 @@
-"""The memory of a base model that no preset knows: looked up at the hub, and simulated."""
+"""A base model outside the presets: its config is read, and its memory simulated."""
 
 from __future__ import annotations
 
@@ -17,26 +17,31 @@ from tuning.spec import Spec
 
 
 def draft(spec: Spec, *, here: Device, token: str | None, console: Console) -> plan.Plan:
-    """The plan that the spec alone allows, for any model.
+    """The draft plan of `spec`, for any model.
 
-    Asks the hub for the config of a model that is not among the presets, and simulates its memory
-    where torch is installed. Raises SpecError, RefusedError or TransientError.
+    Reads the config of a model outside the presets from the hub or its image, and simulates its
+    memory where torch is installed. Raises SpecError, RefusedError or TransientError.
     """
     device = plan.device_of(spec.instance) if spec.instance else here
     try:
         known = plan.known_base(spec)
     except plan.Unknown:
-        name, revision = base_reference(spec)
-        if model_image.is_image(name):
-            console.say(f"Looking at {name} ...")
-            config = model_image.config(name, access=Access())
-            known = plan.base_from_config(plan.declared_name(spec, config), name, config)
-        else:
-            console.say(f"Asking the hub about {name} ...")
-            found = base.resolve(name, revision=revision, token=token)
-            config = base.check(found, token=token)
-            known = plan.base_from_config(plan.declared_name(spec, config), found.revision, config)
+        console.say(f"Reading the config of {spec.base_model or spec.preset} ...")
+        known = read_base(spec, access=Access(), token=token)
     return plan.draft(spec, here=here, base=sized(spec, known, device, console=console))
+
+
+def read_base(spec: Spec, *, access: Access, token: str | None) -> plan.Base:
+    """The base model of `spec` by the config.json in its folder, its image or at the hub.
+
+    Downloads no weights. Raises SpecError, RefusedError or TransientError.
+    """
+    name, revision = base_reference(spec)
+    if model_image.is_image(name):
+        return plan.base_of(spec, model_image.config(name, access=access), revision=name)
+    resolved = base.resolve(name, revision=revision, token=token)
+    config = base.check(resolved, token=token)
+    return plan.base_of(spec, config, revision=resolved.revision)
 
 
 def sized(
@@ -48,17 +53,17 @@ def sized(
     stop: Callable[[], bool] = lambda: False,
     keep_open: tuple[int, ...] = (),
 ) -> plan.Base:
-    """`known`, with its memory simulated if nothing else tells it; or why that was not possible."""
+    """`known` with its memory simulated if no preset holds it, or with the reason why not."""
     if not known.config or not plan.wants_simulation(known, device):
         return known
     try:
-        found = simulation.coefficients(
+        simulated = simulation.coefficients(
             known.config,
             variants=plan.variants(spec, known, device),
             begin=lambda: console.say("Sizing the model, which is not among the presets ..."),
             stop=stop,
             keep_open=keep_open,
         )
-    except simulation.Impossible as why:
-        return replace(known, unsized=f"it could not be simulated, since {why}")
-    return replace(known, simulated=found)
+    except simulation.Impossible as reason:
+        return replace(known, unsized=f"it could not be simulated, since {reason}")
+    return replace(known, simulated=simulated)

@@ -1,4 +1,4 @@
-"""The story of a run on one screen, and the process that lives it."""
+"""The phases of a run, in order, on one screen."""
 
 from __future__ import annotations
 
@@ -13,9 +13,16 @@ from tuning import files, plan
 from tuning import spec as specs
 from tuning.console import Console
 from tuning.errors import TuningError
-from tuning.pipeline import endings, finishing, journal, preparing, training, weights
-from tuning.pipeline import outcome as result
-from tuning.pipeline import progress_server as progress
+from tuning.pipeline import (
+    endings,
+    finishing,
+    journal,
+    outcome,
+    preparing,
+    progress_server,
+    training,
+    weights,
+)
 from tuning.pipeline.finishing import Summary
 from tuning.pipeline.options import Options
 from tuning.pipeline.run import Run, Value, key_of
@@ -23,44 +30,46 @@ from tuning.sources import base
 from tuning.spec import Spec
 
 
-def live(spec: Spec, options: Options, console: Console) -> Summary:
-    """Live the whole story of `spec` in `options.run_dir`, from where the journal says it stands.
+def execute(spec: Spec, options: Options, console: Console) -> Summary:
+    """Run `spec` in `options.run_dir` from the first phase that its journal does not hold.
 
-    Raises the error that ended it, after the journal and the termination log have it, too.
+    Raises the error that ended the run, once it is in the journal and the termination log.
     """
     with (
-        _stop_asked() as stop,
-        journal.opened(options.run_dir) as book,
-        progress.served(options.run_dir, name=spec.name, port=options.port),
+        _stop_on_signal() as stop,
+        journal.opened(options.run_dir) as opened,
+        progress_server.served(options.run_dir, name=spec.name, port=options.port),
     ):
-        run = Run(spec, options, console, book, stop)
+        run = Run(spec, options, console, opened, stop)
         try:
-            summary = _story(run)
+            summary = _phases(run)
         except Exception as error:
-            raise _told(run, error) from error
-        result.write_termination(_outcome(summary))
+            raise _record_failure(run, error) from error
+        outcome.write_termination(_success(summary))
         return summary
 
 
-def _story(run: Run) -> Summary:
-    """One screen: what happens, in order."""
+def _phases(run: Run) -> Summary:
     inputs = _inputs(run)
-    done = run.book.stands("finish", inputs, unless=("train", "package"))
-    if done is not None and all(path.exists() for path in finishing.left_by(run)):
+    finished = run.journal.current("finish", inputs, unless=("train", "package"))
+    if finished is not None and all(path.exists() for path in finishing.outputs(run)):
         run.console.say("Already finished; nothing was done.")
-        return Summary.from_json(done)
+        return Summary.from_json(finished)
     files.sweep(run.folder)
-    files.write(run.folder / "spec.yaml", specs.dump(run.spec), mode=0o600)  # URLs' tokens
-    run.dim(run.spec.notes)
+    files.write(run.folder / "spec.yaml", specs.dump(run.spec), mode=0o600)  # URLs may hold tokens
+    run.note(run.spec.notes)
 
-    preparing.judge(run)
+    preparing.validate(run)
     model = preparing.base_model(run)
     known = preparing.check(run, model)
     data = preparing.fetch_data(run)
-    with weights.coming(run, model) as coming, run.training_ahead() as run.ahead:
-        rows = preparing.tokenise(run, data, coming.tokenizer, model)
+    with (
+        weights.background_download(run, model) as download,
+        run.prewarm_training() as run.prewarmed,
+    ):
+        rows = preparing.tokenise(run, data, download.tokenizer, model)
         decided, packed = preparing.decide(run, rows, data, known)
-        trained = training.train(run, decided, packed, model, weights=coming.folder)
+        trained = training.train(run, decided, packed, model, weights=download.folder)
     digest = finishing.package(run, decided, trained, packed, model)
     references = finishing.deliver(run, decided, digest)
     return finishing.finish(run, inputs, decided, trained, digest, references)
@@ -68,7 +77,7 @@ def _story(run: Run) -> Summary:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Data as a run would prepare it: the data child's answers, and the choice between them."""
+    """The data as a run prepares it: results of the data child, and how the rows are packed."""
 
     tokenised: Value
     packing: plan.Packing
@@ -79,18 +88,17 @@ class Prepared:
 def prepare(spec: Spec, options: Options, console: Console) -> Prepared:
     """Fetch, tokenise and pack the data of `spec`, without weights, GPU or destination.
 
-    It is the first part of `live` in the same run directory, which does not do it again. Raises
-    what a run would.
+    `execute` in the same run directory does not repeat it. Raises what a run would.
     """
-    with _stop_asked() as stop, journal.opened(options.run_dir) as book:
-        run = Run(spec, options, console, book, stop)
+    with _stop_on_signal() as stop, journal.opened(options.run_dir) as opened:
+        run = Run(spec, options, console, opened, stop)
         try:
-            return _data_part(run)
+            return _data_phases(run)
         except Exception as error:
             raise endings.known(error, run.phase, run.folder) from error
 
 
-def _data_part(run: Run) -> Prepared:
+def _data_phases(run: Run) -> Prepared:
     model = preparing.base_model(run)
     known = preparing.known_base(run, model)
     data = preparing.fetch_data(run)
@@ -106,32 +114,31 @@ def _data_part(run: Run) -> Prepared:
 
 
 @contextmanager
-def _stop_asked() -> Iterator[threading.Event]:
-    """SIGTERM and SIGINT set the event that this yields; a second signal changes nothing."""
-    asked = threading.Event()
+def _stop_on_signal() -> Iterator[threading.Event]:
+    """Yield an event that SIGTERM and SIGINT set."""
+    stop = threading.Event()
     signals = (signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.signal(number, lambda *_: asked.set()) for number in signals}
+    before = {number: signal.signal(number, lambda *_: stop.set()) for number in signals}
     try:
-        yield asked
+        yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _told(run: Run, error: Exception) -> TuningError:
-    """Record how the story ended, and give the error that a person should see."""
+def _record_failure(run: Run, error: Exception) -> TuningError:
+    """Write `error` to the journal and the termination log; returns it as a TuningError."""
     known = endings.known(error, run.phase, run.folder)
-    outcome = result.failed(run.phase, known, result.progress(run.folder))
-    with suppress(OSError):  # a full disk is told all the same
-        run.book.append(run.phase, "fail", code=outcome.code, message=outcome.message)
-    result.write_termination(outcome)
+    failure = outcome.failed(run.phase, known, outcome.progress(run.folder))
+    with suppress(OSError):  # a full disk must not hide the error
+        run.journal.append(run.phase, "fail", code=failure.code, message=failure.message)
+    outcome.write_termination(failure)
     return known
 
 
-def _outcome(summary: Summary) -> result.Outcome:
-    """A finished run's outcome."""
+def _success(summary: Summary) -> outcome.Outcome:
     training = summary.training
-    return result.Outcome(
+    return outcome.Outcome(
         phase="finish",
         code=0,
         step=training["steps"],
@@ -144,12 +151,12 @@ def _outcome(summary: Summary) -> result.Outcome:
 
 
 def _inputs(run: Run) -> str:
-    """What a finished run depends on, without the network: the spec and the local files."""
+    """The key of a finished run: the spec and the local files, without the network."""
     local = list(run.spec.source.files)
-    if (held := run.spec.source.folder) is not None and held.is_dir():
-        local += sorted(path for path in held.rglob("*") if path.is_file())
+    if (data := run.spec.source.folder) is not None and data.is_dir():
+        local += sorted(path for path in data.rglob("*") if path.is_file())
     if run.spec.base_model and (folder := Path(run.spec.base_model)).is_dir():
         local += sorted(path for path in folder.iterdir() if path.is_file())
-    found = [(path, path.stat()) for path in local if path.exists()]
-    stats = [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in found]
+    existing = [(path, path.stat()) for path in local if path.exists()]
+    stats = [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in existing]
     return key_of(asdict(run.spec), stats, run.options.questions)

@@ -1,4 +1,4 @@
-"""The phase "train": one child process at a time, watched, and given less when memory runs out."""
+"""The phase "train": one child at a time, with smaller micro-batches after out-of-memory."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from tuning.sources import base
 def train(
     run: Run, decided: Plan, packed: Value, model: base.Base, *, weights: Callable[[], Path]
 ) -> Value:
-    """The training child's answer, or that of the machine which pushed this very run already."""
+    """The training child's result, or that of another machine which has pushed the same run."""
     recipe = decided.recipe
-    held = _claim(run, recipe.run_id)
+    pushed = _claim(run, recipe.run_id)
     key = key_of(recipe.run_id, run.options.questions)
-    if held is not None and run.book.done("train", key) is None:
+    if pushed is not None and run.journal.done("train", key) is None:
         run.begin("train")
-        return run.book.do("train", key, lambda: run.unless_stopped(lambda: _adopt(run, held)))
-    left = run.folder / "adapter" / WEIGHTS
-    stands = run.book.stands("train", key) is not None and left.exists()
-    folder = Path() if stands else weights()
+        return run.journal.do("train", key, lambda: run.interruptible(lambda: _adopt(run, pushed)))
+    output = run.folder / "adapter" / WEIGHTS
+    trained = run.journal.current("train", key) is not None and output.exists()
+    folder = Path() if trained else weights()
     size = f"{recipe.global_batch} x {recipe.max_length} tokens"
     run.begin("train", f"Training {recipe.steps:,} steps of {size} on {decided.device} ...")
     request = {
@@ -56,28 +56,28 @@ def train(
         with run.console.work("Training", unit="steps") as report:
             done = _fitting(run, request, decided, report)
         if done.get("resumed_from"):
-            run.dim([f"went on from the checkpoint of step {done['resumed_from']:,}"])
+            run.note([f"continued from the checkpoint of step {done['resumed_from']:,}"])
         return done
 
-    return run.book.do("train", key, work, leaves=(left,))
+    return run.journal.do("train", key, work, outputs=(output,))
 
 
 def _claim(run: Run, run_id: str) -> str | None:
-    """Look at the tag again, now that the run id is known: before the GPU is used.
+    """Check the tag again before the GPU is used, now that the run id is known.
 
-    Gives the digest of this very run if another machine has pushed it already.
+    Returns the digest if another machine has pushed the same run.
     """
     run.begin("tag")
     destination, access = run.spec.destination, run.options.access
-    return delivery.claim(destination, access, run_id=run_id, own=run.own())
+    return delivery.claim(destination, access, run_id=run_id, own=run.own_digests())
 
 
-def _adopt(run: Run, held: str) -> Value:
-    """Take the adapter of this very run from the registry instead of training it again."""
-    run.console.say(f"The registry holds this very run: {held}. Nothing is trained.")
+def _adopt(run: Run, pushed: str) -> Value:
+    """Pull the adapter of the same run from the registry instead of training it again."""
+    run.console.say(f"The registry has this run's adapter: {pushed}. Nothing is trained.")
     adapter = run.folder / "adapter"
     shutil.rmtree(adapter, ignore_errors=True)
-    name = f"{run.spec.destination.image}".partition("@")[0] + f"@{held}"
+    name = f"{run.spec.destination.image}".partition("@")[0] + f"@{pushed}"
     access = replace(run.options.access, pull_secret=run.options.access.push_secret)
     delivery.pull(name, adapter, access=access, console=run.console)
     weights = files.digest_file(adapter / "adapter_model.safetensors")
@@ -87,48 +87,48 @@ def _adopt(run: Run, held: str) -> Value:
 
 
 def _fitting(run: Run, request: Value, decided: Plan, report: Report) -> Value:
-    """Train; whenever memory runs out, go on from the last checkpoint with less at a time.
+    """Train; after each out-of-memory, continue from the last checkpoint with a smaller placement.
 
-    Out of memory is the child's own word or the kernel's SIGKILL. The journal remembers both,
-    so that a later start begins where this one had got to. The run id stays.
+    Out of memory is the child's OutOfMemoryError or the kernel's SIGKILL. The journal counts both,
+    so that a later start tries the next placement. The run id stays.
     """
-    ways = plan.fallbacks(decided.placement)
-    key = key_of(decided.recipe.run_id, asdict(ways[0]), decided.device.name)
-    known = sum((r["event"], r["key"]) == ("oom", key) for r in run.book.records)
-    first = min(known, len(ways) - 1)
-    for number, way in enumerate(ways[first:], first):
+    placements = plan.fallbacks(decided.placement)
+    key = key_of(decided.recipe.run_id, asdict(placements[0]), decided.device.name)
+    failures = sum((r["event"], r["key"]) == ("oom", key) for r in run.journal.records)
+    first = min(failures, len(placements) - 1)
+    for number, placement in enumerate(placements[first:], first):
         if number:
-            run.console.say(f"  out of memory before, so now {_way(way)}", style="yellow")
-        placed = request | {"placement": asdict(way), "meeting": str(_meeting(run))}
+            run.console.say(f"  out of memory before, so now {_shape(placement)}", style="yellow")
+        placed = request | {"placement": asdict(placement), "meeting": str(_meeting(run))}
         try:
             tick = _watched(run, report)
-            return run.child(TRAIN, placed, tick=tick, ranks=way.ranks)
+            return run.child(TRAIN, placed, tick=tick, ranks=placement.ranks)
         except (OutOfMemoryError, Killed) as error:
             if error.exit_code not in (OutOfMemoryError.exit_code, 128 + signal.SIGKILL):
                 raise
-            run.book.append("train", "oom", key, way=_way(way), message=str(error))
-    raise _out_of_memory(decided, ways)
+            run.journal.append("train", "oom", key, way=_shape(placement), message=str(error))
+    raise _out_of_memory(decided, placements)
 
 
-def _out_of_memory(decided: Plan, ways: list[plan.Placement]) -> OutOfMemoryError:
-    what = f"out of memory with each of: {'; '.join(map(_way, ways))}"
-    if decided.fit is not None:  # so that a person sees what the plan had thought
+def _out_of_memory(decided: Plan, placements: list[plan.Placement]) -> OutOfMemoryError:
+    what = f"out of memory with each of: {'; '.join(map(_shape, placements))}"
+    if decided.fit is not None:
         terms = sorted(decided.fit.memory.terms.items(), key=lambda term: -term[1])
-        said = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in terms if size)
-        what += f". Planned in GiB: {said}"
+        estimate = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in terms if size)
+        what += f". Planned in GiB: {estimate}"
     change = "use a machine with more memory, a smaller model or method qlora, or lower max_length"
     return OutOfMemoryError.at("RUN-140", decided.device.name, what, change)
 
 
 def _meeting(run: Run) -> Path:
-    """A file that does not exist yet, where the ranks of one try meet."""
+    """A path without a file, for the rendezvous of the ranks of one try."""
     path = run.folder / "log" / "ranks"
     path.unlink(missing_ok=True)
     return path
 
 
 def _watched(run: Run, report: Report) -> Callable[[], None]:
-    """A tick that reports each step, and raises Hung when the child is silent for too long."""
+    """A tick that reports each step, and raises Hung when the child makes no progress."""
     dog = run.options.watchdog()
     names = ("metrics.jsonl", "checkpoints", "adapter", f"log/{run.phase}.log")
     paths = [run.folder / name for name in names]
@@ -136,8 +136,8 @@ def _watched(run: Run, report: Report) -> Callable[[], None]:
     def tick() -> None:
         _report_step(run, report)
         now, progress = time.monotonic(), outcome.progress(run.folder)
-        signs = [path.stat().st_mtime_ns for path in paths if path.exists()]
-        dog.hear(signs, step=progress["step"] if progress else None, now=now)
+        changed = [path.stat().st_mtime_ns for path in paths if path.exists()]
+        dog.observe(changed, step=progress["step"] if progress else None, now=now)
         if (silence := dog.silence(now)) is not None:
             raise process.Hung(silence)
 
@@ -151,6 +151,6 @@ def _report_step(run: Run, report: Report) -> None:
         report(now["step"], now["steps"], note)
 
 
-def _way(placement: plan.Placement) -> str:
+def _shape(placement: plan.Placement) -> str:
     checkpointing = " with gradient checkpointing" if placement.checkpointing else ""
     return f"{placement.micro_batch} x {placement.accumulation} rows{checkpointing}"

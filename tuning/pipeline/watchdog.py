@@ -1,6 +1,6 @@
-"""Is a child still getting on? What it writes tells; silence for too long means that it hangs.
+"""Detects a hung child by the time since it last wrote something.
 
-Pure: told what was seen and when, it judges. Times are seconds of a clock that never goes back.
+Pure: it is given observations and their times, in seconds of a monotonic clock.
 """
 
 from __future__ import annotations
@@ -19,35 +19,35 @@ class Watchdog:
     start: float = 3600.0  # a large base may come from a slow disk
     floor: float = 600.0
     factor: float = 20.0
-    _sign: object = None
-    _heard: float | None = None
+    _state: object = None
+    _changed_at: float | None = None
     _step: int | None = None
-    _going: bool = False
-    _stepped: float = 0.0
-    _paces: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
+    _stepping: bool = False  # this process has done a step
+    _stepped_at: float = 0.0
+    _step_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
 
-    def hear(self, sign: object, *, step: int | None, now: float) -> None:
-        """Take note of a sign of life, any value that changes as work goes on, and of the step."""
-        fresh = self._heard is None
-        if self._heard is None or sign != self._sign:
-            self._sign, self._heard = sign, now
+    def observe(self, state: object, *, step: int | None, now: float) -> None:
+        """Record the child's state, any value that changes as it works, and its step."""
+        first = self._changed_at is None
+        if first or state != self._state:
+            self._state, self._changed_at = state, now
         if step is not None and step != self._step:
-            if self._going and self._step is not None and step > self._step:
-                self._paces.append((now - self._stepped) / (step - self._step))
-            # the first thing heard may be of an earlier process, and a resumed one goes back
-            self._going = self._going or (not fresh and step > (self._step or 0))
-            self._step, self._stepped = step, now
+            if self._stepping and self._step is not None and step > self._step:
+                self._step_seconds.append((now - self._stepped_at) / (step - self._step))
+            # the first step seen may be an earlier process's, and a resumed one starts lower
+            self._stepping = self._stepping or (not first and step > (self._step or 0))
+            self._step, self._stepped_at = step, now
 
     @property
     def patience(self) -> float:
-        """How long a silence is borne now."""
-        if not self._going:
+        """Seconds without a change that are allowed now."""
+        if not self._stepping:
             return self.start
-        pace = statistics.median(self._paces) if self._paces else 0.0
-        return max(self.floor, self.factor * pace)
+        step = statistics.median(self._step_seconds) if self._step_seconds else 0.0
+        return max(self.floor, self.factor * step)
 
     def silence(self, now: float) -> float | None:
-        """For how long nothing has been heard, if that is too long; else None."""
-        if self._heard is None or now - self._heard <= self.patience:
+        """Seconds since the last change if they exceed the patience, else None."""
+        if self._changed_at is None or now - self._changed_at <= self.patience:
             return None
-        return now - self._heard
+        return now - self._changed_at

@@ -1,7 +1,6 @@
-"""The base's weights, on their way while the data is read.
+"""The base model's weights, downloaded in the background while the data is read.
 
-What data is wrong is known in seconds from the tokenizer alone; nobody should wait for sixteen
-gigabytes to hear it, nor wait for the data before the sixteen gigabytes come.
+Checking the data needs only the tokenizer, so neither waits for the other.
 """
 
 from __future__ import annotations
@@ -17,55 +16,55 @@ from tuning.pipeline.run import Run
 from tuning.sources import base
 
 
-class Coming:
-    """Weights that are being fetched by a thread."""
+class PendingDownload:
+    """Weights that a thread is downloading."""
 
     def __init__(self, run: Run, model: base.Base, tokenizer: Path) -> None:
         self.tokenizer = tokenizer  # a folder with all but the weights
         self._run, self._model = run, model
-        self._said: tuple[float, float | None, str] = (0, None, "")
+        self._progress: tuple[float, float | None, str] = (0, None, "")
         self._abandoned = threading.Event()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="weights")
         self._folder: Future[Path] = self._pool.submit(self._fetch)
 
     def _fetch(self) -> Path:
-        def note(done: float, total: float | None, what: str) -> None:
-            self._said = (done, total, what)
+        def report(done: float, total: float | None, note: str) -> None:
+            self._progress = (done, total, note)
 
         return base.fetch(
             self._model,
             cache=self._run.options.cache,
             token=self._run.token(),
-            progress=note,
+            progress=report,
             stop=lambda: self._run.stop.is_set() or self._abandoned.is_set(),
         )
 
     def folder(self) -> Path:
-        """The folder of the verified base, once it is complete. Raises as base.fetch does."""
+        """Wait for the download; the folder of the verified base. Raises as base.fetch does."""
         self._run.begin("weights")
         if not self._folder.done():
             with self._run.console.work(f"Fetching {self._model.name}", unit="bytes") as report:
                 while not self._folder.done() and not self._run.stop.wait(0.1):
-                    report(*self._said)
+                    report(*self._progress)
         if self._run.stop.is_set():
             raise endings.stopped(self._run.phase)
         return self._folder.result()
 
     def close(self) -> None:
-        """Leave a download that nobody waits for any more; what came of it is kept."""
+        """Abandon the download if it still runs; the part on disk is kept for the next run."""
         self._abandoned.set()
         self._pool.shutdown()
 
 
 @contextmanager
-def coming(run: Run, model: base.Base) -> Iterator[Coming]:
-    """Fetch tokenizer and configs, then the weights for as long as the block runs."""
+def background_download(run: Run, model: base.Base) -> Iterator[PendingDownload]:
+    """Fetch tokenizer and configs, then the weights in the background while the block runs."""
     run.begin("tokenizer")
     cache = run.options.cache
     base.check_room(model, cache)
     tokenizer = base.fetch_tokenizer(model, cache=cache, token=run.token(), stop=run.stop.is_set)
-    weights = Coming(run, model, tokenizer)
+    download = PendingDownload(run, model, tokenizer)
     try:
-        yield weights
+        yield download
     finally:
-        weights.close()
+        download.close()

@@ -1,4 +1,4 @@
-"""Whole models: the stories of `merge` and `package-model`, from names to where a model goes."""
+"""`tuning merge` and `tuning package-model`: full models to a folder, a layout or a registry."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tuning.errors import SpecError, UsageError
 from tuning.oci import delivery, model_image
 from tuning.oci.delivery import Access
 from tuning.sources import base
-from tuning.spec import Destination, reference
+from tuning.spec import Destination, places, reference
 
 
 def packaged(
@@ -25,29 +25,27 @@ def packaged(
     access: Access,
     console: Console,
 ) -> str:
-    """The base model `model` as an image where `output` says; gives what to name it by.
+    """Store the base model `model` as an image at `output`; returns the image's reference.
 
     Raises SpecError, RefusedError or TransientError.
     """
-    where = _destination(output, overwrite=overwrite)
-    if where.folder is not None:
-        raise UsageError.at("USE-103", output, "is no image", "write oci:DIR or an image")
+    where = _destination(output, overwrite=overwrite, folders=False)
     token = pipeline.read_token(token_file)
     preset = None if Path(model).is_dir() else presets.find(model)
     hub_id = preset.hub_id if preset else model
-    wanted = revision or (preset.revision if preset else None)
-    found = base.resolve(hub_id, revision=wanted, token=token)
-    with console.work(f"Fetching {found.name}", unit="bytes") as report:
-        folder = base.fetch(found, token=token, progress=report)
-    notes = {"tuning.kaito.sh/base-revision": found.revision}
-    if found.hub_id:
-        notes["tuning.kaito.sh/base-model"] = found.hub_id
-        notes["org.opencontainers.image.title"] = found.hub_id
-    if licence := found.licence or (preset.licence if preset else None):
+    pinned = revision or (preset.revision if preset else None)
+    source = base.resolve(hub_id, revision=pinned, token=token)
+    with console.work(f"Fetching {source.name}", unit="bytes") as report:
+        folder = base.fetch(source, token=token, progress=report)
+    notes = {"tuning.kaito.sh/base-revision": source.revision}
+    if source.hub_id:
+        notes["tuning.kaito.sh/base-model"] = source.hub_id
+        notes["org.opencontainers.image.title"] = source.hub_id
+    if licence := source.licence or (preset.licence if preset else None):
         notes["org.opencontainers.image.licenses"] = licence
     if preset:
         notes["sh.kaito.model.name"] = preset.name
-    return _sent(folder, where, output, found.revision, notes, access, console)
+    return _store(folder, where, output, source.revision, notes, access, console)
 
 
 def merged(
@@ -61,17 +59,17 @@ def merged(
     access: Access,
     console: Console,
 ) -> str:
-    """Base `model` and `adapter` as one model where `output` says; gives what to name it by.
+    """Merge base `model` and `adapter` into one model at `output`; returns its reference.
 
     Raises SpecError, RefusedError or TransientError.
     """
-    where = _destination(output, overwrite=False)
+    where = _destination(output)
     delivery.check(where, access)
     if where.layout and (where.layout / "index.json").exists():
         raise SpecError.at("MODEL-301", output, "already exists", "name a new folder")
-    wanted = None if any_base else model
+    expected = None if any_base else model
     with (
-        delivery.at_hand(adapter, access=access, console=console, base=wanted) as folder,
+        delivery.at_hand(adapter, access=access, console=console, base=expected) as folder,
         tempfile.TemporaryDirectory(prefix="tuning-merged-") as scratch,
     ):
         assert folder is not None
@@ -80,34 +78,36 @@ def merged(
 
         target = where.folder or Path(scratch) / "merged"
         console.say("Merging ...")
-        done = merge.merge(weights, folder, target, method=method)
+        result = merge.merge(weights, folder, target, method=method)
         if where.folder is not None:
             return f"dir:{target}"
-        found = base.resolve(str(target), revision=None, token=None)
+        stored = base.resolve(str(target), revision=None, token=None)
         notes = {
-            "org.opencontainers.image.title": f"{done['base_model']}, tuned",
-            "org.opencontainers.image.description": f"a {done['method']} adapter merged into it",
-            "tuning.kaito.sh/base-model": str(done["base_model"]),
+            "org.opencontainers.image.title": f"{result['base_model']}, tuned",
+            "org.opencontainers.image.description": f"a {result['method']} adapter merged into it",
+            "tuning.kaito.sh/base-model": str(result["base_model"]),
         }
-        return _sent(target, where, output, found.revision, notes, access, console)
+        return _store(target, where, output, stored.revision, notes, access, console)
 
 
-def _destination(output: str, *, overwrite: bool) -> Destination:
-    kind, _, rest = output.partition(":")
-    if kind in ("oci", "dir") and rest:
-        folder = Path(rest)
-        found = Destination(layout=folder) if kind == "oci" else Destination(folder=folder)
-    else:
+def _destination(output: str, *, overwrite: bool = False, folders: bool = True) -> Destination:
+    where = places.named_destination(output)
+    change = f"write oci:{output} for an image layout"
+    if folders:
+        change += f", dir:{output} for a folder"
+    elif where.folder:
+        change = "write oci:DIR or an image reference"
+        raise UsageError.at("USE-103", output, "is a folder, not an image", change)
+    if where.image or output in ("oci:", "dir:"):
         try:
             reference.parse(output)
         except ValueError as error:
-            change = f"write dir:{output} for a folder, oci:{output} for an image layout"
-            raise UsageError.at("USE-103", output, f"is no image: {error}", change) from None
-        found = Destination(image=output)
-    return replace(found, on_tag_exists="overwrite" if overwrite else "refuse")
+            what = f"is not an image reference: {error}"
+            raise UsageError.at("USE-103", output, what, change) from None
+    return replace(where, on_tag_exists="overwrite" if overwrite else "refuse")
 
 
-def _sent(
+def _store(
     folder: Path,
     where: Destination,
     output: str,

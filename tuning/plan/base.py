@@ -1,8 +1,8 @@
-"""The base model as a plan sees it, and combinations that are not supported."""
+"""The base model as a plan needs it; combinations of model, method and device that are refused."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,17 +22,17 @@ LARGEST_ON_CPU = 10**9  # parameters; a step of a larger model takes minutes on 
 
 @dataclass(frozen=True)
 class Base:
-    """The base model as a plan sees it; `facts` is None for an unknown family."""
+    """A base model as a plan needs it; `facts` is None for an unknown family."""
 
     name: str  # hub id, or "local"
     revision: str
     facts: presets.Facts | None
     config: dict[str, Any] = field(default_factory=dict)  # config.json, where it was read
-    simulated: Coefficients | None = None  # of its memory, for a model outside the presets
-    unsized: str = ""  # why there are none
+    simulated: Coefficients | None = None  # memory coefficients, for a model outside the presets
+    unsized: str = ""  # why it could not be simulated
 
     def sized(self, device: Device) -> sizing.Model | None:
-        """Shape and memory coefficients for `device`; None where they are unknown."""
+        """The coefficients to estimate its memory on `device` with; None where there are none."""
         if self.simulated is not None:
             return sizing.Model(self.facts, self.simulated)
         return sizing.model(self.facts) if device.kind == "cuda" else None
@@ -52,32 +52,35 @@ class Base:
         return False, "attention across packed rows is not verified for this family"
 
 
-def base_from_config(name: str, revision: str, config: dict[str, Any]) -> Base:
-    """The base whose parsed `config.json` is `config`. Raises SpecError for an impossible one."""
-    return Base(name, revision, presets.facts(config), config)
+def base_of(spec: Spec, config: dict[str, Any], *, revision: str) -> Base:
+    """The base model of `spec`, whose parsed config.json is `config`.
 
-
-def declared_name(spec: Spec, config: Mapping[str, Any]) -> str:
-    """The name of the adapter's base, whose config.json is `config`.
-
-    The hub id that the spec names, also for weights from a folder or an image, unless their shape
-    differs from the preset's: then the name of the folder or image.
+    Raises SpecError for an impossible config.
     """
-    name = spec.base_model or spec.preset
-    is_folder = Path(name).is_dir()
-    if not is_folder and not name.startswith(IMAGE):
-        named = presets.find(name)
-        return named.hub_id if named else name
-    preset = presets.find(spec.preset)
+    facts = presets.facts(config)
+    return Base(_name(spec, facts), revision, facts, config)
+
+
+def _name(spec: Spec, facts: presets.Facts | None) -> str:
+    """The base model's name in the adapter: the hub id that the spec names.
+
+    Weights of a folder or an image whose shape differs from the preset's go by the folder's or
+    image's own name.
+    """
+    model = spec.base_model or spec.preset
+    in_folder = Path(model).is_dir()
+    preset = presets.find(spec.preset if in_folder or model.startswith(IMAGE) else model)
+    if not in_folder and not model.startswith(IMAGE):
+        return preset.hub_id if preset else model
     if preset is None:
         return spec.preset
-    if _shape(presets.facts(config)) == _shape(preset.facts):
+    if _shape(facts) == _shape(preset.facts):
         return preset.hub_id
-    return Path(name).resolve().name if is_folder else name.removeprefix(IMAGE).removeprefix("//")
+    return Path(model).resolve().name if in_folder else model.removeprefix(IMAGE).removeprefix("//")
 
 
 def _shape(facts: presets.Facts | None) -> tuple[int, ...] | None:
-    """Sizes that distinguish models of a family and of others."""
+    """The sizes that differ between models of different sizes and families."""
     if facts is None:
         return None
     widths = (facts.hidden, facts.intermediate, facts.layers, facts.heads, facts.kv_heads)
@@ -89,7 +92,10 @@ class Unknown(SpecError):
 
 
 def known_base(spec: Spec) -> Base:
-    """The base model as far as it is known without the network. Raises Unknown, SpecError."""
+    """The base model of a local folder or a preset, without the network.
+
+    Raises Unknown for any other, SpecError.
+    """
     name = spec.base_model or spec.preset
     if name.startswith(IMAGE):  # an image with the preset's weights
         name = spec.preset
@@ -104,7 +110,7 @@ def known_base(spec: Spec) -> Base:
                 f"cannot be read ({error.__class__.__name__})",
                 "name a folder with config.json, *.safetensors and a tokenizer",
             ) from None
-        return base_from_config(declared_name(spec, config), "local", config)
+        return base_of(spec, config, revision="local")
     if preset := presets.find(name):
         return Base(preset.hub_id, spec.settings.revision or preset.revision, preset.facts)
     raise Unknown.at(
@@ -154,24 +160,24 @@ def refuse_unsupported(spec: Spec, base: Base, device: Device) -> None:
 
 
 def _unknown_modules(spec: Spec, base: Base) -> Iterator[Problem]:
-    """Targets and exclusions that match no projection, by the end of a name as in PEFT.
+    """Targets and exclusions that match no projection of the model by their suffix, as in PEFT.
 
-    A name with a layer number is checked on the loaded model.
+    A name with a layer number is checked later, on the loaded model.
     """
     names = [linear.name for linear in base.facts.linears] if base.facts else []
     known = sorted({name.rpartition(".")[2] for name in names})
     s = spec.settings
     if base.facts and (beyond := [n for n in s.layers or () if n >= base.facts.layers]):
-        fact = f"names layer {beyond[0]}, and {base.name} has {base.facts.layers}, from 0"
-        yield Problem("PLAN-113", "LoraConfig.layers_to_transform", fact, "name layers that exist")
-    for key, parts in (
+        what = f"names layer {beyond[0]}, and {base.name} has {base.facts.layers}, from 0"
+        yield Problem("PLAN-113", "LoraConfig.layers_to_transform", what, "name layers that exist")
+    for key, listed in (
         ("target_modules", s.target_modules or ()),
         ("exclude_modules", s.exclude_modules or ()),
     ):
-        for part in parts:
-            skipped = part in ("all-linear", "") or any(each.isdigit() for each in part.split("."))
+        for part in listed:
+            skipped = part in ("all-linear", "") or any(x.isdigit() for x in part.split("."))
             if known and not skipped and part.rpartition(".")[2] not in known:
-                fact = f"names {part!r}, which is no attention or MLP projection of {base.name}"
+                what = f"names {part!r}, which is not an attention or MLP projection of {base.name}"
                 change = f"use some of {', '.join(known)}"
                 change += ", or leave it out: all are trained" if key == "target_modules" else ""
-                yield Problem("PLAN-111", f"LoraConfig.{key}", fact, change)
+                yield Problem("PLAN-111", f"LoraConfig.{key}", what, change)

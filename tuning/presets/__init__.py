@@ -1,7 +1,6 @@
-"""What we know of base models, GPUs and cloud machines, read from the tables in `configs/`.
+"""Base models, GPUs and cloud machines, read from the tables in `configs/`.
 
-Imports neither torch nor pydantic: planning and the cluster side ask here. Tables are read when
-first asked for, and once.
+Imports neither torch nor pydantic, for planning and the cluster side. Tables are read on first use.
 """
 
 from tuning.presets.architecture import Facts, Linear

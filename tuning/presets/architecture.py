@@ -1,4 +1,4 @@
-"""A model's shape, and the sizes that follow from it by arithmetic: no torch, no weights."""
+"""A model's shape and the sizes computed from it, without torch or weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Layout = Literal["llama", "phi3", "phi", "falcon", "gpt_oss"]
 
 @dataclass(frozen=True)
 class Linear:
-    """One linear layer that every decoder layer has: y = x W^T + b, W of [outputs, inputs]."""
+    """One linear layer of a decoder layer: y = x W^T + b, with W of [outputs, inputs]."""
 
     name: str  # within the decoder layer, such as "self_attn.qkv_proj"
     inputs: int
@@ -29,7 +29,7 @@ class Facts:
 
     model_type: str  # of the text model: "llama", "phi3", "gemma3_text", ...
     architecture: str  # transformers' class of the text model
-    wrapper: str | None  # the class that holds it, where config.json describes more than text
+    wrapper: str | None  # the class around it, where config.json describes more than text
     layout: Layout  # how a decoder layer's linear layers are named and fused
     hidden: int
     intermediate: int
@@ -47,7 +47,7 @@ class Facts:
     head_bias: bool
     norm: Literal["rms", "layer"]  # a layer norm has a bias, too
     norms: int  # of hidden size, in each decoder layer
-    qk_norm: Literal["none", "head", "full"]  # over one head, or over all of them
+    qk_norm: Literal["none", "head", "full"]  # over one head, or over all heads
     parallel: bool  # attention and MLP read the same input
     window: int | None  # tokens that a windowed layer sees
     windowed_layers: int
@@ -55,10 +55,9 @@ class Facts:
     softcap: bool  # attention scores are capped
     sinks: bool  # attention has a learned sink for each head
     experts: int  # 0 for a dense model
-    experts_per_token: int
     tower: int  # parameters outside the text model (vision tower and projector), all frozen
     stored: str  # how the checkpoint holds its weights: "16-bit", "fp8", "mxfp4", ...
-    packing_safe: bool  # packed rows do not see each other
+    packing_safe: bool  # packed rows do not attend to each other
     packing_reason: str
 
     @property
@@ -75,7 +74,7 @@ class Facts:
     def linears(self) -> tuple[Linear, ...]:
         """The linear layers of one decoder layer: what LoRA adapts and 4-bit loading packs.
 
-        Embeddings, the output head, routers and experts (which are no linear layers) are not here.
+        Without embeddings, output head, routers and experts (which are not linear layers).
         """
         return _attention(self) + _feed_forward(self)
 

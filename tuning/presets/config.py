@@ -1,7 +1,7 @@
 """Any Hugging Face `config.json` -> the facts of its text model.
 
-Reads every family in `configs/architectures.yaml` and fills absent keys as transformers does, since
-`save_pretrained` leaves out what equals a default.
+Reads every family in `configs/architectures.yaml` and fills absent keys as transformers does:
+`save_pretrained` leaves out defaults.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tuning.errors import Problem, SpecError
 from tuning.presets.architecture import Facts
 from tuning.presets.load import CONFIGS, record, table
 
-# The keys of a config.json that decide anything here; a preset's `config` may hold no other.
+# The keys of a config.json that are read; a preset's `config` may hold no others.
 KEYS = frozenset(
     {
         "model_type", "architectures", "text_config", "vision_config", "quantization_config",
@@ -29,10 +29,10 @@ KEYS = frozenset(
     }
 )  # fmt: skip
 
-# Classes of a text and a vision model, with the text model that their files may leave unsaid.
+# Classes of a text and a vision model, with the default type of their text model.
 _WRAPPERS = {"gemma3": "gemma3_text", "mistral3": "mistral"}
 
-_TOWERS: dict[str, dict[str, Any]] = {  # what a vision_config may leave out
+_TOWERS: dict[str, dict[str, Any]] = {  # defaults of a vision_config
     "siglip": {
         "hidden_size": 768,
         "intermediate_size": 3072,
@@ -52,7 +52,7 @@ _TOWERS: dict[str, dict[str, Any]] = {  # what a vision_config may leave out
 
 @cache
 def families() -> dict[str, dict[str, Any]]:
-    """`configs/architectures.yaml`: what transformers' classes fix, and their defaults."""
+    """`configs/architectures.yaml`: constants and defaults of transformers' classes."""
     path = CONFIGS / "architectures.yaml"
     return {
         name: record(
@@ -81,14 +81,14 @@ def facts(config: Mapping[str, Any]) -> Facts | None:
     """The facts of the text model that a parsed `config.json` describes.
 
     None for a `model_type` that is not in the table: only a simulation can size such a model.
-    Raises SpecError, with every problem, for a config that is none or has an impossible value.
+    Raises SpecError, with every problem, for an invalid config.
     """
     if not isinstance(config.get("model_type"), str):
         raise SpecError.at(
             "SPEC-305",
             "config.json",
             "has no model_type",
-            "point to the folder of a Hugging Face model, with the config.json that came with it",
+            "use the folder of a Hugging Face model, with its own config.json",
         )
     if (text_type := _WRAPPERS.get(config["model_type"])) is None:
         return _read(config, config)
@@ -97,7 +97,7 @@ def facts(config: Mapping[str, Any]) -> Facts | None:
         raise SpecError.at(
             "SPEC-305",
             "config.json",
-            "text_config or vision_config is no mapping",
+            "text_config or vision_config is not a mapping",
             "download the file again",
         )
     return _read({"model_type": text_type, **text}, config)
@@ -108,7 +108,7 @@ def _read(text: Mapping[str, Any], whole: Mapping[str, Any]) -> Facts | None:
     if family is None:
         return None
     merged = {**family["defaults"], **{k: v for k, v in text.items() if k in KEYS}}
-    if text is not whole:  # then only the outer value counts, and the classes' default is true
+    if text is not whole:  # only the outer value counts, and the default is true
         merged["tie_word_embeddings"] = whole.get("tie_word_embeddings", True)
     _check(merged)
     shape = _falcon_shape(merged) if family["layout"] == "falcon" else _shape(merged, family)
@@ -121,7 +121,7 @@ def _read(text: Mapping[str, Any], whole: Mapping[str, Any]) -> Facts | None:
     return Facts(
         model_type=merged["model_type"],
         architecture=family["architecture"],
-        wrapper=_wrapper(whole) if wrapped else None,
+        wrapper=str((whole.get("architectures") or [whole["model_type"]])[0]) if wrapped else None,
         layout=family["layout"],
         hidden=merged["hidden_size"],
         layers=merged["num_hidden_layers"],
@@ -137,7 +137,6 @@ def _read(text: Mapping[str, Any], whole: Mapping[str, Any]) -> Facts | None:
         softcap=bool(merged.get("attn_logit_softcapping")),
         sinks=bool(family["sinks"]),
         experts=merged.get("num_local_experts") or 0,
-        experts_per_token=merged.get("num_experts_per_tok") or 0,
         tower=_tower(whole, merged["hidden_size"]) if wrapped else 0,
         stored=quantised.get("quant_method") or "16-bit",
         packing_safe=bool(family["packing_safe"]),
@@ -191,7 +190,7 @@ def _falcon_shape(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _windows(config: Mapping[str, Any], rule: str | None) -> tuple[int | None, int]:
-    """The window in tokens and how many layers have it, by the class's rule or the file's list."""
+    """The window in tokens and the number of windowed layers, by class rule or layer_types."""
     window, layers = config.get("sliding_window"), config["num_hidden_layers"]
     if rule is None or not window or (rule == "opt-in" and not config.get("use_sliding_window")):
         return None, 0
@@ -201,14 +200,9 @@ def _windows(config: Mapping[str, Any], rule: str | None) -> tuple[int | None, i
         count = layers
     elif rule == "opt-in":
         count = max(0, layers - config["max_window_layers"])
-    else:  # one layer in `pattern` sees everything
+    else:  # one layer in `pattern` has no window
         count = layers - layers // (config.get("sliding_window_pattern") or 2)
     return (window, count) if count else (None, 0)
-
-
-def _wrapper(whole: Mapping[str, Any]) -> str:
-    named = whole.get("architectures")
-    return str(named[0]) if named else str(whole["model_type"])
 
 
 def _tower(whole: Mapping[str, Any], hidden: int) -> int:

@@ -1,4 +1,4 @@
-"""GPUs, the cloud machines that hold them, and the builds of torch that run on them."""
+"""GPUs, cloud machine types, and the builds of torch that run on the GPUs."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class Gpu:
     """One kind of accelerator. Rates are the datasheet's, dense (without sparsity)."""
 
     name: str
-    nominal_gib: float  # what is printed on the box
-    memory_bytes: int  # what a CUDA program finds of it
+    nominal_gib: float  # as advertised
+    memory_bytes: int  # as CUDA reports it
     capability: Capability | None  # compute capability; None: no CUDA
     bf16: bool  # native bfloat16 arithmetic
     fp16_flops: float | None  # operations a second, float16 with float32 sums
-    bf16_flops: float | None  # the same in bfloat16; None where there is none
+    bf16_flops: float | None  # in bfloat16; None without native support
     bandwidth: float | None  # bytes a second of its memory
-    note: str  # what a reader should know, or ""
+    note: str  # for docs, or ""
     products: tuple[str, ...] = ()  # further names that the driver gives it
 
 
@@ -42,8 +42,7 @@ class Instance:
     gpus: int
     vcpus: int | None
     ram_bytes: int | None
-    retired: bool  # the cloud no longer starts new ones; named by old files only
-    kaito: bool  # in the table of KAITO v0.12
+    retired: bool  # the cloud no longer starts new ones
     aliases: tuple[str, ...]
 
     @property
@@ -85,7 +84,7 @@ def instances() -> tuple[Instance, ...]:
 
 @cache
 def engines() -> tuple[Engine, ...]:
-    """Every build of torch that we use, oldest CUDA first."""
+    """Every supported build of torch, oldest CUDA first."""
     return tuple(_engine(name, value) for name, value in table(CONFIGS / "engines.yaml").items())
 
 
@@ -94,8 +93,8 @@ def gpu(name: str) -> Gpu:
 
     Raises SpecError for one that is not in the table.
     """
-    if found := _products().get(_product(name)):
-        return found
+    if product := _products().get(_product(name)):
+        return product
     raise SpecError.at(
         "SPEC-306",
         "gpu",
@@ -109,15 +108,14 @@ def instance(name: str, *, where: str = "resource.instanceType") -> Instance:
 
     Raises SpecError for one that is not in the table, with the nearest name.
     """
-    wanted = name.strip().lower()
-    found = _by_name().get(wanted)
-    if found is not None:
-        return found
+    key = name.strip().lower()
+    if machine := _by_name().get(key):
+        return machine
     raise SpecError.at(
         "SPEC-304",
         where,
         f'Unsupported instance type "{name}"',
-        f"{nearest(wanted, _spellings())}use one that `python -m tuning presets` lists",
+        f"{nearest(key, _spellings())}use one that `python -m tuning presets` lists",
     )
 
 
@@ -138,7 +136,7 @@ def _products() -> Mapping[str, Gpu]:
 
 
 def _spellings() -> list[str]:
-    """Every name, Azure's with and without its prefix, as people write it."""
+    """Every name, Azure's with and without its prefix."""
     names = [name for machine in instances() for name in (machine.name, *machine.aliases)]
     return [*names, *(name.removeprefix("Standard_") for name in names)]
 
@@ -186,7 +184,7 @@ def _instance(name: str, value: Any, *, cloud: str) -> Instance:
         value,
         where=f"{cloud}.yaml: {name}",
         required={"gpu": str, "gpus": int},
-        optional={"vcpus": int, "ram": int, "retired": bool, "kaito": bool, "aliases": list},
+        optional={"vcpus": int, "ram": int, "retired": bool, "aliases": list},
     )
     return Instance(
         name=name,
@@ -196,7 +194,6 @@ def _instance(name: str, value: Any, *, cloud: str) -> Instance:
         vcpus=fields["vcpus"],
         ram_bytes=fields["ram"] * GIB if fields["ram"] else None,
         retired=bool(fields["retired"]),
-        kaito=bool(fields["kaito"]),
         aliases=tuple(fields["aliases"] or ()),
     )
 

@@ -42,19 +42,19 @@ def record(
     """
     kinds = {**required, **(optional or {})}
     if not isinstance(value, dict):
-        raise SpecError.at("SPEC-301", where, "is no mapping", f"give it {', '.join(kinds)}")
+        raise SpecError.at("SPEC-301", where, "is not a mapping", f"give it {', '.join(kinds)}")
     problems = [
-        Problem("SPEC-301", f"{where}.{key}", "is no known key", f"use {', '.join(kinds)}")
+        Problem("SPEC-301", f"{where}.{key}", "is not a known key", f"use {', '.join(kinds)}")
         for key in value
         if key not in kinds
     ]
     for key, kind in kinds.items():
-        here = value.get(key)
-        if here is None and key in required:
+        item = value.get(key)
+        if item is None and key in required:
             problems.append(Problem("SPEC-301", f"{where}.{key}", "is missing", "add it"))
-        elif here is not None and not _is(here, kind):
+        elif item is not None and not _is(item, kind):
             problems.append(
-                Problem("SPEC-301", f"{where}.{key}", f"is {here!r}", f"write a {kind.__name__}")
+                Problem("SPEC-301", f"{where}.{key}", f"is {item!r}", f"write a {kind.__name__}")
             )
     if problems:
         raise SpecError(problems)
@@ -62,7 +62,7 @@ def record(
 
 
 def _is(value: Any, kind: type) -> bool:
-    """isinstance, but true is no number, and a whole number is a float."""
+    """isinstance, but a bool is not a number, and an int is a float."""
     if isinstance(value, bool):
         return kind is bool
     return isinstance(value, (int, float) if kind is float else kind)

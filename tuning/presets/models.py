@@ -1,4 +1,4 @@
-"""The base models we know by name: where they are, under which licence, and their shape."""
+"""Base models known by name: hub id, revision, licence and shape."""
 
 from __future__ import annotations
 
@@ -25,32 +25,11 @@ class Preset:
     hub_id: str
     revision: str  # commit, 40 hexadecimal digits
     licence: str
-    gated: bool  # the hub wants a token of an account that accepted the licence
-    kaito_tunes: bool  # KAITO lists it for tuning, not only for inference
+    gated: bool  # the hub requires a token of an account that accepted the licence
     published_gib: float | None  # size of the published 16-bit weights, as KAITO's docs give it
     aliases: tuple[str, ...]
     image: str | None  # oci://REFERENCE with the weights, in place of the hub
     facts: Facts
-
-    @property
-    def architecture(self) -> str:
-        """The class that the published config.json names."""
-        return self.facts.wrapper or self.facts.architecture
-
-    @property
-    def model_type(self) -> str:
-        """`model_type` of the text model."""
-        return self.facts.model_type
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of the text model's weights in 16 bits."""
-        return self.facts.weight_bytes
-
-    @property
-    def packing_safe(self) -> bool:
-        """Packed rows do not see each other."""
-        return self.facts.packing_safe
 
 
 @cache
@@ -66,14 +45,14 @@ def all() -> tuple[Preset, ...]:
 def find(name: str, *, where: str = "tuning.preset.name") -> Preset | None:
     """The preset of this name, alias or hub id, in any case.
 
-    None for any other `org/model`: the hub decides whether it exists. Raises SpecError for a name
-    that is neither, with the nearest one; `where` is the place that the error names.
+    None for any other `org/model`, which may exist on the hub. Raises SpecError for other names,
+    with the nearest one; `where` is the place that the error names.
     """
-    wanted = name.strip().lower()
+    key = name.strip().lower()
     by_name = _by_name()
-    if wanted in by_name:
-        return by_name[wanted]
-    if reason := _not_offered().get(wanted):
+    if key in by_name:
+        return by_name[key]
+    if reason := _not_offered().get(key):
         raise SpecError.at(
             "SPEC-303", where, f'"{name}" {reason}; no job here can tune it', f"use {_choices()}"
         )
@@ -83,12 +62,12 @@ def find(name: str, *, where: str = "tuning.preset.name") -> Preset | None:
         "SPEC-302",
         where,
         f'Unsupported tuning preset name "{name}"',
-        f"{nearest(wanted, by_name)}use {_choices()}; or an org/model of the hub, or a folder",
+        f"{nearest(key, by_name)}use {_choices()}; or an org/model of the hub, or a folder",
     )
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """`did you mean "x"? Or ` for the known name next to `name`; nothing where none is near."""
+    """`did you mean "x"? Or ` for the nearest known name; empty if none is near."""
     spelled = {one.lower(): one for one in known}
     near = difflib.get_close_matches(name.lower(), spelled, n=1, cutoff=0.6)
     return f'did you mean "{spelled[near[0]]}"? Or ' if near else ""
@@ -117,8 +96,7 @@ def _preset(value: Any, *, where: str) -> Preset:
         value,
         where=where,
         required={"name": str, "hub_id": str, "revision": str, "licence": str, "config": dict},
-        optional={"gated": bool, "kaito_tunes": bool, "published_gib": float, "aliases": list}
-        | {"image": str},
+        optional={"gated": bool, "published_gib": float, "aliases": list, "image": str},
     )
     config = fields.pop("config")
     for part in (config, config.get("text_config") or {}):
@@ -134,6 +112,5 @@ def _preset(value: Any, *, where: str) -> Preset:
             "add it to architectures.yaml",
         )
     fields["gated"] = bool(fields["gated"])
-    fields["kaito_tunes"] = bool(fields["kaito_tunes"])
     fields["aliases"] = tuple(fields["aliases"] or ())
     return Preset(**fields, facts=shape)

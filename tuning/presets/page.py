@@ -1,4 +1,4 @@
-"""`docs/presets.md`: the tables of models, GPUs and machines, written from `configs/`."""
+"""`docs/presets.md`: models, GPUs and machines, written from `configs/`."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ def _model(preset: Preset) -> Sequence[str]:
         preset.name,
         f"{preset.hub_id} @ {preset.revision[:12]}",
         preset.licence + gated,
-        preset.architecture,
-        f"{preset.weight_bytes / GIB:.2f}",
+        preset.facts.wrapper or preset.facts.architecture,
+        f"{preset.facts.weight_bytes / GIB:.2f}",
         str(preset.facts.context),
-        "yes" if preset.packing_safe else "no",
+        "yes" if preset.facts.packing_safe else "no",
     )
 
 

@@ -1,4 +1,4 @@
-"""What we promise: which model by which method, which method on which GPU, and why."""
+"""Which model supports which method, which GPU supports which method, and why."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Support:
 
 
 def support(model: Preset | Facts, method: Method) -> Support:
-    """Whether a job can tune `model` by `method`, before any question of memory."""
+    """Whether `model` can be tuned by `method`, leaving memory aside."""
     facts = model.facts if isinstance(model, Preset) else model
     if facts.experts:
         return _experts(facts, method)
@@ -33,7 +33,10 @@ def support(model: Preset | Facts, method: Method) -> Support:
         tower = f"the vision tower ({facts.tower / 1e6:.0f} million parameters) stays as it is"
         return Support(True, f"its text model is adapted, {tower}")
     if facts.layout == "falcon" and method == "qlora":
-        return Support(True, "its linear layers are made plain ones first, or none would be packed")
+        return Support(
+            True,
+            "its linear layers are first replaced by plain ones, which 4-bit loading packs",
+        )
     return Support(True, "every attention and MLP projection is a plain linear layer")
 
 
@@ -48,7 +51,7 @@ def _experts(facts: Facts, method: Method) -> Support:
     )
     return Support(
         False,
-        f"its {facts.experts} experts a layer are no linear layers{stored}: {what}",
+        f"its {facts.experts} experts a layer are not linear layers{stored}: {what}",
         "use a dense model, such as phi-4 or qwen2.5-coder-7b-instruct",
     )
 
@@ -63,7 +66,7 @@ def _packed(model: Preset | Facts, facts: Facts) -> Support:
 
 
 def gpu_support(gpu: Gpu, method: Method) -> Support:
-    """Whether any engine build runs `method` on `gpu`, before any question of memory."""
+    """Whether a build of torch runs `method` on `gpu`, leaving memory aside."""
     if gpu.capability is None:
         return Support(False, f"{gpu.name} has no CUDA", "use a machine with an NVIDIA GPU")
     major, minor = gpu.capability

@@ -1,4 +1,4 @@
-"""Which ConfigMap `tuning.config` means, and what stands in it."""
+"""The ConfigMap that `tuning.config` names, and its settings."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from tuning.spec.documents import Document
 from tuning.spec.findings import Findings, shown
 from tuning.spec.values import Method, Settings
 
-# KAITO's own ConfigMaps: they mean "all defaults" and need not be in the file.
+# KAITO's own ConfigMaps: all defaults; they need not be in the file.
 TEMPLATES: dict[str, Method] = {"lora-params-template": "lora", "qlora-params-template": "qlora"}
 _TEXT = ("data", config.FILE)
 
 
 @dataclass(frozen=True)
 class ConfigMap:
-    """The ConfigMap, if the file has it, with its settings and what is wrong with it."""
+    """The ConfigMap, if the file has it, with its settings and findings."""
 
     settings: Settings = Settings()  # noqa: RUF009 it is frozen
     document: Document | None = None
     content: Any = None  # what training_config.yaml holds
-    found: tuple[Findings, ...] = ()
+    findings: tuple[Findings, ...] = ()
 
 
 def read(
@@ -38,8 +38,8 @@ def read(
     name = workspace.at("tuning", "config")
     if not isinstance(name, str) or not name:
         return ConfigMap()
-    written = workspace.at("tuning", "method")
-    method = rules.method(written, Findings({})) if isinstance(written, str) else None
+    named = workspace.at("tuning", "method")
+    method = rules.method(named, Findings({})) if isinstance(named, str) else None
     document = _find(everything, workspace, name, method)
     if document is None:
         return ConfigMap()
@@ -47,12 +47,12 @@ def read(
     outer.prefix = f"ConfigMap {shown(name)[1:-1]}: "
     text = _text(document, outer)
     if text is None:
-        return ConfigMap(document=document, found=(outer,))
+        return ConfigMap(document=document, findings=(outer,))
     try:
         inside = documents.inner(text, document, _TEXT, origin=f"{origin} {outer.prefix}")
     except SpecError as error:
         outer.take(_TEXT, error)
-        return ConfigMap(document=document, found=(outer,))
+        return ConfigMap(document=document, findings=(outer,))
     content = inside[0] if inside else Document()
     content.findings.prefix = outer.prefix
     settings = config.read(
@@ -73,32 +73,32 @@ def _find(
         and d.at("metadata", "namespace")
         in (None, namespace, namespace or d.at("metadata", "namespace"))
     ]
-    found, path = workspace.findings, ("tuning", "config")
+    findings, path = workspace.findings, ("tuning", "config")
     if len(named) == 1:
         return named[0]
     if named:
-        found.add("SPEC-103", path, f"two ConfigMaps are called {shown(name)}", "keep one of them")
+        findings.add("SPEC-103", path, f"two ConfigMaps are called {shown(name)}", "keep one")
     elif name not in TEMPLATES:
         where = namespace if isinstance(namespace, str) else "default"
         what = f"ConfigMap '{name[:253]}' specified in 'config' not found in namespace '{where}'"
         change = "put the ConfigMap into the same file, after a line ---, or remove config"
-        found.add("SPEC-117", path, what, change)
-    elif wrong := config.contradiction(method, TEMPLATES[name] == "qlora", None, name):
-        found.add("SPEC-108", path, wrong[0], "remove config: the defaults suit the method")
+        findings.add("SPEC-117", path, what, change)
+    elif conflict := config.contradiction(method, TEMPLATES[name] == "qlora", None, name):
+        findings.add("SPEC-108", path, conflict[0], "remove config: the defaults suit the method")
     return None
 
 
-def _text(document: Document, found: Findings) -> str | None:
+def _text(document: Document, findings: Findings) -> str | None:
     data = document.at("data")
     content = data.get(config.FILE) if isinstance(data, dict) else None
     if isinstance(content, str):
         for other in sorted(data.keys() - {config.FILE}):
-            found.note(("data", other), "ignored; only training_config.yaml is read")
+            findings.note(("data", other), "ignored; only training_config.yaml is read")
         return content
     if content is None:
         what = f"missing field(s): {config.FILE} in ConfigMap"
-        found.add("SPEC-112", _TEXT, what, f"add `{config.FILE}: |` below `data:`")
+        findings.add("SPEC-112", _TEXT, what, f"add `{config.FILE}: |` below `data:`")
     else:
         change = f"write `{config.FILE}: |`, with the bar"
-        found.add("SPEC-113", _TEXT, f"is {shown(content)}, expected a text", change)
+        findings.add("SPEC-113", _TEXT, f"is {shown(content)}, expected a string", change)
     return None

@@ -1,8 +1,8 @@
 """YAML text -> plain values that know their lines.
 
-Files come from strangers: size, depth and number of nodes are bounded (aliases count each time they
-are used), a key that stands twice is refused, and no tag makes an object. Scalars are read as
-`kubectl` reads them: `2e-4` is a number, a date and `12:30` are texts.
+Files are untrusted: size, depth and number of nodes are bounded (aliases count each time they are
+used), duplicate keys are refused, and no tag makes an object. Scalars are read as by `kubectl`:
+`2e-4` is a number, a date and `12:30` are strings.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ _EXPONENT = re.compile(r"[-+]?[0-9][0-9_]*(?:\.[0-9]*)?[eE][-+]?[0-9]+")  # a nu
 
 @dataclass(eq=False)
 class Document:
-    """One YAML document: its value, and where each path and each block of text begins."""
+    """One YAML document: its value, and the lines of its paths and block scalars."""
 
     value: Any = None
     lines: dict[Path, int] = field(default_factory=dict)  # 1 is the first line
-    blocks: dict[Path, int] = field(default_factory=dict)  # path of a | text -> its first line
+    blocks: dict[Path, int] = field(default_factory=dict)  # block scalar -> its first line
     findings: Findings = field(init=False)
 
     def __post_init__(self) -> None:
@@ -54,8 +54,8 @@ class Document:
 def read(text: str, *, origin: str, first_line: int = 1) -> list[Document]:
     """The documents in `text`, empty ones left out.
 
-    `origin` names the text in errors. Duplicate keys and the like are in each document's findings,
-    since a document of another kind is not our business; a text that is no YAML raises SpecError.
+    `origin` names the text in errors. Duplicate keys and the like go to each document's findings,
+    since those of other kinds do not matter. Raises SpecError for invalid YAML.
     """
     _check_bounds(text, origin, first_line)
     try:
@@ -72,7 +72,7 @@ def _check_bounds(text: str, origin: str, first_line: int) -> None:
         size = len(text.encode())
     except UnicodeEncodeError:
         raise SpecError.at(
-            "SPEC-102", origin, "holds characters that are no text", "save it as UTF-8"
+            "SPEC-102", origin, "holds invalid characters", "save it as UTF-8"
         ) from None
     if size > MAX_BYTES:
         raise too_large(origin)
@@ -96,7 +96,7 @@ def too_large(origin: str) -> SpecError:
         "SPEC-119",
         origin,
         f"is larger than {MAX_BYTES >> 20} MiB",
-        "give a Workspace document; data belongs into tuning.input",
+        "give a Workspace document; data belongs in tuning.input",
     )
 
 
@@ -110,16 +110,16 @@ def _too_complex(origin: str) -> SpecError:
 
 
 def _not_yaml(error: yaml.YAMLError, origin: str, first_line: int) -> SpecError:
-    # Never the snippet of the text that PyYAML offers: it may hold a Secret.
+    # Never PyYAML's snippet of the text: it may hold a Secret.
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
     what = getattr(error, "problem", None) or "it holds characters that YAML does not allow"
     where = f"{origin} line {mark.line + first_line}, column {mark.column + 1}" if mark else origin
-    change = "mend the YAML there; indent with spaces, and put texts with : or # in quotes"
-    return SpecError.at("SPEC-102", where, f"this is not YAML: {what}", change)
+    change = "correct the YAML there; indent with spaces, and quote strings with : or #"
+    return SpecError.at("SPEC-102", where, f"invalid YAML: {what}", change)
 
 
 class _Builder:
-    """Turns one tree of YAML nodes into a Document."""
+    """Builds a Document from a tree of YAML nodes."""
 
     def __init__(self, origin: str, first_line: int) -> None:
         self.origin, self.first_line = origin, first_line
@@ -128,7 +128,7 @@ class _Builder:
 
     def build(self, root: Node) -> Document:
         if kind_of(root) == "Secret":
-            self.document.value = {"kind": "Secret"}  # the rest is nobody's business
+            self.document.value = {"kind": "Secret"}  # the rest is not read
             return self.document
         self.document.lines[()] = root.start_mark.line + self.first_line
         self.document.value = self._value(root, ())
@@ -164,7 +164,7 @@ class _Builder:
             key = self._key(key_node, path, line)
             if key in own:
                 first = self.document.lines[*path, key]
-                what = f"this key stands twice, first in line {first}"
+                what = f"duplicate key, first in line {first}"
                 self.document.lines[*path, key] = line
                 self.document.findings.add("SPEC-105", (*path, key), what, "keep one of the two")
             self.document.lines[*path, key] = line
@@ -173,10 +173,10 @@ class _Builder:
 
     def _key(self, node: Node, path: Path, line: int) -> str:
         if not isinstance(node, ScalarNode):
-            self._refuse(path, line, "a key must be a text", "write `key: value`")
+            self._refuse(path, line, "a key must be a string", "write `key: value`")
             return "?"
         if node.tag != _TAG + "str":
-            what = f"the key {node.value[:40]} is no text"
+            what = f"the key {node.value[:40]} is not a string"
             self._refuse((*path, str(node.value)), line, what, "put it in quotes")
         return str(node.value)
 
@@ -188,14 +188,14 @@ class _Builder:
         try:
             value = _typed(node, text, tag)
         except (ValueError, KeyError, ConstructorError):
-            return text  # an explicit tag on something else, or an endless number
+            return text  # an explicit tag on another type, or an overlong number
         if value is _UNKNOWN:
             line = node.start_mark.line + self.first_line
             self._refuse(path, line, f"the YAML tag {_short_tag(node)} is not allowed", "remove it")
             return None
         if isinstance(value, float) and not math.isfinite(value):
             line = node.start_mark.line + self.first_line
-            self._refuse(path, line, f"{text[:20]} is no finite number", "write a number")
+            self._refuse(path, line, f"{text[:20]} is not a finite number", "write a number")
             return None
         return value
 
@@ -241,7 +241,7 @@ def _merge_sources(node: Node) -> Iterator[MappingNode]:
 
 
 def kind_of(root: Node) -> str | None:
-    """The `kind` of a document, without reading the rest of it."""
+    """The `kind` of a document; the rest is not read."""
     if isinstance(root, MappingNode):
         for key, value in root.value:
             if isinstance(key, ScalarNode) and key.value == "kind" and isinstance(value.value, str):
@@ -250,10 +250,10 @@ def kind_of(root: Node) -> str | None:
 
 
 def inner(text: str, outer: Document, path: Path, *, origin: str) -> list[Document]:
-    """The documents in a text that stands at `path` of `outer`, with the lines of the file."""
+    """The documents in the string at `path` of `outer`, with the lines of the file."""
     first = outer.blocks.get(path)
     documents = read(text, origin=f"{origin} {spelled(path)}", first_line=first or 1)
-    if first is None:  # a quoted text: its lines are not the file's
+    if first is None:  # a quoted string: its lines are not the file's
         for document in documents:
             document.lines.clear()
     return documents

@@ -1,4 +1,4 @@
-"""Rules for single values: names, image references, URLs, volumes; placeholders left in them."""
+"""Rules for single values: names, image references, URLs, volumes, unfilled placeholders."""
 
 from __future__ import annotations
 
@@ -10,60 +10,60 @@ from tuning.spec import reference, urls
 from tuning.spec.findings import Findings, Path, shown
 from tuning.spec.workspace import SUBDOMAIN, Preset
 
-# As published quick starts have them: ACR_REPO_HERE, <your-registry>, ${REGISTRY}.
+# As in published quick starts: ACR_REPO_HERE, <your-registry>, ${REGISTRY}.
 _PLACEHOLDER = re.compile(r"[A-Z][A-Z0-9_]*_HERE|<[A-Za-z][^<>]*>|\$\{?[A-Z][A-Z0-9_]*\}?")
 _HUB_PART = "[A-Za-z0-9][A-Za-z0-9._-]*"
 
 
 def check_name(
-    name: str, pattern: str, longest: int, path: Path, found: Findings, what: str
+    name: str, pattern: str, longest: int, path: Path, findings: Findings, what: str
 ) -> None:
-    """`name` as the name of a `what`, which Kubernetes would refuse otherwise."""
+    """`name` as the name of a Kubernetes object of kind `what`."""
     if len(name) > longest or not re.fullmatch(pattern, name, re.A):
-        # In the place of a Secret's name somebody may have put the secret.
-        given = "this" if what == "Secret" else shown(name)
+        # The author may have written the secret in place of the Secret's name.
+        subject = "this" if what == "Secret" else shown(name)
         change = f'use lower-case letters, digits and "-", {longest} at most'
-        found.add("SPEC-107", path, f"{given} cannot be the name of a {what}", change)
+        findings.add("SPEC-107", path, f"{subject} is not a valid name of a {what}", change)
 
 
-def check_secret(name: str, path: Path, found: Findings) -> None:
+def check_secret(name: str, path: Path, findings: Findings) -> None:
     """The name of a Secret."""
-    if not _placeholder(name, path, found, "the name of your Secret"):
-        check_name(name, SUBDOMAIN, 253, path, found, "Secret")
+    if not _placeholder(name, path, findings, "the name of your Secret"):
+        check_name(name, SUBDOMAIN, 253, path, findings, "Secret")
 
 
-def check_preset(preset: Preset, path: Path, found: Findings) -> None:
-    """A base model's name and options. Whether there is such a preset is not known here."""
+def check_preset(preset: Preset, path: Path, findings: Findings) -> None:
+    """A base model's name and options. Whether the preset exists is checked later."""
     name = (*path, "name")
-    if _placeholder(preset.name, name, found, "the name of a preset, or org/model,"):
+    if _placeholder(preset.name, name, findings, "the name of a preset, or org/model,"):
         return
     if len(preset.name) > 200 or not re.fullmatch(rf"{_HUB_PART}(/{_HUB_PART})?", preset.name):
         what = f"Unsupported tuning preset name {shown(preset.name)}"
         change = "use a name that `python -m tuning presets` lists, or org/model of the hub"
-        found.add("SPEC-104", name, what, change)
+        findings.add("SPEC-104", name, what, change)
     options = preset.preset_options
     if options and options.model_access_secret is not None:
         at = (*path, "presetOptions", "modelAccessSecret")
-        check_secret(options.model_access_secret, at, found)
+        check_secret(options.model_access_secret, at, findings)
     old = options and (options.image or options.image_pull_secrets)
     if old or preset.access_mode == "private":
         text = "accessMode, image and imagePullSecrets are ignored; weights come from the hub"
-        found.note(path, text)
+        findings.note(path, text)
 
 
-def check_image(text: str, path: Path, found: Findings, role: str) -> None:
-    """An image reference, in KAITO's words. `role` is input, output or adapter."""
-    if _placeholder(text, path, found, "your own registry and image, in lower case,"):
+def check_image(text: str, path: Path, findings: Findings, role: str) -> None:
+    """An image reference, with KAITO's messages. `role` is input, output, adapter or base-image."""
+    if _placeholder(text, path, findings, "your own registry and image, in lower case,"):
         return
     try:
         parsed = reference.parse(text)
     except ValueError as error:
         what = f"Unable to parse {role} image reference: {error}"
-        found.add("SPEC-106", path, what, "write registry.example.com/name:tag")
+        findings.add("SPEC-106", path, what, "write registry.example.com/name:tag")
         return
     if role == "output" and parsed.digest:
         what = "Unable to parse output image reference: a digest is known only after the push"
-        found.add("SPEC-106", path, what, "remove what follows the @")
+        findings.add("SPEC-106", path, what, "remove what follows the @")
 
 
 _OTHER_NAMES = {
@@ -74,14 +74,14 @@ _OTHER_NAMES = {
 }
 
 
-def check_url(url: str, path: Path, found: Findings, allow_hosts: Collection[str]) -> None:
-    """One data URL. The message never shows it, since its query may be a key."""
-    if _placeholder(url.partition("?")[0], path, found, "the address of your data file"):
+def check_url(url: str, path: Path, findings: Findings, allow_hosts: Collection[str]) -> None:
+    """One data URL. Messages never show it: its query may hold a key."""
+    if _placeholder(url.partition("?")[0], path, findings, "the address of your data file"):
         return
     refusal = urls.refusal(url, allow_hosts=allow_hosts)
     if refusal is None:
         if url[:5].lower() == "http:":
-            found.note(path, "http, not https: whoever is on the way can read and change the data")
+            findings.note(path, "http, not https: the data can be read and changed on its way")
         return
     changes = {
         urls.NOT_ONE_FILE: "write one URL for each file, such as s3://bucket/folder/rows.jsonl",
@@ -95,16 +95,16 @@ def check_url(url: str, path: Path, found: Findings, allow_hosts: Collection[str
     if refusal == urls.NOT_HTTP and scheme in _OTHER_NAMES:
         changes[refusal] = f"write it as {_OTHER_NAMES[scheme]}"
     default = "use a public address; --allow-host HOST opens a private one on your own machine"
-    found.add("SPEC-115", path, refusal, changes.get(refusal, default))
+    findings.add("SPEC-115", path, refusal, changes.get(refusal, default))
 
 
-def check_volume(volume: dict[str, Any], path: Path, found: Findings) -> None:
-    """A Kubernetes VolumeSource, as far as we look into it."""
+def check_volume(volume: dict[str, Any], path: Path, findings: Findings) -> None:
+    """A Kubernetes VolumeSource: exactly one kind, and an absolute hostPath."""
     host_path = volume.get("hostPath")
     if not volume:
-        found.add("SPEC-112", path, "names no volume", "add hostPath or persistentVolumeClaim")
+        findings.add("SPEC-112", path, "names no volume", "add hostPath or persistentVolumeClaim")
     elif len(volume) > 1:
-        found.add("SPEC-116", path, "names more than one volume", "keep one of them")
+        findings.add("SPEC-116", path, "names more than one volume", "keep one of them")
     elif "hostPath" in volume and not (
         isinstance(host_path, dict)
         and isinstance(host_path.get("path"), str)
@@ -113,13 +113,13 @@ def check_volume(volume: dict[str, Any], path: Path, found: Findings) -> None:
     ):
         what = "needs the path of a folder, beginning with /"
         at = (*path, "hostPath", "path")
-        found.add("SPEC-113", at, what, "write hostPath: {path: /some/folder}")
+        findings.add("SPEC-113", at, what, "write hostPath: {path: /some/folder}")
 
 
-def _placeholder(text: str, path: Path, found: Findings, wanted: str) -> bool:
+def _placeholder(text: str, path: Path, findings: Findings, wanted: str) -> bool:
     names = list(dict.fromkeys(_PLACEHOLDER.findall(text)))
     if names:
         several = " and ".join(names)
         what = f"still holds the placeholder{'s'[: len(names) > 1]} {several}"
-        found.add("SPEC-114", path, what, f"put {wanted} in place of {several}")
+        findings.add("SPEC-114", path, what, f"put {wanted} in place of {several}")
     return bool(names)

@@ -1,4 +1,4 @@
-"""What is wrong with a document, collected so that a person sees all of it in one pass."""
+"""Problems and notes of a document, collected so that all are reported in one pass."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SHOWN = 60  # characters of a user's value in a message
 
 
 class Findings:
-    """Problems and notes of one document. `lines` knows where each path stands in the file."""
+    """Problems and notes of one document. `lines` maps paths to lines of the file."""
 
     def __init__(self, lines: dict[Path, int], *, prefix: str = "") -> None:
         self.lines, self.prefix = lines, prefix
@@ -23,41 +23,41 @@ class Findings:
         self._found: list[tuple[Path, Problem]] = []
 
     def add(self, code: str, path: Path, what: str, change: str) -> None:
-        """One more problem at `path`."""
+        """Add a problem at `path`."""
         self._found.append((path, Problem(code, "", what, change)))
 
     def take(self, path: Path, error: TuningError) -> None:
-        """All problems of `error`, which know their place themselves, at `path`."""
+        """Add all problems of `error`, which have places of their own, at `path`."""
         self._found += [(path, problem) for problem in error.problems]
 
     def note(self, path: Path, text: str) -> None:
-        """Something a person should know, though nothing is wrong."""
+        """Add a note about `path`; it is not a problem."""
         self.notes.append(f"{self.prefix}{spelled(path)}: {text}")
 
     def blames(self, path: Path) -> bool:
-        """True if something is wrong at `path` or below: what is missing there may follow."""
+        """Whether there is a problem at `path` or below."""
         return any(each[: len(path)] == path for each, _ in self._found)
 
     def blamed_above(self, path: Path) -> bool:
-        """True if something is wrong with what holds `path`."""
+        """Whether there is a problem at `path` or above."""
         return any(path[: len(each)] == each for each, _ in self._found)
 
     def rename(self, old: Path, new: Path) -> None:
-        """From now on, what stands at `old` is spoken of as `new`, in the lines where it is."""
+        """Give `new` and what is below it the lines of `old`."""
         moved = {p: n for p, n in self.lines.items() if p[: len(old)] == old}
         self.lines.update({(*new, *p[len(old) :]): n for p, n in moved.items()})
 
     def in_order(self) -> list[Problem]:
         """The problems in the order of their lines, each with its place."""
-        found = sorted(self._found, key=lambda pair: self._line(pair[0]))
-        return [p if p.where else replace(p, where=self._where(path)) for path, p in found]
+        ordered = sorted(self._found, key=lambda pair: self._line(pair[0]))
+        return [p if p.where else replace(p, where=self._where(path)) for path, p in ordered]
 
     def _where(self, path: Path) -> str:
         line = self._line(path)
         return f"{self.prefix}{spelled(path)}" + (f" (line {line})" if line else "")
 
     def _line(self, path: Path) -> int:
-        """The line of `path`, or of the nearest thing around it; 0 if nobody knows."""
+        """The line of `path`, or of its nearest parent with one; else 0."""
         for end in range(len(path), 0, -1):
             if path[:end] in self.lines:
                 return self.lines[path[:end]]
@@ -84,7 +84,7 @@ def shorten(text: str) -> str:
 
 
 def shown(value: Any) -> str:
-    """A user's value in a sentence after "is"."""
+    """A user's value, to follow "is" in a message."""
     match value:
         case None:
             return "empty"
@@ -97,7 +97,7 @@ def shown(value: Any) -> str:
         case dict():
             return "a mapping"
         case float():
-            return "no finite number" if not math.isfinite(value) else f"{value:g}"
+            return "not a finite number" if not math.isfinite(value) else f"{value:g}"
         case int() if abs(value) > 1 << 64:
             return "a huge number"
         case _:
@@ -107,16 +107,16 @@ def shown(value: Any) -> str:
 def nearest(name: str, options: Iterable[str]) -> str | None:
     """The one of `options` that `name` was probably meant to be."""
     by_lower = {option.lower(): option for option in options}
-    wanted = name.lower()[: 4 * _SHOWN]
-    found = difflib.get_close_matches(wanted, by_lower, n=1, cutoff=0.6)
-    if not found and len(wanted) > 3:
-        found = [low for low in by_lower if wanted in low or (len(low) > 3 and low in wanted)][:1]
-    return by_lower[found[0]] if found else None
+    typed = name.lower()[: 4 * _SHOWN]
+    close = difflib.get_close_matches(typed, by_lower, n=1, cutoff=0.6)
+    if not close and len(typed) > 3:
+        close = [low for low in by_lower if typed in low or (len(low) > 3 and low in typed)][:1]
+    return by_lower[close[0]] if close else None
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:
-    """What to change about an unknown `name`."""
+    """The change for an unknown `name`: the nearest of `options`, or all of them."""
     options = list(options)
-    if found := nearest(name, options):
-        return f'did you mean "{found}"? Otherwise remove it'
+    if meant := nearest(name, options):
+        return f'did you mean "{meant}"? Otherwise remove it'
     return f"remove it; known here: {', '.join(options)}"

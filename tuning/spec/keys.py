@@ -18,7 +18,7 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Key:
-    """One key of one section, and what becomes of it."""
+    """One key of one section, and its effect."""
 
     section: str
     name: str
@@ -28,13 +28,13 @@ class Key:
     setting: str | None = None  # the field of Settings that it sets
     type: str = ""
     values: tuple[str, ...] = ()  # of a choice
-    unset: tuple[Any, ...] = ()  # values that count as not set, or pass in silence
+    unset: tuple[Any, ...] = ()  # values that count as not set, or get no note
     above: float | None = None
     min: float | None = None
     below: float | None = None
     max: float | None = None
     map: Mapping[Any, Any] | None = None  # translated: value -> value of the setting
-    extension: bool = False  # not in KAITO or the libraries: ours
+    extension: bool = False  # ours: neither KAITO nor the libraries have it
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,11 @@ class Annotation:
 
     @property
     def allowed(self) -> str:
-        """What it may be, for people."""
+        """The allowed values, for messages."""
         return " or ".join(self.values) or f"a value that matches {self.pattern}"
 
     def allows(self, value: str) -> bool:
-        """Whether it may be `value`."""
+        """Whether `value` is allowed."""
         return value in self.values if self.values else bool(re.fullmatch(self.pattern, value))
 
 
@@ -66,7 +66,7 @@ def same(one: Any, other: Any) -> bool:
 
 @cache
 def sections() -> dict[str, dict[str, Key]]:
-    """Section -> key -> what becomes of it, in the order of the file."""
+    """Section -> name -> key, in the order of the file."""
     return {
         section: {key.name: key for key in _keys(section, uses)}
         for section, uses in _table()["sections"].items()
@@ -92,8 +92,8 @@ def _keys(section: str, uses: dict[str, Any]) -> Iterator[Key]:
     for use in ("ignored", "refused"):
         for group in uses[use]:
             for name, silent in group["keys"].items():
-                several = isinstance(silent, dict) and "silent" in silent
-                unset = tuple(silent["silent"]) if several else (silent,)
+                is_list = isinstance(silent, dict) and "silent" in silent
+                unset = tuple(silent["silent"]) if is_list else (silent,)
                 change = group.get("change", "")
                 yield Key(section, name, use, group["why"], change=change, unset=unset)
 
@@ -111,7 +111,7 @@ def _table() -> dict[str, Any]:
     installed = _PACKAGE / "configs" / "keys.yaml"  # in a wheel
     path = installed if installed.exists() else _PACKAGE.parent / "configs" / "keys.yaml"
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    table: dict[str, Any] = yaml.load(path.read_bytes(), Loader=loader)  # noqa: S506 it is safe
+    table: dict[str, Any] = yaml.load(path.read_bytes(), Loader=loader)  # noqa: S506 a safe loader
     return table
 
 

@@ -1,7 +1,8 @@
-"""Where data comes from and where the adapter goes: the file's word and the command line's."""
+"""Source and destination, from the file or the command line."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,40 +14,40 @@ from tuning.spec.workspace import ANNOTATION, DataDestination, DataSource
 _INPUT_MOUNT, _OUTPUT_MOUNT = Path("/data"), Path("/output")  # of volumes, in the Job
 
 
-def check(overrides: Overrides, found: Findings) -> None:
-    """What the command line says, each with the name of its flag."""
+def check(overrides: Overrides, findings: Findings) -> None:
+    """All rules for the command line's overrides; problems name the flag."""
     for i, item in enumerate(overrides.data):
         if is_url(item):
-            fields.check_url(item, ("--data", i), found, overrides.allow_hosts)
+            fields.check_url(item, ("--data", i), findings, overrides.allow_hosts)
         elif not item or not item.isprintable():
-            found.add(
-                "SPEC-109", ("--data", i), "is no file name", "name a file, a folder or a URL"
+            findings.add(
+                "SPEC-109", ("--data", i), "is not a file name", "name a file, a folder or a URL"
             )
     kinds = {
         "URLs" if is_url(d) else "folder" if _is_folder(d) else "files" for d in overrides.data
     }
     if len(kinds) > 1 or (kinds == {"folder"} and len(overrides.data) > 1):
-        what = f"names {len(overrides.data)} things of different kinds, or several folders"
-        found.add("SPEC-109", ("--data",), what, "give files, or URLs, or one folder")
+        what = "mixes files, folders and URLs, or names several folders"
+        findings.add("SPEC-109", ("--data",), what, "give files, or URLs, or one folder")
     output = overrides.output
     if output is not None and not output.startswith(("oci:", "dir:")):
         if output.startswith(("/", ".", "~")) or not output:
-            what = f"{shown(output)} is no image reference"
+            what = f"{shown(output)} is not an image reference"
             folder = shorten(output) or "FOLDER"
             change = f"write dir:{folder} for a plain folder, oci:{folder} for an image layout"
-            found.add("SPEC-109", ("--output",), what, change)
+            findings.add("SPEC-109", ("--output",), what, change)
         else:
-            fields.check_image(output, ("--output",), found, "output")
+            fields.check_image(output, ("--output",), findings, "output")
     elif output is not None and (not output[4:] or not output.isprintable()):
-        found.add("SPEC-109", ("--output",), "names no folder", f"write {output[:4]}FOLDER")
+        findings.add("SPEC-109", ("--output",), "names no folder", f"write {output[:4]}FOLDER")
     for name in ("base_model", "instance"):
         if getattr(overrides, name) == "":
             flag = f"--{name.replace('_', '-')}"
-            found.add("SPEC-109", (flag,), "is empty", "give a value, or leave it out")
+            findings.add("SPEC-109", (flag,), "is empty", "give a value, or leave it out")
 
 
 def is_url(text: str) -> bool:
-    """True for what --data takes as a URL."""
+    """Whether --data takes `text` as a URL."""
     return "://" in text
 
 
@@ -58,7 +59,7 @@ def _is_folder(name: str) -> bool:
 
 
 def source_of(data: tuple[str, ...]) -> Source:
-    """What --data names."""
+    """The source that --data names."""
     if is_url(data[0]):
         return Source(urls=data)
     if _is_folder(data[0]):
@@ -66,27 +67,27 @@ def source_of(data: tuple[str, ...]) -> Source:
     return Source(files=tuple(map(Path, data)))
 
 
-def source(given: DataSource | None, notes: list[str]) -> Source:
-    """What tuning.input names."""
-    assert given is not None
-    if given.urls:
-        return Source(urls=tuple(given.urls))
-    if given.image is not None:
-        return Source(image=given.image, pull_secrets=tuple(given.image_pull_secrets or ()))
-    assert given.volume_source is not None
-    return Source(folder=_folder(given.volume_source, _INPUT_MOUNT, "input", notes))
+def source(written: DataSource | None, notes: list[str]) -> Source:
+    """The source that tuning.input names."""
+    assert written is not None
+    if written.urls:
+        return Source(urls=tuple(written.urls))
+    if written.image is not None:
+        return Source(image=written.image, pull_secrets=tuple(written.image_pull_secrets or ()))
+    assert written.volume_source is not None
+    return Source(folder=_folder(written.volume_source, _INPUT_MOUNT, "input", notes))
 
 
 def destination(
-    given: DataDestination | None,
+    written: DataDestination | None,
     output: str | None,
     notes: list[str],
     annotations: dict[str, str],
     status: object = None,
 ) -> Destination:
-    """What --output names, or else tuning.output.
+    """The destination that --output names, or else tuning.output.
 
-    `status` is the Workspace's, where an operator wrote one: it tells of earlier outputs.
+    `status` is the Workspace's, where an operator wrote one: it lists earlier outputs.
     """
     overwrite = annotations.get(f"{ANNOTATION}on-tag-exists") == "overwrite"
     ours: dict[str, Any] = {
@@ -96,30 +97,36 @@ def destination(
         "earlier": _earlier(status),
     }
     if output is not None:
-        kind, _, folder = output.partition(":")
-        if kind == "oci":
-            return Destination(layout=Path(folder), **ours)
-        if kind == "dir":
-            return Destination(folder=Path(folder), **ours)
-        return Destination(image=output, **ours)
-    assert given is not None
-    volume = given.volume_source
+        return replace(named_destination(output), **ours)
+    assert written is not None
+    volume = written.volume_source
     return Destination(
-        image=given.image,
-        push_secret=given.image_push_secret,
+        image=written.image,
+        push_secret=written.image_push_secret,
         folder=_folder(volume, _OUTPUT_MOUNT, "output", notes) if volume else None,
         **ours,
     )
 
 
+def named_destination(output: str) -> Destination:
+    """The destination that `oci:DIR`, `dir:DIR` or an image reference names."""
+    kind, _, folder = output.partition(":")
+    match kind:
+        case "oci":
+            return Destination(layout=Path(folder))
+        case "dir":
+            return Destination(folder=Path(folder))
+    return Destination(image=output)
+
+
 def _earlier(status: object) -> tuple[str, ...]:
-    found = status.get("outputs") if isinstance(status, dict) else None
-    listed = found if isinstance(found, list) else []
+    outputs = status.get("outputs") if isinstance(status, dict) else None
+    listed = outputs if isinstance(outputs, list) else []
     return tuple(each for each in listed if isinstance(each, str) and reference.is_digest(each))
 
 
 def _folder(volume: dict[str, Any], mount: Path, role: str, notes: list[str]) -> Path:
-    """Where the engine finds a volume: a host path as it is, any other at the Job's mount."""
+    """The folder of a volume: its host path, or where the Job mounts it."""
     if "hostPath" in volume:
         return Path(volume["hostPath"]["path"])
     flag = "--data FOLDER" if role == "input" else "--output dir:FOLDER"

@@ -1,7 +1,7 @@
-"""The administrator's policy file: one YAML, a section for each room that has something to allow.
+"""The administrator's policy file: one YAML with a section for each room that it governs.
 
 data: ...       # where data may come from: network
-registry: ...   # how registries are reached, and which images are trusted: trust
+registry: ...   # how registries are reached, and which images are trusted: oci
 """
 
 from __future__ import annotations
@@ -28,15 +28,18 @@ def section(path: Path, name: str, model: type[Model]) -> Model:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        what = f"cannot be read: {getattr(error, 'strerror', None) or 'it is no UTF-8 text'}"
+        what = f"cannot be read: {getattr(error, 'strerror', None) or 'not UTF-8'}"
         raise SpecError.at("FETCH-109", str(path), what, "name the policy file") from None
-    found = documents.read(text, origin=str(path))
-    if problems := [p for document in found for p in document.findings.in_order()]:
+    parts = documents.read(text, origin=str(path))
+    if problems := [p for document in parts for p in document.findings.in_order()]:
         raise SpecError(problems)
-    whole = found[0].value if found else {}
+    whole = parts[0].value if parts else {}
     if whole is not None and not isinstance(whole, dict):
-        raise SpecError.at("FETCH-109", str(path), "is no mapping", "mend the policy file")
-    problems = [_stranger(str(path), [key], SECTIONS) for key in whole or {} if key not in SECTIONS]
+        change = f"write the sections {' and '.join(SECTIONS)}"
+        raise SpecError.at("FETCH-109", str(path), "is not a mapping", change)
+    problems = [
+        _unknown_key(str(path), [key], SECTIONS) for key in whole or {} if key not in SECTIONS
+    ]
     value = (whole or {}).get(name)
     try:
         parsed = model.model_validate({} if value is None else value)
@@ -51,17 +54,17 @@ def _problem(error: Mapping[str, object], origin: str, model: type[BaseModel]) -
     location = error["loc"] if isinstance(error["loc"], tuple) else ()
     path = [str(part) for part in location]
     if error["type"] == "extra_forbidden":
-        return _stranger(origin, path, _keys(model, path[:-1]))
+        return _unknown_key(origin, path, _keys(model, path[:-1]))
     where = ".".join([origin, *path])
-    return Problem("FETCH-109", where, str(error["msg"]), "mend the policy file")
+    return Problem("FETCH-109", where, str(error["msg"]), "correct the policy file")
 
 
 def _keys(model: type[BaseModel], path: list[str]) -> list[str]:
-    """The keys that the section knows at the top; deeper the message does not guess."""
+    """The keys at the top of the section; for deeper paths none are suggested."""
     return [] if path else [field.alias or name for name, field in model.model_fields.items()]
 
 
-def _stranger(origin: str, path: list[str], known: tuple[str, ...] | list[str]) -> Problem:
+def _unknown_key(origin: str, path: list[str], known: tuple[str, ...] | list[str]) -> Problem:
     change = did_you_mean(path[-1], known) if known else "remove it; docs/registries.md lists all"
     separator = "." if " " in origin else " "
     where = f"{origin}{separator}{'.'.join(path)}"

@@ -1,4 +1,4 @@
-"""A file -> Spec: the story of reading, from text to values, and back."""
+"""A file -> Spec."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NO_OVERRIDES = Overrides()
 
 
 def load(path: Path, *, overrides: Overrides = _NO_OVERRIDES) -> Spec:
-    """The Workspace in the file at `path`, with its ConfigMap, as the command line changes it.
+    """The Workspace in the file at `path`, with its ConfigMap and the command line's overrides.
 
     Raises SpecError with all problems of the file.
     """
@@ -39,7 +39,7 @@ def parse(text: str, *, origin: str, overrides: Overrides = _NO_OVERRIDES) -> Sp
 
 
 def parse_workspace(text: str, *, origin: str) -> Workspace:
-    """The Workspace in `text` as it is written, whether it asks for tuning, inference or both.
+    """The Workspace in `text` as it is written, with tuning, inference or both.
 
     Raises SpecError with all problems of the text.
     """
@@ -58,39 +58,43 @@ def _read(
 ) -> Spec:
     everything = documents.read(text, origin=origin)
     document = _the_workspace(everything, origin)
-    found = document.findings
+    findings = document.findings
     command_line = Findings({})
     places.check(overrides, command_line)
     workspace = shape.read(document)
     if workspace:
         rules.check(
             workspace,
-            found,
+            findings,
             own_input=bool(overrides.data),
             own_output=overrides.output is not None,
             allow_hosts=overrides.allow_hosts,
         )
     config = configmap.read(everything, document, origin=origin, read_template=read_template)
-    problems = [p for each in (command_line, found, *config.found) for p in each.in_order()]
+    problems = [p for each in (command_line, findings, *config.findings) for p in each.in_order()]
     if workspace is None or problems:
         raise SpecError(problems)
     if workspace.tuning is None:
-        _refuse_inference(origin)
+        what = 'the Workspace has no "tuning", so there is nothing to tune'
+        change = 'add "tuning" with preset, method, input and output'
+        raise SpecError.at("SPEC-112", origin, what, change)
     notes = _notes_on_others([d for d in everything if d not in (document, config.document)])
-    notes += [n for each in (command_line, found, *config.found) for n in each.notes]
+    notes += [n for each in (command_line, findings, *config.findings) for n in each.notes]
     return _spec(workspace, document, config, overrides, notes)
 
 
 def _the_workspace(everything: list[Document], origin: str) -> Document:
-    found = [d for d in everything if d.at("kind") == "Workspace"]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        lines = " and ".join(str(d.lines.get((), 0)) for d in found)
-        _refuse_file(origin, f"holds {len(found)} Workspaces, in lines {lines}", "keep one a file")
+    workspaces = [d for d in everything if d.at("kind") == "Workspace"]
+    if len(workspaces) == 1:
+        return workspaces[0]
+    if workspaces:
+        lines = " and ".join(str(d.lines.get((), 0)) for d in workspaces)
+        _refuse_file(
+            origin, f"holds {len(workspaces)} Workspaces, in lines {lines}", "keep one a file"
+        )
     close = [d for d in everything if _could_be_meant(d, alone=len(everything) == 1)]
     if len(close) == 1:
-        return close[0]  # the models say what is wrong with it
+        return close[0]  # the models report what is wrong with it
     kinds = [str(d.at("kind") or "no kind") for d in everything]
     holds = f"holds {', '.join(map(shown, kinds))}" if kinds else "is empty"
     change = "write a document with apiVersion: kaito.sh/v1beta1 and kind: Workspace"
@@ -98,7 +102,7 @@ def _the_workspace(everything: list[Document], origin: str) -> Document:
 
 
 def _could_be_meant(document: Document, *, alone: bool) -> bool:
-    """True for what its author may have meant as a Workspace."""
+    """Whether the author may have meant `document` as a Workspace."""
     kind, version = document.at("kind"), document.at("apiVersion")
     if not isinstance(kind, str):
         return alone and isinstance(document.value, dict)
@@ -106,18 +110,12 @@ def _could_be_meant(document: Document, *, alone: bool) -> bool:
     return kind not in ("ConfigMap", "Secret") and (ours or bool(nearest(kind, ["Workspace"])))
 
 
-def _refuse_inference(origin: str) -> NoReturn:
-    what = 'the Workspace has no "tuning", so there is nothing to tune'
-    change = 'add "tuning" with preset, method, input and output'
-    raise SpecError.at("SPEC-112", origin, what, change)
-
-
 def _refuse_file(origin: str, what: str, change: str) -> NoReturn:
     raise SpecError.at("SPEC-103", origin, what, change)
 
 
 def _notes_on_others(others: list[Document]) -> list[str]:
-    """What else stands in the file, and that it has no effect here."""
+    """A note for each other document of the file, which has no effect."""
     notes = []
     for each in others:
         kind, name = each.at("kind"), each.at("metadata", "name")
@@ -131,7 +129,7 @@ def _notes_on_others(others: list[Document]) -> list[str]:
 
 
 def _read_text(path: Path) -> str:
-    """The text of a file, or as much of it as shows that it is too large."""
+    """The text of a file. Raises SpecError if it is too large."""
     with path.open("rb") as file:
         data = file.read(documents.MAX_BYTES + 1)
     if len(data) > documents.MAX_BYTES:
@@ -140,7 +138,7 @@ def _read_text(path: Path) -> str:
 
 
 def _read_beside(spec_file: Path, name: str) -> str | None:
-    """A chat template's text, seen from the folder of the YAML."""
+    """The text of a chat template, relative to the folder of the YAML; None if unreadable."""
     try:
         return _read_text(spec_file.parent / name)
     except (OSError, UnicodeDecodeError, ValueError, SpecError):
@@ -149,13 +147,13 @@ def _read_beside(spec_file: Path, name: str) -> str | None:
 
 def _unreadable(path: Path, error: Exception) -> Problem:
     if isinstance(error, FileNotFoundError):
-        return Problem("SPEC-101", str(path), "there is no such file", "check the path after -f")
+        return Problem("SPEC-101", str(path), "no such file", "check the path after -f")
     if isinstance(error, OSError):
         what = (error.strerror or "cannot be read").lower()
         return Problem(
             "SPEC-101", str(path), f"cannot be read: {what}", "give a YAML file after -f"
         )
-    return Problem("SPEC-102", str(path), "holds bytes that are no UTF-8", "save it as UTF-8")
+    return Problem("SPEC-102", str(path), "is not UTF-8", "save it as UTF-8")
 
 
 def _spec(
@@ -172,7 +170,7 @@ def _spec(
     options = tuning.preset.preset_options
     annotations = workspace.metadata.annotations or {}
     if workspace.inference:
-        notes.append("inference: no part of a tuning run")
+        notes.append("inference: ignored by a tuning run")
     source = (
         places.source_of(overrides.data) if overrides.data else places.source(tuning.input, notes)
     )

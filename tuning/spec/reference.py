@@ -1,7 +1,7 @@
-"""Image references: `registry/repository:tag@digest`, read strictly, as the registries do.
+"""Image references: `registry/repository:tag@digest`, parsed strictly.
 
 The grammar is the one of the distribution project's `reference` package, which `docker`, `skopeo`
-and Kubernetes share; a name that passes here is a name that a kubelet can pull.
+and Kubernetes share: a kubelet can pull what passes here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _LONGEST_NAME = 255  # registry and repository together, as the distribution pro
 
 @dataclass(frozen=True)
 class Reference:
-    """One image in one registry. `tag` and `digest` are as written: nothing is made up here."""
+    """One image in one registry. `tag` and `digest` are as written, without defaults."""
 
     registry: str  # "docker.io" for every name of Docker Hub
     repository: str  # "library/busybox" where the author wrote "busybox"
@@ -38,7 +38,7 @@ class Reference:
 def parse(text: str) -> Reference:
     """The reference that `text` spells.
 
-    Raises ValueError with a sentence for people, without a final full stop.
+    Raises ValueError with a message for users.
     """
     if not text:
         raise ValueError("it is empty")
@@ -59,7 +59,7 @@ def parse(text: str) -> Reference:
 
 
 def is_digest(text: str) -> bool:
-    """Whether `text` names an image by its content."""
+    """Whether `text` is a sha256 or sha512 digest."""
     return _DIGEST.fullmatch(text) is not None
 
 
@@ -72,7 +72,7 @@ def _split_tag_and_digest(text: str) -> tuple[str, str | None, str | None]:
         return rest, None, digest or None
     if not _TAG.fullmatch(tag):
         raise ValueError(
-            f'"{tag}" is no tag: letters, digits, "_", "." and "-", 128 at most'
+            f'"{tag}" is not a valid tag: letters, digits, "_", "." and "-", 128 at most'
             if tag
             else "nothing follows the last colon, where a tag belongs"
         )
@@ -90,11 +90,11 @@ def _split_registry(name: str) -> tuple[str, str]:
 def _check_registry(registry: str) -> None:
     if not _HOST.fullmatch(registry):
         raise ValueError(
-            f'"{registry}" is no registry host: letters, digits, "-" and ".", perhaps a :port'
+            f'"{registry}" is not a registry host: letters, digits, "-" and ".", perhaps a :port'
         )
     port = registry.rpartition(":")[2] if not registry.endswith("]") else ""
     if ":" in registry and port.isdigit() and not 0 < int(port) < 65536:
-        raise ValueError(f"{port} is no port")
+        raise ValueError(f"{port} is not a valid port")
 
 
 def _check_repository(repository: str) -> None:
@@ -108,6 +108,6 @@ def _check_repository(repository: str) -> None:
         if part != part.lower():
             raise ValueError(f'"{part}" holds upper-case letters; a repository is all lower case')
         raise ValueError(
-            f'"{part}" is no part of a repository: lower-case letters and digits, joined by "-", '
-            '"." or "_"'
+            f'"{part}" is not a valid part of a repository: lower-case letters and digits, '
+            'joined by "-", "." or "_"'
         )

@@ -1,7 +1,7 @@
-"""What a Workspace must obey beyond the types of its fields, in KAITO's words where it has them.
+"""Rules for a Workspace beyond the types of its fields, with KAITO's messages where it has them.
 
-The same rules hold for a file, at admission and at each reconcile. A rule adds to the findings and
-goes on, so that a person sees everything at once.
+The same rules apply to a file, at admission and at each reconcile. Rules add to the findings: all
+problems are reported at once.
 """
 
 from __future__ import annotations
@@ -28,39 +28,39 @@ from tuning.spec.workspace import (
 
 def check(
     workspace: Workspace,
-    found: Findings,
+    findings: Findings,
     *,
     own_input: bool,
     own_output: bool,
     allow_hosts: Collection[str],
 ) -> None:
-    """All rules for `workspace`. The command line may bring input and output of its own."""
-    _check_metadata(workspace.metadata, found)
-    _check_version(workspace, (), found, beta=workspace.api_version.endswith("v1beta1"))
+    """All rules for `workspace`; `own_input` and `own_output`: the command line replaces them."""
+    _check_metadata(workspace.metadata, findings)
+    _check_version(workspace, (), findings, beta=workspace.api_version.endswith("v1beta1"))
     if workspace.resource:
-        _check_resource(workspace.resource, found, tuning=workspace.tuning is not None)
-    nothing = workspace.tuning is None and workspace.inference is None
-    if nothing and not found.blames(("tuning",)) and not found.blames(("inference",)):
+        _check_resource(workspace.resource, findings, tuning=workspace.tuning is not None)
+    neither = workspace.tuning is None and workspace.inference is None
+    if neither and not findings.blames(("tuning",)) and not findings.blames(("inference",)):
         what = "Either Inference or Tuning must be specified, not neither"
-        found.add(
+        findings.add(
             "SPEC-112", ("tuning",), what, 'add "tuning" with preset, method, input and output'
         )
     if tuning := workspace.tuning:
-        method(tuning.method, found)
-        fields.check_preset(tuning.preset, ("tuning", "preset"), found)
+        method(tuning.method, findings)
+        fields.check_preset(tuning.preset, ("tuning", "preset"), findings)
         if tuning.config:
             fields.check_name(
-                tuning.config, SUBDOMAIN, 253, ("tuning", "config"), found, "ConfigMap"
+                tuning.config, SUBDOMAIN, 253, ("tuning", "config"), findings, "ConfigMap"
             )
         if not own_input:
-            _check_input(tuning.input, found, allow_hosts)
+            _check_input(tuning.input, findings, allow_hosts)
         if not own_output:
-            _check_output(tuning.output, found)
+            _check_output(tuning.output, findings)
     if workspace.inference:
-        adapters.check(workspace.inference, found, workspace.tuning)
+        adapters.check(workspace.inference, findings, workspace.tuning)
 
 
-def method(text: str, found: Findings) -> Method | None:
+def method(text: str, findings: Findings) -> Method | None:
     """The method that `text` names, in any case."""
     match text.lower():
         case "lora":
@@ -69,15 +69,15 @@ def method(text: str, found: Findings) -> Method | None:
             return "qlora"
     hint = nearest(text, ("lora", "qlora"))
     change = 'use "lora" or "qlora"' + (f' (did you mean "{hint}"?)' if hint else "")
-    found.add("SPEC-104", ("tuning", "method"), f"invalid value: {shown(text)}", change)
+    findings.add("SPEC-104", ("tuning", "method"), f"invalid value: {shown(text)}", change)
     return None
 
 
-def _check_metadata(metadata: Metadata, found: Findings) -> None:
-    fields.check_name(metadata.name, LABEL, 63, ("metadata", "name"), found, "Workspace")
+def _check_metadata(metadata: Metadata, findings: Findings) -> None:
+    fields.check_name(metadata.name, LABEL, 63, ("metadata", "name"), findings, "Workspace")
     if metadata.namespace is not None:
         fields.check_name(
-            metadata.namespace, LABEL, 63, ("metadata", "namespace"), found, "namespace"
+            metadata.namespace, LABEL, 63, ("metadata", "namespace"), findings, "namespace"
         )
     for full, value in (metadata.annotations or {}).items():
         if not full.startswith(ANNOTATION):
@@ -85,96 +85,101 @@ def _check_metadata(metadata: Metadata, found: Findings) -> None:
         name, path = full.removeprefix(ANNOTATION), ("metadata", "annotations", full)
         known = keys.our_annotations()
         if name not in known:
-            found.add("SPEC-111", path, "unknown annotation", did_you_mean(name, known))
+            findings.add("SPEC-111", path, "unknown annotation", did_you_mean(name, known))
         elif not known[name].allows(value):
-            found.add("SPEC-104", path, f"is {shown(value)}", f"use {known[name].allowed}")
+            findings.add("SPEC-104", path, f"is {shown(value)}", f"use {known[name].allowed}")
         elif name == "base-image":
-            fields.check_image(value, path, found, "base-image")
+            fields.check_image(value, path, findings, "base-image")
     ours = metadata.annotations or {}
     if ours.get(f"{ANNOTATION}image-index") == "true" and f"{ANNOTATION}base-image" in ours:
         path = ("metadata", "annotations", f"{ANNOTATION}base-image")
-        what = "does not go with image-index: a base image is for one platform"
-        found.add("SPEC-108", path, what, "leave one of the two out")
+        what = "cannot be combined with image-index: a base image is for one platform"
+        findings.add("SPEC-108", path, what, "remove one of the two")
 
 
-def _check_version(part: BaseModel, path: Path, found: Findings, *, beta: bool) -> None:
+def _check_version(part: BaseModel, path: Path, findings: Findings, *, beta: bool) -> None:
     """Fields that only v1beta1 has are unknown in v1alpha1."""
     for name, field in type(part).model_fields.items():
         value, here = getattr(part, name), (*path, field.alias or name)
         extra = field.json_schema_extra
         if value is not None and not beta and isinstance(extra, dict) and "x-kaito-since" in extra:
             what = "unknown in kaito.sh/v1alpha1"
-            found.add("SPEC-111", here, what, "set apiVersion to kaito.sh/v1beta1")
+            findings.add("SPEC-111", here, what, "set apiVersion to kaito.sh/v1beta1")
         elif isinstance(value, BaseModel):
-            _check_version(value, here, found, beta=beta)
+            _check_version(value, here, findings, beta=beta)
         elif isinstance(value, list):
             for i, each in enumerate(value):
                 if isinstance(each, BaseModel):
-                    _check_version(each, (*here, i), found, beta=beta)
+                    _check_version(each, (*here, i), findings, beta=beta)
 
 
-def _check_resource(resource: Resource, found: Findings, *, tuning: bool) -> None:
+def _check_resource(resource: Resource, findings: Findings, *, tuning: bool) -> None:
     if tuning and resource.count != 1:
         what = (
             "Tuning does not currently support multinode configurations. "
             "Please set the node count to 1"
         )
-        found.add("SPEC-118", ("resource", "count"), what, "remove count, or set it to 1")
+        findings.add("SPEC-118", ("resource", "count"), what, "remove count, or set it to 1")
     if tuning and resource.partition:
         what = "GPU partitioning is not supported for tuning workloads"
-        found.add("SPEC-118", ("resource", "partition"), what, "remove it")
+        findings.add("SPEC-118", ("resource", "partition"), what, "remove it")
     instance, path = resource.instance_type, ("resource", "instanceType")
     if instance is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", instance):
         change = "write a name such as Standard_NC24ads_A100_v4 (`python -m tuning presets`)"
-        found.add("SPEC-104", path, f"is {shown(instance)}, which is no instance type", change)
+        findings.add(
+            "SPEC-104", path, f"is {shown(instance)}, which is not an instance type", change
+        )
     selector = resource.label_selector
     for i, each in enumerate((selector.match_expressions if selector else None) or []):
         if each.operator != "In" or len(each.values or []) != 1:
             what = "Only allow matchLabels or 'IN' matchExpression"
             at = ("resource", "labelSelector", "matchExpressions", i)
-            found.add("SPEC-118", at, what, "use In with one value, or matchLabels")
+            findings.add("SPEC-118", at, what, "use In with one value, or matchLabels")
 
 
-def _check_input(source: DataSource | None, found: Findings, allow_hosts: Collection[str]) -> None:
+def _check_input(
+    source: DataSource | None, findings: Findings, allow_hosts: Collection[str]
+) -> None:
     path = ("tuning", "input")
     if source is None:
-        if found.blames(path):
+        if findings.blames(path):
             return
         change = "add urls, volumeSource or image, or give --data"
-        found.add("SPEC-112", path, "missing field(s): tuning.Input", change)
+        findings.add("SPEC-112", path, "missing field(s): tuning.Input", change)
         return
-    given = [source.urls or None, source.volume_source, source.image]
-    count = sum(each is not None for each in given)
-    if count > 1 or (count == 0 and not found.blames(path)):
+    count = sum(
+        each is not None for each in (source.urls or None, source.volume_source, source.image)
+    )
+    if count > 1 or (count == 0 and not findings.blames(path)):
         what = "Exactly one of URLs, Volume, or Image must be specified"
         change = "keep one" if count else "add one"
-        found.add("SPEC-116", path, what, f"{change} of urls, volumeSource and image")
+        findings.add("SPEC-116", path, what, f"{change} of urls, volumeSource and image")
     for i, url in enumerate(source.urls or []):
-        fields.check_url(url, (*path, "urls", i), found, allow_hosts)
+        fields.check_url(url, (*path, "urls", i), findings, allow_hosts)
     if source.volume_source is not None:
-        fields.check_volume(source.volume_source, (*path, "volumeSource"), found)
+        fields.check_volume(source.volume_source, (*path, "volumeSource"), findings)
     if source.image is not None:
-        fields.check_image(source.image, (*path, "image"), found, "input")
+        fields.check_image(source.image, (*path, "image"), findings, "input")
     for i, secret in enumerate(source.image_pull_secrets or []):
-        fields.check_secret(secret, (*path, "imagePullSecrets", i), found)
+        fields.check_secret(secret, (*path, "imagePullSecrets", i), findings)
 
 
-def _check_output(output: DataDestination | None, found: Findings) -> None:
+def _check_output(output: DataDestination | None, findings: Findings) -> None:
     path = ("tuning", "output")
     hint = "add image with imagePushSecret, or volumeSource, or give --output oci:DIR"
     if output is None:
-        if not found.blames(path):
-            found.add("SPEC-112", path, "missing field(s): tuning.Output", hint)
+        if not findings.blames(path):
+            findings.add("SPEC-112", path, "missing field(s): tuning.Output", hint)
         return
-    if output.image is None and output.volume_source is None and not found.blames(path):
-        found.add("SPEC-116", path, "Exactly one of Volume or Image must be specified", hint)
+    if output.image is None and output.volume_source is None and not findings.blames(path):
+        findings.add("SPEC-116", path, "Exactly one of Volume or Image must be specified", hint)
     if output.volume_source is not None:
-        fields.check_volume(output.volume_source, (*path, "volumeSource"), found)
+        fields.check_volume(output.volume_source, (*path, "volumeSource"), findings)
     if output.image is not None:
-        if output.image_push_secret is None and not found.blames(path):
+        if output.image_push_secret is None and not findings.blames(path):
             what = "Must specify imagePushSecret with destination image"
             change = "name the Secret with the registry's login, or give --output on your machine"
-            found.add("SPEC-112", (*path, "imagePushSecret"), what, change)
-        fields.check_image(output.image, (*path, "image"), found, "output")
+            findings.add("SPEC-112", (*path, "imagePushSecret"), what, change)
+        fields.check_image(output.image, (*path, "image"), findings, "output")
     if output.image_push_secret is not None:
-        fields.check_secret(output.image_push_secret, (*path, "imagePushSecret"), found)
+        fields.check_secret(output.image_push_secret, (*path, "imagePushSecret"), findings)

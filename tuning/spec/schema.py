@@ -8,7 +8,7 @@ from tuning.spec.workspace import Workspace
 
 
 def json_schema() -> dict[str, Any]:
-    """The schema of every document of a file: a Workspace is described, other kinds pass."""
+    """The schema of a document: a Workspace is described, other kinds pass."""
     workspace = _tidy(Workspace.model_json_schema(by_alias=True))
     definitions = workspace.pop("$defs")
     return {

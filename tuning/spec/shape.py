@@ -1,4 +1,4 @@
-"""The shape of a Workspace: known keys, right types. Pydantic's findings in words for people."""
+"""The shape of a Workspace: known keys and types. Turns pydantic's errors into problems."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tuning.spec.documents import Document
 from tuning.spec.findings import Findings, Path, did_you_mean, nearest, shown, spelled
 from tuning.spec.workspace import Workspace
 
-_HINTS = {  # slips that no spelling distance finds
+_HINTS = {  # mistakes that no spelling distance finds
     "spec": 'a Workspace has no "spec": move what is under it to the top level',
     "volume": 'write "volumeSource"',
     "url": 'write "urls", a list',
@@ -22,8 +22,8 @@ _MISSING: dict[Path, str] = {  # KAITO's names of what is missing
     ("tuning", "preset"): "missing field(s): tuning.Preset",
     ("tuning", "method"): "missing field(s): tuning.Method",
 }
-_WANTED = {
-    "string_type": "a text",
+_EXPECTED = {
+    "string_type": "a string",
     "int_type": "a whole number",
     "bool_type": "true or false",
     "list_type": "a list",
@@ -33,7 +33,7 @@ _WANTED = {
 }
 
 
-# Stands in for what is missing or wrong, so that the rules can go on and find the rest.
+# Placeholders for missing values, so that the rules can find further problems.
 _FILL: dict[str, Any] = {
     "apiVersion": "kaito.sh/v1beta1",
     "kind": "Workspace",
@@ -50,10 +50,10 @@ _ROUNDS = 8
 def read(document: Document) -> Workspace | None:
     """The Workspace in `document`; problems go to its findings.
 
-    Where there are problems it is a mended copy, good only for finding more of them, or None.
+    Where there are problems it is a repaired copy, good only for finding more of them, or None.
     """
     document.value = without_nulls(document.value)
-    value, found = document.value, document.findings
+    value, findings = document.value, document.findings
     for round_ in range(_ROUNDS):
         try:
             return Workspace.model_validate(value)
@@ -62,16 +62,16 @@ def read(document: Document) -> Workspace | None:
             errors = error.errors(include_url=False, include_context=False)
         for each in errors:
             path = tuple(each["loc"])
-            if round_ == 0 or not (found.blames(path) or found.blamed_above(path)):
-                _explain(each["type"], path, each.get("input"), found)
-        # From the end, so that taking an item out of a list leaves the others in their place.
+            if round_ == 0 or not (findings.blames(path) or findings.blamed_above(path)):
+                _explain(each["type"], path, each.get("input"), findings)
+        # From the end, so that removing an item of a list keeps the index of the others.
         for each in reversed(errors):
-            _mend(value, tuple(each["loc"]), each["type"], found)
+            _repair(value, tuple(each["loc"]), each["type"], findings)
     return None
 
 
-def _mend(value: Any, path: Path, kind: str, found: Findings) -> None:
-    """Take out what is wrong at `path`, put in what is missing, or correct a misspelt key."""
+def _repair(value: Any, path: Path, kind: str, findings: Findings) -> None:
+    """Remove the wrong value at `path`, fill in a missing one, or correct a misspelt key."""
     *above, last = path
     for part in above:
         value = value[part]
@@ -83,42 +83,43 @@ def _mend(value: Any, path: Path, kind: str, found: Findings) -> None:
         meant = nearest(str(last), _known_keys(path[:-1]))
         if meant and meant not in value:
             value[meant] = content
-            found.rename(path, (*above, meant))
+            findings.rename(path, (*above, meant))
 
 
 def without_nulls(value: Any) -> Any:
-    """`value` without the keys that hold null, which Kubernetes takes for absent."""
+    """`value` without keys that hold null, which mean absent in Kubernetes."""
     if isinstance(value, dict):
         return {key: without_nulls(each) for key, each in value.items() if each is not None}
     return [without_nulls(each) for each in value] if isinstance(value, list) else value
 
 
-def _explain(kind: str, path: Path, value: Any, found: Findings) -> None:
-    """One of pydantic's errors, for people."""
+def _explain(kind: str, path: Path, value: Any, findings: Findings) -> None:
+    """Add one of pydantic's errors to `findings`."""
     name = str(path[-1]) if path else ""
     if kind == "extra_forbidden":
         change = _HINTS.get(name) or did_you_mean(name, _known_keys(path[:-1]))
-        found.add("SPEC-111", path, "unknown key", change)
+        findings.add("SPEC-111", path, "unknown key", change)
     elif kind == "missing":
         what = _MISSING.get(path, f"missing field(s): {spelled(path)}")
-        found.add("SPEC-112", path, what, f'add "{name}"')
+        findings.add("SPEC-112", path, what, f'add "{name}"')
     elif kind == "literal_error":
         options = _literals(path)
         hint = nearest(value, options) if isinstance(value, str) else None
         change = f"use {' or '.join(options)}" + (f"; did you mean {hint}?" if hint else "")
-        found.add("SPEC-104", path, f"is {shown(value)}", change)
+        findings.add("SPEC-104", path, f"is {shown(value)}", change)
     elif kind == "greater_than_equal":
-        found.add("SPEC-104", path, f"is {shown(value)}", "write a number of at least 1")
+        findings.add("SPEC-104", path, f"is {shown(value)}", "write a number of at least 1")
     else:
-        wanted = _WANTED.get(kind, "something else")
-        quotes = ", in quotes" if wanted == "a text" and not isinstance(value, (list, dict)) else ""
-        found.add(
-            "SPEC-113", path, f"is {shown(value)}, expected {wanted}", f"write {wanted}{quotes}"
+        expected = _EXPECTED.get(kind, "something else")
+        scalar = expected == "a string" and not isinstance(value, (list, dict))
+        quotes = ", in quotes" if scalar else ""
+        findings.add(
+            "SPEC-113", path, f"is {shown(value)}, expected {expected}", f"write {expected}{quotes}"
         )
 
 
 def _model_at(path: Path) -> type[BaseModel] | None:
-    """The model that describes what stands at `path`."""
+    """The model of the value at `path`."""
     model: type[BaseModel] | None = Workspace
     for part in path:
         if isinstance(part, int):

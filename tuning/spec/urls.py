@@ -1,7 +1,7 @@
-"""Which URLs may be asked for, judged by their text alone.
+"""Which URLs may be fetched, decided by their text alone.
 
-This is the first gate, the same at admission, on update and on the command line, so that a mistake
-is told at once. The fetcher checks again what the name resolves to, on every redirect.
+The first gate, the same at admission, on update and on the command line. The fetcher checks again
+what the name resolves to, on every redirect.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NOT_IN_STORE = "invalid URL of an object store"
 MAX_LENGTH = 8192
 STORES = ("s3", "gs", "az")
 _METADATA_NAMES = ("metadata.google.internal", "metadata.google", "instance-data.ec2.internal")
-# Addresses of clouds' own services that look public.
+# Cloud metadata addresses outside the private ranges.
 _METADATA_ADDRESSES = ("168.63.129.16", "100.100.100.200", "192.0.0.192")
 _NAT64 = (ipaddress.ip_network("64:ff9b::/96"), ipaddress.ip_network("64:ff9b:1::/48"))
 _HOST = re.compile(
@@ -43,10 +43,9 @@ _IN_STORE = re.compile(
 
 
 def refusal(url: str, *, allow_hosts: Collection[str] = ()) -> str | None:
-    """KAITO's sentence for what is wrong with `url`, or None if it may be asked for.
+    """KAITO's message if `url` must not be fetched, else None.
 
-    `allow_hosts` are what somebody answers for though it is private: hosts, host:port, *.domain,
-    or networks such as 10.0.0.0/8.
+    `allow_hosts` are allowed private hosts: host, host:port, *.domain, or 10.0.0.0/8.
     """
     if not url or len(url) > MAX_LENGTH or not url.isascii() or not url.isprintable():
         return INVALID
@@ -70,7 +69,7 @@ def refusal(url: str, *, allow_hosts: Collection[str] = ()) -> str | None:
 
 
 def on_hub(url: str, endpoint: str) -> str | None:
-    """Where the hub at `endpoint` serves hf://datasets/ORG/NAME[@REVISION]/FILE; None if malformed.
+    """The address of hf://datasets/ORG/NAME[@REVISION]/FILE at `endpoint`; None if malformed.
 
     Without datasets/ it is a model's repository, as in huggingface_hub.
     """
@@ -82,9 +81,9 @@ def on_hub(url: str, endpoint: str) -> str | None:
 
 
 def in_store(url: str) -> tuple[str, str, str] | None:
-    """Scheme, bucket (or container) and key of a file in an object store; None if it is none.
+    """Scheme, bucket (or container) and key of an object store's URL; None for an invalid one.
 
-    The key is percent-encoded in one way, whichever way it was written.
+    The key is percent-encoded in one canonical way.
     """
     match = _IN_STORE.fullmatch(url.partition("#")[0])
     if match is None or not _plain_key(match["key"]):
@@ -100,7 +99,7 @@ def _store_refusal(url: str) -> str | None:
 
 
 def _plain_key(key: str) -> bool:
-    """True if `key` means the same to everyone on the way: no climbing, query or control."""
+    """Whether `key` is unambiguous: no .. or . segments, query or control characters."""
     segments = unquote(key).split("/")
     return (
         "?" not in key and not _climbs(key) and "." not in segments and unquote(key).isprintable()
@@ -108,7 +107,7 @@ def _plain_key(key: str) -> bool:
 
 
 def is_listed(host: str, port: int, entries: Collection[str]) -> bool:
-    """True if one of `entries` names `host`: as host, host:port, *.domain, or network."""
+    """Whether one of `entries` matches `host`: as host, host:port, *.domain, or network."""
     host = host.lower().rstrip(".").strip("[]")
     spelled = f"[{host}]" if ":" in host else host
     for entry in map(str.lower, entries):
@@ -154,7 +153,7 @@ def _is_number(label: str) -> bool:
 
 
 def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    """True for an address of the public internet, also when it hides one inside (4-in-6, NAT64)."""
+    """Whether an address is public; those that embed an IPv4 address (4-in-6, NAT64) are not."""
     if str(address) in _METADATA_ADDRESSES or address.is_multicast:
         return False
     if isinstance(address, ipaddress.IPv6Address):

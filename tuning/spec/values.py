@@ -1,4 +1,4 @@
-"""What a spec is, once it has been read: plain values that the other rooms pass each other."""
+"""The values of a spec that has been read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Method = Literal["lora", "qlora"]
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user set in the ConfigMap's sections; None means unset, so that the plan decides.
+    """Settings of the ConfigMap's sections; None means unset: the plan decides.
 
     A value equal to KAITO's template default is unset, too.
     """
@@ -77,11 +77,11 @@ class Source:
     urls: tuple[str, ...] = ()
     image: str | None = None
     pull_secrets: tuple[str, ...] = ()
-    # volumeSource as the engine sees it: /data in the Job, hostPath locally
+    # volumeSource: /data in the Job, hostPath locally
     folder: Path | None = None
     files: tuple[Path, ...] = ()  # --data FILE
-    within: str | None = None  # dataset_path: what counts of it lies there, or is called so
-    ending: str | None = None  # dataset_extension: what counts of a folder, where names end so
+    within: str | None = None  # dataset_path: subfolder or file to use
+    ending: str | None = None  # dataset_extension: files of a folder to use
 
 
 @dataclass(frozen=True)
@@ -89,23 +89,23 @@ class Destination:
     """Where the adapter goes; at least one of image, folder and layout is set."""
 
     image: str | None = None
-    push_secret: str | None = None  # the name of the Secret; its file comes from the command line
+    push_secret: str | None = None  # name of the Secret; its file comes from the command line
     folder: Path | None = None  # volumeSource: /output in the Job, hostPath locally
     layout: Path | None = None  # --output oci:DIR
     on_tag_exists: Literal["refuse", "overwrite"] = "refuse"
     index: bool = False  # the image is an index: amd64, arm64, ModelPack
-    base_image: str | None = None  # whose layers come before ours, by digest
-    earlier: tuple[str, ...] = ()  # digests that this Workspace put out before: it may replace them
+    base_image: str | None = None  # by digest; its layers come first
+    earlier: tuple[str, ...] = ()  # digests of earlier outputs, which may be replaced
 
     @property
     def form(self) -> tuple[str, ...]:
-        """What makes the image another one than usual; nothing for the usual one."""
+        """Non-default image options."""
         return (*(("index",) if self.index else ()), *filter(None, (self.base_image,)))
 
 
 @dataclass(frozen=True)
 class Overrides:
-    """What the command line says beside the file."""
+    """What the command line replaces in the file."""
 
     base_model: str | None = None  # a preset, org/model or a folder
     data: tuple[str, ...] = ()  # files, one folder, or URLs
@@ -127,9 +127,9 @@ class Spec:
     instance: str | None = None
     namespace: str | None = None
     hub_secret: str | None = None  # presetOptions.modelAccessSecret
-    data_secret: str | None = None  # of the annotation data-secret; its files are mounted
+    data_secret: str | None = None  # annotation data-secret; its files are mounted
     settings: Settings = field(default_factory=Settings)
     notes: tuple[str, ...] = ()  # one line for each key that was translated or ignored, with why
-    document: dict[str, Any] = field(default_factory=dict)  # the Workspace as written, normalised
+    document: dict[str, Any] = field(default_factory=dict)  # the Workspace, normalised
     config: dict[str, Any] | None = None  # the ConfigMap that tuning.config names, normalised
-    overrides: Overrides = field(default_factory=Overrides)  # what the command line said
+    overrides: Overrides = field(default_factory=Overrides)  # of the command line

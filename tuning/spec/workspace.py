@@ -1,8 +1,7 @@
-"""The Workspace as strangers write it: `kaito.sh/v1alpha1` and `v1beta1`.
+"""The Workspace document: `kaito.sh/v1alpha1` and `v1beta1`.
 
-The models give types, defaults and descriptions, for people's errors, the editor's JSON schema and
-the cluster's CRD alike. What one field cannot say alone stands in `rules`. A field marked with
-`beta_only` is not part of v1alpha1.
+The models hold types, defaults and descriptions, for error messages, the JSON schema and the CRD.
+Constraints across fields are in `rules`. A field marked with `beta_only` is not part of v1alpha1.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ beta_only: dict[str, JsonValue] = {"x-kaito-since": "v1beta1"}
 
 
 class _Part(BaseModel):
-    """A part of the document: no unknown keys, no guessing of types."""
+    """A part of the document: no unknown keys, no coercion of types."""
 
     model_config = ConfigDict(
         extra="forbid", strict=True, alias_generator=to_camel, use_attribute_docstrings=True

@@ -1,4 +1,4 @@
-"""Spec -> text: the normal form of a file, and what of it decides the adapter."""
+"""Spec -> YAML in normal form, and the hash of what decides the adapter."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def dump(spec: Spec) -> str:
     With the same overrides it reads back as the same spec. It holds no Secret, but the data URLs
     with their queries: write it where only the user can read it.
     """
-    said = [f"{name}={value!r}" for name, value in asdict(spec.overrides).items() if value]
-    head = f"# the command line also said: {', '.join(said)}\n" if said else ""
+    overrides = [f"{name}={value!r}" for name, value in asdict(spec.overrides).items() if value]
+    head = f"# the command line also said: {', '.join(overrides)}\n" if overrides else ""
     parts = [spec.document] if spec.config is None else [spec.document, spec.config]
     return head + yaml.dump_all(
         parts, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1 << 20
@@ -34,9 +34,9 @@ def dump(spec: Spec) -> str:
 
 
 def digest(spec: Spec) -> str:
-    """sha256 of all in `spec` that may decide the adapter: not its name, resource and output.
+    """sha256 of what in `spec` may decide the adapter: not its name, resource and output.
 
-    It keys what is done before the recipe is complete; from then on the recipe's own hash does.
+    The key of phases before the recipe is complete; from then on it is the recipe's hash.
     """
     decides = {
         "preset": spec.preset,
@@ -45,11 +45,11 @@ def digest(spec: Spec) -> str:
         "source": asdict(spec.source),
         "settings": asdict(spec.settings),
     }
-    return files.digest(files.canonical(_plain(decides)))
+    return files.digest(files.canonical(plain(decides)))
 
 
 class _Dumper(yaml.SafeDumper):
-    """Texts of several lines as blocks, so that a person can read a ConfigMap."""
+    """Strings of several lines as block scalars, so that a ConfigMap stays readable."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -63,16 +63,17 @@ def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
 _Dumper.add_representer(str, _represent_text)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """`value` with lists for tuples and text for paths, ready for canonical JSON."""
     if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
+        return {str(key): plain(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
+        return [plain(each) for each in value]
     return str(value) if isinstance(value, Path) else value
 
 
 def normalised(value: dict[str, Any], method: Method) -> dict[str, Any]:
-    """The Workspace in a fixed order, without status and what the cluster filled in."""
+    """The Workspace in a fixed order, without status and fields of the cluster."""
     metadata = {k: v for k, v in value["metadata"].items() if k in _METADATA}
     if _KUBECTL in metadata.get("annotations", {}):
         kept = {k: v for k, v in metadata["annotations"].items() if k != _KUBECTL}
@@ -84,7 +85,7 @@ def normalised(value: dict[str, Any], method: Method) -> dict[str, Any]:
 
 
 def normalised_config(config_map: ConfigMap) -> dict[str, Any] | None:
-    """The ConfigMap with nothing but what is read from it; a template's file becomes its text."""
+    """The ConfigMap with the fields that are read; a template's file becomes its text."""
     document = config_map.document
     if document is None:
         return None

@@ -29,7 +29,7 @@ from tuning.models.kernels import heap
 from tuning.models.load import DTYPES, load_for_training, load_tokenizer
 from tuning.plan import Placement, Recipe, placement_from_json, recipe_from_json
 from tuning.plan.backends import BY_OFFSETS
-from tuning.training import checkpoint, distributed, evaluation
+from tuning.training import checkpoint, distributed, evaluation, finish
 from tuning.training.arguments import sft_config
 from tuning.training.interruption import Interruption
 from tuning.training.progress import Saves, peak_memory
@@ -202,13 +202,13 @@ def _finish(
     request: Request, tuned: Any, tensors: dict[str, torch.Tensor], *, step: int
 ) -> adapter.Adapter:
     """Put the adapter folder in place, if all steps are done."""
-    config = adapter.config_of(
+    config = finish.config_of(
         tuned.peft_config["default"].to_dict(),
         base_name=request.base_name,
         base_revision=request.base_revision,
     )
     tokenizer = load_tokenizer(request.base, chat_template=request.chat_template)
-    return adapter.finish(
+    return finish.finish(
         request.adapter,
         tensors=tensors,
         config=config,

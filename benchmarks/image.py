@@ -50,8 +50,8 @@ MEMORY = """
 import sys
 from pathlib import Path
 import adapters
-from tuning import image, reference, registry
-import oras.auth.utils
+from tuning.oci import registry
+from tuning.spec import reference
 def kib(name):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name))

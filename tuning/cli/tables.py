@@ -132,7 +132,7 @@ def answers(question: str, tuned: str, base: str | None) -> str:
 def environment() -> list[str]:
     """Versions and device, one a line, for a bug report."""
     lines = [f"python {platform.python_version()} on {platform.platform()}"]
-    for name in ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets", "oras"):
+    for name in ("torch", "transformers", "trl", "peft", "bitsandbytes", "datasets"):
         try:
             lines.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:

@@ -180,7 +180,7 @@ def answer(who: str, ask: Ask, method: str, url: str, *, renew: str = "", **more
     Raises RefusedError for a refusal, TransientError for a failure.
     """
     if urlsplit(url).scheme != "https" and not is_loopback(url):
-        raise SpecError.at("REG-153", url, "is no https", "name an https URL")
+        raise SpecError.at("REG-153", url, "is not an https URL", "name an https URL")
     try:
         reply = ask(method, url, **more)
     except Unreachable as error:

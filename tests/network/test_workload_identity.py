@@ -286,7 +286,7 @@ def test_a_pod_without_a_token(tmp_path, content):
 
 def test_a_token_goes_nowhere_without_tls(token):
     """Only loopback may be asked in plain http."""
-    with pytest.raises(SpecError, match=r"REG-153.*is no https"):
+    with pytest.raises(SpecError, match=r"REG-153.*is not an https URL"):
         workload_identity.Azure("t", "c", token, authority="http://cloud.test").login(
             "x", Session().request
         )

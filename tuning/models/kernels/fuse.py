@@ -1,8 +1,9 @@
 """Puts the fused kernels into a model with LoRA layers, where they compute what peft would.
 
 Only the `forward` of single modules is replaced, so that names, weights, hooks, checkpoints and
-merging stay peft's. What a kernel does not cover (an adapter switched off, dropout, DoRA, another
-type than the one computed in) takes the module's own way, at each call.
+merging stay peft's, and only where `parity` finds the same outputs and gradients. At each call the
+module's own forward runs for what a kernel lacks (an adapter switched off, dropout, DoRA, another
+type than the one computed in).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import importlib
 import importlib.util
 import inspect
 import types
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +20,7 @@ import bitsandbytes as bnb
 import torch
 from peft.tuners.lora import LoraLayer
 
-from tuning.models.kernels import linear, norm
+from tuning.models.kernels import linear, norm, parity
 from tuning.models.kernels.linear import Projection
 from tuning.plan.backends import LIGER, LORA, MLP, NORM
 
@@ -32,7 +33,7 @@ WIDE = {
     ("fc1",): ("fc2", False),
     ("dense_h_to_4h",): ("dense_4h_to_h", False),
 }
-# Classes of transformers that norm.rms_norm computes, and whether their weight is 1 + w
+# Classes of transformers that norm.rms_norm computes, and whether their weight is 1 + w.
 NORMS = {
     "LlamaRMSNorm": False,
     "MistralRMSNorm": False,
@@ -53,25 +54,37 @@ class Fused:
     """How many modules each kernel was put into, by its name."""
 
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys((LORA, MLP, NORM), 0))
+    refused: dict[str, int] = field(default_factory=dict)  # by kernel and class of the module
 
     def __str__(self) -> str:
-        """What was replaced, for the log; empty if nothing was."""
-        return ", ".join(f"{count} {name}" for name, count in self.counts.items() if count)
+        """The replaced modules and those left alone, for the log; empty if there are none."""
+        parts = [f"{count} {name}" for name, count in self.counts.items() if count]
+        parts += [
+            f"{count} {name} left out (another computation)" for name, count in self.refused.items()
+        ]
+        return ", ".join(parts)
+
+    def note(self, kernel: str, module: torch.nn.Module, replaced: int | None) -> None:
+        """Count a module that was replaced, or (None) that computes something else."""
+        if replaced is None:
+            key = f"{kernel} of {type(module).__name__}"
+            self.refused[key] = self.refused.get(key, 0) + 1
+        self.counts[kernel] += replaced or 0
 
 
 def fuse(tuned: torch.nn.Module, kernels: Collection[str]) -> Fused:
-    """Put those of `kernels` into the peft model `tuned` that suit its modules."""
-    found = Fused()
+    """Put those of `kernels` into the peft model `tuned` that compute what its modules compute."""
+    fused = Fused()
     if LIGER in kernels:
-        found.counts[LIGER] = _liger(tuned)
+        fused.counts[LIGER] = _liger(tuned)
     for module in list(tuned.modules()):
         if MLP in kernels:
-            found.counts[MLP] += _fuse_mlp(module)
+            fused.note(MLP, module, _fuse_mlp(module))
         if LORA in kernels:
-            found.counts[LORA] += _fuse_children(module)
+            fused.note(LORA, module, _fuse_children(module))
         if NORM in kernels:
-            found.counts[NORM] += _fuse_norm(module)
-    return found
+            fused.note(NORM, module, _fuse_norm(module))
+    return fused
 
 
 def _liger(tuned: Any) -> int:
@@ -89,14 +102,13 @@ def _liger(tuned: Any) -> int:
     return 1
 
 
-def _fuse_norm(module: Any) -> int:
-    """Fuse `module` if it is a norm of a class we know that nobody else has replaced."""
+def _fuse_norm(module: Any) -> int | None:
+    """Fuse `module` if it is a known norm that is not replaced yet; None if parity fails."""
     lifted = NORMS.get(type(module).__name__)
     if lifted is None or "forward" in vars(module) or module.weight.requires_grad:
         return 0
     epsilon = module.eps if lifted else module.variance_epsilon
-    _replace(module, _norm_forward(float(epsilon), lifted))
-    return 1
+    return _replace_all([module], [_norm_forward(float(epsilon), lifted)], module.weight)
 
 
 def _norm_forward(epsilon: float, lifted: bool) -> Callable[..., Any]:
@@ -157,8 +169,31 @@ def _projection(layer: Any) -> Projection:
     )
 
 
-def _replace(module: torch.nn.Module, forward: Callable[..., Any]) -> None:
-    module.forward = types.MethodType(forward, module)
+def _replace_all(
+    modules: Sequence[Any], forwards: Sequence[Callable[..., Any]], like: torch.Tensor
+) -> int | None:
+    """Replace the forwards of `modules`, which read the same input, if all compute the same.
+
+    Inputs of the test are as wide as the last dimension of `like`, of its type and device. Returns
+    how many were replaced, or None.
+    """
+    adapters = [
+        (part.lora_A[ADAPTER].weight, part.lora_B[ADAPTER].weight)
+        for module in modules
+        for part in module.modules()
+        if isinstance(part, LoraLayer)
+    ]
+    same = parity.agrees(
+        lambda x: [type(module).forward(module, x) for module in modules],
+        lambda x: [forward(module, x) for module, forward in zip(modules, forwards, strict=True)],
+        adapters,
+        like=like,
+    )
+    if not same:
+        return None
+    for module, forward in zip(modules, forwards, strict=True):
+        module.forward = types.MethodType(forward, module)
+    return len(modules)
 
 
 # LoRA layers.
@@ -191,14 +226,23 @@ class _Siblings:
         return out
 
 
-def _fuse_children(parent: torch.nn.Module) -> int:
+def _fuse_children(parent: torch.nn.Module) -> int | None:
     """Fuse the LoRA layers directly under `parent`, those of the same input together."""
     suited = {name: layer for name, layer in parent.named_children() if _suits(layer)}
+    replaced = []
     for group in _groups(suited):
-        siblings = _Siblings({name: suited[name] for name in group})
-        for name in group:
-            _replace(suited[name], _lora_forward(siblings, name))
-    return len(suited)
+        layers = {name: suited[name] for name in group}
+        siblings = _Siblings(layers)
+        forwards = [_lora_forward(siblings, name) for name in group]
+        replaced.append(_replace_all(list(layers.values()), forwards, _input_of(layers[group[0]])))
+    return None if None in replaced else sum(filter(None, replaced))
+
+
+def _input_of(layer: Any) -> torch.Tensor:
+    """A tensor as wide as the input of the LoRA layer, of the type that it is computed in."""
+    base, a = layer.get_base_layer(), layer.lora_A[ADAPTER].weight
+    dtype = base.compute_dtype if isinstance(base, bnb.nn.Linear4bit) else base.weight.dtype
+    return a.new_empty(base.in_features, dtype=dtype or a.dtype)
 
 
 def _groups(names: Collection[str]) -> Iterator[tuple[str, ...]]:
@@ -221,17 +265,64 @@ def _lora_forward(siblings: _Siblings, name: str) -> Callable[..., Any]:
 # MLPs.
 
 
-def _fuse_mlp(module: torch.nn.Module) -> int:
-    """Fuse `module` if it is an MLP that the kernel knows, with an adapter on each projection."""
+def _fuse_mlp(module: torch.nn.Module) -> int | None:
+    """Fuse `module` if it is an MLP with an adapter on each projection; None if it is another."""
     for wide, (last, gated) in WIDE.items():
         layers = [getattr(module, name, None) for name in (*wide, last)]
         if all(_suits(layer) for layer in layers):
             activation = _activation(module)
-            if activation is None:
-                return 0
-            _replace(module, _mlp_forward(layers, activation, gated))
-            return 1
+            if activation is None or not parity.same_code(type(module).forward, MLPS):
+                return None
+            forward = _mlp_forward(layers, activation, gated)
+            return _replace_all([module], [forward], _input_of(layers[0]))
     return 0
+
+
+# The forwards that `linear.mlp` computes, as transformers writes them. Compared as compiled code.
+
+
+def _gated(self: Any, x: Any) -> Any:
+    down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+    return down_proj
+
+
+def _gated_at_once(self: Any, x: Any) -> Any:
+    return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+def _gated_in_two(self: Any, x: Any) -> Any:
+    inner = self.activation_fn(self.gate_proj(x)) * self.up_proj(x)
+    return self.down_proj(inner)
+
+
+def _halves(self: Any, x: Any) -> Any:
+    up = self.gate_up_proj(x)
+    gate, up = up.chunk(2, dim=-1)
+    up = up * self.activation_fn(gate)
+    return self.down_proj(up)
+
+
+def _plain_mlp(self: Any, x: Any) -> Any:
+    x = self.fc1(x)
+    x = self.activation_fn(x)
+    x = self.fc2(x)
+    return x
+
+
+def _neox(self: Any, x: Any) -> Any:
+    x = self.dense_h_to_4h(x)
+    x = self.act(x)
+    x = self.dense_4h_to_h(x)
+    return x
+
+
+def _falcon(self: Any, x: Any) -> Any:
+    x = self.act(self.dense_h_to_4h(x))
+    x = self.dense_4h_to_h(x)
+    return x
+
+
+MLPS = (_gated, _gated_at_once, _gated_in_two, _halves, _plain_mlp, _neox, _falcon)
 
 
 def _activation(module: torch.nn.Module) -> linear.Activation | None:

@@ -170,7 +170,10 @@ def _projection(layer: Any) -> Projection:
 
 
 def _replace_all(
-    modules: Sequence[Any], forwards: Sequence[Callable[..., Any]], like: torch.Tensor
+    modules: Sequence[Any],
+    forwards: Sequence[Callable[..., Any]],
+    like: torch.Tensor,
+    scales: Sequence[float] = parity.SCALES,
 ) -> int | None:
     """Replace the forwards of `modules`, which read the same input, if all compute the same.
 
@@ -188,6 +191,7 @@ def _replace_all(
         lambda x: [forward(module, x) for module, forward in zip(modules, forwards, strict=True)],
         adapters,
         like=like,
+        scales=scales,
     )
     if not same:
         return None
@@ -234,7 +238,8 @@ def _fuse_children(parent: torch.nn.Module) -> int | None:
         layers = {name: suited[name] for name in group}
         siblings = _Siblings(layers)
         forwards = [_lora_forward(siblings, name) for name in group]
-        replaced.append(_replace_all(list(layers.values()), forwards, _input_of(layers[group[0]])))
+        like = _input_of(layers[group[0]])
+        replaced.append(_replace_all(list(layers.values()), forwards, like, scales=(1.0,)))
     return None if None in replaced else sum(filter(None, replaced))
 
 
@@ -242,7 +247,8 @@ def _input_of(layer: Any) -> torch.Tensor:
     """A tensor as wide as the input of the LoRA layer, of the type that it is computed in."""
     base, a = layer.get_base_layer(), layer.lora_A[ADAPTER].weight
     dtype = base.compute_dtype if isinstance(base, bnb.nn.Linear4bit) else base.weight.dtype
-    return a.new_empty(base.in_features, dtype=dtype or a.dtype)
+    empty: torch.Tensor = a.new_empty(base.in_features, dtype=dtype or a.dtype)
+    return empty
 
 
 def _groups(names: Collection[str]) -> Iterator[tuple[str, ...]]:

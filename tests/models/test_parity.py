@@ -135,3 +135,11 @@ def test_a_comparison_leaves_no_trace() -> None:
     for name, parameter in tuned.named_parameters():
         assert torch.equal(before[name], parameter), name
         assert parameter.grad is None
+
+
+def test_a_simulated_model_is_fused_by_its_code_alone() -> None:
+    """On the meta device there are no outputs to compare; another computation stays out as before."""
+    plain, other = mlp("llama", "LlamaMLP").to("meta"), mlp("falcon_h1", "FalconH1MLP").to("meta")
+
+    assert fuse.fuse(plain, (backends.MLP,)).counts[backends.MLP] == 1
+    assert fuse.fuse(other, (backends.MLP,)).counts[backends.MLP] == 0

@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 
 import error_codes
+import fit_page
+import keys_page
+import options_page
+import plan_schema
+import presets_page
 
-from jobs.api import crd, options
-from tuning import files, presets, spec
-from tuning.plan import fit_page
-from tuning.plan.schema import schema
-from tuning.spec import keys
+from jobs.api import crd
+from tuning import files, spec
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -19,13 +21,13 @@ ROOT = Path(__file__).resolve().parents[1]
 def generated() -> dict[Path, str]:
     """Every generated file and its text."""
     return {
-        ROOT / "docs" / "config-keys.md": keys.page(),
+        ROOT / "docs" / "config-keys.md": keys_page.markdown(),
         ROOT / "configs" / "deploy" / "crd" / "workspaces.kaito.sh.yaml": crd.text(),
-        ROOT / "docs" / "operator-options.md": options.markdown(),
+        ROOT / "docs" / "operator-options.md": options_page.markdown(),
         ROOT / "docs" / "errors.md": error_codes.page(),
         ROOT / "docs" / "fit.md": fit_page.markdown(),
-        ROOT / "docs" / "presets.md": presets.markdown(),
-        ROOT / "configs" / "plan.schema.json": json.dumps(schema(), indent=2) + "\n",
+        ROOT / "docs" / "presets.md": presets_page.markdown(),
+        ROOT / "configs" / "plan.schema.json": json.dumps(plan_schema.schema(), indent=2) + "\n",
         ROOT / "configs" / "workspace.schema.json": json.dumps(spec.json_schema(), indent=2) + "\n",
     }
 

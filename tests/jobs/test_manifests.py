@@ -16,7 +16,7 @@ from cluster.world import config_map, workspace
 from kubernetes import client
 
 from jobs import render
-from jobs.api import cel, crd, options
+from jobs.api import cel, crd
 from jobs.api.options import Nodes, Options, Storage, load, with_policy
 from jobs.desired import names
 from jobs.desired import tuning as desired_tuning
@@ -287,13 +287,6 @@ def test_nodes_say_which_gpu_they_have() -> None:
 
 
 # the CRD and the files of configs/deploy
-
-
-def test_the_crd_and_the_page_of_options_are_current() -> None:
-    """`make docs` writes them."""
-    file = ROOT / "configs/deploy/crd/workspaces.kaito.sh.yaml"
-    assert crd.text() == file.read_text()
-    assert options.markdown() == (ROOT / "docs/operator-options.md").read_text()
 
 
 def test_the_crd_is_structural_and_described() -> None:

@@ -138,7 +138,7 @@ def test_a_comparison_leaves_no_trace() -> None:
 
 
 def test_a_simulated_model_is_fused_by_its_code_alone() -> None:
-    """On the meta device there are no outputs to compare; another computation stays out as before."""
+    """On the meta device there is nothing to compare; another computation stays out as before."""
     plain, other = mlp("llama", "LlamaMLP").to("meta"), mlp("falcon_h1", "FalconH1MLP").to("meta")
 
     assert fuse.fuse(plain, (backends.MLP,)).counts[backends.MLP] == 1

@@ -11,7 +11,6 @@ from tuning import plan, presets
 from tuning.errors import SpecError
 from tuning.plan import Base, Lengths
 from tuning.plan.device import Device
-from tuning.plan.schema import schema
 from tuning.spec import Destination, Settings, Source, Spec
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,8 +66,6 @@ def test_the_json_of_a_plan_follows_its_schema(stage):
         decided = plan.freeze(decided, spec(), rows=500, data=("d",))
 
     jsonschema.validate(json.loads(json.dumps(decided.to_json())), kept)
-
-    assert schema() == kept
 
 
 def test_what_the_user_sets_wins():

@@ -426,11 +426,6 @@ def test_tables_are_found_in_a_wheel_and_in_a_checkout(tmp_path: Path) -> None:
     assert (presets.CONFIGS / "architectures.yaml").is_file()
 
 
-def test_the_page_is_the_one_in_docs() -> None:
-    """`docs/presets.md` is written, not edited."""
-    assert (ROOT / "docs/presets.md").read_text(encoding="utf-8") == presets.markdown()
-
-
 def test_asking_for_a_preset_loads_no_heavy_library() -> None:
     """No torch, no transformers, no pydantic."""
     code = (

@@ -18,7 +18,6 @@ from tuning.presets.hardware import (
 )
 from tuning.presets.load import CONFIGS
 from tuning.presets.models import Preset, all, find
-from tuning.presets.page import markdown
 from tuning.presets.support import Support, gpu_support, support
 
 __all__ = [
@@ -40,6 +39,5 @@ __all__ = [
     "gpus",
     "instance",
     "instances",
-    "markdown",
     "support",
 ]

@@ -15,7 +15,7 @@ CLOUDS = {"azure": "Azure", "arc": "Azure Local (Arc)", "aws": "AWS", "gcp": "Go
 _INTRODUCTION = """\
 # Base models, GPUs and machines
 
-Written from `configs/` by `tuning.presets.markdown()`; do not edit.
+Written from `configs/` by `make docs`; do not edit.
 Any other `org/model` of the hub, and any local folder (`--base-model`), works too, if its
 architecture does.
 

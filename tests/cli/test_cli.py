@@ -101,7 +101,12 @@ def test_ctrl_c_is_no_success(tmp_path):
     """Whoever types `pull ... && deploy` and thinks better of it does not deploy."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         asked = [sys.executable, "-m", "tuning", "pull", f"127.0.0.1:{silent.getsockname()[1]}/a:1"]
-        process = subprocess.Popen([*asked, str(tmp_path / "x")], stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [*asked, str(tmp_path / "x")],
+            stderr=subprocess.DEVNULL,
+            # a shell starts jobs in the background with SIGINT ignored, and children inherit that
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
         with silent.accept()[0]:
             process.send_signal(signal.SIGINT)
 

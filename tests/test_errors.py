@@ -4,6 +4,8 @@ import difflib
 
 import error_codes
 import pytest
+from hypothesis import given
+from hypothesis.strategies import text
 
 from tuning import errors
 from tuning.errors import DataError, Killed, Problem, SpecError, TuningError
@@ -102,3 +104,19 @@ def test_each_code_ends_with_its_exit_code():
         raised = {site.exit_code for site in sites[code]} - {None}
 
         assert raised <= set(known), code
+
+
+@given(text())
+def test_no_text_of_others_commands_the_terminal(words):
+    """Whatever a server or a file is called: no escapes, direction marks or lone surrogates."""
+    shown = str(SpecError.at("SPEC-1", words, f"{words}\x1b[2J\udcff\u202e", words))
+
+    shown.encode()
+    assert not [c for c in shown if not c.isprintable() and c not in "\n\t\u00a0\u202f\u3000"]
+    assert r"\x1b[2J\udcff\u202e" in shown
+
+
+@pytest.mark.parametrize("words", ["schön", "名前", "a\tb\nc", "1 000", "🙂", "\\x1b"])
+def test_text_of_all_languages_stays(words):
+    """Only what cannot be printed is escaped."""
+    assert words == errors.printable(words)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -248,6 +248,25 @@ def other_base(adapter: Adapter, base: str | None) -> list[Problem]:
     what = f"is made for {named}, not for {base}"
     change = f"use {named}, or if both are the same add --any-base (pull: leave out --base)"
     return [Problem("MODEL-207", str(adapter.folder), what, change)]
+
+
+def other_weights(adapter: Adapter, weights: Callable[[], str | None]) -> list[Problem]:
+    """A problem if the adapter records that it was trained on other weights than `weights`.
+
+    `weights` is asked for the base's identity (sources.base.weights_of) only if one is recorded.
+    Weights of the same shapes and another training give nonsense, in silence.
+    """
+    try:
+        recorded = files.read_json(adapter.folder / "tuning.json").get("base_weights")
+    except (OSError, ValueError, AttributeError):
+        return []
+    here = weights() if recorded else None
+    if here is None or recorded == here:
+        return []
+    what = f"was trained on other weights ({str(recorded)[:19]}) than the base has ({here[:19]})"
+    named = f", {adapter.base_model}" if adapter.base_model else ""
+    change = f"use its own base model{named}, or if both are the same add --any-base"
+    return [Problem("MODEL-212", str(adapter.folder), what, change)]
 
 
 def misfits(adapter: Adapter, base_config: Mapping[str, Any]) -> list[Problem]:

@@ -14,7 +14,7 @@ import rich.console
 import rich.progress
 import rich.text
 
-from tuning.errors import redact
+from tuning.errors import printable, redact
 
 Report = Callable[[float, float | None, str], None]  # done, total (None: unknown), note
 LINE_EVERY = 10.0  # seconds between two progress lines where there is no terminal
@@ -27,8 +27,8 @@ class Console:
         self._out = rich.console.Console(stderr=True, quiet=quiet, highlight=False)
 
     def say(self, text: str, *, style: str = "") -> None:
-        """Print `text` without credentials; markup in it is plain text."""
-        self._out.print(rich.text.Text(redact(text), style=style), soft_wrap=True)
+        """Print `text` without credentials and control characters; markup in it is plain text."""
+        self._out.print(rich.text.Text(printable(redact(text)), style=style), soft_wrap=True)
 
     @contextmanager
     def work(
@@ -53,7 +53,7 @@ class Console:
 
             def report(done: float, total: float | None, note: str) -> None:
                 text = " ".join(part for part in (amount(done, total, unit), note) if part)
-                bar.update(task, completed=done, total=total, amount=text)
+                bar.update(task, completed=done, total=total, amount=printable(text))
 
             yield report
 

@@ -55,7 +55,7 @@ class Problem:
     def __str__(self) -> str:
         what, change = self.what.rstrip(" ."), self.change.rstrip(" .")
         where = f" {self.where}" if self.where else ""
-        return redact(f"{self.code}{where}: {what}. Change: {change}.")
+        return printable(redact(f"{self.code}{where}: {what}. Change: {change}."))
 
 
 class TuningError(Exception):
@@ -168,6 +168,24 @@ _URL = re.compile(
     r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)(?P<userinfo>[^\s/@'\"<>]*@)?"
     r"(?P<rest>[^\s?#'\"<>]*)(?P<query>\?[^\s#'\"<>]*)?"
 )
+
+
+def printable(text: str) -> str:
+    """`text` with every character that a terminal would obey, or not show, written as an escape.
+
+    Names and answers of other people's servers and files may hold ESC, direction marks or lone
+    surrogates. Line feeds and tabs stay.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in _LAYOUT else _escape(c) for c in text)
+
+
+_LAYOUT = frozenset("\n\t\u00a0\u202f\u3000")
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
 
 
 def redact(text: str) -> str:

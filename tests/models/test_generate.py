@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 import tiny_runs
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
 
 from tuning import adapter
 from tuning.errors import SpecError
-from tuning.models import generate
+from tuning.models import generate, merge
+from tuning.sources.base import weights_of
 from tuning.training import train
 
 Base = Callable[..., Path]
@@ -102,3 +105,37 @@ def test_a_base_without_a_chat_template_says_so(tiny_base: Base, tmp_path: Path)
 
     with pytest.raises(SpecError, match=r"MODEL-211 .*no chat template"):
         generate.Session(base).ask("cat")
+
+
+@pytest.mark.parametrize("change", ["one weight", "beside", "renamed", "no record"])
+def test_an_adapter_of_other_weights_is_refused(
+    change: str, tuned: Path, tiny_base: Base, tmp_path: Path
+) -> None:
+    """Of the same shapes and another training: refused, unless told; other files do not matter."""
+    base, folder = tmp_path / "base", tmp_path / "adapter"
+    shutil.copytree(tiny_base("phi3"), base)
+    shutil.copytree(tuned / "adapter", folder)
+    record = {} if change == "no record" else {"base_weights": weights_of(base)}
+    (folder / "tuning.json").write_text(json.dumps(record))
+    path = base / "model.safetensors"
+    if change in ("one weight", "no record"):
+        tensors = load_file(path)
+        tensors["model.norm.weight"][0] += 1
+        save_file(tensors, path, metadata={"format": "pt"})
+    elif change == "renamed":
+        index = {"metadata": {}}
+        index["weight_map"] = dict.fromkeys(load_file(path), "model-00001-of-00001.safetensors")
+        (base / "model.safetensors.index.json").write_text(json.dumps(index))
+        path.rename(base / "model-00001-of-00001.safetensors")
+    else:
+        (base / "generation_config.json").write_text('{"top_k": 9}')
+
+    if change == "one weight":
+        with pytest.raises(SpecError, match=r"MODEL-212 .*--any-base"):
+            generate.Session(base, folder)
+        with pytest.raises(SpecError, match=r"MODEL-212 .*--any-base"):
+            merge.merge(base, folder, tmp_path / "merged", method="lora")
+        merge.merge(base, folder, tmp_path / "merged", method="lora", any_base=True)
+
+    session = generate.Session(base, folder, any_base=change == "one weight")
+    assert isinstance(session.model, PeftModel)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ from typing import Any
 import pytest
 import tiny_runs
 import torch
+from safetensors.torch import load_file, save_file
 
 from tuning import adapter
 from tuning.errors import SpecError
+from tuning.models import finite
 from tuning.models.load import load_base, load_for_training, read_config
 from tuning.models.lora import select
 from tuning.training import train
@@ -204,3 +207,54 @@ def test_a_base_without_safetensors_is_refused(tiny_base: Build, tmp_path: Path)
 
     with pytest.raises(SpecError, match=r"MODEL-105 .*no .*safetensors"):
         load_base(tmp_path, precision="bfloat16", quantisation=None, device="cpu")
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+@pytest.mark.parametrize(
+    ("name", "number", "precision", "fact"),
+    [
+        ("model.layers.0.mlp.down_proj.weight", float("nan"), "bfloat16", "NaN or infinity"),
+        ("model.norm.weight", float("-inf"), "float32", "NaN or infinity"),
+        ("model.embed_tokens.weight", -7e4, "float16", "holds -7e+04, more than"),
+    ],
+)
+def test_a_base_weight_that_is_no_number_is_named(
+    name: str,
+    number: float,
+    precision: str,
+    fact: str,
+    method: str,
+    tiny_base: Build,
+    tmp_path: Path,
+) -> None:
+    """Before a step is made of it, or 4-bit packing hides it."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base("llama"), base)
+    tensors = load_file(base / "model.safetensors")
+    tensors[name] = tensors[name].float()
+    tensors[name].view(-1)[3] = number
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+
+    with pytest.raises(SpecError, match="MODEL-117") as caught:
+        load_for_training(
+            base,
+            recipe=tiny_runs.recipe(method=method, precision=precision),
+            placement=tiny_runs.placement(),
+        )
+
+    (problem,) = caught.value.problems
+    assert problem.where.endswith(f"model.safetensors {name}")
+    assert fact in problem.what
+
+
+def test_large_weights_fit_a_type_that_holds_them(tiny_base: Build, tmp_path: Path) -> None:
+    """What float16 cannot hold is no problem in bfloat16."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base("llama"), base)
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.norm.weight"] = torch.full((64,), 7e4)
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+
+    finite.require(base, torch.bfloat16)
+    with pytest.raises(SpecError, match="MODEL-117"):
+        finite.require(base, torch.float16)

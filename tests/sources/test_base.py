@@ -532,3 +532,49 @@ def test_what_the_real_library_writes_passes(tmp_path: Path) -> None:
     )
 
     assert CONFIG == verify.verify(folder)
+
+
+# -- what transformers would load by itself -------------------------------------------------------
+
+
+def test_an_adapter_beside_the_model_is_refused(tmp_path: Path) -> None:
+    """transformers would put it on the base in silence."""
+    folder = laid(tmp_path / "m", MODEL | {"adapter_config.json": b"{}"})
+
+    with pytest.raises(SpecError, match=r"BASE-111 .*adapter_config.json.*adapter_\*"):
+        base.resolve(str(folder), revision=None, token=None)
+
+
+def test_a_config_that_names_other_weights_is_refused(tmp_path: Path) -> None:
+    """They are not those that are verified, hashed and recorded."""
+    config = json.dumps(CONFIG | {"transformers_weights": "other.safetensors"}).encode()
+    folder = laid(tmp_path / "m", MODEL | {"config.json": config})
+
+    with pytest.raises(SpecError, match=r"BASE-112 .*'other.safetensors'"):
+        base.resolve(str(folder), revision=None, token=None)
+
+
+def test_the_weights_that_are_hashed_are_those_that_are_loaded(tmp_path: Path) -> None:
+    """Of a single file and sharded ones in one folder transformers takes the single file."""
+    folder = laid(tmp_path / "m", SHARDED | {"model.safetensors": WEIGHTS})
+
+    found = base.resolve(str(folder), revision=None, token=None)
+
+    names = [entry.name for entry in found.files if "safetensors" in entry.name]
+    assert ["model.safetensors"] == names
+
+
+def test_weights_have_an_identity_wherever_they_lie(fake: FakeHub, tmp_path: Path) -> None:
+    """The same on the hub, in its cache and in a folder; names and neighbours do not count."""
+    fake.add(ID, MODEL)
+    hub_model = base.resolve(ID, revision=None, token=None, cache=tmp_path / "c")
+    cached = base.fetch(hub_model, cache=tmp_path / "c")
+    folder = laid(tmp_path / "m", MODEL | {"generation_config.json": b'{"a": 1}'})
+    other = laid(
+        tmp_path / "o", MODEL | {"model.safetensors": tensors({"other": ("BF16", [2], bytes(4))})}
+    )
+
+    assert hub_model.weights is not None
+    assert hub_model.weights == base.weights_of(cached) == base.weights_of(folder)
+    assert hub_model.weights == base.resolve(str(folder), revision=None, token=None).weights
+    assert hub_model.weights != base.weights_of(other)

@@ -84,7 +84,7 @@ def chat(
         )
         from tuning.models.generate import Session  # seconds: torch
 
-        session = Session(weights, folder, max_new_tokens=max_tokens)
+        session = Session(weights, folder, max_new_tokens=max_tokens, any_base=any_base)
     history: list[dict[str, str]] = []
     for prompt in question or tables.questions():
         answer, base_answer = session.ask(prompt, history=history, compare=compare)

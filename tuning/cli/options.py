@@ -101,9 +101,7 @@ BaseRevision = Annotated[
 BaseOfAdapter = Annotated[
     str | None, typer.Option(metavar="MODEL", help="Refuse an adapter for another base model.")
 ]
-AnyBase = Annotated[
-    bool, typer.Option("--any-base", help="Take an adapter that names another base model.")
-]
+AnyBase = Annotated[bool, typer.Option("--any-base", help="Take an adapter of another base model.")]
 _ADAPTER = typer.Option(metavar="IMAGE|DIR", help="Adapter image, oci:DIR or folder.")
 Adapter = Annotated[str, _ADAPTER]
 OptionalAdapter = Annotated[str | None, _ADAPTER]

@@ -19,7 +19,7 @@ import rich.text
 
 from tuning import presets
 from tuning.console import duration, size
-from tuning.errors import SpecError
+from tuning.errors import SpecError, printable
 from tuning.plan import device
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ def questions() -> Iterator[str]:
 def answers(question: str, tuned: str, base: str | None) -> str:
     """The answers to `question`; the base model's first, if there is one."""
     if base is None:
-        return tuned
+        return printable(tuned)
     return f"{question}\n  base:  {one_line(base)}\n  tuned: {one_line(tuned)}"
 
 
@@ -146,7 +146,7 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> rich.table.
     for index, heading in enumerate(headings):
         result.add_column(heading, overflow="fold", no_wrap=index == 0)
     for row in rows:
-        result.add_row(*(rich.text.Text(cell) for cell in row))
+        result.add_row(*(rich.text.Text(printable(cell)) for cell in row))
     return result
 
 
@@ -276,8 +276,8 @@ def python() -> str:
 
 
 def one_line(text: str, limit: int = 160) -> str:
-    """`text` on one line, cut to `limit` characters."""
-    flat = " ".join(text.split())
+    """`text` on one line, without control characters, cut to `limit` characters."""
+    flat = printable(" ".join(text.split()))
     return flat if len(flat) <= limit else flat[: limit - 1] + "…"
 
 
@@ -306,9 +306,7 @@ def inspection_table(facts: dict[str, Any]) -> rich.table.Table:
     }
     for name, value in rows.items():
         if value:
-            # untrusted text: no control characters reach the terminal
-            plain = "".join(c if c.isprintable() or c == "\n" else "." for c in str(value))
-            table.add_row(name, rich.text.Text(plain))
+            table.add_row(name, rich.text.Text(printable(str(value))))  # untrusted text
     return table
 
 

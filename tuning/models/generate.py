@@ -19,6 +19,7 @@ from tuning import files
 from tuning.errors import SpecError
 from tuning.models.load import load_base, load_tokenizer
 from tuning.models.lora import projections
+from tuning.sources.base import weights_of
 
 logger = logging.getLogger(__name__)
 
@@ -38,18 +39,21 @@ class Session:
         precision: str | None = None,
         quantisation: dict[str, Any] | None = None,
         max_new_tokens: int = 512,
+        any_base: bool = False,
     ) -> None:
         """Load the base from its folder and put the adapter's folder on it.
 
         `device` (cpu, cuda) and `precision` default to what the machine has; `quantisation` as in a
         recipe loads the base in 4 bits. Raises SpecError if a folder is wrong, or the adapter does
-        not fit the base.
+        not fit the base, or (unless `any_base`) was trained on other weights.
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         template = None
         if adapter is not None:
             found = adapters.inspect(adapter)
             problems = adapters.misfits(found, files.read_json(base / "config.json"))
+            if not any_base:
+                problems += adapters.other_weights(found, lambda: weights_of(base))
             if problems:
                 raise SpecError(problems)
             template = _template(adapter)

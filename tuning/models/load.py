@@ -14,7 +14,7 @@ from peft import PeftModel
 
 from tuning import files
 from tuning.errors import SpecError
-from tuning.models import packed
+from tuning.models import finite, packed
 from tuning.models.kernels import apart, fuse
 from tuning.models.lora import CHANGE_MODEL, TOWERS, Coverage, adapt
 from tuning.plan import Placement, Recipe
@@ -164,13 +164,16 @@ def load_for_training(
     4-bit weights are cached below `packed_root`.
     """
     tokenizer = load_tokenizer(base, chat_template=chat_template)
+    cache = _packed_folder(base, recipe, packed_root)
+    if cache is None or not packed.is_whole(cache):  # packed ones were checked before
+        finite.require(base, DTYPES[recipe.precision])
     model = load_base(
         base,
         precision=recipe.precision,
         quantisation=recipe.quantisation if recipe.method == "qlora" else None,
         device=placement.device,
         attention=placement.attention,
-        cache=_packed_folder(base, recipe, packed_root),
+        cache=cache,
     )
     adapted, coverage = adapt(model, recipe)
     logger.info("fused kernels: %s", fuse.fuse(adapted, placement.kernels) or "none")

@@ -20,6 +20,7 @@ from tuning.errors import SpecError, TuningError
 from tuning.models import generate
 from tuning.models.load import DTYPES, load_base
 from tuning.sources import verify
+from tuning.sources.base import weights_of
 
 SHARD = "4GB"  # of one weights file
 TOKENIZER = frozenset(
@@ -35,15 +36,20 @@ def merge(
     *,
     method: str | None = None,
     device: str | None = None,
+    any_base: bool = False,
 ) -> Value:
     """Put the model of `base` with `adapter` in it into the new folder `target`.
 
     `method` (lora, qlora) is for adapters without a tuning.json, which tells it. Gives what was
     done: method, precision, tensors changed, bytes. Raises SpecError for folders that do not fit
-    each other, or a weight that is no number afterwards; then there is no `target`.
+    each other (unless `any_base`, a base of other weights too), or a weight that is no number
+    afterwards; then there is no `target`.
     """
     found = adapters.inspect(adapter)
-    if problems := adapters.misfits(found, files.read_json(base / "config.json")):
+    problems = adapters.misfits(found, files.read_json(base / "config.json"))
+    if not any_base:
+        problems += adapters.other_weights(found, lambda: weights_of(base))
+    if problems:
         raise SpecError(problems)
     made = _made(found, method, files.read_json(base / "config.json"))
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -59,6 +59,7 @@ def package(run: Run, decided: Plan, training: Value, packed: Value, model: base
     facts = model_card.Facts(
         preset=run.spec.preset,
         licence=model.licence,
+        weights=model.weights,
         rows=packed["train"]["documents"],
         trained_tokens=packed["train"]["trained_tokens"],
         trainable=training["trainable"],

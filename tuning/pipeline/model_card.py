@@ -25,6 +25,7 @@ class Facts:
 
     preset: str
     licence: str | None  # of the base model
+    weights: str | None  # its identity: Base.weights
     rows: int
     trained_tokens: int
     trainable: int  # parameters
@@ -49,6 +50,7 @@ def provenance(recipe: dict[str, Any], *, run_id: str, facts: Facts) -> dict[str
         "recipe": recipe,
         "preset": facts.preset,
         "base_licence": facts.licence,
+        "base_weights": facts.weights,
         "rows": facts.rows,
         "trained_tokens": facts.trained_tokens,
         "trainable_parameters": facts.trainable,

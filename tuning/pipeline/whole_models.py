@@ -78,7 +78,7 @@ def merged(
 
         target = where.folder or Path(scratch) / "merged"
         console.say("Merging ...")
-        result = merge.merge(weights, folder, target, method=method)
+        result = merge.merge(weights, folder, target, method=method, any_base=any_base)
         if where.folder is not None:
             return f"dir:{target}"
         stored = base.resolve(str(target), revision=None, token=None)

@@ -66,11 +66,13 @@ def fetch(
     access: Access,
     console: Console,
     folders: ExitStack,
+    weights: Callable[[], str | None] = lambda: None,
 ) -> tuple[list[ReadyAdapter], list[RejectedAdapter]]:
     """Fetch the adapters; returns those that fit the base's `config` (config.json), and the others.
 
     Closing `folders` removes their folders. `base_template` is the base's chat template;
-    `template_problem` says why another cannot be used.
+    `template_problem` says why another cannot be used. `weights` gives the base's identity
+    (sources.base.weights_of); an adapter of another base is served with a warning.
     """
     ready: list[ReadyAdapter] = []
     rejected: list[RejectedAdapter] = []
@@ -79,7 +81,10 @@ def fetch(
             at_hand = delivery.at_hand(spec.source, access=access, console=console)
             folder = folders.enter_context(at_hand)
             assert folder is not None
-            ready.append(_inspect(spec, folder, config, base_template, template_problem))
+            one = _inspect(spec, folder, config, base_template, template_problem)
+            for doubt in adapters.other_weights(one.adapter, weights):
+                console.say(f"Adapter {spec.name} may answer nonsense:\n{doubt}", style="yellow")
+            ready.append(one)
         except TuningError as error:
             rejected.append(_reject(spec, error, console))
         except OSError as error:

@@ -39,6 +39,7 @@ from tuning.serve.rendering import Renderer, template_problem
 from tuning.serve.sampling import Sampling
 from tuning.serve.service import Loaded, Service
 from tuning.serve.tokenizer import ChatTokenizer, chat_template
+from tuning.sources.base import weights_of
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -210,6 +211,7 @@ def _make(options: Options, console: Console) -> Loaded:
             access=options.access,
             console=console,
             folders=folders,
+            weights=partial(weights_of, folder),
         )
         holding = inference.hold(
             folder,

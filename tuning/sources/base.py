@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,16 @@ from tuning.sources import hub, verify
 from tuning.sources.hub_download import Meter, download, stopped
 from tuning.threads import side_by_side
 
-__all__ = ["Base", "Entry", "check", "check_room", "fetch", "fetch_tokenizer", "resolve"]
+__all__ = [
+    "Base",
+    "Entry",
+    "check",
+    "check_room",
+    "fetch",
+    "fetch_tokenizer",
+    "resolve",
+    "weights_of",
+]
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +40,7 @@ AT_ONCE = 4
 ROOM = 1.05  # free disk over what is missing
 STALE = 6 * 3600  # seconds after which a partial file belongs to no running download
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -58,6 +68,11 @@ class Base:
     total_bytes: int = 0  # of the whole repository
 
     @property
+    def weights(self) -> str | None:
+        """Identity of the weights files whatever lies beside them; None if a hash is not known."""
+        return _identity(e.sha256 for e in self.files if e.name.endswith(".safetensors"))
+
+    @property
     def needed_bytes(self) -> int:
         """Bytes of the files that training needs."""
         return sum(entry.size for entry in self.files)
@@ -72,6 +87,25 @@ class Base:
         entries = tuple(Entry(**entry) for entry in record["files"])
         folder = Path(record["folder"]) if record["folder"] else None
         return cls(**(record | {"files": entries, "folder": folder}))
+
+
+def weights_of(folder: Path) -> str | None:
+    """`Base.weights` of the model in `folder`, from remembered hashes or read for it."""
+    names, _ = verify.needed(path.name for path in folder.iterdir())
+    paths = [(folder / name).resolve() for name in names if name.endswith(".safetensors")]
+    memory = files.cache_folder() / "digests.json"
+    return _identity(
+        path.name if _SHA256.fullmatch(path.name) else verify.digest(path, memory)
+        for path in paths  # the hub's cache names a file by its hash
+    )
+
+
+def _identity(hashes: Iterable[str | None]) -> str | None:
+    """Independent of the names and the order of the files."""
+    known = list(hashes)
+    if not known or None in known:
+        return None
+    return f"sha256:{files.digest(files.canonical(sorted(map(str, known))))}"
 
 
 def resolve(

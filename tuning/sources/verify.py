@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 MAX_JSON = 64 << 20
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+ADAPTER = "adapter_config.json"
 
 # The files a model needs beside its weights; no README, no code, no second copy.
 COMPANIONS = frozenset(
@@ -46,25 +47,31 @@ _memory_lock = threading.Lock()
 def needed(names: Iterable[str]) -> tuple[list[str], list[Problem]]:
     """The files of a repository or folder that a training run reads, and problems with them.
 
-    Prefers the sharded weights that an index names; ignores pickles, code, and second copies of
-    the weights in another format (`consolidated.safetensors`, `original/`).
+    Takes the weights that transformers loads: a single file before sharded ones. Ignores pickles,
+    code, and second copies of the weights in another format (`consolidated.safetensors`,
+    `original/`). An adapter beside the model is a problem: transformers would load it, too.
     """
     top = sorted(name for name in names if "/" not in name)
     tensors = [name for name in top if name.endswith(".safetensors")]
-    if INDEX in top:
-        weights = [name for name in tensors if "-of-" in name] or tensors
-    elif SINGLE in tensors:
+    if SINGLE in tensors:
         weights = [SINGLE]
+        top = [name for name in top if name != INDEX]
+    elif INDEX in top:
+        weights = [name for name in tensors if "-of-" in name] or tensors
     else:
         weights = [n for n in tensors if not n.startswith(("consolidated", "adapter_"))]
     required = sorted({name for name in top if name in COMPANIONS} | set(weights))
     problems = [] if weights else [_no_weights(top)]
     if "config.json" not in top:
         problem = Problem("BASE-103", "", "has no config.json", "name a Hugging Face model")
-        if "adapter_config.json" in top:
+        if ADAPTER in top:
             what = "is an adapter, not a base model"
             problem = Problem("BASE-110", "", what, "name the base model")
         problems = [problem]
+    elif ADAPTER in top:
+        what = "lies beside the model, so that transformers would load the adapter with it"
+        change = "move the adapter's files (adapter_*) into a folder of their own"
+        problems.append(Problem("BASE-111", ADAPTER, what, change))
     if not any(name in top for name in _TOKENIZERS):
         what = "has no tokenizer (tokenizer.json or tokenizer.model)"
         change = "add the tokenizer's files of the same model"
@@ -127,6 +134,10 @@ def config_problems(config: dict[str, Any]) -> list[Problem]:
         what = f"needs custom code (auto_map; {model_type} is not part of transformers)"
         change = "use a model that transformers supports; remote code is never run"
         problems.append(Problem("BASE-108", "config.json", what, change))
+    if named := config.get("transformers_weights"):
+        what = f"makes transformers load {str(named)[:80]!r} in place of the model's weights"
+        change = "remove the key transformers_weights, or use the model's original files"
+        problems.append(Problem("BASE-112", "config.json", what, change))
     text = config.get("text_config")
     inner = text if isinstance(text, dict) else {}
     stored = config.get("quantization_config") or inner.get("quantization_config")
@@ -179,7 +190,10 @@ def _tensor_problems(folder: Path, names: Collection[str]) -> list[Problem]:
 def _index_problems(path: Path, where: dict[str, str], names: Collection[str]) -> list[Problem]:
     """Problems of an index whose tensors are not in the files it says."""
     try:
-        index = json_object(path)["weight_map"]
+        record = json_object(path)
+        index = record["weight_map"]
+        if not isinstance(record.get("metadata"), dict):  # transformers reads it
+            raise ValueError("has no metadata")
         if not isinstance(index, dict) or not all(isinstance(v, str) for v in index.values()):
             raise ValueError("weight_map is not a mapping of names to files")
     except (KeyError, ValueError) as error:

@@ -324,12 +324,15 @@ class Exact(SFTTrainer):  # type: ignore[misc]
         rows = ", ".join(str(row) for row in self.rows[:SHOWN_ROWS])
         more = f" and {len(self.rows) - SHOWN_ROWS} more" if len(self.rows) > SHOWN_ROWS else ""
         packed = "packed " if self.recipe.packing else ""
+        change = "lower learning_rate, or look at these rows"
+        if not self.state.global_step:
+            change = "look at these rows or the base model: no weight had changed yet"
         return DivergedError.at(
             code,
             f"step {self.state.global_step + 1}",
             f"{fact} at learning rate {self._get_learning_rate():.3g}, "
             f"with {packed}training rows {rows}{more}",
-            "lower learning_rate, or look at these rows",
+            change,
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -470,6 +470,8 @@ BROKEN: list[tuple[str, dict[str, bytes | None], str, str]] = [
     ("index no JSON", {**SHARDED, "model.safetensors.index.json": b"x"}, "BASE-106", "no JSON"),
     ("index empty", {**SHARDED, "model.safetensors.index.json": b"{}"},
      "BASE-106", "no weight_map"),
+    ("index bare", {**SHARDED, "model.safetensors.index.json": b'{"weight_map": {"a": "b"}}'},
+     "BASE-106", "no metadata"),
     ("index odd", {**SHARDED, "model.safetensors.index.json": b'{"weight_map": {"a": 1}}'},
      "BASE-106", "not a mapping"),
 ]  # fmt: skip

@@ -192,10 +192,10 @@ def _index_problems(path: Path, where: dict[str, str], names: Collection[str]) -
     try:
         record = json_object(path)
         index = record["weight_map"]
-        if not isinstance(record.get("metadata"), dict):  # transformers reads it
-            raise ValueError("has no metadata")
         if not isinstance(index, dict) or not all(isinstance(v, str) for v in index.values()):
             raise ValueError("weight_map is not a mapping of names to files")
+        if not isinstance(record.get("metadata"), dict):  # transformers reads it
+            raise ValueError("has no metadata")
     except (KeyError, ValueError) as error:
         what = "has no weight_map" if isinstance(error, KeyError) else str(error)
         return [Problem("BASE-106", path.name, what, "download the file again")]

@@ -56,7 +56,8 @@ def forbidden_volume(workspace: Object, options: Options) -> tuple[str, str] | N
 def spec(workspace: Object, desired: Desired, options: Options, *, claim: bool) -> Object:
     """The pod's spec. `claim`: the run directory is on a claim, else in an emptyDir."""
     command = ["python", "-m", "tuning", "run", "-f", "/etc/tuning/workspace.yaml"]
-    command += ["--run-dir", "/run/tuning", "--port", str(PORT)]
+    command += ["--run-dir", "/run/tuning"]
+    command += ["--host", "0.0.0.0", "--port", str(PORT)]  # noqa: S104 the pod's own address
     command += ["--secrets", "/etc/tuning/secrets"]
     if options.policy:
         command += ["--policy", "/etc/tuning/policy.yaml"]

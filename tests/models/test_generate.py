@@ -107,6 +107,23 @@ def test_a_base_without_a_chat_template_says_so(tiny_base: Base, tmp_path: Path)
         generate.Session(base).ask("cat")
 
 
+@pytest.mark.parametrize("key", ["target_modules", "exclude_modules", "layers_pattern"])
+def test_a_pattern_of_a_stranger_is_never_run(
+    key: str, tuned: Path, tiny_base: Base, tmp_path: Path
+) -> None:
+    """One that backtracks for ever costs nothing; the modules are those of the tensors."""
+    folder = tmp_path / "adapter"
+    shutil.copytree(tuned / "adapter", folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config[key] = "(([a-z._0-9])+)+!"
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+    session = generate.Session(tiny_base("phi3"), folder, max_new_tokens=4)
+
+    adapted = [name for name, _ in session.model.named_parameters() if "lora_B" in name]
+    assert len(adapter.inspect(folder).modules) == len(adapted)
+
+
 @pytest.mark.parametrize("change", ["one weight", "beside", "renamed", "no record"])
 def test_an_adapter_of_other_weights_is_refused(
     change: str, tuned: Path, tiny_base: Base, tmp_path: Path

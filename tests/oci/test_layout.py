@@ -23,7 +23,14 @@ import zstandard
 from tuning.errors import RefusedError, SpecError, TuningError
 from tuning.oci.layout import tar
 from tuning.oci.layout.extract import unpack
-from tuning.oci.layout.manifest import INDEX, MANIFEST, blob_path, choose_manifest, read_layout
+from tuning.oci.layout.manifest import (
+    INDEX,
+    MANIFEST,
+    blob_path,
+    choose_manifest,
+    read_documents,
+    read_layout,
+)
 from tuning.oci.layout.package import Built
 
 DIGEST = "sha256:fddb1589c16b7062ad6127e03bda387242a5be577be4b800c0d4ab9bc43c50ee"
@@ -459,6 +466,32 @@ def test_hostile_manifests_are_refused(tmp_path, case):
     with pytest.raises(RefusedError, match="IMAGE-110"):
         unpack(read_layout(layout), layout, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("levels", "words"),
+    [([1, 150, 150], "more than 256"), ([1, 9, 9, 9], "deeply nested"), ([1, 120, 120], "")],
+)
+def test_an_index_of_many_indexes_ends_at_once(tmp_path, levels, words):
+    """Each of a level names all of the level below: read once each, and not too many."""
+    blobs = tmp_path / "blobs" / "sha256"
+    blobs.mkdir(parents=True)
+    entries: list[dict[str, Any]] = []
+    for width in reversed(levels):
+        below, entries = entries, []
+        for number in range(width):
+            record = {"mediaType": INDEX, "manifests": below, "annotations": {"n": f"{number}"}}
+            data = json.dumps(record).encode()
+            name = hashlib.sha256(data).hexdigest()
+            (blobs / name).write_bytes(data)
+            entries.append({"mediaType": INDEX, "digest": f"sha256:{name}", "size": len(data)})
+    (tmp_path / "index.json").write_text(json.dumps({"manifests": entries}))
+
+    if words:
+        with pytest.raises(RefusedError, match=words):
+            read_documents(tmp_path)
+    else:
+        assert sum(levels) == len(read_documents(tmp_path))
 
 
 def test_layers_that_are_not_what_the_config_says(tmp_path):

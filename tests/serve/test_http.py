@@ -405,6 +405,33 @@ def test_hostile_requests_are_answered_and_leave_no_trace(server: Server) -> Non
     assert "etc/passwd" not in server.log.read_text()
 
 
+@pytest.mark.parametrize("host", ["rebind.example", "127.0.0.1.rebind.example:8000"])
+@pytest.mark.parametrize("path", ["/v1/models", "/", "/metrics"])
+def test_a_page_of_another_name_reads_nothing(path: str, host: str, server: Server) -> None:
+    """Without a key a browser that is led here by DNS rebinding gets 421."""
+    line = _raw(server, f"GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+
+    assert line.startswith(b"HTTP/1.1 421 ")
+
+
+@pytest.mark.parametrize("way", ["length", "chunked", "expect"])
+def test_a_body_that_is_too_large_is_answered(way: str, server: Server) -> None:
+    """A client that sends it whole before it reads hears 413, not a reset."""
+    body = TEXT.encode() + b" " * 30_000_000
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    if way == "chunked":
+        head += b"Transfer-Encoding: chunked\r\n\r\n"
+        body = b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+    else:
+        head += b"Content-Length: %d\r\n" % len(body)
+        head += b"Expect: 100-continue\r\n\r\n" if way == "expect" else b"\r\n"
+    with server.connect() as connection:
+        connection.sendall(head if way == "expect" else head + body)
+        line = connection.makefile("rb").readline()
+
+    assert line.startswith(b"HTTP/1.1 413 ")
+
+
 def test_errors_never_repeat_what_was_sent(server: Server) -> None:
     """The words of a wrong request are in no answer and in no log."""
     secret = "canary-31337"

@@ -26,6 +26,7 @@ def run(
     insecure: option.Insecure = False,
     ask: option.Ask = None,
     port: option.ProgressPort = None,
+    host: option.Host = "127.0.0.1",
     ranks: option.Ranks = None,
     record: option.Record = None,
     grace: option.Grace = 30.0,
@@ -52,7 +53,13 @@ def run(
         insecure=insecure,
     )
     options = replace(
-        options, questions=tuple(ask or ()), port=port, ranks=ranks, record=record, grace=grace
+        options,
+        questions=tuple(ask or ()),
+        port=port,
+        host=host,
+        ranks=ranks,
+        record=record,
+        grace=grace,
     )
     summary = pipeline.execute(spec, options, Console())
     if as_json:

@@ -23,6 +23,10 @@ from tuning.sources.base import weights_of
 
 logger = logging.getLogger(__name__)
 
+_NOT_FOR_PEFT = frozenset(
+    {"peft_type", "peft_version", "base_model_name_or_path", "revision"}
+    | {"exclude_modules", "layers_to_transform", "layers_pattern"}
+)
 Message = dict[str, str]
 """One turn: `{"role": "user" | "assistant" | "system", "content": text}`."""
 
@@ -107,14 +111,12 @@ def answer(
 def attach(base: Any, adapter: adapters.Adapter) -> PeftModel:
     """Put an inspected adapter on a loaded base model.
 
-    PEFT gets the config that our parser checked, and reads only the safetensors file.
+    PEFT gets the config that our parser checked, with the modules that the tensors name in place of
+    patterns (which are a stranger's, and may take for ever), and reads only the safetensors file.
     """
-    known = {
-        k: v
-        for k, v in adapter.config.items()
-        if k not in {"peft_type", "peft_version", "base_model_name_or_path", "revision"}
-    }
-    config = LoraConfig(**known | {"inference_mode": True})
+    known = {k: v for k, v in adapter.config.items() if k not in _NOT_FOR_PEFT}
+    modules = {"target_modules": list(adapter.modules), "inference_mode": True}
+    config = LoraConfig(**known | modules)
     change = f"use it with its own base model, {adapter.base_model}"
     found = set(projections(base))
     if missing := sorted(set(adapter.modules) - found):  # PEFT would leave these out in silence

@@ -31,6 +31,7 @@ class Options:
     cache: Path | None = None  # base weights; None: the hub's usual cache
     questions: tuple[str, ...] = ()
     port: int | None = None
+    host: str = "127.0.0.1"  # that progress is served on
     ranks: int | None = None  # training processes; None: one for each GPU
     record: Path | None = None  # file to append planned and measured values to
     grace: float = 30.0  # seconds between SIGTERM and SIGKILL, as Kubernetes counts them

@@ -5,8 +5,10 @@ Read-only, from `metrics.jsonl`. On in a Job (the operator polls it), off locall
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,8 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from tuning.errors import SpecError
+from tuning.network import own_host
 from tuning.pipeline import outcome, report
 
+CONNECTIONS = 16
+SECONDS = 10.0  # that a connection may last
 GAUGES = {
     "step": "optimizer steps done",
     "steps": "optimizer steps planned",
@@ -27,8 +32,8 @@ GAUGES = {
 
 
 @contextmanager
-def served(run: Path, *, name: str, port: int | None, host: str = "0.0.0.0") -> Iterator[int]:  # noqa: S104
-    """Serve the run directory's progress while the block runs; yields the port.
+def served(run: Path, *, name: str, port: int | None, host: str = "127.0.0.1") -> Iterator[int]:
+    """Serve the run directory's progress on `host` while the block runs; yields the port.
 
     `port` None serves nothing, 0 takes any free one. Raises SpecError for one that is taken.
     """
@@ -37,7 +42,7 @@ def served(run: Path, *, name: str, port: int | None, host: str = "0.0.0.0") -> 
         return
     handler = type("Handler", (_Handler,), {"run_folder": run, "run_name": name})
     try:
-        server = http.server.ThreadingHTTPServer((host, port), handler)
+        server = _Server((host, port), handler)
     except OSError as error:
         what = f"port {port} cannot be used ({error.strerror})"
         raise SpecError.at("RUN-141", "--port", what, "name another port") from None
@@ -49,12 +54,57 @@ def served(run: Path, *, name: str, port: int | None, host: str = "0.0.0.0") -> 
         server.server_close()
 
 
+class _Server(http.server.ThreadingHTTPServer):
+    """At most CONNECTIONS at a time: each has a thread and a file descriptor of the run."""
+
+    def __init__(self, address: tuple[str, int], handler: type[_Handler]) -> None:
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        self.free = threading.BoundedSemaphore(CONNECTIONS)
+        super().__init__(address, handler)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Start a thread, or close the connection if there are too many."""
+        if self.free.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Answer the one request of a connection."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self.free.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing: a client that has gone is no fault of the run."""
+
+
 class _Handler(http.server.BaseHTTPRequestHandler):
     run_folder: Path
     run_name: str
 
+    def setup(self) -> None:
+        """Close the connection after SECONDS even if it trickles."""
+        super().setup()
+        self._end = threading.Timer(SECONDS, self._close)
+        self._end.daemon = True
+        self._end.start()
+
+    def finish(self) -> None:
+        """End the timer with the connection."""
+        self._end.cancel()
+        super().finish()
+
+    def _close(self) -> None:
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)
+
     def do_GET(self) -> None:
         """Answer one of the three paths."""
+        if not own_host.is_own(self.headers.get("Host")):
+            self.send_error(421)
+            return
         now = outcome.progress(self.run_folder)
         match self.path.partition("?")[0]:
             case "/progress":

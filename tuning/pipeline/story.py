@@ -38,7 +38,9 @@ def execute(spec: Spec, options: Options, console: Console) -> Summary:
     with (
         _stop_on_signal() as stop,
         journal.opened(options.run_dir) as opened,
-        progress_server.served(options.run_dir, name=spec.name, port=options.port),
+        progress_server.served(
+            options.run_dir, name=spec.name, port=options.port, host=options.host
+        ),
     ):
         run = Run(spec, options, console, opened, stop)
         try:

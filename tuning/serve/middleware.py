@@ -1,4 +1,4 @@
-"""ASGI middleware: API key, request size, content type, and a log line per request.
+"""ASGI middleware: API key or own host name, request size, content type, a log line per request.
 
 With keys, every path but `/healthz` and `/readyz` requires one, as `Authorization: Bearer KEY` or
 as the password of HTTP Basic (any user), for which browsers prompt.
@@ -17,6 +17,7 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tuning.network import own_host
 from tuning.serve import responses
 from tuning.serve.schema import ApiError
 
@@ -24,6 +25,9 @@ logger = logging.getLogger(__name__)
 
 PROBES = frozenset({"/healthz", "/readyz"})  # no key, no log line
 MAX_HEADER_BYTES = 16 << 10
+# A body that is too large is read to its end up to here: a client that is still sending when its
+# connection is closed sees a reset and not the answer.
+MAX_DISCARDED_BYTES = 64 << 20
 RESPONSE_HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"cache-control", b"no-store"),
@@ -81,6 +85,10 @@ class Middleware:
         if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
             raise ApiError(431, f"the header may have {MAX_HEADER_BYTES:,} bytes")
         headers = dict(scope["headers"])
+        host = headers.get(b"host")
+        if not self._keys and not own_host.is_own(host and host.decode("latin-1")):
+            message = "this server answers to its address or a private name; with a key, to any"
+            raise ApiError(421, message, code="unknown_host")
         if self._keys and scope["path"] not in PROBES and not self._is_authorized(headers):
             raise ApiError(401, "this server requires its API key", code="invalid_api_key")
         if scope["method"] == "POST":
@@ -107,19 +115,29 @@ class Middleware:
         """The complete body; None if the client disconnected."""
         limit = self._max_body_bytes()
         too_large = ApiError(413, f"the body may have {limit:,} bytes")
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
-        if not declared.isdigit() or int(declared) > limit:
-            raise too_large
-        body, more = bytearray(), True
+        headers = dict(scope["headers"])
+        declared = headers.get(b"content-length", b"0")
+        if b"expect" in headers and not _is_at_most(declared, limit):
+            raise too_large  # the client waits for an answer before it sends
+        body, size, more = bytearray(), 0, True
         while more:
             message = await receive()
             if message["type"] == "http.disconnect":
                 return None
-            body += message.get("body", b"")
-            if len(body) > limit:
-                raise too_large
+            piece = message.get("body", b"")
+            size += len(piece)
+            if size <= limit:
+                body += piece
+            elif size > limit + MAX_DISCARDED_BYTES:
+                break
             more = message.get("more_body", False)
+        if size > limit:
+            raise too_large
         return bytes(body)
+
+
+def _is_at_most(number: bytes, limit: int) -> bool:
+    return number.isdigit() and len(number) < 20 and int(number) <= limit
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

@@ -20,6 +20,7 @@ LAYER = "application/vnd.oci.image.layer.v1.tar"
 RUN_ID = "tuning.kaito.sh/run-id"
 MODEL_NAME = "sh.kaito.model.name"
 
+MOST_DOCUMENTS = 256  # manifests and indexes of one image
 LARGEST_JSON = 4 << 20  # bytes of a manifest, index or config
 MOST_LAYERS = 127  # limit of container runtimes
 DEEPEST_INDEX = 3
@@ -158,13 +159,17 @@ def read_documents(layout: Path) -> tuple[Document, ...]:
     documents: dict[str, Document] = {}
 
     def take(blob: Blob, depth: int) -> None:
+        if blob.digest in documents:
+            return
         if depth == DEEPEST_INDEX:
             raise refused(where, "has too deeply nested indexes")
+        if len(documents) == MOST_DOCUMENTS:
+            raise refused(where, f"has more than {MOST_DOCUMENTS} manifests")
         data = _checked(layout, blob, where)
         inner = parse_json(data, where=where)
         for entry in index_entries(inner, where=where) if is_index(inner) else ():
             take(entry, depth + 1)
-        documents.setdefault(blob.digest, Document(blob, data))
+        documents[blob.digest] = Document(blob, data)
 
     take(choose_manifest(record, where=where), 0)
     return tuple(documents.values())

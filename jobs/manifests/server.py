@@ -144,6 +144,7 @@ def _command(workspace: Object, server: Server, options: Options) -> list[str]:
         source = each.folder if each.volume else str(each.image)
         command += ["--adapter", f"{each.name}={source}{_strength(each)}"]
     command += ["--host", "0.0.0.0", "--port", str(PORT)]  # noqa: S104 the pod's own address
+    command += ["--any-host"]  # only the network policy knows who may come
     if any(each.pull_secrets for each in server.adapters):
         command += ["--pull-secret", f"{_SECRETS}/pull"]
     if server.hub_secret:

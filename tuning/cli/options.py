@@ -133,6 +133,10 @@ BaseName = Annotated[
     typer.Option(metavar="NAME", help="What the base is called [default: its own name]."),
 ]
 Host = Annotated[str, typer.Option(help="Address to listen on.")]
+AnyHost = Annotated[
+    bool,
+    typer.Option("--any-host", help="Without a key, answer to any name (behind a login)."),
+]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one.")]
 ApiKeyFile = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Keys, one a line; then every path wants one.")

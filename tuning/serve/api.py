@@ -24,7 +24,7 @@ from tuning.serve.service import Service
 PAGE = (Path(__file__).parent / "page.html").read_bytes()
 
 
-def app(service: Service, *, keys: Sequence[bytes] = ()) -> Middleware:
+def app(service: Service, *, keys: Sequence[bytes] = (), any_host: bool = False) -> Middleware:
     """The ASGI application, wrapped in the middleware."""
     routes = {
         ("GET", "/"): _page,
@@ -54,6 +54,7 @@ def app(service: Service, *, keys: Sequence[bytes] = ()) -> Middleware:
     return Middleware(
         routed,
         keys=keys,
+        any_host=any_host,
         max_body_bytes=lambda: service.max_body_bytes,
         is_draining=lambda: service.phase == "draining",
         count=count,

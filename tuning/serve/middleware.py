@@ -42,12 +42,14 @@ class Middleware:
         app: ASGIApp,
         *,
         keys: Sequence[bytes],
+        any_host: bool,
         max_body_bytes: Callable[[], int],
         is_draining: Callable[[], bool],
         count: Callable[[str, int], None],
     ) -> None:
         """`count` is called with the path and status of each request."""
         self._app, self._keys = app, tuple(keys)
+        self._judges_host = not (keys or any_host)
         self._max_body_bytes, self._is_draining, self._count = max_body_bytes, is_draining, count
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -86,7 +88,7 @@ class Middleware:
             raise ApiError(431, f"the header may have {MAX_HEADER_BYTES:,} bytes")
         headers = dict(scope["headers"])
         host = headers.get(b"host")
-        if not self._keys and not own_host.is_own(host and host.decode("latin-1")):
+        if self._judges_host and not own_host.is_own(host and host.decode("latin-1")):
             message = "this server answers to its address or a private name; with a key, to any"
             raise ApiError(421, message, code="unknown_host")
         if self._keys and scope["path"] not in PROBES and not self._is_authorized(headers):

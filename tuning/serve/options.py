@@ -35,6 +35,7 @@ class Options:
     adapters: tuple[AdapterSpec, ...] = ()
     combined: str = "tuned"  # name of the combined model
     host: str = "127.0.0.1"
+    any_host: bool = False  # without keys: whatever name a request has for this server
     port: int = 8000
     keys: tuple[bytes, ...] = ()  # each is valid; without keys no authorization is required
     precision: inference.Precision = "auto"

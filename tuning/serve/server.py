@@ -77,7 +77,7 @@ async def _serve(options: Options, listener: socket.socket, console: Console) ->
     service = Service(options.base, default, options.limits)
     server = _Server(
         uvicorn.Config(
-            api.app(service, keys=options.keys),
+            api.app(service, keys=options.keys, any_host=options.any_host),
             http=TimeoutProtocol,
             ws="none",
             lifespan="off",

@@ -65,7 +65,7 @@ class Session:
             "maxsize": CONNECTIONS,
             "ssl_context": tls(ca, client),
         }
-        self._direct = direct or urllib3.PoolManager(**self._pool)
+        self._direct = direct or connect.strict(urllib3.PoolManager(**self._pool))
         self._proxied: dict[str, urllib3.ProxyManager] = {}
 
     @classmethod
@@ -126,11 +126,9 @@ class Session:
             parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
             login = ":".join(map(unquote, (parts.username or "", parts.password or "")))
             headers = urllib3.make_headers(proxy_basic_auth=login if parts.username else None)
-            self._proxied[proxy] = urllib3.ProxyManager(
-                f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}",
-                proxy_headers=headers,
-                **self._pool,
-            )
+            address = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
+            manager = urllib3.ProxyManager(address, proxy_headers=headers, **self._pool)
+            self._proxied[proxy] = connect.strict(manager)
         return self._proxied[proxy]
 
 

@@ -140,21 +140,21 @@ def _quoted(text: str) -> str:
 
 
 def whole(response: BaseHTTPResponse, largest: int = LARGEST_DOCUMENT) -> bytes:
-    """All bytes of a small body, read to its announced end.
+    """All bytes of a small body, read to its announced end; of a larger one `largest` + 1 bytes.
 
-    Raises NotHttp for one that is longer than `largest` or whose end is not what was announced, an
-    HTTPError where it breaks off.
+    Raises NotHttp if its end is not announced as HTTP does it, an HTTPError if it breaks off.
     """
-    length = None if is_chunked(response.headers) else content_length(response.headers)
-    data = bytearray()
+    headers, data = response.headers, bytearray()
+    length = None if is_chunked(headers) else content_length(headers)
     while len(data) <= largest and (piece := response.read(largest + 1 - len(data))):
         data += piece
-    if len(data) > largest:
-        raise NotHttp(f"has a body of more than {largest:,} bytes")
-    encoded = response.headers.get("content-encoding", "identity").lower() != "identity"
-    if length is not None and len(data) < length and not encoded:
+    if length is not None and len(data) < min(length, largest) and not _decoded(headers):
         raise ProtocolError(f"{len(data)} of {length} bytes")
     return bytes(data)
+
+
+def _decoded(headers: Headers) -> bool:
+    return headers.get("content-encoding", "identity").lower() != "identity"
 
 
 class StrictResponse(http.client.HTTPResponse):

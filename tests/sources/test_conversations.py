@@ -280,5 +280,4 @@ def test_a_thousand_conversations(tmp_path: Path) -> None:
 
     ends = list(conversations(SHORT, count, tmp_path))
 
-    print({end: ends.count(end) for end in sorted(set(ends))})
     assert count // 4 < ends.count("accepted") < count

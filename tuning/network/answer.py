@@ -161,10 +161,17 @@ class StrictResponse(http.client.HTTPResponse):
     """A response that ends where its framing says, as strictly as the module's docstring demands.
 
     http.client takes "000" as the last chunk though "0000a5" was cut, and any two bytes as the end
-    of a chunk.
+    of a chunk. Lengths that differ would make urllib3 drop the answer without closing it.
     """
 
     chunk_left: int | None
+
+    def begin(self) -> None:
+        """Read the head of the answer."""
+        super().begin()
+        lengths = ",".join(self.headers.get_all("content-length") or ())
+        if len({length.strip() for length in lengths.split(",")}) > 1:
+            raise http.client.HTTPException("two lengths")
 
     def _get_chunk_left(self) -> int | None:
         """Bytes left of the current chunk, None after the last one."""

@@ -48,8 +48,10 @@ def _lines(path: Path, size: int, part_bytes: int) -> Iterator[Part]:
                 if not piece:
                     break
                 lines += piece.count(b"\n")
-            rest = file.readline()  # up to the end of the line
-            lines += rest.endswith(b"\n")
+            while rest := file.readline(CHUNK):  # up to the end of the line
+                if rest.endswith(b"\n"):
+                    lines += 1
+                    break
             end = file.tell()
             yield Part(begin, end, before, end - begin)
             begin, before = end, before + lines

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet as pq
 
-from tuning.data import csv_rows, json_rows, sniff
+from tuning.data import csv_rows, expansion, json_rows, sniff
 from tuning.data.formats import KNOWN_COLUMNS, UNREAD, quoted
 from tuning.data.source import BATCH_BYTES, BATCH_ROWS, Batch, Source
 from tuning.errors import DataError
@@ -50,13 +50,13 @@ def _parquet(source: Source) -> Iterator[Batch]:
                 end = file.num_row_groups if part.end is None else part.end
                 groups = list(range(part.begin, end))
                 rows = sum(file.metadata.row_group(n).num_rows for n in groups)
-                tables = file.iter_batches(
-                    batch_size=_rows_at_once(file, groups, used),
-                    row_groups=groups,
-                    columns=used,
-                    use_threads=False,
-                )
-                for batch in _batches(tables, names, before=part.before):
+                size, at_once = _measure(file, groups, used)
+                if size > sniff.most_bytes(source.path.stat().st_size):
+                    raise sniff.too_much(source.shown)
+                texts = expansion.dense(file, path, groups, used)
+            with pq.ParquetFile(path, pre_buffer=False, read_dictionary=texts) as file:
+                tables = file.iter_batches(at_once, groups, columns=used, use_threads=False)
+                for batch in _batches(tables, names, source, before=part.before):
                     yield batch
                     source.tick(part.size * len(batch.rows) // rows)
         except (pa.ArrowException, OSError) as error:
@@ -79,7 +79,7 @@ def _arrow(source: Source) -> Iterator[Batch]:
                     for table in tables
                     for start in range(0, table.num_rows, BATCH_ROWS)
                 )
-                yield from _batches(parts, names)
+                yield from _batches(parts, names, source)
                 source.tick(source.part.size)
         except (pa.ArrowException, OSError) as error:
             source.bad("", *_unreadable("arrow", error))
@@ -97,11 +97,11 @@ def _used(names: list[str], source: Source) -> list[str]:
 
 
 def _batches(
-    tables: Iterable[pa.RecordBatch], names: list[str], *, before: int = 0
+    tables: Iterable[pa.RecordBatch], names: list[str], source: Source, *, before: int = 0
 ) -> Iterator[Batch]:
-    number = before
+    number, budget = before, expansion.Budget(source)
     for table in tables:
-        for small in _halved(_without_dictionaries(table)):
+        for small in map(_without_dictionaries, expansion.slices(table, budget)):
             places = list(range(number + 1, number + 1 + small.num_rows))
             number += small.num_rows
             read = small.schema.names
@@ -115,8 +115,11 @@ def _batches(
             yield Batch("row", places, [row | unread for row in rows] if unread else rows)
 
 
-def _rows_at_once(file: pq.ParquetFile, groups: list[int], used: list[str]) -> int:
-    """The number of rows of a parquet batch: BATCH_ROWS, or fewer if they are long."""
+def _measure(file: pq.ParquetFile, groups: list[int], used: list[str]) -> tuple[int, int]:
+    """The bytes of the row groups without compression, as the file says, and rows of a batch.
+
+    A batch has BATCH_ROWS, or fewer if they are long.
+    """
     size = rows = 0
     for number in groups:
         group = file.metadata.row_group(number)
@@ -127,11 +130,11 @@ def _rows_at_once(file: pq.ParquetFile, groups: list[int], used: list[str]) -> i
             for column in columns
             if column.path_in_schema.partition(".")[0] in used
         )
-    return max(1, min(BATCH_ROWS, 4 * BATCH_BYTES * rows // max(1, size)))
+    return size, max(1, min(BATCH_ROWS, 4 * BATCH_BYTES * rows // max(1, size)))
 
 
 def _without_dictionaries(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """`batch` with decoded dictionaries, which would count fully in the size of every slice."""
+    """`batch` with decoded dictionaries, which reads faster."""
     if not any(pa.types.is_dictionary(field.type) for field in batch.schema):
         return batch
     columns = [
@@ -139,18 +142,6 @@ def _without_dictionaries(batch: pa.RecordBatch) -> pa.RecordBatch:
         for column in batch.columns
     ]
     return pa.RecordBatch.from_arrays(columns, names=batch.schema.names)
-
-
-def _halved(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
-    """`batch` in slices of at most BATCH_BYTES, or of a single row."""
-    stack = [batch]
-    while stack:
-        part = stack.pop()
-        if part.num_rows > 1 and part.nbytes > BATCH_BYTES:
-            half = part.num_rows // 2
-            stack += [part.slice(half), part.slice(0, half)]
-        else:
-            yield part
 
 
 def _holds_tools(field: pa.Field) -> bool:

@@ -201,15 +201,24 @@ def chunks(path: Path, compression: Compression | None, shown: str) -> Iterator[
             while piece := file.read(CHUNK):
                 yield piece
         return
-    total = 0
-    size = path.stat().st_size
+    total, most = 0, most_bytes(path.stat().st_size)
     decompress = _gunzip if compression == "gzip" else _unzstd
     for piece in decompress(path, shown):
         total += len(piece)
-        if total > FREE_BYTES and total > MAX_RATIO * size:
-            what = f"grows to more than {MAX_RATIO} times its size when decompressed"
-            raise DataError.at("DATA-253", shown, what, "give the data uncompressed")
+        if total > most:
+            raise too_much(shown)
         yield piece
+
+
+def most_bytes(size: int) -> int:
+    """The bytes to which a compressed file of `size` bytes may grow."""
+    return max(FREE_BYTES, MAX_RATIO * size)
+
+
+def too_much(shown: str) -> DataError:
+    """The error of a file that grows beyond that."""
+    what = f"grows to more than {MAX_RATIO} times its size when decompressed"
+    return DataError.at("DATA-253", shown, what, "give the data uncompressed")
 
 
 def _gunzip(path: Path, shown: str) -> Iterator[bytes]:
@@ -237,24 +246,19 @@ def _gunzip(path: Path, shown: str) -> Iterator[bytes]:
 
 
 def _unzstd(path: Path, shown: str) -> Iterator[bytes]:
-    import zstandard
+    import pyarrow as pa  # its stream gives pieces of bounded size; that of zstandard does not
 
-    frame = None
-    with path.open("rb") as file:
-        try:
-            # small reads: a bomb grows by up to 32768 times
-            while chunk := file.read(2048):
-                while chunk:
-                    if frame is None or frame.eof:
-                        frame = zstandard.ZstdDecompressor().decompressobj()
-                    piece = frame.decompress(chunk)
-                    chunk = frame.unused_data if frame.eof else b""
-                    if piece:
-                        yield piece
-        except zstandard.ZstdError as error:
-            raise _damaged("zstd", shown) from error
-    if frame is not None and not frame.eof:
-        raise _cut("zstd", shown)
+    with pa.OSFile(str(path)) as file, pa.CompressedInputStream(file, "zstd") as stream:
+        while True:
+            try:
+                piece = stream.read(CHUNK)
+            except OSError as error:
+                if error.errno is not None:
+                    raise
+                raise (_cut if "runcated" in str(error) else _damaged)("zstd", shown) from error
+            if not piece:
+                return
+            yield piece
 
 
 def _cut(name: str, shown: str) -> DataError:

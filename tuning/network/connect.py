@@ -5,17 +5,19 @@ The connection goes to exactly a checked address, with SNI and Host kept.
 
 from __future__ import annotations
 
-import http.client
 import socket
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import urllib3
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import ConnectTimeoutError, NameResolutionError, NewConnectionError
 
+from tuning.network.answer import StrictResponse
 from tuning.network.policy import NotAllowed, Policy
 from tuning.network.tls import tls
 
+Manager = TypeVar("Manager", bound=urllib3.PoolManager)
 Resolver = Callable[[str, int], Sequence[str]]  # host, port -> addresses, best first
 
 
@@ -25,7 +27,7 @@ def lookup(host: str, port: int) -> list[str]:
     return list(dict.fromkeys(str(entry[4][0]) for entry in entries))
 
 
-class _UntilClosed(http.client.HTTPResponse):
+class _UntilClosed(StrictResponse):
     """A response whose end is where the server closes, if it promised to close.
 
     http.client stops at the announced length and never sees that the server sent more.
@@ -35,6 +37,28 @@ class _UntilClosed(http.client.HTTPResponse):
         super().begin()
         if self.will_close and self.length:
             self.length = None
+
+
+class _Plain(HTTPConnection):
+    response_class = StrictResponse
+
+
+class _Secure(HTTPSConnection):
+    response_class = StrictResponse
+
+
+class _PlainPool(urllib3.HTTPConnectionPool):
+    ConnectionCls = _Plain
+
+
+class _SecurePool(urllib3.HTTPSConnectionPool):
+    ConnectionCls = _Secure
+
+
+def strict(manager: Manager) -> Manager:
+    """`manager`, which from now on reads answers strictly."""
+    manager.pool_classes_by_scheme = {"http": _PlainPool, "https": _SecurePool}
+    return manager
 
 
 def opener(policy: Policy, *, resolve: Resolver = lookup) -> urllib3.PoolManager:

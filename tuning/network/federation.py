@@ -195,7 +195,7 @@ def answer(who: str, ask: Ask, method: str, url: str, *, renew: str = "", **more
         raise RefusedError.at("REG-152", who, what, renew or change)
     try:
         value = reply.json()
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise no_token(who)
@@ -208,7 +208,7 @@ def _error_name(reply: Response) -> str:
         value = reply.json()
         error = value.get("error") or value.get("__type") or value["Error"]
         name = error if isinstance(error, str) else error.get("Code") or error.get("status")
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return ""
     return f" ({name})" if isinstance(name, str) and name.isprintable() and len(name) < 60 else ""
 
@@ -231,7 +231,7 @@ def until(seconds: Any) -> float:
     """The expiry, on the monotonic clock, of what is valid for `seconds`."""
     try:
         lifetime = float(seconds)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         lifetime = LIFETIME
     return time.monotonic() + (lifetime if lifetime > 0 else LIFETIME)
 
@@ -242,5 +242,5 @@ def _seconds_until(ends: Any) -> float | None:
         if isinstance(ends, str):
             return datetime.datetime.fromisoformat(ends).timestamp() - time.time()
         return float(ends) - time.time()
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError, OSError):
         return None

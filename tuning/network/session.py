@@ -7,6 +7,7 @@ no .netrc and keeps no cookies.
 
 from __future__ import annotations
 
+import io
 import ipaddress
 import json as json_text
 import socket
@@ -22,6 +23,7 @@ from urllib3 import exceptions
 
 import tuning
 from tuning.network import connect
+from tuning.network.answer import LARGEST_DOCUMENT, NotHttp, whole
 from tuning.network.connect import Resolver, lookup
 from tuning.network.policy import Policy, hush, network, place
 from tuning.network.tls import tls
@@ -65,7 +67,7 @@ class Session:
             "maxsize": CONNECTIONS,
             "ssl_context": tls(ca, client),
         }
-        self._direct = direct or urllib3.PoolManager(**self._pool)
+        self._direct = direct or connect.strict(urllib3.PoolManager(**self._pool))
         self._proxied: dict[str, urllib3.ProxyManager] = {}
 
     @classmethod
@@ -89,8 +91,10 @@ class Session:
     ) -> Response:
         """One request and its answer, whatever its status; with `stream` its body is unread.
 
-        `body` is bytes, or an iterable whose length the headers name; `form` and `json` are encoded
-        here. Raises Unreachable, or NotAllowed before anything is sent.
+        Without, the body is read to its end, LARGEST_DOCUMENT bytes at most. `body` is bytes, or
+        an iterable whose length the headers name; `form` and `json` are encoded here.
+
+        Raises Unreachable, or NotAllowed before anything is sent.
         """
         sent = {"Accept": "*/*", "User-Agent": f"tuning/{tuning.__version__}"}
         if form is not None:
@@ -103,18 +107,21 @@ class Session:
         except ValueError:
             raise Unreachable("url") from None
         try:
-            return manager.request(
+            response = manager.request(
                 method,
                 url,
                 body=body,
                 headers={**sent, **(headers or {})},
                 redirect=False,
                 retries=False,
-                preload_content=not stream,
+                preload_content=False,
                 decode_content=not stream,
                 timeout=urllib3.Timeout(connect=timeout[0], read=timeout[1]),
                 **options,
             )
+            return response if stream else _loaded(method, response)
+        except NotHttp as fault:
+            raise Unreachable("broken", f"its answer {fault}") from None
         except (exceptions.HTTPError, OSError, ValueError) as error:
             raise unreachable(error) from None
 
@@ -126,12 +133,31 @@ class Session:
             parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
             login = ":".join(map(unquote, (parts.username or "", parts.password or "")))
             headers = urllib3.make_headers(proxy_basic_auth=login if parts.username else None)
-            self._proxied[proxy] = urllib3.ProxyManager(
-                f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}",
-                proxy_headers=headers,
-                **self._pool,
-            )
+            address = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
+            manager = urllib3.ProxyManager(address, proxy_headers=headers, **self._pool)
+            self._proxied[proxy] = connect.strict(manager)
         return self._proxied[proxy]
+
+
+def _loaded(method: str, response: Response) -> Response:
+    """`response` with its body in memory, its connection free for others."""
+    bodyless = method == "HEAD" or response.status in (204, 304)
+    try:
+        body = b"" if bodyless else whole(response)
+        if len(body) > LARGEST_DOCUMENT:
+            raise NotHttp(f"has a body of more than {LARGEST_DOCUMENT:,} bytes")
+    except BaseException:
+        response.close()
+        raise
+    response.release_conn()
+    return urllib3.HTTPResponse(
+        io.BytesIO(body),
+        response.headers,
+        response.status,
+        reason=response.reason,
+        decode_content=False,
+        enforce_content_length=False,
+    )
 
 
 def unreachable(error: Exception) -> Unreachable:

@@ -42,6 +42,7 @@ STALE = 6 * 3600  # seconds after which a partial file belongs to no running dow
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Entry:
     name: str
     size: int  # bytes
     sha256: str | None = None  # known for a hub's large files and for local ones
+    git_id: str | None = None  # of git's blob, known for a hub's small files
 
 
 @dataclass(frozen=True)
@@ -259,18 +261,15 @@ def _resolve_hub(hub_id: str, revision: str | None, token: str | None, *, patien
     from huggingface_hub import HfApi
 
     api = HfApi(endpoint=hub.endpoint(), token=token)
-    info = hub.ask(
-        lambda: api.model_info(hub_id, revision=revision, files_metadata=True, timeout=15),
-        hub_id,
-        revision,
-        patience=None if patient else Patience(tries=1),
-    )
-    listing = {
-        sibling.rfilename: Entry(
-            sibling.rfilename, sibling.size or 0, sibling.lfs.sha256 if sibling.lfs else None
-        )
-        for sibling in info.siblings or []
-    }
+
+    def work() -> tuple[Any, dict[str, Entry]]:
+        info = api.model_info(hub_id, revision=revision, files_metadata=True, timeout=15)
+        if not isinstance(info.sha, str) or not _COMMIT.fullmatch(info.sha):
+            raise ValueError("a model without a commit")
+        return info, {each.rfilename: _entry(each) for each in info.siblings or []}
+
+    patience = None if patient else Patience(tries=1)
+    info, listing = hub.ask(work, hub_id, revision, patience=patience)
     names, problems = verify.needed(listing)
     if problems:
         raise verify.at(hub_id, problems)
@@ -286,6 +285,18 @@ def _resolve_hub(hub_id: str, revision: str | None, token: str | None, *, patien
         gated=bool(info.gated),
         total_bytes=sum(entry.size for entry in listing.values()),
     )
+
+
+def _entry(sibling: Any) -> Entry:
+    """A file of the hub's listing. Raises ValueError for one that is not of the hub's form."""
+    name, size, git_id = sibling.rfilename, sibling.size or 0, sibling.blob_id
+    sha256 = sibling.lfs.sha256 if sibling.lfs else None
+    if not isinstance(name, str) or type(size) is not int or size < 0:
+        raise ValueError("a file without name or size")
+    if sha256 is not None and not _SHA256.fullmatch(sha256):
+        raise ValueError("a file with an invalid sha256")
+    known = isinstance(git_id, str) and _COMMIT.fullmatch(git_id) and sha256 is None
+    return Entry(name, size, sha256, git_id if known else None)
 
 
 def _cached(hub_id: str, revision: str | None, cache: Path | None) -> Base | None:

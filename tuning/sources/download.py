@@ -1,8 +1,8 @@
 """One URL -> one verified file, resumed after every interruption.
 
 Bytes are received in a `part`, which records how many of them are safe on disk and to which version
-of the file they belong (Range, If-Range). Only a complete and checked file gets its name. Nothing
-is decoded here.
+of the file they belong (Range, If-Range). Only a complete and checked file gets its name: the
+invariants are those of `network.answer`. Nothing is decoded here.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from urllib3.exceptions import HTTPError, ReadTimeoutError
 from tuning import files
 from tuning.console import Report
 from tuning.errors import DataError, Problem, RefusedError, Stopped, TransientError
+from tuning.network.answer import NotHttp, is_open_ended
 from tuning.network.policy import Policy
 from tuning.network.retry import Again, Attempts
 from tuning.network.session import Response
-from tuning.sources.http import Item, Limits, Web, empty, validate
+from tuning.sources.http import Item, Limits, Web, broken, empty, not_http, validate
 from tuning.sources.part import Part
 
 CHUNK = 1 << 20
@@ -122,31 +123,41 @@ def _attempt(item: Item, target: Path, web: Web, meter: Meter) -> tuple[str, int
     response = web.get(item, part.headers())
     try:
         validate(item, response)
-        if response.status == 416 and not part.complete_at(response):
-            part.restart(response)
-            raise Again(_changed(item), after=0)
+        end = _take_up(item, response, part)
         if response.status != 416:
-            if response.status == 206 and not part.continued_by(response):
-                part.restart(response)
-                raise Again(_changed(item), after=0)
-            if response.status != 206:
-                part.restart(response)
             _check_size(item, part, web.policy, meter)
-            _receive(item, response, part, web, meter)
+            _receive(item, response, part, end, web, meter)
+        closed_end = response.status == 200 and is_open_ended(response.headers)
     finally:
         response.close()
-    return _finish(item, target, part, closed_end=_open_ended(response))
+    return _finish(item, target, part, closed_end=closed_end)
+
+
+def _take_up(item: Item, response: Response, part: Part) -> int | None:
+    """The size of the part at the end of this answer's body, None if that is not announced.
+
+    Raises Again, with an empty part, for an answer that does not continue it.
+    """
+    try:
+        match response.status:
+            case 206:
+                if end := part.continued_by(response.headers):
+                    return end
+            case 416:
+                if part.completed_by(response.headers):
+                    return part.size
+            case _:
+                return part.begin(response.headers)
+    except NotHttp as fault:
+        part.restart()
+        raise not_http(item, fault) from None
+    part.restart()
+    raise Again(_changed(item), after=0)
 
 
 def _changed(item: Item) -> Problem:
     what = "the file changes while it is downloaded"
     return Problem("FETCH-138", item.where, what, "run the same command again when it is at rest")
-
-
-def _open_ended(response: Response) -> bool:
-    """True if only the end of the connection marks the end of the body."""
-    chunked = "chunked" in response.headers.get("transfer-encoding", "").lower()
-    return response.status == 200 and not chunked and "content-length" not in response.headers
 
 
 def _check_size(item: Item, part: Part, policy: Policy, meter: Meter) -> None:
@@ -172,10 +183,11 @@ def _too_large(item: Item, who: str, cap: int, key: str) -> DataError:
     return DataError.at("FETCH-122", item.where, what, f"use less data, or raise data.{key}")
 
 
-def _receive(item: Item, response: Response, part: Part, web: Web, meter: Meter) -> None:
-    """Append the body to the part. Raises Again where it breaks off."""
-    limits, window, mark = web.limits, time.monotonic(), part.size
-    announced = _announced(response, part)
+def _receive(
+    item: Item, response: Response, part: Part, end: int | None, web: Web, meter: Meter
+) -> None:
+    """Append the body to the part, up to `end` if known. Raises Again where it breaks off."""
+    pace = _Pace(item, part, web.limits)
     durable = part.size
     with part.path.open("r+b" if part.size else "wb") as file:
         file.seek(part.size)
@@ -192,36 +204,41 @@ def _receive(item: Item, response: Response, part: Part, web: Web, meter: Meter)
                 if part.size - durable >= DURABLE_EVERY:
                     durable = part.size
                     _keep(file, part)
-                now = time.monotonic()
-                if now - window >= limits.slow_window:
-                    if part.size - mark < limits.slow_bytes:
-                        what = f"only {part.size - mark} bytes came in {now - window:.0f} s"
-                        change = "run the same command again; it goes on"
-                        raise Again(Problem("FETCH-134", item.where, what, change))
-                    window, mark = now, part.size
+                pace.check()
         except ReadTimeoutError:
-            if part.size != announced:  # else the server only did not close
-                what = f"no byte for {limits.stall:.0f} s, at byte {part.size}"
+            if part.size != end:  # else the server only did not close
+                what = f"no byte for {web.limits.stall:.0f} s, at byte {part.size}"
                 change = "run the same command again; it goes on"
                 raise Again(Problem("FETCH-133", item.where, what, change)) from None
         except (HTTPError, ssl.SSLError, ConnectionError):
-            raise Again(_cut(item, part.size, announced)) from None
+            raise broken(item, part.size, end) from None
         finally:
             _keep(file, part)
-    if announced is not None and part.size != announced:
-        problem = _cut(item, part.size, announced)
-        if part.size > announced:  # none of it can be trusted
-            part.size = 0
-            part.save()
-        raise Again(problem)
+    size, expected = part.size, part.length if part.size == end else end
+    if expected is None or size == expected:
+        return
+    if size > expected:  # none of it can be trusted
+        part.restart()
+    raise broken(item, size, expected)
 
 
-def _announced(response: Response, part: Part) -> int | None:
-    """The size in bytes of the part at the end of this body, if announced."""
-    length = response.headers.get("content-length", "")
-    if length.isdigit() and "transfer-encoding" not in response.headers:
-        return part.size + int(length)
-    return part.length
+class _Pace:
+    """Whether bytes come fast enough."""
+
+    def __init__(self, item: Item, part: Part, limits: Limits) -> None:
+        self._item, self._part, self._limits = item, part, limits
+        self._since, self._mark = time.monotonic(), part.size
+
+    def check(self) -> None:
+        """Raise Again if too few bytes came in the last window."""
+        seconds, count = time.monotonic() - self._since, self._part.size - self._mark
+        if seconds < self._limits.slow_window:
+            return
+        if count < self._limits.slow_bytes:
+            what = f"only {count} bytes came in {seconds:.0f} s"
+            change = "run the same command again; it goes on"
+            raise Again(Problem("FETCH-134", self._item.where, what, change))
+        self._since, self._mark = time.monotonic(), self._part.size
 
 
 def _keep(file: Any, part: Part) -> None:
@@ -231,16 +248,13 @@ def _keep(file: Any, part: Part) -> None:
     part.save()
 
 
-def _cut(item: Item, size: int, announced: int | None) -> Problem:
-    of = f" of {announced}" if announced is not None else ""
-    what = f"the transfer ended after {size}{of} bytes"
-    return Problem("FETCH-135", item.where, what, "run the same command again; it goes on")
-
-
 def _finish(item: Item, target: Path, part: Part, *, closed_end: bool) -> tuple[str, int]:
     """Validate the complete part and give it its name."""
     if part.size == 0:
         raise empty(item)
+    if part.path.stat().st_size != part.size:
+        part.discard()
+        raise broken(item, 0, part.size)
     with part.path.open("rb") as file:
         head = file.read(1024)
     if _PAGE.match(head):

@@ -16,16 +16,20 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from urllib3.exceptions import HTTPError
+
 from tuning import files, process
 from tuning.console import Report
 from tuning.errors import DataError, Problem, RefusedError, SpecError, TransientError, TuningError
+from tuning.network import answer
+from tuning.network.answer import NotHttp
 from tuning.network.connect import Resolver, lookup
 from tuning.network.policy import Headers, Policy, place
 from tuning.network.retry import Again, Patience
 from tuning.network.session import Response
 from tuning.sources import hub, local, stores
 from tuning.sources.download import Aborted, Meter, download
-from tuning.sources.http import Item, Limits, Web, empty, validate
+from tuning.sources.http import Item, Limits, Web, broken, empty, not_http, validate
 from tuning.sources.local import File, PullImage
 from tuning.sources.stores import Keys
 from tuning.spec import Source
@@ -118,27 +122,45 @@ def check(
 
 def _look(item: Item, web: Web, head: int) -> Seen:
     response = web.get(item, {"Range": f"bytes=0-{head - 1}"})
+    first = b""
     try:
         validate(item, response)
-        first = b""
+        total, length = _announced(response)
         while (
             response.status != 416
             and len(first) < head
             and (piece := response.read1(head - len(first)))
         ):
             first += piece
+    except NotHttp as fault:
+        raise not_http(item, fault) from None
+    except (HTTPError, OSError):
+        raise broken(item, len(first), None) from None
     finally:
         response.close()
-    if not first:
+    if not first and total in (0, None):
         raise empty(item)
-    return Seen(item.shown, _size(response), first)
+    if length is not None and len(first) < min(head, length):
+        raise broken(item, len(first), length)
+    return Seen(item.shown, total, first)
 
 
-def _size(response: Response) -> int | None:
-    """Bytes of the whole file, if announced."""
-    of_range = response.headers.get("content-range", "").rpartition("/")[2]
-    whole = response.headers.get("content-length", "") if response.status == 200 else of_range
-    return int(whole) if whole.isdigit() else None
+def _announced(response: Response) -> tuple[int | None, int | None]:
+    """Bytes of the whole file and of this answer's body, if announced. Raises NotHttp."""
+    headers = response.headers
+    if response.status == 206:
+        part = answer.body_range(headers)
+        if part.start != 0 or part.end is None:
+            raise NotHttp("has another range than the requested one")
+        return part.total, part.end
+    if response.status == 416:
+        of_file = answer.content_range(headers)
+        if of_file is not None and of_file.total:
+            raise NotHttp("refuses the beginning of the file")
+        return 0, None
+    answer.is_chunked(headers)
+    length = answer.content_length(headers)
+    return length, length
 
 
 def _named(source: Source) -> tuple[str, ...]:

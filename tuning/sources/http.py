@@ -20,6 +20,7 @@ from tuning.errors import (
     SpecError,
     TransientError,
 )
+from tuning.network.answer import NotHttp
 from tuning.network.connect import Resolver, lookup
 from tuning.network.policy import Headers, NotAllowed, Policy, place
 from tuning.network.retry import Again, Patience, is_retryable, retry_after
@@ -28,7 +29,7 @@ from tuning.sources.stores import Signed, Store
 
 MAX_REDIRECTS = 5
 _REDIRECTS = (301, 302, 303, 307, 308)
-_STORED_AS_SENT = ("", "identity", "gzip", "x-gzip", "zstd")  # detected later by content
+_STORED_AS_SENT = ("", "gzip", "zstd")  # detected later by content
 _HAS_REASON = (*_REDIRECTS, 400, 401, 403, 404, 409)  # a store's body of these gives a reason
 _ERROR_BYTES = 8192  # of such a body
 _KNOWN_HOSTS = ("storage.googleapis.com", "huggingface.co")  # if unknown, DNS is broken
@@ -135,9 +136,14 @@ class Web:
 
     def _follow(self, item: Item, url: str, location: str) -> str:
         """The target of a redirect, if it may be followed."""
-        location = quote(location, safe="%/:=&?~#+!$,;'@()*[]", encoding="latin-1")
-        target = urljoin(url, location).partition("#")[0]
+        location = quote(
+            location, safe="%/:=&?~#+!$,;'@()*[]", encoding="latin-1", errors="replace"
+        )
         change = "use the address of the file itself"
+        try:
+            target = urljoin(url, location).partition("#")[0]
+        except ValueError:
+            raise not_http(item, NotHttp("redirects to an invalid URL")) from None
         if not location or (refusal := self.policy.refusal(target)):
             what = f"redirects to a forbidden URL: {refusal if location else 'empty'}"
             raise RefusedError.at("FETCH-115", item.where, what, change)
@@ -237,7 +243,7 @@ def validate(item: Item, response: Response) -> None:
     """Raise unless `response` is a 416 or has a body that belongs to `item`."""
     status = response.status
     if status in (200, 206, 416):
-        encodings = response.headers.get("content-encoding", "").lower().replace(" ", "")
+        encodings = encoding_of(response.headers)
         if encodings not in _STORED_AS_SENT:
             what = f'answers with Content-Encoding "{encodings[:60]}", though asked for plain bytes'
             raise RefusedError.at("FETCH-118", item.where, what, "serve the file as it is")
@@ -260,6 +266,26 @@ def validate(item: Item, response: Response) -> None:
     known = {404: "there is no such file (404)", 410: "the file is gone (410)"}
     what = known.get(status, f"the server answers {status}")
     raise RefusedError.at("FETCH-110", item.where, what, "correct the URL")
+
+
+def encoding_of(headers: Mapping[str, str]) -> str:
+    """The Content-Encoding, in lower case and by its usual name; empty for none."""
+    encodings = headers.get("content-encoding", "").lower().replace(" ", "")
+    return {"identity": "", "x-gzip": "gzip"}.get(encodings, encodings)
+
+
+def not_http(item: Item, fault: NotHttp) -> Again:
+    """The failure of an answer that HTTP does not allow: another server may give a better one."""
+    change = "run the same command again; if that does not help, give the file's address elsewhere"
+    return Again(Problem("FETCH-139", item.where, f"the server's answer {fault}", change), tries=3)
+
+
+def broken(item: Item, size: int, announced: int | None) -> Again:
+    """The failure of a transfer that ends after `size` bytes, of `announced` if known."""
+    of = f" of {announced}" if announced is not None else ""
+    what = f"the transfer ended after {size}{of} bytes"
+    change = "run the same command again; it goes on"
+    return Again(Problem("FETCH-135", item.where, what, change))
 
 
 def empty(item: Item) -> DataError:

@@ -5,7 +5,9 @@ huggingface_hub is imported late: it is slow, and `plan` does not need it.
 
 from __future__ import annotations
 
+import logging
 import os
+import traceback
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -14,7 +16,11 @@ from tuning.errors import RefusedError, SpecError, TransientError, TuningError
 from tuning.network.policy import hush
 from tuning.network.retry import Again, Patience, is_retryable, persist
 
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
+# What the library raises for bad JSON, headers and URLs of the hub: it checks none of them.
+_NOT_A_HUB = (ValueError, TypeError, LookupError, AttributeError, RecursionError, OverflowError)
 PATIENCE = Patience(first=3.0, tries=4)
 
 
@@ -107,6 +113,11 @@ def explain(error: BaseException, hub_id: str, revision: str | None) -> TuningEr
             code, what = "HUB-115", "a file came incomplete"
         change = "run the same command again; it goes on"
         return full or TransientError.at(code, hub_id, what, change)
+    if isinstance(error, _NOT_A_HUB):
+        log.info("%s", "".join(traceback.format_exception(error)))
+        what = f"{endpoint()} answers what is not a hub's protocol ({type(error).__name__})"
+        change = "check HF_ENDPOINT, proxies and firewall, then run the same command again"
+        return TransientError.at("HUB-116", hub_id, what, change)
     return None
 
 

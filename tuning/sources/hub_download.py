@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tuning import files
 from tuning.console import Report
 from tuning.errors import Stopped, TransientError
 from tuning.sources import hub, verify
@@ -43,14 +45,29 @@ def download(
         if meter.stop():
             raise stopped(base)
         path = hub.ask(work, hub_id, base.revision, stop=meter.stop)
-        same = entry.sha256 is None or entry.sha256 == verify.digest(path, memory)
-        if same and path.stat().st_size == entry.size:
+        if path.stat().st_size == entry.size and _is_listed(path, entry, memory):
             return
         path.resolve().unlink(missing_ok=True)
         path.unlink(missing_ok=True)
-    what = "differs from the hub's listing in size or sha256"
+    what = "differs from the hub's listing in size or hash"
     change = "run the same command again; it downloads the file anew"
     raise TransientError.at("HUB-115", f"{hub_id} {entry.name}", what, change)
+
+
+def _is_listed(path: Path, entry: Entry, memory: Path) -> bool:
+    """Whether the file has the hash of the hub's listing: sha256 of a large file, git's of a small.
+
+    A file of another version may have the listed size.
+    """
+    if entry.sha256 is not None:
+        return entry.sha256 == verify.digest(path, memory)
+    if entry.git_id is None:
+        return True
+    blob = hashlib.sha1(b"blob %d\0" % entry.size, usedforsecurity=False)
+    with path.open("rb") as file:
+        while piece := file.read(files.CHUNK):
+            blob.update(piece)
+    return blob.hexdigest() == entry.git_id
 
 
 def stopped(base: Base) -> Stopped:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tuning import files
-from tuning.network.session import Response
-from tuning.sources.http import Item
-
-_RANGE = re.compile(r"bytes (?:(\d+)-(\d+)|\*)/(\d+|\*)")
+from tuning.network import answer
+from tuning.network.answer import Headers, NotHttp
+from tuning.sources.http import Item, encoding_of
 
 
 @dataclass
@@ -21,9 +20,11 @@ class Part:
     path: Path
     item: Item
     size: int = 0
-    validator: str | None = None  # a strong ETag, or Last-Modified
-    modified: str | None = None  # Last-Modified, in any case
-    length: int | None = None  # of the whole file
+    etag: str | None = None  # as sent, weak or strong
+    modified: str | None = None  # Last-Modified as sent
+    validator: str | None = None  # a strong ETag, or a Last-Modified that identifies the version
+    encoding: str = ""  # Content-Encoding
+    length: int | None = None  # of the whole file, if announced
 
     @classmethod
     def open(cls, target: Path, item: Item) -> Part:
@@ -31,15 +32,18 @@ class Part:
         part = cls(target.with_name(target.name + ".part"), item)
         try:
             state = files.read_json(part.record)
-            here = part.path.stat().st_size
-        except (OSError, ValueError):
-            return part
-        if state["url"] == item.key and state["size"] <= here:
-            part.size, part.validator = state["size"], state["validator"]
-            part.modified = state.get("modified")
-            part.length = state["length"]
-            os.truncate(part.path, part.size)
+            if state["url"] == item.key and state["size"] <= part.path.stat().st_size:
+                part._restore(state)
+                os.truncate(part.path, part.size)
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return cls(part.path, item)
         return part
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.size, self.length = int(state["size"]), state["length"]
+        self.validator, self.modified = state["validator"], state.get("modified")
+        strong = self.validator if self.validator and '"' in self.validator else None
+        self.etag, self.encoding = state.get("etag", strong), state.get("encoding", "")
 
     @property
     def record(self) -> Path:
@@ -54,31 +58,52 @@ class Part:
         condition = {"If-Range": self.validator} if self.validator else {}
         return {"Range": f"bytes={self.size}-", **condition}
 
-    def restart(self, response: Response) -> None:
-        """Begin again with the version that `response` announces."""
+    def begin(self, headers: Headers) -> int | None:
+        """Begin with the version that a 200 announces; returns its length. Raises NotHttp."""
+        answer.is_chunked(headers)
+        length = answer.content_length(headers)
+        self.restart()
+        self.etag, self.modified = headers.get("etag"), headers.get("last-modified")
+        strong = self.etag is not None and self.etag.startswith('"')
+        self.validator = self.etag if strong else answer.modified_long_ago(headers)
+        self.encoding, self.length = encoding_of(headers), length
+        return length
+
+    def restart(self) -> None:
+        """Forget the received bytes, and of which version they are."""
         self.record.unlink(missing_ok=True)
-        self.size, self.validator = 0, _validator(response)
-        self.modified = response.headers.get("last-modified")
-        length = response.headers.get("content-length", "")
-        self.length = int(length) if length.isdigit() and response.status == 200 else None
+        self.size, self.length, self.encoding = 0, None, ""
+        self.etag = self.modified = self.validator = None
 
-    def continued_by(self, response: Response) -> bool:
-        """True if the body of this 206 continues the received bytes."""
-        match = _RANGE.fullmatch(response.headers.get("content-range", ""))
-        if not match or match[1] is None or int(match[1]) != self.size or not self.size:
-            return False
-        total = int(match[3]) if match[3] != "*" else None
-        if self.length is not None and total is not None and total != self.length:
-            return False
-        self.length = self.length if total is None else total
-        etag, modified = response.headers.get("etag"), response.headers.get("last-modified")
-        other = etag and self.validator and '"' in self.validator and etag != self.validator
-        return not (other or (modified and self.modified and modified != self.modified))
+    def continued_by(self, headers: Headers) -> int | None:
+        """The size after the body of this 206; None if it is of another version. Raises NotHttp."""
+        body = answer.body_range(headers)
+        if not self.size or body.start != self.size:
+            raise NotHttp("has another range than the requested one")
+        if body.total is not None and self.length not in (None, body.total):
+            return None
+        if not self._is_of_this_version(headers):
+            return None
+        self.length = self.length if body.total is None else body.total
+        if self.length is None and not self.item.sha256:
+            raise NotHttp("does not name the size of the file")
+        return body.end
 
-    def complete_at(self, response: Response) -> bool:
-        """True if this 416 says that nothing is missing."""
-        match = _RANGE.fullmatch(response.headers.get("content-range", ""))
-        return bool(match and self.size and match[3] == str(self.size))
+    def _is_of_this_version(self, headers: Headers) -> bool:
+        """Whether all validators are those of the received bytes.
+
+        With an entity tag a 206 may leave out Last-Modified (RFC 9110, 15.3.7).
+        """
+        etag, modified = headers.get("etag"), headers.get("last-modified")
+        same = modified == self.modified or (modified is None and self.etag is not None)
+        return etag == self.etag and same and encoding_of(headers) == self.encoding
+
+    def completed_by(self, headers: Headers) -> bool:
+        """Whether this 416 says that nothing is missing. Raises NotHttp."""
+        of_file = answer.content_range(headers)
+        if headers.get("etag", self.etag) != self.etag or of_file is None:
+            return False
+        return 0 < self.size == of_file.total == self.length
 
     def discard(self) -> None:
         """Remove what was received."""
@@ -91,14 +116,9 @@ class Part:
             "url": self.item.key,
             "size": self.size,
             "validator": self.validator,
+            "etag": self.etag,
             "modified": self.modified,
+            "encoding": self.encoding,
             "length": self.length,
         }
         files.write_json(self.record, state)
-
-
-def _validator(response: Response) -> str | None:
-    etag = response.headers.get("etag")
-    if etag and not etag.startswith("W/"):
-        return etag
-    return response.headers.get("last-modified")

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from urllib3.exceptions import HTTPError
 
 from tuning.errors import Problem, RefusedError
+from tuning.network.answer import NotHttp, whole
 from tuning.network.docker_config import Login
 from tuning.network.retry import Again, is_retryable, retry_after
 from tuning.network.session import Response, Unreachable, unreachable
 from tuning.spec.reference import Reference
 
+LARGEST_REASON = 1 << 16  # bytes of an error's body that are read
 _CERTIFICATE = "trust its certificate with --ca FILE"
 
 
@@ -44,7 +46,8 @@ class Errors:
 
     def status(self, method: str, answer: Response) -> RefusedError | Again:
         """The error of an unexpected status."""
-        status, message = answer.status, _message(answer)
+        status, text = answer.status, _text(answer)
+        message = _message(text)
         what = f"answered {status} to {method}{f' ({message})' if message else ''}"
         if is_retryable(status):
             after, tries = retry_after(answer.headers), 2 if status == 500 else None
@@ -70,9 +73,26 @@ class Errors:
             case 413:
                 change = "raise the limit on uploads of the registry, or of the proxy before it"
                 return self.refusal("REG-124", what, change)
-        if "HTTP request to an HTTPS server" in _text(answer)[:200]:
+        if "HTTP request to an HTTPS server" in text[:200]:
             return self.refusal("REG-126", "talks TLS, but was asked in plain http", _CERTIFICATE)
         return self.refusal("REG-125", what, "check the reference and the registry's settings")
+
+    def not_http(self, what: str) -> Again:
+        """The failure of an answer that HTTP does not allow."""
+        change = "run the same command again; a proxy or the registry breaks its answers"
+        return self.again("REG-136", what, change, tries=3)
+
+    def body(self, answer: Response, largest: int) -> bytes:
+        """The whole body of an answer, one byte more than `largest` if it is longer.
+
+        Raises RefusedError or Again where it breaks off.
+        """
+        try:
+            return whole(answer, largest)
+        except NotHttp as fault:
+            raise self.not_http(f"its answer {fault}") from None
+        except HTTPError as error:
+            raise self.unreachable(error) from None
 
     def unauthorized(self) -> RefusedError:
         """The error of a 401 that no login of ours prevents."""
@@ -115,26 +135,28 @@ class Errors:
 
 def code(answer: Response) -> str:
     """The code of the first error in the answer, such as BLOB_UPLOAD_UNKNOWN; or nothing."""
-    return str(_first(answer).get("code", ""))
+    return str(_first(_text(answer)).get("code", ""))
 
 
-def _message(answer: Response) -> str:
+def _message(text: str) -> str:
     """Code and message of the first error in the answer, if any."""
-    first = _first(answer)
-    text = ": ".join(str(first[name]) for name in ("code", "message") if first.get(name))
-    return "".join(c if c.isprintable() else " " for c in text)[:160]
+    first = _first(text)
+    both = ": ".join(str(first[name]) for name in ("code", "message") if first.get(name))
+    return "".join(c if c.isprintable() else " " for c in both)[:160]
 
 
-def _first(answer: Response) -> dict[str, object]:
+def _first(text: str) -> dict[str, object]:
     try:
-        first = json.loads(_text(answer))["errors"][0]
+        first = json.loads(text)["errors"][0]
     except (ValueError, KeyError, IndexError, TypeError, RecursionError):
         return {}
     return first if isinstance(first, dict) else {}
 
 
 def _text(answer: Response) -> str:
+    """The beginning of the answer's body."""
     try:
-        return answer.data.decode("utf-8", "replace")
+        data = answer.read(LARGEST_REASON) or answer.data
+        return data[:LARGEST_REASON].decode("utf-8", "replace")
     except (HTTPError, OSError):
         return ""

@@ -110,14 +110,17 @@ class Tokens:
             record = answer.json()
             token = record.get("token") or record["access_token"]
             lifetime = float(record.get("expires_in") or LIFETIME)
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             what, change = "has a token server that gave no token", "tell its administrator"
             raise self.errors.again("REG-133", what, change, tries=2) from None
         self._header = f"Bearer {token}"
         self._renew_at = time.monotonic() + lifetime - min(RENEWED_BEFORE, lifetime / 2)
 
     def _from_server(self, challenge: Challenge) -> Response:
-        realm = urlsplit(challenge.get("realm", ""))
+        try:
+            realm = urlsplit(challenge.get("realm", ""))
+        except ValueError:
+            raise self.errors.not_http("names a token server at an invalid URL") from None
         if realm.scheme not in (("https", "http") if self.plain else ("https",)):
             what = "names a token server that is not reached by https"
             raise self.errors.refusal("REG-127", what, "tell the registry's administrator")

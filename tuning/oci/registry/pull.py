@@ -16,6 +16,13 @@ from urllib3.exceptions import HTTPError
 
 from tuning import files
 from tuning.console import Report
+from tuning.network.answer import (
+    NotHttp,
+    body_range,
+    content_length,
+    content_range,
+    is_chunked,
+)
 from tuning.network.session import Response
 from tuning.oci.layout.extract import LARGEST_TOTAL, unpack
 from tuning.oci.layout.manifest import (
@@ -117,6 +124,7 @@ def resolve(remote: Remote) -> tuple[str, Image]:
     where = str(remote.reference)
     name = tag_of(remote.reference)
     data = _present(remote, name)
+    remote.check_json(data)
     digest = digest_of(data)
     for _ in range(DEEPEST_INDEX):
         record = parse_json(data, where=where)
@@ -147,9 +155,7 @@ def _download(remote: Remote, blob: Blob, layout: Path, report: Callable[[int], 
         headers={"Range": f"bytes={have}-"} if have else {},
         stream=True,
     )
-    _refuse_other_size(remote, answer, blob, path)
-    goes_on = answer.headers.get("Content-Range", "").startswith(f"bytes {have}-")
-    if answer.status != 206 or not goes_on:
+    if not _goes_on(remote, answer, blob, path, have):
         path.unlink(missing_ok=True)
         have = 0
     if answer.status == 416:  # its body is not part of the blob
@@ -158,7 +164,7 @@ def _download(remote: Remote, blob: Blob, layout: Path, report: Callable[[int], 
     seen = _hash(path)
     try:
         with closing(answer), path.open("ab") as out:
-            for piece in answer.stream(PIECE, decode_content=False):
+            while piece := answer.read1(PIECE, decode_content=False):
                 have += len(piece)
                 if have > blob.size:
                     break
@@ -175,16 +181,29 @@ def _download(remote: Remote, blob: Blob, layout: Path, report: Callable[[int], 
         raise damaged(remote, f"sends bytes that are not {blob.digest}")
 
 
-def _refuse_other_size(remote: Remote, answer: Response, blob: Blob, path: Path) -> None:
-    """Raise RefusedError if the blob is shorter than its manifest says."""
-    length = answer.headers.get("Content-Range", "").rpartition("/")[2]
-    if answer.status == 200 and not answer.headers.get("Content-Encoding"):
-        length = answer.headers.get("Content-Length", "")
-    if length.isdigit() and int(length) < blob.size:
+def _goes_on(remote: Remote, answer: Response, blob: Blob, path: Path, have: int) -> bool:
+    """Whether the body continues the `have` bytes that are here.
+
+    Raises Again for an answer that HTTP does not allow, RefusedError if the blob is shorter than
+    its manifest says.
+    """
+    headers = answer.headers
+    try:
+        is_chunked(headers)
+        part, size = content_range(headers), content_length(headers)
+        start = body_range(headers).start if answer.status == 206 else None
+    except NotHttp as fault:
         answer.close()
         path.unlink(missing_ok=True)
-        what = f"has {int(length):,} bytes of {blob.digest}, but its manifest says {blob.size:,}"
+        raise remote.errors.not_http(f"its answer {fault}") from None
+    if answer.status != 200 or headers.get("Content-Encoding"):
+        size = part.total if part is not None else None
+    if size is not None and size < blob.size:
+        answer.close()
+        path.unlink(missing_ok=True)
+        what = f"has {size:,} bytes of {blob.digest}, but its manifest says {blob.size:,}"
         raise damaged(remote, what)
+    return start == have
 
 
 def _whole(path: Path, blob: Blob) -> bool:

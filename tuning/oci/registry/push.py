@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from urllib3.exceptions import HTTPError
-
 from tuning import files
 from tuning.console import Report
 from tuning.errors import RefusedError
@@ -70,10 +68,7 @@ def manifest(remote: Remote, name: str) -> bytes | None:
     with closing(answer):
         if answer.status == 404:
             return None
-        try:
-            data: bytes = answer.read(LARGEST_JSON + 1)
-        except HTTPError as error:
-            raise remote.errors.unreachable(error) from None
+        data = remote.errors.body(answer, LARGEST_JSON)
     if len(data) > LARGEST_JSON:
         raise refused(str(remote.reference), "has a manifest of impossible size")
     kind, colon, digest = name.partition(":")

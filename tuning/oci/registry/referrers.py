@@ -15,11 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from urllib3.exceptions import HTTPError
-
 from tuning import files
 from tuning.errors import RefusedError
-from tuning.network.session import Response
 from tuning.oci.layout.manifest import (
     INDEX,
     LARGEST_JSON,
@@ -85,7 +82,7 @@ def _by_api(remote: Remote, subject: str) -> list[Value]:
     with closing(answer):
         if answer.status != 200:
             return []
-        return _entries(_body(remote, answer))
+        return _entries(remote.errors.body(answer, LARGEST))
 
 
 def _by_tag(remote: Remote, subject: str) -> list[Value]:
@@ -142,17 +139,9 @@ def document(remote: Remote, blob: Blob) -> bytes:
         raise remote.errors.refusal("REG-144", what, "attach a smaller one")
     answer = remote.request("GET", f"/blobs/{blob.digest}", expect=(200,), stream=True)
     with closing(answer):
-        data = _body(remote, answer)
+        data = remote.errors.body(answer, LARGEST)
     if f"sha256:{hashlib.sha256(data).hexdigest()}" != blob.digest:
         raise damaged(remote, f"sends bytes that are not {blob.digest}")
-    return data
-
-
-def _body(remote: Remote, answer: Response) -> bytes:
-    try:
-        data: bytes = answer.read(LARGEST + 1)
-    except HTTPError as error:
-        raise remote.errors.unreachable(error) from None
     return data
 
 
@@ -208,7 +197,10 @@ def attach(
 def _list(remote: Remote, subject: str, entry: Value) -> None:
     """Add `entry` to the index under the fallback tag."""
     tag = fallback_tag(subject)
-    listed = _by_tag(remote, subject)
+    data = manifest(remote, tag)
+    if data is not None:
+        remote.check_json(data)  # else the list would be written anew, without the others
+    listed = _entries(data)
     if any(each.get("digest") == entry["digest"] for each in listed):
         return
     value = {"schemaVersion": 2, "mediaType": INDEX, "manifests": [*listed, entry]}

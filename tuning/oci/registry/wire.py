@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Container, Mapping
 from contextlib import closing
@@ -91,6 +92,13 @@ class Remote:
                 raise self.errors.status(method, answer)
             answer.close()
 
+    def check_json(self, data: bytes) -> None:
+        """Raise Again for bytes that are not JSON and have no digest to be checked against."""
+        try:
+            json.loads(data)
+        except (ValueError, RecursionError):
+            raise self.errors.not_http("sends a document that is not JSON") from None
+
     def _ask(self, method: str, url: str, **more: Any) -> Response:
         try:
             return self._session.request(method, url, timeout=TIMEOUT, **more)
@@ -102,7 +110,11 @@ class Remote:
 
         A registry behind a proxy that terminates TLS may name itself with http: https is used.
         """
-        url = urlsplit(urljoin(f"{self.base}/", location))
+        try:
+            url = urlsplit(urljoin(f"{self.base}/", location))
+            place(url.geturl())
+        except ValueError:
+            raise self.errors.not_http("names an invalid URL") from None
         origin = urlsplit(self.origin)
         if url.scheme == "http" and origin.scheme == "https" and url.netloc == origin.netloc:
             url = url._replace(scheme="https")
@@ -111,7 +123,11 @@ class Remote:
     def _redirected(self, method: str, url: str, answer: Response) -> str:
         """The target of a redirect, if `method` may follow it."""
         location = answer.headers.get("Location", "")
-        target = urlsplit(self.absolute(urljoin(url, location)))
+        try:
+            location = location and urljoin(url, location)
+        except ValueError:
+            raise self.errors.not_http("redirects to an invalid URL") from None
+        target = urlsplit(self.absolute(location))
         if not location or (method not in READS and answer.status < 307):
             raise self.errors.status(method, answer)
         if target.scheme != "https" and urlsplit(url).scheme == "https":

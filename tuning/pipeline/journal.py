@@ -39,7 +39,7 @@ from tuning.errors import SpecError, TransientError
 Value = dict[str, Any]
 FILES = (
     *(".lock", "journal.jsonl", "spec.yaml", "plan.json", "metrics.jsonl"),
-    *("report.html", "provenance.json", "traceback.txt"),
+    *("samples.jsonl", "report.html", "provenance.json", "traceback.txt"),
 )
 FOLDERS = ("data", "checkpoints", "adapter", "image", "log")
 

@@ -6,8 +6,9 @@
 starts the command and gives how it ended. The product has no hook for this: a `sitecustomize` on
 the path of the run and its children (`faults/site`) listens to Python's audit events. `act` is what
 happens there: "kill" ends the parent by SIGKILL, and the child has to die with it; "term" sends the
-parent SIGTERM; "oom-kill" and "memory" strike the process itself; "fill" fills the disk with the
-file `marker`; "hang" stands still.
+parent SIGTERM; the name of a signal, "memory" (a MemoryError) and "exhaust" (memory, until the
+kernel kills) strike the process itself; "fill" fills the disk with the file `marker`; "hang" stands
+still.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ def statement(run: Path, subject: list[Value]) -> Value:
                     "startedOn": _time(journal[0]["at"]),
                     "finishedOn": _time(_ended(journal, "package") or journal[-1]["at"]),
                 },
-                "tuning_planned": {"seconds": plan.get("seconds"), "memory": plan.get("memory")},
+                "tuning_planned": {"memory": plan.get("memory"), "speed": plan.get("speed")},
                 "tuning_measured": {
                     name: trained[name] for name in (*_TRAINED, *_LOSSES) if name in trained
                 },

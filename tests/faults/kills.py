@@ -61,18 +61,19 @@ class Run:
         aim: Aim | None = None,
         marker: Path | None = None,
         start: Sequence[str] = ("-m", "tuning"),
+        more: Sequence[str] = (),
     ) -> None:
-        more = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        variables = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         if aim:
-            more |= {"AIM": json.dumps(asdict(aim)), "PYTHONPATH": str(SITE)}
+            variables |= {"AIM": json.dumps(asdict(aim)), "PYTHONPATH": str(SITE)}
         if marker:
-            more |= {"AIM_MARKER": str(marker)}
+            variables |= {"AIM_MARKER": str(marker)}
         self.process = subprocess.Popen(
-            [sys.executable, *start, *map(str, command)],
+            [sys.executable, *start, *map(str, command), *more],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=os.environ | more,
+            env=os.environ | variables,
         )
 
     def send(self, number: int) -> None:

@@ -12,6 +12,8 @@ import random
 import re
 import shutil
 import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import cycle
@@ -21,6 +23,7 @@ import pytest
 from commands import tuning, workspace
 
 from tuning import files
+from tuning.oci import provenance
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 # What a run directory does not hold yet when the journal ends with this phase.
@@ -47,11 +50,16 @@ class Job:
 
     def command(self) -> subprocess.CompletedProcess[str]:
         """The same command each time."""
-        return tuning(
+        return tuning(*self.arguments())
+
+    def arguments(self) -> list[str]:
+        """The words of that command."""
+        words = [
             *("run", "-f", self.folder / "rot.yaml", "--base-model", EXAMPLES / "tiny-model"),
             *("--data", self.folder / "rows.jsonl", "--run-dir", self.folder / "run"),
-            *("--output", f"oci:{self.folder / 'image'}", "--json"),
-        )
+            *("--json", "--output", f"oci:{self.folder / 'image'}"),
+        ]
+        return [str(word) for word in words]
 
     def restore(self, boundary: str) -> list[Path]:
         """Put everything to where a kill after `boundary` leaves it; returns its files."""
@@ -211,3 +219,64 @@ def test_a_run_of_an_older_version_goes_on(job: Job) -> None:
     assert "same" == job.outcome()
     ends = [json.loads(line) for line in path.read_text().splitlines()][len(records) :]
     assert ["push", "finish"] == [record["phase"] for record in ends if record["event"] == "end"]
+
+
+def test_the_provenance_of_a_real_run_has_what_was_planned(job: Job) -> None:
+    """Memory and speed by the names of plan.json: nothing planned is null for want of a name."""
+    job.restore("package")
+    run = job.folder / "run"
+    planned = files.read_json(run / "plan.json")
+    planned["speed"] = dict.fromkeys(planned["speed"], 7.0)
+    files.write_json(run / "plan.json", planned)
+
+    told = provenance.statement(run, [])["predicate"]["runDetails"]["tuning_planned"]
+    assert {"seconds": 7.0, "tokens_per_second": 7.0, "memory": planned["memory"]} == told
+    assert planned["memory"]["total"] > 0
+
+
+def test_what_changed_is_named_before_the_adapter_is_replaced(job: Job) -> None:
+    """Another learning rate and other rows in the same run directory."""
+    job.restore("finish")
+    text = (job.folder / "rot.yaml").read_text()
+    rows = (job.folder / "rows.jsonl").read_text()
+    try:
+        (job.folder / "rot.yaml").write_text(text.replace("0.001", "0.003"))
+        (job.folder / "rows.jsonl").write_text(rows + rows)
+        ended = job.command()
+    finally:
+        (job.folder / "rot.yaml").write_text(text)
+        (job.folder / "rows.jsonl").write_text(rows)
+
+    assert 0 == ended.returncode, ended.stderr
+    (line,) = [line for line in ended.stderr.splitlines() if "will be replaced" in line]
+    assert "learning_rate 0.001 -> 0.003" in line and "data" in line
+
+
+def test_an_interrupted_run_has_a_report(job: Job) -> None:
+    """It says where it ended and why, beside the loss so far."""
+    job.restore("plan")
+    arguments = job.arguments()
+    with subprocess.Popen(
+        [sys.executable, "-m", "tuning", *arguments], stderr=subprocess.DEVNULL
+    ) as run:
+        while run.poll() is None and not (job.folder / "run" / "metrics.jsonl").exists():
+            time.sleep(0.02)
+        run.terminate()
+
+    page = (job.folder / "run" / "report.html").read_text()
+    assert 75 == run.returncode
+    assert "Ended in the phase train: RUN-110" in page and "step" in page
+
+
+def test_a_reader_that_closes_early_is_no_error(job: Job) -> None:
+    """`preview | head -1`, on the page and as JSON: exit 0, nothing on stderr but what it says."""
+    job.restore("pack")
+    for more in ([], ["--json"]):
+        words = [arg for arg in job.arguments() if arg != "--json"][1:-2]
+        command = [sys.executable, "-m", "tuning", "preview", *words, *more]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as preview:
+            assert preview.stdout is not None and preview.stderr is not None
+            preview.stdout.close()
+            said = preview.stderr.read().decode()
+        assert 0 == preview.returncode, said
+        assert "Traceback" not in said and "Exception ignored" not in said

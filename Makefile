@@ -62,7 +62,7 @@ slow: install  ## the tests that take minutes: the memory formula against simula
 
 soak: install system  ## kill a run, stop a server, N times at each boundary: make soak N=50 (hours)
 	SOAK=$(N) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak tests/pipeline/test_kills.py \
-	  tests/pipeline/test_stops.py $(PYTEST)
+	  tests/pipeline/test_stops.py tests/pipeline/test_bit_rot.py $(PYTEST)
 	SOAK=$(N) SOAK_SECONDS=3600 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --timeout=0 \
 	  -k "sigterm_under_load or eight_clients" tests/serve/test_process.py tests/serve/test_http.py \
 	  $(PYTEST)

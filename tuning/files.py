@@ -6,6 +6,7 @@ folder is fsynced, so that after a crash a reader sees the old file or the new o
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -33,20 +34,28 @@ def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def digest_file(path: Path) -> str:
-    """The sha256 of the file at `path`, read in pieces of 1 MiB."""
+def digest_file(path: Path, *, cold: bool = False) -> str:
+    """The sha256 of the file at `path`, read in pieces of 1 MiB.
+
+    `cold` asks the kernel to read from the disk what it still has in memory.
+    """
     whole = hashlib.sha256()
     with path.open("rb") as file:
+        if cold:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         while piece := file.read(CHUNK):
             whole.update(piece)
     return whole.hexdigest()
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in `folder` durable."""
+    """Make the names in `folder` durable, where its file system can: SMB and FUSE may refuse."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF):
+            raise
     finally:
         os.close(handle)
 
@@ -60,11 +69,17 @@ def sync_file(path: Path) -> None:
         os.close(handle)
 
 
+def _create(path: Path, mode: int) -> int:
+    """A new file to write to; nothing is written through a link of that name."""
+    path.unlink(missing_ok=True)
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
+
+
 def write(path: Path, data: bytes | str, *, mode: int = 0o644) -> None:
     """Write `data` to `path`: the whole of it is there afterwards, or nothing has changed."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with os.fdopen(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
+        with os.fdopen(_create(scratch, mode), "wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
@@ -96,7 +111,8 @@ def copy(source: Path, target: Path) -> None:
     """Copy the file `source` to `target`, whole or not at all."""
     scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        shutil.copyfile(source, scratch)
+        with source.open("rb") as content, os.fdopen(_create(scratch, 0o666), "wb") as file:
+            shutil.copyfileobj(content, file, CHUNK)
         sync_file(scratch)
         scratch.replace(target)
     finally:

@@ -9,10 +9,12 @@ since a launcher may lose an exit code and a log may be cut. No file: the child 
 from __future__ import annotations
 
 import contextlib
+import errno
 import faulthandler
 import importlib
 import os
 import queue
+import re
 import runpy
 import signal
 import stat
@@ -27,7 +29,7 @@ from types import MappingProxyType
 from typing import Any
 
 from tuning import files
-from tuning.errors import TransientError, TuningError, from_json
+from tuning.errors import SpecError, TransientError, TuningError, from_json
 
 
 class ChildDied(Exception):
@@ -67,11 +69,12 @@ def serve(work: Callable[[dict[str, Any]], dict[str, Any]]) -> int:
         files.write_json(result, {"error": error.to_json()})
         return error.exit_code
     except Exception as error:
-        full = disk_full(error)
-        if full is not None:
+        failed = system_error(error)
+        if failed is not None:
+            traceback.print_exc()
             with contextlib.suppress(OSError):  # the result may not fit, either
-                files.write_json(result, {"error": full.to_json()})
-            return full.exit_code
+                files.write_json(result, {"error": failed.to_json()})
+            return failed.exit_code
         traceback.print_exc()
         files.write_json(result, {"bug": traceback.format_exc()})
         return 1
@@ -79,9 +82,46 @@ def serve(work: Callable[[dict[str, Any]], dict[str, Any]]) -> int:
 
 def disk_full(error: BaseException) -> TransientError | None:
     """The disk-full error for an ENOSPC or EDQUOT of the operating system, else None."""
-    if isinstance(error, OSError) and error.errno in (28, 122):  # ENOSPC, EDQUOT
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return _no_space(str(error.filename or "disk"))
     return None
+
+
+# About a file's name, owner or kind, which waiting does not mend.
+_OF_THE_PATH = frozenset(
+    {
+        *(errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EEXIST),
+        *(errno.ENAMETOOLONG, errno.ENOTEMPTY, errno.EFBIG, errno.EXDEV, errno.EMLINK),
+    }
+)
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # as libraries in Rust say it
+
+
+def system_error(error: BaseException, where: Path | str = "disk") -> TuningError | None:
+    """The error for what the operating system refused, else None: an error of another kind.
+
+    Where the error names no file, it was in `where`.
+    """
+    if isinstance(error, OSError):
+        number, path = error.errno, str(error.filename or where)
+    else:
+        said = _OS_ERROR.search(str(error))
+        number, path = int(said[1]) if said else None, str(where)
+    if number is None:
+        return None
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return _no_space(path)
+    reason = os.strerror(number)
+    if number in _OF_THE_PATH:
+        change = "name a writable folder with --run-dir"
+        return SpecError.at("RUN-103", path, f"cannot be written ({reason})", change)
+    return TransientError.at(
+        "RUN-122",
+        path,
+        f"the file system fails ({reason})",
+        "look at the disk and its mount, then run the same command again; a file that stays "
+        "unreadable is made again once you remove it",
+    )
 
 
 def _no_space(where: str) -> TransientError:
@@ -193,7 +233,7 @@ def _result(room: str, request: Path, statuses: Sequence[int | None]) -> dict[st
     for rank in range(len(statuses)):
         try:
             replies.append(files.read_json(result_path(request, rank)))
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):  # absent, or not what the child wrote
             replies.append({})
     for reply in replies:
         if "error" in reply:

@@ -6,8 +6,9 @@
 starts the command and gives how it ended. The product has no hook for this: a `sitecustomize` on
 the path of the run and its children (`faults/site`) listens to Python's audit events. `act` is what
 happens there: "kill" ends the parent by SIGKILL, and the child has to die with it; "term" sends the
-parent SIGTERM; "oom-kill" and "memory" strike the process itself; "fill" fills the disk with the
-file `marker`; "hang" stands still.
+parent SIGTERM; the name of a signal, "memory" (a MemoryError) and "exhaust" (memory, until the
+kernel kills) strike the process itself; "fill" fills the disk with the file `marker`; "hang" stands
+still.
 """
 
 from __future__ import annotations
@@ -60,18 +61,19 @@ class Run:
         aim: Aim | None = None,
         marker: Path | None = None,
         start: Sequence[str] = ("-m", "tuning"),
+        more: Sequence[str] = (),
     ) -> None:
-        more = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        variables = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         if aim:
-            more |= {"AIM": json.dumps(asdict(aim)), "PYTHONPATH": str(SITE)}
+            variables |= {"AIM": json.dumps(asdict(aim)), "PYTHONPATH": str(SITE)}
         if marker:
-            more |= {"AIM_MARKER": str(marker)}
+            variables |= {"AIM_MARKER": str(marker)}
         self.process = subprocess.Popen(
-            [sys.executable, *start, *map(str, command)],
+            [sys.executable, *start, *map(str, command), *more],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=os.environ | more,
+            env=os.environ | variables,
         )
 
     def send(self, number: int) -> None:

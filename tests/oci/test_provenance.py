@@ -63,7 +63,7 @@ def run(tmp_path: Path) -> Path:
         "recipe": RECIPE,
         "placement": {"micro_batch": 2, "device": "cuda"},
         "device": "1 x A100",
-        "seconds": [10.0, 20.0],
+        "speed": {"seconds": [10.0, 20.0], "tokens_per_second": [1.0, 2.0]},
         "memory": {"peak": 5},
         "rows": 7,
     }

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import random
+import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 from faults import jobs, kills
 from faults.jobs import World
-from faults.kills import Aim
+from faults.kills import Aim, Run, released
 from faults.web import Request
 
 SAVED = r"/checkpoints/\.tmp-\S+ \S+/checkpoints/\w+-\d+ "
@@ -145,3 +148,89 @@ def test_a_run_killed_once_ends_in_the_same_adapter_and_image(
         name = f"{boundary.replace(' ', '-')}-{number}"
         kill(world, name, boundary)
         assert clean == jobs.result(world.run(name)), name
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_kills_at_random_times_end_in_the_same_bytes(
+    ranks: int, world: World, clean: tuple[str, str]
+) -> None:
+    """Of the parent, of the training child, of one of two ranks: three a run."""
+    assert 3 <= random_kills(world, clean if ranks == 1 else None, ranks, count=3, seed=ranks)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(0)
+def test_hundreds_of_random_kills_end_in_one_digest(world: World, clean: tuple[str, str]) -> None:
+    """SOAK_KILLS of them, half of the parent, half of a child or one of two ranks."""
+    wanted, done, seed = int(os.environ.get("SOAK_KILLS", "200")), 0, 100
+    one_of_two: tuple[str, str] | None = None
+    while done < wanted:
+        seed += 1
+        ranks = 1 + seed % 2
+        if ranks == 2 and one_of_two is None:
+            one_of_two = jobs.result(world.start("two-clean", how={"more": TWO}).end())
+        expected = clean if ranks == 1 else one_of_two
+        done += random_kills(world, expected, ranks, count=4, seed=seed)
+        print(f"{done} kills, seed {seed}, {ranks} ranks: one digest", flush=True)
+
+
+TWO = ("--ranks", "2")
+
+
+def random_kills(
+    world: World, expected: tuple[str, str] | None, ranks: int, *, count: int, seed: int
+) -> int:
+    """Kill a run `count` times, in turn its parent and a training child, then compare its bytes.
+
+    Returns how many kills struck a living process. Without `expected`, an undisturbed run of as
+    many ranks is made first.
+    """
+    chance, struck = random.Random(seed), 0
+    how = {"more": TWO} if ranks == 2 else {}
+    if expected is None:
+        expected = jobs.result(world.start(f"two-{seed}", how=how).end())
+    name = f"random-{seed}"
+    for number in range(40):
+        run = world.start(name, how=how)
+        if struck < count:
+            child = (seed + number) % 2 == 0
+            struck += strike(run, chance, child=child)
+        ended = run.end()
+        released(world.folder / name)
+        if ended.status == 0 and struck >= count:
+            assert expected == jobs.result(ended), (seed, ended.err)
+            return struck
+        assert ended.status in (0, -signal.SIGKILL, 137), ended
+        if ended.status == 0:  # faster than the kill: once more from nothing
+            shutil.rmtree(world.folder / name)
+    raise AssertionError("the kills never struck")
+
+
+def strike(run: Run, chance: random.Random, *, child: bool) -> int:
+    """SIGKILL the parent of a run at a random time, or one of its training children."""
+    deadline = time.monotonic() + chance.uniform(0, 12 if not child else 6)
+    victims = [run.process.pid]
+    while run.process.poll() is None:
+        if child:
+            victims = training_children(run.process.pid)
+            if not victims:
+                deadline = max(deadline, time.monotonic() + chance.uniform(0, 1))
+        if victims and time.monotonic() >= deadline:
+            with suppress(ProcessLookupError):
+                os.kill(chance.choice(victims), signal.SIGKILL)
+                return 1
+        time.sleep(0.02)
+    return 0
+
+
+def training_children(parent: int) -> list[int]:
+    """Children of `parent` that train: also those that still load."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError, IndexError):
+            words = (path / "cmdline").read_bytes().split(b"\0")
+            stat = (path / "stat").read_text().rpartition(")")[2].split()
+            if int(stat[1]) == parent and stat[0] != "Z" and TRAIN.encode() in words:
+                found.append(int(path.name))
+    return found

@@ -280,10 +280,40 @@ def recipe_id(world: World, name: str) -> str:
     return recipe_from_json(files.read_json(world.folder / name / "plan.json")["recipe"]).run_id
 
 
+IN_CGROUP = """
+import os, sys
+from tuning import cli
+with open(os.environ["CGROUP"] + "/cgroup.procs", "w") as file:
+    file.write(str(os.getpid()))
+sys.argv[0] = "tuning"
+sys.exit(cli.main())
+"""
+
+
+@pytest.fixture
+def small_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A cgroup with 2 GiB of memory, for `IN_CGROUP`; skips where none can be made."""
+    lines = Path("/proc/self/cgroup").read_text().splitlines()
+    own = next((line.split(":", 2)[2] for line in lines if ":memory:" in line), "/")
+    folder = Path(f"/sys/fs/cgroup/memory{own}") / f"tuning-test-{os.getpid()}"
+    try:
+        folder.mkdir()
+        (folder / "memory.limit_in_bytes").write_text(str(2 << 30))
+    except OSError:
+        pytest.skip("a cgroup with a memory limit takes root and cgroup v1")
+    monkeypatch.setenv("CGROUP", str(folder))
+    try:
+        yield
+    finally:
+        folder.rmdir()
+
+
+@pytest.mark.usefixtures("small_memory")
 def test_a_child_killed_by_the_kernel_is_out_of_memory_and_remembered(world: World) -> None:
-    """SIGKILLs of the child alone: exit 14 saying what was tried; the next start goes on there."""
+    """Kills by the kernel: exit 14 saying what was tried; the next start goes on there."""
     one = {"packing": False, "per_device_train_batch_size": 1}
-    ended = world.run("killed", aim=Aim("open", STEP, TRAIN, nth=1, act="oom-kill"), **one)
+    aim = Aim("open", STEP, TRAIN, nth=1, act="exhaust")
+    ended = world.run("killed", aim=aim, how={"start": ("-c", IN_CGROUP)}, **one)
     again = world.run("killed", **one)
 
     assert 14 == ended.status, ended
@@ -294,6 +324,31 @@ def test_a_child_killed_by_the_kernel_is_out_of_memory_and_remembered(world: Wor
     assert "RUN-111" in journal(world, "killed", "oom")[0]["message"]
     assert "out of memory before, so now" in again.err
     jobs.result(again)
+
+
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGBUS", "SIGSEGV", "SIGABRT"])
+def test_a_child_killed_by_somebody_goes_on_with_the_same_placement(
+    name: str, world: World, clean: tuple[str, str]
+) -> None:
+    """No signal alone means out of memory: from the last checkpoint, with the same pieces."""
+    ended = world.run(f"struck-{name.lower()}", aim=Aim("open", STEP, TRAIN, nth=3, act=name))
+
+    assert clean == jobs.result(ended)
+    assert [] == journal(world, f"struck-{name.lower()}", "oom")
+    assert 2 == len(journal(world, f"struck-{name.lower()}", "killed"))
+    assert f"killed by {name}; trying again" in ended.err
+
+
+def test_a_child_killed_each_time_ends_the_run_and_the_next_one_goes_on(
+    world: World, clean: tuple[str, str]
+) -> None:
+    """After four kills somebody has to look: 137, and the placement stays."""
+    ended = world.run("ever-struck", aim=Aim("open", STEP, TRAIN, nth=1, act="SIGKILL"))
+
+    assert 137 == ended.status, ended
+    assert "RUN-111" in ended.err and "memory" not in ended.err
+    assert 3 == len(journal(world, "ever-struck", "killed"))
+    assert clean == jobs.result(world.run("ever-struck"))
 
 
 IMPATIENT = """

@@ -56,6 +56,9 @@ def main() -> int:
         missing = UsageError.at("USE-102", "", what, "pip install 'tuning[train]', or make install")
         print(missing, file=sys.stderr)
         return missing.exit_code
+    except SystemExit as end:  # rich and click end the process when a reader closes our output
+        broken = isinstance(end.__context__, BrokenPipeError)
+        return 0 if broken else end.code if isinstance(end.code, int) else 1
     except (KeyboardInterrupt, typer.Abort):
         return Stopped.exit_code
     except BrokenPipeError:  # the reader of our output has closed it

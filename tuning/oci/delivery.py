@@ -20,7 +20,7 @@ from pathlib import Path
 from tuning import adapter as adapters
 from tuning import files, presets
 from tuning.console import Console, Report
-from tuning.errors import RefusedError, SpecError, TuningError, UsageError
+from tuning.errors import RefusedError, SpecError, TransientError, TuningError, UsageError
 from tuning.oci import provenance, registry
 from tuning.oci.access import Access as Access
 from tuning.oci.layout.extract import unpack
@@ -232,7 +232,8 @@ def copy(source: Path, target: Path, *, ours: str) -> None:
     """Make `target` a copy of the folder `source`, file by file, `ours` last.
 
     The target may be a mounted volume, so it is filled, not replaced; a reader that sees `ours`
-    sees the rest. Raises SpecError for a folder with other content.
+    sees the rest. Each file is read back. Raises SpecError for a folder with other content,
+    TransientError for a disk that does not keep what it is given.
     """
     if target.is_dir() and any(target.iterdir()) and not (target / ours).exists():
         others = sorted(p.name for p in target.iterdir() if p.name != "lost+found")
@@ -243,6 +244,10 @@ def copy(source: Path, target: Path, *, ours: str) -> None:
     for path in sorted(paths, key=lambda path: path.name in (ours, "index.json")):
         (target / path).parent.mkdir(parents=True, exist_ok=True)
         files.copy(source / path, target / path)
+        if files.digest_file(target / path, cold=True) != files.digest_file(source / path):
+            what = "does not read back as it was written"
+            change = "look at the disk, and run the same command again"
+            raise TransientError.at("REG-106", str(target / path), what, change)
 
 
 def pull(

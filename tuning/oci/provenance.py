@@ -30,20 +30,12 @@ Value = dict[str, Any]
 def write(run: Path, *, digest: str, name: str) -> bytes:
     """Write the statement for the image with this digest into the run directory `run`.
 
-    An existing one for the same digest and name is kept, so that repeating the command changes
-    nothing. `name`: the image's repository, or the run's name.
+    What it is made of stays the same, so that repeating the command changes nothing. `name`: the
+    image's repository, or the run's name.
     """
-    path = run / FILE
     subject = [{"name": name, "digest": {"sha256": digest.removeprefix("sha256:")}}]
-    if path.is_file():
-        try:
-            kept = files.parse_json(path.read_bytes())
-        except ValueError:
-            kept = None
-        if isinstance(kept, dict) and kept.get("subject") == subject:
-            return files.canonical(kept)
     new = statement(run, subject)
-    files.write_json(path, new)
+    files.write_json(run / FILE, new)
     return files.canonical(new)
 
 
@@ -79,7 +71,7 @@ def statement(run: Path, subject: list[Value]) -> Value:
                     "startedOn": _time(journal[0]["at"]),
                     "finishedOn": _time(_ended(journal, "package") or journal[-1]["at"]),
                 },
-                "tuning_planned": {"seconds": plan.get("seconds"), "memory": plan.get("memory")},
+                "tuning_planned": {**(plan.get("speed") or {}), "memory": plan.get("memory")},
                 "tuning_measured": {
                     name: trained[name] for name in (*_TRAINED, *_LOSSES) if name in trained
                 },

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,10 +17,11 @@ T = TypeVar("T")
 
 def known(error: Exception, phase: str, folder: Path) -> TuningError:
     """`error` as a TuningError; the traceback of any other exception goes into `folder`."""
-    known = error if isinstance(error, TuningError) else process.disk_full(error)
+    known = error if isinstance(error, TuningError) else process.system_error(error, folder)
     if known is None:
         path = folder / "traceback.txt"
-        path.write_text("".join(traceback.format_exception(error)))
+        with suppress(OSError):
+            path.write_text("".join(traceback.format_exception(error)))
         known = TuningError.at(
             "RUN-199",
             phase,
@@ -50,21 +52,39 @@ def hang(hung: process.Hung, phase: str, output: Path) -> TransientError:
     )
 
 
-def death(died: process.ChildDied, phase: str, output: Path) -> TuningError:
-    """The error for a child without a result: killed from outside, or a bug of ours."""
-    if died.status >= 0:
+class KilledForMemory(Killed):
+    """The kernel killed a child because memory ran out."""
+
+
+def death(died: process.ChildDied, phase: str, output: Path, *, for_memory: bool) -> TuningError:
+    """The error for a child without a result: killed from outside, or a bug of ours.
+
+    `for_memory`: the kernel counted a kill for want of memory meanwhile.
+    """
+    if died.status == 0:
+        what = f"the result of the process was lost or damaged; its output is in {output}"
+        return TransientError.at("RUN-113", phase, what, "run the same command again")
+    if died.status > 0:
         what = f"internal error; the traceback is in {output}"
         return TuningError.at("RUN-198", phase, what, "report it with that file")
     number = -died.status
-    name = signal.Signals(number).name
-    cause = " (usually the kernel, out of memory)" if number == signal.SIGKILL else ""
+    by_kernel = for_memory and number == signal.SIGKILL
     problem = Problem(
         "RUN-111",
         phase,
-        f"the process was killed by {name}{cause}",
-        f"give it more memory, or run the same command again to continue; see {output}",
+        f"the process was killed by {_signal_name(number)}"
+        + (" (by the kernel, out of memory)" if by_kernel else ""),
+        ("give it more memory, or " if by_kernel else "")
+        + f"run the same command again to continue; see {output}",
     )
-    return Killed([problem], signal=number)
+    return (KilledForMemory if by_kernel else Killed)([problem], signal=number)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
 
 
 def together(*checks: Callable[[], T]) -> list[T]:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import datetime
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from tuning import files
+from tuning import spec as specs
 from tuning.adapter import WEIGHTS
+from tuning.errors import RefusedError, SpecError
 from tuning.oci import delivery
+from tuning.oci.layout.check import check_layout
 from tuning.pipeline import model_card, report
+from tuning.pipeline.journal import Damaged
 from tuning.pipeline.run import Run, Value, key_of
 from tuning.plan import Plan
 from tuning.sources import base
@@ -40,16 +45,38 @@ class Summary:
         return cls(**record | {"references": tuple(record["references"])})
 
 
-def outputs(run: Run) -> tuple[Path, ...]:
-    """Files that exist on this machine if the run is finished."""
-    return (run.folder / "adapter" / WEIGHTS, *_delivered(run))
+PHASES = ("train", "package", "push", "finish")  # whose outputs a finished run has
+
+
+def finished(run: Run, inputs: str) -> Summary | None:
+    """The summary of the run if it is finished and everything that it made is as it was made.
+
+    What differs is recorded as damaged, so that its phase is repeated.
+    """
+    record = run.journal.current("finish", inputs, unless=PHASES[:-1])
+    there = (run.folder / "adapter" / WEIGHTS, *_delivered(run))
+    if record is None or not all(path.exists() for path in there):
+        return None
+    try:
+        run.journal.verify(*PHASES)
+    except Damaged as damaged:
+        run.console.say(f"{damaged}: it is made again.", style="yellow")
+        return None
+    return Summary.from_json(record)
 
 
 def _delivered(run: Run) -> tuple[Path, ...]:
-    """Files that exist if the adapter was delivered to a layout or folder."""
+    """The files of the layout and of the folder that the adapter is delivered to."""
     layout, folder = run.spec.destination.layout, run.spec.destination.folder
-    index = (layout / "index.json",) if layout else ()
-    return (*index, *((folder / WEIGHTS,) if folder else ()))
+    image, adapter = run.folder / "image", run.folder / "adapter"
+    return (
+        *((layout / path.relative_to(image) for path in _files(image)) if layout else ()),
+        *((folder / path.relative_to(adapter) for path in _files(adapter)) if folder else ()),
+    )
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def package(run: Run, decided: Plan, training: Value, packed: Value, model: base.Base) -> str:
@@ -83,21 +110,32 @@ def package(run: Run, decided: Plan, training: Value, packed: Value, model: base
             destination=run.spec.destination,
             access=run.options.access,
         )
+        if (bad := check_layout(run.folder / "image", built.digest)) is not None:
+            raise run.journal.damaged("package", bad)
+        run.journal.verify("train")  # what was packaged is what was trained
         return {"digest": built.digest}
+
+    def outputs(_: Value) -> list[Path]:
+        index = run.folder / "image" / "index.json"
+        return sorted({index, *_files(run.folder / "adapter"), *_files(run.folder / "image")})
 
     key = key_of(
         recipe.run_id, training["adapter_sha256"], run.spec.preset, *run.spec.destination.form
     )
-    index = (run.folder / "image" / "index.json",)
-    digest: str = run.journal.do("package", key, work, outputs=index)["digest"]
+    done = run.journal.do("package", key, work, outputs=outputs, needs=("train",))
+    digest: str = done["digest"]
     return digest
 
 
 def deliver(run: Run, decided: Plan, digest: str) -> tuple[str, ...]:
     """Deliver the image to its destinations; returns the references to pull it from."""
     run.begin("push")
+    image = run.folder / "image"
 
     def work() -> Value:
+        if run.journal.outputs("package") is None and (bad := check_layout(image, digest)):
+            raise run.journal.damaged("package", bad)  # built by a version without digests
+        save_inputs(run, decided)  # the provenance statement is made of them
         with run.console.work("Pushing", unit="bytes") as show:
 
             def report(done: float, total: float | None, note: str) -> None:
@@ -108,7 +146,7 @@ def deliver(run: Run, decided: Plan, digest: str) -> tuple[str, ...]:
             references = delivery.deliver(
                 run.spec.destination,
                 run.options.access,
-                layout=run.folder / "image",
+                layout=image,
                 adapter=run.folder / "adapter",
                 run_id=decided.recipe.run_id,
                 own=run.own_digests(),
@@ -119,8 +157,24 @@ def deliver(run: Run, decided: Plan, digest: str) -> tuple[str, ...]:
         return {"references": references}
 
     key = key_of(digest, asdict(run.spec.destination))
-    done = run.journal.do("push", key, lambda: run.interruptible(work), outputs=_delivered(run))
+    try:
+        done = run.journal.do(
+            "push",
+            key,
+            partial(run.interruptible, work),
+            outputs=lambda _: _delivered(run),
+            needs=("package",),
+        )
+    except (SpecError, RefusedError):
+        run.journal.verify("package")  # a registry noticed what has rotted since
+        raise
     return tuple(done["references"])
+
+
+def save_inputs(run: Run, decided: Plan) -> None:
+    """Write spec.yaml, which may hold tokens in URLs, and plan.json."""
+    files.write(run.folder / "spec.yaml", specs.dump(run.spec), mode=0o600)
+    files.write_json(run.folder / "plan.json", decided.to_json())
 
 
 def finish(
@@ -147,8 +201,11 @@ def finish(
     )
     if run.options.record is not None and training["seconds"]:
         _append_record(run.options.record, decided, training)
-    files.write(run.folder / "report.html", report.page(run.folder, name=run.spec.name))
-    run.journal.do("finish", inputs, summary.to_json)
+    report.write(run.folder, name=run.spec.name)
+    names = ("spec.yaml", "plan.json", "report.html")
+    written = [run.folder / name for name in names]
+    needs = PHASES[:-1]
+    run.journal.do("finish", inputs, summary.to_json, outputs=lambda _: written, needs=needs)
     return summary
 
 

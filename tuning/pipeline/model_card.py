@@ -15,6 +15,7 @@ from typing import Any
 
 from tuning import files
 
+NAMES = ("tuning.json", "README.md")  # of what `write` adds to an adapter folder
 BLOCKS = "▁▂▃▄▅▆▇█"
 CURVE_WIDTH = 60
 

@@ -8,7 +8,7 @@ peakMemoryBytes, baseRevision`. baseRevision is the commit to serve the adapter 
 
 from __future__ import annotations
 
-import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,8 @@ TERMINATION_LOG = Path("/dev/termination-log")
 def write_termination(outcome: Outcome, *, path: Path = TERMINATION_LOG) -> None:
     """Write the outcome to the termination log, if the kubelet made one."""
     if path.is_file():  # a mount, so it is written in place
-        path.write_text(outcome.termination_message())
+        with suppress(OSError):  # the exit code says it too
+            path.write_text(outcome.termination_message())
 
 
 def failed(phase: str, error: TuningError, progress: dict[str, Any] | None) -> Outcome:
@@ -87,7 +88,7 @@ def failed(phase: str, error: TuningError, progress: dict[str, Any] | None) -> O
 
 
 def progress(run: Path) -> dict[str, Any] | None:
-    """The last complete progress record of the run directory `run`, or None before the first."""
+    """The last whole progress record of the run directory `run`, or None before the first."""
     try:
         with (run / "metrics.jsonl").open("rb") as file:
             file.seek(0, 2)
@@ -95,11 +96,26 @@ def progress(run: Path) -> dict[str, Any] | None:
             lines = file.read().split(b"\n")[:-1]
     except FileNotFoundError:
         return None
-    for line in reversed(lines):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and "step" in record:
-            return record
-    return None
+    return next((record for line in reversed(lines) if (record := metrics_record(line))), None)
+
+
+def metrics_record(line: bytes) -> dict[str, Any] | None:
+    """The record in a line of metrics.jsonl; None for a line that is torn or damaged."""
+    try:
+        record = files.parse_json(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        return None
+    numbers = ("steps", "loss", "tokens_per_second", "eta_seconds", "memory_bytes")
+    sound = all(type(record.get(name, 0)) in (int, float) for name in numbers)
+    return record if sound else None
+
+
+def metrics_state(run: Path) -> tuple[int, int] | None:
+    """What changes with each write to metrics.jsonl."""
+    try:
+        stat = (run / "metrics.jsonl").stat()
+    except FileNotFoundError:
+        return None
+    return stat.st_size, stat.st_mtime_ns

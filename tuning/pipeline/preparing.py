@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from tuning.data import read_progress
 from tuning.network import policy
 from tuning.oci import delivery, model_image
 from tuning.oci.delivery import Access
-from tuning.pipeline import sizing
+from tuning.pipeline import finishing, sizing
 from tuning.pipeline.endings import together
 from tuning.pipeline.options import base_reference, read_token, reference
 from tuning.pipeline.run import Run, Value, key_of
@@ -142,6 +143,9 @@ def tokenise(run: Run, data: list[Value], tokenizer: Path, model: base.Base) -> 
         run.require_space(sum(file["size"] for file in data))
 
     def work() -> Value:
+        for file in data:
+            if files.digest_file(Path(file["path"])) != file["sha256"]:
+                raise run.journal.damaged("fetch", Path(file["path"]))
         with run.console.work("Reading and tokenising", unit="bytes") as report:
 
             def tick() -> None:
@@ -150,7 +154,9 @@ def tokenise(run: Run, data: list[Value], tokenizer: Path, model: base.Base) -> 
 
             return run.child("data", request, tick=tick) | {"key": key}
 
-    done = run.journal.do("tokenise", key, work, outputs=(out / "rows.arrow",))
+    names = ("rows.arrow", "preview.json", "tokenised.json")
+    outputs = [out / name for name in names]
+    done = run.journal.do("tokenise", key, work, outputs=lambda _: outputs)
     run.console.say(
         f"  {done['rows']:,} rows, {done['tokens']:,} tokens, "
         f"{done['trained_tokens'] / done['tokens']:.0%} of them trained: "
@@ -180,7 +186,7 @@ def decide(run: Run, rows: Value, data: list[Value], known: plan.Base) -> tuple[
         hashes = tuple(file["sha256"] for file in data)
         decided = plan.freeze(decided, run.spec, rows=count, data=hashes)
         run.journal.do("plan", key, lambda: {"recipe": asdict(decided.recipe)})
-    files.write_json(run.folder / "plan.json", decided.to_json())
+    finishing.save_inputs(run, decided)
     if not (run.folder / "adapter").exists():
         run.require_space(plan.disk_bytes(decided.recipe, known))
     return decided, packed
@@ -204,10 +210,15 @@ def pack(run: Run, rows: Value, chosen: plan.Packing) -> Value:
         "batch": settings.micro_batch,
     }
     key = key_of(rows["key"], request)
-    outputs = (run.folder / "data" / "packed" / "train.arrow",)
-    done = run.journal.do("pack", key, lambda: run.child("data", request), outputs=outputs)
+    work = partial(run.child, "data", request)
+    done = run.journal.do("pack", key, work, outputs=_packed, needs=("tokenise",))
     run.note(done["notes"])
     return done
+
+
+def _packed(done: Value) -> list[Path]:
+    parts = [Path(done[name]["path"]) for name in ("train", "eval") if done[name]]
+    return [*parts, parts[0].with_name("packed.json")]
 
 
 def lengths(rows: Value) -> plan.Lengths:

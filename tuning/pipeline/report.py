@@ -7,7 +7,6 @@ the end it is `report.html` in the run directory. It shows no row of the data an
 from __future__ import annotations
 
 import html
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,10 +34,18 @@ svg {{ width: 100%; height: auto }} svg text {{ font-size: 12px; fill: currentCo
 GIB = 2**30
 
 
-def page(run: Path, *, name: str, reload: bool = False) -> str:
+def write(run: Path, *, name: str, ended: str = "") -> None:
+    """Write the run's report.html; `ended` says why a run has ended early."""
+    files.write(run / "report.html", page(run, name=name, ended=ended))
+
+
+def page(run: Path, *, name: str, reload: bool = False, ended: str = "") -> str:
     """The page of the run directory `run` as it is now."""
     now, records = outcome.progress(run), _records(run)
-    state = f"step {now['step']:,} of {now['steps']:,}" if now else "not training yet"
+    idle = "no step done" if ended else "not training yet"
+    state = f"step {now['step']:,} of {now.get('steps', 0):,}" if now else idle
+    if ended:
+        state = f"{ended} ({state})"
     if now and reload and now.get("eta_seconds"):
         state += f", {now['eta_seconds'] / 60:,.0f} min to go"
     return PAGE.format(
@@ -46,7 +53,7 @@ def page(run: Path, *, name: str, reload: bool = False) -> str:
         name=html.escape(name),
         state=html.escape(state),
         chart=chart(
-            [(r["step"], r["loss"]) for r in records if "eval_loss" not in r],
+            [(r["step"], r.get("loss")) for r in records if "eval_loss" not in r],
             [(r["step"], r["eval_loss"]) for r in records if "eval_loss" in r],
         ),
         tables=_table(("now", ""), _now(now)) + _table(*_planned(run, now)),
@@ -131,7 +138,7 @@ def _table(heads: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 
 def _records(run: Path) -> list[dict[str, Any]]:
     try:
-        lines = (run / "metrics.jsonl").read_text().splitlines()
+        lines = (run / "metrics.jsonl").read_bytes().split(b"\n")
     except FileNotFoundError:
         return []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    return [record for line in lines if (record := outcome.metrics_record(line))]

@@ -11,7 +11,7 @@ from typing import Any
 
 from tuning import files, process, threads
 from tuning.console import Console
-from tuning.pipeline import endings
+from tuning.pipeline import endings, memory_kills
 from tuning.pipeline.journal import Journal
 from tuning.pipeline.options import Options, read_token
 from tuning.plan import device
@@ -60,6 +60,7 @@ class Run:
         logs = self.folder / "log"
         logs.mkdir(exist_ok=True)
         output = logs / f"{self.phase}.log"
+        kills = memory_kills.count()
         try:
             return process.run(
                 room,
@@ -78,7 +79,8 @@ class Run:
         except process.ChildDied as died:
             if self.stop.is_set():
                 raise endings.stopped(self.phase) from None
-            raise endings.death(died, self.phase, output) from None
+            for_memory = memory_kills.count() > kills
+            raise endings.death(died, self.phase, output, for_memory=for_memory) from None
 
     def prewarm_training(self) -> AbstractContextManager[process.Prewarmed | None]:
         """A training child that loads its libraries, unless the adapter exists already."""

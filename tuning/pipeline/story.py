@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from tuning import files, plan
 from tuning import spec as specs
 from tuning.console import Console
-from tuning.errors import TuningError
+from tuning.errors import TransientError, TuningError
 from tuning.pipeline import (
     endings,
     finishing,
@@ -20,6 +21,7 @@ from tuning.pipeline import (
     outcome,
     preparing,
     progress_server,
+    report,
     training,
     weights,
 )
@@ -28,6 +30,9 @@ from tuning.pipeline.options import Options
 from tuning.pipeline.run import Run, Value, key_of
 from tuning.sources import base
 from tuning.spec import Spec
+
+REPAIRS = 8  # times that a run begins again at one start because an output is damaged
+T = TypeVar("T")
 
 
 def execute(spec: Spec, options: Options, console: Console) -> Summary:
@@ -44,7 +49,7 @@ def execute(spec: Spec, options: Options, console: Console) -> Summary:
     ):
         run = Run(spec, options, console, opened, stop)
         try:
-            summary = _phases(run)
+            summary = _repairing(run, _phases)
         except Exception as error:
             raise _record_failure(run, error) from error
         outcome.write_termination(_success(summary))
@@ -53,10 +58,10 @@ def execute(spec: Spec, options: Options, console: Console) -> Summary:
 
 def _phases(run: Run) -> Summary:
     inputs = _inputs(run)
-    finished = run.journal.current("finish", inputs, unless=("train", "package"))
-    if finished is not None and all(path.exists() for path in finishing.outputs(run)):
+    summary = finishing.finished(run, inputs)
+    if summary is not None:
         run.console.say("Already finished; nothing was done.")
-        return Summary.from_json(finished)
+        return summary
     files.sweep(run.folder)
     files.write(run.folder / "spec.yaml", specs.dump(run.spec), mode=0o600)  # URLs may hold tokens
     run.note(run.spec.notes)
@@ -77,6 +82,22 @@ def _phases(run: Run) -> Summary:
     return finishing.finish(run, inputs, decided, trained, digest, references)
 
 
+def _repairing(run: Run, work: Callable[[Run], T]) -> T:
+    """The result of `work`, which is begun again when an output turns out to be damaged."""
+    if run.journal.dropped:
+        what = f"{run.journal.dropped} damaged lines of {run.journal.path} were dropped"
+        run.console.say(f"{what}; what they told of is done again.", style="yellow")
+    for _ in range(REPAIRS):
+        try:
+            return work(run)
+        except journal.Damaged as damaged:
+            run.console.say(f"{damaged}: it is made again.", style="yellow")
+            last = damaged
+    what = f"differs each time after the phase {last.phase} has made it again"
+    change = "look at the disk or the machine's memory, or name another disk with --run-dir"
+    raise TransientError.at("RUN-123", str(last.path), what, change)
+
+
 @dataclass(frozen=True)
 class Prepared:
     """The data as a run prepares it: results of the data child, and how the rows are packed."""
@@ -95,7 +116,7 @@ def prepare(spec: Spec, options: Options, console: Console) -> Prepared:
     with _stop_on_signal() as stop, journal.opened(options.run_dir) as opened:
         run = Run(spec, options, console, opened, stop)
         try:
-            return _data_phases(run)
+            return _repairing(run, _data_phases)
         except Exception as error:
             raise endings.known(error, run.phase, run.folder) from error
 
@@ -134,6 +155,8 @@ def _record_failure(run: Run, error: Exception) -> TuningError:
     failure = outcome.failed(run.phase, known, outcome.progress(run.folder))
     with suppress(OSError):  # a full disk must not hide the error
         run.journal.append(run.phase, "fail", code=failure.code, message=failure.message)
+        ended = f"Ended in the phase {run.phase}: {known}"
+        report.write(run.folder, name=run.spec.name, ended=ended)
     outcome.write_termination(failure)
     return known
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import shutil
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 from tuning import files, plan, process
@@ -14,10 +14,13 @@ from tuning.adapter import WEIGHTS
 from tuning.console import Report
 from tuning.errors import Killed, OutOfMemoryError
 from tuning.oci import delivery
-from tuning.pipeline import model_card, outcome
+from tuning.pipeline import endings, model_card, outcome
+from tuning.pipeline.changes import changed
 from tuning.pipeline.run import TRAIN, Run, Value, key_of
 from tuning.plan import Plan
 from tuning.sources import base
+
+KILLS = 4  # of the training child, with one placement, that end a run
 
 
 def train(
@@ -29,9 +32,13 @@ def train(
     key = key_of(recipe.run_id, run.options.questions)
     if pushed is not None and run.journal.done("train", key) is None:
         run.begin("train")
-        return run.journal.do("train", key, lambda: run.interruptible(lambda: _adopt(run, pushed)))
+        adopt = partial(run.interruptible, lambda: _adopt(run, pushed))
+        return run.journal.do("train", key, adopt, outputs=lambda _: _trained(run))
     output = run.folder / "adapter" / WEIGHTS
     trained = run.journal.current("train", key) is not None and output.exists()
+    if not trained and (changes := changed(output.parent, recipe)):
+        text = "the adapter in this run directory was trained otherwise and will be replaced: "
+        run.console.say(f"  {text}{', '.join(changes)}", style="yellow")
     folder = Path() if trained else weights()
     size = f"{recipe.global_batch} x {recipe.max_length} tokens"
     run.begin("train", f"Training {recipe.steps:,} steps of {size} on {decided.device} ...")
@@ -57,9 +64,19 @@ def train(
             done = _fitting(run, request, decided, report)
         if done.get("resumed_from"):
             run.note([f"continued from the checkpoint of step {done['resumed_from']:,}"])
+        if files.digest_file(output) != done["adapter_sha256"]:
+            raise run.journal.damaged("train", output)
         return done
 
-    return run.journal.do("train", key, work, outputs=(output,))
+    return run.journal.do("train", key, work, outputs=lambda _: _trained(run), needs=("pack",))
+
+
+def _trained(run: Run) -> list[Path]:
+    """The files that training leaves in adapter/, the weights at least; others come later."""
+    folder = run.folder / "adapter"
+    there = [path for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
+    weights = folder / WEIGHTS
+    return sorted({weights, *(p for p in there if p.name not in model_card.NAMES)})
 
 
 def _claim(run: Run, run_id: str) -> str | None:
@@ -89,8 +106,8 @@ def _adopt(run: Run, pushed: str) -> Value:
 def _fitting(run: Run, request: Value, decided: Plan, report: Report) -> Value:
     """Train; after each out-of-memory, continue from the last checkpoint with a smaller placement.
 
-    Out of memory is the child's OutOfMemoryError or the kernel's SIGKILL. The journal counts both,
-    so that a later start tries the next placement. The run id stays.
+    Out of memory is the child's OutOfMemoryError, or a SIGKILL that the kernel counts as one. The
+    journal counts both, so that a later start tries the next placement. The run id stays.
     """
     placements = plan.fallbacks(decided.placement)
     key = key_of(decided.recipe.run_id, asdict(placements[0]), decided.device.name)
@@ -99,15 +116,31 @@ def _fitting(run: Run, request: Value, decided: Plan, report: Report) -> Value:
     for number, placement in enumerate(placements[first:], first):
         if number:
             run.console.say(f"  out of memory before, so now {_shape(placement)}", style="yellow")
-        placed = request | {"placement": asdict(placement), "meeting": str(_meeting(run))}
+        placed = request | {"placement": asdict(placement)}
         try:
-            tick = _watched(run, report)
-            return run.child(TRAIN, placed, tick=tick, ranks=placement.ranks)
-        except (OutOfMemoryError, Killed) as error:
-            if error.exit_code not in (OutOfMemoryError.exit_code, 128 + signal.SIGKILL):
-                raise
+            return _persistent(run, placed, placement.ranks, report)
+        except (OutOfMemoryError, endings.KilledForMemory) as error:
             run.journal.append("train", "oom", key, way=_shape(placement), message=str(error))
     raise _out_of_memory(decided, placements)
+
+
+def _persistent(run: Run, request: Value, ranks: int, report: Report) -> Value:
+    """Train with one placement, again from the last checkpoint if the child is killed.
+
+    Whoever sent the signal, it is no reason for another placement. After KILLS of them, Killed.
+    """
+    for left in reversed(range(KILLS)):
+        try:
+            request = request | {"meeting": str(_meeting(run))}
+            return run.child(TRAIN, request, tick=_watched(run, report), ranks=ranks)
+        except endings.KilledForMemory:
+            raise
+        except Killed as error:
+            if not left:
+                raise
+            run.journal.append("train", "killed", message=str(error))
+            run.console.say(f"  {error.problems[0].what}; trying again", style="yellow")
+    raise AssertionError("unreachable")
 
 
 def _out_of_memory(decided: Plan, placements: list[plan.Placement]) -> OutOfMemoryError:
@@ -132,10 +165,12 @@ def _watched(run: Run, report: Report) -> Callable[[], None]:
     dog = run.options.watchdog()
     names = ("metrics.jsonl", "checkpoints", "adapter", f"log/{run.phase}.log")
     paths = [run.folder / name for name in names]
+    before = outcome.metrics_state(run.folder)  # of an earlier start: steps that may be redone
 
     def tick() -> None:
-        _report_step(run, report)
         now, progress = time.monotonic(), outcome.progress(run.folder)
+        if progress is not None and outcome.metrics_state(run.folder) != before:
+            _report_step(progress, report)
         changed = [path.stat().st_mtime_ns for path in paths if path.exists()]
         dog.observe(changed, step=progress["step"] if progress else None, now=now)
         if (silence := dog.silence(now)) is not None:
@@ -144,11 +179,9 @@ def _watched(run: Run, report: Report) -> Callable[[], None]:
     return tick
 
 
-def _report_step(run: Run, report: Report) -> None:
-    now = outcome.progress(run.folder)
-    if now is not None:
-        note = f"loss {now['loss']:.3f}  {now['tokens_per_second']:,.0f} tokens/s"
-        report(now["step"], now["steps"], note)
+def _report_step(now: Value, report: Report) -> None:
+    note = f"loss {now.get('loss', 0):.3f}  {now.get('tokens_per_second', 0):,.0f} tokens/s"
+    report(now["step"], now.get("steps"), note)
 
 
 def _shape(placement: plan.Placement) -> str:

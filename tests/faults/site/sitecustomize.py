@@ -63,8 +63,13 @@ class _Aim:
             time.sleep(60)
         elif self.act == "term":
             os.kill(run, signal.SIGTERM)
-        elif self.act == "oom-kill":  # as the kernel does it
-            os.kill(os.getpid(), signal.SIGKILL)
+        elif self.act in signal.Signals.__members__:  # this process alone
+            os.kill(os.getpid(), signal.Signals[self.act])
+            time.sleep(60)
+        elif self.act == "exhaust":  # until the kernel kills
+            taken = []
+            while True:
+                taken.append(bytearray(os.urandom(1 << 20)) * 64)
         elif self.act == "memory":
             raise MemoryError
         elif self.act == "fill":  # the disk of the run directory

@@ -16,7 +16,14 @@ from typing import Any
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from tuning.data import generation_blocks, template_layout, turn_ends
-from tuning.data.chat_rewrites import reasoning_split, system_folded, training_variant
+from tuning.data.chat_rewrites import (
+    reasoning_split,
+    rewrites_history,
+    system_folded,
+    training_text,
+    training_variant,
+    with_clock,
+)
 from tuning.data.formats import Conversation, Fault, quoted, texts_in
 from tuning.data.template_layout import (
     Markers,
@@ -38,13 +45,6 @@ _EARLIER_OPEN = (
 )
 _VARIANT_USED = "the template leaves words out: trl's training variant of it is used"
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-# Some templates print today's date. A recipe has no clock, so the date is the one that llama's
-# templates print without a clock.
-_CLOCK = (
-    "{%- macro strftime_now(format) -%}"
-    "{{ '2024-07-26' if format == '%Y-%m-%d' else '26 Jul 2024' }}"
-    "{%- endmacro -%}"
-)
 
 
 @dataclass(frozen=True)
@@ -61,22 +61,22 @@ class ChatTemplate:
     def __init__(self, tokenizer: Any, text: str, *, markers: bool = True) -> None:
         self._tokenizer = tokenizer
         self._source = text
-        self._text = _CLOCK + text if "strftime_now" in text else text
+        self._text = with_clock(text)
         self._marked = markers and _GENERATION.search(text) is not None
         self._markers = Markers.of(tokenizer)  # their ends are learned when they are needed
         self._special = template_layout.any_of(self._markers.special)
         self._eos: str = tokenizer.eos_token or ""
         self._layouts: dict[Any, TemplateLayout | Fault] = {}
-        self._folded: set[Any] = set()  # keys of layouts without a system message
+        self._folds: bool | None = None  # whether the system message opens the first user turn
         self._variant: ChatTemplate | None = None
         self.notes: dict[str, int] = {}
-        if markers and not self._marked and self._rewrites_history():
+        if markers and not self._marked and rewrites_history(text):
             self._prefer_variant()
 
     def render(self, conversations: Sequence[Conversation]) -> list[Rendered | Fault]:
         """The text and trained spans of each conversation, or its fault."""
         prepared: list[tuple[Conversation, TemplateLayout] | Rendered | Fault] = []
-        for conversation in conversations:
+        for conversation in map(self._folded, conversations):
             prepared.append(self._special_token(conversation) or self._prepare(conversation))
         plain = [item for item in prepared if isinstance(item, tuple)]
         texts = iter(self._render_batch([conversation for conversation, _ in plain]))
@@ -94,27 +94,21 @@ class ChatTemplate:
         structure = (*(m["role"] if m["content"] else m["role"] + "0" for m in messages),)
         key = (structure, conversation.trained)
         if key not in self._layouts:
-            self._layouts[key] = self._learn_or_fold(conversation, key)
+            try:
+                self._layouts[key] = self._learn(conversation)
+            except (RenderError, NotAligned) as error:
+                self._layouts[key] = _fault(error)
         layout = self._layouts[key]
-        if isinstance(layout, Fault):
-            return layout
-        if key in self._folded:
-            self._note("the template leaves the system message out: it opens the first user turn")
-            conversation = system_folded(conversation) or conversation
-        return conversation, layout
+        return layout if isinstance(layout, Fault) else (conversation, layout)
 
-    def _learn_or_fold(self, conversation: Conversation, key: Any) -> TemplateLayout | Fault:
-        try:
-            return self._learn(conversation)
-        except (RenderError, NotAligned) as error:
-            if folded := system_folded(conversation):
-                try:
-                    layout = self._learn(folded)
-                except (RenderError, NotAligned):
-                    return _fault(error)
-                self._folded.add(key)
-                return layout
-            return _fault(error)
+    def _folded(self, conversation: Conversation) -> Conversation:
+        """The conversation as prompts show it, too: with its system message where it is shown."""
+        if self._folds is None:
+            self._folds = turn_ends.folds_system(self._render_one, self._markers)
+        if self._folds and (folded := system_folded(conversation)):
+            self._note("the template leaves the system message out: it opens the first user turn")
+            return folded
+        return conversation
 
     def _learn(self, conversation: Conversation) -> TemplateLayout:
         messages, trained = conversation.messages, conversation.trained
@@ -186,8 +180,6 @@ class ChatTemplate:
             attempts.append((self, split))
         if variant:
             attempts += [(variant, rewritten) for _, rewritten in attempts]
-        if folded := system_folded(conversation):
-            attempts.append((self, folded))
         first_error: RenderError | NotAligned | None = None
         for template, rewritten in attempts:
             try:
@@ -209,19 +201,11 @@ class ChatTemplate:
         template_layout.check_complete(text, spans, conversation)
         return self._with_end(text, spans, conversation, layout)
 
-    def _rewrites_history(self) -> bool:
-        try:
-            return template_layout.rewrites_history(
-                lambda turns, ask: self._render_one(turns, None, ask)
-            )
-        except (RenderError, NotAligned):
-            return False
-
     def _prefer_variant(self) -> None:
         """Train earlier answers as they were generated, not as the template rewrites them."""
         note = "the template shows earlier answers otherwise than the one that is asked for"
-        if text := training_variant(self._source):
-            self._text = text
+        if (text := training_text(self._source)) != self._source:
+            self._text = with_clock(text)
             note += "; trl's training variant of it is used"
         self.notes[note] = 0
 

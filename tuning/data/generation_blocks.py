@@ -59,7 +59,7 @@ def _by_answer(
 
 def _end(text: str, start: int, end: int, markers: Markers) -> tuple[int, bool]:
     """Where an answer ends whose last block is [start, end), and whether a marker ends it."""
-    inside = [match for match in markers.pattern.finditer(text, start, end)]
+    inside = list(markers.pattern.finditer(text, start, end))
     closing = inside[-1] if inside and not text[inside[-1].end() : end].strip() else None
     if closing and (closing[0] in (markers.ends or ()) or closing[0] in markers.special):
         return closing.end(), True

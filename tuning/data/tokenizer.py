@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tuning.data.chat import ChatTemplate
+from tuning.data.prompts import own_template
 from tuning.errors import SpecError
 
 
@@ -32,10 +33,7 @@ def load_tokenizer(base: Path) -> Any:
 
 def load_template(tokenizer: Any, text: str | None) -> ChatTemplate | None:
     """The chat template: the user's `text`, or the tokenizer's own if it has one."""
-    own = tokenizer.chat_template
-    if isinstance(own, dict):
-        own = own.get("default") or next(iter(own.values()), None)
-    source = text or own
+    source = text or own_template(tokenizer)
     if not source:
         return None
     from transformers.utils.chat_template_utils import render_jinja_template

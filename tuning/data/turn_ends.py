@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tuning.data import template_layout
+from tuning.data.chat_rewrites import folded
 from tuning.data.template_layout import Markers, Message, NotAligned, RenderError
 
 # (messages, tools, add_generation_prompt) -> text; raises RenderError
@@ -92,6 +93,18 @@ def of(tokenizer: Any, render: Render | None, named: int | Iterable[int] | None)
     return replace(ends, inner=inner_ids, opener=opener)
 
 
+def folds_system(render: Render, markers: Markers) -> bool:
+    """Whether the template leaves a system message out, refuses it, or moves it as turns follow,
+    so that it has to be shown as the beginning of the first user turn."""
+    for rounds in (_ROUNDS, _ROUNDS[:2]):
+        turns = [_SYSTEM, *rounds]
+        if _takes(render, turns, markers):
+            return False
+        if _takes(render, folded(turns), markers):
+            return True
+    return False
+
+
 def learned(render: Render, markers: Markers) -> Markers:
     """`markers` with the ends of answers in the template that `render` renders."""
     words = _behind(render, _ROUNDS, None, markers)
@@ -129,6 +142,15 @@ def _behind(
             continue  # the call's own closing marker
         found.add(matches[-1][0])
     return found
+
+
+def _takes(render: Render, turns: list[Message], markers: Markers) -> bool:
+    trained = [n for n, turn in enumerate(turns) if turn["role"] == "assistant"]
+    try:
+        template_layout.learn(lambda some, ask: render(some, None, ask), turns, trained, markers)
+    except (RenderError, NotAligned):
+        return False
+    return True
 
 
 def _layout(

@@ -7,15 +7,22 @@ that the same question gets the same answer.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from peft import LoraConfig, PeftModel
 
 from tuning import adapter as adapters
 from tuning import files
+from tuning.data import turn_ends
+from tuning.data.chat_rewrites import as_trained
+from tuning.data.formats import BadRow
+from tuning.data.prompts import Prompts, own_template, renderer
+from tuning.data.template_layout import RenderError
+from tuning.data.turn_ends import Ends
 from tuning.errors import SpecError
 from tuning.models.load import load_base, load_tokenizer
 from tuning.models.lora import projections
@@ -55,6 +62,8 @@ class Session:
             template = _template(adapter)
         self.max_new_tokens = max_new_tokens
         self.tokenizer = load_tokenizer(base, chat_template=template)
+        if adapter is not None and (own := own_template(self.tokenizer)):
+            self.tokenizer.chat_template = as_trained(adapter, own)
         self.model = load_base(
             base,
             precision=precision or _precision(device),
@@ -130,19 +139,32 @@ def reply(loaded: Any, tokenizer: Any, messages: Sequence[Message], *, max_new_t
 
     Raises SpecError if the tokenizer has no chat template.
     """
-    if not tokenizer.chat_template:
+    found = prompts_of(loaded, tokenizer)
+    if found is None:
         what = "has no chat template"
         change = "use an instruct model, or set ModelConfig.chat_template"
         raise SpecError.at("MODEL-211", tokenizer.name_or_path, what, change)
-    prompt = tokenizer.apply_chat_template(
-        list(messages), add_generation_prompt=True, tokenize=True, return_dict=True
-    )
-    return continued(loaded, tokenizer, prompt["input_ids"], max_new_tokens=max_new_tokens)
+    try:
+        text = found.text(messages)
+    except (RenderError, BadRow) as error:
+        what = f"has a chat template that refuses the question: {error}"
+        change = "ask otherwise, or set ModelConfig.chat_template"
+        raise SpecError.at("MODEL-212", tokenizer.name_or_path, what, change) from error
+    prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return continued(loaded, tokenizer, prompt, max_new_tokens=max_new_tokens, ends=found.ends)
 
 
-def continued(loaded: Any, tokenizer: Any, prompt: list[int], *, max_new_tokens: int) -> str:
+def continued(
+    loaded: Any,
+    tokenizer: Any,
+    prompt: list[int],
+    *,
+    max_new_tokens: int,
+    ends: Ends | None = None,
+) -> str:
     """What the loaded model writes after the tokens `prompt`: greedy, special tokens left out."""
     ids = torch.tensor([prompt], device=loaded.device)
+    ends = ends or ends_of(loaded, tokenizer)
     pad = tokenizer.pad_token_id
     with torch.no_grad():
         out = loaded.generate(
@@ -153,31 +175,47 @@ def continued(loaded: Any, tokenizer: Any, prompt: list[int], *, max_new_tokens:
             temperature=None,
             top_p=None,
             top_k=None,
-            eos_token_id=stops(loaded, tokenizer),
+            eos_token_id=sorted(ends.certain) or None,
+            stopping_criteria=[_Reached(ends, len(prompt))],
             pad_token_id=pad if pad is not None else tokenizer.eos_token_id,
         )
-    text: str = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    answer = out[0, ids.shape[1] :].tolist()
+    while answer and answer[-1] in ends.ids:  # an end need not be a special token
+        answer.pop()
+    text: str = tokenizer.decode(answer, skip_special_tokens=True)
     return text.strip()
 
 
-def stops(
-    loaded: Any, tokenizer: Any, show: Callable[[list[dict[str, str]]], str] | None = None
-) -> list[int]:
-    """Tokens that end an answer: the model's own, and the one its template puts after a turn.
+class _Reached(transformers.StoppingCriteria):  # type: ignore[misc]
+    """Stops where an answer ends in a token that does not always end one."""
 
-    Many published models name only the end of the text and end turns with another token. `show`
-    renders turns in another way than the tokenizer does.
-    """
-    stops = loaded.generation_config.eos_token_id
-    found = set(stops) if isinstance(stops, list) else {stops}
-    found |= {tokenizer.eos_token_id}
-    mark = "answer"
-    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": mark}]
-    text = show(turns) if show else tokenizer.apply_chat_template(turns, tokenize=False)
-    after = tokenizer(text.rpartition(mark)[2], add_special_tokens=False)["input_ids"]
-    if after and after[0] in tokenizer.all_special_ids:
-        found.add(after[0])
-    return sorted(stop for stop in found if stop is not None)
+    def __init__(self, ends: Ends, prompt: int) -> None:
+        self._ends, self._prompt = ends, prompt
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        done = [self._ends.reached(row[self._prompt :].tolist()) for row in input_ids]
+        return torch.tensor(done, device=input_ids.device)
+
+
+def stops(loaded: Any, tokenizer: Any) -> list[int]:
+    """Tokens that end an answer; see tuning/data/turn_ends.py."""
+    return sorted(ends_of(loaded, tokenizer).ids)
+
+
+def ends_of(loaded: Any, tokenizer: Any) -> Ends:
+    """The ends of the model's answers: its own, and those that its template's turns have."""
+    found = prompts_of(loaded, tokenizer)
+    named = loaded.generation_config.eos_token_id
+    return found.ends if found else turn_ends.of(tokenizer, None, named)
+
+
+def prompts_of(loaded: Any, tokenizer: Any) -> Prompts | None:
+    """What renders the tokenizer's chat template; None without one."""
+    template = own_template(tokenizer)
+    if template is None:
+        return None
+    named = loaded.generation_config.eos_token_id
+    return Prompts(tokenizer, renderer(tokenizer, template), named=named)
 
 
 def _template(adapter: Path) -> str | None:

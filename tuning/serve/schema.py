@@ -19,6 +19,8 @@ from pydantic import (
     model_validator,
 )
 
+from tuning.data.turn_ends import Ends
+
 MAX_CHOICES = 16  # answers to one request: prompts times n
 MAX_TURNS = 1024
 MIN_PENALTY = 0.01  # logits divided by less overflow
@@ -200,11 +202,11 @@ class GenerateKwargs(Strict):
     eos_token_id: Token | Annotated[list[Token], Field(max_length=16, fail_fast=True)] | None = None
 
     @property
-    def ends(self) -> frozenset[int] | None:
+    def ends(self) -> Ends | None:
         """Tokens that end an answer instead of the model's own."""
         if isinstance(self.eos_token_id, int):
-            return frozenset({self.eos_token_id})
-        return frozenset(self.eos_token_id) if self.eos_token_id else None
+            return Ends(frozenset({self.eos_token_id}))
+        return Ends(frozenset(self.eos_token_id)) if self.eos_token_id else None
 
 
 class QuickStartRequest(Strict):

@@ -59,7 +59,7 @@ class Session:
             problems = adapters.misfits(found, files.read_json(base / "config.json"))
             if problems:
                 raise SpecError(problems)
-            template = _template(adapter)
+            template = template_of(adapter)
         self.max_new_tokens = max_new_tokens
         self.tokenizer = load_tokenizer(base, chat_template=template)
         if adapter is not None and (own := own_template(self.tokenizer)):
@@ -218,7 +218,7 @@ def prompts_of(loaded: Any, tokenizer: Any) -> Prompts | None:
     return Prompts(tokenizer, renderer(tokenizer, template), named=named)
 
 
-def _template(adapter: Path) -> str | None:
+def template_of(adapter: Path) -> str | None:
     """The chat template that the adapter was trained with, if its folder has one."""
     path = adapter / "chat_template.jinja"
     return path.read_text(encoding="utf-8") if path.is_file() else None

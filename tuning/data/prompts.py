@@ -7,13 +7,17 @@ is shown, which variant of a template is used, and which date a template prints.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from tuning.data import turn_ends
 from tuning.data.chat_rewrites import folded, with_clock
-from tuning.data.formats import BadRow
+from tuning.data.formats import BadRow, quoted
 from tuning.data.formats.messages import message
 from tuning.data.template_layout import Markers, Message, RenderError
+from tuning.data.tokenizer import load_tokenizer, own_template
+from tuning.data.turn_ends import Ends
+from tuning.errors import SpecError
 
 
 class Prompts:
@@ -34,6 +38,36 @@ class Prompts:
         """
         turns = template_input(messages)
         return self._render(folded(turns) if self._folds else turns, tools, True)
+
+
+def question(
+    tokenizer: Any,
+    template: str | None,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    named: int | Iterable[int] | None,
+) -> tuple[str, Ends]:
+    """The text of `messages` through `template`, and what ends the answer. Raises SpecError."""
+    if template is None:
+        what = "has no chat template"
+        change = "use an instruct model, or set ModelConfig.chat_template"
+        raise SpecError.at("MODEL-211", tokenizer.name_or_path, what, change)
+    prompts = Prompts(tokenizer, renderer(tokenizer, template), named=named)
+    try:
+        return prompts.text(messages), prompts.ends
+    except (RenderError, BadRow) as error:
+        what = f"has a chat template that refuses the question: {quoted(str(error))}"
+        change = "ask otherwise, or set ModelConfig.chat_template"
+        raise SpecError.at("MODEL-212", tokenizer.name_or_path, what, change) from error
+
+
+def check(request: dict[str, Any]) -> dict[str, Any]:
+    """Refuse questions that the chat template cannot show; see the package. Raises SpecError."""
+    tokenizer = load_tokenizer(Path(request["base"]))
+    template = request.get("chat_template") or own_template(tokenizer)
+    for asked in request["questions"]:
+        question(tokenizer, template, [{"role": "user", "content": asked}], named=None)
+    return {}
 
 
 def template_input(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
@@ -67,11 +101,3 @@ def renderer(tokenizer: Any, template: str) -> turn_ends.Render:
         return shown
 
     return render
-
-
-def own_template(tokenizer: Any) -> str | None:
-    """The tokenizer's chat template; of several, the one named "default", or else the first."""
-    own = tokenizer.chat_template
-    if isinstance(own, dict):
-        own = own.get("default") or next(iter(own.values()), None)
-    return own or None

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from tuning.data.chat import ChatTemplate
-from tuning.data.prompts import own_template
 from tuning.errors import SpecError
 
 
@@ -46,3 +45,11 @@ def load_template(tokenizer: Any, text: str | None) -> ChatTemplate | None:
             what = f"is not a valid template: {error}"
             raise SpecError.at("DATA-245", where, what, "repair it") from error
     return ChatTemplate(tokenizer, source)
+
+
+def own_template(tokenizer: Any) -> str | None:
+    """The tokenizer's chat template; of several, the one named "default", or else the first."""
+    own = tokenizer.chat_template
+    if isinstance(own, dict):
+        own = own.get("default") or next(iter(own.values()), None)
+    return own or None

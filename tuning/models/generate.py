@@ -17,11 +17,9 @@ from peft import LoraConfig, PeftModel
 
 from tuning import adapter as adapters
 from tuning import files
-from tuning.data import turn_ends
+from tuning.data import prompts, turn_ends
 from tuning.data.chat_rewrites import as_trained
-from tuning.data.formats import BadRow
-from tuning.data.prompts import Prompts, own_template, renderer
-from tuning.data.template_layout import RenderError
+from tuning.data.tokenizer import own_template
 from tuning.data.turn_ends import Ends
 from tuning.errors import SpecError
 from tuning.models.load import load_base, load_tokenizer
@@ -137,21 +135,12 @@ def attach(base: Any, adapter: adapters.Adapter) -> PeftModel:
 def reply(loaded: Any, tokenizer: Any, messages: Sequence[Message], *, max_new_tokens: int) -> str:
     """What the loaded model answers to `messages`: greedy, at most `max_new_tokens` tokens.
 
-    Raises SpecError if the tokenizer has no chat template.
+    Raises SpecError if the tokenizer has no chat template, or one that refuses them.
     """
-    found = prompts_of(loaded, tokenizer)
-    if found is None:
-        what = "has no chat template"
-        change = "use an instruct model, or set ModelConfig.chat_template"
-        raise SpecError.at("MODEL-211", tokenizer.name_or_path, what, change)
-    try:
-        text = found.text(messages)
-    except (RenderError, BadRow) as error:
-        what = f"has a chat template that refuses the question: {error}"
-        change = "ask otherwise, or set ModelConfig.chat_template"
-        raise SpecError.at("MODEL-212", tokenizer.name_or_path, what, change) from error
+    named = loaded.generation_config.eos_token_id
+    text, ends = prompts.question(tokenizer, own_template(tokenizer), messages, named=named)
     prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return continued(loaded, tokenizer, prompt, max_new_tokens=max_new_tokens, ends=found.ends)
+    return continued(loaded, tokenizer, prompt, max_new_tokens=max_new_tokens, ends=ends)
 
 
 def continued(
@@ -204,18 +193,9 @@ def stops(loaded: Any, tokenizer: Any) -> list[int]:
 
 def ends_of(loaded: Any, tokenizer: Any) -> Ends:
     """The ends of the model's answers: its own, and those that its template's turns have."""
-    found = prompts_of(loaded, tokenizer)
-    named = loaded.generation_config.eos_token_id
-    return found.ends if found else turn_ends.of(tokenizer, None, named)
-
-
-def prompts_of(loaded: Any, tokenizer: Any) -> Prompts | None:
-    """What renders the tokenizer's chat template; None without one."""
     template = own_template(tokenizer)
-    if template is None:
-        return None
-    named = loaded.generation_config.eos_token_id
-    return Prompts(tokenizer, renderer(tokenizer, template), named=named)
+    render = prompts.renderer(tokenizer, template) if template else None
+    return turn_ends.of(tokenizer, render, loaded.generation_config.eos_token_id)
 
 
 def template_of(adapter: Path) -> str | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from tuning import files, plan, process
 from tuning.adapter import WEIGHTS
 from tuning.console import Report
-from tuning.errors import Killed, OutOfMemoryError
+from tuning.errors import Killed, OutOfMemoryError, Stopped, TuningError
 from tuning.oci import delivery
 from tuning.pipeline import model_card, outcome
 from tuning.pipeline.run import TRAIN, Run, Value, key_of
@@ -49,12 +49,14 @@ def train(
         "questions": list(run.options.questions),
         "chat_template": run.spec.settings.chat_template,
         "packed": str(run.options.cache or files.cache_folder()),
+        "kept": str(run.folder / "log" / "trained.json"),
         "save_steps": run.spec.settings.save_steps,
     }
 
     def work() -> Value:
         with run.console.work("Training", unit="steps") as report:
             done = _fitting(run, request, decided, report)
+        run.note(f"after training: {what}" for what in done.get("lost", ()))
         if done.get("resumed_from"):
             run.note([f"continued from the checkpoint of step {done['resumed_from']:,}"])
         return done
@@ -102,12 +104,31 @@ def _fitting(run: Run, request: Value, decided: Plan, report: Report) -> Value:
         placed = request | {"placement": asdict(placement), "meeting": str(_meeting(run))}
         try:
             tick = _watched(run, report)
-            return run.child(TRAIN, placed, tick=tick, ranks=placement.ranks)
+            return _finished(run, placed, tick, placement.ranks)
         except (OutOfMemoryError, Killed) as error:
             if error.exit_code not in (OutOfMemoryError.exit_code, 128 + signal.SIGKILL):
                 raise
             run.journal.append("train", "oom", key, way=_shape(placement), message=str(error))
     raise _out_of_memory(decided, placements)
+
+
+def _finished(run: Run, request: Value, tick: Callable[[], None], ranks: int) -> Value:
+    """The child's result. What fails once the adapter is in place does not undo the training."""
+    kept = Path(request["kept"])
+    kept.unlink(missing_ok=True)  # of an earlier try
+    try:
+        return run.child(TRAIN, request, tick=tick, ranks=ranks)
+    except Stopped:
+        raise
+    except TuningError as error:
+        try:
+            result: Value = files.read_json(kept)
+            weights = files.digest_file(run.folder / "adapter" / WEIGHTS)
+        except (OSError, ValueError):
+            raise error from None
+        if weights != result["adapter_sha256"]:
+            raise
+        return result | {"lost": [f"what follows it was lost: {error}"]}
 
 
 def _out_of_memory(decided: Plan, placements: list[plan.Placement]) -> OutOfMemoryError:

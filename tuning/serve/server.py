@@ -29,7 +29,7 @@ import uvicorn
 
 from tuning import files
 from tuning.console import Console
-from tuning.data.prompts import own_template
+from tuning.data.tokenizer import own_template
 from tuning.models.load import load_base, load_tokenizer, read_config
 from tuning.plan import device, inference
 from tuning.serve import adapters, api, listening, middleware, runner

@@ -12,8 +12,9 @@ from typing import Any
 
 from tuning.data import turn_ends
 from tuning.data.formats import BadRow
-from tuning.data.prompts import Prompts, own_template, template_input
+from tuning.data.prompts import Prompts, template_input
 from tuning.data.template_layout import RenderError
+from tuning.data.tokenizer import own_template
 from tuning.serve.detokenizer import vocabulary_decoder
 from tuning.serve.rendering import Message, NotRendered, Renderer, TooCostly
 

@@ -35,6 +35,10 @@ from tuning.data.template_layout import (
 )
 
 _REASONING = re.compile("reasoning|thinking")
+_OPENED = (
+    "prompts open an answer with {}, which these answers lack: they are trained without it, and "
+    "asked for with it"
+)
 _NO_END = (
     "the template ends an answer in no marker, and the base model has no end-of-sequence token: "
     "answers do not learn where to end"
@@ -152,6 +156,8 @@ class ChatTemplate:
         self, text: str, spans: Spans, conversation: Conversation, layout: TemplateLayout
     ) -> Rendered:
         """Adds an end-of-sequence token if no marker ends the last answer."""
+        if layout.opening:
+            self._note(_OPENED.format(quoted(layout.opening)))
         if not layout.all_ended:
             self._note(_EARLIER_OPEN)
         if layout.ended or conversation.trained[-1:] != (len(conversation.messages) - 1,):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tuning.data.formats import Conversation, quoted
@@ -77,6 +77,7 @@ class TemplateLayout:
     trained: tuple[tuple[int, int, int, int], ...]  # start and end: index of a literal, offset
     ended: bool  # whether a marker ends the last trained turn
     all_ended: bool = True  # whether one ends each earlier trained turn
+    opening: str = ""  # what prompts open an answer with, and trained turns lack
 
     def align(self, text: str, messages: Sequence[Message]) -> Spans:
         """The trained character spans of `text`, the rendered `messages`. Raises NotAligned."""
@@ -166,12 +167,15 @@ def learn(
     full = _Placeholders(text, find_placeholders(text, blanks), found)
     spans: Spans = []
     ended: list[bool] = []
+    openings: set[str] = set()
     for index in trained:
-        start = _start(render, blanks, index, full)
+        start, opening = _start(render, blanks, index, full)
+        openings.add(opening)
         end, has_end = _end(render, blanks, index, full, start, markers)
         spans.append((start, end))
         ended.append(has_end)
-    return cut(full.text, full.ends, spans, ended)
+    layout = cut(full.text, full.ends, spans, ended)
+    return replace(layout, opening="".join(sorted(openings)))
 
 
 def rewrites_history(render: Render) -> bool:
@@ -242,14 +246,16 @@ def _anchor(full: _Placeholders, index: int) -> tuple[int | None, int]:
     return (other if before else None), end
 
 
-def _start(render: Render, messages: list[Message], index: int, full: _Placeholders) -> int:
-    """Where the answer begins: after the generation prompt."""
+def _start(
+    render: Render, messages: list[Message], index: int, full: _Placeholders
+) -> tuple[int, str]:
+    """Where the answer begins: after the generation prompt; and what the prompt has beyond it."""
     own = full.begin(index)
     before, anchor = _anchor(full, index)
     if index == 0:
         if own is None:
             raise NotAligned(f"message {index}")
-        return own
+        return own, ""
     after = render(messages[:index], True)
     if before is not None:
         word = placeholder(before)
@@ -260,7 +266,8 @@ def _start(render: Render, messages: list[Message], index: int, full: _Placehold
     for first, last in full.markers:  # a marker with a common prefix belongs to the answer
         if first < start < last:
             start = first
-    return start if own is None else min(start, own)
+    start = start if own is None else min(start, own)
+    return start, after[start - anchor :].strip()
 
 
 def _end(

@@ -266,7 +266,7 @@ def other_weights(adapter: Adapter, weights: Callable[[], str | None]) -> list[P
     what = f"was trained on other weights ({str(recorded)[:19]}) than the base has ({here[:19]})"
     named = f", {adapter.base_model}" if adapter.base_model else ""
     change = f"use its own base model{named}, or if both are the same add --any-base"
-    return [Problem("MODEL-212", str(adapter.folder), what, change)]
+    return [Problem("MODEL-213", str(adapter.folder), what, change)]
 
 
 def misfits(adapter: Adapter, base_config: Mapping[str, Any]) -> list[Problem]:

@@ -19,6 +19,7 @@ from tuning.sources.base import weights_of
 from tuning.training import train
 
 Base = Callable[..., Path]
+EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny-model"
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +75,27 @@ def test_an_answer_ends_where_the_template_ends_a_turn(tiny_base: Base) -> None:
 
     names = session.tokenizer.convert_ids_to_tokens(stops)
     assert {"<|endoftext|>", "<|end|>"} == set(names)
+
+
+def test_an_answer_ends_in_a_token_that_nothing_names(tmp_path: Path) -> None:
+    """The bundled model with another end in its tokenizer and its configs: the template's marker,
+    an added special token, ends the answer."""
+    base = Path(shutil.copytree(EXAMPLE, tmp_path / "base"))
+    for name, changes in {
+        "tokenizer_config.json": {"eos_token": "<|pad|>"},
+        "config.json": {"eos_token_id": 0},
+        "generation_config.json": {"eos_token_id": 0},
+    }.items():
+        record = json.loads((base / name).read_text())
+        (base / name).write_text(json.dumps(record | changes))
+    template = base / "chat_template.jinja"
+    template.write_text(template.read_text().replace("eos_token", "'<|end|>'"))
+
+    (answer,) = generate.answer(base, None, ["Who is Tamsin Vale?"])
+
+    (expected,) = generate.answer(EXAMPLE, None, ["Who is Tamsin Vale?"])
+    assert expected == answer
+    assert 1 == (answer["tuned"] or "").count(".")
 
 
 def test_an_adapter_of_another_base_is_refused(tuned: Path, tiny_base: Base) -> None:
@@ -148,9 +170,9 @@ def test_an_adapter_of_other_weights_is_refused(
         (base / "generation_config.json").write_text('{"top_k": 9}')
 
     if change == "one weight":
-        with pytest.raises(SpecError, match=r"MODEL-212 .*--any-base"):
+        with pytest.raises(SpecError, match=r"MODEL-213 .*--any-base"):
             generate.Session(base, folder)
-        with pytest.raises(SpecError, match=r"MODEL-212 .*--any-base"):
+        with pytest.raises(SpecError, match=r"MODEL-213 .*--any-base"):
             merge.merge(base, folder, tmp_path / "merged", method="lora")
         merge.merge(base, folder, tmp_path / "merged", method="lora", any_base=True)
 

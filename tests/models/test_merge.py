@@ -84,6 +84,19 @@ def test_what_is_written_is_a_plain_model(pair, tmp_path):
     load_tokenizer(tmp_path / "merged")
 
 
+def test_a_merged_model_names_every_end_that_training_taught(pair, tmp_path):
+    """The template's marker beside the tokenizer's end, so that any server stops there."""
+    _, base, adapter = pair
+    merge.merge(base, adapter, tmp_path / "merged")
+
+    named = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
+    tokenizer = load_tokenizer(tmp_path / "merged")
+    words = tokenizer.convert_ids_to_tokens(named["eos_token_id"])
+    assert {"<|end|>", "<|endoftext|>"} == set(words)
+    merged = generate.Session(tmp_path / "merged")
+    assert named["eos_token_id"] == generate.stops(merged.model, merged.tokenizer)
+
+
 def test_merging_twice_gives_the_same_bytes(pair, tmp_path):
     """So that two pushes are one image."""
     _, base, adapter = pair

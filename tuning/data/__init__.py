@@ -1,7 +1,7 @@
 """Files -> a tokenised, masked and packed dataset.
 
-`python -m tuning.process data REQUEST.json` is a child process with two steps, because the plan is
-made with the lengths in between. Paths are strings; every count is an int.
+`python -m tuning.process data REQUEST.json` is a child process with two main steps, because the
+plan is made with the lengths in between. Paths are strings; every count is an int.
 
 Step "tokenise" reads every file, reports what cannot be trained (DataError with all problems in one
 pass, exit 10) and writes `rows.arrow`, `preview.json` and `tokenised.json` into `out`:
@@ -44,4 +44,8 @@ Step "pack" splits off the evaluation split, applies the over-length policy and 
 `path` is an Arrow stream for `datasets.Dataset.from_file` with the int32 lists `input_ids`,
 `labels` (-100 where there is no loss) and `seq_lengths` (the documents of a row). Labels do not
 depend on padding, so the pad token may equal the end-of-sequence token.
+
+Step "ask" checks that the chat template can show questions (SpecError, exit 11):
+
+    {"step": "ask", "base": str, "chat_template": str | null, "questions": [str]} -> {}
 """

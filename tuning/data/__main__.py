@@ -19,6 +19,10 @@ def work(request: dict[str, Any]) -> dict[str, Any]:
         from tuning.data import parallel
 
         return parallel.run(request)
+    if request["step"] == "ask":
+        from tuning.data import prompts
+
+        return prompts.check(request)
     from tuning.data import tokenise
 
     return tokenise.run(request)

@@ -9,31 +9,46 @@ is still missing, it is refused.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from tuning.data import template_layout
-from tuning.data.chat_rewrites import reasoning_split, system_folded, training_variant
+from tuning.data import generation_blocks, template_layout, turn_ends
+from tuning.data.chat_rewrites import (
+    reasoning_split,
+    rewrites_history,
+    system_folded,
+    training_text,
+    training_variant,
+    with_clock,
+)
 from tuning.data.formats import Conversation, Fault, quoted, texts_in
-from tuning.data.template_layout import Message, NotAligned, Spans, TemplateLayout
-
-_REASONING = re.compile("reasoning|thinking")
-_VARIANT_USED = "the template leaves words out: trl's training variant of it is used"
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-# Some templates print today's date. A recipe has no clock, so the date is the one that llama's
-# templates print without a clock.
-_CLOCK = (
-    "{%- macro strftime_now(format) -%}"
-    "{{ '2024-07-26' if format == '%Y-%m-%d' else '26 Jul 2024' }}"
-    "{%- endmacro -%}"
+from tuning.data.template_layout import (
+    Markers,
+    Message,
+    NotAligned,
+    RenderError,
+    Spans,
+    TemplateLayout,
 )
 
-
-class RenderError(Exception):
-    """The template itself raised an error."""
+_REASONING = re.compile("reasoning|thinking")
+_OPENED = (
+    "prompts open an answer with {}, which these answers lack: they are trained without it, and "
+    "asked for with it"
+)
+_NO_END = (
+    "the template ends an answer in no marker, and the base model has no end-of-sequence token: "
+    "answers do not learn where to end"
+)
+_EARLIER_OPEN = (
+    "the template ends earlier answers in no marker: only the last answer of a conversation "
+    "learns where to end"
+)
+_VARIANT_USED = "the template leaves words out: trl's training variant of it is used"
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 @dataclass(frozen=True)
@@ -50,25 +65,22 @@ class ChatTemplate:
     def __init__(self, tokenizer: Any, text: str, *, markers: bool = True) -> None:
         self._tokenizer = tokenizer
         self._source = text
-        self._text = _CLOCK + text if "strftime_now" in text else text
+        self._text = with_clock(text)
         self._marked = markers and _GENERATION.search(text) is not None
-        added = tokenizer.added_tokens_decoder.values()
-        self._marker = _any_of(str(token) for token in added)
-        self._special = _any_of(
-            {str(token) for token in added if token.special} | set(tokenizer.all_special_tokens)
-        )
+        self._markers = Markers.of(tokenizer)  # their ends are learned when they are needed
+        self._special = template_layout.any_of(self._markers.special)
         self._eos: str = tokenizer.eos_token or ""
         self._layouts: dict[Any, TemplateLayout | Fault] = {}
-        self._folded: set[Any] = set()  # keys of layouts without a system message
+        self._folds: bool | None = None  # whether the system message opens the first user turn
         self._variant: ChatTemplate | None = None
         self.notes: dict[str, int] = {}
-        if markers and not self._marked and self._rewrites_history():
+        if markers and not self._marked and rewrites_history(text):
             self._prefer_variant()
 
     def render(self, conversations: Sequence[Conversation]) -> list[Rendered | Fault]:
         """The text and trained spans of each conversation, or its fault."""
         prepared: list[tuple[Conversation, TemplateLayout] | Rendered | Fault] = []
-        for conversation in conversations:
+        for conversation in map(self._folded, conversations):
             prepared.append(self._special_token(conversation) or self._prepare(conversation))
         plain = [item for item in prepared if isinstance(item, tuple)]
         texts = iter(self._render_batch([conversation for conversation, _ in plain]))
@@ -86,46 +98,47 @@ class ChatTemplate:
         structure = (*(m["role"] if m["content"] else m["role"] + "0" for m in messages),)
         key = (structure, conversation.trained)
         if key not in self._layouts:
-            self._layouts[key] = self._learn_or_fold(conversation, key)
+            try:
+                self._layouts[key] = self._learn(conversation)
+            except (RenderError, NotAligned) as error:
+                self._layouts[key] = _fault(error)
         layout = self._layouts[key]
-        if isinstance(layout, Fault):
-            return layout
-        if key in self._folded:
-            self._note("the template leaves the system message out: it opens the first user turn")
-            conversation = system_folded(conversation) or conversation
-        return conversation, layout
+        return layout if isinstance(layout, Fault) else (conversation, layout)
 
-    def _learn_or_fold(self, conversation: Conversation, key: Any) -> TemplateLayout | Fault:
-        try:
-            return self._learn(conversation)
-        except (RenderError, NotAligned) as error:
-            if folded := system_folded(conversation):
-                try:
-                    layout = self._learn(folded)
-                except (RenderError, NotAligned):
-                    return _fault(error)
-                self._folded.add(key)
-                return layout
-            return _fault(error)
+    def _folded(self, conversation: Conversation) -> Conversation:
+        """The conversation as prompts show it, too: with its system message where it is shown."""
+        if self._folds is None:
+            self._folds = turn_ends.folds_system(self._render_one, self._markers)
+        if self._folds and (folded := system_folded(conversation)):
+            self._note("the template leaves the system message out: it opens the first user turn")
+            return folded
+        return conversation
 
     def _learn(self, conversation: Conversation) -> TemplateLayout:
         messages, trained = conversation.messages, conversation.trained
+        markers = self._known_markers()
         if self._marked:
             blanks = template_layout.with_placeholders(messages)
-            text, spans = self._generation_spans(blanks, conversation.tools)
-            ends = template_layout.find_placeholders(text, blanks)
-            untrained = [
-                ends[index]
-                for index, message in enumerate(messages)
-                if message["role"] == "assistant" and index not in trained and index in ends
-            ]
-            spans = [(a, b) for a, b in spans if not any(a < end <= b for end in untrained)]
-            return template_layout.cut(text, ends, spans, self._ends_in_marker(text, spans))
+            text, blocks = self._generation_spans(blanks, conversation.tools)
+            places = template_layout.find_placeholders(text, blanks)
+            spans, ended = generation_blocks.answers(
+                text, blocks, messages, trained, places=places, markers=markers
+            )
+            if None in ended:
+                self.notes["the template's generation markers leave answers out"] = 0
+            return template_layout.cut(text, places, spans, [has is not False for has in ended])
 
         def render(turns: list[Message], add_generation_prompt: bool) -> str:
             return self._render_one(turns, conversation.tools, add_generation_prompt)
 
-        return template_layout.learn(render, messages, trained, self._marker)
+        return template_layout.learn(render, messages, trained, markers)
+
+    def _known_markers(self) -> Markers:
+        """The tokenizer's markers, with those that end a turn in this template."""
+        if self._markers.ends is None:
+            known = turn_ends.learned(self._render_one, self._markers)
+            self._markers = replace(known, ends=(known.ends or frozenset()) | {self._eos} - {""})
+        return self._markers
 
     def _align(
         self, item: tuple[Conversation, TemplateLayout], text: str | RenderError
@@ -137,13 +150,20 @@ class ChatTemplate:
             spans = layout.align(text, conversation.messages)
         except NotAligned:
             return self._render_alone(conversation)
-        return self._with_end(text, spans, conversation, layout.ended)
+        return self._with_end(text, spans, conversation, layout)
 
     def _with_end(
-        self, text: str, spans: Spans, conversation: Conversation, ended: bool
+        self, text: str, spans: Spans, conversation: Conversation, layout: TemplateLayout
     ) -> Rendered:
         """Adds an end-of-sequence token if no marker ends the last answer."""
-        if ended or not self._eos or conversation.trained[-1:] != (len(conversation.messages) - 1,):
+        if layout.opening:
+            self._note(_OPENED.format(quoted(layout.opening)))
+        if not layout.all_ended:
+            self._note(_EARLIER_OPEN)
+        if layout.ended or conversation.trained[-1:] != (len(conversation.messages) - 1,):
+            return Rendered(text, spans)
+        if not self._eos:
+            self._note(_NO_END)
             return Rendered(text, spans)
         self._note("the template ends an answer in no marker: the end-of-sequence token is added")
         return Rendered(text + self._eos, [*spans, (len(text), len(text) + len(self._eos))])
@@ -166,8 +186,6 @@ class ChatTemplate:
             attempts.append((self, split))
         if variant:
             attempts += [(variant, rewritten) for _, rewritten in attempts]
-        if folded := system_folded(conversation):
-            attempts.append((self, folded))
         first_error: RenderError | NotAligned | None = None
         for template, rewritten in attempts:
             try:
@@ -187,21 +205,13 @@ class ChatTemplate:
         layout = self._learn(conversation)
         spans = layout.align(text, conversation.messages)
         template_layout.check_complete(text, spans, conversation)
-        return self._with_end(text, spans, conversation, layout.ended)
-
-    def _rewrites_history(self) -> bool:
-        try:
-            return template_layout.rewrites_history(
-                lambda turns, ask: self._render_one(turns, None, ask)
-            )
-        except (RenderError, NotAligned):
-            return False
+        return self._with_end(text, spans, conversation, layout)
 
     def _prefer_variant(self) -> None:
         """Train earlier answers as they were generated, not as the template rewrites them."""
         note = "the template shows earlier answers otherwise than the one that is asked for"
-        if text := training_variant(self._source):
-            self._text = text
+        if (text := training_text(self._source)) != self._source:
+            self._text = with_clock(text)
             note += "; trl's training variant of it is used"
         self.notes[note] = 0
 
@@ -273,28 +283,10 @@ class ChatTemplate:
             )
         except Exception as error:  # as above
             raise RenderError(str(error)) from error
-        return text, [self._trimmed(text, a, b) for a, b in spans]
-
-    def _trimmed(self, text: str, start: int, end: int) -> tuple[int, int]:
-        """A marked span up to the marker that ends the turn, without white space after it."""
-        if self._eos and text.startswith(self._eos, end):
-            return start, end + len(self._eos)
-        inside = [match.end() for match in self._marker.finditer(text, start, end)]
-        if inside and not text[inside[-1] : end].strip():
-            end = inside[-1]
-        return start, end
-
-    def _ends_in_marker(self, text: str, spans: Spans) -> bool:
-        end = spans[-1][1] if spans else 0
-        return any(match.end() == end for match in self._marker.finditer(text))
+        return text, list(spans)
 
     def _note(self, text: str) -> None:
         self.notes[text] = self.notes.get(text, 0) + 1
-
-
-def _any_of(words: Iterable[str]) -> re.Pattern[str]:
-    longest_first = sorted({word for word in words if word}, key=lambda word: (-len(word), word))
-    return re.compile("|".join(re.escape(word) for word in longest_first) or r"(?!)")
 
 
 def _special_token_fault(where: str, token: str) -> Fault:

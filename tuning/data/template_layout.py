@@ -10,21 +10,62 @@ found, in order and to the end, so that a template that rewrites contents is nev
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tuning.data.formats import Conversation, quoted
 
 Message = dict[str, Any]
 Spans = list[tuple[int, int]]
-_REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
-# (messages, add_generation_prompt) -> text
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+# (messages, add_generation_prompt) -> text; raises RenderError
 Render = Callable[[list[Message], bool], str]
+
+
+class RenderError(Exception):
+    """The template itself raised an error."""
 
 
 class NotAligned(Exception):
     """The rendered text lacks a part of the conversation, which the message names."""
+
+
+@dataclass(frozen=True)
+class Markers:
+    """The tokenizer's added tokens, such as <|im_end|>, that a template may put around turns."""
+
+    pattern: re.Pattern[str]  # matches any of them
+    special: frozenset[str]
+    ends: frozenset[str] | None = None  # those that end a turn; None: not known yet
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> Markers:
+        """The added tokens of `tokenizer`: special ones need not be among its named ones."""
+        added = tokenizer.added_tokens_decoder.values()
+        named = set(tokenizer.all_special_tokens)
+        special = frozenset({str(token) for token in added if token.special} | named)
+        return cls(any_of({str(token) for token in added} | named), special)
+
+    def end_turns(self, text: str, end: int, *, after_call: bool) -> bool:
+        """Whether the marker before `end` ends a turn. After a tool call, which may end in a
+        marker of its own (`</tool_call>`), only special tokens and known ends do."""
+        word = next((m[0] for m in self.pattern.finditer(text[:end]) if m.end() == end), None)
+        known = word in self.special or word in (self.ends or ())
+        return word is not None and (known or not after_call)
+
+    def adjacent(self, text: str, at: int) -> re.Match[str] | None:
+        """The next marker, if only white space lies between `at` and it, and it may end a turn."""
+        match = self.pattern.search(text, at)
+        if match is None or text[at : match.start()].strip():
+            return None
+        return match if self.ends is None or match[0] in self.ends else None
+
+
+def any_of(words: Iterable[str]) -> re.Pattern[str]:
+    """A pattern that matches each of `words`, the longest first."""
+    longest_first = sorted({word for word in words if word}, key=lambda word: (-len(word), word))
+    return re.compile("|".join(re.escape(word) for word in longest_first) or r"(?!)")
 
 
 @dataclass(frozen=True)
@@ -35,6 +76,8 @@ class TemplateLayout:
     order: tuple[int, ...]  # the index of the message between literal n and literal n + 1
     trained: tuple[tuple[int, int, int, int], ...]  # start and end: index of a literal, offset
     ended: bool  # whether a marker ends the last trained turn
+    all_ended: bool = True  # whether one ends each earlier trained turn
+    opening: str = ""  # what prompts open an answer with, and trained turns lack
 
     def align(self, text: str, messages: Sequence[Message]) -> Spans:
         """The trained character spans of `text`, the rendered `messages`. Raises NotAligned."""
@@ -112,23 +155,27 @@ def placeholder(index: int) -> str:
 
 
 def learn(
-    render: Render, messages: Sequence[Message], trained: Sequence[int], marker: re.Pattern[str]
+    render: Render, messages: Sequence[Message], trained: Sequence[int], markers: Markers
 ) -> TemplateLayout:
     """The layout of `messages`, of which the turns `trained` are trained.
 
-    `marker` matches the tokenizer's added tokens. Raises NotAligned, and the errors of `render`.
+    Raises NotAligned, and the errors of `render`.
     """
     blanks = with_placeholders(messages)
     text = render(blanks, False)
-    markers = [match.span() for match in marker.finditer(text)]
-    full = _Placeholders(text, find_placeholders(text, blanks), markers)
+    found = [match.span() for match in markers.pattern.finditer(text)]
+    full = _Placeholders(text, find_placeholders(text, blanks), found)
     spans: Spans = []
-    ended = True
+    ended: list[bool] = []
+    openings: set[str] = set()
     for index in trained:
-        start = _start(render, blanks, index, full)
-        end, ended = _end(render, blanks, index, full, start, marker)
+        start, opening = _start(render, blanks, index, full)
+        openings.add(opening)
+        end, has_end = _end(render, blanks, index, full, start, markers)
         spans.append((start, end))
-    return cut(full.text, full.ends, spans, ended)
+        ended.append(has_end)
+    layout = cut(full.text, full.ends, spans, ended)
+    return replace(layout, opening="".join(sorted(openings)))
 
 
 def rewrites_history(render: Render) -> bool:
@@ -151,8 +198,9 @@ def with_placeholders(messages: Sequence[Message]) -> list[Message]:
     ]
 
 
-def cut(text: str, ends: dict[int, int], spans: Spans, ended: bool) -> TemplateLayout:
-    """The layout of `text`, whose placeholders end at `ends`, with the trained `spans`."""
+def cut(text: str, ends: dict[int, int], spans: Spans, ended: Sequence[bool]) -> TemplateLayout:
+    """The layout of `text`, whose placeholders end at `ends`, with the trained `spans`; `ended`
+    tells of each trained turn whether a marker ends it."""
     order = sorted(ends, key=lambda index: ends[index])
     literals: list[str] = []
     starts: list[int] = []
@@ -171,7 +219,7 @@ def cut(text: str, ends: dict[int, int], spans: Spans, ended: bool) -> TemplateL
         raise NotAligned("an answer")
 
     trained = tuple((*locate(start), *locate(end)) for start, end in spans)
-    return TemplateLayout(tuple(literals), tuple(order), trained, ended)
+    return TemplateLayout(tuple(literals), tuple(order), trained, all(ended[-1:]), all(ended[:-1]))
 
 
 def find_placeholders(text: str, messages: Sequence[Message]) -> dict[int, int]:
@@ -198,14 +246,16 @@ def _anchor(full: _Placeholders, index: int) -> tuple[int | None, int]:
     return (other if before else None), end
 
 
-def _start(render: Render, messages: list[Message], index: int, full: _Placeholders) -> int:
-    """Where the answer begins: after the generation prompt."""
+def _start(
+    render: Render, messages: list[Message], index: int, full: _Placeholders
+) -> tuple[int, str]:
+    """Where the answer begins: after the generation prompt; and what the prompt has beyond it."""
     own = full.begin(index)
     before, anchor = _anchor(full, index)
     if index == 0:
         if own is None:
             raise NotAligned(f"message {index}")
-        return own
+        return own, ""
     after = render(messages[:index], True)
     if before is not None:
         word = placeholder(before)
@@ -216,7 +266,8 @@ def _start(render: Render, messages: list[Message], index: int, full: _Placehold
     for first, last in full.markers:  # a marker with a common prefix belongs to the answer
         if first < start < last:
             start = first
-    return start if own is None else min(start, own)
+    start = start if own is None else min(start, own)
+    return start, after[start - anchor :].strip()
 
 
 def _end(
@@ -225,42 +276,50 @@ def _end(
     index: int,
     full: _Placeholders,
     start: int,
-    marker: re.Pattern[str],
+    markers: Markers,
 ) -> tuple[int, bool]:
     """Where the turn ends, and whether a marker ends it."""
     content_end = max(start, full.ends.get(index, start))
-    end = len(full.text)
-    tail = ""
+    end, tail = len(full.text), ""
     if index < len(messages) - 1:
-        alone = render(messages[: index + 1], False)
-        own = placeholder(index)
-        if index in full.ends:
-            if own not in alone:
-                raise NotAligned(f"message {index}")
-            tail = alone[alone.index(own) + len(own) :]
-            end = content_end + common_prefix(full.text[content_end:], tail)
-        else:
-            before, anchor = _anchor(full, index)
-            word = placeholder(before) if before is not None else ""
-            if word not in alone:
-                raise NotAligned(f"message {before}")
-            rest = alone[alone.index(word) + len(word) :]
-            end = anchor + common_prefix(full.text[anchor:], rest)
-            tail = rest[content_end - anchor :]
+        begin, tail = _alone(render, messages, index, full)
+        end = begin + common_prefix(full.text[begin:], tail)
+        tail = tail[content_end - begin :]
     inside = [last for first, last in full.markers if content_end <= first and last <= end]
     if index not in full.ends:  # a tool call holds markers itself; the last one ends it
         inside = inside or [last for first, last in full.markers if start <= first and last <= end]
-    if inside:
+    calls = bool(messages[index].get("tool_calls"))
+    if inside and markers.end_turns(full.text, inside[-1], after_call=calls):
         return inside[-1], True
-    following = next((m for m in full.markers if m[0] >= content_end), None)
-    if following and tail and marker.match(tail.lstrip()):
-        between = full.text[content_end : following[0]]
-        if not between.strip():  # earlier turns end in a different marker than the last one
-            return following[1], True
+    at = inside[-1] if inside else content_end
+    if index < len(messages) - 1 and (marker := markers.adjacent(full.text, at)):
+        # either earlier turns end in a different marker than the last one,
+        # or the marker of the next role is what ends a turn
+        rest = tail[at - content_end :].lstrip()
+        if markers.pattern.match(rest) or (
+            not rest and messages[index + 1]["role"] != messages[index]["role"]
+        ):
+            return marker.end(), True
     for first, last in full.markers:
         if first < end < last:
             end = first
     return end, False
+
+
+def _alone(
+    render: Render, messages: list[Message], index: int, full: _Placeholders
+) -> tuple[int, str]:
+    """What follows turn `index` where it is the last one, and from which place of `full`: the end
+    of its content, or of the content before it."""
+    alone = render(messages[: index + 1], False)
+    other: int | None = index
+    begin = full.ends.get(index, 0)
+    if index not in full.ends:
+        other, begin = _anchor(full, index)
+    word = placeholder(other) if other is not None else ""
+    if word not in alone:
+        raise NotAligned(f"message {other}")
+    return begin, alone[alone.index(word) + len(word) :]
 
 
 def check_complete(text: str, spans: Spans, conversation: Conversation) -> None:
@@ -269,7 +328,7 @@ def check_complete(text: str, spans: Spans, conversation: Conversation) -> None:
     at = 0
     for index in conversation.trained:
         message = conversation.messages[index]
-        thought = next((message[key] for key in _REASONING_KEYS if message.get(key)), "")
+        thought = next((message[key] for key in REASONING_KEYS if message.get(key)), "")
         for part in (thought, message["content"]):
             if isinstance(part, str):
                 part = without_white_space(part)

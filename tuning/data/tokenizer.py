@@ -32,10 +32,7 @@ def load_tokenizer(base: Path) -> Any:
 
 def load_template(tokenizer: Any, text: str | None) -> ChatTemplate | None:
     """The chat template: the user's `text`, or the tokenizer's own if it has one."""
-    own = tokenizer.chat_template
-    if isinstance(own, dict):
-        own = own.get("default") or next(iter(own.values()), None)
-    source = text or own
+    source = text or own_template(tokenizer)
     if not source:
         return None
     from transformers.utils.chat_template_utils import render_jinja_template
@@ -48,3 +45,11 @@ def load_template(tokenizer: Any, text: str | None) -> ChatTemplate | None:
             what = f"is not a valid template: {error}"
             raise SpecError.at("DATA-245", where, what, "repair it") from error
     return ChatTemplate(tokenizer, source)
+
+
+def own_template(tokenizer: Any) -> str | None:
+    """The tokenizer's chat template; of several, the one named "default", or else the first."""
+    own = tokenizer.chat_template
+    if isinstance(own, dict):
+        own = own.get("default") or next(iter(own.values()), None)
+    return own or None

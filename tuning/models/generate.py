@@ -7,15 +7,20 @@ that the same question gets the same answer.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from peft import LoraConfig, PeftModel
 
 from tuning import adapter as adapters
 from tuning import files
+from tuning.data import prompts, turn_ends
+from tuning.data.chat_rewrites import as_trained
+from tuning.data.tokenizer import own_template
+from tuning.data.turn_ends import Ends
 from tuning.errors import SpecError
 from tuning.models.load import load_base, load_tokenizer
 from tuning.models.lora import projections
@@ -60,9 +65,11 @@ class Session:
                 problems += adapters.other_weights(found, lambda: weights_of(base))
             if problems:
                 raise SpecError(problems)
-            template = _template(adapter)
+            template = template_of(adapter)
         self.max_new_tokens = max_new_tokens
         self.tokenizer = load_tokenizer(base, chat_template=template)
+        if adapter is not None and (own := own_template(self.tokenizer)):
+            self.tokenizer.chat_template = as_trained(adapter, own)
         self.model = load_base(
             base,
             precision=precision or _precision(device),
@@ -134,21 +141,25 @@ def attach(base: Any, adapter: adapters.Adapter) -> PeftModel:
 def reply(loaded: Any, tokenizer: Any, messages: Sequence[Message], *, max_new_tokens: int) -> str:
     """What the loaded model answers to `messages`: greedy, at most `max_new_tokens` tokens.
 
-    Raises SpecError if the tokenizer has no chat template.
+    Raises SpecError if the tokenizer has no chat template, or one that refuses them.
     """
-    if not tokenizer.chat_template:
-        what = "has no chat template"
-        change = "use an instruct model, or set ModelConfig.chat_template"
-        raise SpecError.at("MODEL-211", tokenizer.name_or_path, what, change)
-    prompt = tokenizer.apply_chat_template(
-        list(messages), add_generation_prompt=True, tokenize=True, return_dict=True
-    )
-    return continued(loaded, tokenizer, prompt["input_ids"], max_new_tokens=max_new_tokens)
+    named = loaded.generation_config.eos_token_id
+    text, ends = prompts.question(tokenizer, own_template(tokenizer), messages, named=named)
+    prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return continued(loaded, tokenizer, prompt, max_new_tokens=max_new_tokens, ends=ends)
 
 
-def continued(loaded: Any, tokenizer: Any, prompt: list[int], *, max_new_tokens: int) -> str:
+def continued(
+    loaded: Any,
+    tokenizer: Any,
+    prompt: list[int],
+    *,
+    max_new_tokens: int,
+    ends: Ends | None = None,
+) -> str:
     """What the loaded model writes after the tokens `prompt`: greedy, special tokens left out."""
     ids = torch.tensor([prompt], device=loaded.device)
+    ends = ends or ends_of(loaded, tokenizer)
     pad = tokenizer.pad_token_id
     with torch.no_grad():
         out = loaded.generate(
@@ -159,34 +170,41 @@ def continued(loaded: Any, tokenizer: Any, prompt: list[int], *, max_new_tokens:
             temperature=None,
             top_p=None,
             top_k=None,
-            eos_token_id=stops(loaded, tokenizer),
+            eos_token_id=sorted(ends.certain) or None,
+            stopping_criteria=[_Reached(ends, len(prompt))],
             pad_token_id=pad if pad is not None else tokenizer.eos_token_id,
         )
-    text: str = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    answer = out[0, ids.shape[1] :].tolist()
+    while answer and answer[-1] in ends.ids:  # an end need not be a special token
+        answer.pop()
+    text: str = tokenizer.decode(answer, skip_special_tokens=True)
     return text.strip()
 
 
-def stops(
-    loaded: Any, tokenizer: Any, show: Callable[[list[dict[str, str]]], str] | None = None
-) -> list[int]:
-    """Tokens that end an answer: the model's own, and the one its template puts after a turn.
+class _Reached(transformers.StoppingCriteria):  # type: ignore[misc]
+    """Stops where an answer ends in a token that does not always end one."""
 
-    Many published models name only the end of the text and end turns with another token. `show`
-    renders turns in another way than the tokenizer does.
-    """
-    stops = loaded.generation_config.eos_token_id
-    found = set(stops) if isinstance(stops, list) else {stops}
-    found |= {tokenizer.eos_token_id}
-    mark = "answer"
-    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": mark}]
-    text = show(turns) if show else tokenizer.apply_chat_template(turns, tokenize=False)
-    after = tokenizer(text.rpartition(mark)[2], add_special_tokens=False)["input_ids"]
-    if after and after[0] in tokenizer.all_special_ids:
-        found.add(after[0])
-    return sorted(stop for stop in found if stop is not None)
+    def __init__(self, ends: Ends, prompt: int) -> None:
+        self._ends, self._prompt = ends, prompt
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        done = [self._ends.reached(row[self._prompt :].tolist()) for row in input_ids]
+        return torch.tensor(done, device=input_ids.device)
 
 
-def _template(adapter: Path) -> str | None:
+def stops(loaded: Any, tokenizer: Any) -> list[int]:
+    """Tokens that end an answer; see tuning/data/turn_ends.py."""
+    return sorted(ends_of(loaded, tokenizer).ids)
+
+
+def ends_of(loaded: Any, tokenizer: Any) -> Ends:
+    """The ends of the model's answers: its own, and those that its template's turns have."""
+    template = own_template(tokenizer)
+    render = prompts.renderer(tokenizer, template) if template else None
+    return turn_ends.of(tokenizer, render, loaded.generation_config.eos_token_id)
+
+
+def template_of(adapter: Path) -> str | None:
     """The chat template that the adapter was trained with, if its folder has one."""
     path = adapter / "chat_template.jinja"
     return path.read_text(encoding="utf-8") if path.is_file() else None

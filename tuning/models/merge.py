@@ -18,7 +18,7 @@ from tuning import files
 from tuning.adapter import Adapter
 from tuning.errors import SpecError, TuningError
 from tuning.models import generate
-from tuning.models.load import DTYPES, load_base
+from tuning.models.load import DTYPES, load_base, load_tokenizer
 from tuning.sources import verify
 from tuning.sources.base import weights_of
 
@@ -56,6 +56,7 @@ def merge(
     with files.making(target) as scratch:
         merged = _merged(base, found, made, device)
         scratch.mkdir()
+        _name_ends(merged, base, adapter)
         merged.save_pretrained(scratch, safe_serialization=True, max_shard_size=SHARD)
         _companions(base, adapter, scratch)
         verify.verify(scratch)
@@ -106,6 +107,14 @@ def _merged(base: Path, found: Adapter, made: Value, device: str) -> Any:
         what = f"left {kept[0]} beside the weights"
         raise TuningError.at("MODEL-304", str(found.folder), what, "report it with the adapter")
     return merged
+
+
+def _name_ends(merged: Any, base: Path, adapter: Path) -> None:
+    """Let the model's generation config name every token that ends an answer of the adapter."""
+    tokenizer = load_tokenizer(base, chat_template=generate.template_of(adapter))
+    ends = sorted(generate.ends_of(merged, tokenizer).certain)
+    if ends:
+        merged.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
 
 
 def _companions(base: Path, adapter: Path, target: Path) -> None:

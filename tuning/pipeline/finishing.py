@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import traceback
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -95,12 +97,17 @@ def package(run: Run, decided: Plan, training: Value, packed: Value, model: base
         loss_before=training["eval_loss_before"],
         loss_after=training["eval_loss_after"],
         best_step=training["best_step"],
+        ends=tuple(training.get("ends") or ()),
     )
+
+    lost: list[str] = []
 
     def work() -> Value:
         folder = run.folder / "adapter"
         run.require_space(2 * sum(path.stat().st_size for path in folder.iterdir()))
-        model_card.write(folder, recipe=asdict(recipe), run_id=recipe.run_id, facts=facts)
+        model_card.write(
+            folder, recipe=asdict(recipe), run_id=recipe.run_id, facts=facts, lost=lost.append
+        )
         built = delivery.package(
             folder,
             run.folder / "image",
@@ -113,6 +120,7 @@ def package(run: Run, decided: Plan, training: Value, packed: Value, model: base
         if (bad := check_layout(run.folder / "image", built.digest)) is not None:
             raise run.journal.damaged("package", bad)
         run.journal.verify("train")  # what was packaged is what was trained
+        run.note(lost)
         return {"digest": built.digest}
 
     def outputs(_: Value) -> list[Path]:
@@ -199,14 +207,28 @@ def finish(
             for when in ("before", "after")
         },
     )
-    if run.options.record is not None and training["seconds"]:
-        _append_record(run.options.record, decided, training)
-    report.write(run.folder, name=run.spec.name)
+    _report(run, decided, training)
     names = ("spec.yaml", "plan.json", "report.html")
-    written = [run.folder / name for name in names]
+    written = [path for name in names if (path := run.folder / name).is_file()]
     needs = PHASES[:-1]
     run.journal.do("finish", inputs, summary.to_json, outputs=lambda _: written, needs=needs)
     return summary
+
+
+def _report(run: Run, decided: Plan, training: Value) -> None:
+    """The report page and the record of the run; what fails is a note, the adapter is delivered."""
+    try:
+        if run.options.record is not None and training["seconds"]:
+            _append_record(run.options.record, decided, training)
+        report.write(run.folder, name=run.spec.name)
+    except Exception as error:
+        _log(run, error)
+        run.note([f"the report was not written: {type(error).__name__}: {str(error)[:200]}"])
+
+
+def _log(run: Run, error: Exception) -> None:
+    with suppress(OSError), (run.folder / "log" / "finish.log").open("a") as log:
+        log.write("".join(traceback.format_exception(error)))
 
 
 def _append_record(path: Path, decided: Plan, training: Value) -> None:

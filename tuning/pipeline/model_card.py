@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,30 @@ class Facts:
     loss_before: float | None = None  # on the held-out rows, base alone
     loss_after: float | None = None
     best_step: int | None = None  # step of the weights, if not the last
+    ends: Sequence[str] = ()  # tokens that end an answer, if others than the tokenizer's one
 
 
-def write(adapter: Path, *, recipe: dict[str, Any], run_id: str, facts: Facts) -> None:
-    """Put `tuning.json` and `README.md` into the adapter folder."""
+def write(
+    adapter: Path,
+    *,
+    recipe: dict[str, Any],
+    run_id: str,
+    facts: Facts,
+    lost: Callable[[str], object] | None = None,
+) -> None:
+    """Put `tuning.json` and `README.md` into the adapter folder.
+
+    `lost` is told why there is no card, if it cannot be written: the adapter does not need one.
+    """
     files.write_json(adapter / "tuning.json", provenance(recipe, run_id=run_id, facts=facts))
-    files.write(adapter / "README.md", card(recipe, run_id=run_id, facts=facts))
+    try:
+        text = card(recipe, run_id=run_id, facts=facts)
+    except Exception as error:
+        if lost is None:
+            raise
+        lost(f"no model card was written ({type(error).__name__}: {str(error)[:200]})")
+    else:
+        files.write(adapter / "README.md", text)
 
 
 def provenance(recipe: dict[str, Any], *, run_id: str, facts: Facts) -> dict[str, Any]:
@@ -64,7 +82,7 @@ def provenance(recipe: dict[str, Any], *, run_id: str, facts: Facts) -> dict[str
             "perplexity_before": perplexity(facts.loss_before),
             "perplexity_after": perplexity(facts.loss_after),
         },
-    }
+    } | ({"ends": list(facts.ends)} if facts.ends else {})
 
 
 def training(record: dict[str, Any]) -> dict[str, Any]:
@@ -85,6 +103,7 @@ def training(record: dict[str, Any]) -> dict[str, Any]:
         "total": record["total_parameters"],
         "peak_memory_bytes": None,
         "answers": [],
+        "ends": record.get("ends", []),
         "resumed_from": None,
     }
 
@@ -113,6 +132,8 @@ def card(recipe: dict[str, Any], *, run_id: str, facts: Facts) -> str:
         rows.insert(7, ("perplexity on held-out rows", f"{before:.4g} -> {after:.4g}"))
     if facts.best_step is not None:
         rows.append(("weights", f"of step {facts.best_step:,}, the best on the held-out rows"))
+    if facts.ends:
+        rows.append(("an answer ends in", ", ".join(f"`{word}`" for word in facts.ends)))
     licence = f"license: {facts.licence}\n" if facts.licence else ""
     data = "\n".join(f"- `sha256:{digest}`" for digest in recipe["data"])
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)

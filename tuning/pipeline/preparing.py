@@ -126,6 +126,20 @@ def fetch_data(run: Run) -> list[Value]:
     return files_
 
 
+def check_questions(run: Run, tokenizer: Path) -> None:
+    """Refuse, before anything is trained, questions that the chat template cannot show."""
+    if not run.options.questions or (run.folder / "adapter").exists():
+        return
+    run.begin("tokenise")
+    request = {
+        "step": "ask",
+        "base": str(tokenizer),
+        "chat_template": run.spec.settings.chat_template,
+        "questions": list(run.options.questions),
+    }
+    run.child("data", request)
+
+
 def tokenise(run: Run, data: list[Value], tokenizer: Path, model: base.Base) -> Value:
     """The result of the step "tokenise" (tuning/data), with the key of its phase."""
     run.begin("tokenise", "Reading and tokenising the data ...")

@@ -74,6 +74,7 @@ def _phases(run: Run) -> Summary:
         weights.background_download(run, model) as download,
         run.prewarm_training() as run.prewarmed,
     ):
+        preparing.check_questions(run, download.tokenizer)
         rows = preparing.tokenise(run, data, download.tokenizer, model)
         decided, packed = preparing.decide(run, rows, data, known)
         trained = training.train(run, decided, packed, model, weights=download.folder)

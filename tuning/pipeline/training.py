@@ -12,7 +12,7 @@ from pathlib import Path
 from tuning import files, plan, process
 from tuning.adapter import WEIGHTS
 from tuning.console import Report
-from tuning.errors import Killed, OutOfMemoryError
+from tuning.errors import Killed, OutOfMemoryError, Stopped, TuningError
 from tuning.oci import delivery
 from tuning.pipeline import endings, model_card, outcome
 from tuning.pipeline.changes import changed
@@ -56,12 +56,14 @@ def train(
         "questions": list(run.options.questions),
         "chat_template": run.spec.settings.chat_template,
         "packed": str(run.options.cache or files.cache_folder()),
+        "kept": str(run.folder / "log" / "trained.json"),
         "save_steps": run.spec.settings.save_steps,
     }
 
     def work() -> Value:
         with run.console.work("Training", unit="steps") as report:
             done = _fitting(run, request, decided, report)
+        run.note(f"after training: {what}" for what in done.get("lost", ()))
         if done.get("resumed_from"):
             run.note([f"continued from the checkpoint of step {done['resumed_from']:,}"])
         if files.digest_file(output) != done["adapter_sha256"]:
@@ -132,7 +134,7 @@ def _persistent(run: Run, request: Value, ranks: int, report: Report) -> Value:
     for left in reversed(range(KILLS)):
         try:
             request = request | {"meeting": str(_meeting(run))}
-            return run.child(TRAIN, request, tick=_watched(run, report), ranks=ranks)
+            return _finished(run, request, _watched(run, report), ranks)
         except endings.KilledForMemory:
             raise
         except Killed as error:
@@ -141,6 +143,25 @@ def _persistent(run: Run, request: Value, ranks: int, report: Report) -> Value:
             run.journal.append("train", "killed", message=str(error))
             run.console.say(f"  {error.problems[0].what}; trying again", style="yellow")
     raise AssertionError("unreachable")
+
+
+def _finished(run: Run, request: Value, tick: Callable[[], None], ranks: int) -> Value:
+    """The child's result. What fails once the adapter is in place does not undo the training."""
+    kept = Path(request["kept"])
+    kept.unlink(missing_ok=True)  # of an earlier try
+    try:
+        return run.child(TRAIN, request, tick=tick, ranks=ranks)
+    except Stopped:
+        raise
+    except TuningError as error:
+        try:
+            result: Value = files.read_json(kept)
+            weights = files.digest_file(run.folder / "adapter" / WEIGHTS)
+        except (OSError, ValueError):
+            raise error from None
+        if weights != result["adapter_sha256"]:
+            raise
+        return result | {"lost": [f"what follows it was lost: {error}"]}
 
 
 def _out_of_memory(decided: Plan, placements: list[plan.Placement]) -> OutOfMemoryError:

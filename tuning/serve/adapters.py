@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from tuning import adapter as adapters
 from tuning.console import Console
+from tuning.data.chat_rewrites import as_trained
 from tuning.errors import Problem, SpecError, TuningError
 from tuning.oci import delivery
 from tuning.oci.delivery import Access
@@ -150,6 +151,8 @@ def _inspect(
         template = None
     if template is not None and (reason := template_problem(template)):
         raise SpecError.at("SERVE-120", str(folder), reason, change)
+    if (own := template or base_template) and (text := as_trained(folder, own)) != own:
+        template = text
     return ReadyAdapter(spec, adapter, adapter.sha256, template)
 
 

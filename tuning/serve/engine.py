@@ -23,6 +23,7 @@ from typing import Literal
 
 import torch
 
+from tuning.data.turn_ends import Ends
 from tuning.plan.inference import PAGE, Room
 from tuning.serve.detokenizer import Detokenizer
 from tuning.serve.runner import Runner, Step
@@ -73,6 +74,7 @@ class Job:
     ends: frozenset[int]  # tokens that end an answer
     sampler: Sampler
     detokenizer: Detokenizer
+    answer_ends: Ends | None = None  # where some of `ends` do not always end an answer
     top_logprobs: int | None = None  # most likely tokens to report; None: no log-probabilities
     id: str = field(default_factory=_new_id)
     tokens: list[int] = field(default_factory=list)
@@ -100,7 +102,7 @@ class Job:
     def take(self, token: int, sampled: SampledToken) -> Piece:
         """The piece that `token` adds. Sets `finish` at the end."""
         self.tokens.append(token)
-        if token in self.ends:
+        if token in self.ends and (not self.answer_ends or self.answer_ends.reached(self.tokens)):
             self.finish = "stop"
             return Piece(self.detokenizer.end(), (), "stop")
         text = self.detokenizer.add(token)

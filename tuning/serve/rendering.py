@@ -29,6 +29,8 @@ from typing import IO, Any
 
 import jinja2
 
+from tuning.data.chat_rewrites import with_clock
+
 RENDER_SECONDS = 5.0
 START_SECONDS = 60.0
 MEMORY = 256 << 20  # bytes beyond what the process has when it is ready
@@ -41,7 +43,7 @@ _TOO_MUCH = "the model's chat template takes too much memory"
 _TOO_LONG = "the model's chat template takes too long"
 _MARKS = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")  # transformers' own tags
 
-Message = Mapping[str, str]
+Message = Mapping[str, Any]
 
 
 class NotRendered(Exception):
@@ -72,11 +74,13 @@ class Renderer:
         *,
         add_generation_prompt: bool,
         special_tokens: Mapping[str, Any],
+        tools: Sequence[Any] | None = None,
     ) -> str:
         """The text of `messages`. Raises NotRendered."""
         request = {
-            "template": template,
+            "template": with_clock(template),
             "messages": list(messages),
+            "tools": tools,
             "add_generation_prompt": add_generation_prompt,
             "special_tokens": dict(special_tokens),
         }
@@ -222,6 +226,7 @@ def _answer(render: Any, request: Mapping[str, Any]) -> dict[str, Any]:
     try:
         (text,), _ = render(
             [request["messages"]],
+            tools=request["tools"],
             chat_template=request["template"],
             add_generation_prompt=request["add_generation_prompt"],
             **request["special_tokens"],

@@ -19,6 +19,8 @@ from pydantic import (
     model_validator,
 )
 
+from tuning.data.turn_ends import Ends
+
 MAX_CHOICES = 16  # answers to one request: prompts times n
 MAX_TURNS = 1024
 MIN_PENALTY = 0.01  # logits divided by less overflow
@@ -103,25 +105,45 @@ class TextPart(Strict):
     text: str
 
 
+class Function(Strict):
+    """A function and its arguments, as JSON."""
+
+    name: Name
+    arguments: str = ""
+
+
+class ToolCall(Strict):
+    """A tool call of an earlier answer."""
+
+    id: Name | None = None
+    type: Literal["function"] = "function"
+    function: Function
+
+
 class Message(Strict):
     """One turn."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(max_length=MAX_TURNS, fail_fast=True)]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | Annotated[list[TextPart], Field(max_length=MAX_TURNS, fail_fast=True)] | None = (
+        None
+    )
     name: Name | None = None
+    tool_call_id: Name | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TURNS)] | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    thinking: str | None = None
     # keys of an earlier answer that a client sends back
     refusal: None = None
     audio: None = None
     function_call: None = None
-    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
     annotations: Any = None
 
     @property
-    def turn(self) -> dict[str, str]:
-        """The message for a chat template."""
-        content = self.content
-        text = content if isinstance(content, str) else "".join(part.text for part in content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+    def turn(self) -> dict[str, Any]:
+        """The message as data hold it; what renders it makes template input of it."""
+        written = self.model_dump(exclude={"refusal", "audio", "function_call", "annotations"})
+        return {"content": None} | {k: v for k, v in written.items() if v is not None}
 
 
 Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_TURNS, fail_fast=True)]
@@ -200,11 +222,11 @@ class GenerateKwargs(Strict):
     eos_token_id: Token | Annotated[list[Token], Field(max_length=16, fail_fast=True)] | None = None
 
     @property
-    def ends(self) -> frozenset[int] | None:
+    def ends(self) -> Ends | None:
         """Tokens that end an answer instead of the model's own."""
         if isinstance(self.eos_token_id, int):
-            return frozenset({self.eos_token_id})
-        return frozenset(self.eos_token_id) if self.eos_token_id else None
+            return Ends(frozenset({self.eos_token_id}))
+        return Ends(frozenset(self.eos_token_id)) if self.eos_token_id else None
 
 
 class QuickStartRequest(Strict):

@@ -29,6 +29,7 @@ import uvicorn
 
 from tuning import files
 from tuning.console import Console
+from tuning.data.tokenizer import own_template
 from tuning.models.load import load_base, load_tokenizer, read_config
 from tuning.plan import device, inference
 from tuning.serve import adapters, api, listening, middleware, runner
@@ -38,7 +39,7 @@ from tuning.serve.protocol import TimeoutProtocol
 from tuning.serve.rendering import Renderer, template_problem
 from tuning.serve.sampling import Sampling
 from tuning.serve.service import Loaded, Service
-from tuning.serve.tokenizer import ChatTokenizer, chat_template
+from tuning.serve.tokenizer import ChatTokenizer
 from tuning.sources.base import weights_of
 
 T = TypeVar("T")
@@ -196,7 +197,7 @@ def _make(options: Options, console: Console) -> Loaded:
     tokenizer = load_tokenizer(folder)
     here = device.detect()
     base_renderer, adapter_renderer = Renderer(), Renderer()
-    if template := chat_template(tokenizer):
+    if template := own_template(tokenizer):
         base_renderer.prewarm()  # ready before the weights are
     with ExitStack() as folders:
         ready, rejected = adapters.fetch(

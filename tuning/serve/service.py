@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar
 
+from tuning.data.turn_ends import Ends
 from tuning.serve.adapters import RejectedAdapter, ServedModel
 from tuning.serve.detokenizer import Detokenizer
 from tuning.serve.engine import Busy, Engine, Job, Piece
@@ -136,7 +137,7 @@ class Service:
         limit: int | None,
         stops: Sequence[str] = (),
         top_logprobs: int | None = None,
-        ends: frozenset[int] | None = None,
+        ends: Ends | None = None,
         param: str = "messages",
     ) -> list[Job]:
         """`count` jobs for each prompt, which the request calls `param`.
@@ -167,8 +168,9 @@ class Service:
                 prompt=prompt,
                 limit=limit or min(self.limits.default_tokens, self.limits.tokens, left),
                 weights=model.weights,
-                ends=ends,
-                sampler=Sampler(own, prompt, ends),
+                ends=ends.ids,
+                answer_ends=ends if ends.inner else None,
+                sampler=Sampler(own, prompt, ends.ids),
                 detokenizer=Detokenizer(tokenizer.decode, stops),
                 top_logprobs=top_logprobs,
             )

@@ -5,21 +5,18 @@ Chat templates come with the base model or with an adapter, never with a request
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Sequence
 from typing import Any
 
-from tuning.models import generate
+from tuning.data import turn_ends
+from tuning.data.formats import BadRow
+from tuning.data.prompts import Prompts, template_input
+from tuning.data.template_layout import RenderError
+from tuning.data.tokenizer import own_template
 from tuning.serve.detokenizer import vocabulary_decoder
-from tuning.serve.rendering import Message, NotRendered, Renderer
-
-_SYSTEM: Message = {"role": "system", "content": "be short"}
-
-
-def chat_template(tokenizer: Any) -> str | None:
-    """The tokenizer's own chat template; the one named "default" if it has several."""
-    template = tokenizer.chat_template
-    return template.get("default") if isinstance(template, dict) else template
+from tuning.serve.rendering import Message, NotRendered, Renderer, TooCostly
 
 
 class ChatTokenizer:
@@ -34,19 +31,32 @@ class ChatTokenizer:
         if self.from_adapter:
             self._tokenizer = copy.copy(tokenizer)
             self._tokenizer.chat_template = template
-        self._template = chat_template(self._tokenizer)
+        self._template = own_template(self._tokenizer)
         self._special = tokenizer.special_tokens_map
         self._to_bytes = vocabulary_decoder(tokenizer)
-        self.ends = frozenset(generate.stops(model, self._tokenizer, self._turns))
+        named = model.generation_config.eos_token_id
+        self._prompts: Prompts | None = None
+        self.ends = turn_ends.of(tokenizer, None, named)
+        if self._template:
+            with contextlib.suppress(TooCostly):  # as each request will be told
+                self._prompts = Prompts(tokenizer, self._probe, named=named)
+                self.ends = self._prompts.ends
 
     @property
     def has_template(self) -> bool:
         """Whether it can render conversations."""
         return bool(self._template)
 
-    def render(self, messages: Sequence[Message]) -> str:
+    def render(self, messages: Sequence[Message], tools: list[Any] | None = None) -> str:
         """The text of `messages`, up to where the answer begins. Raises NotRendered."""
-        return self._render(messages, add_generation_prompt=True)
+        if not self._template:
+            raise NotRendered("this model has no chat template; use /v1/completions")
+        if self._prompts is None:
+            return self._render(template_input(messages), tools, True)
+        try:
+            return self._prompts.text(messages, tools)
+        except (RenderError, BadRow) as error:
+            raise NotRendered(str(error)) from None
 
     def encode_chat(self, text: str) -> list[int]:
         """The tokens of a rendered conversation."""
@@ -65,21 +75,20 @@ class ChatTokenizer:
         entry = self._tokenizer.convert_ids_to_tokens(id)
         return b"" if entry is None else self._to_bytes(str(entry))
 
-    def _turns(self, turns: list[dict[str, str]]) -> str:
-        """The text of `turns`, behind a system message if the template needs one; "" if neither."""
-        for system in ([], [_SYSTEM]):
-            try:
-                return self._render([*system, *turns], add_generation_prompt=False)
-            except NotRendered:
-                continue
-        return ""
+    def _probe(self, messages: list[dict[str, Any]], tools: list[Any] | None, ask: bool) -> str:
+        """As _render, for what renders without a server. Raises RenderError and TooCostly."""
+        try:
+            return self._render(messages, tools, ask)
+        except TooCostly:
+            raise
+        except NotRendered as error:
+            raise RenderError(str(error)) from None
 
-    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
-        if not self._template:
-            raise NotRendered("this model has no chat template; use /v1/completions")
+    def _render(self, messages: Sequence[Message], tools: list[Any] | None, ask: bool) -> str:
         return self._renderer(
-            self._template,
+            self._template or "",
             messages,
-            add_generation_prompt=add_generation_prompt,
+            add_generation_prompt=ask,
             special_tokens=self._special,
+            tools=tools,
         )

@@ -6,7 +6,6 @@ newest checkpoint, and only a finished, finite adapter is put in place.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -29,16 +28,13 @@ from tuning.models.kernels import heap
 from tuning.models.load import DTYPES, load_for_training, load_tokenizer
 from tuning.plan import Placement, Recipe, placement_from_json, recipe_from_json
 from tuning.plan.backends import BY_OFFSETS
-from tuning.training import checkpoint, distributed, evaluation, finish
+from tuning.training import afterwards, checkpoint, distributed, finish
 from tuning.training.arguments import sft_config
 from tuning.training.interruption import Interruption
 from tuning.training.progress import Saves, peak_memory
 from tuning.training.trainer import Exact
 
 logger = logging.getLogger(__name__)
-
-ANSWER_TOKENS = 64
-SAMPLES = 3
 
 
 @dataclass(frozen=True)
@@ -60,13 +56,14 @@ class Request:
     save_seconds: float = 600.0  # most work that a kill can lose
     save_steps: int | None = None
     meeting: Path | None = None  # rendezvous file of several ranks
+    kept: Path | None = None  # where the result is kept once the adapter is in place
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Request:
         """The request in a JSON file; keys that are null count as absent."""
         names = {field.name for field in fields(cls)}
         values = {k: v for k, v in record.items() if k in names and v is not None}
-        for name in ("run", "base", "train", "adapter", "eval", "packed", "meeting"):
+        for name in ("run", "base", "train", "adapter", "eval", "packed", "meeting", "kept"):
             if name in values:
                 values[name] = Path(values[name])
         values["recipe"] = recipe_from_json(record["recipe"])
@@ -132,30 +129,64 @@ def _run(request: Request, stop: Interruption) -> dict[str, Any]:
         if recipe.keep_best:
             loop.keep_best()
     tensors = round_adapter(tuned, DTYPES[recipe.precision])
-    loss_after = loop.held_out_loss()
+    lost: list[str] = []
+    result: dict[str, Any] = {}
+    if ranks.first:
+        with stop.held():
+            finished = _finish(request, tuned, tensors, step=loop.state.global_step)
+        result = {
+            **_measured(loop, recipe),
+            "eval_loss_after": None,
+            "load_seconds": loaded - began,
+            "first_step_seconds": loop.first_step_at and loop.first_step_at - began,
+            "attention": tuned.get_base_model().config._attn_implementation,
+            "trainable": coverage.trainable,
+            "total": coverage.total,
+            "covered": coverage.to_json(),
+            "adapter_sha256": finished.sha256,
+            "peak_memory_bytes": peak_memory(placement.device),
+            "answers": [],
+            "ends": _other_ends(tuned, tokenizer),
+            "resumed_from": resumed.step if resumed else None,
+        }
+        _write_trained(request, result)
+    what = "the loss on the held-out rows was not measured after training"
+    loss_after = afterwards.attempt(what, loop.held_out_loss, lost)
     peak = max(ranks.gather(peak_memory(placement.device)))
     if not ranks.first:
         distributed.leave(ranks)
         return {}
-    answers = ask(tuned, tokenizer, request.questions)
-    write_samples(request, tuned, tokenizer)
-    with stop.held():
-        finished = _finish(request, tuned, tensors, step=loop.state.global_step)
+    after = {"eval_loss_after": loss_after, "peak_memory_bytes": peak}
+    after["answers"] = _answers(request, tuned, tokenizer, lost)
     distributed.leave(ranks)
-    return {
-        **_measured(loop, recipe),
-        "eval_loss_after": loss_after,
-        "load_seconds": loaded - began,
-        "first_step_seconds": loop.first_step_at and loop.first_step_at - began,
-        "attention": tuned.get_base_model().config._attn_implementation,
-        "trainable": coverage.trainable,
-        "total": coverage.total,
-        "covered": coverage.to_json(),
-        "adapter_sha256": finished.sha256,
-        "peak_memory_bytes": peak,
-        "answers": answers,
-        "resumed_from": resumed.step if resumed else None,
-    }
+    return result | after | {"lost": lost}
+
+
+def _answers(request: Request, tuned: Any, tokenizer: Any, lost: list[str]) -> list[dict[str, str]]:
+    """The answers to the request's questions; writes the samples, too."""
+    asked = partial(afterwards.ask, tuned, tokenizer, request.questions)
+    answers = afterwards.attempt("the questions were not answered", asked, lost)
+
+    def samples() -> None:
+        rows = read_rows(request.eval) if request.eval else None
+        afterwards.write_samples(request.run / "samples.jsonl", tuned, tokenizer, rows)
+
+    afterwards.attempt("no samples were written", samples, lost)
+    return answers or []
+
+
+def _other_ends(tuned: Any, tokenizer: Any) -> list[str]:
+    """The tokens that end an answer, if they are others than the tokenizer's one."""
+    ends = generate.ends_of(tuned, tokenizer).certain
+    if ends <= {tokenizer.eos_token_id}:
+        return []
+    return [str(word) for word in tokenizer.convert_ids_to_tokens(sorted(ends))]
+
+
+def _write_trained(request: Request, result: dict[str, Any]) -> None:
+    """Keep the result for the parent, in case that this process ends before it can answer."""
+    if request.kept is not None:
+        files.write_json(request.kept, result)
 
 
 def _configure(placement: Placement) -> None:
@@ -281,28 +312,6 @@ def round_adapter(tuned: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         name: tensor.detach().to("cpu", dtype)
         for name, tensor in get_peft_model_state_dict(tuned).items()
     }
-
-
-def write_samples(request: Request, tuned: Any, tokenizer: Any) -> None:
-    """Write answers to the first rows of the evaluation split to samples.jsonl."""
-    samples = []
-    if request.eval:
-        rows = read_rows(request.eval)
-        samples = evaluation.samples(tuned, tokenizer, rows, number=SAMPLES, tokens=ANSWER_TOKENS)
-    lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples]
-    files.write(request.run / "samples.jsonl", "".join(lines))
-
-
-def ask(tuned: Any, tokenizer: Any, questions: tuple[str, ...]) -> list[dict[str, str]]:
-    """Answers of the base and of the tuned model to each question."""
-    answers = []
-    for question in questions:
-        turns = [{"role": "user", "content": question}]
-        with tuned.disable_adapter():
-            base = generate.reply(tuned, tokenizer, turns, max_new_tokens=ANSWER_TOKENS)
-        reply = generate.reply(tuned, tokenizer, turns, max_new_tokens=ANSWER_TOKENS)
-        answers.append({"question": question, "base": base, "tuned": reply})
-    return answers
 
 
 if __name__ == "__main__":

@@ -156,6 +156,11 @@ def _message(
     return message, faults
 
 
+def message(turn: Mapping[str, Any], where: str) -> tuple[dict[str, Any], list[Fault]]:
+    """One message as chat templates take it, in training and in serving, and its faults."""
+    return _message(turn, where, sharegpt=False)
+
+
 def _extra_faults(extra: Mapping[str, Any], where: str) -> list[Fault]:
     """Faults in the keys of a message beside its content."""
     faults: list[Fault] = []

@@ -1,0 +1,58 @@
+"""What follows training once the adapter is in place: answers to questions, and samples.
+
+Nothing here can lose the adapter: what fails is a line for the user and a traceback in the log.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tuning import files
+from tuning.errors import Stopped
+from tuning.models import generate
+from tuning.training import evaluation
+
+logger = logging.getLogger(__name__)
+
+ANSWER_TOKENS = 64
+SAMPLES = 3
+
+T = TypeVar("T")
+
+
+def attempt(what: str, work: Callable[[], T], lost: list[str]) -> T | None:
+    """The result of `work`; None, and a line in `lost`, if it fails with anything but a signal."""
+    try:
+        return work()
+    except Stopped:
+        raise
+    except Exception as error:  # out of memory, a template, a kernel: the adapter is finished
+        logger.exception("%s", what)
+        cause = (str(error).splitlines() or [""])[0][:200]
+        lost.append(f"{what} ({type(error).__name__}: {cause})")
+        return None
+
+
+def write_samples(path: Path, tuned: Any, tokenizer: Any, rows: Any) -> None:
+    """Write answers to the first of `rows`, the evaluation split, to `path`."""
+    samples = []
+    if rows is not None:
+        samples = evaluation.samples(tuned, tokenizer, rows, number=SAMPLES, tokens=ANSWER_TOKENS)
+    lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples]
+    files.write(path, "".join(lines))
+
+
+def ask(tuned: Any, tokenizer: Any, questions: Sequence[str]) -> list[dict[str, str]]:
+    """Answers of the base and of the tuned model to each question."""
+    answers = []
+    for question in questions:
+        turns = [{"role": "user", "content": question}]
+        with tuned.disable_adapter():
+            base = generate.reply(tuned, tokenizer, turns, max_new_tokens=ANSWER_TOKENS)
+        reply = generate.reply(tuned, tokenizer, turns, max_new_tokens=ANSWER_TOKENS)
+        answers.append({"question": question, "base": base, "tuned": reply})
+    return answers

@@ -145,7 +145,9 @@ class Encoder:
         token = max(ids)
         if self._rows is None or token < self._rows:
             return None
-        return beyond_embedding(token, self._rows, self._fast.id_to_token(token))
+        known = token < self._size
+        spelled = self._fast.id_to_token(token) if known else None
+        return beyond_embedding(token, self._rows, spelled)
 
     def _encoded(self, text: _Text, encoding: Any) -> Encoded:
         ids: list[int] = encoding.ids

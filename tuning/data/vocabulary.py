@@ -58,10 +58,12 @@ def embedding_rows(base: Path) -> int | None:
         config = files.read_json(base / "config.json")
     except (OSError, ValueError):
         return None  # reading the model says more
+    if not isinstance(config, dict):
+        return None
     with suppress(SpecError):
         if facts := presets.facts(config):
             return facts.vocab
-    parts = (config, config.get("text_config")) if isinstance(config, dict) else ()
+    parts = (config, config.get("text_config"))
     sizes = (part.get("vocab_size") for part in parts if isinstance(part, dict))
     return next((size for size in sizes if isinstance(size, int) and size > 0), None)
 

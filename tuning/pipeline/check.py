@@ -21,7 +21,7 @@ from tuning.pipeline import sizing
 from tuning.pipeline.endings import together
 from tuning.pipeline.options import Options, base_reference, read_token
 from tuning.plan import device
-from tuning.sources import fetch, stores
+from tuning.sources import fetch, local, stores
 from tuning.sources.local import File
 from tuning.spec import Spec
 
@@ -77,10 +77,11 @@ def _check_data(spec: Spec, options: Options, access: Access) -> list[str]:
     ]
     if odd:
         raise DataError(odd)
+    notes = local.split_notes(Path(source.folder)) if source.folder and not source.within else []
     return [
         f"data: {shown}, {'size unknown' if size is None else f'{size:,} bytes'}, {first}"
         for shown, size, first in files
-    ]
+    ] + [f"data: {note}" for note in notes]
 
 
 def _first_rows(spec: Spec, options: Options) -> Iterator[Callable[[], CheckedFile]]:

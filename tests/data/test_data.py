@@ -281,7 +281,7 @@ BAD = {
         "train.json",
     ),
     "a negative token": Bad(
-        lines({"input_ids": [-1, 5]}), "DATA-247", "line 1", "input_ids holds -1, but"
+        lines({"input_ids": [-1, 5]}), "DATA-247", "line 1", "input_ids holds -1"
     ),
     "C41 other separator": Bad(
         b"question;answer\na;b\n", "DATA-252", "train.csv", "separated by ';'", "train.csv"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tuning.data.formats import (
     UNREAD,
@@ -391,3 +393,93 @@ def test_a_row_of_the_same_shape_with_another_column_is_told_so() -> None:
 
     with pytest.raises(BadRow, match='this row has no "output"'):
         to_example({"instruction": "a", "response": "b"}, shape)
+
+
+MASK_KEYS = ("weight", "train", "training", "train_on_turn")
+
+
+@given(
+    st.sampled_from(MASK_KEYS),
+    st.sampled_from([0, 1, False, True, 0.0, 1.0, None]),
+    st.booleans(),
+)
+def test_a_mask_key_is_honoured_wherever_it_stands(key: str, value: Any, in_part: bool) -> None:
+    """0, 1, true, false and null, on an assistant turn or on its content part."""
+    masked: dict[str, Any] = ANSWER | {key: value}
+    if in_part:
+        part = {"type": "text", "text": "4", key: value}
+        masked = {"role": "assistant", "content": [part]}
+    row = {"messages": [USER, masked, USER, ANSWER]}
+
+    example = to_example(row, detect(row, NONE))
+
+    trained = (3,) if value is not None and not value else (1, 3)
+    assert Conversation([USER, ANSWER, USER, ANSWER], trained) == example
+
+
+@given(
+    st.sampled_from(MASK_KEYS),
+    st.sampled_from([0.5, 2, -1, "false", "0", "x", [], {}, float("nan"), float("inf")]),
+    st.sampled_from(["turn", "part", "question"]),
+)
+def test_a_mask_that_is_no_mask_is_refused(key: str, value: Any, place: str) -> None:
+    """With the place in the row; nothing is trained in spite of it."""
+    turns: list[Any] = [USER, ANSWER]
+    if place == "part":
+        turns[1] = {"role": "assistant", "content": [{"type": "text", "text": "4", key: value}]}
+    else:
+        at = 0 if place == "question" else 1
+        turns[at] = turns[at] | {key: value}
+    row = {"messages": turns}
+
+    with pytest.raises(BadRow) as error:
+        to_example(row, detect(row, NONE))
+
+    assert ["DATA-221"] == [fault.code for fault in error.value.faults]
+    assert key in error.value.faults[0].what
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        [USER | {"train": True}, ANSWER],
+        [USER, ANSWER | {"weight": 1, "train": False}],
+        [
+            USER,
+            {
+                "role": "assistant",
+                "content": [{"type": "text", "text": "4", "train": False}, {"text": "5"}],
+            },
+        ],
+    ],
+)
+def test_masks_that_contradict_are_refused(turns: list[Any]) -> None:
+    """A question that is to be trained, two keys that disagree, half of an answer."""
+    row = {"messages": turns}
+
+    with pytest.raises(BadRow) as error:
+        to_example(row, detect(row, NONE))
+
+    assert ["DATA-255"] == [fault.code for fault in error.value.faults]
+
+
+def test_an_untrained_question_stays_plain() -> None:
+    """`weight` on a user turn (SlimOrca) leaves role and content, which templates render fast."""
+    row = {"messages": [SYSTEM | {"weight": 0}, USER | {"weight": 0}, ANSWER | {"weight": 1}]}
+
+    assert Conversation([SYSTEM, USER, ANSWER], (2,)) == to_example(row, detect(row, NONE))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "a", "completion": "b", "label": False},
+        {"chosen": [USER, ANSWER], "rejected": [USER, ANSWER], "messages": [USER, ANSWER]},
+        {"question": "a", "response_chosen": "b", "response_rejected": "c"},
+        {"prompt": "a", "completion": "b", "label": UNREAD},
+    ],
+)
+def test_preference_data_is_refused_as_such(row: dict[str, Any]) -> None:
+    """A rejected answer is never trained as a good one."""
+    with pytest.raises(BadRow, match="preference data"):
+        detect(row, NONE)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from tokenizers import Tokenizer
 
 from tuning.data.chat import ChatTemplate, Rendered
-from tuning.data.formats import Conversation, Example, Fault, Pair, Text, Tokens
+from tuning.data.formats import Conversation, Example, Fault, Pair, Text, Tokens, quoted
 from tuning.data.template_layout import Spans
 
 
@@ -43,6 +43,7 @@ class Encoder:
         template: ChatTemplate | None,
         *,
         train_on: Literal["assistant", "all"],
+        embedding_rows: int | None = None,
     ) -> None:
         self._template = template
         self._all = train_on == "all"
@@ -50,7 +51,9 @@ class Encoder:
         self._fast.post_processor = None
         self._fast.no_truncation()
         self._fast.no_padding()
-        self._size = self._fast.get_vocab_size(with_added_tokens=True)
+        vocabulary = self._fast.get_vocab(with_added_tokens=True)
+        self._size = max(vocabulary.values(), default=-1) + 1
+        self._rows = embedding_rows
         bare = tokenizer("a", add_special_tokens=False)["input_ids"]
         complete = tokenizer("a")["input_ids"]
         starts = (n for n in range(len(complete)) if complete[n : n + len(bare)] == bare)
@@ -75,11 +78,14 @@ class Encoder:
             prepared = [text or self._from_template(next(rendered)) for text in prepared]
         texts = [each.text for each in prepared if isinstance(each, _Text)]
         encodings = iter(self._fast.encode_batch(texts, add_special_tokens=False))
-        return [
+        encoded = [
             self._encoded(each, next(encodings)) if isinstance(each, _Text) else each
             for each in prepared
             if each is not None
         ]
+        if self._rows is None or self._rows >= self._size:
+            return encoded
+        return [(isinstance(each, Encoded) and self._beyond(each.ids)) or each for each in encoded]
 
     @property
     def notes(self) -> dict[str, int]:
@@ -125,14 +131,23 @@ class Encoder:
         return _Text(rendered.text, spans, is_bare=False)
 
     def _checked(self, tokens: Tokens) -> Encoded | Fault:
-        lowest, highest = min(tokens.input_ids), max(tokens.input_ids)
-        if highest >= self._size or lowest < 0:
-            unknown = lowest if lowest < 0 else highest
-            what = f"input_ids holds {unknown}, but the tokenizer has {self._size} tokens"
+        if beyond := self._beyond(tokens.input_ids):
+            return beyond
+        if (highest := max(tokens.input_ids)) >= self._size:
+            what = f"input_ids holds {highest}, but the tokenizer has {self._size} tokens"
             change = "tokenise with the base model's own tokenizer, or give the text"
             return Fault("DATA-247", what, change)
         trained = [0, len(tokens.input_ids)] if self._all else list(tokens.trained)
         return Encoded(tokens.input_ids, trained)
+
+    def _beyond(self, ids: list[int]) -> Fault | None:
+        """The fault that a token has no row in the embedding."""
+        token = max(ids)
+        if self._rows is None or token < self._rows:
+            return None
+        known = token < self._size
+        spelled = self._fast.id_to_token(token) if known else None
+        return beyond_embedding(token, self._rows, spelled)
 
     def _encoded(self, text: _Text, encoding: Any) -> Encoded:
         ids: list[int] = encoding.ids
@@ -170,3 +185,11 @@ class Encoder:
         while last + 1 < len(ids) and encoding.token_to_chars(last + 1)[0] < end:
             last += 1  # the bytes of one character are several tokens
         return first, last + 1
+
+
+def beyond_embedding(token: int, rows: int, text: str | None = None) -> Fault:
+    """The fault that `token`, spelled `text`, has no row among the `rows` of the embedding."""
+    spelled = "" if text is None else f", {quoted(text)}"
+    what = f"holds token {token}{spelled}, but the base model's embedding has {rows} rows"
+    change = "remove the token from text and chat template, or give the tokenizer of these weights"
+    return Fault("DATA-254", what, change)

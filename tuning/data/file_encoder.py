@@ -33,6 +33,7 @@ from tuning.data.read_progress import ReadProgress
 from tuning.data.source import Batch, Source
 from tuning.data.statistics import Statistics
 from tuning.data.tokenizer import load_template, load_tokenizer
+from tuning.data.vocabulary import embedding_rows
 from tuning.errors import DataError
 
 SCHEMA = pa.schema(
@@ -226,10 +227,15 @@ def from_request(
     request: dict[str, Any], *, scratch: Path, progress: ReadProgress
 ) -> tuple[FileEncoder, Any]:
     """A file encoder with the settings of `request`, and the tokenizer. Raises SpecError."""
-    settings = request["settings"]
-    tokenizer = load_tokenizer(Path(request["base"]))
+    settings, base = request["settings"], Path(request["base"])
+    tokenizer = load_tokenizer(base)
     template = load_template(tokenizer, settings.get("chat_template"))
-    encoder = Encoder(tokenizer, template, train_on=settings.get("train_on") or "assistant")
+    encoder = Encoder(
+        tokenizer,
+        template,
+        train_on=settings.get("train_on") or "assistant",
+        embedding_rows=embedding_rows(base),
+    )
     columns = Columns(
         settings.get("messages_column"),
         settings.get("context_column"),

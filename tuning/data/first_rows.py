@@ -14,9 +14,10 @@ from itertools import islice
 from pathlib import Path
 
 from tuning.data import csv_rows, json_rows, sniff
-from tuning.data.formats import BadRow, Columns, Shape, detect, quoted, to_example, unused
+from tuning.data.formats import BadRow, Columns, Example, Shape, detect, quoted, to_example, unused
 from tuning.data.problems import Problems
 from tuning.data.source import Batch, Source
+from tuning.data.vocabulary import Vocabulary
 from tuning.errors import DataError
 
 HEAD = 64 << 10  # bytes to decompress
@@ -39,7 +40,13 @@ class FirstRows:
 
 
 def check_head(
-    head: bytes, shown: str, *, whole: bool, columns: Columns, extension: str | None = None
+    head: bytes,
+    shown: str,
+    *,
+    whole: bool,
+    columns: Columns,
+    extension: str | None = None,
+    vocabulary: Vocabulary | None = None,
 ) -> FirstRows:
     """Validate a file that begins with `head`, or consists of it (`whole`).
 
@@ -63,7 +70,7 @@ def check_head(
         path = Path(folder, "head")
         path.write_bytes(text)
         source = Source(path, shown, sniff.FileType(format), Problems(), Path(folder))
-        return FirstRows(name, *_check_rows(source, read(source), columns))
+        return FirstRows(name, *_check_rows(source, read(source), columns, vocabulary))
 
 
 def _complete_rows(head: bytes, format: str) -> bytes:
@@ -74,14 +81,21 @@ def _complete_rows(head: bytes, format: str) -> bytes:
     return text + b"\n" if text else b""
 
 
-def check_file(path: Path, shown: str, *, columns: Columns, extension: str | None) -> FirstRows:
+def check_file(
+    path: Path,
+    shown: str,
+    *,
+    columns: Columns,
+    extension: str | None,
+    vocabulary: Vocabulary | None = None,
+) -> FirstRows:
     """Validate the file at `path`. Raises DataError with all problems of its first rows."""
     from tuning.data import read
 
     kind = sniff.sniff(path, shown, extension)
     with tempfile.TemporaryDirectory() as folder:
         source = Source(path, shown, kind, Problems(), Path(folder), columns.named)
-        shape, ignored = _check_rows(source, read.batches(source), columns)
+        shape, ignored = _check_rows(source, read.batches(source), columns, vocabulary)
     if shape is None:
         raise DataError.at("DATA-201", shown, "holds no rows", "give a file with rows")
     name = f"{kind.format} in {kind.compression}" if kind.compression else kind.format
@@ -89,22 +103,30 @@ def check_file(path: Path, shown: str, *, columns: Columns, extension: str | Non
 
 
 def _check_rows(
-    source: Source, batches: Iterator[Batch], columns: Columns
+    source: Source,
+    batches: Iterator[Batch],
+    columns: Columns,
+    vocabulary: Vocabulary | None,
 ) -> tuple[Shape | None, tuple[str, ...]]:
     """The shape of the first row, and its ignored columns. Raises DataError."""
     shape: Shape | None = None
     ignored: tuple[str, ...] = ()
     for batch in islice(batches, 1):
+        examples: dict[int, Example] = {}
         for place, row in zip(batch.places, batch.rows, strict=True):
             try:
                 if shape is None:
                     shape = detect(row, columns)
                     ignored = tuple(unused(row, shape))
-                to_example(row, shape)
+                examples[place] = to_example(row, shape)
             except BadRow as bad:
                 for fault in bad.faults:
                     source.bad(f"{batch.unit} {place}", fault.code, fault.what, fault.change)
                 if shape is None:
                     break
+        faults = (vocabulary or Vocabulary()).faults(list(examples.values()))
+        for place, wrong in zip(examples, faults, strict=True):
+            if wrong:
+                source.bad(f"{batch.unit} {place}", wrong.code, wrong.what, wrong.change)
     source.problems.raise_all()
     return shape, ignored

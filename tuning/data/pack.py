@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
@@ -58,6 +59,7 @@ class _Packing:
     tokenised: dict[str, Any]  # the result of "tokenise"
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTS, 0))
     dropped: Counter[str] = field(default_factory=Counter)
+    _copies: int = 0  # evaluation rows that were moved to the training split
     _lost_of_split: int = 0  # tokens of split parts without a trained token
 
     @property
@@ -84,7 +86,23 @@ class _Packing:
                 "change the share so that both have rows, or set it to 1",
             )
         shuffled = np.random.RandomState(self.seed).permutation(total).astype(np.int32)
-        return np.sort(shuffled[:kept]), np.sort(shuffled[kept:])
+        return self._apart(np.sort(shuffled[:kept]), np.sort(shuffled[kept:]))
+
+    def _apart(self, train: Ints, evaluation: Ints) -> tuple[Ints, Ints]:
+        """The two splits, without the evaluation rows that stand in the training split as well."""
+        trained = {self._digest(row) for row in train.tolist()}
+        copies = [self._digest(row) in trained for row in evaluation.tolist()]
+        self._copies = sum(copies)
+        if self._copies == len(copies):
+            what = f"each of the {len(copies)} held-out rows has an identical row in training"
+            change = "remove the copies from the data, or set the share to 1"
+            raise DataError.at("DATA-236", "DatasetConfig.train_test_split", what, change)
+        moved = np.array(copies, dtype=bool)
+        return np.sort(np.concatenate((train, evaluation[moved]))), evaluation[~moved]
+
+    def _digest(self, row: int) -> bytes:
+        ids, trained = self.rows.get(row)
+        return hashlib.blake2b(ids.tobytes() + b"/" + trained.tobytes(), digest_size=16).digest()
 
     def write_part(self, chosen: Ints, path: Path) -> dict[str, Any]:
         """Pack the rows `chosen` into `path`; returns a PART of the result."""
@@ -247,6 +265,9 @@ class _Packing:
             for key, effect in effects.items()
             if counts[key]
         ]
+        if self._copies:
+            what = "rows were not held out, because identical rows are trained on"
+            notes.append(f"{self._copies} {what}")
         return notes + [f"{n} rows left out: {why}" for why, n in self.dropped.items() if n]
 
 

@@ -12,7 +12,8 @@ from tuning.console import Console
 from tuning.data import formats
 from tuning.data.first_rows import FirstRows, check_file, check_head
 from tuning.data.problems import mixed_shapes
-from tuning.errors import DataError
+from tuning.data.vocabulary import Vocabulary, embedding_rows
+from tuning.errors import DataError, SpecError
 from tuning.network.policy import load_headers
 from tuning.oci import delivery
 from tuning.oci.delivery import Access
@@ -20,7 +21,7 @@ from tuning.pipeline import sizing
 from tuning.pipeline.endings import together
 from tuning.pipeline.options import Options, base_reference, read_token
 from tuning.plan import device
-from tuning.sources import fetch, stores
+from tuning.sources import fetch, local, stores
 from tuning.sources.local import File
 from tuning.spec import Spec
 
@@ -76,20 +77,21 @@ def _check_data(spec: Spec, options: Options, access: Access) -> list[str]:
     ]
     if odd:
         raise DataError(odd)
+    notes = local.split_notes(Path(source.folder)) if source.folder and not source.within else []
     return [
         f"data: {shown}, {'size unknown' if size is None else f'{size:,} bytes'}, {first}"
         for shown, size, first in files
-    ]
+    ] + [f"data: {note}" for note in notes]
 
 
 def _first_rows(spec: Spec, options: Options) -> Iterator[Callable[[], CheckedFile]]:
     """A call for each file of the data that reads its first rows. Raises as fetch does."""
     source, s = spec.source, spec.settings
     columns = formats.Columns(s.messages_column, s.context_column, s.response_column)
-    extension = s.dataset_extension
+    how = (columns, s.dataset_extension, _vocabulary(spec))
     if not source.urls:
         for file in fetch.fetch(source, Path(), policy=options.policy):
-            yield partial(_read_file, file, columns, extension)
+            yield partial(_read_file, file, *how)
         return
     secrets = options.data_secrets
     for seen in fetch.check(
@@ -98,18 +100,42 @@ def _first_rows(spec: Spec, options: Options) -> Iterator[Callable[[], CheckedFi
         credentials=load_headers(secrets) if secrets else None,
         keys=stores.load_keys(secrets, options.policy),
     ):
-        yield partial(_read_head, seen, columns, extension)
+        yield partial(_read_head, seen, *how)
 
 
-def _read_file(file: File, columns: formats.Columns, extension: str | None) -> CheckedFile:
-    rows = check_file(file.path, file.shown, columns=columns, extension=extension)
+def _read_file(
+    file: File, columns: formats.Columns, extension: str | None, vocabulary: Vocabulary
+) -> CheckedFile:
+    rows = check_file(
+        file.path, file.shown, columns=columns, extension=extension, vocabulary=vocabulary
+    )
     return file.shown, file.size, rows
 
 
-def _read_head(seen: fetch.Seen, columns: formats.Columns, extension: str | None) -> CheckedFile:
-    whole = seen.size == len(seen.head)
-    rows = check_head(seen.head, seen.shown, whole=whole, columns=columns, extension=extension)
+def _read_head(
+    seen: fetch.Seen, columns: formats.Columns, extension: str | None, vocabulary: Vocabulary
+) -> CheckedFile:
+    rows = check_head(
+        seen.head,
+        seen.shown,
+        whole=seen.size == len(seen.head),
+        columns=columns,
+        extension=extension,
+        vocabulary=vocabulary,
+    )
     return seen.shown, seen.size, rows
+
+
+def _vocabulary(spec: Spec) -> Vocabulary:
+    """The token ids that the base has rows for, where that is known without the network."""
+    folder = Path(spec.base_model) if spec.base_model else None
+    if folder and folder.is_dir():
+        return Vocabulary(embedding_rows(folder), folder, spec.settings.chat_template)
+    try:
+        base = plan.known_base(spec)
+    except SpecError:
+        return Vocabulary()  # checking the model says more
+    return Vocabulary(base.facts.vocab if base.facts else None)
 
 
 def _check_destination(spec: Spec, access: Access) -> list[str]:

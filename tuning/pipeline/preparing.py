@@ -19,7 +19,7 @@ from tuning.pipeline.endings import together
 from tuning.pipeline.options import base_reference, read_token, reference
 from tuning.pipeline.run import Run, Value, key_of
 from tuning.plan import Plan, backends
-from tuning.sources import base, fetch, stores
+from tuning.sources import base, fetch, local, stores
 
 RECIPE_LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes")
 DATA_SETTINGS = (
@@ -122,6 +122,9 @@ def fetch_data(run: Run) -> list[Value]:
     else:
         named = fetch.stores_of(source, keys)  # the same URL is another file in another store
         done = run.journal.do("fetch", key_of(asdict(source), *named), work)
+    folder = run.folder / "data" / "files" / "image" if source.image else source.folder
+    if folder and not source.within and not source.urls:
+        run.note(local.split_notes(Path(folder)))
     files_: list[Value] = done["files"]
     return files_
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from tuning import files
 from tuning.errors import DataError, Problem, SpecError
+from tuning.sources import splits
 from tuning.spec import Source
 
 log = logging.getLogger(__name__)
@@ -102,8 +103,21 @@ def chosen(
         candidates = inside
     if source.ending:
         ended = [each for each in candidates if _has_ending(names[each[0]], source.ending)]
-        return ended or candidates  # where none has it, it says what the files are
-    return candidates
+        candidates = ended or candidates  # where none has it, it says what the files are
+    outside = splits.held_out([names[path] for path, _ in candidates])
+    return [each for each in candidates if names[each[0]] not in outside]
+
+
+def split_notes(folder: Path) -> list[str]:
+    """A note that names the files below `folder` that are left out as other splits."""
+    names = [path.relative_to(folder).as_posix() for path, _ in listed(folder)]
+    if not (outside := splits.held_out(names)):
+        return []
+    shown = ", ".join(outside[:6]) + (", ..." if len(outside) > 6 else "")
+    return [
+        f"not trained, as other splits by their names: {shown} (train_test_split holds out rows of "
+        "train; to train on one of them, name it in DatasetConfig.dataset_path)"
+    ]
 
 
 def _has_ending(name: str, ending: str) -> bool:

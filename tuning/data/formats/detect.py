@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tuning.data.formats.masks import MASK_KEYS
 from tuning.data.formats.values import (
     EMPTY_VALUES,
+    UNREAD,
     BadRow,
     Columns,
     Fault,
@@ -29,6 +31,11 @@ PAIR_COLUMNS = (
     ("user", "assistant"),
     ("human", "assistant"),
 )
+PREFERENCES = (
+    ("chosen", "rejected"),
+    ("response_chosen", "response_rejected"),
+    ("chosen_response", "rejected_response"),
+)
 CONTEXT_COLUMNS = ("input", "context")
 HISTORY_COLUMN = "history"  # of Alpaca rows, as LLaMA-Factory has it: earlier [question, answer]
 SYSTEM_COLUMNS = ("system", "system_prompt")
@@ -43,7 +50,7 @@ KNOWN_COLUMNS = LEADING_COLUMNS | {
     "attention_mask",
 }
 CARRIED = ("tool_calls", "tool_call_id", "name", "reasoning_content", "thinking", "reasoning")
-MESSAGE_KEYS = {"role", "content", "from", "value", "weight", "train", "function_call", *CARRIED}
+MESSAGE_KEYS = {"role", "content", "from", "value", "function_call", *MASK_KEYS, *CARRIED}
 
 
 def detect(row: Row, options: Columns) -> Shape:
@@ -53,6 +60,8 @@ def detect(row: Row, options: Columns) -> Shape:
     """
     if options.messages or options.context or options.response:
         return _by_options(row, options)
+    if fault := _preference(row):
+        raise BadRow([fault])
     if "input_ids" in row:
         return _shape("tokens", "it has a column input_ids", input_ids="input_ids")
     for column in MESSAGE_COLUMNS:
@@ -70,6 +79,30 @@ def detect(row: Row, options: Columns) -> Shape:
     if "text" in row:
         return _shape("text", 'it has a column "text" and none of the others', text="text")
     raise BadRow([_no_shape(row)])
+
+
+def _preference(row: Row) -> Fault | None:
+    """The fault that a row compares or rates answers, which supervised training would not heed."""
+    names = {name.strip().lower(): name for name in row}
+    value = row.get(names.get("label", ""))
+    pair = next((pair for pair in PREFERENCES if set(pair) <= names.keys()), None)
+    if pair is not None:
+        rated = f'"{names[pair[0]]}" and "{names[pair[1]]}"'
+    elif {"prompt", "completion", "label"} <= names.keys() and _is_rating(value):
+        rated = '"prompt", "completion" and "label" (KTO)'
+    else:
+        return None
+    return Fault(
+        "DATA-212",
+        f"is preference data: it has the columns {rated}, and only good answers can be trained "
+        "(SFT; no DPO, KTO or reward model)",
+        "keep the preferred answers as prompt/completion or messages, without the others, or name "
+        "the good column in DatasetConfig (messages_column, or context_column and response_column)",
+    )
+
+
+def _is_rating(label: Any) -> bool:
+    return isinstance(label, (bool, int)) or label is UNREAD or label in ("true", "false")
 
 
 def unused(row: Row, shape: Shape) -> list[str]:

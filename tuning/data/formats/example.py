@@ -157,6 +157,9 @@ def _tokens(row: Row) -> Tokens:
         ids, labels = ids[first:last], labels[first:last] if labels is not None else None
     if not ids:
         raise BadRow.of("DATA-247", "input_ids is empty", "remove the row")
+    if (lowest := min(ids)) < 0:
+        change = "write token ids, from 0; what is not trained keeps its id and has the label -100"
+        raise BadRow.of("DATA-247", f"input_ids holds {lowest}", change)
     if labels is None:
         return Tokens(ids, (0, len(ids)))
     flat: list[int] = []

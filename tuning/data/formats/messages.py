@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tuning.data.formats.detect import CARRIED, SYSTEM_COLUMNS, first_nonempty
+from tuning.data.formats.masks import UNTRAINED, is_untrained
 from tuning.data.formats.values import (
     BadRow,
     Conversation,
@@ -138,7 +139,7 @@ def _message(
             what = f"{where}.{content_key} of the assistant is empty"
             faults.append(Fault("DATA-225", what, "write the answer, or remove the conversation"))
     message: dict[str, Any] = {"role": role, "content": text}
-    if len(turn) > 2 or not _PLAIN >= turn.keys():
+    if len(turn) > 2 or not _PLAIN >= turn.keys() or isinstance(content, list):
         extra = {key: turn[key] for key in CARRIED if turn.get(key) is not None}
         if calls:
             extra["tool_calls"] = calls
@@ -146,13 +147,10 @@ def _message(
             extra.pop("tool_calls", None)
         faults += _extra_faults(extra, where)
         message |= extra
-        if turn.get("weight") is not None:
-            message["weight"] = turn["weight"]
-        elif turn.get("train") is not None:  # Axolotl
-            message["weight"] = turn["train"]
-            if turn["train"] not in (0, 1):
-                what = f"{where}.train is {type_name(turn['train'])}: {quoted(turn['train'])}"
-                faults.append(Fault("DATA-221", what, "write true or false"))
+        untrained, wrong = is_untrained(turn, role, where, content)
+        faults += wrong
+        if untrained:
+            message[UNTRAINED] = True
     return message, faults
 
 
@@ -277,12 +275,12 @@ def _order_faults(messages: list[dict[str, Any]], column: str) -> list[Fault]:
 
 
 def _trained_turns(messages: list[dict[str, Any]]) -> tuple[int, ...]:
-    """The assistant turns whose `weight`, if any, is not 0; removes the key from them."""
+    """The assistant turns that no mask key excludes; removes the mark of those that are."""
     return tuple(
         index
         for index, message in enumerate(messages)
         if message["role"] == "assistant"
-        and (len(message) == 2 or message.pop("weight", 1) not in (0, "0"))
+        and (len(message) == 2 or not message.pop(UNTRAINED, False))
     )
 
 

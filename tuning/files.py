@@ -6,6 +6,7 @@ folder is fsynced, so that after a crash a reader sees the old file or the new o
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tuning.errors import SpecError
+from tuning.errors import SpecError, TuningError
 
 CHUNK = 1 << 20
 
@@ -43,10 +44,13 @@ def digest_file(path: Path) -> str:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in `folder` durable."""
+    """Make the names in `folder` durable, where the file system can do that for a folder."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(handle)
 
@@ -126,12 +130,20 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
-def require_space(folder: Path, need: int, *, code: str, where: str, instead: str) -> None:
-    """Raise SpecError if `need` bytes do not fit on the disk of `folder`; nothing is written."""
+def require_space(
+    folder: Path,
+    need: int,
+    *,
+    code: str,
+    where: str,
+    instead: str,
+    error: type[TuningError] = SpecError,
+) -> None:
+    """Raise `error` if `need` bytes do not fit on the disk of `folder`; nothing is written."""
     free = free_bytes(folder)
     if need > free:
         what = f"needs {need:,} bytes in {folder}, where {free:,} are free"
-        raise SpecError.at(code, where, what, f"free some space, or {instead}")
+        raise error.at(code, where, what, f"free some space, or {instead}")
 
 
 _MAKING = ".making-"

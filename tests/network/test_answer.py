@@ -8,7 +8,6 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,8 +25,7 @@ from tuning.oci.registry import auth, resolve
 from tuning.oci.registry.wire import Remote
 from tuning.sources import fetch
 from tuning.sources.http import Item, Limits, Web
-from tuning.spec import Source
-from tuning.spec.reference import Reference
+from tuning.spec import Source, reference
 
 SILLY = ("\u00b2", "9" * 5000, "-1", "+5", "1_0", "\u0663", "0x10", "", " ", "5;", "1e3", "5, 6")
 # Text of a header: what servers send by mistake, with digits of all kinds.
@@ -109,7 +107,7 @@ def test_any_challenge_is_read(header: str) -> None:
 @given(location=TEXT | st.sampled_from(("http://[bad", "//[", "http://h:99999999/", "http://h:x/")))
 def test_any_redirect_of_a_data_host_or_registry_is_a_url_or_a_typed_error(location: str) -> None:
     web, item = Web(LOOPBACK), Item(0, "http://127.0.0.1:9/a")
-    remote = Remote(Reference.parse("127.0.0.1:9/team/rows:1"))
+    remote = Remote(reference.parse("127.0.0.1:9/team/rows:1"))
     for follow in (
         lambda: web._follow(item, item.url, location),
         lambda: remote.absolute(location),
@@ -195,7 +193,7 @@ def test_a_broken_answer_ends_check_fetch_and_pull_with_20(tmp_path: Path, name:
     """`check`, the download and a registry say which host it is, and that it may pass."""
     with saying(BROKEN[name]) as host:
         source = Source(urls=(f"http://{host}/rows",))
-        remote = Remote(Reference.parse(f"{host}/team/rows:1"), patience=Patience(tries=1))
+        remote = Remote(reference.parse(f"{host}/team/rows:1"), patience=Patience(tries=1))
         for work in (
             lambda: fetch.check(source, policy=LOOPBACK, limits=ONCE),
             lambda: fetch.fetch(source, tmp_path, policy=LOOPBACK, limits=ONCE),

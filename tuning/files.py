@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tuning.errors import SpecError
+from tuning.errors import SpecError, TuningError
 
 CHUNK = 1 << 20
 
@@ -142,12 +142,20 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
-def require_space(folder: Path, need: int, *, code: str, where: str, instead: str) -> None:
-    """Raise SpecError if `need` bytes do not fit on the disk of `folder`; nothing is written."""
+def require_space(
+    folder: Path,
+    need: int,
+    *,
+    code: str,
+    where: str,
+    instead: str,
+    error: type[TuningError] = SpecError,
+) -> None:
+    """Raise `error` if `need` bytes do not fit on the disk of `folder`; nothing is written."""
     free = free_bytes(folder)
     if need > free:
         what = f"needs {need:,} bytes in {folder}, where {free:,} are free"
-        raise SpecError.at(code, where, what, f"free some space, or {instead}")
+        raise error.at(code, where, what, f"free some space, or {instead}")
 
 
 _MAKING = ".making-"

@@ -101,7 +101,7 @@ BOMBS: dict[str, Callable[[Path], None]] = {
 def test_a_small_file_that_grows_to_gigabytes_is_refused_in_little_memory(
     tmp_path: Path, name: str
 ) -> None:
-    """In an address space of three gigabytes more it says what is wrong; decoding all would die."""
+    """With three gigabytes more a reader says what is wrong; one that decodes all fails."""
     path = tmp_path / name
     BOMBS[name](path)
     assert path.stat().st_size < 100_000

@@ -21,6 +21,7 @@ from tuning.errors import SpecError, TransientError, TuningError
 from tuning.network.retry import Patience
 from tuning.sources import hub, verify
 from tuning.sources.hub_download import Meter, download, stopped
+from tuning.sources.local import stored
 from tuning.threads import side_by_side
 
 __all__ = [
@@ -120,7 +121,8 @@ def resolve(
     """
     folder = Path(model).expanduser()
     if model and folder.is_dir():
-        return _resolve_folder(model, folder.resolve())
+        with stored(folder):
+            return _resolve_folder(model, folder.resolve())
     if not _HUB_ID.fullmatch(model) or ".." in model or model.startswith(("./", "../")):
         what = "is neither a folder nor the name of a model"
         change = "name an existing folder, org/model of the hub, or a preset"
@@ -185,6 +187,13 @@ def fetch(
     the model cannot be trained, RefusedError, TransientError, or
     Stopped when `stop` turns true.
     """
+    with stored(base.folder or _cache_folder(cache)):
+        return _fetch(base, cache, token, progress, stop)
+
+
+def _fetch(
+    base: Base, cache: Path | None, token: str | None, progress: Report, stop: Callable[[], bool]
+) -> Path:
     if base.folder is not None:
         verify.verify(base.folder)
         return base.folder
@@ -208,7 +217,10 @@ def fetch_tokenizer(
     if base.folder is not None:
         return base.folder
     light = tuple(entry for entry in base.files if entry.name in verify.COMPANIONS)
-    return _download(replace(base, files=light), cache, token, lambda done, total, note: None, stop)
+    with stored(_cache_folder(cache)):
+        return _download(
+            replace(base, files=light), cache, token, lambda done, total, note: None, stop
+        )
 
 
 def _download(

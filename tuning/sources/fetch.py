@@ -18,7 +18,7 @@ from urllib.parse import unquote
 
 from urllib3.exceptions import HTTPError
 
-from tuning import files, process
+from tuning import files
 from tuning.console import Report
 from tuning.errors import DataError, Problem, RefusedError, SpecError, TransientError, TuningError
 from tuning.network import answer
@@ -74,13 +74,16 @@ def fetch(
     if source.files:
         return local.hashed([(path, str(path)) for path in source.files])
     if source.folder:
-        return local.hashed(local.chosen(local.listed(source.folder), source.folder, source))
+        with local.stored(source.folder):
+            return local.hashed(local.chosen(local.listed(source.folder), source.folder, source))
     if source.image:
-        return local.from_image(source, folder, pull_image)
+        with local.stored(folder):
+            return local.from_image(source, folder, pull_image)
     items = _items(_named(source), policy, keys)
     web = Web(policy, credentials or {}, limits or Limits(), resolve)
-    folder.mkdir(parents=True, exist_ok=True)
-    _forget_others(folder, len(items))
+    with local.stored(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        _forget_others(folder, len(items))
     meter = Meter(folder, web.limits, progress, stop)
     return _all_of(items, folder, web, meter, stop)
 
@@ -297,9 +300,8 @@ def _together(errors: list[Any]) -> BaseException:
     """One error with all problems: a bug before a final error before a transient one."""
     expected: list[TuningError] = []
     for error in errors:
-        full = process.disk_full(error)
-        if full is not None:
-            expected.append(full)
+        if isinstance(error, OSError):
+            expected.append(local.storage_failed(error))
         elif isinstance(error, TuningError):
             expected.append(error)
         elif not isinstance(error, Aborted):

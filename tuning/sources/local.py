@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tuning import files
-from tuning.errors import DataError, Problem, SpecError
+from tuning import files, process
+from tuning.errors import DataError, Problem, SpecError, TransientError
 from tuning.sources import splits
 from tuning.spec import Source
 
@@ -148,6 +150,8 @@ def hashed(named: list[tuple[Path, str]]) -> tuple[File, ...]:
             else:
                 verified.append(File(path.resolve(), shown, files.digest_file(path), size))
         except OSError as error:
+            if error.errno in (errno.EIO, errno.ESTALE):  # of the disk, not of the file
+                raise storage_failed(error, path) from None
             what = "does not exist" if error.errno == 2 else f"cannot be read: {error.strerror}"
             problems.append(Problem("FETCH-123", shown, what, "check its name and rights"))
     if problems:
@@ -173,6 +177,23 @@ def from_image(source: Source, folder: Path, pull_image: PullImage | None) -> tu
         files.write_json(record, {"image": reference})
     data = [(path, f"{reference}:/data/{path.relative_to(target)}") for path, _ in listed(target)]
     return hashed(chosen(data, target, source))
+
+
+@contextmanager
+def stored(place: Path) -> Iterator[None]:
+    """Raise TransientError for a file system below `place` that fails in the block."""
+    try:
+        yield
+    except OSError as error:
+        raise storage_failed(error, place) from None
+
+
+def storage_failed(error: OSError, place: Path | None = None) -> TransientError:
+    """The error of a file system that fails: a full disk, a lost mount, a read-only one."""
+    where = str(error.filename or place or "the run directory")
+    what = f"cannot be read or written ({error.strerror or type(error).__name__})"
+    change = "check that disk or mount, then run the same command again; it goes on"
+    return process.disk_full(error) or TransientError.at("FETCH-140", where, what, change)
 
 
 def spellings(within: str) -> tuple[str, ...]:

@@ -22,10 +22,12 @@ from tuning.oci.layout import layer, tar
 from tuning.oci.layout.manifest import LARGEST_JSON, Blob, Image, blob_path, parse_json, refused
 from tuning.oci.layout.package import ADAPTER_FILES
 from tuning.oci.layout.tar import BadTar, Content, Entry, Source
+from tuning.sources.local import stored
 
 MOST_ENTRIES = 200_000  # in one image; a base image has some ten thousand
 MOST_FILES = 10_000  # that are extracted
 LARGEST_TOTAL = 64 << 30  # bytes that are extracted
+_IN_PLACE = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY, errno.ENAMETOOLONG)
 LONGEST_NAME, DEEPEST_NAME = 1024, 32  # characters, parts
 
 
@@ -50,6 +52,13 @@ def unpack(
     if not verified:
         for blob in image.blobs:
             _verify(blob_path(layout, blob), blob, image.where)
+    with stored(target):
+        return _unpack(image, layout, target, wanted, largest)
+
+
+def _unpack(
+    image: Image, layout: Path, target: Path, wanted: Callable[[str], bool], largest: int
+) -> tuple[str, ...]:
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     shutil.rmtree(scratch, ignore_errors=True)
@@ -114,7 +123,7 @@ class _Unpacking:
             try:
                 self._file(name, entry, content, names)
             except OSError as error:
-                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EIO):
+                if error.errno not in _IN_PLACE:
                     raise
                 raise refused(self.where, "has a file in place of a folder") from None
             names.add(name)

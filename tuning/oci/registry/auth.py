@@ -153,5 +153,5 @@ def challenges(header: str) -> dict[str, Challenge]:
     ends = [match.start() for match in starts[1:]] + [len(header)]
     return {
         match[1].lower(): dict(re.findall(r'(\w+)="([^"]+)"', header[match.end() : end]))
-        for match, end in zip(starts, ends, strict=True)
+        for match, end in zip(starts, ends, strict=False)  # no start, one end
     }

@@ -16,6 +16,7 @@ from urllib3.exceptions import HTTPError
 
 from tuning import files
 from tuning.console import Report
+from tuning.errors import TransientError
 from tuning.network.answer import (
     NotHttp,
     body_range,
@@ -38,6 +39,7 @@ from tuning.oci.layout.manifest import (
 from tuning.oci.layout.package import ADAPTER_FILES
 from tuning.oci.registry.push import damaged, digest_of, manifest, tag_of
 from tuning.oci.registry.wire import Remote
+from tuning.sources.local import stored
 
 DEEPEST_INDEX = 3
 PIECE = 1 << 18  # bytes in one read, lost when a download breaks off
@@ -69,8 +71,9 @@ def pull(
     """
     digest, image = remote.persist(lambda: resolve(remote))
     approve(digest)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    layout = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    with stored(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        layout = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         download(remote, image.blobs, layout, progress=progress)
         options: dict[str, Any] = {"wanted": wanted, "verified": True, "largest": largest}
@@ -88,9 +91,22 @@ def download(
     progress: Report = lambda done, total, note: None,
 ) -> None:
     """Fetch the missing blobs into a layout, each checked against its digest."""
-    blobs = tuple(blobs)
+    with stored(layout):
+        _fetch(remote, tuple(blobs), layout, progress)
+
+
+def _fetch(remote: Remote, blobs: tuple[Blob, ...], layout: Path, progress: Report) -> None:
     (layout / "blobs" / "sha256").mkdir(parents=True, exist_ok=True)
     total, done = sum(blob.size for blob in blobs), 0
+    missing = sum(max(0, blob.size - _size(blob_path(layout, blob))) for blob in blobs)
+    files.require_space(
+        layout.parent,
+        missing,
+        code="REG-137",
+        where=str(remote.reference),
+        instead="use a folder on a larger disk",
+        error=TransientError,
+    )
     for blob in blobs:
 
         def report(count: int, before: int = done) -> None:
@@ -98,6 +114,10 @@ def download(
 
         remote.persist(partial(_download, remote, blob, layout, report))
         done += blob.size
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
 
 
 def beginning(remote: Remote, blob: Blob, size: int) -> bytes:
@@ -147,7 +167,7 @@ def _download(remote: Remote, blob: Blob, layout: Path, report: Callable[[int], 
     path = blob_path(layout, blob)
     if _whole(path, blob):
         return report(blob.size)
-    have = path.stat().st_size if path.exists() else 0
+    have = _size(path)
     answer = remote.request(
         "GET",
         f"/blobs/{blob.digest}",

@@ -22,6 +22,7 @@ from tuning.spec.reference import DOCKER_HUB, Reference
 
 Result = TypeVar("Result")
 MOST_REDIRECTS = 5
+_REDIRECTS = (301, 302, 303, 307, 308)
 TIMEOUT = (10.0, 300.0)  # seconds to connect, and of silence
 
 
@@ -83,14 +84,15 @@ class Remote:
                     self.tokens.challenged(answer, sent.get("Authorization", ""))
                 continue
             self.tokens.proven |= ours
-            if answer.status in (301, 302, 303, 307, 308) and redirects < MOST_REDIRECTS:
+            if answer.status in _REDIRECTS and redirects < MOST_REDIRECTS:
                 redirects += 1
-                where = self._redirected(method, where, answer)
-            elif answer.status in expect:
+                with closing(answer):
+                    where = self._redirected(method, where, answer)
+                continue
+            if answer.status in expect:
                 return answer
-            else:
+            with closing(answer):
                 raise self.errors.status(method, answer)
-            answer.close()
 
     def check_json(self, data: bytes) -> None:
         """Raise Again for bytes that are not JSON and have no digest to be checked against."""

@@ -231,7 +231,6 @@ def test_the_provenance_of_a_real_run_has_what_was_planned(job: Job) -> None:
 
     told = provenance.statement(run, [])["predicate"]["runDetails"]["tuning_planned"]
     assert {"seconds": 7.0, "tokens_per_second": 7.0, "memory": planned["memory"]} == told
-    assert planned["memory"]["total"] > 0
 
 
 def test_what_changed_is_named_before_the_adapter_is_replaced(job: Job) -> None:

@@ -155,8 +155,8 @@ def test_a_run_killed_once_ends_in_the_same_adapter_and_image(
 def test_kills_at_random_times_end_in_the_same_bytes(
     ranks: int, world: World, clean: tuple[str, str]
 ) -> None:
-    """Of the parent, of the training child, of one of two ranks: three a run."""
-    assert 3 <= random_kills(world, clean if ranks == 1 else None, ranks, count=3, seed=ranks)
+    """Of the parent, and of the training child or one of two ranks."""
+    assert 2 <= random_kills(world, clean if ranks == 1 else None, ranks, count=2, seed=ranks)
 
 
 @pytest.mark.soak

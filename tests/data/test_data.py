@@ -638,6 +638,30 @@ def test_held_out_rows(run: Callable[..., Any], tmp_path: Path) -> None:
     assert sorted(held_out) != sorted(other)
 
 
+def test_identical_rows_are_on_one_side_of_the_split(
+    run: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Whatever the seed: no held-out row is trained on, nothing is lost, a note counts them."""
+    run({"a.jsonl": many(60) + many(30)})  # half of the rows, twice
+    for seed in range(5):
+        result = packed(tmp_path, train_share=0.8, seed=seed)
+
+        train, held_out = documents(result["train"]), documents(result["eval"])
+        assert not {*train} & {*held_out}
+        assert 90 == len(train) + len(held_out)
+        (note,) = result["notes"]
+        assert f"{18 - len(held_out)} rows were not held out" in note
+
+
+def test_held_out_rows_that_are_all_copies_are_refused(
+    run: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Their loss would say nothing."""
+    run({"a.jsonl": GOOD * 20})
+    with pytest.raises(DataError, match="identical row"):
+        packed(tmp_path, train_share=0.9)
+
+
 @pytest.mark.parametrize(
     ("changes", "code", "says"),
     [

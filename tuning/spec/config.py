@@ -102,25 +102,48 @@ def _flattened(content: dict[str, Any], known: dict[str, Key]) -> list[tuple[str
     return pairs
 
 
-# Names that axolotl, LLaMA-Factory and Unsloth use.
-_ELSEWHERE = {
-    "lora_r": "LoraConfig.r",
-    "lora_rank": "LoraConfig.r",
-    "lora_target": "LoraConfig.target_modules",
-    "lora_target_modules": "LoraConfig.target_modules",
-    "lora_target_linear": "LoraConfig.target_modules: all-linear",
-    "val_set_size": "DatasetConfig.train_test_split, the share that is trained on",
-    "val_size": "DatasetConfig.train_test_split, the share that is trained on",
-    "cutoff_len": "TrainingArguments.max_length",
-    "sequence_len": "TrainingArguments.max_length",
-    "model_max_length": "TrainingArguments.max_length",
-    "sample_packing": "TrainingArguments.packing",
-    "micro_batch_size": "TrainingArguments.per_device_train_batch_size",
-    "num_epochs": "TrainingArguments.num_train_epochs",
-    "optimizer": "TrainingArguments.optim",
-    "lr_scheduler": "TrainingArguments.lr_scheduler_type",
-    "train_on_inputs": "DatasetConfig.train_on: all",
-}
+# Names that axolotl, LLaMA-Factory, Unsloth, torchtune and OpenAI use, or people type first.
+_SHARE = "DatasetConfig.train_test_split, the share that is trained on (0.9 holds a tenth out)"
+_BATCH = "TrainingArguments.per_device_train_batch_size"
+_BEST = "TrainingArguments.load_best_model_at_end: true, which keeps the best evaluation's adapter"
+_ELSEWHERE = (
+    dict.fromkeys(("rank", "lora_r", "lora_rank"), "LoraConfig.r")
+    | {"alpha": "LoraConfig.lora_alpha", "dropout": "LoraConfig.lora_dropout"}
+    | dict.fromkeys(
+        ("lora_target", "lora_target_modules", "lora_attn_modules"), "LoraConfig.target_modules"
+    )
+    | dict.fromkeys(("eval_split", "test_size", "test_split", "eval_size"), _SHARE)
+    | dict.fromkeys(("val_set_size", "val_size", "validation_split", "split"), _SHARE)
+    | dict.fromkeys(("batch_size", "micro_batch_size", "batch"), _BATCH)
+    | dict.fromkeys(("lr", "learning_rates"), "TrainingArguments.learning_rate")
+    | dict.fromkeys(("epochs", "n_epochs", "num_epochs"), "TrainingArguments.num_train_epochs")
+    | dict.fromkeys(("steps", "num_steps", "max_train_steps"), "TrainingArguments.max_steps")
+    | dict.fromkeys(
+        (
+            "cutoff_len",
+            "sequence_len",
+            "model_max_length",
+            "max_seq_len",
+            "seq_len",
+        ),
+        "TrainingArguments.max_length",
+    )
+    | dict.fromkeys(
+        ("early_stopping", "early_stopping_patience", "early_stopping_threshold"), _BEST
+    )
+    | {
+        "lora_target_linear": "LoraConfig.target_modules: all-linear",
+        "learning_rate_multiplier": "TrainingArguments.learning_rate, the rate itself",
+        "sample_packing": "TrainingArguments.packing",
+        "optimizer": "TrainingArguments.optim",
+        "lr_scheduler": "TrainingArguments.lr_scheduler_type",
+        "scheduler": "TrainingArguments.lr_scheduler_type",
+        "warmup": "TrainingArguments.warmup_steps",
+        "accumulation_steps": "TrainingArguments.gradient_accumulation_steps",
+        "grad_accum": "TrainingArguments.gradient_accumulation_steps",
+        "train_on_inputs": "DatasetConfig.train_on: all",
+    }
+)
 
 
 def _nearest_key(section: str, name: str) -> str:

@@ -100,8 +100,9 @@ def test_a_run_goes_on_where_the_preview_stopped(shown):
 def test_what_is_cut_held_out_and_dropped_is_counted(tmp_path):
     """Rows over max_length, rows without a token to learn, rows held out: each has its number."""
     data = tmp_path / "rows.jsonl"
-    long = line("a gardener " * 40)
-    data.write_text(line("a gardener") * 8 + long * 2 + line("nothing", weight=0))
+    short = "".join(line(f"a gardener {n}") for n in range(8))
+    long = "".join(line(f"{n} a gardener" * 40) for n in range(2))
+    data.write_text(short + long + line("nothing", weight=0))
     file = workspace(tmp_path / "cut.yaml", settings={"max_length": 32})
     with_dataset(file, train_test_split=0.8)
     command = ("-f", file, "--base-model", TINY, "--data", data, "--run-dir", tmp_path / "run")

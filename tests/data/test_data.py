@@ -649,16 +649,21 @@ def test_identical_rows_are_on_one_side_of_the_split(
         train, held_out = documents(result["train"]), documents(result["eval"])
         assert not {*train} & {*held_out}
         assert 90 == len(train) + len(held_out)
+        assert 17 <= len(held_out) <= 18  # of a share of 0.8
         (note,) = result["notes"]
-        assert f"{18 - len(held_out)} rows were not held out" in note
+        assert "30 rows are copies of others" in note
 
 
-def test_held_out_rows_that_are_all_copies_are_refused(
+def test_few_rows_of_many_copies_are_split_by_what_they_say(
     run: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """Their loss would say nothing."""
-    run({"a.jsonl": GOOD * 20})
-    with pytest.raises(DataError, match="identical row"):
+    """The rarest row is held out where no group is small enough; one row alone is refused."""
+    run({"a.jsonl": many(1) * 15 + many(2)[len(many(1)) :] * 5})
+    result = packed(tmp_path, train_share=0.9)
+    assert (15, 5) == tuple(len(documents(result[part])) for part in ("train", "eval"))
+
+    run({"a.jsonl": many(1) * 20})
+    with pytest.raises(DataError, match="all 20 rows are identical"):
         packed(tmp_path, train_share=0.9)
 
 

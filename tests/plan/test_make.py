@@ -256,3 +256,22 @@ def test_a_tiny_model_on_a_cpu_gets_one_thread_and_a_reason():
     assert "wait" in tiny.reasons["threads"]
     assert make(spec()).placement.threads is None
     assert "threads" not in asdict(tiny.recipe)
+
+
+@pytest.mark.parametrize("warmup", [100, 3, 72, 1000000])
+def test_a_warm_up_that_never_ends_is_refused(warmup):
+    """Every step would learn at less than the learning rate that was set."""
+    asked = spec(warmup=warmup, max_steps=3)
+
+    with pytest.raises(SpecError, match=r"PLAN-114 .*of 3 steps, so that learning_rate is never"):
+        plan.freeze(make(asked), asked, rows=24, data=("d",))
+
+
+@pytest.mark.parametrize(("warmup", "steps"), [(2, 2), (0, 0), (0.5, 2), (0.6, 3), (None, 1)])
+def test_a_warm_up_within_the_run_is_taken(warmup, steps):
+    """A number, or a share of the steps; the default leaves a step to learn."""
+    asked = spec(warmup=warmup, max_steps=4 if warmup == 0.6 else 3)
+
+    frozen = plan.freeze(make(asked), asked, rows=24, data=("d",))
+
+    assert min(steps, frozen.recipe.steps - 1) == frozen.recipe.warmup_steps

@@ -59,7 +59,7 @@ class _Packing:
     tokenised: dict[str, Any]  # the result of "tokenise"
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTS, 0))
     dropped: Counter[str] = field(default_factory=Counter)
-    _copies: int = 0  # evaluation rows that were moved to the training split
+    _copies: int = 0  # rows that are identical to an earlier one, if rows are held out
     _lost_of_split: int = 0  # tokens of split parts without a trained token
 
     @property
@@ -86,19 +86,33 @@ class _Packing:
                 "change the share so that both have rows, or set it to 1",
             )
         shuffled = np.random.RandomState(self.seed).permutation(total).astype(np.int32)
-        return self._apart(np.sort(shuffled[:kept]), np.sort(shuffled[kept:]))
+        return self._apart(shuffled[:kept], shuffled[kept:])
 
-    def _apart(self, train: Ints, evaluation: Ints) -> tuple[Ints, Ints]:
-        """The two splits, without the evaluation rows that stand in the training split as well."""
-        trained = {self._digest(row) for row in train.tolist()}
-        copies = [self._digest(row) in trained for row in evaluation.tolist()]
-        self._copies = sum(copies)
-        if self._copies == len(copies):
-            what = f"each of the {len(copies)} held-out rows has an identical row in training"
-            change = "remove the copies from the data, or set the share to 1"
+    def _apart(self, drawn: Ints, held: Ints) -> tuple[Ints, Ints]:
+        """Training and evaluation rows, identical ones on one side, as many held out as in `held`.
+
+        Whole groups of identical rows are held out: those of `held` first, then of `drawn`.
+        """
+        groups: dict[bytes, list[int]] = {}
+        digests = {row: self._digest(row) for row in range(len(drawn) + len(held))}
+        for row, digest in digests.items():
+            groups.setdefault(digest, []).append(row)
+        self._copies = len(digests) - len(groups)
+        if not self._copies:
+            return np.sort(drawn), np.sort(held)
+        if len(groups) == 1:
+            what = f"holds rows out, and all {len(digests)} rows are identical"
+            change = "add other rows to the data, or set the share to 1"
             raise DataError.at("DATA-236", "DatasetConfig.train_test_split", what, change)
-        moved = np.array(copies, dtype=bool)
-        return np.sort(np.concatenate((train, evaluation[moved]))), evaluation[~moved]
+        chosen: list[int] = []
+        for row in (*held.tolist(), *drawn.tolist()):
+            group = groups.get(digests[row], [])
+            if len(chosen) + len(group) <= len(held):
+                chosen += groups.pop(digests[row], [])
+        chosen = chosen or min(groups.values(), key=len)
+        everything = np.arange(len(digests), dtype=np.int32)
+        moved = np.isin(everything, np.array(chosen))
+        return everything[~moved], everything[moved]
 
     def _digest(self, row: int) -> bytes:
         ids, trained = self.rows.get(row)
@@ -266,7 +280,7 @@ class _Packing:
             if counts[key]
         ]
         if self._copies:
-            what = "rows were not held out, because identical rows are trained on"
+            what = "rows are copies of others; identical rows are on one side of the split"
             notes.append(f"{self._copies} {what}")
         return notes + [f"{n} rows left out: {why}" for why, n in self.dropped.items() if n]
 

@@ -78,7 +78,9 @@ def _recipe(
         method=spec.method,
         precision=dtype,
         quantisation=quantisation(spec, dtype, pick),
-        rank=pick("rank", s.rank, RANK, "enough for most tasks at 1 % of the weights"),
+        rank=pick(
+            "rank", s.rank, RANK, "enough for most tasks (the pair r: 8, alpha: 8 is not set)"
+        ),
         alpha=pick("alpha", s.alpha, 2.0 * (s.rank or RANK), "twice the rank"),
         dropout=pick("dropout", s.dropout, 0.0, "dropout costs a third of the speed"),
         targets=pick("targets", s.target_modules, None, "every attention and MLP projection"),
@@ -159,6 +161,10 @@ def freeze(plan: Plan, spec: Spec, *, rows: int, data: tuple[str, ...]) -> Plan:
     if spec.settings.warmup is None:
         reasons["warmup_steps"] = f"{WARMUP_SHARE:.0%} of the steps, so that Adam finds its scale"
         warmup_steps = min(int(warmup_steps), steps - 1)  # its first step learns nothing
+    elif warmup_steps >= steps:
+        what = f"is {warmup_steps:g} of {steps:,} steps, so that learning_rate is never reached"
+        change = f"set it below {steps:,}, such as 0.03 for a share, or leave it out"
+        raise SpecError.at("PLAN-114", "TrainingArguments.warmup_steps", what, change)
     recipe = replace(recipe, steps=steps, warmup_steps=int(warmup_steps), data=data)
     if recipe.keep_best and recipe.eval_steps is None:
         recipe = replace(recipe, eval_steps=max(1, steps // EVALUATIONS))

@@ -45,6 +45,7 @@ def read(
         _read_section(section, content, chosen)
     _check_quantisation(root.get("QuantizationConfig"), findings, name, method)
     _drop_template_rank(chosen)
+    _check_schedule(chosen)
     if path := chosen.settings.get("chat_template"):
         chosen.settings["chat_template"] = _template(path, chosen, read_template)
     return Settings(**chosen.settings)
@@ -242,6 +243,16 @@ def _drop_template_rank(chosen: _Chosen) -> None:
     settings = chosen.settings
     if settings.get("rank") == 8 and settings.get("alpha") == 8:
         del settings["rank"], settings["alpha"]
+
+
+def _check_schedule(chosen: _Chosen) -> None:
+    """Schedules of transformers that would leave out what their name or another key promises."""
+    schedule, path = chosen.settings.get("schedule"), chosen.paths.get("schedule", ())
+    if schedule == "constant" and chosen.settings.get("warmup"):
+        what = f"has no warm-up, and {chosen.paths['warmup'][-1]} is set"
+        chosen.findings.add("SPEC-108", path, what, "use constant_with_warmup, or leave one out")
+    if schedule == "cosine_with_restarts":
+        chosen.findings.note(path, "has one cycle, so it is the same as cosine")
 
 
 def _template(text: str, chosen: _Chosen, read_template: Callable[[str], str | None]) -> str | None:

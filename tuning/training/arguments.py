@@ -37,6 +37,7 @@ def sft_config(
         gradient_accumulation_steps=placement.accumulation,
         learning_rate=recipe.learning_rate,
         lr_scheduler_type=recipe.schedule,
+        lr_scheduler_kwargs=_schedule_options(recipe),
         warmup_steps=recipe.warmup_steps,
         optim=recipe.optimizer,
         weight_decay=recipe.weight_decay,
@@ -61,3 +62,9 @@ def sft_config(
         eval_steps=recipe.eval_steps,
         **{checkpointing: placement.checkpointing},
     )
+
+
+def _schedule_options(recipe: Recipe) -> dict[str, float]:
+    """transformers ends a polynomial at 1e-7, and refuses a learning rate below that."""
+    low = recipe.schedule == "polynomial" and recipe.learning_rate <= 1e-7
+    return {"lr_end": 0.0} if low else {}

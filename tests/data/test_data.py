@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import io
 import itertools
@@ -887,3 +888,21 @@ def test_long_rows_come_in_small_batches(
     assert sorted(p for batch in found for p in batch.places) == [
         p for batch in found for p in batch.places
     ]
+
+
+def test_byte_order_marks_of_joined_files_are_passed_over(
+    run: Callable[..., Any], tmp_path: Path
+) -> None:
+    """`cat a.jsonl b.jsonl` of files that Windows wrote: at the start, within, alone on a line."""
+    mark = codecs.BOM_UTF8
+    result = run({"a.jsonl": mark + many(20) + mark + many(20) + mark + b"\n"})
+
+    assert 40 == result["rows"]
+
+
+def test_turns_that_are_rendered_already_are_noted(run: Callable[..., Any]) -> None:
+    """The marks of another format would be trained as text, inside the template's own."""
+    turn = turns(("user", "[INST] hi [/INST]"), ("assistant", "four"))
+    result = run({"a.jsonl": lines(*[turn] * 20), "b.jsonl": many(20)})
+
+    assert any("another chat format, such as [/INST] (20 rows)" in n for n in result["notes"])

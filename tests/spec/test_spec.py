@@ -1137,3 +1137,41 @@ def test_reading_a_spec_loads_no_torch() -> None:
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
     assert "[]\n" == run.stdout
+
+
+@pytest.mark.parametrize("output", ["out/adapter", "adapter", "runs/demo/adapter"])
+def test_an_output_that_looks_like_a_folder_is_asked_about(output: str) -> None:
+    """Not a registry of that name: the three ways to write it are named."""
+    with pytest.raises(
+        SpecError, match=rf"SPEC-109 --output: .*dir:{output} .*oci:{output} .*:TAG"
+    ):
+        read(WORKSPACE, overrides=Overrides(output=output))
+
+
+@pytest.mark.parametrize("output", ["ghcr.io/a/b", "localhost:5000/x", "a/b:1"])
+def test_an_output_with_a_registry_or_a_tag_is_an_image(output: str) -> None:
+    """As docker takes it."""
+    assert output in str(read(WORKSPACE, overrides=Overrides(output=output)).destination.image)
+
+
+@pytest.mark.parametrize("url", ["hf://datasets/org/name", "hf://datasets/org/name/", "hf://org/x"])
+def test_a_set_of_the_hub_without_a_file_is_told_the_form(url: str) -> None:
+    """Files are named one by one."""
+    with pytest.raises(SpecError, match=r"SPEC-115 .*write hf://datasets/ORG/NAME/FILE"):
+        read(WORKSPACE, overrides=Overrides(data=(url,)))
+
+
+@pytest.mark.parametrize("warmup", ["warmup_steps: 5", "warmup_ratio: 0.1", "warmup_steps: 0.5"])
+def test_a_constant_schedule_with_a_warm_up_is_refused(warmup: str) -> None:
+    """transformers would leave the warm-up out in silence."""
+    with pytest.raises(SpecError, match=r"SPEC-108 .*constant_with_warmup"):
+        settings("TrainingArguments", f"{{lr_scheduler_type: constant, {warmup}}}")
+
+
+def test_schedules_without_what_they_promise_are_noted() -> None:
+    """One cycle of cosine_with_restarts restarts nothing; a warm-up of 0 is none."""
+    content = "{lr_scheduler_type: cosine_with_restarts}"
+    text = with_config(f"training_config:\n  TrainingArguments: {content}\n")
+
+    assert any("same as cosine" in note for note in spec.parse(text, origin="ws.yaml").notes)
+    assert settings("TrainingArguments", "{lr_scheduler_type: constant, warmup_steps: 0}")

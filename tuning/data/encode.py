@@ -8,6 +8,7 @@ post-processor, which trims white space off them and adds special tokens, is rem
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,6 +18,13 @@ from tokenizers import Tokenizer
 from tuning.data.chat import ChatTemplate, Rendered
 from tuning.data.formats import Conversation, Example, Fault, Pair, Text, Tokens, quoted
 from tuning.data.template_layout import Spans
+
+CHECKED = 1000  # rows whose turns are searched for the marks of a chat format
+_RENDERED = re.compile(
+    r"\[/INST\]|<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<\|assistant\|>"
+    r"|^### (?:Response|Assistant|Instruction):",
+    re.MULTILINE,
+)
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,7 @@ class Encoder:
         vocabulary = self._fast.get_vocab(with_added_tokens=True)
         self._size = max(vocabulary.values(), default=-1) + 1
         self._rows = embedding_rows
+        self._chats = 0  # so far
         bare = tokenizer("a", add_special_tokens=False)["input_ids"]
         complete = tokenizer("a")["input_ids"]
         starts = (n for n in range(len(complete)) if complete[n : n + len(bare)] == bare)
@@ -74,6 +83,7 @@ class Encoder:
         ]
         if chats:
             assert self._template is not None
+            self._note_rendered(chats)
             rendered = iter(self._template.render(chats))
             prepared = [text or self._from_template(next(rendered)) for text in prepared]
         texts = [each.text for each in prepared if isinstance(each, _Text)]
@@ -86,6 +96,17 @@ class Encoder:
         if self._rows is None or self._rows >= self._size:
             return encoded
         return [(isinstance(each, Encoded) and self._beyond(each.ids)) or each for each in encoded]
+
+    def _note_rendered(self, chats: Sequence[Conversation]) -> None:
+        """Count, among the first rows, turns that hold another rendering of a chat already."""
+        notes, checked = self.notes, chats[: max(0, CHECKED - self._chats)]
+        self._chats += len(chats)
+        for chat in checked:
+            for message in chat.messages:
+                if found := _RENDERED.search(message["content"] or ""):
+                    text = f"turns hold marks of another chat format, such as {found[0]}"
+                    notes[text] = notes.get(text, 0) + 1
+                    break
 
     @property
     def notes(self) -> dict[str, int]:

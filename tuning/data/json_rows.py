@@ -98,6 +98,7 @@ def one_a_line(source: Source) -> Iterator[Batch]:
             number += 1
             try:
                 text = texts[index] if texts is not None else line.decode()
+                text = text.removeprefix("\ufeff")  # of files that were joined
                 if text and not text.isspace():
                     if len(line) > MAX_LINE:
                         raise _NotJson(

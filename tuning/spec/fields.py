@@ -94,6 +94,11 @@ def check_url(url: str, path: Path, findings: Findings, allow_hosts: Collection[
     scheme = url.partition(":")[0].lower()
     if refusal == urls.NOT_HTTP and scheme in _OTHER_NAMES:
         changes[refusal] = f"write it as {_OTHER_NAMES[scheme]}"
+    if scheme == "hf":
+        changes[urls.INVALID] = (
+            "write hf://datasets/ORG/NAME/FILE for each file of the set, such as "
+            f"{shown(url.rstrip('/'))[1:-1]}/data/train-00000-of-00001.parquet"
+        )
     default = "use a public address; --allow-host HOST opens a private one on your own machine"
     findings.add("SPEC-115", path, refusal, changes.get(refusal, default))
 

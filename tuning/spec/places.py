@@ -31,10 +31,14 @@ def check(overrides: Overrides, findings: Findings) -> None:
         findings.add("SPEC-109", ("--data",), what, "give files, or URLs, or one folder")
     output = overrides.output
     if output is not None and not output.startswith(("oci:", "dir:")):
-        if output.startswith(("/", ".", "~")) or not output:
+        bare = ":" not in output and "@" not in output and "." not in output.partition("/")[0]
+        if output.startswith(("/", ".", "~")) or bare:
             what = f"{shown(output)} is not an image reference"
             folder = shorten(output) or "FOLDER"
             change = f"write dir:{folder} for a plain folder, oci:{folder} for an image layout"
+            if bare and output:
+                what = f"{shown(output)} has no registry and no tag, and names no kind of folder"
+                change += f", docker.io/{folder}:TAG for Docker Hub"
             findings.add("SPEC-109", ("--output",), what, change)
         else:
             fields.check_image(output, ("--output",), findings, "output")

@@ -15,8 +15,8 @@ from tuning.data.formats.values import (
     Name,
     Row,
     Shape,
-    from_json,
     quoted,
+    turns_of,
 )
 
 MESSAGE_COLUMNS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat")
@@ -60,7 +60,7 @@ def detect(row: Row, options: Columns) -> Shape:
     """
     if options.messages or options.context or options.response:
         return _by_options(row, options)
-    if fault := _preference(row):
+    if fault := _preference(row) or _columns_table(row):
         raise BadRow([fault])
     if "input_ids" in row:
         return _shape("tokens", "it has a column input_ids", input_ids="input_ids")
@@ -79,6 +79,28 @@ def detect(row: Row, options: Columns) -> Shape:
     if "text" in row:
         return _shape("text", 'it has a column "text" and none of the others', text="text")
     raise BadRow([_no_shape(row)])
+
+
+def _columns_table(row: Row) -> Fault | None:
+    """The fault that a row is a whole table, kept by its columns and not by its rows."""
+    values = list(row.values())
+    numbered = [value for value in values if isinstance(value, Mapping) and "0" in value]
+    listed = [
+        value
+        for value in values
+        if isinstance(value, list) and value and all(isinstance(each, str) for each in value)
+    ]
+    split = {"columns", "data"} <= row.keys() <= {"columns", "data", "index", "schema"}
+    alike = len({len(value) for value in (numbered or listed)}) == 1
+    if not split and not (
+        len(values) > 1 and len(values) in (len(numbered), len(listed)) and alike
+    ):
+        return None
+    return Fault(
+        "DATA-212",
+        "is a table kept by columns, not rows",
+        'write one JSON object a row: df.to_json(path, orient="records", lines=True)',
+    )
 
 
 def _preference(row: Row) -> Fault | None:
@@ -122,7 +144,7 @@ def unused(row: Row, shape: Shape) -> list[str]:
     used |= {name for name in row if name.startswith("__")}  # a table's own, such as its index
     ignored = [name for name, value in row.items() if name not in used and not _is_empty(value)]
     for column in chats:
-        turns = from_json(row.get(column))
+        turns = turns_of(row.get(column))
         mappings = turns if isinstance(turns, list) else ()
         items = [each for turn in mappings if isinstance(turn, Mapping) for each in turn.items()]
         keys = dict.fromkeys(key for key, value in items if not _is_empty(value))
@@ -152,12 +174,12 @@ def _pair_shape(name: Name, prompt: str, completion: str) -> Shape:
 
 
 def _is_chat(value: Any) -> bool:
-    value = from_json(value)
+    value = turns_of(value)
     return isinstance(value, list) and all(isinstance(turn, Mapping) for turn in value)
 
 
 def _chat_shape(row: Row, column: str, reason: str) -> Shape:
-    turns = from_json(row[column])
+    turns = turns_of(row[column])
     first = turns[0] if isinstance(turns, list) and turns else None
     if isinstance(first, Mapping) and "from" in first and "role" not in first:
         return _shape("sharegpt", f"{reason} of from/value turns", messages=column)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from tuning.data.formats.values import (
     quoted,
     text_faults,
     texts_in,
+    turns_of,
     type_name,
 )
 
@@ -32,18 +34,18 @@ _SHAREGPT_ROLE = _ROLE | {
     "observation": "tool",
 }
 _PLAIN = {"role", "content"}
+_PRINTED = re.compile(r"\s*\[\s*\{\s*'")  # [{'role': ...
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 def conversation(row: Row, column: str, *, sharegpt: bool) -> Conversation:
     """The conversation in `column` of `row`. Raises BadRow with all faults."""
-    turns = from_json(row[column])
+    turns = turns_of(row[column])
     if not isinstance(turns, list):
-        raise BadRow.of(
-            "DATA-216",
-            f"{column} is {type_name(turns)}, not a list of messages",
-            'write [{"role": ..., "content": ...}, ...]',
-        )
+        what, change = "not a list of messages", 'write [{"role": ..., "content": ...}, ...]'
+        if isinstance(turns, str) and _PRINTED.match(turns):
+            what, change = "Python's print of a list, not JSON", "write it with json.dumps"
+        raise BadRow.of("DATA-216", f"{column} is {type_name(turns)}, {what}", change)
     messages, faults = _messages(turns, column, sharegpt=sharegpt)
     if not faults:
         faults = _order_faults(messages, column)
@@ -237,7 +239,7 @@ def _calls(turn: Mapping[str, Any], where: str, *, sharegpt: bool) -> tuple[list
         return [], []
     fixed: list[Any] = []
     faults: list[Fault] = []
-    for call in calls if isinstance(calls, list) else [calls]:
+    for call in map(from_json, calls if isinstance(calls, list) else [calls]):
         if bare and not (isinstance(call, Mapping) and isinstance(call.get("name"), str)):
             change = 'write {"name": "...", "arguments": {...}}'
             return [], [Fault("DATA-216", f"{where}.{key} is not a function call", change)]
@@ -288,6 +290,8 @@ def _tools(row: Row) -> tuple[list[Any] | None, list[Fault]]:
     tools = from_json(row.get("tools"))
     if not tools:
         return None, []
+    if isinstance(tools, list):
+        tools = [from_json(tool) for tool in tools]
     if isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools):
         faults = [fault for text in texts_in(tools) for fault in text_faults(text, "tools")]
         return [_schema(tool) for tool in tools], faults

@@ -60,9 +60,10 @@ test: install system  ## set-up and every test
 slow: install  ## the tests that take minutes: the memory formula against simulation, everywhere
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow $(PYTEST)
 
-soak: install system  ## kill a run, stop a server, N times at each boundary: make soak N=50 (hours)
+soak: install system  ## kills, bit rot, broken downloads, servers under load: make soak N=50 (hours)
 	SOAK=$(N) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak tests/pipeline/test_kills.py \
-	  tests/pipeline/test_stops.py tests/pipeline/test_bit_rot.py $(PYTEST)
+	  tests/pipeline/test_stops.py tests/pipeline/test_bit_rot.py tests/sources/test_conversations.py \
+	  $(PYTEST)
 	SOAK=$(N) SOAK_SECONDS=3600 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --timeout=0 \
 	  -k "sigterm_under_load or eight_clients" tests/serve/test_process.py tests/serve/test_http.py \
 	  $(PYTEST)

@@ -1023,14 +1023,15 @@ def test_a_folder_lists_its_data_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("within", "ending", "names"),
     [
-        (None, None, ["test/b.jsonl", "train/a.jsonl", "train/c.csv"]),
+        (None, None, ["train/a.jsonl", "train/c.csv"]),  # the test split is left out
+        ("test", None, ["test/b.jsonl"]),  # unless it is asked for
         ("train", None, ["train/a.jsonl", "train/c.csv"]),
         ("train/c.csv", None, ["train/c.csv"]),
         ("data/train/c.csv", None, ["train/c.csv"]),  # as KAITO means it
-        ("data", None, ["test/b.jsonl", "train/a.jsonl", "train/c.csv"]),
-        (None, "jsonl", ["test/b.jsonl", "train/a.jsonl"]),
+        ("data", None, ["train/a.jsonl", "train/c.csv"]),
+        (None, "jsonl", ["train/a.jsonl"]),
         ("train", "jsonl", ["train/a.jsonl"]),
-        (None, "parquet", ["test/b.jsonl", "train/a.jsonl", "train/c.csv"]),  # what they are
+        (None, "parquet", ["train/a.jsonl", "train/c.csv"]),  # what they are
     ],
 )
 def test_a_part_of_a_folder_or_image(

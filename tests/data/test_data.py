@@ -905,4 +905,4 @@ def test_turns_that_are_rendered_already_are_noted(run: Callable[..., Any]) -> N
     turn = turns(("user", "[INST] hi [/INST]"), ("assistant", "four"))
     result = run({"a.jsonl": lines(*[turn] * 20), "b.jsonl": many(20)})
 
-    assert any("another chat format, such as [/INST] (20 rows)" in n for n in result["notes"])
+    assert any("another chat format: [/INST] (20 rows)" in n for n in result["notes"])

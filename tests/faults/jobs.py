@@ -33,6 +33,11 @@ class World:
     runs: list[Run] = field(default_factory=list)  # the last one is what a fault kills
     folders: list[Path] = field(default_factory=list)  # run directories, for the audit
 
+    def journal(self, name: str, event: str) -> list[dict[str, Any]]:
+        """The records of `event` in the journal of the run called `name`."""
+        lines = (self.folder / name / "journal.jsonl").read_text().splitlines()
+        return [record for record in map(json.loads, lines) if record["event"] == event]
+
     def command(
         self,
         name: str,

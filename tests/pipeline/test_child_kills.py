@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from faults import jobs
@@ -29,11 +27,6 @@ def world(
 def clean(world: World) -> tuple[str, str]:
     """Adapter and digest of a run that nothing disturbs."""
     return jobs.result(world.run("clean"))
-
-
-def journal(world: World, name: str, event: str) -> list[dict[str, Any]]:
-    lines = (world.folder / name / "journal.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if record["event"] == event]
 
 
 IN_CGROUP = """
@@ -73,11 +66,11 @@ def test_a_child_killed_by_the_kernel_is_out_of_memory_and_remembered(world: Wor
     again = world.run("killed", **one)
 
     assert 14 == ended.status, ended
-    tried = len(journal(world, "killed", "oom"))
+    tried = len(world.journal("killed", "oom"))
     assert "out of memory with each of: " in ended.err
     assert tried == len(re.findall(r"\d+ x \d+ rows", ended.err.rpartition("each of: ")[2]))
     assert "with gradient checkpointing. Change: " in ended.err
-    assert "RUN-111" in journal(world, "killed", "oom")[0]["message"]
+    assert "RUN-111" in world.journal("killed", "oom")[0]["message"]
     assert "out of memory before, so now" in again.err
     jobs.result(again)
 
@@ -93,8 +86,8 @@ def test_a_child_killed_by_somebody_goes_on_with_the_same_placement(
     ended = world.run(f"struck-{name.lower()}", aim=Aim("open", STEP, TRAIN, nth=3, act=name))
 
     assert clean == jobs.result(ended)
-    assert [] == journal(world, f"struck-{name.lower()}", "oom")
-    assert 2 == len(journal(world, f"struck-{name.lower()}", "killed"))
+    assert [] == world.journal(f"struck-{name.lower()}", "oom")
+    assert 2 == len(world.journal(f"struck-{name.lower()}", "killed"))
     assert f"killed by {name}; trying again" in ended.err
 
 
@@ -106,5 +99,5 @@ def test_a_child_killed_each_time_ends_the_run_and_the_next_one_goes_on(
 
     assert 137 == ended.status, ended
     assert "RUN-111" in ended.err and "memory" not in ended.err
-    assert 3 == len(journal(world, "ever-struck", "killed"))
+    assert 3 == len(world.journal("ever-struck", "killed"))
     assert clean == jobs.result(world.run("ever-struck"))

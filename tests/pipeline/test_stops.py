@@ -45,11 +45,6 @@ def clean(world: World) -> tuple[str, str]:
     return jobs.result(world.run("clean"))
 
 
-def journal(world: World, name: str, event: str) -> list[dict[str, Any]]:
-    lines = (world.folder / name / "journal.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if record["event"] == event]
-
-
 TERMS: dict[str, Aim | str] = {  # in the order of a run's life
     "fetch": "a silent server",
     "tokenise": Aim("os.rename", r"rows\.arrow", DATA, act="term"),
@@ -259,7 +254,7 @@ def test_out_of_memory_goes_on_with_smaller_pieces(world: World) -> None:
     jobs.result(ended)
     summary = json.loads(ended.out)
     assert 4 == summary["training"]["resumed_from"]
-    found = journal(world, "memory", "oom")
+    found = world.journal("memory", "oom")
     (global_rows,) = {int(a) * int(b) for a, b in (ways(r["way"]) for r in found)}
     assert [4, 2] == [int(ways(record["way"])[0]) for record in found]
     assert all("TRAIN-140" in record["message"] for record in found)

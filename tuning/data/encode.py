@@ -104,7 +104,7 @@ class Encoder:
         for chat in checked:
             for message in chat.messages:
                 if found := _RENDERED.search(message["content"] or ""):
-                    text = f"turns hold marks of another chat format, such as {found[0]}"
+                    text = f"turns of the first rows hold marks of another chat format: {found[0]}"
                     notes[text] = notes.get(text, 0) + 1
                     break
 

@@ -76,12 +76,14 @@ def load_base(
     device: str,
     attention: str | None = None,
     cache: Path | None = None,
+    finite_only: bool = False,
 ) -> Any:
     """The base model in `base` on `device` (cpu or cuda), in `precision` or packed in 4 bits.
 
     `quantisation` is the recipe's: type, double, compute. A vision tower stays, unquantised, so
     that names in the adapter are those of the published model. Packed weights are cached in the
-    folder `cache`. Raises SpecError.
+    folder `cache`. `finite_only` refuses weights with NaN or infinity (packed ones were checked as
+    they were packed). Raises SpecError.
     """
     config = read_config(base)
     if not any(base.glob("*.safetensors")):
@@ -105,6 +107,8 @@ def load_base(
     source = base
     if quantisation and cache is not None and packed.is_whole(cache):
         source, config.quantization_config = cache, options.pop("quantization_config").to_dict()
+    elif finite_only:
+        finite.require(base, DTYPES[precision])
     try:
         model = _auto_class(config).from_pretrained(
             source, config=config, use_safetensors=True, **options
@@ -164,16 +168,14 @@ def load_for_training(
     4-bit weights are cached below `packed_root`.
     """
     tokenizer = load_tokenizer(base, chat_template=chat_template)
-    cache = _packed_folder(base, recipe, packed_root)
-    if cache is None or not packed.is_whole(cache):  # packed ones were checked before
-        finite.require(base, DTYPES[recipe.precision])
     model = load_base(
         base,
         precision=recipe.precision,
         quantisation=recipe.quantisation if recipe.method == "qlora" else None,
         device=placement.device,
         attention=placement.attention,
-        cache=cache,
+        cache=_packed_folder(base, recipe, packed_root),
+        finite_only=True,
     )
     adapted, coverage = adapt(model, recipe)
     logger.info("fused kernels: %s", fuse.fuse(adapted, placement.kernels) or "none")

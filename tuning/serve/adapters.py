@@ -84,7 +84,8 @@ def fetch(
             assert folder is not None
             one = _inspect(spec, folder, config, base_template, template_problem)
             for doubt in adapters.other_weights(one.adapter, weights):
-                console.say(f"Adapter {spec.name} may answer nonsense:\n{doubt}", style="yellow")
+                text = f"Adapter {spec.name} {doubt.what}: its answers may be nonsense."
+                console.say(text, style="yellow")
             ready.append(one)
         except TuningError as error:
             rejected.append(_reject(spec, error, console))

@@ -315,3 +315,27 @@ def test_an_adapter_whose_numbers_overflow_is_refused(
         refused.problems[0].code,
         "not finite" in refused.problems[0].what,
     )
+
+
+@pytest.mark.parametrize("recorded", ["sha256:base", "sha256:other", None])
+def test_an_adapter_of_another_base_is_served_with_a_warning(
+    recorded: str | None, good: Path, base: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Of other weights than the server's, where both are known."""
+    folder = Path(shutil.copytree(good, tmp_path / "adapter"))
+    (folder / "tuning.json").write_text(json.dumps({"base_weights": recorded}))
+    with ExitStack() as folders:
+        ready, refused = adapters.fetch(
+            [AdapterSpec("mine", str(folder))],
+            config=files.read_json(base / "config.json"),
+            base_template=None,
+            template_problem=lambda _: None,
+            access=Access(),
+            console=Console(),
+            folders=folders,
+            weights=lambda: "sha256:base",
+        )
+
+    assert (["mine"], []) == ([one.spec.name for one in ready], refused)
+    warned = "Adapter mine was trained on other weights" in capfd.readouterr().err
+    assert (recorded == "sha256:other") == warned

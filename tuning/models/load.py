@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,9 @@ from peft import PeftModel
 from tuning import files
 from tuning.errors import SpecError
 from tuning.models import finite, packed
-from tuning.models.kernels import apart, fuse
+from tuning.models.kernels import whole
 from tuning.models.lora import CHANGE_MODEL, TOWERS, Coverage, adapt
 from tuning.plan import Placement, Recipe
-from tuning.plan.backends import BY_OFFSETS
-
-logger = logging.getLogger(__name__)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -178,8 +174,11 @@ def load_for_training(
         finite_only=True,
     )
     adapted, coverage = adapt(model, recipe)
-    logger.info("fused kernels: %s", fuse.fuse(adapted, placement.kernels) or "none")
-    if recipe.packing or placement.attention in BY_OFFSETS:
-        precision = DTYPES[recipe.precision]
-        apart.settle(adapted, placement.attention, precision=precision, packing=recipe.packing)
+    whole.replace(
+        adapted,
+        placement.kernels,
+        placement.attention,
+        precision=DTYPES[recipe.precision],
+        packing=recipe.packing,
+    )
     return adapted, tokenizer, coverage

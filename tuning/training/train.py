@@ -216,7 +216,6 @@ def _trainer(
         held_out=read_rows(request.eval) if request.eval else None,
         recipe=recipe,
         arguments=sft_config(recipe, placement, request.run, by_offsets=by_offsets),
-        kernels=placement.kernels,
         ranks=ranks,
         metrics=request.run / "metrics.jsonl",
         saves=Saves(

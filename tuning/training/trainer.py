@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from trl import SFTConfig, SFTTrainer
 from tuning.errors import DivergedError
 from tuning.models.kernels import head, heap
 from tuning.plan import Recipe
-from tuning.plan.backends import HEAD, VARLEN
+from tuning.plan.backends import VARLEN
 from tuning.training import checkpoint
 from tuning.training.batches import IGNORED, NOTED, ROW, Numbered, Order, numbered
 from tuning.training.checkpoint import Checkpoint
@@ -50,7 +50,6 @@ class Exact(SFTTrainer):  # type: ignore[misc]
         arguments: SFTConfig,
         metrics: Path,
         saves: Saves,
-        kernels: Collection[str] = (),
         ranks: Ranks | None = None,
     ) -> None:
         self.ranks = ranks or Ranks()
@@ -74,7 +73,7 @@ class Exact(SFTTrainer):  # type: ignore[misc]
         )
         self.remove_callback(transformers.PrinterCallback)
         base = tuned.get_base_model()
-        self.one_pass = HEAD in kernels and head.suits(base)
+        self.one_pass = getattr(base, "one_pass", False)  # as `models.kernels.whole` found
         self._eval_sums: list[torch.Tensor] = []  # (summed loss, labelled tokens) by batch
         if self.one_pass:
             head.install(base)

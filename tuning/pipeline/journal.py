@@ -106,8 +106,8 @@ class Journal:
         """The current value of `phase` under `key`, or else the value of `work`, recorded.
 
         `outputs` are the files that belong to the value: the phase is repeated if one is missing
-        of them or of those that it left, and their digests are recorded. Raises Damaged before work for an output of a phase that
-        it `needs`.
+        of them or of those that it left, and their digests are recorded. Raises Damaged before
+        work for an output of a phase that it `needs`.
         """
         value = self.current(phase, key)
         made = [self.folder / name for name in self.outputs(phase) or ()]

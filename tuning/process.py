@@ -181,9 +181,14 @@ def run(
 
 
 def _rank(rank: int, ranks: int) -> dict[str, str]:
-    """The variables that torch's launcher sets for a rank."""
+    """The variables that torch's launcher sets for a rank.
+
+    A single child sees the first GPU only: trl refuses a process with several. It must be so before
+    Python starts, since the first import that initialises CUDA fixes what is visible.
+    """
     if ranks == 1:
-        return {}
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")  # indices, UUIDs, or none at all
+        return {"CUDA_VISIBLE_DEVICES": visible.partition(",")[0]}
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -257,8 +262,18 @@ class Prewarmed:
     It reads the name of its request from stdin. It ends with this process, or with the block.
     """
 
-    def __init__(self, room: str, *, log: Path, keep_open: tuple[int, ...] = ()) -> None:
-        self._child: subprocess.Popen[bytes] | None = _start(room, ON_STDIN, log, keep_open, {})
+    def __init__(
+        self,
+        room: str,
+        *,
+        log: Path,
+        keep_open: tuple[int, ...] = (),
+        environment: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        variables = {**environment, **_rank(0, 1)}
+        self._child: subprocess.Popen[bytes] | None = _start(
+            room, ON_STDIN, log, keep_open, variables
+        )
 
     def __enter__(self) -> Prewarmed:
         return self
@@ -281,6 +296,9 @@ class Prewarmed:
         return child
 
 
+# torch's settings of its allocator of GPU memory; ignored on a CPU. Rows of changing length waste
+# less of it in segments that grow.
+ALLOCATOR = "PYTORCH_ALLOC_CONF"
 PEER_SECONDS = 5.0  # that the other ranks get to end when one has failed
 ON_STDIN = "-"  # in place of a request that will be named on stdin
 
@@ -322,7 +340,8 @@ def _dump_stacks(child: subprocess.Popen[bytes], log: Path) -> None:
 def clean_environment() -> dict[str, str]:
     """The environment of a child: ours without secrets, offline, with a fixed hash seed.
 
-    A child reads local files only: the parent fetches everything and keeps the credentials.
+    A child reads local files only: the parent fetches everything and keeps the credentials. What
+    the user set for torch's allocator stays.
     """
     kept = {
         name: value
@@ -330,7 +349,8 @@ def clean_environment() -> dict[str, str]:
         if not any(word in name.upper() for word in ("TOKEN", "SECRET", "PASSWORD", "CREDENTIAL"))
         and name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
     }
-    return kept | {
+    allocator = {} if "PYTORCH_CUDA_ALLOC_CONF" in kept else {ALLOCATOR: "expandable_segments:True"}
+    return {**allocator, **kept} | {
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_DATASETS_OFFLINE": "1",

@@ -3,14 +3,15 @@
 Totals are torch's (`_CudaDeviceProperties`) or deviceQuery's; free memory is NVML's, on idle cards.
   V100-SXM2   16160 MB, in many notebooks with ultralytics' banner
   A100-40     "40339 MBytes (42298834944 bytes)", CUDA 12.2: bottlerocket-os/bottlerocket#3873
-  MIG         "NVIDIA A100 80GB PCIe MIG 1g.10gb ... total_memory=9728MB"; in a container memory.* of
-              nvidia-smi is "[Insufficient Permissions]", driver 535.161.08:
+  MIG         "NVIDIA A100 80GB PCIe MIG 1g.10gb ... total_memory=9728MB"; in a container memory
+              is "[Insufficient Permissions]" for nvidia-smi, driver 535.161.08:
               Stability-AI/StableSwarmUI#388; NVML_ERROR_NO_PERMISSION:
               NVIDIA/nvidia-container-toolkit#842; nor of the slice: NVIDIA/k8s-device-plugin#1683
   H100        81090 MB: SXM5, torch 2.7;  H200  143156 MB: Modal
-  GB10        "122,570 MBytes", 12.1, integrated, driver 580.142: deviceQuery; NVML_ERROR_NOT_SUPPORTED:
-              forums.developer.nvidia.com 358869; free memory as in sgl-project/sglang#10075
-  802         H100 and H200 without fabric manager: aws-samples/aws-deep-learning-ami-ubuntu-dcv-desktop#33
+  GB10        "122,570 MBytes", 12.1, integrated, driver 580.142: deviceQuery;
+              NVML_ERROR_NOT_SUPPORTED: forums.developer.nvidia.com, topic 358869; free memory as
+              in sgl-project/sglang#10075
+  802         H100 and H200 without fabric manager: gpustack/gpustack#1254
   803         driver updated under a running machine: NVIDIA/nvidia-docker#1256
   WSL         segments that grow fail: pytorch/pytorch#192330; vGPU: unslothai/unsloth#1446
 Drivers and the CUDA they run: 535 12.2, 550 12.4, 570 12.8, 580 13.0 (NVIDIA, release notes).

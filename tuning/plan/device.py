@@ -1,7 +1,8 @@
 """What there is to compute with: the GPUs of this machine, or its processor and memory.
 
-The GPUs are those that CUDA sees (`probe.py`, in a process of its own), not torch, so that planning
-stays light. Memory is what is actually free now, and on a CPU never more than the control group allows.
+The GPUs are those that CUDA sees: `probe.py` asks it, in a process of its own and without torch, so
+that planning stays light. Memory is what is actually free now, and on a CPU never more than the
+control group allows.
 """
 
 from __future__ import annotations
@@ -91,6 +92,8 @@ def _ask() -> dict[str, Any]:
         return answer
     except subprocess.TimeoutExpired:
         child.kill()  # and not waited for: in a call of the driver it may never die
+        if child.stdout:
+            child.stdout.close()
         return {"devices": [], "error": [0, f"the driver did not answer in {PATIENCE:.0f} s"]}
     except ValueError:
         return {"devices": [], "error": [0, f"asking the driver ended with {child.returncode}"]}

@@ -1,4 +1,4 @@
-"""Why the GPUs of a device cannot train: the cards, their driver, or the build of torch beside them."""
+"""Why the GPUs of a device cannot train: the cards, their driver, or the build of torch."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
 """Ask NVIDIA's driver about the GPUs of this machine; prints the answer as a line of JSON.
 
-A script of its own, with nothing but the standard library: a driver may hang or crash, and CUDA keeps
-what it was started with. It asks libcuda, as torch does, so that it sees what torch will see: the
-GPUs that CUDA_VISIBLE_DEVICES shows, in CUDA's order, and of a MIG slice its own memory. NVML knows
-the driver's version, and the free memory without a context; where it does not answer (no permission
-in a MIG container, unified memory) CUDA itself is asked.
+A script of its own, with nothing but the standard library: a driver may hang or crash, and CUDA
+keeps what it was started with. It asks libcuda, as torch does, so that it sees what torch will see:
+the GPUs that CUDA_VISIBLE_DEVICES shows, in CUDA's order, and of a MIG slice its own memory. NVML
+knows the driver's version, and the free memory without a context; where it does not answer (no
+permission in a MIG container) CUDA itself is asked.
 """
 
 from __future__ import annotations

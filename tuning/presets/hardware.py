@@ -63,7 +63,7 @@ class Engine:
 
     @property
     def cuda(self) -> int:
-        """Its major version of CUDA. A driver runs every CUDA of the major version that it names."""
+        """Its major version of CUDA; a driver runs every CUDA of its own major version."""
         return int(self.name[2:4])
 
     def runs_on(self, capability: Capability) -> bool:

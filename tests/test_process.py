@@ -203,13 +203,18 @@ def wait_until(condition, seconds=20):
         time.sleep(0.02)
 
 
-SEES = """
-import os
-from tuning.plan import probe
-SEEN = [card["name"] for card in probe.ask()["devices"]]  # as an import that initialises CUDA
-def work(r): return {"variable": os.environ["CUDA_VISIBLE_DEVICES"], "names": SEEN,
-                     "allocator": os.environ.get("PYTORCH_ALLOC_CONF")}
+SEES = f"""
+import os, runpy
+ask = runpy.run_path({str(Path(process.__file__).with_name("plan") / "probe.py")!r})["ask"]
+SEEN = [card["name"] for card in ask()["devices"]]  # as an import that initialises CUDA
+def work(r):
+    variable, allocator = map(os.environ.get, ("CUDA_VISIBLE_DEVICES", "PYTORCH_ALLOC_CONF"))
+    return dict(variable=variable, allocator=allocator, names=SEEN)
 """
+
+
+SERVES = "import sys\nfrom tuning import process\nif __name__ == '__main__':\n"
+SERVES += "    sys.exit(process.serve(work))\n"
 
 
 @pytest.mark.parametrize("prewarmed", [False, True])
@@ -230,8 +235,11 @@ def test_a_single_rank_sees_one_gpu_from_its_first_import(
     fake_driver.install(Machine("580.65.06", 13000, TWO), tmp_path, monkeypatch)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    seen = room(SEES)
-    if prewarmed:
+    if not prewarmed:
+        seen = room(SEES)
+    else:
+        room("def work(r): return {}")  # writes the module's folder
+        (tmp_path / "more" / "probe_room.py").write_text(SEES + SERVES)
         with process.Prewarmed("probe_room", log=tmp_path / "log") as child:
             seen = room(SEES, prewarmed=child)
 

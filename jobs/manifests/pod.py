@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from jobs.api.kinds import Object
-from jobs.api.options import Options
+from jobs.api.options import Options, for_device
 from jobs.desired import names
 from jobs.desired.tuning import GIB, Desired
 from tuning.spec.workspace import ANNOTATION
@@ -55,6 +55,7 @@ def forbidden_volume(workspace: Object, options: Options) -> tuple[str, str] | N
 
 def spec(workspace: Object, desired: Desired, options: Options, *, claim: bool) -> Object:
     """The pod's spec. `claim`: the run directory is on a claim, else in an emptyDir."""
+    options = for_device(options, desired.device)
     command = ["python", "-m", "tuning", "run", "-f", "/etc/tuning/workspace.yaml"]
     command += ["--run-dir", "/run/tuning"]
     command += ["--host", "0.0.0.0", "--port", str(PORT)]  # noqa: S104 the pod's own address

@@ -12,6 +12,7 @@ import os
 import platform
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -39,7 +40,7 @@ class Device:
     capability: Capability | None = None  # the lowest
     origin: str = "found on this machine"
     gpu: Gpu | None = None  # its row in the table of GPUs, or what the driver says of another card
-    capabilities: tuple[Capability, ...] = ()  # all of them, where GPUs of several kinds may be met
+    kinds: tuple[Capability, ...] = ()  # all of them, where GPUs of several kinds may be met
     cuda: tuple[int, int] | None = None  # newest CUDA that the driver runs, where it is known
     driver: str = ""  # its version
     torch: TorchBuild | None = None  # installed beside these GPUs
@@ -56,8 +57,13 @@ class Device:
     @property
     def engine(self) -> str | None:
         """The newest build of torch with kernels for its GPUs that the driver runs, if any."""
-        capabilities = self.capabilities or (self.capability and (self.capability,)) or ()
-        return presets.engine_build(*capabilities, cuda=self.cuda) if capabilities else None
+        kinds = self.capabilities
+        return presets.engine_build(*kinds, cuda=self.cuda) if kinds else None
+
+    @property
+    def capabilities(self) -> tuple[Capability, ...]:
+        """The compute capability of each kind of its GPUs; empty for a CPU."""
+        return self.kinds or ((self.capability,) if self.capability else ())
 
 
 def detect() -> Device:
@@ -91,9 +97,9 @@ def _ask() -> dict[str, Any]:
         answer: dict[str, Any] = json.loads(output)
         return answer
     except subprocess.TimeoutExpired:
-        child.kill()  # and not waited for: in a call of the driver it may never die
-        if child.stdout:
-            child.stdout.close()
+        child.kill()
+        with suppress(subprocess.TimeoutExpired):  # inside a call of the driver it may never die
+            child.communicate(timeout=1)
         return {"devices": [], "error": [0, f"the driver did not answer in {PATIENCE:.0f} s"]}
     except ValueError:
         return {"devices": [], "error": [0, f"asking the driver ended with {child.returncode}"]}
@@ -125,7 +131,7 @@ def of_answer(answer: dict[str, Any], build: TorchBuild | None) -> Device:
         bf16=weakest.bf16,
         capability=capabilities[0],
         gpu=weakest,
-        capabilities=capabilities,
+        kinds=capabilities,
         cuda=tuple(answer["cuda"]),
         driver=answer["driver"],
         torch=build,

@@ -131,16 +131,20 @@ def instance(name: str, *, where: str = "resource.instanceType") -> Instance:
 
 
 def engine_build(*capabilities: Capability, cuda: tuple[int, int] | None = None) -> str | None:
-    """The newest build of torch that has kernels for all `capabilities`; None where no build has.
+    """The newest of `engine_builds`; None where no build has kernels."""
+    return next(reversed(engine_builds(*capabilities, cuda=cuda)), None)
+
+
+def engine_builds(*capabilities: Capability, cuda: tuple[int, int] | None = None) -> list[str]:
+    """The builds of torch that have kernels for all `capabilities`, oldest CUDA first.
 
     `cuda`: the newest CUDA that the machine's driver runs, where it is known.
     """
-    fitting = [
+    return [
         engine.name
         for engine in engines()
         if all(map(engine.runs_on, capabilities)) and (cuda is None or engine.cuda <= cuda[0])
     ]
-    return fitting[-1] if fitting else None
 
 
 _MIG_PROFILE = re.compile(r"(?:\d+c\.)?(\d)g\.(\d+)gb.*")  # 1g.10gb, 1c.3g.40gb, 1g.10gb+me

@@ -143,13 +143,13 @@ def refuse_unsupported(spec: Spec, base: Base, device: Device) -> None:
         problems.append(Problem("PLAN-101", base.name, answer.reason, answer.change))
     if device.kind == "cpu" and base.facts and base.facts.parameters > LARGEST_ON_CPU:
         billions = base.facts.parameters / 1e9
-        what = f"has {billions:.1f} billion parameters and needs a GPU; "
+        reason = device.no_gpu or "there is none here"
         change = device.remedy or "run on a machine with an NVIDIA GPU and its driver"
         problems.append(
             Problem(
                 "PLAN-102",
                 base.name,
-                what + (device.no_gpu or "there is none here"),
+                f"has {billions:.1f} billion parameters and needs a GPU; {reason}",
                 f"{change}, or plan for one with --instance",
             )
         )

@@ -25,8 +25,8 @@ def _too_old(device: Device) -> Problem | None:
     if build is None or build.cuda is None or runs is None or runs[0] >= build.cuda[0]:
         return None
     driver = f"driver {device.driver}" if device.driver else "driver"
-    what = f"its {driver} runs CUDA {runs[0]}.{runs[1]}, and torch {build.version} needs CUDA "
-    what += f"{build.cuda[0]}.{build.cuda[1]}"
+    newest, needed = (".".join(map(str, version)) for version in (runs, build.cuda))
+    what = f"its {driver} runs CUDA {newest}, and torch {build.version} needs CUDA {needed}"
     lowest = {engine.cuda: engine.driver for engine in presets.engines()}.get(build.cuda[0])
     change = f"update the driver to {lowest} or newer" if lowest else "update the driver"
     if device.engine:
@@ -42,8 +42,8 @@ def _no_kernels(device: Device) -> Problem | None:
     lacking = [each for each in device.capabilities if not installed.runs_on(each)]
     if not lacking:
         return None
-    major, minor = lacking[0]
-    what = f"torch {device.torch.version} has no kernels for its compute capability {major}.{minor}"
+    lowest = ".".join(map(str, lacking[0]))
+    what = f"torch {device.torch.version} has no kernels for its compute capability {lowest}"
     newest = presets.engine_build(*device.capabilities)
     change = (
         "show it GPUs of one kind with CUDA_VISIBLE_DEVICES: no build of torch has kernels for all"
@@ -51,8 +51,8 @@ def _no_kernels(device: Device) -> Problem | None:
     if device.engine:
         change = _install(device.engine)
     elif newest:
-        lowest = engines[newest].driver
-        change = f"update the driver to {lowest} or newer, and {_install(newest)}"
+        driver = engines[newest].driver
+        change = f"update the driver to {driver} or newer, and {_install(newest)}"
     return Problem("PLAN-116", device.name, what, change)
 
 

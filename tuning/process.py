@@ -188,7 +188,7 @@ def _rank(rank: int, ranks: int) -> dict[str, str]:
     """
     if ranks == 1:
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")  # indices, UUIDs, or none at all
-        return {"CUDA_VISIBLE_DEVICES": visible.partition(",")[0]}
+        return {"CUDA_VISIBLE_DEVICES": visible.partition(",")[0].strip()}
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

@@ -217,7 +217,8 @@ def _read(text: str, device: Device | None) -> Desired:
     if instance is None and (device is None or desired.gpus == 0):
         return replace(desired, plan_unknown="the nodes do not say which GPU they have")
     try:
-        drafted = plan.draft(parsed, here=desired.device or plan.device_of(""))
+        assert desired.device is not None
+        drafted = plan.draft(parsed, here=desired.device)
     except SpecError as error:
         return _without_plan(desired, error)
     used = desired.gpus if gpus is not None else drafted.placement.ranks

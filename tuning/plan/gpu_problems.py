@@ -5,9 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tuning import presets
-from tuning.errors import Problem
+from tuning.errors import Problem, SpecError
 from tuning.plan.device import Device
 from tuning.spec import Method
+
+
+def refuse(device: Device, method: Method = "lora") -> None:
+    """Raise SpecError, before any weights move, for GPUs that cannot be used."""
+    if found := list(problems(device, method)):
+        raise SpecError(found)
 
 
 def problems(device: Device, method: Method) -> Iterator[Problem]:

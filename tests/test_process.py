@@ -265,3 +265,22 @@ def test_a_childs_allocator_grows_its_segments_unless_the_user_says_otherwise(ro
     monkeypatch.delenv("PYTORCH_ALLOC_CONF")
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "garbage_collection_threshold:0.8")
     assert "PYTORCH_ALLOC_CONF" not in process.clean_environment()
+
+
+def test_a_failed_rank_does_not_wait_for_its_communicator(room, tmp_path):
+    """A thread that never ends, as of a collective whose peers are gone, keeps nobody waiting."""
+    body = """
+        import os, threading, time
+        from tuning.errors import DataError
+        def work(r):
+            if os.environ["RANK"] == "1":
+                threading.Thread(target=time.sleep, args=(600,)).start()
+                raise DataError.at("DATA-200", "rows", "are wrong", "mend them")
+            time.sleep(600)
+    """
+    begin = time.monotonic()
+
+    with pytest.raises(DataError, match="DATA-200"):
+        room(body, ranks=2)
+
+    assert time.monotonic() - begin < process.PEER_SECONDS + 60

@@ -37,6 +37,7 @@ _TOLERATIONS: list[Object] = [
     {"key": "gpu", "operator": "Exists", "effect": "NoSchedule"},
     {"key": "kubernetes.azure.com/scalesetpriority", "operator": "Exists"},
 ]
+_NO_GPU = {"name": "NVIDIA_VISIBLE_DEVICES", "value": "void"}
 
 
 def forbidden_volume(workspace: Object, options: Options) -> tuple[str, str] | None:
@@ -80,6 +81,8 @@ def container_spec(
     **more: Any,
 ) -> Object:
     """A container of the engine's image, unless `more` says otherwise, without privileges."""
+    # Where NVIDIA's runtime is the default one, the image's `all` would show every GPU of the node.
+    hidden = [] if options.gpu_resource in limits["limits"] else [_NO_GPU]
     return {
         "name": name,
         "image": options.image,
@@ -88,6 +91,7 @@ def container_spec(
         "env": [
             {"name": "HOME", "value": "/tmp"},  # noqa: S108 the pod's own
             {"name": "HF_HOME", "value": "/models"},
+            *hidden,
             *({"name": key, "value": value} for key, value in sorted(options.environment.items())),
         ],
         "resources": limits,

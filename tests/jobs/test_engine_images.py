@@ -116,6 +116,21 @@ def test_nodes_of_ones_own_get_the_image_that_their_gpus_and_drivers_run(
     assert {image} == images([job]) == images([deployment])
 
 
+@pytest.mark.parametrize("gpus", ["0", "1"])
+def test_a_container_without_a_gpu_sees_none(gpus: str) -> None:
+    """The image asks NVIDIA's runtime for every GPU; one that was given is named by the plugin."""
+    item = workspace("phi", "team")
+    item["metadata"] |= {"uid": "1-2", "annotations": {"tuning.kaito.sh/gpus": gpus}}
+    del item["resource"]["instanceType"]
+    desired = desired_tuning.read(item, None, None)
+    job = job_manifests.job(item, desired, Options(), claim=True, earlier=())
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    variables = {each["name"]: each["value"] for each in container["env"]}
+
+    assert ("void" if gpus == "0" else None) == variables.get("NVIDIA_VISIBLE_DEVICES")
+    assert ("nvidia.com/gpu" in container["resources"]["limits"]) == (gpus == "1")
+
+
 def test_a_build_that_there_is_not_is_refused_with_those_that_there_are(tmp_path: Path) -> None:
     """A slip in the options must not look like a missing image later."""
     file = tmp_path / "options.yaml"

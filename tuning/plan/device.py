@@ -21,7 +21,7 @@ from tuning import presets
 from tuning.errors import SpecError
 from tuning.plan import torch_build
 from tuning.plan.probe import MISSING
-from tuning.plan.torch_build import TorchBuild
+from tuning.plan.torch_build import TorchBuild, how_to_install
 from tuning.presets import Gpu
 from tuning.presets.hardware import Capability
 
@@ -114,29 +114,29 @@ def of_answer(answer: dict[str, Any], build: TorchBuild | None) -> Device:
     if not rows:
         what, change = _why_none(answer)
         return replace(cpu(), no_gpu=what, remedy=change)
-    if build is not None and build.cuda is None:
-        engine = presets.engine_build(*{tuple(row["capability"]) for row in rows})
-        what = f"the GPU is not used, since torch {build.version} is the build for processors"
-        change = f"install torch's {engine} build (make install TORCH_INDEX={engine})"
-        return replace(cpu(), no_gpu=what, remedy=change if engine else "use a newer GPU")
     cards = [_card(row) for row in rows]
     weakest = min(cards, key=lambda card: (card.capability or (0, 0), card.bandwidth or 0.0))
-    capabilities = tuple(sorted({card.capability for card in cards if card.capability}))
+    kinds = tuple(sorted({card.capability for card in cards if card.capability}))
     shared = any(row["integrated"] for row in rows)
-    return Device(
+    gpus = Device(
         kind="cuda",
         name=" + ".join(sorted({card.name for card in cards})),
         count=len(rows),
         memory_bytes=min([_free(row) for row in rows] + ([_free_memory()] if shared else [])),
         bf16=weakest.bf16,
-        capability=capabilities[0],
+        capability=kinds[0],
         gpu=weakest,
-        kinds=capabilities,
+        kinds=kinds,
         cuda=tuple(answer["cuda"]),
         driver=answer["driver"],
         torch=build,
         virtual_memory=all(row["virtual_memory"] for row in rows),
     )
+    if build is None or build.cuda:
+        return gpus
+    what = f"{gpus.name} is not used, since torch {build.version} is the build for processors"
+    change = how_to_install(gpus.engine) if gpus.engine else "use a newer GPU, or a newer driver"
+    return replace(cpu(), no_gpu=what, remedy=change)
 
 
 def _card(row: dict[str, Any]) -> Gpu:

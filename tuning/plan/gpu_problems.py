@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from tuning import presets
 from tuning.errors import Problem, SpecError
 from tuning.plan.device import Device
+from tuning.plan.torch_build import how_to_install
 from tuning.spec import Method
 
 
@@ -36,7 +37,7 @@ def _too_old(device: Device) -> Problem | None:
     lowest = {engine.cuda: engine.driver for engine in presets.engines()}.get(build.cuda[0])
     change = f"update the driver to {lowest} or newer" if lowest else "update the driver"
     if device.engine:
-        change = f"{_install(device.engine)}, or {change}"
+        change = f"{how_to_install(device.engine)}, or {change}"
     return Problem("PLAN-115", device.name, what, change)
 
 
@@ -55,15 +56,8 @@ def _no_kernels(device: Device) -> Problem | None:
         "show it GPUs of one kind with CUDA_VISIBLE_DEVICES: no build of torch has kernels for all"
     )
     if device.engine:
-        change = _install(device.engine)
+        change = how_to_install(device.engine)
     elif newest:
         driver = engines[newest].driver
-        change = f"update the driver to {driver} or newer, and {_install(newest)}"
+        change = f"update the driver to {driver} or newer, and {how_to_install(newest)}"
     return Problem("PLAN-116", device.name, what, change)
-
-
-def _install(build: str) -> str:
-    return (
-        f"install torch's {build} build (make install TORCH_INDEX={build}; in a cluster the "
-        f"operator's option images.{build})"
-    )

@@ -52,6 +52,20 @@ class Cuda:
         self.call(name, byref(value), *arguments)
         return value.value
 
+    def flag(self, attribute: int, device: int) -> bool:
+        """An attribute of a device; older drivers do not know each."""
+        try:
+            return bool(self.number("cuDeviceGetAttribute", attribute, device))
+        except CudaError:
+            return False
+
+    def identity(self, device: int) -> str:
+        """The UUID of a GPU, or of a MIG slice if the driver knows CUDA 11.4."""
+        raw = (ctypes.c_ubyte * 16)()
+        newer = hasattr(self._library, "cuDeviceGetUuid_v2")
+        self.call("cuDeviceGetUuid_v2" if newer else "cuDeviceGetUuid", raw, device)
+        return str(uuid.UUID(bytes=bytes(raw)))
+
     def free(self, device: int) -> int | None:
         """Free bytes inside a context; None where there can be none."""
         context, free, total = c_void_p(), c_size_t(), c_size_t()
@@ -105,8 +119,9 @@ def ask() -> dict[str, Any]:
         cuda.call("cuInit", 0)
         version = cuda.number("cuDriverGetVersion")
         answer["cuda"] = [version // 1000, version % 1000 // 10]
-        for ordinal in range(cuda.number("cuDeviceGetCount")):
-            answer["devices"].append(_device(cuda, nvml, cuda.number("cuDeviceGet", ordinal)))
+        numbers = range(cuda.number("cuDeviceGetCount"))
+        devices = [cuda.number("cuDeviceGet", number) for number in numbers]
+        answer["devices"] = [_describe(cuda, nvml, device) for device in devices]
     except OSError as error:
         elsewhere = [place for place in PLACES if Path(place, "libcuda.so.1").exists()]
         answer["error"] = [MISSING, str(error)]
@@ -116,13 +131,12 @@ def ask() -> dict[str, Any]:
     return answer
 
 
-def _device(cuda: Cuda, nvml: Nvml, device: int) -> dict[str, Any]:
-    name, total, identity = ctypes.create_string_buffer(256), c_size_t(), (ctypes.c_ubyte * 16)()
+def _describe(cuda: Cuda, nvml: Nvml, device: int) -> dict[str, Any]:
+    name, total = ctypes.create_string_buffer(256), c_size_t()
     cuda.call("cuDeviceGetName", name, 256, device)
     cuda.call("cuDeviceTotalMem_v2", byref(total), device)
-    cuda.call("cuDeviceGetUuid_v2", identity, device)  # of a slice, not of its card
-    integrated = bool(cuda.number("cuDeviceGetAttribute", INTEGRATED, device))
-    free = None if integrated else nvml.free(str(uuid.UUID(bytes=bytes(identity))))
+    integrated = cuda.flag(INTEGRATED, device)
+    free = None if integrated else nvml.free(cuda.identity(device))
     if free is None and not integrated:
         free = cuda.free(device)
     # On WSL and on Jetson boards the driver says yes, and mapping fails.
@@ -135,8 +149,7 @@ def _device(cuda: Cuda, nvml: Nvml, device: int) -> dict[str, Any]:
         "total": total.value,
         "free": free,  # None: not known, or the memory is the machine's
         "integrated": integrated,
-        "virtual_memory": bool(cuda.number("cuDeviceGetAttribute", VIRTUAL_MEMORY, device))
-        and not odd,
+        "virtual_memory": cuda.flag(VIRTUAL_MEMORY, device) and not odd,
     }
 
 

@@ -23,6 +23,14 @@ class TorchBuild:
         return f"cu{self.cuda[0]}{self.cuda[1]}" if self.cuda else "cpu"
 
 
+def how_to_install(build: str) -> str:
+    """What to do for another build, on a machine and in a cluster."""
+    return (
+        f"install torch's {build} build (make install TORCH_INDEX={build}; in a cluster the "
+        f"operator's option images.{build})"
+    )
+
+
 def installed() -> TorchBuild | None:
     """The build in this environment; None without torch.
 

@@ -145,6 +145,14 @@ def inspect(folder: Path) -> Adapter:
     return Adapter(folder, config, tensors)
 
 
+def has_local_base(folder: Path) -> bool:
+    """Whether the adapter in `folder` records that its base was a local folder."""
+    try:
+        return ":" in files.read_json(folder / "tuning.json")["recipe"]["base_revision"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
 def write_config(folder: Path, target: Path, *, base_model: str) -> None:
     """Write the config of the adapter in `folder` to `target`, with `base_model` as its base."""
     config = files.read_json(folder / CONFIG)

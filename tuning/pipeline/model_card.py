@@ -9,18 +9,18 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub.utils import validate_repo_id
 
 from tuning import files
 
 NAMES = ("tuning.json", "README.md")  # of what `write` adds to an adapter folder
 BLOCKS = "▁▂▃▄▅▆▇█"
 CURVE_WIDTH = 60
-HUB_ID = re.compile(r"([\w-][\w.-]{0,95}/)?[\w-][\w.-]{0,95}", re.ASCII)
 LOAD = """\
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -177,7 +177,11 @@ def _metadata(recipe: dict[str, Any], facts: Facts) -> str:
 
     A hub refuses a base model whose name cannot be a repository's.
     """
-    base = recipe["base_model"] if HUB_ID.fullmatch(recipe["base_model"]) else None
+    base = recipe["base_model"]
+    try:
+        validate_repo_id(base)
+    except ValueError:
+        base = None
     tags = ["lora", recipe["method"], "transformers"]
     metadata = {
         "base_model": base,

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.utils import validate_repo_id
-
 from tuning import files
 
 NAMES = ("tuning.json", "README.md")  # of what `write` adds to an adapter folder
@@ -177,7 +175,9 @@ def _metadata(recipe: dict[str, Any], facts: Facts) -> str:
 
     A hub refuses a base model whose name cannot be a repository's.
     """
-    base = recipe["base_model"]
+    from huggingface_hub.utils import validate_repo_id  # takes a moment to import
+
+    base: str | None = recipe["base_model"]
     try:
         validate_repo_id(base)
     except ValueError:

@@ -124,10 +124,10 @@ MACHINES = {
 
 # what cuInit answers -> words of the reason, words of the remedy
 BROKEN = {
-    100: ("driver finds no GPU", "--gpus all"),
-    802: ("NVSwitch is not initialised", "nvidia-fabricmanager"),
-    803: ("of different versions", "restart"),
-    804: ("cuda-compat", "LD_LIBRARY_PATH"),
+    100: ("driver finds none", "--gpus all"),
+    802: ("system not yet initialized (error 802)", "nvidia-fabricmanager"),
+    803: ("unsupported display driver / cuda driver combination", "restart"),
+    804: ("forward compatibility was attempted", "LD_LIBRARY_PATH"),
     999: ("unknown error", "nvidia-smi"),
     -9: ("asking the driver ended", "dmesg"),
     -8: ("did not answer in", "dmesg"),

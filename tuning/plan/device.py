@@ -20,7 +20,7 @@ from typing import Any, Literal
 from tuning import presets
 from tuning.errors import SpecError
 from tuning.plan import torch_build
-from tuning.plan.probe import MISSING
+from tuning.plan.probe import MISSING, NO_DEVICE
 from tuning.plan.torch_build import TorchBuild, how_to_install
 from tuning.presets import Gpu
 from tuning.presets.hardware import Capability
@@ -51,7 +51,8 @@ class Device:
     def __str__(self) -> str:
         size = f"{self.memory_bytes / 2**30:.1f} GiB free"
         many = f"{self.count} x " if self.count > 1 else ""
-        notes = [self.origin, self.driver and f"driver {self.driver}", self.no_gpu]
+        notes = [self.origin, self.driver and f"driver {self.driver}"]
+        notes += [self.no_gpu and f"no GPU: {self.no_gpu}"]
         return f"{many}{self.name} ({size}; {', '.join(filter(None, notes))})"
 
     @property
@@ -154,46 +155,34 @@ def _free(row: dict[str, Any]) -> int:
     return int(row["total"] if row["free"] is None else min(row["free"], row["total"]))
 
 
-# CUDA's error -> what it means here, and what to do.
-_ERRORS = {
-    802: (
-        "the machine's NVSwitch is not initialised",
-        "start the service nvidia-fabricmanager, of the driver's version, on the machine",
-    ),
-    803: (
-        "the driver's kernel module and its libcuda.so.1 are of different versions",
-        "restart the machine, or the container if the machine's driver was updated",
-    ),
-    804: (
-        "the cuda-compat library that is loaded does not run on this card",
-        "remove cuda-compat's folder from LD_LIBRARY_PATH",
-    ),
+# CUDA's error -> what to do about it here.
+_REMEDIES = {
+    802: "start the service nvidia-fabricmanager, of the driver's version, on the machine",
+    803: "restart the machine, or the container if the machine's driver was updated",
+    804: "remove cuda-compat's folder from LD_LIBRARY_PATH: it does not run on this card",
 }
+_GIVE = "install the driver, or give it to the container (--gpus all, a GPU in the pod's limits, "
+_GIVE += "NVIDIA_DRIVER_CAPABILITIES=compute,utility)"
 
 
 def _why_none(answer: dict[str, Any]) -> tuple[str, str]:
     """Why CUDA shows no GPU, and what to do; both empty where nothing hints at one."""
-    code, text = answer["error"] or (100, "")
+    code, text = answer["error"] or (NO_DEVICE, "")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if code in _ERRORS:
-        return f"the GPU cannot be used: {_ERRORS[code][0]} (CUDA error {code})", _ERRORS[code][1]
     if code == MISSING and (place := answer.get("elsewhere")):
         what = f"the driver's libcuda.so.1 is in {place}, where it is not looked for"
         return what, f"set LD_LIBRARY_PATH={place}"
-    if code == MISSING and not answer["nodes"]:
-        return "", ""
     if code == MISSING:
-        what = "there is a GPU, but not the driver's library libcuda.so.1"
-        change = "install the driver, or give it to the container: --gpus all and "
-        return what, change + "NVIDIA_DRIVER_CAPABILITIES=compute,utility"
-    if code == 100 and visible is not None:
-        what = f"CUDA_VISIBLE_DEVICES={visible!r} shows no GPU"
+        there = answer["nodes"]
+        return ("a GPU is there, but not its driver's libcuda.so.1", _GIVE) if there else ("", "")
+    if code == NO_DEVICE and visible is not None:
+        what = f"CUDA_VISIBLE_DEVICES={visible!r} shows none"
         return what, "unset it, or name GPUs that `nvidia-smi -L` lists"
-    if code == 100:
-        what = "NVIDIA's driver finds no GPU"
-        return what, "give the machine or the container one: --gpus all, a GPU in the pod's limits"
-    what = f"the GPU cannot be used: {text}" + (f" (CUDA error {code})" if code else "")
-    return what, "look at the driver with nvidia-smi and dmesg, and restart the machine"
+    if code == NO_DEVICE:
+        return "NVIDIA's driver finds none", _GIVE
+    change = "look at the driver with nvidia-smi and dmesg, and restart the machine"
+    what = f"CUDA cannot use it: {text}" + (f" (error {code})" if code else "")
+    return what, _REMEDIES.get(code, change)
 
 
 def _free_memory() -> int:

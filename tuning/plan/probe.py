@@ -17,8 +17,8 @@ from ctypes import byref, c_char_p, c_int, c_size_t, c_ulonglong, c_void_p
 from pathlib import Path
 from typing import Any
 
-MISSING = -1  # in place of a CUDA error: there is no libcuda
-OUT_OF_MEMORY = 2
+# Errors of CUDA; the first stands for a libcuda that is not there.
+MISSING, OUT_OF_MEMORY, NO_DEVICE = -1, 2, 100
 # CUdevice_attribute of cuda.h
 MAJOR, MINOR, INTEGRATED, VIRTUAL_MEMORY = 75, 76, 18, 102
 # Where drivers are mounted that the loader does not find by itself: GKE, WSL.

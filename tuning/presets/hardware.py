@@ -152,19 +152,15 @@ _MIG_PROFILE = re.compile(r"(?:\d+c\.)?(\d)g\.(\d+)gb.*")  # 1g.10gb, 1c.3g.40gb
 
 def _slice(card: Gpu, profile: str, *, sevenths: int, gib: int) -> Gpu:
     """A MIG slice: so many of seven parts of the card's cores, and its share of the memory."""
-
-    def part(rate: float | None, share: float) -> float | None:
-        return None if rate is None else rate * share
-
     compute, memory = sevenths / 7, min(1.0, gib / card.nominal_gib)
     return replace(
         card,
         name=f"{card.name} MIG {profile}",
         nominal_gib=float(gib),
         memory_bytes=int(card.memory_bytes * memory),
-        fp16_flops=part(card.fp16_flops, compute),
-        bf16_flops=part(card.bf16_flops, compute),
-        bandwidth=part(card.bandwidth, memory),
+        fp16_flops=_scaled(card.fp16_flops, compute),
+        bf16_flops=_scaled(card.bf16_flops, compute),
+        bandwidth=_scaled(card.bandwidth, memory),
         products=(),
     )
 

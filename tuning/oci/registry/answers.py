@@ -36,6 +36,7 @@ _SAYS = (
 )
 _FULL = re.compile(r"quota|storage limit|insufficient (storage|space|disk)|no space left", re.I)
 _NO_RIGHT = re.compile(r"insufficient|\bscopes?\b", re.I)
+_MAY_NOT = re.compile(r"authori[sz]ed to|not authori[sz]ed|denied|permission|forbidden", re.I)
 _NO_LOGIN = re.compile(
     r"expired|re-?authenticat|password|credential|two.factor|\b(2fa|mfa|otp)\b|invalid.token|"
     r"access token|unknown user|log.?in again|deactivated|suspended|disabled|locked",
@@ -209,8 +210,9 @@ class Errors:
                 return self.refusal("REG-122", f"{what}; there is no login{why}", change)
             what = f"wants a login, and there is none{why}; it {what}"
             return self.refusal("REG-121", what, change)
-        refused = reply.is_about_rights or (self.granted and not reply.is_about_login)
-        if refused:
+        # With a token, a registry's "not authorized" is about what the token's login may do.
+        accepted = self.granted and not reply.is_about_login
+        if reply.is_about_rights or (accepted and _MAY_NOT.search(reply.words)):
             change = f"give the login from {login.origin} the right to do that in {repository}"
             return self.refusal("REG-122", what, change)
         what = f"refuses the login from {login.origin}; it {what}"
@@ -227,8 +229,8 @@ class Errors:
 
     def elsewhere(self, method: str, url: str, reply: Reply) -> RefusedError | Again:
         """The error of another host, to which the registry sends a request."""
-        what = f"sends it to {urlsplit(url).netloc}, which "
-        what += f"answered {reply.status} to {method}{reply.quoted}"
+        host = urlsplit(url).netloc
+        what = f"sends it to {host}, which answered {reply.status} to {method}{reply.quoted}"
         if reply.status == 401:
             what = f"{what}; no login is sent there"
             return self.refusal("REG-121", what, "tell the registry's administrator")

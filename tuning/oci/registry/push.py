@@ -145,7 +145,7 @@ def _decide(
 def _taken(remote: Remote, theirs: str, ours: str | None) -> RefusedError:
     instead = f", this one is {ours}" if ours else ""
     what = f"the tag already holds {theirs}, which this run did not make{instead}"
-    change = f"choose another tag{remote.instead and f', or {remote.instead}'}"
+    change = f"choose another tag{remote.replace and f', or {remote.replace}'}"
     return remote.errors.refusal("REG-140", what, change)
 
 

@@ -39,7 +39,7 @@ class Remote:
     identity: Callable[[], Login] | None = None  # makes a login, and renews it
     option: str = "--pull-secret FILE"  # of the command, for a login
     no_login: str = ""  # why there is none, if that is known
-    instead: str = OVERWRITE  # how the command replaces what a tag holds
+    replace: str = OVERWRITE  # how the command replaces what a tag holds
     mount_from: str = ""  # a repository of this registry that may have our blobs
     insecure: bool = False  # plain http, also beyond loopback
     patience: Patience = field(default_factory=Patience)

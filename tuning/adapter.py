@@ -186,10 +186,8 @@ def header(path: Path, *, where: str = "") -> dict[str, Tensor]:
     try:
         return safetensors.read_header(path)
     except ValueError as error:
-        what = f"is damaged: it {error}"
-        raise SpecError.at(
-            "MODEL-204", where or str(path), what, "fetch or train it again"
-        ) from None
+        what, change = f"is damaged: it {error}", "fetch or train it again"
+        raise SpecError.at("MODEL-204", where or str(path), what, change) from None
 
 
 _NAME = re.compile(

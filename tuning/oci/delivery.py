@@ -107,7 +107,8 @@ def _claim_folders(
     for folder, digest, made_by in held:
         if digest not in own and made_by != run_id:
             what = f"already has the adapter of another run ({made_by or digest})"
-            change = f"name another folder, or remove this one{access.replace and f', or {access.replace}'}"
+            instead = access.replace and f", or {access.replace}"
+            change = f"name another folder, or remove this one{instead}"
             raise RefusedError.at("REG-105", str(folder), what, change)
 
 
@@ -316,15 +317,15 @@ def named_folder(name: str) -> Path | None:
     path, (first, slash, _) = Path(name), name.partition("/")
     if os.path.isdir(path):  # noqa: PTH112 (never raises)
         return path
-    if set(name) & set(":@") or (set(first) & set(".") and first.strip(".") and slash):
+    is_path = first[:1] in ("", ".", "~") or name.endswith("/")
+    has_host = slash and ("." in first or first == "localhost")
+    if not is_path and (has_host or ":" in name or "@" in name):
         return None
-    is_path = not slash or name.endswith("/") or first in ("", ".", "..", "~")
-    if is_path or os.path.isdir(first):  # noqa: PTH112
+    if is_path or not slash or os.path.isdir(first):  # noqa: PTH112
         what = "is neither a folder here nor an image with a registry or a tag"
         change = "correct the folder's name, or write REGISTRY/REPOSITORY:TAG, or oci:DIR"
         raise UsageError.at("REG-107", name[:200], what, change)
-    if first != "localhost":
-        log.warning("%s is not a folder here; it is taken for an image of Docker Hub.", name)
+    log.warning("%s is not a folder here; it is taken for an image of Docker Hub.", name)
     return None
 
 

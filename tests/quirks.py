@@ -208,21 +208,19 @@ class Quirk:
     """What a registry does, where that is written, and what commands make of it."""
 
     maker: str
-    source: str  # a repository's issue on GitHub, or a specification
+    source: str  # a repository's issue on GitHub or a specification; "-": met, not written down
     step: Step
     reads: str = ""  # words of the error of what pulls; nothing if it works
     writes: str = ""  # of what pushes
-
-    def words(self, writes: bool) -> str:
-        return self.writes if writes else self.reads
+    late: bool = False  # only a push meets it, a check of the right to push does not
 
 
 def _both(maker: str, source: str, step: Step, words: str) -> Quirk:
     return Quirk(maker, source, step, words, words)
 
 
-def _push(maker: str, source: str, step: Step, words: str) -> Quirk:
-    return Quirk(maker, source, step, writes=words)
+def _push(maker: str, source: str, step: Step, words: str, *, late: bool = False) -> Quirk:
+    return Quirk(maker, source, step, writes=words, late=late)
 
 
 _TWO_FACTORS = "The provided password or token is incorrect or your account has 2FA enabled"
@@ -262,23 +260,23 @@ QUIRKS: dict[str, Quirk] = {
     # a login that is not good
     "gitlab-two-factors": _both("GitLab", "swarmpit/swarmpit#657", bearer(token=(403, error("DENIED", f"HTTP Basic: Access denied. {_TWO_FACTORS}"))), "2FA enabled"),
     "ecr-expired": _both("ECR", "aws-samples/ecs-bg-external-controller#13", answers(403, error("DENIED", _ECR_EXPIRED)), "Reauthenticate"),
-    "artifactory-password": _both("Artifactory", "heroku/docker-registry-client#42", wants('Basic realm="Artifactory Realm"', accepts="-", body=b'{"errors":[{"status":401,"message":"Bad credentials"}]}'), "Bad credentials"),
-    "hub-password": _both("Docker Hub", "docker/hub-feedback", bearer(token=(401, b'{"details":"incorrect username or password"}')), "incorrect username or password"),
+    "artifactory-password": _both("Artifactory", "-", wants('Basic realm="Artifactory Realm"', accepts="-", body=b'{"errors":[{"status":401,"message":"Bad credentials"}]}'), "Bad credentials"),
+    "hub-password": _both("Docker Hub", "-", bearer(token=(401, b'{"details":"incorrect username or password"}')), "incorrect username or password"),
     "artifactory-token-406": _both("Artifactory", "swarmpit/swarmpit#266", bearer(token=(406, b"Not Acceptable")), "Not Acceptable"),
     # a login that may not
     "hub-scopes": _push("Docker Hub", "docker/build-push-action#587", token_refused(error("UNAUTHORIZED", _HUB_SCOPES), f'{_REGISTRY},error="insufficient_scope"'), _HUB_SCOPES),
     "harbor-robot": _push("Harbor", "goharbor/harbor#13988", token_refused(error("UNAUTHORIZED", _HARBOR_RIGHT)), _HARBOR_RIGHT),
-    "quay-robot": _push("Quay", "distribution specification, error codes", token_refused(error("UNAUTHORIZED", _QUAY, {})), _QUAY),
-    "ecr-right": _push("ECR", "aws/aws-cdk, IAM messages", answers(403, error("DENIED", _ECR_RIGHT), method="POST"), _ECR_RIGHT),
-    "gar-right": _push("GAR", "Google Artifact Registry, access control", answers(403, error("DENIED", _GAR_RIGHT), method="POST"), "uploadArtifacts"),
+    "quay-robot": _push("Quay", "-", token_refused(error("UNAUTHORIZED", _QUAY, {})), _QUAY),
+    "ecr-right": _push("ECR", "AWS, IAM access denied messages", answers(403, error("DENIED", _ECR_RIGHT), method="POST"), _ECR_RIGHT),
+    "gar-right": _push("GAR", "-", answers(403, error("DENIED", _GAR_RIGHT), method="POST"), "uploadArtifacts"),
     "ghcr-right": _push("GHCR", "tridz-dev/huf#349", answers(403, error("DENIED", _GHCR_RIGHT), method="POST"), _GHCR_RIGHT),
     "page-of-a-firewall": _both("any, behind a proxy", "-", answers(403, html("Access denied by policy 7")), "Access denied by policy 7"),
     # what is full, fixed, missing, too large, too often
-    "harbor-full": _push("Harbor", "goharbor/harbor#17390", answers(403, error("DENIED", _HARBOR_FULL), method="PUT", path="/manifests/"), "storage resource"),
-    "ecr-immutable": _push("ECR", "aws/containers-roadmap#862", answers(400, error("TAG_INVALID", _ECR_FIXED), method="PUT", path=_TAG), "is immutable"),
-    "harbor-immutable": _push("Harbor", "goharbor/community#108", answers(412, error("PRECONDITION", "configured as immutable, cannot be updated"), method="PUT", path=_TAG), "configured as immutable"),
-    "ecr-no-repository": _push("ECR", "aws/containers-roadmap, create on push", answers(404, error("NAME_UNKNOWN", _ECR_NAME), method="POST"), "does not exist in the registry"),
-    "nginx-too-large": _push("any, behind nginx", "nginx client_max_body_size", answers(413, html("413 Request Entity Too Large"), method="PUT", path=_UPLOADS), "Request Entity Too Large"),
+    "harbor-full": _push("Harbor", "goharbor/harbor#17390", answers(403, error("DENIED", _HARBOR_FULL), method="PUT", path="/manifests/"), "storage resource", late=True),
+    "ecr-immutable": _push("ECR", "aws/containers-roadmap#862", answers(400, error("TAG_INVALID", _ECR_FIXED), method="PUT", path=_TAG), "is immutable", late=True),
+    "harbor-immutable": _push("Harbor", "goharbor/community#108", answers(412, error("PRECONDITION", "configured as immutable, cannot be updated"), method="PUT", path=_TAG), "configured as immutable", late=True),
+    "ecr-no-repository": _push("ECR", "-", answers(404, error("NAME_UNKNOWN", _ECR_NAME), method="POST"), "does not exist in the registry"),
+    "nginx-too-large": _push("any, behind nginx", "nginx client_max_body_size", answers(413, html("413 Request Entity Too Large"), method="PUT", path=_UPLOADS), "Request Entity Too Large", late=True),
     "hub-rate": Quirk("Docker Hub", "docker/hub-feedback", answers(429, error("TOOMANYREQUESTS", _HUB_RATE), method="GET", path="/manifests/"), _HUB_RATE, _HUB_RATE),
     # where blobs are, and how they are asked for
     "ghcr-head": Quirk("GHCR", "docker/build-push-action#981", answers(403, b"", method="HEAD")),

@@ -34,7 +34,9 @@ _SAYS = (
     *("errors", "code", "error", "message", "error_description", "errorMessage"),
     *("title", "detail", "details", "reason"),
 )
-_FULL = re.compile(r"quota|storage limit|insufficient (storage|space|disk)|no space left", re.I)
+_FULL = re.compile(
+    r"quota|storage (limit|resource)|insufficient (storage|space|disk)|no space left", re.I
+)
 _NO_RIGHT = re.compile(r"insufficient|\bscopes?\b", re.I)
 _MAY_NOT = re.compile(r"authori[sz]ed to|not authori[sz]ed|denied|permission|forbidden", re.I)
 _NO_LOGIN = re.compile(

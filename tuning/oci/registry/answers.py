@@ -127,7 +127,7 @@ def _plain(text: str) -> str:
     """The text of a page of HTML or XML, or of a plain answer; nothing of binary data."""
     text = text[:_TEXT]
     unreadable = sum((not c.isprintable() and not c.isspace()) or c == "\ufffd" for c in text)
-    return "" if unreadable * 10 > len(text) else html.unescape(_MARKUP.sub(" ", text))
+    return "" if unreadable * 3 > len(text) else html.unescape(_MARKUP.sub(" ", text))
 
 
 def _line(text: str) -> str:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from urllib.request import parse_http_list
 
 Challenge = dict[str, str]  # of a registry: realm, service, scope; after a refusal error
 LONGEST = 1 << 13  # characters of a header that are read
+_QUOTED = r'"(?:[^"\\]|\\.)*"?'
 _NAME = r"(?<![\w!#$%&'*+.^`|~-])([\w!#$%&'*+.^`|~-]++)"
-_SCHEME = re.compile(_NAME, re.ASCII)
-_PARAMETER = re.compile(rf"{_NAME}[ \t]*=[ \t]*(\"(?:[^\"\\]|\\.)*\"?|[^\s,;]*)", re.ASCII)
+_VALUE = rf'{_QUOTED}|[^\s,;"]*'
+_ITEM = re.compile(rf"{_NAME}(?:[ \t]*=[ \t]*({_VALUE}))?|{_QUOTED}", re.ASCII | re.DOTALL)
 
 
 def parse(headers: Iterable[str]) -> dict[str, Challenge]:
@@ -25,13 +25,15 @@ def parse(headers: Iterable[str]) -> dict[str, Challenge]:
     """
     read: list[tuple[str, Challenge]] = []
     for header in headers:
+        end = 0
         read.append(("", {}))  # for parameters before any scheme
-        for element in parse_http_list(header[:LONGEST]):
-            if not _PARAMETER.match(element) and (name := _SCHEME.search(element)):
-                read.append((name[1].lower(), {}))
-                element = element[name.end() :]
-            for key, value in _PARAMETER.findall(element):
-                read[-1][1].setdefault(key.lower(), _unquoted(value))
+        for item in _ITEM.finditer(header[:LONGEST]):
+            name, value, before = (item[1] or "").lower(), item[2], header[end : item.start()]
+            if value is not None:
+                read[-1][1].setdefault(name, _unquoted(value))
+            elif name and (not end or "," in before or name in ("basic", "bearer")):
+                read.append((name, {}))  # a word within a list is a token68
+            end = item.end()
     challenges: dict[str, Challenge] = {}
     for scheme, parameters in read:
         if scheme and not challenges.get(scheme, {}).get("realm"):

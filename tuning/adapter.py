@@ -142,9 +142,9 @@ def inspect(folder: Path, *, where: str = "") -> Adapter:
 
 def pickled(where: str, name: str) -> Problem:
     """The problem of weights that are a pickle, the file `name`."""
-    what = f"has its weights as a pickle ({name}), which can run code and is not read"
+    what = f"has no {WEIGHTS}, only a pickle ({name}), which can run code and is not read"
     change = "where you trust it, load it with PEFT and save it again: save_pretrained(DIR)"
-    return Problem("MODEL-214", where, what, change)
+    return Problem("MODEL-201", where, what, change)
 
 
 def parse(data: bytes, *, where: str = CONFIG) -> dict[str, Any]:

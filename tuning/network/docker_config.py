@@ -288,7 +288,7 @@ def _from_helper(name: Any, registry: str, path: Path) -> Login | None:
         what = f"failed ({type(error).__name__})"
         raise _refusal("REG-113", where, what, "give the login as a file") from None
     if done.returncode:
-        said = " ".join(f"{done.stderr} {done.stdout}".split())
+        said = " ".join((done.stderr.strip() or done.stdout).split())
         if not said or _NOT_FOUND.search(said):
             return None
         what = f"failed: {printable(said[:LONGEST_WORDS])}"

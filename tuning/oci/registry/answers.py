@@ -66,7 +66,7 @@ class Reply:
             record = json.loads(text)
         except (ValueError, RecursionError):
             record = None
-        words = ": ".join(dict.fromkeys(_phrases(record))) if record else _plain(text)
+        words = ": ".join(dict.fromkeys(_phrases(record))) if record is not None else _plain(text)
         if not words:  # RFC 6750 has them in the challenge
             bearer = asked.get("bearer", {})
             known = (bearer.get(name) for name in ("error", "error_description"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from tuning.errors import Problem, RefusedError, SpecError
@@ -18,6 +18,12 @@ from tuning.oci.registry import OVERWRITE, Patience, Remote
 from tuning.spec import reference
 
 log = logging.getLogger(__name__)
+
+
+@cache
+def _warn(text: str) -> None:
+    """Log a warning once."""
+    log.warning(text)
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,7 @@ class Access:
                 login = docker_config.login(registry_, secret=secret, repository=parsed.repository)
             except docker_config.HelperFailed as error:  # many images need no login
                 no_login = f"{error.problems[0].where} {error.problems[0].what}"
+                _warn(f"{no_login}; there may be no login for {registry_}")
         return Remote(
             parsed,
             login,

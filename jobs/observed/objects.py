@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 import unicodedata
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
+from jobs.api import nesting
 from jobs.api.kinds import Object
 from jobs.api.options import Nodes
 from jobs.manifests.pod import CONTAINER
@@ -117,8 +117,9 @@ def terminated(pod: Object) -> Object | None:
 
 def termination_message(pod: Object) -> dict[str, Any]:
     """The engine's termination message, well-formed fields only. Empty if missing or malformed."""
+    message = str((terminated(pod) or {}).get("message") or "")
     try:
-        document = json.loads((terminated(pod) or {}).get("message") or "")
+        document = nesting.loads_untrusted(message.encode(errors="replace"))
     except ValueError:
         return {}
     if not isinstance(document, dict):

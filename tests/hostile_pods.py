@@ -111,6 +111,8 @@ def serving(behaviour: Behaviour) -> Iterator[int]:
     try:
         yield listener.getsockname()[1]
     finally:
+        with contextlib.suppress(OSError):
+            listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
         listener.close()
         for connection in kept:
             connection.close()

@@ -11,6 +11,7 @@ import re
 from typing import Any
 
 MAX_DEPTH = 100
+MAX_PARTS = 1000  # lists and objects in what a pod writes
 # Strings, closed or not, so that no input is scanned twice; and brackets.
 _TOKEN = re.compile(rb'"(?:[^"\\]+|\\.)*+"?|[][{}]', re.DOTALL)
 
@@ -20,12 +21,21 @@ def loads(text: bytes) -> Any:
     try:
         return json.loads(text)
     except RecursionError:
-        return loads_untrusted(text)
+        return json.loads(_shallow(text))
 
 
 def loads_untrusted(text: bytes) -> Any:
-    """The same with all that is nested deeper than MAX_DEPTH replaced, also where the parser would
-    not fail: another function that walks through the value might."""
+    """The value of JSON that a pod wrote. Raises ValueError also for one of too many parts.
+
+    Nesting is bounded even where the parser would not fail: what walks through the value later might.
+    """
+    if text.count(b"[") + text.count(b"{") > MAX_PARTS:
+        raise ValueError("too many lists and objects")
+    return json.loads(_shallow(text))
+
+
+def _shallow(text: bytes) -> bytes:
+    """`text` with null in place of what is nested deeper than MAX_DEPTH."""
     kept: list[bytes] = []
     depth = start = 0
     for token in _TOKEN.finditer(text):
@@ -39,4 +49,4 @@ def loads_untrusted(text: bytes) -> Any:
                 if depth == MAX_DEPTH + 1:
                     start = token.end()
                 depth -= 1
-    return json.loads(b"".join([*kept, text[start:]]))
+    return b"".join([*kept, text[start:]])

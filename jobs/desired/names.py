@@ -97,6 +97,13 @@ def is_owned_by(item: Object, uid: str) -> bool:
     return any(each["uid"] == uid for each in item["metadata"].get("ownerReferences") or [])
 
 
+def is_controlled_by(pod: Object, uid: str) -> bool:
+    """Whether the object with this UID is the controller of `pod`, which has one at most: a label
+    or another owner reference is what anybody can write who may create pods."""
+    owners = pod["metadata"].get("ownerReferences") or []
+    return any(each["uid"] == uid for each in owners if each.get("controller"))
+
+
 def annotation(workspace: Object, name: str) -> str | None:
     """The value of the annotation `tuning.kaito.sh/<name>`."""
     annotations: dict[str, str] = workspace["metadata"].get("annotations") or {}

@@ -23,7 +23,8 @@ from jobs.observed.poll import Poll
 from jobs.observed.readiness import refused_adapters
 
 MARGIN = 0.6  # seconds, for a busy machine
-PROXIED = [kind for kind in HOSTILE if "header" not in kind and "byte at a time" != kind[-14:]]
+HEAD = ("a byte at a time", "a status line, then a header at a time", "endless headers")
+HEAD = (*HEAD, "a header without end", "endless informational answers")  # the API server's to bound
 
 
 def read(found: dict[str, Any] | None) -> None:
@@ -110,7 +111,7 @@ def test_a_namespace_of_slow_pods_takes_a_tenth_of_a_worker(seconds: float) -> N
         spent += now[0] - before
         others += poll_pods(pod("good")) is not None
     assert 36_000 == others
-    assert spent < 0.1 * 3600 + 20 * seconds
+    assert spent < 0.11 * 3600
 
 
 def test_two_slow_exchanges_of_a_namespace_leave_the_other_workers_free() -> None:
@@ -138,6 +139,7 @@ def test_two_slow_exchanges_of_a_namespace_leave_the_other_workers_free() -> Non
 def api(port: int) -> Cluster:
     """A client of an "API server" that passes a pod's response on."""
     settings = official.Configuration(host=f"http://127.0.0.1:{port}")
+    settings.retries = 0
     return Cluster(official.ApiClient(settings))
 
 
@@ -154,7 +156,7 @@ def test_the_proxied_answer_of_a_pod_has_the_same_bounds() -> None:
             return kind, time.monotonic() - start, error
 
     with ThreadPoolExecutor(8) as threads:
-        results = list(threads.map(proxied, PROXIED))
+        results = list(threads.map(proxied, HOSTILE.keys() - set(HEAD)))
 
     assert [] == [each for each in results if each[2] or each[1] > 1.6 + MARGIN]
     with serving(GOOD) as port:
@@ -183,11 +185,11 @@ def test_no_termination_message_breaks_a_reconcile(text: str, depth: int) -> Non
 DOCUMENTS = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
-    max_leaves=30,
+    max_leaves=12,
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(DOCUMENTS, st.booleans())
 def test_bounding_the_nesting_changes_no_ordinary_document(value: Any, ascii_only: bool) -> None:
     """Whatever brackets, quotes and backslashes its strings hold."""

@@ -150,7 +150,9 @@ def _server(workspace: Object, parsed: Workspace, config_map: Object | None) -> 
     secret = options.model_access_secret if options else None
     adapters = (*_tuned_adapter(workspace, vllm=vllm), *_adapters(inference))
     _check_adapters(preset.name, adapters, vllm)
-    is_ignored = inference.config and not vllm
+    notes = [f"{spec.spelled(path)}: {text}" for path, text in spec.ignored(parsed)]
+    if inference.config and not vllm:
+        notes.append("inference.config is for the runtime vllm and has no effect")
     return Server(
         base=preset.name,
         adapters=adapters,
@@ -160,7 +162,9 @@ def _server(workspace: Object, parsed: Workspace, config_map: Object | None) -> 
         public=annotations.get(LOAD_BALANCER, "").lower() == "true",
         base_revision=_trained_on(workspace, preset.name),
         settings=_settings(inference.config, config_map) if vllm else (),
-        note="inference.config is for the runtime vllm and has no effect" if is_ignored else "",
+        note="; ".join(notes),
+        runtime_class=names.annotation(workspace, "runtime-class"),
+        priority_class=names.annotation(workspace, "priority-class"),
     )
 
 

@@ -66,14 +66,17 @@ class Server:
     settings: tuple[tuple[str, str], ...] = ()  # vLLM command-line options
     note: str = ""  # fields of the Workspace without effect
     base_revision: str | None = None  # hub commit; None: the preset's, or main
+    runtime_class: str | None = None
+    priority_class: str | None = None
 
     @property
     def fingerprint(self) -> str:
         """Eight characters that change with whatever the pods are made from."""
         content = {k: v for k, v in asdict(self).items() if k not in ("public", "note")}
         # Fields that earlier operators did not have must not change the fingerprint of their pods.
-        if self.base_revision is None:
-            del content["base_revision"]
+        for name in ("base_revision", "runtime_class", "priority_class"):
+            if content[name] is None:
+                del content[name]
         for each in content["adapters"]:
             if each["rank"] is None:
                 del each["rank"]

@@ -142,17 +142,21 @@ def _policy_spec(
         "egress": [
             {"ports": [{"protocol": "UDP", "port": 53}, {"protocol": "TCP", "port": 53}]},
             {"to": everywhere, "ports": tcp},
+            # Some network plugins never match pods by their address.
+            {"to": [{"namespaceSelector": {}}], "ports": tcp},
+            *({"to": [_namespace(name)]} for name in options.cluster.namespaces),
         ],
     }
 
 
+def _namespace(name: str) -> Object:
+    """All pods of a namespace, as the peer of a network policy."""
+    return {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": name}}}
+
+
 def _operator(options: Options) -> Object:
-    return {
-        "namespaceSelector": {
-            "matchLabels": {"kubernetes.io/metadata.name": options.operator_namespace}
-        },
-        "podSelector": {"matchLabels": {"app.kubernetes.io/name": "tuning-operator"}},
-    }
+    pods = {"podSelector": {"matchLabels": {"app.kubernetes.io/name": "tuning-operator"}}}
+    return _namespace(options.operator_namespace) | pods
 
 
 def _ports(spec: Spec) -> set[int]:

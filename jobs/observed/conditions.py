@@ -5,7 +5,7 @@ from __future__ import annotations
 from jobs.api.kinds import Object
 from jobs.api.options import Options
 from jobs.desired import names
-from jobs.observed.objects import format_time, sanitize
+from jobs.observed.objects import condition, format_time, sanitize
 from jobs.observed.phase import Observed, Phase, PhaseName
 
 OURS = (
@@ -61,16 +61,13 @@ def stored(observed: Observed, conditions: list[Condition], *, keep: bool = Fals
 
 def conditions_of(observed: Observed, phase: Phase, options: Options) -> list[Condition]:
     """All conditions, in the order in which they become True."""
-    cause, server = phase.cause, observed.desired.server
+    cause = phase.cause
     following = _inference if observed.serving else _job
     if phase.name == "invalid":
         hint = f". Change: {cause.hint}" if observed.serving and cause.hint else ""
         invalid = ("SpecValid", "False", cause.reason, cause.message + hint)
         return [invalid, *following(phase)]
-    note = f"; {server.note}" if server and server.note else ""
-    conditions: list[Condition] = [
-        ("SpecValid", "True", "SpecValid", f"the Workspace is valid{note}")
-    ]
+    conditions: list[Condition] = [("SpecValid", "True", "SpecValid", _valid(observed))]
     if names.provisions_node(observed.desired, options) and phase.name != "unfit":
         conditions += _nodes(observed, phase)
     conditions += [_resource(phase), *following(phase)]
@@ -80,6 +77,19 @@ def conditions_of(observed: Observed, phase: Phase, options: Options) -> list[Co
         message = "the adapter is served once it has been tuned"
         conditions.append(("InferenceReady", "False", "WorkspaceInferenceStatusPending", message))
     return [*conditions, config_changed(observed)]
+
+
+def _valid(observed: Observed) -> str:
+    """Says also what has no effect; once the Job is there, as it was said before."""
+    desired, text = observed.desired, "the Workspace is valid"
+    stored = condition(observed.workspace, "SpecValid")
+    if desired.spec is None and desired.server is None and observed.is_recorded and stored:
+        return str(stored["message"]) if stored["status"] == "True" else text
+    notes = desired.spec.notes if desired.spec else ()
+    notes = (desired.server.note,) if desired.server and desired.server.note else notes
+    if (observed.workspace.get("resource") or {}).get("preferredNodes") and desired.instance:
+        notes = (*notes, "resource.preferredNodes has no effect on a node that is provisioned")
+    return "; ".join([text, *notes])
 
 
 def _inference(phase: Phase) -> list[Condition]:

@@ -12,11 +12,10 @@ from typing import Any, Literal
 
 from jobs.api.kinds import Object
 from jobs.api.options import Options
+from jobs.desired import allowed, names
 from jobs.desired import inference as desired_inference
-from jobs.desired import names
 from jobs.desired import tuning as desired_tuning
 from jobs.desired.tuning import QUEUE, Desired
-from jobs.manifests import pod
 from jobs.manifests import server as server_manifests
 from jobs.observed import objects
 from jobs.observed.objects import Cause
@@ -188,19 +187,14 @@ def _deleted_job(observed: Observed) -> Cause | None:
 def _invalid(observed: Observed, options: Options) -> Cause | None:
     desired = observed.desired
     problems = " ".join(map(str, desired.problems))
-    if forbidden := pod.forbidden_volume(observed.workspace, options):
-        message = f"{forbidden[0]}: a volume of the kind {forbidden[1]} is not allowed here"
-        return Cause("VolumeForbidden", message, "use persistentVolumeClaim")
+    if forbidden := allowed.problems(observed.workspace, options):
+        reason = allowed.REASONS[forbidden[0].code]
+        message = "; ".join(f"{each.where}: {each.what}" for each in forbidden)
+        return Cause(reason, message, "; ".join(each.change for each in forbidden))
     if desired.missing_config_map is not None:
         return Cause("ConfigMapNotFound", problems, "create the ConfigMap; the run then starts")
     if desired.spec is None and desired.server is None:
         return Cause("SpecInvalid", problems)
-    annotations = observed.workspace["metadata"].get("annotations") or {}
-    vllm = annotations.get(desired_inference.RUNTIME) == "vllm"
-    if vllm and observed.workspace.get("inference") is not None and not options.vllm_image:
-        message = "the operator has no image of vLLM (option vllmImage)"
-        hint = "ask the administrator, or use the runtime transformers"
-        return Cause("RuntimeUnavailable", message, hint)
     return None
 
 

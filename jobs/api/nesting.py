@@ -27,7 +27,7 @@ def loads(text: bytes) -> Any:
 def loads_untrusted(text: bytes) -> Any:
     """The value of JSON that a pod wrote. Raises ValueError also for one of too many parts.
 
-    Nesting is bounded even where the parser would not fail: what walks through the value later might.
+    Nesting is bounded even where the parser would not fail: what walks through the value might.
     """
     if text.count(b"[") + text.count(b"{") > MAX_PARTS:
         raise ValueError("too many lists and objects")

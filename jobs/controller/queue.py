@@ -126,7 +126,7 @@ class Queue(Generic[T]):
         return None
 
     def _next_due(self, since: float = 0.0) -> tuple[T | None, float | None]:
-        """(the key that has been due for `since` seconds, None), or (None, seconds until one is)."""
+        """(the key that has been due for `since` seconds, None), or (None, seconds until then)."""
         while self._heap:
             due, _, key = self._heap[0]
             if self._due.get(key) != due or key in self._busy or key in self._urgent:

@@ -42,7 +42,7 @@ def problems(workspace: Object, options: Options) -> tuple[Problem, ...]:
     vllm = annotations.get(RUNTIME) == "vllm" and workspace.get("inference") is not None
     if vllm and not options.vllm_image:
         what = "the operator has no image of vLLM"
-        change = "ask the administrator for the option vllmImage, or use the runtime transformers"
+        change = "set the option vllmImage, or use the runtime transformers"
         found.append(Problem("JOB-104", RUNTIME, what, change))
     return tuple(found)
 

@@ -24,6 +24,7 @@ from tuning.spec import Spec
 from tuning.spec.workspace import ANNOTATION, Tuning
 
 GIB = 1 << 30
+MAX_NODES = 20_000  # values of a document: a second of the time that all Workspaces share
 CONFIG_KEY = "training_config.yaml"
 QUEUE = "kueue.x-k8s.io/queue-name"
 PRIORITY = "kueue.x-k8s.io/priority-class"
@@ -201,7 +202,7 @@ def document(workspace: Object) -> Object:
 def _read(text: str, device: Device | None) -> Desired:
     """Everything that does not depend on the UID; cached, as reconciles are frequent."""
     try:
-        parsed = spec.parse(text, origin="Workspace")
+        parsed = spec.parse(text, origin="Workspace", max_nodes=MAX_NODES)
         instance = presets.instance(parsed.instance) if parsed.instance else None
     except SpecError as error:
         return Desired("", None, problems=error.problems)

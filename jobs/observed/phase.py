@@ -6,6 +6,7 @@ Phase names are internal: no object stores them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from jobs.manifests import server as server_manifests
 from jobs.observed import objects
 from jobs.observed.objects import Cause
 from jobs.observed.readiness import readiness_of
+from tuning.errors import Problem
 
 PhaseName = Literal[
     "finished",  # recorded for this revision: nothing runs again
@@ -187,15 +189,20 @@ def _deleted_job(observed: Observed) -> Cause | None:
 def _invalid(observed: Observed, options: Options) -> Cause | None:
     desired = observed.desired
     problems = " ".join(map(str, desired.problems))
-    if forbidden := allowed.problems(observed.workspace, options):
-        reason = allowed.REASONS[forbidden[0].code]
-        message = "; ".join(f"{each.where}: {each.what}" for each in forbidden)
-        return Cause(reason, message, "; ".join(each.change for each in forbidden))
+    forbidden = allowed.problems(observed.workspace, options)
+    if volumes := [each for each in forbidden if each.code == "JOB-103"]:
+        return _forbidden(volumes)
     if desired.missing_config_map is not None:
         return Cause("ConfigMapNotFound", problems, "create the ConfigMap; the run then starts")
     if desired.spec is None and desired.server is None:
         return Cause("SpecInvalid", problems)
-    return None
+    return _forbidden(forbidden) if forbidden and not desired.fit_problems else None
+
+
+def _forbidden(problems: Sequence[Problem]) -> Cause:
+    message = "; ".join(f"{each.where}: {each.what}" for each in problems)
+    hint = "; ".join(each.change for each in problems)
+    return Cause(allowed.REASONS[problems[0].code], message, hint)
 
 
 def _job_phase(observed: Observed, job: Object, options: Options) -> Phase:

@@ -7,7 +7,7 @@ of the ConfigMap, `workspace` holds the models from which the CRD and the JSON s
 
 from tuning.spec.findings import spelled
 from tuning.spec.ignored import ignored
-from tuning.spec.reader import load, parse, parse_workspace
+from tuning.spec.reader import load, parse, parse_workspace, read_file
 from tuning.spec.schema import json_schema
 from tuning.spec.values import Destination, Method, Overrides, Settings, Source, Spec
 from tuning.spec.writer import digest, dump
@@ -26,5 +26,6 @@ __all__ = [
     "load",
     "parse",
     "parse_workspace",
+    "read_file",
     "spelled",
 ]

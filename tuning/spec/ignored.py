@@ -1,4 +1,4 @@
-"""Fields of a valid Workspace that have no effect: KAITO knows them, or they are for another case."""
+"""Fields of a valid Workspace without effect: those of KAITO, and those for another case."""
 
 from __future__ import annotations
 
@@ -33,9 +33,7 @@ def ignored(workspace: Workspace) -> Iterator[tuple[Path, str]]:
             yield from _preset(inference.preset, ("inference", "preset"))
         for i, adapter in enumerate(inference.adapters or []):
             if adapter.source:
-                yield from _pull_secrets(
-                    adapter.source, ("inference", "adapters", i, "source")
-                )
+                yield from _pull_secrets(adapter.source, ("inference", "adapters", i, "source"))
 
 
 def _reserved_labels(selector: LabelSelector) -> Iterator[tuple[Path, str]]:

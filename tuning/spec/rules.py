@@ -133,9 +133,7 @@ def _check_resource(resource: Resource, findings: Findings, *, tuning: bool) -> 
             "SPEC-104", path, f"is {shown(instance)}, which is not an instance type", change
         )
     for i, name in enumerate(resource.preferred_nodes or []):
-        fields.check_name(
-            name, SUBDOMAIN, 253, ("resource", "preferredNodes", i), findings, "node"
-        )
+        fields.check_name(name, SUBDOMAIN, 253, ("resource", "preferredNodes", i), findings, "node")
     selector = resource.label_selector
     for i, each in enumerate((selector.match_expressions if selector else None) or []):
         if each.operator != "In" or len(each.values or []) != 1:
@@ -181,9 +179,7 @@ def _check_output(output: DataDestination | None, findings: Findings) -> None:
     if output.image is None and output.volume_source is None and not findings.blames(path):
         findings.add("SPEC-116", path, "Exactly one of Volume or Image must be specified", hint)
     if output.volume_source is not None:
-        fields.check_volume(
-            output.volume_source, (*path, "volumeSource"), findings, written=True
-        )
+        fields.check_volume(output.volume_source, (*path, "volumeSource"), findings, written=True)
     if output.image is not None:
         if output.image_push_secret is None and not findings.blames(path):
             what = "Must specify imagePushSecret with destination image"

@@ -17,6 +17,7 @@ from jobs.controller import preflight
 from jobs.controller.decide import REQUEUE_SECONDS, Decision, decide
 from jobs.desired import names
 from jobs.observed import objects
+from jobs.observed.conditions import SUMMARY
 from jobs.observed.objects import Cause
 from jobs.observed.observe import Context, observe
 from jobs.observed.phase import Observed, Phase, node_attempts
@@ -118,6 +119,8 @@ def _transitions(old: Object, new: Object) -> list[tuple[Literal["Normal", "Warn
     events: list[tuple[Literal["Normal", "Warning"], str, str]] = []
     notes = set()
     for each in new.get("conditions") or []:
+        if each["type"] in SUMMARY:  # another condition says the same
+            continue
         was, now = before.get(each["type"]), (each["status"], each["reason"])
         is_initial = was is None and (each["type"] == "SpecValid") == (each["status"] == "True")
         is_initial = is_initial and new.get("state") == "Pending"

@@ -9,7 +9,7 @@ from jobs.api.options import Options
 from jobs.desired import names
 from jobs.desired.inference import RUNTIME
 from tuning import presets
-from tuning.errors import Problem
+from tuning.errors import Problem, SpecError
 from tuning.spec.workspace import ANNOTATION
 
 REASONS = {  # code -> reason of the condition SpecValid
@@ -114,7 +114,10 @@ def _gated(workspace: Object, options: Options) -> list[Problem]:
     if any((preset.get("presetOptions") or {}).get("modelAccessSecret") for _, preset in named[:1]):
         return []
     section, preset = named[0] if named else ("", {})
-    known = presets.find(str(preset.get("name") or ""))
+    try:
+        known = presets.find(str(preset.get("name") or ""))
+    except SpecError:  # unknown: a problem of the spec
+        return []
     if known is None or not known.gated or known.image:
         return []
     what = f"{known.hub_id} is gated, and there is no access token"

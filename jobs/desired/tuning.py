@@ -187,10 +187,11 @@ def _config_digest(config_map: Object | None) -> str:
 
 
 def document(workspace: Object) -> Object:
-    """The Workspace as its author wrote it, with no annotations but ours."""
+    """The Workspace as its author wrote it, with no annotations but ours and KAITO's."""
     meta = workspace["metadata"]
     kept = {k: meta[k] for k in ("name", "namespace") if k in meta}
-    ours = {k: v for k, v in (meta.get("annotations") or {}).items() if k.startswith(ANNOTATION)}
+    annotations = meta.get("annotations") or {}
+    ours = {k: v for k, v in annotations.items() if k.startswith((ANNOTATION, "kaito.sh/"))}
     if ours:
         kept["annotations"] = ours
     rest = {k: workspace[k] for k in ("resource", "tuning", "inference") if k in workspace}

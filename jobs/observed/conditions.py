@@ -8,6 +8,8 @@ from jobs.desired import names
 from jobs.observed.objects import condition, format_time, sanitize
 from jobs.observed.phase import Observed, Phase, PhaseName
 
+# Of the whole Workspace, for tools that know no other condition (kstatus: Flux, kpt; Argo CD).
+SUMMARY = ("Ready", "Reconciling", "Stalled")
 OURS = (
     "SpecValid",
     "NodeClaimReady",
@@ -17,6 +19,7 @@ OURS = (
     "WorkspaceSucceeded",
     "InferenceReady",
     "ConfigChanged",
+    *SUMMARY,
 )
 FAILED: tuple[PhaseName, ...] = ("invalid", "conflict", "unfit", "unprovisioned", "stuck", "failed")
 _WITHOUT_RESOURCE: tuple[PhaseName, ...] = (
@@ -60,11 +63,47 @@ def stored(observed: Observed, conditions: list[Condition], *, keep: bool = Fals
 
 
 def conditions_of(observed: Observed, phase: Phase, options: Options) -> list[Condition]:
-    """All conditions, in the order in which they become True."""
+    """All conditions, in the order in which they become True, and their summary."""
+    found = _conditions(observed, phase, options)
+    return [*found, *summary(found, phase)]
+
+
+def summary(conditions: list[Condition], phase: Phase) -> list[Condition]:
+    """Ready, with what keeps it from being True: Reconciling while that may go by itself, Stalled
+    where somebody must change something. As kstatus wants it, only what is True is there."""
+    if phase.name == "ready" or (phase.name == "succeeded" and not _follows(conditions)):
+        kind = "InferenceReady" if phase.name == "ready" else "WorkspaceSucceeded"
+        _, _, reason, message = next(each for each in conditions if each[0] == kind)
+        return [("Ready", "True", reason, message)]
+    first = next((each for each in conditions if each[1] == "False"), ("", "", "Pending", ""))
+    is_final = phase.name == "unready" or phase.name in FAILED
+    if phase.cause.reason == "ConfigMapNotFound":  # it may be applied next
+        is_final = False
+    reason, message = first[2] or "Pending", first[3]
+    if is_final and phase.cause.hint and phase.cause.hint not in message:
+        message += f". Change: {phase.cause.hint}"
+    why = (reason, message)
+    return [("Ready", "False", *why), ("Stalled" if is_final else "Reconciling", "True", *why)]
+
+
+def recorded(observed: Observed) -> list[Condition]:
+    """The conditions of the stored status."""
+    return [
+        (each["type"], each["status"], each["reason"], each["message"])
+        for each in observed.recorded.get("conditions") or []
+    ]
+
+
+def _follows(conditions: list[Condition]) -> bool:
+    """Whether the adapter that was tuned is to be served."""
+    return any(kind == "InferenceReady" for kind, *_ in conditions)
+
+
+def _conditions(observed: Observed, phase: Phase, options: Options) -> list[Condition]:
     cause = phase.cause
     following = _inference if observed.serving else _job
     if phase.name == "invalid":
-        hint = f". Change: {cause.hint}" if observed.serving and cause.hint else ""
+        hint = f". Change: {cause.hint}" if cause.hint else ""
         invalid = ("SpecValid", "False", cause.reason, cause.message + hint)
         return [invalid, *following(phase)]
     conditions: list[Condition] = [("SpecValid", "True", "SpecValid", _valid(observed))]
@@ -85,7 +124,7 @@ def _valid(observed: Observed) -> str:
     stored = condition(observed.workspace, "SpecValid")
     if desired.spec is None and desired.server is None and observed.is_recorded and stored:
         return str(stored["message"]) if stored["status"] == "True" else text
-    notes = desired.spec.notes if desired.spec else ()
+    notes = desired.spec.cluster_notes if desired.spec else ()
     notes = (desired.server.note,) if desired.server and desired.server.note else notes
     if (observed.workspace.get("resource") or {}).get("preferredNodes") and desired.instance:
         notes = (*notes, "resource.preferredNodes has no effect on a node that is provisioned")

@@ -1,8 +1,8 @@
 """HTTP requests to our pods: a run's progress and a server's readiness report.
 
 A pod runs what a tenant named, so its responses are untrusted: one deadline bounds a whole
-exchange, and size, headers and nesting have limits. Failed exchanges cost their namespace a debt, so
-that a tenant's slow pods take `_SHARE` of one worker's time at most, and nobody waits for them.
+exchange, and size, headers and nesting have limits. Failed exchanges cost their namespace a debt,
+so that a tenant's slow pods take `_SHARE` of one worker's time at most.
 """
 
 from __future__ import annotations

@@ -153,7 +153,7 @@ def test_no_other_kind_is_allowed_by_the_policy(kind: str, more: set[Any]) -> No
         ("input", {"persistentVolumeClaim": "data"}, "needs claimName"),
         ("input", {"persistentVolumeClaim": {"claimName": "../other"}}, "not a valid name"),
         ("input", {"persistentVolumeClaim": {"claimName": "a", "subPath": "../.."}}, "subPath"),
-        ("input", {"persistentVolumeClaim": {"claimName": "a"}, "nfs": {}}, "more than one"),
+        ("input", {"persistentVolumeClaim": {"claimName": "a"}, "configMap": {}}, "more than one"),
         ("input", {"configMap": {"items": []}}, "needs name"),
         ("output", {"persistentVolumeClaim": {"claimName": "a", "readOnly": True}}, "written"),
     ],
@@ -278,7 +278,7 @@ def test_classes_are_the_administrators_and_those_of_their_list(tmp_path: Path) 
     """Options for all pods; an annotation for one of the policy's."""
     policy = tmp_path / "policy.yaml"
     policy.write_text(
-        "data: {allowHosts: [minio.store]}\nregistry: {provenance: off}\n"
+        "data: {allowHosts: [minio.store]}\nregistry: {provenance: 'off'}\n"
         "cluster: {runtimeClasses: [gvisor], priorityClasses: [low, high]}\n"
     )
     options = with_policy(Options(runtime_class="nvidia"), policy)

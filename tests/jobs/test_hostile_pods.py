@@ -68,7 +68,10 @@ def test_a_good_answer_is_read_in_each_form() -> None:
         lambda c: c.sendall(
             b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n17\r\n" + body + b"\r\n0\r\n\r\n"
         ),
-        lambda c: (c.sendall(b"HTTP/1.0 200 OK\r\nContent-Length: 23\r\n\r\n" + body), time.sleep(2)),
+        lambda c: (
+            c.sendall(b"HTTP/1.0 200 OK\r\nContent-Length: 23\r\n\r\n" + body),
+            time.sleep(2),
+        ),
     ]  # fmt: skip
     for form in forms:
         with serving(form) as port:

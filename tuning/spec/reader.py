@@ -188,6 +188,7 @@ def _spec(
     assert method is not None
     options = tuning.preset.preset_options
     annotations = workspace.metadata.annotations or {}
+    cluster_notes = tuple(notes)
     if workspace.inference:
         notes.append("inference: ignored by a tuning run")
     source = (
@@ -214,6 +215,7 @@ def _spec(
         data_secret=annotations.get(f"{ANNOTATION}data-secret"),
         settings=config.settings,
         notes=tuple(notes),
+        cluster_notes=cluster_notes,
         document=writer.normalised(document.value, method),
         config=writer.normalised_config(config),
         overrides=overrides,

@@ -22,7 +22,7 @@ from kubernetes import client, config
 
 from jobs.api import nesting
 from jobs.api.kinds import DEPLOYMENT, EVENT, JOB, POD, WORKSPACE, Kind, Object
-from tuning.errors import redact
+from tuning.errors import SpecError, redact
 
 log = logging.getLogger(__name__)
 
@@ -315,16 +315,22 @@ class Cluster:
 
 
 def connect(kubeconfig: str | None, *, threads: int) -> Cluster:
-    """Client of the cluster of `kubeconfig`, or of the one that this pod runs in."""
+    """Client of the cluster of `kubeconfig`, or of this pod's. Raises SpecError."""
     settings = client.Configuration()
-    if kubeconfig:
-        config.load_kube_config(  # type: ignore[no-untyped-call]
-            config_file=kubeconfig, client_configuration=settings
-        )
-    else:
-        config.load_incluster_config(  # type: ignore[no-untyped-call]
-            client_configuration=settings
-        )
+    try:
+        if kubeconfig:
+            config.load_kube_config(  # type: ignore[no-untyped-call]
+                config_file=kubeconfig, client_configuration=settings
+            )
+        else:
+            config.load_incluster_config(  # type: ignore[no-untyped-call]
+                client_configuration=settings
+            )
+    except Exception as error:  # the library checks no type in the file
+        where = kubeconfig or "the service account of this pod"
+        what = f"cannot be used to reach a cluster ({type(error).__name__})"
+        change = "give --kubeconfig FILE, as kubectl reads it, or run it in a pod of the cluster"
+        raise SpecError.at("JOB-108", where, what, change) from None
     settings.connection_pool_maxsize = threads + 4
     settings.retries = urllib3.Retry(total=0)  # the workqueue retries
     settings.keep_alive = True

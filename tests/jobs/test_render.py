@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from jobs import __main__ as entry
 from jobs.api.options import Options
+from jobs.controller import probes
 from jobs.render import render
 from tuning import spec
 from tuning.errors import SpecError
@@ -172,6 +174,36 @@ def test_a_gated_base_without_a_secret_is_refused_as_check_does(
         assert words in err
 
 
+@pytest.mark.parametrize("text", [None, "", "a: [", "- 1", "clusters: {}", "kind: Config"])
+def test_the_operator_without_a_cluster_says_so(
+    text: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """A kubeconfig that is missing, empty or none; or no pod around it."""
+    file = tmp_path / "config"
+    if text is not None:
+        file.write_text(text)
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    for arguments in (["--kubeconfig", str(file)], []):
+        monkeypatch.setattr(sys, "argv", ["jobs", "run", *arguments])
+        with pytest.raises(SystemExit) as end:
+            entry.main()
+        assert 11 == end.value.code
+        assert "JOB-108" in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken_is_named() -> None:
+    """And one that is none."""
+    with socket.create_server(("", 0)) as taken:
+        for port in (taken.getsockname()[1], 70_000):
+            with (
+                pytest.raises(SpecError, match="JOB-109 --port"),
+                probes.serving(
+                    port, healthy=lambda: True, ready=lambda: True, metrics=probes.Metrics()
+                ),
+            ):
+                pass
+
+
 @settings(
     max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -183,8 +215,8 @@ def test_no_edit_of_a_file_makes_a_traceback(tmp_path: Path, data: st.DataObject
     )
     for _ in range(data.draw(st.integers(1, 3))):
         at = data.draw(st.integers(0, len(lines) - 1))
-        words = [lines[at][:-3], "", "  " + lines[at], lines[at].split(":")[0] + ": 5",
-                 lines[at].split(":")[0] + ": {a: [b]}", lines[at].split(":")[0] + ":", "---"]  # fmt: skip
+        key = lines[at].split(":")[0]
+        words = [lines[at][:-3], "", f"  {lines[at]}", f"{key}: 5", f"{key}: {{a: [b]}}", f"{key}:"]
         lines[at] = data.draw(st.sampled_from(words))
     file = tmp_path / "w.yaml"
     file.write_text("\n".join(lines))

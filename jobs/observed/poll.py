@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 
 DEADLINE = 1.5  # seconds for a whole exchange: enough for one lost packet
 MAX_BYTES = 64 * 1024  # of a response, headers included
+_MAX_PARTS = 100
 _BACKOFF = 60.0  # seconds without requests to a pod that did not answer
 _SHARE = 0.1  # of a worker's time, for one namespace's failed exchanges
 _CREDIT = 150.0  # seconds of a namespace's debt until its pods have to wait
@@ -125,7 +126,12 @@ def get(pod: Object, port: int, path: str, *, seconds: float = DEADLINE) -> byte
         response.begin()
         if response.status != http.HTTPStatus.OK:
             raise ValueError(f"status {response.status}")
-        return response.read(MAX_BYTES)
+        parts = []
+        while part := response.read1(MAX_BYTES):
+            parts.append(part)
+            if len(parts) > _MAX_PARTS:  # thousands of tiny ones would cost only us
+                raise ValueError("the response comes in too many parts")
+        return b"".join(parts)
 
 
 class _Bounded(io.RawIOBase):

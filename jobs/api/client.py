@@ -330,7 +330,7 @@ def connect(kubeconfig: str | None, *, threads: int) -> Cluster:
         where = kubeconfig or "the service account of this pod"
         what = f"cannot be used to reach a cluster ({type(error).__name__})"
         change = "give --kubeconfig FILE, as kubectl reads it, or run it in a pod of the cluster"
-        raise SpecError.at("JOB-115", where, what, change) from None
+        raise SpecError.at("JOB-118", where, what, change) from None
     settings.connection_pool_maxsize = threads + 4
     settings.retries = urllib3.Retry(total=0)  # the workqueue retries
     settings.keep_alive = True

@@ -90,7 +90,7 @@ def serving(
         server = ThreadingHTTPServer(("", port), Handler)
     except (OSError, OverflowError) as error:
         what = f"port {port} cannot be used ({getattr(error, 'strerror', None) or error})"
-        raise SpecError.at("JOB-116", "--port", what, "name another port") from None
+        raise SpecError.at("JOB-119", "--port", what, "name another port") from None
     thread = threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True)
     thread.start()
     try:

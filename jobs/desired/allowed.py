@@ -16,7 +16,7 @@ REASONS = {  # code -> reason of the condition SpecValid
     "JOB-103": "VolumeForbidden",
     "JOB-104": "RuntimeUnavailable",
     "JOB-106": "BaseModelGated",
-    "JOB-114": "ClassForbidden",
+    "JOB-117": "ClassForbidden",
 }
 _READ, _WRITTEN = ("configMap", "persistentVolumeClaim"), ("persistentVolumeClaim",)
 _READ_ONLY = ("configMap", "image")
@@ -98,7 +98,7 @@ def _classes(workspace: Object, options: Options) -> list[Problem]:
             what = f"is {value[:60]}, which the policy does not list"
             change = f"use one of {', '.join(listed)}" if listed else "remove it"
             change += f", or ask the administrator to add it to {key}"
-            found.append(Problem("JOB-114", f"{ANNOTATION}{name}", what, change))
+            found.append(Problem("JOB-117", f"{ANNOTATION}{name}", what, change))
     return found
 
 

@@ -188,7 +188,7 @@ def test_the_operator_without_a_cluster_says_so(
         with pytest.raises(SystemExit) as end:
             entry.main()
         assert 11 == end.value.code
-        assert "JOB-115" in capsys.readouterr().err
+        assert "JOB-118" in capsys.readouterr().err
 
 
 def test_a_port_that_is_taken_is_named() -> None:
@@ -196,7 +196,7 @@ def test_a_port_that_is_taken_is_named() -> None:
     with socket.create_server(("", 0)) as taken:
         for port in (taken.getsockname()[1], 70_000):
             with (
-                pytest.raises(SpecError, match="JOB-116 --port"),
+                pytest.raises(SpecError, match="JOB-119 --port"),
                 probes.serving(
                     port, healthy=lambda: True, ready=lambda: True, metrics=probes.Metrics()
                 ),

@@ -42,6 +42,8 @@ def render(file: Path, options: Options, *, namespace: str) -> list[dict[str, An
     _check_volumes(workspace, options)
     if desired.problems or desired.fit_problems:
         raise SpecError(desired.problems or desired.fit_problems)
+    if too_large := job_manifests.size_problem(desired, options, ()):
+        raise SpecError([too_large])
     server: list[Object] = []
     if "inference" in workspace:
         served = _desired_server(workspace, file, options)

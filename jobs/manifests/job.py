@@ -15,9 +15,11 @@ from jobs.desired.tuning import PRIORITY, QUEUE, Desired, identity
 from jobs.manifests import pod
 from jobs.manifests import server as server_manifests
 from tuning import spec as specs
-from tuning.errors import REASONS, RETRYABLE
+from tuning.errors import REASONS, RETRYABLE, Problem
 from tuning.spec import Spec, reference
 
+# The API server takes 256 KiB of annotations; webhooks add theirs to the pod.
+MAX_ANNOTATIONS = (256 - 8) * 1024
 # Cloud metadata services, which hand out the node's credentials.
 _METADATA = (
     "169.254.0.0/16",
@@ -39,8 +41,10 @@ def job(
         "podReplacementPolicy": "Failed",
         "template": {
             "metadata": {
-                "labels": options.pod_labels | names.labels(workspace, desired.revision),
-                "annotations": _annotations(desired, options, earlier),
+                "labels": pod.NO_SIDECAR_LABELS
+                | options.pod_labels
+                | names.labels(workspace, desired.revision),
+                "annotations": pod_annotations(desired, options, earlier),
             },
             "spec": pod.spec(workspace, desired, options, claim=claim),
         },
@@ -72,7 +76,7 @@ def _failure_rules() -> list[Object]:
     ]
 
 
-def _annotations(desired: Desired, options: Options, earlier: tuple[str, ...]) -> dict[str, str]:
+def pod_annotations(desired: Desired, options: Options, earlier: tuple[str, ...]) -> dict[str, str]:
     """The pod's annotations: the document, which all retries share, and the policy's files."""
     assert desired.spec is not None
     snapshot = desired.snapshot
@@ -83,8 +87,30 @@ def _annotations(desired: Desired, options: Options, earlier: tuple[str, ...]) -
         pod.SNAPSHOT: snapshot,
         "karpenter.sh/do-not-disrupt": "true",
         "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
+        **pod.NO_SIDECAR_ANNOTATIONS,
         **pod.policy_annotations(options),
     }
+
+
+def size_problem(desired: Desired, options: Options, earlier: tuple[str, ...]) -> Problem | None:
+    """Set if the document and the policy are too large for the annotations in which they travel:
+    a larger Job is invalid for ever."""
+    sizes = {
+        k: len(k) + len(v.encode()) for k, v in pod_annotations(desired, options, earlier).items()
+    }
+    total, document = sum(sizes.values()), sizes[pod.SNAPSHOT]
+    if total <= MAX_ANNOTATIONS:
+        return None
+    policy = sum(count for key, count in sizes.items() if key.startswith(pod.POLICY))
+    what = (
+        f"is {document:,} bytes and travels to the Job with {policy:,} bytes of the policy and its "
+        f"files; together they may be {MAX_ANNOTATIONS:,} bytes"
+    )
+    if policy > document:
+        change = "ask the administrator to put the policy's certificates into the engine's image"
+    else:
+        change = "name fewer URLs, or a folder of a bucket, a volume or an image as the input"
+    return Problem("JOB-107", "Workspace", what, change)
 
 
 def run_claim(workspace: Object, desired: Desired, options: Options) -> Object:

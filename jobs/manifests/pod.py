@@ -31,6 +31,15 @@ _VOLUMES = (  # that a Workspace may use: none exposes another tenant's data or 
     "nfs",
     "persistentVolumeClaim",
 )
+# A sidecar that goes on when the engine has ended keeps pod, Job and node: none is injected.
+NO_SIDECAR_LABELS = {"sidecar.istio.io/inject": "false", "kuma.io/sidecar-injection": "disabled"}
+NO_SIDECAR_ANNOTATIONS = {
+    "sidecar.istio.io/inject": "false",  # until Istio 1.10
+    "linkerd.io/inject": "disabled",
+    "consul.hashicorp.com/connect-inject": "false",
+    "vault.hashicorp.com/agent-inject": "false",
+    "sidecar.opentelemetry.io/inject": "false",
+}
 _TOLERATIONS: list[Object] = [
     {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"},
     {"key": "sku", "operator": "Equal", "value": "gpu", "effect": "NoSchedule"},

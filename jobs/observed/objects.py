@@ -124,11 +124,16 @@ def terminated(pod: Object) -> Object | None:
     return found
 
 
+def is_over(pod: Object) -> bool:
+    """Whether no container of it will run again; the kubelet may also have refused or evicted it."""
+    status = pod.get("status") or {}
+    return status.get("phase") in ("Failed", "Succeeded") or status.get("reason") == "Evicted"
+
+
 def has_ended(pod: Object) -> bool:
-    """Whether the engine's container has terminated, or never will run: the kubelet may refuse a
-    pod, and another container may keep one whose engine has terminated."""
-    over = (pod.get("status") or {}).get("phase") in ("Failed", "Succeeded")
-    return over or terminated(pod) is not None
+    """Whether the engine's container has terminated, or never will run. Another container may still
+    keep its pod."""
+    return is_over(pod) or terminated(pod) is not None
 
 
 def exit_code(pod: Object) -> int | None:

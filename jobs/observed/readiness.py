@@ -40,8 +40,7 @@ def readiness_of(
         if warning:
             return Readiness(False, Cause("PodRefused", sanitize(warning)), is_final=True)
         return _waiting("the server has no pod yet")
-    is_over = (last.get("status") or {}).get("phase") == "Failed"  # evicted or refused
-    cause = objects.pod_failure(last) if is_over else objects.node_loss(last)
+    cause = objects.pod_failure(last) if objects.is_over(last) else objects.node_loss(last)
     if cause is None and objects.is_true(last, "Ready"):
         return Readiness(True, refused_adapters(report, recorded) or Cause("", ""), is_final=True)
     cause = cause or _failed_pull(last, server) or objects.waiting(last, warning)

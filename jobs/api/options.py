@@ -15,6 +15,8 @@ from tuning.errors import Problem, SpecError
 from tuning.network.policy import Policy
 
 DAY = 24 * 3600
+# Bytes of a pod's annotations: the API server takes 256 KiB, and webhooks add theirs.
+MAX_ANNOTATIONS = (256 - 8) * 1024
 _BESIDE = re.compile("[A-Za-z0-9][A-Za-z0-9._-]{0,100}")
 _Variable = Literal["HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY", "HF_ENDPOINT"]
 
@@ -162,6 +164,14 @@ def with_policy(options: Options, path: Path) -> Options:
             what = f"names {name}, which cannot be sent to Jobs"
             change = "put private keys and files in folders into the image, by absolute path"
         problems.append(Problem("JOB-105", str(path), what, change))
+    total = len(text.encode()) + sum(map(len, contents.values()))
+    if total > MAX_ANNOTATIONS:
+        sizes = ", ".join(f"{name} {len(content):,}" for name, content in contents.items())
+        what = (
+            f"takes {total:,} bytes with its files ({sizes}); {MAX_ANNOTATIONS:,} travel to a Job"
+        )
+        change = "put large bundles into the engine's image, and name them by absolute path"
+        problems.append(Problem("JOB-108", str(path), what, change))
     if problems:
         raise SpecError(problems)
     return options.model_copy(update={"policy": text, "policy_files": contents})

@@ -8,7 +8,7 @@ from dataclasses import replace
 from urllib.parse import urlsplit
 
 from jobs.api.kinds import CLAIM, JOB, NETWORK_POLICY, NODE_CLAIM, Object
-from jobs.api.options import Options
+from jobs.api.options import MAX_ANNOTATIONS, Options
 from jobs.desired import names
 from jobs.desired.names import CONFIG_ANNOTATION, NAMESPACE_LABEL, UID_LABEL, WORKSPACE_LABEL
 from jobs.desired.tuning import PRIORITY, QUEUE, Desired, identity
@@ -18,8 +18,6 @@ from tuning import spec as specs
 from tuning.errors import REASONS, RETRYABLE, Problem
 from tuning.spec import Spec, reference
 
-# The API server takes 256 KiB of annotations; webhooks add theirs to the pod.
-MAX_ANNOTATIONS = (256 - 8) * 1024
 # Cloud metadata services, which hand out the node's credentials.
 _METADATA = (
     "169.254.0.0/16",

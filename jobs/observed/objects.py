@@ -125,7 +125,7 @@ def terminated(pod: Object) -> Object | None:
 
 
 def is_over(pod: Object) -> bool:
-    """Whether no container of it will run again; the kubelet may also have refused or evicted it."""
+    """Whether no container of it runs again; the kubelet may also have refused or evicted it."""
     status = pod.get("status") or {}
     return status.get("phase") in ("Failed", "Succeeded") or status.get("reason") == "Evicted"
 

@@ -113,7 +113,8 @@ class Options(_Part):
     keep_seconds: int = Field(7 * DAY, ge=0)
     """Seconds until a finished Job and its log are deleted; the status stays."""
     stuck_seconds: int = Field(900, ge=1)
-    """Seconds that a pod may wait for an image or a Secret before the Workspace fails."""
+    """Seconds that a provisioned node, or a pod without its image or Secret, may wait before the
+    Workspace fails."""
     grace_seconds: int = Field(120, ge=10)
     """Seconds that a pod has to save its state when it is stopped."""
     network_policy: bool = True

@@ -52,7 +52,7 @@ PHASES: dict[PhaseName, Row] = {
     "provisioning": Row(
         "A node is being provisioned",
         "requested",
-        "nodes.launchSeconds, nodes.registerSeconds, times nodes.attempts",
+        "nodes.launchSeconds, nodes.registerSeconds, nodes.attempts",
         "unprovisioned",
     ),
     "creating": Row("The Job is created at once", "waits", "", "refused"),

@@ -25,6 +25,7 @@ from jobs.api.options import MAX_ANNOTATIONS, Nodes
 from jobs.desired import names
 from jobs.desired import tuning as desired_tuning
 from jobs.manifests import job as job_manifests
+from jobs.observed import objects
 
 QUOTA = Kind("", "v1", "resourcequotas", "ResourceQuota")
 INSTANCE = "Standard_NC24ads_A100_v4"
@@ -249,7 +250,7 @@ def test_what_we_measure_is_what_the_api_server_takes(api: Cluster) -> None:
     with pytest.raises(ApiError) as refused:
         world.api.rehearse(JOB, job)
     assert 422 == refused.value.status
-    urls = [f"https://data.example.com/{i:06}/{'x' * 200}.jsonl" for i in range(1200)]
+    urls = [f"https://data.example.com/{i:06}/{'x' * 1500}.jsonl" for i in range(200)]
     world.apply(workspace("big", world.namespace, input={"urls": urls}))
     world.step("big", times=3)
     assert ("False", "SpecTooLarge") == world.condition("big", "SpecValid")
@@ -273,9 +274,9 @@ class Altered(HostPython):
             return
         pod = item["spec"]["template"]["spec"]
         if self.sidecar:
-            sidecar = {"name": "istio-proxy", "image": "localhost/busybox:test",
-                       "imagePullPolicy": "Never", "command": ["sleep", "3600"]}  # fmt: skip
-            pod["containers"].append(sidecar)
+            command = ["sh", "-c", "trap exit TERM; sleep 3600 & wait"]
+            sidecar = {"name": "istio-proxy", "image": "localhost/busybox:test"}
+            pod["containers"].append(sidecar | {"imagePullPolicy": "Never", "command": command})
         if self.huge:  # bound past the scheduler: the kubelet itself refuses it
             pod["nodeName"] = "localhost"
             pod["containers"][0]["resources"]["requests"]["cpu"] = "1000"
@@ -320,11 +321,11 @@ def provision(place: Place) -> None:
 
 
 def end_of(place: Place, *, seconds: float = 150) -> Object:
-    """The status when the Workspace has ended and its node, Job and pods are gone."""
+    """The status when the Workspace has ended, its node is gone and no pod of it runs."""
     provision(place)
     status = place.until(lambda s: s.get("state") in ("Succeeded", "Failed"), seconds)
     wait(lambda: not place.api.find(NODE_CLAIM), 60)
-    wait(lambda: not place.api.find(JOB, place.name) and not place.api.find(POD, place.name), 90)
+    wait(lambda: all(objects.is_over(pod) for pod in place.api.find(POD, place.name)), 90)
     return status
 
 

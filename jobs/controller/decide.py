@@ -26,28 +26,10 @@ from jobs.manifests import job as job_manifests
 from jobs.manifests import server as server_manifests
 from jobs.observed import objects
 from jobs.observed.phase import node_attempts, phase_of, zone
-from jobs.observed.phases import Observed, Phase, PhaseName
+from jobs.observed.phases import PHASES, Observed, Phase, PhaseName
 from jobs.observed.status import deleting_status, status
 
-REQUEUE_SECONDS: dict[PhaseName, float] = {  # until the next reconcile, if no event comes first
-    "invalid": 30,
-    "replacing": 5,
-    "provisioning": 10,
-    "queued": 60,
-    "creating": 2,
-    "pending": 30,
-    "running": 15,
-    "deploying": 2,
-    "starting": 15,
-    "unready": 30,
-    "ready": 60,
-    "refused": 60,
-    "conflict": 60,
-    "stuck": 1,
-    "succeeded": 1,
-    "failed": 1,
-    "unprovisioned": 1,
-}
+REQUEUE_SECONDS = {name: row.requeue for name, row in PHASES.items()}
 _MIN_PENDING = 5.0  # seconds between reconciles of a young pod whose volumes are missing
 
 Item = tuple[Kind, Object]
@@ -110,7 +92,7 @@ def _requeue_after(observed: Observed, name: PhaseName) -> float | None:
     volume or quota was added: such pods are checked with growing intervals."""
     if name in ("stuck", "unprovisioned") and observed.serving:  # until it is edited
         return REQUEUE_SECONDS["refused"]
-    seconds = REQUEUE_SECONDS.get(name)
+    seconds = REQUEUE_SECONDS[name]
     last = objects.newest(observed.pods) or observed.job
     if name != "pending" or seconds is None or last is None:
         return seconds

@@ -199,8 +199,16 @@ def running_warning(job: Object, pod: Object) -> Cause | None:
     if cause := node_loss(pod):
         return cause
     if pod["metadata"].get("deletionTimestamp"):
-        return Cause("PodTerminating", "the pod is terminating and saves its state")
+        words = f"the pod is terminating and saves its state{_disruption(pod)}"
+        return Cause("PodTerminating", words)
     return None
+
+
+def _disruption(pod: Object) -> str:
+    """Who ends a pod, and why, such as a preemption or a drain; in parentheses."""
+    target = condition(pod, "DisruptionTarget") or {}
+    words = sanitize(target.get("message") or target.get("reason") or "")
+    return f" ({words})" if words and target.get("status") == "True" else ""
 
 
 def failure(job: Object, pods: tuple[Object, ...]) -> Cause:
@@ -234,23 +242,22 @@ def pod_failure(pod: Object) -> Cause:
     if "reason" in reported:
         return Cause(
             condition_reason(reported["reason"]),
-            reported.get("message") or reported["reason"],
+            (reported.get("message") or reported["reason"]) + _disruption(pod),
             reported.get("hint", ""),
             reported.get("phase", ""),
             reported.get("code", code),
         )
-    target = condition(pod, "DisruptionTarget") or {}
-    words = status if status.get("reason") or status.get("message") else target
-    if words.get("status", "True") == "True" and (words.get("reason") or words.get("message")):
-        reason = condition_reason(str(words.get("reason") or "PodFailed"))
-        message = sanitize(words.get("message") or f"the pod ended: {words['reason']}")
+    if status.get("reason") or status.get("message"):
+        reason = condition_reason(str(status.get("reason") or "PodFailed"))
+        message = sanitize(status.get("message") or f"the kubelet ended the pod: {reason}")
         return Cause(reason, message, "see the pod's node and its events", code=code)
     if not end and (other := failed_container(pod)):
         return other
     message = sanitize(end.get("message") or end.get("reason") or "no message")
     return Cause(
         REASONS.get(code or 0, "Killed") if code else "JobFailed",
-        f"exit code {code}: {message}" if end else "the pod ended before the engine ran",
+        (f"exit code {code}: {message}" if end else "the pod ended before the engine ran")
+        + _disruption(pod),
         "see the pod's log",
         code=code,
     )
@@ -309,7 +316,7 @@ def waiting(pod: Object, mount_warning: str | None) -> Cause | None:
         is_volume = "olume" in mount_warning
         reason = "SecretNotFound" if is_secret else "VolumeMountError"
         reason = reason if is_secret or is_volume else "PodStartError"
-        hint = "create the Secret; the Job then continues" if is_secret else ""
+        hint = "create the Secret" if is_secret else ""
         return Cause(reason, sanitize(mount_warning), hint)
     if status.get("message"):
         return Cause(

@@ -34,48 +34,42 @@ class Row(NamedTuple):
     """What a phase means, what a provisioned node does in it, and what follows its deadline."""
 
     meaning: str
-    node: Literal["released", "requested", "waits", "works"]
-    deadline: str = ""  # the options that set it
+    requeue: float | None  # seconds until the next reconcile, if no event comes first
+    node: Literal["released", "requested", "waits", "works"] = "released"
     then: Literal["", "refused", "released", "stuck", "unprovisioned"] = ""
-
-
-def _waits(meaning: str, then: Literal["stuck", "released"] = "stuck") -> Row:
-    return Row(meaning, "waits", "stuckSeconds", then)
-
-
-def _released(meaning: str) -> Row:
-    """At once, but for the node of an earlier server, which waits only if that does not answer."""
-    return Row(meaning, "released", "stuckSeconds", "released")
+    deadline: str = "stuckSeconds"  # the options that set it
 
 
 PHASES: dict[PhaseName, Row] = {
     "provisioning": Row(
         "A node is being provisioned",
+        10,
         "requested",
-        "nodes.launchSeconds, nodes.registerSeconds, nodes.attempts",
         "unprovisioned",
+        "nodes.launchSeconds, nodes.registerSeconds, nodes.attempts",
     ),
-    "creating": Row("The Job is created at once", "waits", "", "refused"),
-    "deploying": Row("The server is created or updated at once", "waits", "", "refused"),
-    "refused": _waits("The API server refuses to create an object"),
-    "pending": _waits("The pod is missing or has not started, also between two tries"),
-    "starting": _waits("The server's pod is starting, or loads the model"),
-    "unready": _waits("The server's pod is not ready for a known cause"),
-    "replacing": _waits("The Job or server of an earlier spec is stopping", "released"),
-    "running": Row("The engine runs", "works"),
-    "ready": Row("The server answers", "works"),
-    "queued": _released("Kueue or the limit of nodes holds the Job back"),
-    "invalid": _released("The spec, or an object that it names, is invalid"),
-    "conflict": _released("An object of another owner has the name"),
-    "unfit": _released("No GPU of the instance type is large enough"),
-    "unprovisioned": Row("All attempts to provision a node failed", "released"),
-    "stuck": Row("A deadline has passed", "released"),
-    "succeeded": Row("The run succeeded", "released"),
-    "failed": Row("The run failed", "released"),
-    "finished": Row("The end is recorded: nothing runs again", "released"),
+    "creating": Row("The Job is created at once", 2, "waits", "refused", ""),
+    "deploying": Row("The server is created or updated at once", 2, "waits", "refused", ""),
+    "refused": Row("The API server refuses to create an object", 60, "waits", "stuck"),
+    "pending": Row("No pod has started, also between two tries", 30, "waits", "stuck"),
+    "starting": Row("The server's pod starts, or loads the model", 15, "waits", "stuck"),
+    "unready": Row("The server's pod is not ready for a known cause", 30, "waits", "stuck"),
+    "replacing": Row("An earlier Job or server is stopping", 5, "waits", "released"),
+    "running": Row("The engine runs", 15, "works"),
+    "ready": Row("The server answers", 60, "works"),
+    # Only the node of an earlier server waits here.
+    "queued": Row("Kueue or the limit of nodes holds the Job back", 60, then="released"),
+    "invalid": Row("The spec, or an object that it names, is invalid", 30, then="released"),
+    "conflict": Row("An object of another owner has the name", 60, then="released"),
+    "unfit": Row("No GPU of the instance type is large enough", None, then="released"),
+    "unprovisioned": Row("All attempts to provision a node failed", 1),
+    "stuck": Row("A deadline has passed", 1),
+    "succeeded": Row("The run succeeded", 1),
+    "failed": Row("The run failed", 1),
+    "finished": Row("The end is recorded: nothing runs again", None),
 }
 # In place of the row of `running` or `unready`.
-NODE_LOST = _waits("The node of the running pod does not respond", "released")
+NODE_LOST = Row("The node of the running pod does not respond", 15, "waits", "released")
 
 
 @dataclass(frozen=True)
@@ -151,7 +145,7 @@ def after_deadline(observed: Observed, phase: Phase, options: Options) -> Phase:
     if observed.node_claims:
         message += f"; nothing ran on the provisioned node for {seconds} s"
     again = "edit `inference`" if observed.serving else f"set the annotation {ANNOTATION}rerun"
-    hint = cause.hint or f"remove the cause, then {again}"
+    hint = f"{cause.hint or 'remove the cause'}, then {again}"
     return Phase("stuck", replace(cause, message=message, hint=hint))
 
 

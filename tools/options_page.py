@@ -55,7 +55,7 @@ def _deadline(row: Row) -> str:
     if row.node == "released":  # at once; only that of an earlier server may wait
         beside = ", unless an earlier server answers" if row.then else ""
         return f"| {row.meaning} | is given back{beside} | - | - |\n"
-    keys = ", ".join(f"`{key}`" for key in row.deadline.split(", ") if key)
+    keys = ", ".join(f"`{key}`" for key in row.deadline.split(", ") if key and row.then)
     return f"| {row.meaning} | {_NODE[row.node]} | {keys or '-'} | {_THEN[row.then]} |\n"
 
 

@@ -455,6 +455,22 @@ def test_a_server_that_answers_keeps_its_node() -> None:
     assert 1 == len(scene.owned(NODE_CLAIM)) == len(scene.owned(DEPLOYMENT))
 
 
+@pytest.mark.parametrize("ready", [1, 0])
+def test_a_wrong_edit_keeps_the_node_of_a_server_that_answers(ready: int) -> None:
+    """And after the deadline no other."""
+    scene = Scene(serves=True)
+    scene.with_node()
+    scene.pod(phase="Running", **engine({"running": {}}))
+    scene.owned(DEPLOYMENT)[0]["status"] = {"readyReplicas": ready}
+    item = scene.api.stored["workspaces", "phi"]
+    item["inference"]["adapters"] = [{"source": {"name": "a", "image": "not an image"}}]
+    item["metadata"]["generation"] += 1
+    for _ in range(30):
+        scene.look(60)
+    assert ready == len(scene.owned(NODE_CLAIM)) == len(scene.owned(DEPLOYMENT))
+    assert "SpecInvalid" == scene.reason("SpecValid")
+
+
 # anything in any order
 
 

@@ -100,10 +100,8 @@ def size_problem(desired: Desired, options: Options, earlier: tuple[str, ...]) -
     if total <= MAX_ANNOTATIONS:
         return None
     policy = sum(count for key, count in sizes.items() if key.startswith(pod.POLICY))
-    what = (
-        f"is {document:,} bytes and travels to the Job with {policy:,} bytes of the policy and its "
-        f"files; together they may be {MAX_ANNOTATIONS:,} bytes"
-    )
+    beside = f", beside {policy:,} bytes of the policy and its files" if policy else ""
+    what = f"is {document:,} bytes{beside}; {MAX_ANNOTATIONS:,} bytes travel to a Job"
     if policy > document:
         change = "ask the administrator to put the policy's certificates into the engine's image"
     else:

@@ -132,7 +132,7 @@ def row_of(phase: Phase) -> Row:
 
 def after_deadline(observed: Observed, phase: Phase, options: Options) -> Phase:
     """`phase`, or what follows its deadline if that has passed (the table is in `phases`)."""
-    since, then = _waiting_since(observed, phase), row_of(phase).then
+    since, then = _waiting_since(observed, phase, options), row_of(phase).then
     last = objects.newest(observed.pods)
     seconds = options.stuck_seconds
     if observed.serving and last and objects.has_started(last):
@@ -149,7 +149,7 @@ def after_deadline(observed: Observed, phase: Phase, options: Options) -> Phase:
     return Phase("stuck", replace(cause, message=message, hint=hint))
 
 
-def _waiting_since(observed: Observed, phase: Phase) -> datetime | None:
+def _waiting_since(observed: Observed, phase: Phase, options: Options) -> datetime | None:
     """Since when a provisioned node has been waiting; None if none is, or the phase has no end.
 
     No pod restarts this time, as pods may be replaced for ever: only a run does, or a new node.
@@ -165,7 +165,13 @@ def _waiting_since(observed: Observed, phase: Phase) -> datetime | None:
         if not (objects.waiting(last, observed.warning) or objects.staying(last)):
             return None  # on a node of one's own, only a known problem has a deadline
         return max(objects.changed_at(last, "PodScheduled"), objects.ended_at(last))
-    times = [objects.changed_at(each, "Ready") for each in held]
+    registered = timedelta(seconds=options.nodes.launch_seconds + options.nodes.register_seconds)
+    times = [
+        objects.changed_at(each, "Ready")
+        if objects.is_true(each, "Ready")
+        else objects.parse_time(each["metadata"]["creationTimestamp"]) + registered
+        for each in held
+    ]
     if row is NODE_LOST and last:
         return max([*times, objects.changed_at(last, "Ready")])
     if phase.name == "replacing":

@@ -82,8 +82,8 @@ def test_a_policy_that_is_too_large_for_any_job_is_refused_at_the_start(tmp_path
 
 
 def test_jobs_opt_out_of_sidecars_and_an_administrator_opts_in() -> None:
-    """Istio, Kuma, Linkerd, Consul, Vault and OpenTelemetry; podLabels may say otherwise. A pod that
-    serves may have sidecars, as it does not end."""
+    """Istio, Kuma, Linkerd, Consul, Vault and OpenTelemetry; podLabels may say otherwise. A pod
+    that serves may have sidecars, as it does not end."""
     scene = Scene(pod_labels={"sidecar.istio.io/inject": "true"})
     scene.with_node()
     meta = scene.owned(JOB)[0]["spec"]["template"]["metadata"]

@@ -332,6 +332,19 @@ def test_the_next_try_that_is_refused_tells_both() -> None:
     assert "exceeded quota: gpus" in scene.look(60)["failure"]["message"]
 
 
+def test_a_node_that_registers_slowly_has_both_times() -> None:
+    """A pod may be bound to it before it counts as ready: the time to register comes first."""
+    scene = Scene()
+    scene.with_node()
+    scene.pod()
+    for item in scene.owned(NODE_CLAIM):
+        item["status"]["conditions"][-1]["status"] = "False"
+    registered = Options().nodes.launch_seconds + Options().nodes.register_seconds
+    assert "Pending" == scene.look(registered + STUCK - SLACK)["state"]
+    held_for(scene, lambda s: None, 2 * SLACK)
+    assert "Failed" == scene.look(60)["state"]
+
+
 def test_a_lost_node_is_replaced() -> None:
     """A node that does not respond is given back after the same time, and the run goes on with
     another: it has not failed."""

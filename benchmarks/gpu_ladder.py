@@ -280,6 +280,7 @@ def runner(base: Any, rung: Rung, sizes: Sizes, scratch: Path, rows: Any, *, lon
     recipe, placement = recipe_of(rung, sizes, long=long)
     tuned, _ = adapt(base, recipe)
     fuse.fuse(tuned, rung.kernels)
+    base.one_pass = HEAD in rung.kernels and head.suits(base)
     base.config._attn_implementation = rung.attention
     return Exact(
         tuned,
@@ -290,7 +291,6 @@ def runner(base: Any, rung: Rung, sizes: Sizes, scratch: Path, rows: Any, *, lon
         arguments=sft_config(recipe, placement, scratch, by_offsets=True),
         metrics=scratch / "metrics.jsonl",
         saves=Saves(scratch / "checkpoints", seconds=1e9),
-        kernels=rung.kernels,
     )
 
 

@@ -161,21 +161,26 @@ SHORT = {
     ),
     "the image before the push": (
         "package",
-        {"image/index.json": "flip", "image/oci-layout": "cut", "adapter/README.md": "flip"},
+        {
+            "image/index.json": "flip",
+            "image/oci-layout": "cut",
+            "image/blobs/sha256/*": "flip",
+            "adapter/README.md": "flip",
+        },
     ),
-    "layers before the push": ("package", {"image/blobs/sha256/*": "flip"}),
     "a finished run": (
         "finish",
         {
             "adapter/adapter_config.json": "flip",
             "image/blobs/sha256/*": "cut",
             "../image/index.json": "flip",
+            "../image/blobs/sha256/*": "flip",
             "report.html": "flip",
             "plan.json": "zero",
             "journal.jsonl": "cut",
         },
     ),
-    "what was delivered": ("finish", {"../image/blobs/sha256/*": "flip"}),
+    "the adapter of a finished run": ("finish", {"adapter/tokenizer.json": "flip"}),
 }
 
 

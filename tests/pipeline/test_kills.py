@@ -151,12 +151,9 @@ def test_a_run_killed_once_ends_in_the_same_adapter_and_image(
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_kills_at_random_times_end_in_the_same_bytes(
-    ranks: int, world: World, clean: tuple[str, str]
-) -> None:
-    """Of the parent, and of the training child or one of two ranks."""
-    assert 2 <= random_kills(world, clean if ranks == 1 else None, ranks, count=2, seed=ranks)
+def test_kills_at_random_times_end_in_the_same_bytes(world: World) -> None:
+    """Of the parent, and of one of two ranks."""
+    assert 2 <= random_kills(world, None, 2, count=2, seed=2)
 
 
 @pytest.mark.soak

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ import yaml
 
 from tuning import files, spec
 from tuning.errors import SpecError
-from tuning.spec import Destination, Overrides, Settings, Source, keys, urls
+from tuning.spec import Destination, Overrides, Settings, Source, config, keys, urls
 from tuning.spec.values import Spec
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -333,6 +334,32 @@ def test_adapters_to_serve_are_checked_too(adapter: dict[str, Any], words: str) 
 
     assert 1 == len(actual)
     assert words in actual[0]
+
+
+@pytest.mark.parametrize("name", sorted(config._ELSEWHERE))
+def test_what_people_type_first_is_answered_with_the_key_that_does_it(name: str) -> None:
+    """Names of other tools: a key that exists, never the nearest spelling of something else."""
+    (found,) = config_refusals("TrainingArguments", f"{{{name}: 1}}")
+
+    (told,) = re.findall(r"Change: use (\w+)\.(\w+)", found)
+    assert told[1] in keys.sections()[told[0]], found
+    assert keys.sections()[told[0]][told[1]].use in ("honoured", "translated"), found
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("rank", "LoraConfig.r"),
+        ("lr", "TrainingArguments.learning_rate"),
+        ("eval_split", "DatasetConfig.train_test_split"),
+        ("batch_size", "TrainingArguments.per_device_train_batch_size"),
+        ("cutoff_len", "TrainingArguments.max_length"),
+        ("sample_packing", "TrainingArguments.packing"),
+    ],
+)
+def test_the_usual_names_mean_the_usual_things(name: str, key: str) -> None:
+    """What each means is not up to edit distance."""
+    assert f"use {key}" in config_refusals("TrainingArguments", f"{{{name}: 1}}")[0]
 
 
 def test_one_slip_is_one_problem() -> None:

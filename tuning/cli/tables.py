@@ -179,6 +179,7 @@ def plan_table(plan: Plan) -> rich.table.Table:
         "micro_batch": placement.micro_batch,
         "checkpointing": "on" if placement.checkpointing else "off",
         "attention": placement.attention,
+        "kernels": ", ".join(placement.kernels) or None,
         "threads": placement.threads,
         "speed": plan.tokens_per_second and f"{plan.tokens_per_second:,.0f} tokens/s",
         "time": _time(plan),

@@ -15,14 +15,29 @@ from peft import PeftModel
 from tuning import files
 from tuning.errors import SpecError
 from tuning.models import finite, packed
-from tuning.models.kernels import apart, fuse
+from tuning.models.kernels import whole
 from tuning.models.lora import CHANGE_MODEL, TOWERS, Coverage, adapt
 from tuning.plan import Placement, Recipe
-from tuning.plan.backends import BY_OFFSETS
 
 logger = logging.getLogger(__name__)
 
+ROOM = 2 << 30  # bytes beside the weights, to answer or to merge
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def device_for(base: Path) -> str:
+    """The device to load the weights in `base` on: cuda where they fit, else cpu."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    need = ROOM + sum(path.stat().st_size for path in base.glob("*.safetensors"))
+    free, _ = torch.cuda.mem_get_info()
+    if need <= free:
+        return "cuda"
+    logger.warning(
+        "the GPU has %.1f GiB free of the %.1f that %s needs: this goes on the CPU, and slowly",
+        free / 2**30, need / 2**30, base,
+    )  # fmt: skip
+    return "cpu"
 
 
 def read_config(base: Path) -> Any:
@@ -178,8 +193,11 @@ def load_for_training(
         finite_only=True,
     )
     adapted, coverage = adapt(model, recipe)
-    logger.info("fused kernels: %s", fuse.fuse(adapted, placement.kernels) or "none")
-    if recipe.packing or placement.attention in BY_OFFSETS:
-        precision = DTYPES[recipe.precision]
-        apart.settle(adapted, placement.attention, precision=precision, packing=recipe.packing)
+    whole.replace(
+        adapted,
+        placement.kernels,
+        placement.attention,
+        precision=DTYPES[recipe.precision],
+        packing=recipe.packing,
+    )
     return adapted, tokenizer, coverage

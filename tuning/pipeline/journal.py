@@ -105,12 +105,13 @@ class Journal:
     ) -> Value:
         """The current value of `phase` under `key`, or else the value of `work`, recorded.
 
-        `outputs` are the files that belong to the value: the phase is repeated if one is missing,
-        and their digests are recorded. Raises Damaged before work for an output of a phase that
-        it `needs`.
+        `outputs` are the files that belong to the value: the phase is repeated if one is missing
+        of them or of those that it left, and their digests are recorded. Raises Damaged before
+        work for an output of a phase that it `needs`.
         """
         value = self.current(phase, key)
-        if value is None or not all(path.exists() for path in outputs(value)):
+        made = [self.folder / name for name in self.outputs(phase) or ()]
+        if value is None or not all(path.exists() for path in (*made, *outputs(value))):
             self.verify(*needs)
             self.append(phase, "start", key)
             value = work()

@@ -87,6 +87,13 @@ def fuse(tuned: torch.nn.Module, kernels: Collection[str]) -> Fused:
     return fused
 
 
+def undo(tuned: torch.nn.Module) -> None:
+    """Give modules that `fuse` changed their own forward again; liger's stay."""
+    for module in tuned.modules():
+        if getattr(vars(module).get("forward"), "fused", False):
+            del module.forward
+
+
 def _liger(tuned: Any) -> int:
     """liger's norms and rotary positions; its loss would replace trl's forward."""
     if importlib.util.find_spec("liger_kernel") is None:
@@ -196,6 +203,7 @@ def _replace_all(
     if not same:
         return None
     for module, forward in zip(modules, forwards, strict=True):
+        forward.fused = True  # type: ignore[attr-defined]  # for `undo`
         module.forward = types.MethodType(forward, module)
     return len(modules)
 

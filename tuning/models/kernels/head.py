@@ -7,7 +7,9 @@ they are there, 4 V d, and only the tokens that have a label are scored, on ever
 
 from __future__ import annotations
 
+import contextlib
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -96,6 +98,19 @@ def suits(base: Any) -> bool:
         and not any(getattr(text, name, None) for name in (*changed, "output_multiplier"))
         and not getattr(text, "output_router_logits", False)
     )
+
+
+@contextlib.contextmanager
+def installed(base: Any) -> Iterator[None]:
+    """`install` for a while."""
+    before = vars(base).get("forward")
+    install(base)
+    try:
+        yield
+    finally:
+        del base.forward
+        if before is not None:
+            base.forward = before
 
 
 def install(base: Any) -> None:

@@ -62,7 +62,7 @@ def agrees(
         return torch.randn(shape, generator=generator).to(like.device, like.dtype)
 
     trained = [parameter for pair in adapters for parameter in pair]
-    with _random([b for _, b in adapters], generator):
+    with random_weights([b for _, b in adapters], generator):
         for scale in scales:
             if like.dtype == torch.float16 and scale > 1:  # products overflow
                 continue
@@ -89,7 +89,7 @@ def _close(expected: Tensor | None, actual: Tensor | None, *, tolerance: float) 
 
 
 @contextmanager
-def _random(parameters: Sequence[Tensor], generator: torch.Generator) -> Iterator[None]:
+def random_weights(parameters: Sequence[Tensor], generator: torch.Generator) -> Iterator[None]:
     """Fill `parameters` with small random numbers, and put back what they held."""
     held = [parameter.detach().clone() for parameter in parameters]
     try:

@@ -1,0 +1,132 @@
+"""Puts kernels and attention into a loaded model, and compares the whole with the library's own.
+
+Each kernel is compared with its module where it is put in (`parity`), and packed documents are kept
+apart (`apart`). Here the model as it will train is asked once, before the first step: its loss and
+the gradients of its LoRA weights are those of peft and transformers without any of it, on random
+tokens. What fails is taken out again.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+
+from tuning.errors import SpecError
+from tuning.models.kernels import apart, attention, fuse, head, parity
+from tuning.plan.backends import BY_OFFSETS, HEAD
+
+logger = logging.getLogger(__name__)
+
+LENGTH = 16  # tokens of each of two documents
+# Relative, of the loss and of all gradients together. Roundings of 16 bits grow through the layers
+# to some hundredths; another computation differs by tenths.
+TOLERANCE = {torch.float32: 2e-3, torch.float16: 0.1, torch.bfloat16: 0.15}
+
+Results = list[torch.Tensor]
+
+
+def replace(
+    tuned: Any,
+    kernels: Collection[str],
+    name: str | None,
+    *,
+    precision: torch.dtype,
+    packing: bool,
+) -> None:
+    """Put `kernels` and the attention `name` into the peft model `tuned`, where they are right.
+
+    `tuned.get_base_model().one_pass` says afterwards whether the one-pass head may score it. Raises
+    SpecError for packing in a model whose documents cannot be kept apart, or if the loss without
+    our kernels still is another one.
+    """
+    base = tuned.get_base_model()
+    plain = "eager" if base.config._attn_implementation == "eager" else "sdpa"
+    base.one_pass = False
+    expected: Results = []
+    if kernels or name in BY_OFFSETS:
+        if base.config._attn_implementation != plain:
+            base.set_attn_implementation(plain)
+        expected = _results(tuned, precision, packed=False)
+    logger.info("fused kernels: %s", fuse.fuse(tuned, kernels) or "none")
+    base.one_pass = HEAD in kernels and head.suits(base)
+    for way in dict.fromkeys((name, plain)):
+        if way and (packing or way in BY_OFFSETS):
+            apart.settle(tuned, way, precision=precision, packing=packing)
+        elif way and base.config._attn_implementation != way:
+            base.set_attn_implementation(way)
+        if not expected or _same(expected, tuned, precision, packed=packing):
+            return
+        logger.warning("another loss or gradient with the fused kernels: they are taken out")
+        base.one_pass = False
+        fuse.undo(tuned)
+        if _same(expected, tuned, precision, packed=packing):
+            return
+        logger.warning("another loss or gradient with %s attention: it is not used", way)
+    raise SpecError.at(
+        "MODEL-118",
+        base.config.model_type,
+        "computes another loss or gradient with our kernels or attention than without them",
+        "set fused_kernels: false and packing: false",
+    )
+
+
+def _same(expected: Results, tuned: Any, precision: torch.dtype, *, packed: bool) -> bool:
+    found = _results(tuned, precision, packed=packed)
+    for theirs, ours in zip(expected, found, strict=True):
+        if not theirs.isfinite().all():  # out of range of this type: nothing to compare
+            continue
+        if not (ours - theirs).norm() <= TOLERANCE[precision] * theirs.norm():
+            return False
+    return True
+
+
+def _results(tuned: Any, precision: torch.dtype, *, packed: bool) -> Results:
+    """The summed loss of two documents, and its gradients by the trained weights, as one vector.
+
+    The documents are two rows, or one packed row. LoRA's B, zero before training, is random
+    meanwhile; nothing is drawn from the global random generators.
+    """
+    base, training = tuned.get_base_model(), tuned.training
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = base.config.get_text_config().vocab_size
+    documents = torch.randint(vocabulary, (2, LENGTH), generator=generator).to(tuned.device)
+    weights = [w for w in tuned.parameters() if w.requires_grad]
+    adapters = [m for m in tuned.modules() if isinstance(m, LoraLayer)]
+    b = [part.weight for layer in adapters for part in layer.lora_B.values()]
+    tuned.eval()
+    try:
+        with (
+            parity.random_weights(b, generator),
+            torch.autocast(tuned.device.type, precision, enabled=precision != torch.float32),
+        ):
+            loss = _loss(tuned, documents, packed=packed, one_pass=base.one_pass)
+            gradients = torch.autograd.grad(
+                loss, weights, allow_unused=True, materialize_grads=True
+            )
+    finally:
+        tuned.train(training)
+    return [loss.detach().double(), torch.cat([g.double().flatten() for g in gradients])]
+
+
+def _loss(tuned: Any, documents: torch.Tensor, *, packed: bool, one_pass: bool) -> torch.Tensor:
+    """Summed loss of each token but the first of its document; by the one-pass head if asked."""
+    labels = documents.clone()
+    inputs: dict[str, Any] = {"input_ids": documents}
+    if packed:
+        inputs = attention.packed(list(documents), device=documents.device)
+        if tuned.get_base_model().config._attn_implementation not in BY_OFFSETS:
+            inputs = {key: inputs[key] for key in ("input_ids", "position_ids")}
+        labels[:, 0] = head.IGNORED
+        labels = labels.reshape(1, -1)
+    if one_pass:
+        with head.installed(tuned.get_base_model()):
+            scored: torch.Tensor = tuned(**inputs, scored=labels)
+        return scored
+    logits = tuned(**inputs, use_cache=False).logits[:, :-1].flatten(0, 1).float()
+    return torch.nn.functional.cross_entropy(
+        logits, labels[:, 1:].flatten(), reduction="sum", ignore_index=head.IGNORED
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -29,6 +30,7 @@ from jobs.observed.observe import Context
 from jobs.observed.site import Site
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
+REPLICA_SETS = Kind("apps", "v1", "replicasets", "ReplicaSet")
 Key = tuple[str, str]
 
 
@@ -65,6 +67,9 @@ class Memory(Cluster):
             and wanted.items() <= (item["metadata"].get("labels") or {}).items()
             and (kind != CORE_EVENT or item["involvedObject"]["uid"] == about)
         ]
+
+    def pages(self, *arguments: Any, **more: Any) -> Iterator[tuple[list[Object], str]]:
+        yield self.find(*arguments, **more), "1"
 
     def create(self, kind: Kind, item: Object) -> Object | None:
         if kind in self.refused:
@@ -167,7 +172,15 @@ class Scene:
                 "lastTransitionTime": self.api.stamp(),
             }
         ]
-        references = [{"uid": meta["uid"]}]
+        controller = {"apiVersion": owner["apiVersion"], "kind": owner["kind"], "controller": True}
+        controller |= {"name": meta["name"], "uid": meta["uid"]}
+        if owner["kind"] == DEPLOYMENT.name:  # its ReplicaSet is between the two
+            name = f"{meta['name']}-set"
+            put = self.api.stored.get(("replicasets", name)) or self.api.put(
+                REPLICA_SETS, {"metadata": {"name": name, "ownerReferences": [controller]}}
+            )
+            uid = put["metadata"]["uid"]
+            controller = controller | {"kind": "ReplicaSet", "name": name, "uid": uid}
         return self.api.put(
             POD,
             {
@@ -175,7 +188,7 @@ class Scene:
                     "name": f"pod-{next(self.pods)}",
                     "namespace": "team",
                     "labels": labels,
-                    "ownerReferences": references,
+                    "ownerReferences": [controller],
                 },
                 "spec": {"nodeName": "n"} if scheduled else {},
                 "status": {"phase": "Pending", "conditions": conditions} | status,

@@ -172,7 +172,7 @@ def with_policy(options: Options, path: Path) -> Options:
             f"takes {total:,} bytes with its files ({sizes}); {MAX_ANNOTATIONS:,} travel to a Job"
         )
         change = "put large bundles into the engine's image, and name them by absolute path"
-        problems.append(Problem("JOB-108", str(path), what, change))
+        problems.append(Problem("JOB-115", str(path), what, change))
     if problems:
         raise SpecError(problems)
     return options.model_copy(update={"policy": text, "policy_files": contents})

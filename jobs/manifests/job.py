@@ -106,7 +106,7 @@ def size_problem(desired: Desired, options: Options, earlier: tuple[str, ...]) -
         change = "ask the administrator to put the policy's certificates into the engine's image"
     else:
         change = "name fewer URLs, or a folder of a bucket, a volume or an image as the input"
-    return Problem("JOB-107", "Workspace", what, change)
+    return Problem("JOB-114", "Workspace", what, change)
 
 
 def run_claim(workspace: Object, desired: Desired, options: Options) -> Object:

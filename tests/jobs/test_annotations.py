@@ -46,7 +46,7 @@ def test_what_is_too_large_to_travel_buys_no_node(
     file.write_text(json.dumps(plain | {"metadata": {"name": "phi"}}))
     with pytest.raises(SpecError) as refused:
         render(file, scene.options, namespace="team")
-    assert "JOB-107" == refused.value.problems[0].code and 11 == refused.value.exit_code
+    assert "JOB-114" == refused.value.problems[0].code and 11 == refused.value.exit_code
     assert remedy in str(refused.value)
 
 
@@ -75,7 +75,7 @@ def test_a_policy_that_is_too_large_for_any_job_is_refused_at_the_start(tmp_path
     policy.write_text("data: {caBundle: ca.pem}\n")
     with pytest.raises(SpecError) as refused:
         with_policy(Options(), policy)
-    assert "JOB-108" == refused.value.problems[0].code
+    assert "JOB-115" == refused.value.problems[0].code
     assert f"ca.pem {MAX_ANNOTATIONS:,}" in str(refused.value)
     (tmp_path / "ca.pem").write_text("x" * 200_000)
     assert with_policy(Options(), policy).policy_files

@@ -51,6 +51,8 @@ def render(file: Path, options: Options, *, namespace: str) -> list[dict[str, An
     config_map = _config_map(everything, document, "tuning")
     desired = desired_tuning.read(workspace, config_map, None)
     _refuse(desired.problems or desired.fit_problems, document)
+    if too_large := job_manifests.size_problem(desired, options, ()):
+        raise SpecError([too_large])
     objects = _common_objects(workspace, desired, options, claim=claim)
     if options.network_policy:
         objects.append(job_manifests.network_policy(workspace, desired, options))

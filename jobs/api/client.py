@@ -181,6 +181,16 @@ class Cluster:
                 return None
             raise
 
+    def rehearse(self, kind: Kind, item: Object) -> None:
+        """Let the API server validate and admit a new object, which it does not store."""
+        query = {"fieldManager": OWNER, "dryRun": "All"}
+        try:
+            self._call("POST", kind.path(item["metadata"].get("namespace")), body=item, query=query)
+        except ApiError as error:
+            # One that exists is no problem; nor is a webhook that takes no part in dry runs.
+            if error.reason != "AlreadyExists" and "does not support dry run" not in error.message:
+                raise
+
     def replace(self, kind: Kind, item: Object) -> Object:
         """The stored object. Raises ApiError(409) if `item` is not the newest version."""
         meta = item["metadata"]

@@ -16,6 +16,8 @@ from tuning.network.policy import Policy
 from tuning.spec import policy_file
 
 DAY = 24 * 3600
+# Bytes of a pod's annotations: the API server takes 256 KiB, and webhooks add theirs.
+MAX_ANNOTATIONS = (256 - 8) * 1024
 _BESIDE = re.compile("[A-Za-z0-9][A-Za-z0-9._-]{0,100}")
 _Variable = Literal["HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY", "HF_ENDPOINT"]
 
@@ -130,7 +132,8 @@ class Options(_Part):
     keep_seconds: int = Field(7 * DAY, ge=0)
     """Seconds until a finished Job and its log are deleted; the status stays."""
     stuck_seconds: int = Field(900, ge=1)
-    """Seconds that a pod may wait for an image or a Secret before the Workspace fails."""
+    """Seconds that a provisioned node, or a pod without its image or Secret, may wait before the
+    Workspace fails."""
     grace_seconds: int = Field(120, ge=10)
     """Seconds that a pod has to save its state when it is stopped."""
     network_policy: bool = True
@@ -188,6 +191,14 @@ def with_policy(options: Options, path: Path) -> Options:
             what = f"names {name}, which cannot be sent to Jobs"
             change = "put private keys and files in folders into the image, by absolute path"
         problems.append(Problem("JOB-105", str(path), what, change))
+    total = len(text.encode()) + sum(map(len, contents.values()))
+    if total > MAX_ANNOTATIONS:
+        sizes = ", ".join(f"{name} {len(content):,}" for name, content in contents.items())
+        what = (
+            f"takes {total:,} bytes with its files ({sizes}); {MAX_ANNOTATIONS:,} travel to a Job"
+        )
+        change = "put large bundles into the engine's image, and name them by absolute path"
+        problems.append(Problem("JOB-115", str(path), what, change))
     if problems:
         raise SpecError(problems)
     update: dict[str, Any] = {"policy": text, "policy_files": contents}

@@ -21,6 +21,15 @@ SNAPSHOT, POLICY = f"{ANNOTATION}document", f"{ANNOTATION}policy"
 DOCKER = ".dockerconfigjson"
 HUB = "HF_TOKEN"
 _NODE_NAME: Object = {"key": "metadata.name", "operator": "In"}
+# A sidecar that goes on when the engine has ended keeps pod, Job and node: none is injected.
+NO_SIDECAR_LABELS = {"sidecar.istio.io/inject": "false", "kuma.io/sidecar-injection": "disabled"}
+NO_SIDECAR_ANNOTATIONS = {
+    "sidecar.istio.io/inject": "false",  # until Istio 1.10
+    "linkerd.io/inject": "disabled",
+    "consul.hashicorp.com/connect-inject": "false",
+    "vault.hashicorp.com/agent-inject": "false",
+    "sidecar.opentelemetry.io/inject": "false",
+}
 _TOLERATIONS: list[Object] = [
     {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"},
     {"key": "sku", "operator": "Equal", "value": "gpu", "effect": "NoSchedule"},

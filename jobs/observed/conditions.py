@@ -6,7 +6,7 @@ from jobs.api.kinds import Object
 from jobs.api.options import Options
 from jobs.desired import names
 from jobs.observed.objects import condition, format_time, sanitize
-from jobs.observed.phase import Observed, Phase, PhaseName
+from jobs.observed.phases import RELEASED, Observed, Phase, PhaseName, is_current
 
 # Of the whole Workspace, for tools that know no other condition (kstatus: Flux, kpt; Argo CD).
 SUMMARY = ("Ready", "Reconciling", "Stalled")
@@ -38,8 +38,9 @@ Condition = tuple[str, str, str, str]  # type, status, reason, message
 def stored(observed: Observed, conditions: list[Condition], *, keep: bool = False) -> Object:
     """The fields `conditions` and `observedGeneration` of the new status.
 
-    Unchanged conditions keep their transition time. Other controllers' conditions stay; so do ours
-    that are not in `conditions`, if `keep`. A condition with an empty status is removed.
+    Unchanged conditions keep their transition time, unless the Workspace was edited: deadlines are
+    measured from it. Other controllers' conditions stay; so do ours that are not in `conditions`,
+    if `keep`. A condition with an empty status is removed.
     """
     before = {each["type"]: each for each in observed.recorded.get("conditions") or []}
     after = {kind: each for kind, each in before.items() if keep or kind not in OURS}
@@ -49,7 +50,7 @@ def stored(observed: Observed, conditions: list[Condition], *, keep: bool = Fals
             after.pop(kind, None)
             continue
         old, since = before.get(kind, {}), format_time(observed.now)
-        if old.get("status") == value:
+        if old.get("status") == value and (keep or is_current(observed)):
             since = old["lastTransitionTime"]
         after[kind] = {
             "type": kind,
@@ -109,7 +110,8 @@ def _conditions(observed: Observed, phase: Phase, options: Options) -> list[Cond
     conditions: list[Condition] = [("SpecValid", "True", "SpecValid", _valid(observed))]
     if names.provisions_node(observed.desired, options) and phase.name != "unfit":
         conditions += _nodes(observed, phase)
-    conditions += [_resource(phase), *following(phase)]
+    given_back = phase.name == "stuck" and bool(observed.node_claims)
+    conditions += [_resource(phase, given_back=given_back), *following(phase)]
     if observed.serving:
         return conditions
     if "inference" in observed.workspace:
@@ -142,6 +144,8 @@ def _inference(phase: Phase) -> list[Condition]:
 
 
 def _nodes(observed: Observed, phase: Phase) -> list[Condition]:
+    if phase.name == "stuck":
+        return [("NodeClaimReady", "False", RELEASED, phase.cause.message)]
     is_missing = phase.name == "refused" and not observed.node_claims
     if is_missing or phase.name in ("provisioning", "unprovisioned", "queued"):
         return [
@@ -154,14 +158,14 @@ def _nodes(observed: Observed, phase: Phase) -> list[Condition]:
     ]
 
 
-def _resource(phase: Phase) -> Condition:
+def _resource(phase: Phase, *, given_back: bool) -> Condition:
     not_ready = "workspaceResourceStatusNotReady"
     reason, message = phase.cause.reason, phase.cause.message
     if phase.name in ("creating", "deploying"):
         reason, message = reason or not_ready, message or "the Job is being created"
     elif phase.name == "pending" and reason == "PodPending":
         reason = not_ready
-    elif phase.name not in _WITHOUT_RESOURCE and reason != "Unschedulable":
+    elif not given_back and phase.name not in _WITHOUT_RESOURCE and reason != "Unschedulable":
         done = "workspace resource is ready"
         return ("ResourceReady", "True", "workspaceResourceStatusSuccess", done)
     return ("ResourceReady", "False", reason, message)
@@ -174,7 +178,10 @@ def _job(phase: Phase) -> list[Condition]:
     if name in ("running", "succeeded"):
         now = (started, "True", "WorkspaceTuningJobStatusStarted", "Tuning job has started")
         if name == "succeeded":
-            return [now, (succeeded, "True", "workspaceSucceeded", "workspace succeeds")]
+            message = (
+                f"workspace succeeds; {cause.message}" if cause.message else "workspace succeeds"
+            )
+            return [now, (succeeded, "True", "workspaceSucceeded", message)]
         running = "workspace has not completed yet, tuning job is running"
         return [now, (succeeded, "False", cause.reason or "workspacePending", reason or running)]
     if name in FAILED:
@@ -186,10 +193,12 @@ def _job(phase: Phase) -> list[Condition]:
         ]
     is_known = cause.reason and cause.reason != "PodPending"
     pending = cause.reason if is_known else "WorkspaceTuningJobStatusPending"
-    initializing = "workspace is initializing, tuning job has not started"
+    told = "workspace is initializing, tuning job has not started"
+    if name == "pending" and is_known:
+        told = f"workspace has not completed yet: {cause.message}"
     return [
         (started, "False", pending, cause.message or "Tuning job has not started"),
-        (succeeded, "False", "workspacePending", initializing),
+        (succeeded, "False", "workspacePending", told),
     ]
 
 

@@ -30,11 +30,19 @@ from jobs.desired import names
 from jobs.desired import tuning as desired_tuning
 from jobs.desired.tuning import Server
 from jobs.observed import objects
-from jobs.observed.phase import Observed, Policy
+from jobs.observed.phases import Observed, Policy
 from jobs.observed.site import Site
 from tuning.plan.device import Device
 
 _EVENT_PAGES = 5  # of the events about one object
+_POD_EVENTS = (
+    "FailedAttachVolume",
+    "FailedCreatePodSandBox",
+    "FailedMapVolume",
+    "FailedMount",
+    "FailedPrepareDynamicResources",
+    "NetworkNotReady",
+)
 _YOUNG = timedelta(seconds=4)  # age at which a Job usually has its first pod
 
 
@@ -276,13 +284,12 @@ def _by_age(pods: Iterable[Object]) -> tuple[Object, ...]:
 def _warning(
     cluster: Cluster, job: Object | None, last: Object | None, now: datetime
 ) -> str | None:
-    """What only an event reports: why a Job has no pod (a quota), or why a scheduled pod has no
-    container (a missing Secret or volume)."""
-    if last is not None:
-        has_started = objects.is_running(last) or objects.terminated(last)
-        if has_started or not objects.is_scheduled(last):
+    """What only an event reports: why a Job has no pod, or no further one (a quota), or why a
+    scheduled pod has no container (a missing Secret or volume, no network)."""
+    if last is not None and not objects.has_ended(last):
+        if objects.is_running(last) or not objects.is_scheduled(last):
             return None
-        return _event(cluster, last, "FailedMount", "FailedAttachVolume")
+        return _event(cluster, last, *_POD_EVENTS)
     if job is None or objects.job_state(job) != "active":
         return None
     is_young = now - objects.parse_time(job["metadata"]["creationTimestamp"]) < _YOUNG

@@ -9,7 +9,8 @@ from jobs.api.options import Options
 from jobs.desired import names
 from jobs.observed import conditions, objects
 from jobs.observed.objects import Cause, format_time
-from jobs.observed.phase import Observed, Phase, PhaseName, node_attempts, zone
+from jobs.observed.phase import node_attempts, zone
+from jobs.observed.phases import Observed, Phase, PhaseName
 from tuning.plan import Plan
 
 # Phases in which the run has ended: the node is released next.

@@ -22,7 +22,7 @@ from jobs.desired import tuning as desired_tuning
 from jobs.manifests import job as job_manifests
 from jobs.manifests import server as server_manifests
 from jobs.observed.objects import condition
-from jobs.observed.phase import Observed
+from jobs.observed.phases import Observed
 from tuning.errors import SpecError
 from tuning.network.policy import Policy
 from tuning.oci.policy import Trust

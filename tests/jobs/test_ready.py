@@ -21,7 +21,7 @@ from jobs.desired import inference as desired_inference
 from jobs.desired import tuning as desired_tuning
 from jobs.observed import conditions
 from jobs.observed.objects import Cause
-from jobs.observed.phase import Observed, Phase, PhaseName
+from jobs.observed.phases import Observed, Phase, PhaseName
 from jobs.observed.status import status
 
 ROOT = Path(__file__).parents[2]

@@ -7,6 +7,7 @@ against a list of known keys before any library reads it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -94,8 +95,16 @@ class Adapter:
 
     @property
     def base_model(self) -> str | None:
-        """The base model that the config names, a hub id or a path, or None."""
-        return self.config.get("base_model_name_or_path")
+        """The base model that the config names, a hub id or a path, or None.
+
+        Of a path on this machine, the name that `tuning.json` records for it.
+        """
+        named: str | None = self.config.get("base_model_name_or_path")
+        if named is None or not Path(named).is_absolute():
+            return named
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            return str(files.read_json(self.folder / "tuning.json")["recipe"]["base_model"])
+        return named
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -134,6 +143,20 @@ def inspect(folder: Path) -> Adapter:
     if problems:
         raise SpecError(problems)
     return Adapter(folder, config, tensors)
+
+
+def has_local_base(folder: Path) -> bool:
+    """Whether the adapter in `folder` records that its base was a local folder."""
+    try:
+        return ":" in files.read_json(folder / "tuning.json")["recipe"]["base_revision"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
+def write_config(folder: Path, target: Path, *, base_model: str) -> None:
+    """Write the config of the adapter in `folder` to `target`, with `base_model` as its base."""
+    config = files.read_json(folder / CONFIG)
+    files.write_json(target, config | {"base_model_name_or_path": base_model})
 
 
 def parse(data: bytes, *, where: str = CONFIG) -> dict[str, Any]:

@@ -23,11 +23,17 @@ def pull(
     insecure: option.Insecure = False,
 ) -> None:
     """Fetch an adapter image, verify it, and write its PEFT folder."""
+    from tuning import adapter
     from tuning.console import Console
     from tuning.oci import delivery
 
     access = option.access_of(key, policy, pull_secret=pull_secret, ca=ca, insecure=insecure)
-    digest = delivery.pull(image, folder, access=access, console=Console(), base=base)
+    console = Console()
+    digest = delivery.pull(image, folder, access=access, console=console, base=base)
+    if adapter.has_local_base(folder):
+        base_model = 'AutoModelForCausalLM.from_pretrained("BASE_FOLDER")'
+        console.say("Its base was a local folder, which the image does not name. To load it:")
+        console.say(f'  PeftModel.from_pretrained({base_model}, "{folder}")')
     print(f"{digest} {folder}")
 
 

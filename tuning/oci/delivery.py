@@ -125,17 +125,21 @@ def package(
     *,
     preset: str,
     run_id: str,
+    base_model: str,
     annotations: Mapping[str, str],
     destination: Destination,
     access: Access,
 ) -> Built:
     """Package a finished adapter as an image in `layout`, as `destination` wants it.
 
-    A base image is pulled from its registry. Raises SpecError, RefusedError or TransientError.
+    Its config names `base_model` where the folder's may name a path of this machine. A base image
+    is pulled from its registry. Raises SpecError, RefusedError or TransientError.
     """
     named = destination.base_image
     with tempfile.TemporaryDirectory(prefix=".base-", dir=layout.parent) as scratch:
         base = fetch_base(named, destination, access, Path(scratch)) if named else None
+        config = Path(scratch) / adapters.CONFIG
+        adapters.write_config(adapter, config, base_model=base_model)
         return build_adapter(
             adapter,
             layout,
@@ -144,6 +148,7 @@ def package(
             annotations=annotations,
             index=destination.index,
             base=base,
+            replaced={adapters.CONFIG: config},
         )
 
 

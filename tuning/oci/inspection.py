@@ -63,7 +63,7 @@ class Inspection:
             "platforms": list(self.platforms),
             "size": self.size,
             "layers": list(self.layers),
-            "base_model": config.get("base_model_name_or_path") or self._note("base-model"),
+            "base_model": self._base_model(config),
             "base_revision": self._recipe("base_revision") or self._note("base-revision"),
             "method": self._recipe("method") or self._note("method"),
             "rank": config.get("r"),
@@ -90,6 +90,12 @@ class Inspection:
             "problems": list(self.problems),
             "annotations": dict(self.annotations),
         }
+
+    def _base_model(self, config: Value) -> Any:
+        """The base that the config names; of a path, the name that the recipe has for it."""
+        named = config.get("base_model_name_or_path") or self._note("base-model")
+        is_path = named is not None and Path(str(named)).is_absolute()
+        return (self._recipe("base_model") if is_path else None) or named
 
     def _final_loss(self) -> float | None:
         """The loss of the last step, if the untrusted file has it."""

@@ -17,7 +17,7 @@ from tuning import files
 from tuning.errors import Problem, SpecError
 from tuning.oci.layout.manifest import INDEX, MANIFEST, MODEL_NAME, RUN_ID, Blob
 from tuning.oci.layout.platforms import Base, Writer
-from tuning.oci.layout.write import write_layer
+from tuning.oci.layout.write import NOTHING, write_layer
 
 WEIGHTS = ("adapter_config.json", "adapter_model.safetensors")
 TOKENIZER = (
@@ -61,14 +61,15 @@ def build_adapter(
     annotations: Mapping[str, str],
     index: bool = False,
     base: Base | None = None,
+    replaced: Mapping[str, Path] = NOTHING,
 ) -> Built:
     """Write the files of `adapter` as one image into the layout folder `layout`.
 
     An image that `layout` held before is replaced. Its
     creation time is SOURCE_DATE_EPOCH, or 1970. With `index` the image is an index: the same
     layers for amd64, for arm64, and as a model of CNCF ModelPack. With `base` that image's layers
-    come first, for readers that need a shell. Raises SpecError for an unknown file in the
-    folder, or a missing one.
+    come first, for readers that need a shell. A file in `replaced` stands for the folder's. Raises
+    SpecError for an unknown file in the folder, or a missing one.
     """
     _check_files(adapter)
     notes = {**annotations, MODEL_NAME: preset, RUN_ID: run_id}
@@ -76,7 +77,7 @@ def build_adapter(
         title: tuple(name for name in names if (adapter / name).is_file())
         for title, names in LAYERS.items()
     }
-    return _write(adapter, layout, groups, notes, index=index, base=base)
+    return _write(adapter, layout, groups, notes, index=index, base=base, replaced=replaced)
 
 
 def build_model(model: Path, layout: Path, *, annotations: Mapping[str, str]) -> Built:
@@ -102,6 +103,7 @@ def _write(
     *,
     index: bool = False,
     base: Base | None = None,
+    replaced: Mapping[str, Path] = NOTHING,
 ) -> Built:
     """Write each group of files as a layer, and an image of them."""
     created = _created()
@@ -111,7 +113,11 @@ def _write(
     if base:
         base.copy_layers(blobs)
         notes |= base.annotations
-    layers = {title: write_layer(source, names, blobs) for title, names in groups.items() if names}
+    layers = {
+        title: write_layer(source, names, blobs, replaced)
+        for title, names in groups.items()
+        if names
+    }
     writer = Writer(blobs, layers, created, notes)
     if index:
         top, parts = writer.index()

@@ -20,6 +20,7 @@ from jobs.manifests import server as server_manifests
 from jobs.observed import objects
 from jobs.observed.objects import Cause
 from jobs.observed.phases import RELEASED, Observed, Phase, after_deadline, is_current
+from jobs.observed.phases import PhaseName as PhaseName  # where it is looked for
 from jobs.observed.readiness import readiness_of
 from tuning.errors import Problem
 

@@ -9,6 +9,7 @@ import typer
 
 from tuning.cli import options as option
 from tuning.cli.app import app
+from tuning.errors import UsageError
 
 
 @app.command()
@@ -27,6 +28,9 @@ def pull(
     from tuning.console import Console
     from tuning.oci import delivery
 
+    if delivery.named_folder(image):
+        what, change = "is a folder, which is not pulled", "use it as it is, or name an image"
+        raise UsageError.at("REG-107", image, what, change)
     access = option.access_of(key, policy, pull_secret=pull_secret, ca=ca, insecure=insecure)
     console = Console()
     digest = delivery.pull(image, folder, access=access, console=console, base=base)
@@ -120,9 +124,8 @@ def merge(
     from tuning.pipeline import whole_models
 
     option.silence_libraries()
-    access = option.access_of(
-        key, policy, push_secret=push_secret, pull_secret=pull_secret, ca=ca, insecure=insecure
-    )
+    secrets = {"push_secret": push_secret, "pull_secret": pull_secret}
+    access = option.access_of(key, policy, **secrets, ca=ca, insecure=insecure, replace="")
     reference = whole_models.merged(
         base,
         adapter,
@@ -152,7 +155,8 @@ def package_model(
     from tuning.console import Console
     from tuning.pipeline import whole_models
 
-    access = option.access_of(None, policy, push_secret=push_secret, ca=ca, insecure=insecure)
+    more = {"push_secret": push_secret, "replace": "add --overwrite"}
+    access = option.access_of(None, policy, **more, ca=ca, insecure=insecure)
     reference = whole_models.packaged(
         model,
         output,

@@ -7,6 +7,7 @@ Files are in `/data`, hard-linked under `/models` for readers that expect them t
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,10 +16,20 @@ from pathlib import Path
 
 from tuning import files
 from tuning.errors import Problem, SpecError
-from tuning.oci.layout.manifest import INDEX, MANIFEST, MODEL_NAME, RUN_ID, Blob
+from tuning.oci.layout.manifest import (
+    INDEX,
+    MANIFEST,
+    MODEL_NAME,
+    MOST_LAYERS,
+    REF_NAME_KEY,
+    RUN_ID,
+    Blob,
+)
 from tuning.oci.layout.platforms import Base, Writer
 from tuning.oci.layout.write import NOTHING, write_layer
 
+REF_NAME = "latest"  # readers of layouts that choose an image by its name find this one
+MOST_WEIGHTS_LAYERS = MOST_LAYERS - 2  # the others are for config and documents
 WEIGHTS = ("adapter_config.json", "adapter_model.safetensors")
 TOKENIZER = (
     "added_tokens.json",
@@ -83,13 +94,16 @@ def build_adapter(
 def build_model(model: Path, layout: Path, *, annotations: Mapping[str, str]) -> Built:
     """Write a whole model, safetensors and companions, as one image into `layout`.
 
-    Each weights file is a layer of its own. Other files are left out. Raises SpecError.
+    Each weights file is a layer of its own, up to as many as container runtimes take; of more files
+    several share a layer. Other files are left out. Raises SpecError.
     """
     present = sorted(path.name for path in model.iterdir() if path.is_file())
     weights = [name for name in present if name.endswith(".safetensors")]
+    each = max(1, math.ceil(len(weights) / MOST_WEIGHTS_LAYERS))
+    shared = [tuple(weights[i : i + each]) for i in range(0, len(weights), each)]
     groups = {
         "config": tuple(name for name in present if name in MODEL_FILES),
-        **{name: (name,) for name in weights},
+        **{names[0]: names for names in shared},
         "documents": tuple(name for name in present if name in MODEL_DOCUMENTS),
     }
     return _write(model, layout, groups, annotations)
@@ -164,7 +178,7 @@ def _check_files(adapter: Path) -> None:
 def _point(layout: Path, top: Blob) -> None:
     """Make `top` the layout's image."""
     files.write(layout / "oci-layout", files.canonical({"imageLayoutVersion": "1.0.0"}))
-    entry = top.to_json()
+    entry = top.to_json() | {"annotations": {REF_NAME_KEY: REF_NAME}}
     if top.media_type == MANIFEST:
         entry["platform"] = {"architecture": "amd64", "os": "linux"}
     index = {"schemaVersion": 2, "mediaType": INDEX, "manifests": [entry]}

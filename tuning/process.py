@@ -9,12 +9,10 @@ since a launcher may lose an exit code and a log may be cut. No file: the child 
 from __future__ import annotations
 
 import contextlib
-import errno
 import faulthandler
 import importlib
 import os
 import queue
-import re
 import runpy
 import signal
 import stat
@@ -29,7 +27,8 @@ from types import MappingProxyType
 from typing import Any
 
 from tuning import files
-from tuning.errors import SpecError, TransientError, TuningError, from_json
+from tuning.errors import TransientError, TuningError, from_json
+from tuning.files import no_space, system_error
 
 
 class ChildDied(Exception):
@@ -90,59 +89,6 @@ def _leave(status: int) -> int:
         sys.stderr.flush()
         os._exit(status)
     return status
-
-
-def disk_full(error: BaseException) -> TransientError | None:
-    """The disk-full error for an ENOSPC or EDQUOT of the operating system, else None."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return _no_space(str(error.filename or "disk"))
-    return None
-
-
-# About a file's name, owner or kind, which waiting does not mend.
-_OF_THE_PATH = frozenset(
-    {
-        *(errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EEXIST),
-        *(errno.ENAMETOOLONG, errno.ENOTEMPTY, errno.EFBIG, errno.EXDEV, errno.EMLINK),
-    }
-)
-_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # as libraries in Rust say it
-
-
-def system_error(error: BaseException, where: Path | str = "disk") -> TuningError | None:
-    """The error for what the operating system refused, else None: an error of another kind.
-
-    Where the error names no file, it was in `where`.
-    """
-    if isinstance(error, OSError):
-        number, path = error.errno, str(error.filename or where)
-    else:
-        said = _OS_ERROR.search(str(error))
-        number, path = int(said[1]) if said else None, str(where)
-    if number is None:
-        return None
-    if number in (errno.ENOSPC, errno.EDQUOT):
-        return _no_space(path)
-    reason = os.strerror(number)
-    if number in _OF_THE_PATH:
-        change = "name a writable folder with --run-dir"
-        return SpecError.at("RUN-103", path, f"cannot be written ({reason})", change)
-    return TransientError.at(
-        "RUN-122",
-        path,
-        f"the file system fails ({reason})",
-        "look at the disk and its mount, then run the same command again; a file that stays "
-        "unreadable is made again once you remove it",
-    )
-
-
-def _no_space(where: str) -> TransientError:
-    return TransientError.at(
-        "RUN-120",
-        where,
-        "no space left on the device",
-        "free some space and run the same command again; it goes on where it stopped",
-    )
 
 
 def run(
@@ -261,7 +207,7 @@ def _result(room: str, request: Path, statuses: Sequence[int | None]) -> dict[st
         if "ok" not in reply and status is not None
     ]
     if TransientError.exit_code in broken:  # there was no space for the result
-        raise _no_space(str(request.parent))
+        raise no_space(str(request.parent))
     if broken:  # a killed rank makes its peers fail: its signal is the cause
         raise ChildDied(room, min(1 if status > 0 else status for status in broken))
     result: dict[str, Any] = replies[0]["ok"]

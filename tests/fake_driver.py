@@ -1,5 +1,6 @@
 """A stand-in for NVIDIA's driver: real shared libraries that answer what a machine answered."""
 
+import atexit
 import functools
 import shutil
 import subprocess
@@ -56,6 +57,7 @@ def libraries() -> Path:
     if compiler is None:
         pytest.skip("no C compiler: the stand-in for NVIDIA's driver cannot be built")
     folder = Path(tempfile.mkdtemp(prefix="fake-driver-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     built = folder / "libcuda.so.1"
     command = [compiler, "-shared", "-fPIC", "-w", "-o", str(built), str(SOURCE)]
     subprocess.run(command, check=True)

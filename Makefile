@@ -12,7 +12,7 @@ EXTRAS ?= train,serve,cluster,dev
 # package and Debian's refuse to stand side by side.
 # podman and containerd are not among them: large, and what they read is proven where they are.
 TEST_TOOLS := docker-registry:docker-registry htpasswd:apache2-utils skopeo:skopeo umoci:umoci \
-  kubectl:kubernetes-client curl:curl chromium:chromium
+  kubectl:kubernetes-client curl:curl chromium:chromium lua5.4:lua5.4
 BED_PACKAGES := etcd-server containerd runc containernetworking-plugins busybox-static iptables \
   iproute2 openssl curl
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -37,7 +37,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt Makefile
 	$(BIN)/pip install --quiet -c constraints.txt -e '.$(if $(EXTRAS),[$(EXTRAS)])'
 	@touch $@
 
-system:  ## what tests need from the system: docker-registry, skopeo, kubectl, chromium, ...
+system:  ## what tests need from the system: docker-registry, skopeo, kubectl, chromium, lua, ...
 	@missing=""; for pair in $(TEST_TOOLS); do \
 	  command -v $${pair%:*} >/dev/null 2>&1 || missing="$$missing $${pair#*:}"; done; \
 	test -z "$$missing" && exit 0; \

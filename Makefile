@@ -18,8 +18,8 @@ BED_PACKAGES := etcd-server containerd runc containernetworking-plugins busybox-
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-bed test-cluster test-images test-vllm slow soak coefficients lint \
-  fix lock system clean docs
+.PHONY: help install demo test test-bed test-cluster test-gpu test-images test-vllm slow soak \
+  coefficients kernel-counts lint fix lock system clean docs
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 20
@@ -70,6 +70,9 @@ soak: install system  ## kills, bit rot, broken downloads, servers under load: m
 
 coefficients: install  ## simulate the memory of every preset again: configs/memory (half an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tuning.training.simulate --write
+
+kernel-counts: install  ## count the kernels of a training step again: tests/fake_cuda/kernels.json
+	PYTHONPATH=.:tests $(BIN)/python -m fake_cuda.counts
 
 test-vllm: install  ## vLLM on a processor, with what the operator renders (3.5 GB into ~/.cache)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m vllm tests/serve/test_vllm.py $(PYTEST)

@@ -158,12 +158,13 @@ def _by_document(
 
 
 def _varlen(
-    query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Any, *rest: Any
-) -> Any:
-    max_q, _, causal, scale, window, grouped, *_ = rest
+    query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Any, max_q: int,
+    max_k: int, causal: bool = False, scale: float | None = None,
+    window: list[int] | None = None, grouped: bool = False, *rest: Any,
+) -> Any:  # fmt: skip
     assert query.dtype in HALVES and causal == (window == [-1, 0]), "unlike training"
     assert grouped or key.shape[1] == query.shape[1]
-    assert int(max_q) >= int(cu_seq_q.diff().max())
+    assert max_q >= int(cu_seq_q.diff().max())
     q, k, v = _cpu(query, key, value)
     outs = _by_document(
         q, k, v, cu_seq_q, window, scale,
@@ -225,6 +226,12 @@ def _addmm_into(
     return out.copy_(start * beta + a.to(kind) @ b.to(kind) * alpha)
 
 
+def _histc(values: Tensor, bins: int = 100, min: float = 0, max: float = 0) -> Tensor:
+    """Of whole numbers too, as experts count their tokens."""
+    found = torch.histc(values.cpu().float(), bins, min, max)
+    return found.to(values.device, values.dtype)
+
+
 ATEN = torch.library.Library("aten", "IMPL")  # kept, or the kernels would go with it
 
 
@@ -260,6 +267,7 @@ def install(device: Any) -> None:
     torch.nn.functional.scaled_dot_product_attention = attend
     ATEN.impl("mm.dtype_out", _mm_into, "CUDA")
     ATEN.impl("addmm.dtype_out", _addmm_into, "CUDA")
+    ATEN.impl("histc", _histc, "CUDA")
     ATEN.impl("_fused_rms_norm", _rms_norm, "CUDA")
     ATEN.impl("_fused_rms_norm_backward", _rms_norm_backward, "CUDA")
     varlen._varlen_attn.register_kernel("cuda")(_varlen)

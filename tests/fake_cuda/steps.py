@@ -45,6 +45,7 @@ class Watched(Exact):
     """The trainer, its decoder layers told from the rest of a micro-batch, and that from the loop."""
 
     spy: Spy
+    asked: str  # the attention that was to be used
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         layers = self._layers()
@@ -93,7 +94,7 @@ def step(device: Device, **choices: Any) -> dict[str, Any]:
     watch_gradients = _gradients(loop)
     with spy:
         loop.train()
-    return _record(loop, spy, watch_gradients)
+    return _record(loop, spy, watch_gradients) | {"asked": loop.asked}
 
 
 def _attention(way: Way, config: dict[str, Any]) -> tuple[str, bool]:
@@ -149,7 +150,7 @@ def _trainer(way: Way) -> tuple[Watched, Spy]:
         metrics=run / "metrics.jsonl",
         saves=Saves(run / "checkpoints", seconds=600, steps=None, asked=lambda: False, check=lambda: None),
     )
-    loop.spy = Spy()
+    loop.spy, loop.asked = Spy(), attention
     return loop, loop.spy
 
 

@@ -52,11 +52,20 @@ def every() -> Iterator[Way]:
         yield Way(family, method, card, precision, attention, checkpointing, fused)
 
 
+def usual(family: str) -> Way:
+    """What is planned for a card of these years, where no key says otherwise."""
+    method = "lora" if family in EXPERTS else "qlora"
+    return Way(family, method, "H100", "bfloat16", "planned", checkpointing=True, fused=True)
+
+
 def covering(ways: Iterable[Way]) -> list[Way]:
-    """Some of `ways` such that every pair of two choices that any of them has is in one."""
+    """Some of `ways`, such that every pair of two choices that any of them has is in one.
+
+    Each family's usual plan is among them.
+    """
     pairs = {way: _pairs(way) for way in ways}
-    missing = set().union(*pairs.values())
-    chosen = []
+    chosen = [way for way in pairs if way == usual(way.family)]
+    missing = set().union(*pairs.values()).difference(*(pairs[way] for way in chosen))
     while missing:
         best = max(pairs, key=lambda way: len(pairs[way] & missing))  # the first of equals
         missing -= pairs[best]

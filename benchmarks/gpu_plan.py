@@ -233,7 +233,7 @@ def adapt(base: Any, case: Case) -> Any:
     tuned = get_peft_model(base, options)
     for parameter in tuned.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.to(DTYPES[variant.adapters])
+            parameter.data = parameter.data.float()
     base.gradient_checkpointing_disable()
     if variant.checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})

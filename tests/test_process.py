@@ -198,3 +198,22 @@ def wait_until(condition, seconds=20):
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.02)
+
+
+def test_a_failed_rank_does_not_wait_for_its_communicator(room, tmp_path):
+    """A thread that never ends, as of a collective whose peers are gone, keeps nobody waiting."""
+    body = """
+        import os, threading, time
+        from tuning.errors import DataError
+        def work(r):
+            if os.environ["RANK"] == "1":
+                threading.Thread(target=time.sleep, args=(600,)).start()
+                raise DataError.at("DATA-200", "rows", "are wrong", "mend them")
+            time.sleep(600)
+    """
+    begin = time.monotonic()
+
+    with pytest.raises(DataError, match="DATA-200"):
+        room(body, ranks=2)
+
+    assert time.monotonic() - begin < process.PEER_SECONDS + 60

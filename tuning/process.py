@@ -67,17 +67,29 @@ def serve(work: Callable[[dict[str, Any]], dict[str, Any]]) -> int:
         return 0
     except TuningError as error:
         files.write_json(result, {"error": error.to_json()})
-        return error.exit_code
+        return _leave(error.exit_code)
     except Exception as error:
         failed = system_error(error)
         if failed is not None:
             traceback.print_exc()
             with contextlib.suppress(OSError):  # the result may not fit, either
                 files.write_json(result, {"error": failed.to_json()})
-            return failed.exit_code
+            return _leave(failed.exit_code)
         traceback.print_exc()
         files.write_json(result, {"bug": traceback.format_exc()})
-        return 1
+        return _leave(1)
+
+
+def _leave(status: int) -> int:
+    """`status`; one of several ranks ends here and now.
+
+    The threads of a communicator whose peers wait for it would keep the interpreter from ending.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 def disk_full(error: BaseException) -> TransientError | None:

@@ -31,6 +31,7 @@ PRIORITY = "kueue.x-k8s.io/priority-class"
 _UNKNOWN_MODEL = "PLAN-107"  # its config must be downloaded first
 _DOES_NOT_FIT = ("PLAN-102", "PLAN-106", "PLAN-12")  # prefixes: no GPU, old GPU, not enough memory
 _RUN_GIB = 20  # of the run directory: data, packed data, logs
+_PACKED_SHARE = 0.35  # of 16-bit weights: their copy in 4 bits, embeddings as they are
 _LORA_SHARE = 0.02  # of the parameters: a generous guess where there is no plan
 _IMAGE_GIB = 40  # of a node's disk: operating system and the engine's image
 
@@ -100,10 +101,11 @@ class Desired:
     training_bytes: int | None = None  # of checkpoints, adapter and image, from the plan
 
     def run_bytes(self, *, cached: bool = False) -> int:
-        """Size of the run volume, base weights included unless they are `cached` elsewhere."""
+        """Size of the run volume; base weights, and packed ones, unless `cached` elsewhere."""
         weights = self.weights_bytes or 60 * GIB
         training = self.training_bytes or int(8 * _LORA_SHARE * weights)
-        return _RUN_GIB * GIB + training + (0 if cached else weights)
+        packed = int(_PACKED_SHARE * weights) if self.spec and self.spec.method == "qlora" else 0
+        return _RUN_GIB * GIB + training + (0 if cached else weights + packed)
 
     @property
     def disk_bytes(self) -> int:
@@ -112,8 +114,8 @@ class Desired:
 
     @property
     def memory_bytes(self) -> int:
-        """Memory request of the Job: weights pass through main memory on their way to the GPU."""
-        need = 6 * GIB + int(1.2 * (self.weights_bytes or 12 * GIB))
+        """Memory request of the Job: a process a GPU, and weights on their way there."""
+        need = (2 + 4 * self.gpus) * GIB + int(1.2 * (self.weights_bytes or 12 * GIB))
         if self.instance and self.instance.ram_bytes:
             return min(need, int(0.7 * self.instance.ram_bytes))
         return need

@@ -232,7 +232,8 @@ def test_the_run_volume_is_as_large_as_the_plan_says() -> None:
         return int(claim["spec"]["resources"]["requests"]["storage"].removesuffix("Gi"))
 
     cached = Options(storage=Storage(cache_claim="models"))
-    assert 27 <= size() - size(cached) <= 29  # two bytes of each of 14.7 billion parameters
+    # two bytes of each of 14.7 billion parameters, and QLoRA's packed copy of them
+    assert 36 <= size() - size(cached) <= 39
     assert size() < size(rank=256)
     assert size(model="phi-3-mini-4k-instruct") < size()
 

@@ -252,3 +252,21 @@ def test_a_progress_that_is_none_changes_nothing(record: Object) -> None:
     assert {"text": "1", "step": 1, "steps": 0, "etaSeconds": -5} == phase_and_status(good)[1][
         "progress"
     ]
+
+
+def test_memory_and_disk_follow_what_the_job_will_hold() -> None:
+    """A process for each GPU in main memory; QLoRA's packed weights beside the published ones."""
+    from types import SimpleNamespace
+
+    weights = 16 << 30
+    one, eight = (
+        desired_tuning.Desired("rev", None, weights_bytes=weights, gpus=count) for count in (1, 8)
+    )
+    assert eight.memory_bytes - one.memory_bytes == 7 * (4 << 30)
+    lora, qlora = (
+        desired_tuning.Desired("rev", SimpleNamespace(method=method), weights_bytes=weights)
+        for method in ("lora", "qlora")
+    )
+    packed = qlora.run_bytes() - lora.run_bytes()
+    assert weights / 4 < packed < weights / 2
+    assert qlora.run_bytes(cached=True) == lora.run_bytes(cached=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers.integrations import sdpa_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -173,3 +175,44 @@ def test_attention_that_leaks_is_left_for_one_that_does_not(tiny_base: Build) ->
     assert base.config._attn_implementation == "sdpa"
     assert apart.settle(tuned, VARLEN, precision=torch.float32) == VARLEN
     assert apart.settle(tuned, "leaky", precision=torch.float32, packing=False) == "sdpa"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: no kernel image is available for execution on the device"),
+        RuntimeError("CUDA driver error: unknown error"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling cublasGemmEx"),
+        torch.AcceleratorError("an illegal memory access was encountered"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+    ],
+    ids=str,
+)
+def test_what_fails_on_the_card_is_no_fault_of_packing(error: Exception, tiny_base: Build) -> None:
+    """The card's own error comes through: another attention would fail on it as well."""
+
+    def failing(*arguments: Any, **options: Any) -> Any:
+        raise error
+
+    ALL_ATTENTION_FUNCTIONS.register("failing", failing)
+    base = load(tiny_base("llama"), "sdpa")
+    tuned = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+
+    with pytest.raises(type(error), match=str(error)):
+        apart.settle(tuned, "failing", precision=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("capability", "grouped"), [((7, 0), False), ((7, 5), False), ((8, 0), True)]
+)
+def test_older_cards_get_as_many_key_heads_as_queries(
+    capability: tuple[int, int], grouped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Below Ampere grouped heads without a mask would write out all scores."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    key = SimpleNamespace(device=torch.device("cuda"), shape=(1, 2, 8, 64))
+
+    assert grouped is sdpa_attention.use_gqa_in_sdpa(None, key, key)
+    assert not sdpa_attention.use_gqa_in_sdpa(torch.ones(1), key, key)
+    on_cpu = torch.empty(1, 2, 8, 64)
+    assert sdpa_attention.use_gqa_in_sdpa(None, on_cpu, on_cpu)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tuning import adapter
 from tuning.errors import SpecError
 from tuning.models import finite
-from tuning.models.load import load_base, load_for_training, read_config
+from tuning.models.load import device_for, load_base, load_for_training, read_config
 from tuning.models.lora import select
 from tuning.training import train
 
@@ -258,3 +258,19 @@ def test_large_weights_fit_a_type_that_holds_them(tiny_base: Build, tmp_path: Pa
     finite.require(base, torch.bfloat16)
     with pytest.raises(SpecError, match="MODEL-117"):
         finite.require(base, torch.float16)
+
+
+@pytest.mark.parametrize(("free", "device"), [(1 << 30, "cpu"), (8 << 30, "cuda")])
+def test_weights_go_to_the_gpu_only_if_they_fit(
+    free: int,
+    device: str,
+    tiny_base: Build,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """To answer and to merge: what the card has free is asked first, and the reason told."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 16 << 30))
+
+    assert device == device_for(tiny_base("llama"))
+    assert ("on the CPU" in caplog.text) is (device == "cpu")

@@ -138,7 +138,7 @@ def real(config: Any, variant: Variant, folder: Path, *, rank: int) -> Real:
     tuned = get_peft_model(base, options)
     for parameter in tuned.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.to(DTYPES[variant.adapters])
+            parameter.data = parameter.data.float()
     if variant.checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
         tuned.enable_input_require_grads()

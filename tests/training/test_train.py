@@ -9,6 +9,7 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -289,6 +290,9 @@ def test_packed_weights_are_remembered(
     result = train.work(request(tmp_path / "two", tiny_base, "fast", packed=str(memory)))
 
     assert packed.is_whole(kept)
+    monkeypatch.setenv("RANK", "1")  # of several, only the first writes
+    packed.save(None, memory / "packed" / "second")
+    assert [kept] == list((memory / "packed").iterdir())
     assert written == {path.name: path.stat().st_mtime_ns for path in kept.iterdir()}
     assert expected["adapter_sha256"] == result["adapter_sha256"]
 
@@ -578,3 +582,40 @@ def test_the_child_process_stops_and_goes_on(clean: Any, tiny_base: Base, tmp_pa
 
     assert result["resumed_from"] >= 2
     assert expected["adapter_sha256"] == result["adapter_sha256"]
+
+
+def test_the_learning_rate_waits_for_a_step_that_overflowed(
+    tiny_base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fp16 begins with a scale that overflows: those steps change no weight and no schedule."""
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", partial(scaler, init_scale=2.0**19))
+    asked = request(tmp_path / "run", tiny_base, "fp16")
+
+    train.work(asked)
+
+    (newest,) = (tmp_path / "run" / "checkpoints").glob("*-*")
+    history = json.loads((newest / "trainer_state.json").read_text())["log_history"]
+    rates = [entry["learning_rate"] for entry in history if "learning_rate" in entry]
+    state = json.loads((newest / "state.json").read_text())
+    skipped = 19 - math.log2(state["scaler"]["scale"])  # each halves the scale
+    assert 0 < skipped < len(rates)
+    assert len(rates) - skipped == state["scheduler"]["last_epoch"]
+    assert [rates[0]] * int(skipped) == rates[: int(skipped)]
+
+
+def test_qlora_keeps_lora_weights_in_float32_in_bfloat16_too(
+    tiny_base: Base, tmp_path: Path
+) -> None:
+    """The weights and Adam's state; in bfloat16 late steps would be rounded away."""
+    recipe = tiny_runs.recipe(method="qlora", precision="bfloat16", packing=True)
+    asked = request(tmp_path / "run", tiny_base, "qlora", recipe=recipe)
+
+    train.work(asked)
+
+    (newest,) = (tmp_path / "run" / "checkpoints").glob("*-*")
+    for name in ("weights", "optimizer"):
+        tensors = checkpoint.unpack_tensors((newest / f"{name}.safetensors").read_bytes())
+        assert {torch.float32} == {tensor.dtype for tensor in tensors.values()}
+    stored = adapter.inspect(tmp_path / "run" / "adapter").tensors
+    assert {"BF16"} == {tensor.dtype for tensor in stored.values()}

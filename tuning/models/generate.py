@@ -22,7 +22,7 @@ from tuning.data.chat_rewrites import as_trained
 from tuning.data.tokenizer import own_template
 from tuning.data.turn_ends import Ends
 from tuning.errors import SpecError
-from tuning.models.load import load_base, load_tokenizer
+from tuning.models.load import device_for, load_base, load_tokenizer
 from tuning.models.lora import projections
 from tuning.sources.base import weights_of
 
@@ -56,7 +56,7 @@ class Session:
         recipe loads the base in 4 bits. Raises SpecError if a folder is wrong, or the adapter does
         not fit the base, or (unless `any_base`) was trained on other weights.
         """
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = device or device_for(base)
         template = None
         if adapter is not None:
             found = adapters.inspect(adapter)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,25 @@ from tuning.models.kernels import whole
 from tuning.models.lora import CHANGE_MODEL, TOWERS, Coverage, adapt
 from tuning.plan import Placement, Recipe
 
+logger = logging.getLogger(__name__)
+
+ROOM = 2 << 30  # bytes beside the weights, to answer or to merge
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def device_for(base: Path) -> str:
+    """The device to load the weights in `base` on: cuda where they fit, else cpu."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    need = ROOM + sum(path.stat().st_size for path in base.glob("*.safetensors"))
+    free, _ = torch.cuda.mem_get_info()
+    if need <= free:
+        return "cuda"
+    logger.warning(
+        "the GPU has %.1f GiB free of the %.1f that %s needs: this goes on the CPU, and slowly",
+        free / 2**30, need / 2**30, base,
+    )  # fmt: skip
+    return "cpu"
 
 
 def read_config(base: Path) -> Any:

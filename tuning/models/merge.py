@@ -11,14 +11,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from tuning import adapter as adapters
 from tuning import files
 from tuning.adapter import Adapter
 from tuning.errors import SpecError, TuningError
 from tuning.models import generate
-from tuning.models.load import DTYPES, load_base, load_tokenizer
+from tuning.models.load import DTYPES, device_for, load_base, load_tokenizer
 from tuning.sources import verify
 from tuning.sources.base import weights_of
 
@@ -52,7 +50,7 @@ def merge(
     if problems:
         raise SpecError(problems)
     made = _made(found, method, files.read_json(base / "config.json"))
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or device_for(base)
     with files.making(target) as scratch:
         merged = _merged(base, found, made, device)
         scratch.mkdir()

@@ -56,7 +56,9 @@ def is_whole(folder: Path) -> bool:
 
 
 def save(model: Any, target: Path) -> None:
-    """Write the packed `model` to `target`, whole or not at all."""
+    """Write the packed `model` to `target`, whole or not at all; of several ranks, the first."""
+    if int(os.environ.get("RANK", "0")):
+        return
     scratch = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         size = sum(p.numel() * p.element_size() for p in model.parameters())

@@ -37,21 +37,14 @@ class Variant:
     fused: bool = False  # one-pass head, and fused LoRA unless there is dropout
 
     @property
-    def adapters(self) -> Precision:
-        """Type of the LoRA weights: trl makes QLoRA's bfloat16, unless losses must be scaled."""
-        return "bfloat16" if (self.method, self.precision) == ("qlora", "bfloat16") else "float32"
-
-    @property
     def tile(self) -> int:
         """Tokens whose logits are in memory at once."""
         return FUSED_TILE_ROWS[self.device] if self.fused else TILE_ROWS
 
     @property
     def stored(self) -> Variant:
-        """The variant whose coefficients apply: LoRA in float16 allocates as in bfloat16."""
-        if (self.method, self.precision) == ("lora", "float16"):
-            return replace(self, precision="bfloat16")
-        return self
+        """The variant whose coefficients apply: float16 allocates as bfloat16 does."""
+        return replace(self, precision="bfloat16") if self.precision == "float16" else self
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,10 @@ QUANT_BLOCK, QUANT_GROUP = 64, 256  # weights a constant, constants a constant o
 # Outside of the tensors that the simulation sees. Estimates; not measured for this project yet
 # (`benchmarks/gpu_plan.py` does).
 CONTEXT_BYTES = 640 << 20  # CUDA context and loaded kernels, as nvidia-smi sees them
-WORKSPACE_BYTES = 32 << 20  # cuBLAS, inside torch's allocator: its default on Hopper
+# cuBLAS, inside torch's allocator: Hopper's default, once for the forward's thread and once for the
+# backward's
+WORKSPACE_BYTES = 2 * 32 << 20
+NCCL_BYTES = 512 << 20  # its channels and buffers on each of several GPUs
 SLACK = 0.03  # of a step's allocations: fragmentation is reported as 1 to 3 %
 PROCESS_BYTES = 1 << 30  # on a CPU: the interpreter with torch, transformers and trl imported
 
@@ -124,8 +127,7 @@ def predict(
         Variant(method, precision, attention, checkpointing, dropout > 0, device, fused=fused),
         rows=rows,
     )
-    adapters = rank * sum(_chosen(coefficients.adapters, targets).values())
-    adapters *= 2 if variant.adapters == "bfloat16" else 4
+    adapters = 4 * rank * sum(_chosen(coefficients.adapters, targets).values())  # float32
     weights, constants = weight_bytes(
         coefficients, method=method, precision=precision, double_quant=double_quant
     )
@@ -140,12 +142,14 @@ def predict(
     if device == "cuda":
         step["activations"] += WORKSPACE_BYTES
     outside = CONTEXT_BYTES if device == "cuda" else PROCESS_BYTES
+    if ranks > 1 and device == "cuda":
+        outside += NCCL_BYTES
     return MemoryEstimate(
         **step,
         weights=weights,
         constants=constants,
         adapters=adapters,
-        optimizer=round(adapters * _states(optimizer, variant.adapters)),
+        optimizer=round(adapters * _states(optimizer)),
         context=outside + (repacked(coefficients) if repacks else 0),
         slack=round(SLACK * sum(step.values())),
         moment=peak,
@@ -207,11 +211,10 @@ def _constants(packed: int, modules: int, double: bool) -> int:
     return scales + 4 * (scales // QUANT_GROUP) + modules * tables
 
 
-def _states(optimizer: str, adapters: Precision) -> float:
+def _states(optimizer: str) -> float:
     """Bytes of optimizer state for each byte of LoRA weights; AdamW's for an unknown optimizer."""
-    width = 2 if adapters == "bfloat16" else 4
     if "8bit" in optimizer:
-        one = (1 + 4 / 256) / width  # a byte a number, a scale for each 256
+        one = (1 + 4 / 256) / 4  # a byte a number, a scale for each 256
         return one if "lion" in optimizer else 2 * one
     if optimizer == "sgd":
         return 0.0

@@ -44,6 +44,8 @@ def sft_config(
         adam_beta1=recipe.betas[0],
         adam_beta2=recipe.betas[1],
         adam_epsilon=recipe.epsilon,
+        ddp_find_unused_parameters=False,  # fillers go through the whole model, too
+        ddp_broadcast_buffers=False,  # no buffer of these models changes
         max_grad_norm=recipe.max_grad_norm,
         neftune_noise_alpha=recipe.neftune_alpha,
         train_sampling_strategy="random" if recipe.shuffle else "sequential",

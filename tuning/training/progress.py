@@ -79,6 +79,14 @@ class Watch(transformers.TrainerCallback):  # type: ignore[misc]
             control.should_training_stop = True
             self.trainer.save_last(self.trainer.random)
 
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Let accelerate know of a step that overflowed: the learning rate waits for the next.
+
+        It asks whether `step` was called, and a fused optimizer's is, which then does nothing.
+        """
+        if self.trainer.half:
+            self.trainer.optimizer._is_overflow = self.trainer.overflowed
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count what the step did; request a save when one is due."""
         trainer, saves, now = self.trainer, self.trainer.saves, time.monotonic()

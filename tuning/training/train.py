@@ -31,6 +31,7 @@ from tuning.plan.backends import BY_OFFSETS
 from tuning.training import afterwards, checkpoint, distributed, finish
 from tuning.training.arguments import sft_config
 from tuning.training.interruption import Interruption
+from tuning.training.memory_errors import is_out_of_memory
 from tuning.training.progress import Saves, peak_memory
 from tuning.training.trainer import Exact
 
@@ -85,7 +86,7 @@ def work(record: dict[str, Any], stop: Interruption | None = None) -> dict[str, 
     try:
         return _run(request, stop)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         placement = request.placement
         raise OutOfMemoryError.at(
@@ -97,14 +98,6 @@ def work(record: dict[str, Any], stop: Interruption | None = None) -> dict[str, 
         ) from error
     finally:
         stop.deferred = True  # only the result is left to write
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    text = str(error)
-    signs = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return any(sign in text for sign in signs)
 
 
 def _run(request: Request, stop: Interruption) -> dict[str, Any]:

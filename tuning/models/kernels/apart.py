@@ -52,9 +52,9 @@ def _fault(model: Any, name: str, precision: torch.dtype) -> str | None:
             _logits(model, [start, second], name, precision)[LENGTH:] for start in (first, other)
         )
         alone = _logits(model, [second], name, precision)
-    except torch.OutOfMemoryError:
-        raise
     except (RuntimeError, NotImplementedError, ValueError, KeyError) as error:
+        if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)) or _of_cuda(error):
+            raise  # of the card: no other attention mends it
         return f"packed rows fail ({type(error).__name__}: {str(error).splitlines()[0]})"
     finally:
         model.train(training)
@@ -63,6 +63,11 @@ def _fault(model: Any, name: str, precision: torch.dtype) -> str | None:
     if not (packed - alone).norm() <= DRIFT * alone.norm():
         return "packed documents differ from separate ones"
     return None
+
+
+def _of_cuda(error: Exception) -> bool:
+    """Whether the driver or a library of the card failed; then every later call does, too."""
+    return any(sign in str(error) for sign in ("CUDA error", "CUDA driver error", "_STATUS_"))
 
 
 @torch.no_grad()

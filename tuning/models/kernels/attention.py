@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import varlen
+from transformers.integrations import sdpa_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -159,8 +160,23 @@ def packed(documents: Sequence[torch.Tensor], *, device: torch.device) -> dict[s
     return without_mask(made)
 
 
+def _use_gqa(mask: Any, key: torch.Tensor, *arguments: Any) -> bool:
+    """transformers' `use_gqa_in_sdpa`, and below compute capability 8.0 false.
+
+    Older cards have no flash kernel, the memory-efficient one takes as many key heads as queries,
+    and what is left would write out all scores.
+    """
+    if key.device.type == "cuda" and torch.cuda.get_device_capability(key.device) < (8, 0):
+        return False
+    return bool(_own_use_gqa(mask, key, *arguments))
+
+
+_own_use_gqa = sdpa_attention.use_gqa_in_sdpa
+
+
 def register() -> None:
-    """Make `torch_varlen` known to transformers."""
+    """Make `torch_varlen` known to transformers, and its sdpa fit for older cards."""
+    sdpa_attention.use_gqa_in_sdpa = _use_gqa
     ALL_ATTENTION_FUNCTIONS.register(VARLEN, attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(VARLEN, sdpa_mask)
 

@@ -52,11 +52,7 @@ def variants(config: dict[str, Any]) -> tuple[Variant, ...]:
     Cards without bfloat16 are older than the flash kernel, and have torch's own attention.
     """
     shape = facts(config)
-    ways = [
-        ("lora", "bfloat16", "sdpa"),
-        ("qlora", "bfloat16", "sdpa"),
-        ("qlora", "float16", "sdpa"),
-    ]
+    ways = [("lora", "bfloat16", "sdpa"), ("qlora", "bfloat16", "sdpa")]
     if shape is not None and shape.packing_safe:
         ways += [(method, precision, "varlen") for method, precision, _ in ways]
     return tuple(

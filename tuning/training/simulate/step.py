@@ -142,7 +142,7 @@ def adapt(model: Any, *, variant: Variant, rank: int) -> Any:
         adapted = get_peft_model(model, options)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.to(DTYPES[variant.adapters])
+            parameter.data = parameter.data.float()
     if variant.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         adapted.enable_input_require_grads()

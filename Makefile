@@ -7,11 +7,12 @@ TORCH := 2.13.0
 # Which build of torch: cpu, cu126 (Volta and older cards) or cu130. A machine without an NVIDIA
 # driver gets the CPU build, never gigabytes of CUDA by surprise.
 TORCH_INDEX ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cu130 || echo cpu)
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 EXTRAS ?= train,serve,cluster,dev
 # tool:package. Only what is missing is installed: kubectl, say, may come from another archive, whose
 # package and Debian's refuse to stand side by side.
 # podman and containerd are not among them: large, and what they read is proven where they are.
-TEST_TOOLS := docker-registry:docker-registry htpasswd:apache2-utils skopeo:skopeo umoci:umoci \
+TEST_TOOLS := g++:g++ docker-registry:docker-registry htpasswd:apache2-utils skopeo:skopeo umoci:umoci \
   kubectl:kubernetes-client curl:curl chromium:chromium
 BED_PACKAGES := etcd-server containerd runc containernetworking-plugins busybox-static iptables \
   iproute2 openssl curl
@@ -70,6 +71,9 @@ soak: install system  ## kills, bit rot, broken downloads, servers under load: m
 
 coefficients: install  ## simulate the memory of every preset again: configs/memory (half an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tuning.training.simulate --write
+
+test-gpu:  ## kernels, runs and plans on an NVIDIA GPU, with the packages that are there (8 minutes)
+	$(GPU_PYTHON) -m pytest -m gpu -p no:randomly tests/gpu $(PYTEST)
 
 kernel-counts: install  ## count the kernels of a training step again: tests/fake_cuda/kernels.json
 	PYTHONPATH=.:tests $(BIN)/python -m fake_cuda.counts

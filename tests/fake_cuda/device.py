@@ -123,7 +123,7 @@ def install(card: Card | None = None) -> Device:
 class _Entered:
     """`with torch.cuda.device(0):` and `with torch.cuda.stream(stream):`."""
 
-    def __init__(self, *_: Any) -> None: ...
+    def __init__(self, *_: Any, **__: Any) -> None: ...
 
     def __enter__(self) -> _Entered:
         return self

@@ -6,6 +6,7 @@ far as tensors of one device decide it. Values come from the formula, in float32
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -141,13 +142,19 @@ def choose(
 
 
 def _by_document(
-    q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, window: list[int] | None, scale: Any, each: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    offsets: Tensor,
+    window: list[int] | None,
+    scale: Any,
+    each: Any,
 ) -> list[Any]:
     """`each(q, k, v, bias)` for each document, [heads, length, width]; stacked along the tokens."""
     left = -1 if window is None else window[0]
     found = []
     bounds = offsets.tolist()
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in itertools.pairwise(bounds):
         seen = torch.ones(end - start, end - start, dtype=torch.bool).tril()
         if left >= 0:
             seen = seen.triu(-left)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from dataclasses import replace
 from functools import cache
@@ -39,18 +40,19 @@ def _base(folder: str) -> Path:
     return tiny_models.build("llama", Path(folder) / "base")
 
 
-def trained(device: Device, folder: str, place: str, **recipe: Any) -> dict[str, Any]:
-    """A training with evaluation, sample answers and questions, on cuda or the CPU."""
+def trained(
+    device: Device, folder: str, place: str, held_out: int, **recipe: Any
+) -> dict[str, Any]:
+    """A training on cuda or the CPU; with an evaluation split, sample answers, too."""
     device.become(Card())
     run = Path(folder) / f"{place}-{'-'.join(map(str, recipe.values()))}"
-    made = tiny_runs.recipe(dropout=0.0, eval_steps=4, keep_best=True, **recipe)
+    split = {"eval_steps": 2, "keep_best": True} if held_out else {}
+    made = tiny_runs.recipe(dropout=0.0, steps=3, **split, **recipe)
     attention = VARLEN if made.packing else "sdpa"
     placement = tiny_runs.placement(device=place, attention=attention, kernels=FUSED)
-    request = tiny_runs.request(
-        run, _base(folder), made, placement, count=51, held_out=6, questions=[QUESTION]
-    )
+    request = tiny_runs.request(run, _base(folder), made, placement, count=36, held_out=held_out)
     done = train.work(request)
-    return done | {"adapter": str(run / "adapter"), "samples": (run / "samples.jsonl").read_text()}
+    return done | {"samples": (run / "samples.jsonl").read_text().splitlines()}
 
 
 def answers(device: Device, folder: str, place: str) -> list[Any]:
@@ -79,8 +81,7 @@ def served(device: Device, folder: str, place: str) -> dict[str, Any]:
     jobs = [serving.job(prompt, by, 8) for by in ((0,), (1,)) for prompt in PROMPTS]
 
     async def work(engine: Any) -> list[list[int]]:
-        for job in jobs:
-            await serving.collect(engine, job)
+        await asyncio.gather(*(serving.collect(engine, job) for job in jobs))
         return [job.tokens for job in jobs]
 
     made = serving.batched(loaded, mix) if chosen == "Batched" else None

@@ -42,7 +42,7 @@ def base(family: str) -> Path:
 
 
 class Watched(Exact):
-    """The trainer, its decoder layers told from the rest of a micro-batch, and that from the loop."""
+    """The trainer; decoder layers, the rest of a micro-batch and the loop are told apart."""
 
     spy: Spy
     asked: str  # the attention that was to be used
@@ -148,7 +148,9 @@ def _trainer(way: Way) -> tuple[Watched, Spy]:
         recipe=recipe,
         arguments=sft_config(recipe, placement, run, by_offsets=by_offsets),
         metrics=run / "metrics.jsonl",
-        saves=Saves(run / "checkpoints", seconds=600, steps=None, asked=lambda: False, check=lambda: None),
+        saves=Saves(
+            run / "checkpoints", seconds=600, steps=None, asked=lambda: False, check=lambda: None
+        ),
     )
     loop.spy, loop.asked = Spy(), attention
     return loop, loop.spy

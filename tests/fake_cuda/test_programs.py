@@ -36,21 +36,21 @@ def test_the_checks_of_runs_run(name: str, worker: Worker, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "recipe",
     [
-        {"method": "qlora", "packing": True},
-        {"method": "lora", "precision": "float16", "packing": False},
+        {"method": "qlora", "packing": True, "held_out": 3},
+        {"method": "lora", "precision": "float16", "packing": False, "held_out": 0},
     ],
     ids=["qlora bf16 packed", "lora fp16 padded"],
 )
 def test_training_is_that_of_the_cpu(recipe: dict[str, Any], worker: Worker, folder: str) -> None:
-    """Losses at each step, the evaluation split's and the samples, to rounding."""
+    """Losses at each step and the evaluation split's, to rounding; nothing is lost afterwards."""
     cpu, cuda = (
         worker.call("programs.trained", folder=folder, place=place, **recipe) for place in PLACES
     )
 
     assert cuda["loss_by_step"] == pytest.approx(cpu["loss_by_step"], rel=0.02)
     for name in ("eval_loss_before", "eval_loss_after"):
-        assert cuda[name] == pytest.approx(cpu[name], rel=0.02)
-    assert [] == cuda["lost"] and len(cuda["answers"]) == 1 and cuda["samples"]
+        assert cuda[name] == (cpu[name] and pytest.approx(cpu[name], rel=0.02))
+    assert [] == cuda["lost"] and len(cuda["samples"]) == len(cpu["samples"])
     assert cuda["attention"] == cpu["attention"] and cuda["peak_memory_bytes"]
 
 

@@ -20,7 +20,9 @@ EVERY = tuple(ways.every())
 CHOSEN = tuple(ways.covering(EVERY))
 RECORDS: dict[Way, dict[str, Any]] = {}
 MASKS = 2  # kinds of masks of one model: sliding and full
-TRL_LOSS = 5  # numbers that trl's own loss reports at each micro-batch
+TRL_LOSS = (
+    5  # numbers that trl's own loss reports at each micro-batch; experts' balance is one more
+)
 
 
 def record(worker: Worker, way: Way) -> dict[str, Any]:
@@ -45,8 +47,10 @@ def check(found: dict[str, Any], way: Way) -> None:
     assert set(rest) <= {"nonzero", "_local_scalar_dense"}
     # the one-pass head asks which tokens have a label
     assert rest.get("nonzero", 0) == found["one_pass"]
-    masks = MASKS if found["attention"] == "sdpa" and found["packed"] else 0
-    assert rest.get("_local_scalar_dense", 0) <= masks + TRL_LOSS * (not found["one_pass"])
+    # transformers asks whether sdpa can do without a mask
+    masks = MASKS if found["attention"] == "sdpa" else 0
+    reported = 0 if found["one_pass"] else TRL_LOSS + (way.family in EXPERTS)
+    assert rest.get("_local_scalar_dense", 0) <= masks + reported
     # the batch goes to the device, tensor by tensor; loss and norm come back, some twice
     assert waits["loop"]["host to device"] <= 8
     assert waits["loop"]["_local_scalar_dense"] <= 5 + (way.precision == "float16")
@@ -104,6 +108,8 @@ def test_the_ways_cover_every_known_architecture() -> None:
 
 def test_every_pair_of_choices_is_in_the_default_run() -> None:
     """Any two choices that can be made together are made together in one of the ways."""
-    pairs = [set().union(*map(ways._pairs, some)) for some in (EVERY, CHOSEN)]
+    paired = [[w for w in some if w.family not in ways.BESIDE] for some in (EVERY, CHOSEN)]
+    every, chosen = (set().union(*map(ways._pairs, some)) for some in paired)
 
-    assert pairs[0] == pairs[1] and len(CHOSEN) < len(EVERY) / 10
+    assert every == chosen and len(CHOSEN) < len(EVERY) / 20
+    assert {way.family for way in EVERY} == {way.family for way in CHOSEN}

@@ -77,10 +77,11 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    importlib.import_module("fake_cuda.steps")
+    gc.freeze()  # libraries are a million objects
     for line in sys.stdin:
         function, arguments = json.loads(line)
         module, _, name = function.rpartition(".")
-        gc.freeze()  # libraries are a million objects
         try:
             found = getattr(importlib.import_module(f"fake_cuda.{module}"), name)
             answer = {"value": found(installed, **arguments)}

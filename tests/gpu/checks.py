@@ -7,6 +7,7 @@ NVIDIA's).
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ class Sizes:
     rows: int  # chats that it reads
     batch: int  # rows at once that are too many for the limited memory
     row_tokens: int
+    methods: tuple[str, ...] = ("lora", "qlora")  # that are stopped and resumed
 
 
 CARD = Sizes(
@@ -82,6 +84,7 @@ TINY = Sizes(
     rows=60,
     batch=8,
     row_tokens=64,
+    methods=("qlora",),
 )
 
 
@@ -130,9 +133,7 @@ def varlen(sizes: Sizes) -> Record:
         reach = None if window is None else longest // window
 
         def kernel(q: Any, k: Any, v: Any, reach: int | None = reach) -> torch.Tensor:
-            return attention.by_kernel(
-                q, k, v, offsets, longest=longest, scale=None, window=reach
-            )
+            return attention.by_kernel(q, k, v, offsets, longest=longest, scale=None, window=reach)
 
         def documents(q: Any, k: Any, v: Any, reach: int | None = reach) -> torch.Tensor:
             return attention.by_document(q, k, v, offsets, scale=None, window=reach)
@@ -153,9 +154,7 @@ def sdpa(sizes: Sizes) -> Record:
         seen = torch.ones(length, length, dtype=torch.bool, device=sizes.device).tril()
         grouped = kv != heads
 
-        def attend(
-            q: Any, k: Any, v: Any, grouped: bool = grouped, **mask: Any
-        ) -> torch.Tensor:
+        def attend(q: Any, k: Any, v: Any, grouped: bool = grouped, **mask: Any) -> torch.Tensor:
             return F.scaled_dot_product_attention(q, k, v, enable_gqa=grouped, **mask)
 
         def by_hand(q: Any, k: Any, v: Any, seen: torch.Tensor = seen) -> torch.Tensor:
@@ -182,14 +181,10 @@ def rms_norm(sizes: Sizes) -> Record:
         x = torch.randn(3, 50, sizes.width, device=sizes.device).to(torch.bfloat16) * 4
         weight = torch.randn(sizes.width, device=sizes.device).to(torch.bfloat16)
 
-        def ours(
-            x: Any, weight: torch.Tensor = weight, lifted: bool = lifted
-        ) -> torch.Tensor:
+        def ours(x: Any, weight: torch.Tensor = weight, lifted: bool = lifted) -> torch.Tensor:
             return norm.rms_norm(x, weight, 1e-6, lifted=lifted)
 
-        def formula(
-            x: Any, weight: torch.Tensor = weight, lifted: bool = lifted
-        ) -> torch.Tensor:
+        def formula(x: Any, weight: torch.Tensor = weight, lifted: bool = lifted) -> torch.Tensor:
             scaled = x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
             return scaled * (weight.float() + lifted)
 
@@ -214,7 +209,8 @@ def one_pass_head(sizes: Sizes) -> Record:
 
         def plain(x: Any, dtype: torch.dtype = dtype) -> torch.Tensor:
             logits = (x[:, :-1] @ weight.to(dtype).float().t()).flatten(0, 1)
-            return F.cross_entropy(logits, labels[0, 1:], ignore_index=head.IGNORED, reduction="sum")
+            targets = labels[0, 1:]
+            return F.cross_entropy(logits, targets, ignore_index=head.IGNORED, reduction="sum")
 
         errors[str(dtype)] = _compared(ours, plain, [hidden.to(dtype)], ())
     assert max(errors.values()) < HALF, errors
@@ -236,8 +232,7 @@ def nf4(sizes: Sizes) -> Record:
             packed.append([t.cpu() for t in (values, state.absmax, state.offset, unpacked)])
         names = ("packed", "absmax", "offset", "unpacked")
         found[str(dtype)] = {
-            name: float((a != b).float().mean())
-            for name, a, b in zip(names, *packed, strict=True)
+            name: float((a != b).float().mean()) for name, a, b in zip(names, *packed, strict=True)
         }
     assert all(not share for shares in found.values() for share in shares.values()), found
     return {"share that differs": found}
@@ -338,9 +333,10 @@ def out_of_memory(sizes: Sizes, folder: Path) -> Record:
         kernels=FUSED,
     )
     ways = plan.fallbacks(first)
+    _forget()
     frugal = _train(folder / "frugal", base, recipe, ways[-1], sizes)
+    _forget()
     _, total = torch.cuda.mem_get_info()
-    torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(1.5 * frugal["peak_memory_bytes"] / total)
     tried: list[int] = []
     try:
@@ -351,7 +347,7 @@ def out_of_memory(sizes: Sizes, folder: Path) -> Record:
                 break
             except OutOfMemoryError as error:
                 assert "TRAIN-140" in str(error)
-                torch.cuda.empty_cache()
+            _forget()
         else:
             raise AssertionError(f"nothing fits: {tried}")
     finally:
@@ -359,6 +355,12 @@ def out_of_memory(sizes: Sizes, folder: Path) -> Record:
     assert len(tried) > 1, "it fitted at once"
     assert done["loss_by_step"] == _about(frugal["loss_by_step"])
     return {"rows_at_once": tried, "losses": done["loss_by_step"], "frugal": asdict(ways[-1])}
+
+
+def _forget() -> None:
+    """Free what an earlier training in this process left; the product's is a process of its own."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def _about(losses: list[float]) -> Any:
@@ -381,15 +383,15 @@ def resumed(sizes: Sizes, folder: Path) -> Record:
     """Training that stops at a checkpoint and goes on is training that never stopped."""
     base = tiny_models.build("llama", folder / "base")
     found = {}
-    for method in ("lora", "qlora"):
-        recipe = tiny_runs.recipe(method=method, packing=True, dropout=0.0)
+    for method in sizes.methods:
+        recipe = tiny_runs.recipe(method=method, packing=True, dropout=0.0, steps=4)
         placement = tiny_runs.placement(device=sizes.device, attention=VARLEN, kernels=FUSED)
         whole = tiny_runs.request(folder / f"{method}-whole", base, recipe, placement, count=51)
         parts = tiny_runs.request(folder / f"{method}-parts", base, recipe, placement, count=51)
         expected = train.work(whole)["loss_by_step"]
-        _cut(train.work, parts | {"save_steps": 3})
+        _cut(train.work, parts | {"save_steps": 2})
         done = train.work(parts)
-        assert 3 == done["resumed_from"]
+        assert 2 == done["resumed_from"]
         found[method] = {"whole": expected, "parts": done["loss_by_step"]}
         assert found[method]["parts"] == _about(expected)
     return found
@@ -437,8 +439,3 @@ def planned_memory(folder: Path, *, dry: bool) -> Record:
 
 # Phi-3: LoRA, LoRA and QLoRA in one pass, fp16; Llama: LoRA and QLoRA in one pass, short rows.
 PLANNED = (0, 14, 3, 7, 16, 17)
-
-
-def sized(sizes: Sizes, **changes: Any) -> Sizes:
-    """`sizes` with some changed."""
-    return replace(sizes, **changes)

@@ -1,7 +1,7 @@
 """Kernels that only a GPU has: attention, as it would choose it, and rms_norm, each one operator.
 
-The choice of attention copies that of torch for CUDA (aten/src/ATen/native/transformers/cuda/sdp_utils.cpp) as
-far as tensors of one device decide it. Values come from the formula, in float32.
+The choice of attention copies that of torch for CUDA (ATen/native/transformers/cuda/sdp_utils.cpp),
+as far as shapes and types decide it. Values come from the formula, in float32.
 """
 
 from __future__ import annotations

@@ -27,7 +27,9 @@ def test_the_checks_of_kernels_run(name: str, worker: Worker) -> None:
     assert worker.call("programs.check", name=name)
 
 
-@pytest.mark.parametrize("name", ["resumed", "out_of_memory"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("resumed", marks=pytest.mark.slow), "out_of_memory"]
+)
 def test_the_checks_of_runs_run(name: str, worker: Worker, tmp_path: Path) -> None:
     """Checkpoints hold the device's state; a device that is full is recognised and survived."""
     assert worker.call("programs.check", name=name, folder=str(tmp_path))
@@ -36,7 +38,7 @@ def test_the_checks_of_runs_run(name: str, worker: Worker, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     "recipe",
     [
-        {"method": "qlora", "packing": True, "held_out": 3},
+        {"method": "qlora", "packing": True, "held_out": 1},
         {"method": "lora", "precision": "float16", "packing": False, "held_out": 0},
     ],
     ids=["qlora bf16 packed", "lora fp16 padded"],

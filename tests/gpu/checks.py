@@ -80,7 +80,7 @@ TINY = Sizes(
     width=64,
     vocabulary=300,
     model={},
-    steps=6,
+    steps=20,
     rows=60,
     batch=8,
     row_tokens=64,
@@ -284,11 +284,14 @@ def yaml_to_image(sizes: Sizes, folder: Path) -> Record:
     metrics = {entry["step"]: entry for entry in map(json.loads, lines)}
     assert list(range(1, sizes.steps + 1)) == sorted(metrics)
     assert all(entry["loss"] and 0 < entry["loss"] < 20 for entry in metrics.values())
-    assert "continued from the checkpoint of step" in again.stdout + again.stderr
+    journal = map(json.loads, (run / "journal.jsonl").read_text().splitlines())
+    (trained,) = (r["value"] for r in journal if (r["phase"], r["event"]) == ("train", "end"))
+    assert trained["resumed_from"] >= 2
     assert (image / "index.json").is_file()
     placed = json.loads((run / "plan.json").read_text())
     return {
         "killed_at_step": killed,
+        "resumed_from": trained["resumed_from"],
         "seconds_to_finish": time.monotonic() - began,
         "losses": [entry["loss"] for entry in metrics.values()],
         "peak_memory_bytes": max(entry["memory_bytes"] for entry in metrics.values()),
@@ -303,7 +306,7 @@ def _killed(command: list[str], run: Path, environment: dict[str, str]) -> int:
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment
     )
     deadline = time.monotonic() + 400
-    while not list(run.glob("checkpoints/*/MANIFEST.json")):
+    while not list(run.glob("checkpoints/[!.]*/MANIFEST.json")):
         if running.poll() is not None or time.monotonic() > deadline:
             running.kill()
             assert running.stderr is not None

@@ -19,8 +19,8 @@ BED_PACKAGES := etcd-server containerd runc containernetworking-plugins busybox-
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-bed test-cluster test-gpu test-images test-vllm slow soak \
-  coefficients kernel-counts lint fix lock system clean docs
+.PHONY: help install demo test test-bed test-cluster test-gpu test-images test-clients test-vllm \
+  slow soak coefficients kernel-counts lint fix lock system clean docs
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 20
@@ -80,6 +80,10 @@ kernel-counts: install  ## count the kernels of a training step again: tests/fak
 
 test-vllm: install  ## vLLM on a processor, with what the operator renders (3.5 GB into ~/.cache)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m vllm tests/serve/test_vllm.py $(PYTEST)
+
+test-clients: install  ## lm-eval, guidellm, openai (Python, npm), litellm, langchain, llm (2 GB into ~/.cache)
+	@command -v npm >/dev/null || { echo "npm is needed: apt-get install nodejs npm"; exit 1; }
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m clients tests/serve/test_clients.py $(PYTEST)
 
 test-bed: system  ## build the API servers for the cluster tests, once, into ~/.cache (root, 10 minutes)
 	@apt-get update -qq && DEBIAN_FRONTEND=noninteractive \

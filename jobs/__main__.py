@@ -71,7 +71,9 @@ def run(
 
 @app.command()
 def render(
-    file: Annotated[Path, typer.Option("-f", "--file", metavar="FILE", help="Workspace YAML.")],
+    file: Annotated[
+        Path, typer.Option("-f", "--file", metavar="FILE", help="Workspace YAML; - is the input.")
+    ],
     options: OptionsFile = None,
     policy: PolicyFile = None,
     namespace: Annotated[str, typer.Option(help="Used if the file has none.")] = "default",
@@ -94,7 +96,11 @@ def _options(path: Path | None, policy: Path | None) -> Options:
 
 
 def _print(documents: list[dict[str, Any]]) -> None:
-    yaml.safe_dump_all(documents, sys.stdout, sort_keys=False, width=100)
+    try:
+        yaml.safe_dump_all(documents, sys.stdout, sort_keys=False, width=100)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of our output has closed it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def main() -> None:

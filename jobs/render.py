@@ -2,50 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from jobs.api.kinds import Object
 from jobs.api.options import Options
+from jobs.desired import allowed, names
 from jobs.desired import inference as desired_inference
-from jobs.desired import names
 from jobs.desired import tuning as desired_tuning
 from jobs.desired.tuning import Desired
 from jobs.manifests import job as job_manifests
-from jobs.manifests import pod
 from jobs.manifests import server as server_manifests
 from tuning import spec as specs
-from tuning.errors import SpecError
+from tuning.errors import Problem, SpecError
+from tuning.spec import documents
+from tuning.spec.documents import Document
 
 NO_UID = "00000000-0000-0000-0000-000000000000"
 
 
 def render(file: Path, options: Options, *, namespace: str) -> list[dict[str, Any]]:
-    """The objects in the order of their creation, with a UID of zeros.
+    """The objects in the order of their creation, with a UID of zeros; `-` is the standard input.
 
-    Raises SpecError with all problems of the file, and if the Workspace does not fit its GPU.
+    Raises SpecError with all problems of the file, with what the options do not allow, and if the
+    Workspace does not fit its GPU: what `python -m tuning check` and the operator say.
     """
-    workspace = _as_stored(file, namespace)
+    text, origin = specs.read_file(file), file.name
+    parsed = specs.parse_workspace(text, origin=origin)
+    if parsed.tuning:
+        specs.parse(text, origin=origin)  # the ConfigMap as well
+    everything = documents.read(text, origin=origin)
+    (document,) = (each for each in everything if each.at("kind") == "Workspace")
+    workspace = _as_stored(document, namespace)
+    if problems := allowed.problems(workspace, options):
+        _refuse(problems, document)
     claim = options.storage.run_volume != "ephemeral"
-    if workspace.get("tuning") is None and workspace.get("inference") is not None:
-        desired = _desired_server(workspace, file, options)
-        claim = claim and not options.storage.cached
-        return [
-            *_common_objects(workspace, desired, options, claim=claim),
-            *_server_objects(workspace, desired, options),
-        ]
-    specs.load(file)  # raises for all problems, with their lines
-    desired = desired_tuning.read(workspace, _config_map(file, workspace, "tuning"), None)
-    _check_volumes(workspace, options)
-    if desired.problems or desired.fit_problems:
-        raise SpecError(desired.problems or desired.fit_problems)
     server: list[Object] = []
-    if "inference" in workspace:
-        served = _desired_server(workspace, file, options)
+    if parsed.inference:
+        served = _desired_server(
+            workspace, document, _config_map(everything, document, "inference")
+        )
         server = _server_objects(workspace, served, options)
+        if not parsed.tuning:
+            claim = claim and not options.storage.cached
+            return [*_common_objects(workspace, served, options, claim=claim), *server]
+    config_map = _config_map(everything, document, "tuning")
+    desired = desired_tuning.read(workspace, config_map, None)
+    _refuse(desired.problems or desired.fit_problems, document)
+    if too_large := job_manifests.size_problem(desired, options, ()):
+        raise SpecError([too_large])
     objects = _common_objects(workspace, desired, options, claim=claim)
     if options.network_policy:
         objects.append(job_manifests.network_policy(workspace, desired, options))
@@ -53,20 +60,28 @@ def render(file: Path, options: Options, *, namespace: str) -> list[dict[str, An
     return [*objects, job, *server]
 
 
-def _desired_server(workspace: Object, file: Path, options: Options) -> Desired:
+def _desired_server(workspace: Object, document: Document, config_map: Object | None) -> Desired:
     """Raises SpecError."""
-    config_map = _config_map(file, workspace, "inference")
     desired = desired_inference.read(workspace, config_map, None)
-    if desired.problems:
-        raise SpecError(desired.problems)
+    _refuse(desired.problems, document)
     if desired.fit_problems:
         hint = desired_inference.fit_hint(desired)
-        raise SpecError([replace(problem, change=hint) for problem in desired.fit_problems])
-    if desired.server and desired.server.runtime == "vllm" and not options.vllm_image:
-        what, change = "the operator has no image of vLLM", "set the option vllmImage"
-        raise SpecError.at("JOB-104", desired_inference.RUNTIME, what, change)
-    _check_volumes(workspace, options)
+        _refuse([replace(problem, change=hint) for problem in desired.fit_problems], document)
     return desired
+
+
+def _refuse(problems: Iterable[Problem], document: Document) -> None:
+    """Raises SpecError if there are problems, with their lines of the file."""
+    lines = {specs.spelled(path): line for path, line in document.lines.items()}
+    lines |= {str(path[-1]): line for path, line in document.lines.items() if "/" in str(path[-1:])}
+    if found := [
+        replace(each, where=f"{each.where} (line {lines[each.where]})")
+        if each.where in lines
+        else each
+        for each in problems
+    ]:
+        raise SpecError(found)
+    return None
 
 
 def _server_objects(workspace: Object, desired: Desired, options: Options) -> list[Object]:
@@ -92,29 +107,21 @@ def _common_objects(
     return objects
 
 
-def _check_volumes(workspace: Object, options: Options) -> None:
-    if forbidden := pod.forbidden_volume(workspace, options):
-        where, kind = forbidden
-        what = f"a volume of the kind {kind} is not allowed by the operator's options"
-        raise SpecError.at("JOB-103", where, what, "use persistentVolumeClaim")
-
-
-def _as_stored(file: Path, namespace: str) -> Object:
+def _as_stored(document: Document, namespace: str) -> Object:
     """The Workspace as the API server would store it."""
-    workspace = next(d for d in _documents(file) if d.get("kind") == "Workspace")
-    workspace["apiVersion"] = "kaito.sh/v1beta1"
-    meta = workspace["metadata"]
-    meta |= {"uid": NO_UID, "generation": 1, "namespace": meta.get("namespace") or namespace}
-    return workspace
+    workspace: Object = document.value
+    meta = {"namespace": namespace} | {
+        key: value for key, value in workspace["metadata"].items() if value is not None
+    }
+    meta |= {"uid": NO_UID, "generation": 1}
+    return workspace | {"apiVersion": "kaito.sh/v1beta1", "metadata": meta}
 
 
-def _config_map(file: Path, workspace: Object, section: str) -> Object | None:
+def _config_map(everything: list[Document], workspace: Document, section: str) -> Object | None:
     """The ConfigMap that `tuning` or `inference` names, if it is in the file."""
-    name = (workspace.get(section) or {}).get("config")
-    maps = (d for d in _documents(file) if d.get("kind") == "ConfigMap")
-    return next((d for d in maps if d["metadata"]["name"] == name), None)
-
-
-def _documents(file: Path) -> list[Object]:
-    documents = yaml.safe_load_all(file.read_text(encoding="utf-8"))
-    return [each for each in documents if isinstance(each, dict)]
+    name = workspace.at(section, "config")
+    for each in everything:
+        if each.at("kind") == "ConfigMap" and each.at("metadata", "name") == name and name:
+            data, item = each.at("data"), dict(each.value)
+            return item | {"data": data if isinstance(data, dict) else {}}
+    return None

@@ -21,7 +21,7 @@ import openai
 
 ROOT = Path(__file__).parents[1]
 JSON = {"Content-Type": "application/json"}
-START = 120.0  # seconds
+START = 300.0  # seconds
 
 
 @dataclass

@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from pydantic.alias_generators import to_camel
 
 from jobs.api.options import Options
+from jobs.observed.phases import LOADING_SECONDS, NODE_LOST, PHASES, Row
 
 HEAD = """\
 # Options of the operator
@@ -22,9 +23,40 @@ the ConfigMap `tuning-operator`, for `python -m jobs render` the file after `--o
 """
 
 
+NODES = f"""
+## Deadlines of a provisioned node
+
+A node is paid for by the second: the engine works on it, or it waits for a deadline, or it is given
+back. The time begins when the node is ready, and again when a run on it ends; further pods do not
+begin it again. A server whose container has started has {LOADING_SECONDS} s to load its model.
+Nodes of your own have no deadline but for a known problem of a scheduled pod (image, volume,
+Secret). The annotation `tuning.kaito.sh/keep-node` keeps a node.
+
+| while | the node | deadline | then |
+|---|---|---|---|
+"""
+_THEN = {
+    "": "-",
+    "refused": "the API server's refusal has the deadline",
+    "released": "the node is given back; the Workspace goes on with another where it can",
+    "stuck": "the node is given back; the Workspace fails with the last reason",
+    "unprovisioned": "the Workspace fails with the cloud's message",
+}
+_NODE = {"requested": "is requested", "waits": "waits", "works": "works"}
+
+
 def markdown() -> str:
     """The documentation page of all options."""
-    return HEAD + "".join(_rows(Options, ""))
+    rows = [*PHASES.values(), NODE_LOST]
+    return HEAD + "".join(_rows(Options, "")) + NODES + "".join(map(_deadline, rows))
+
+
+def _deadline(row: Row) -> str:
+    if row.node == "released":  # at once; only that of an earlier server may wait
+        beside = ", unless an earlier server answers" if row.then else ""
+        return f"| {row.meaning} | is given back{beside} | - | - |\n"
+    keys = ", ".join(f"`{key}`" for key in row.deadline.split(", ") if key and row.then)
+    return f"| {row.meaning} | {_NODE[row.node]} | {keys or '-'} | {_THEN[row.then]} |\n"
 
 
 def _rows(part: type[BaseModel], path: str) -> Iterator[str]:

@@ -7,6 +7,7 @@ against a list of known keys before any library reads it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -22,6 +23,7 @@ from tuning.safetensors import Tensor
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+PICKLE = "adapter_model.bin"  # of PEFT before 0.7; never read
 
 Unset = Literal[False] | None
 """The values of a key that is known and not supported."""
@@ -94,8 +96,16 @@ class Adapter:
 
     @property
     def base_model(self) -> str | None:
-        """The base model that the config names, a hub id or a path, or None."""
-        return self.config.get("base_model_name_or_path")
+        """The base model that the config names, a hub id or a path, or None.
+
+        Of a path on this machine, the name that `tuning.json` records for it.
+        """
+        named: str | None = self.config.get("base_model_name_or_path")
+        if named is None or not Path(named).is_absolute():
+            return named
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            return str(files.read_json(self.folder / "tuning.json")["recipe"]["base_model"])
+        return named
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -113,27 +123,51 @@ class Adapter:
         return files.digest_file(self.folder / WEIGHTS)
 
 
-def inspect(folder: Path) -> Adapter:
+def inspect(folder: Path, *, where: str = "") -> Adapter:
     """Read and validate the adapter in `folder`: its config, and the header of its weights.
 
-    Raises SpecError with all problems: a missing file, an unknown or unsupported config key, a
-    damaged weights file, or tensors that do not fit the config.
+    Messages name it by `where`, the image that it came from, say. Raises SpecError with all
+    problems: a missing file, weights as a pickle, an unknown or unsupported config key, a damaged
+    weights file, or tensors that do not fit the config.
     """
-    problems = []
+    problems, where = [], where or str(folder)
     if not folder.is_dir():
-        raise SpecError.at("MODEL-200", str(folder), "is not a folder", "name an adapter's folder")
+        raise SpecError.at("MODEL-200", where, "is not a folder", "name an adapter's folder")
     for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
+        if name == WEIGHTS and not (folder / name).exists() and (folder / PICKLE).exists():
+            problems.append(pickled(where, PICKLE))
+        elif not (folder / name).is_file():
             what = f"has no {name}"
-            problems.append(Problem("MODEL-201", str(folder), what, "name an adapter's folder"))
+            problems.append(Problem("MODEL-201", where, what, "name an adapter's folder"))
     if problems:
         raise SpecError(problems)
-    config = parse((folder / CONFIG).read_bytes(), where=str(folder / CONFIG))
-    tensors = header(folder / WEIGHTS)
-    problems = mismatches(config, tensors, str(folder / WEIGHTS))
+    config = parse((folder / CONFIG).read_bytes(), where=f"{where}/{CONFIG}")
+    tensors = header(folder / WEIGHTS, where=f"{where}/{WEIGHTS}")
+    problems = mismatches(config, tensors, f"{where}/{WEIGHTS}")
     if problems:
         raise SpecError(problems)
     return Adapter(folder, config, tensors)
+
+
+def pickled(where: str, name: str) -> Problem:
+    """The problem of weights that are a pickle, the file `name`."""
+    what = f"has no {WEIGHTS}, only a pickle ({name}), which can run code and is not read"
+    change = "where you trust it, load it with PEFT and save it again: save_pretrained(DIR)"
+    return Problem("MODEL-201", where, what, change)
+
+
+def has_local_base(folder: Path) -> bool:
+    """Whether the adapter in `folder` records that its base was a local folder."""
+    try:
+        return ":" in files.read_json(folder / "tuning.json")["recipe"]["base_revision"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
+def write_config(folder: Path, target: Path, *, base_model: str) -> None:
+    """Write the config of the adapter in `folder` to `target`, with `base_model` as its base."""
+    config = files.read_json(folder / CONFIG)
+    files.write_json(target, config | {"base_model_name_or_path": base_model})
 
 
 def parse(data: bytes, *, where: str = CONFIG) -> dict[str, Any]:
@@ -167,7 +201,7 @@ def _message(error: Any) -> str:
     return f"is {str(shown)[:80]!r}, which is not supported"
 
 
-def header(path: Path) -> dict[str, Tensor]:
+def header(path: Path, *, where: str = "") -> dict[str, Tensor]:
     """The tensors that a safetensors file says it holds; no weights are read.
 
     Raises SpecError if the file is damaged or cut.
@@ -175,8 +209,8 @@ def header(path: Path) -> dict[str, Tensor]:
     try:
         return safetensors.read_header(path)
     except ValueError as error:
-        what = f"is damaged: it {error}"
-        raise SpecError.at("MODEL-204", str(path), what, "fetch or train it again") from None
+        what, change = f"is damaged: it {error}", "fetch or train it again"
+        raise SpecError.at("MODEL-204", where or str(path), what, change) from None
 
 
 _NAME = re.compile(

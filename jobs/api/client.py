@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import secrets
+import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import Any
@@ -19,8 +20,9 @@ from urllib.parse import urlencode, urlsplit
 import urllib3
 from kubernetes import client, config
 
+from jobs.api import nesting
 from jobs.api.kinds import DEPLOYMENT, EVENT, JOB, POD, WORKSPACE, Kind, Object
-from tuning.errors import redact
+from tuning.errors import SpecError, redact
 
 log = logging.getLogger(__name__)
 
@@ -134,7 +136,7 @@ class Cluster:
         )
         try:
             for line in _lines(response):
-                event = json.loads(line)
+                event = nesting.loads(line)
                 if event["type"] == "ERROR":
                     raise _error(event["object"].get("code", 500), event["object"])
                 if event["type"] != "BOOKMARK":
@@ -144,11 +146,30 @@ class Cluster:
         finally:
             response.close()
 
-    def proxy_get(self, pod: Object, port: int, path: str) -> Object:
-        """A pod's JSON response through the API server's proxy; needs `get` on `pods/proxy`."""
-        meta = pod["metadata"]
+    def proxy_get(
+        self, pod: Object, port: int, path: str, *, seconds: float = READ, max_bytes: int = 1 << 16
+    ) -> Object:
+        """A pod's JSON response through the API server's proxy; needs `get` on `pods/proxy`.
+
+        Its body is the pod's: bounded like that of a direct request. Raises ApiError, ValueError.
+        """
+        meta, until = pod["metadata"], time.monotonic() + seconds
         address = POD.path(meta["namespace"], f"http:{meta['name']}:{port}")
-        return self._call("GET", f"{address}/proxy{path}")
+        response = self._send("GET", f"{address}/proxy{path}", read=seconds)
+        try:
+            body = response.read1(max_bytes, decode_content=False)
+            while body and (part := response.read1(max_bytes, decode_content=False)):
+                body += part
+                if len(body) > max_bytes or time.monotonic() > until:
+                    raise ApiError(0, "Unreachable", "the pod's response has no end")
+        except urllib3.exceptions.HTTPError as error:
+            raise ApiError(0, "Unreachable", type(error).__name__) from None
+        finally:
+            response.close()
+        if response.status != 200:
+            raise _error(response.status, _status(body))
+        document: Object = nesting.loads_untrusted(body)
+        return document
 
     def create(self, kind: Kind, item: Object) -> Object | None:
         """The created object, or None if the name is taken."""
@@ -159,6 +180,16 @@ class Cluster:
             if error.reason == "AlreadyExists":
                 return None
             raise
+
+    def rehearse(self, kind: Kind, item: Object) -> None:
+        """Let the API server validate and admit a new object, which it does not store."""
+        query = {"fieldManager": OWNER, "dryRun": "All"}
+        try:
+            self._call("POST", kind.path(item["metadata"].get("namespace")), body=item, query=query)
+        except ApiError as error:
+            # One that exists is no problem; nor is a webhook that takes no part in dry runs.
+            if error.reason != "AlreadyExists" and "does not support dry run" not in error.message:
+                raise
 
     def replace(self, kind: Kind, item: Object) -> Object:
         """The stored object. Raises ApiError(409) if `item` is not the newest version."""
@@ -241,12 +272,23 @@ class Cluster:
         """The JSON of a response."""
         response = self._open(method, path, **more)
         try:
-            document: Object = json.loads(response.data)
+            document: Object = nesting.loads(response.data)
         except urllib3.exceptions.HTTPError as error:
             raise ApiError(0, "Unreachable", type(error).__name__) from None
         return document
 
-    def _open(
+    def _open(self, method: str, path: str, **more: Any) -> urllib3.BaseHTTPResponse:
+        """A successful response; its body is not read yet."""
+        response = self._send(method, path, **more)
+        if response.status < 300:
+            return response
+        try:
+            text = response.data
+        except urllib3.exceptions.HTTPError as error:
+            raise ApiError(0, "Unreachable", type(error).__name__) from None
+        raise _error(response.status, _status(text))
+
+    def _send(
         self,
         method: str,
         path: str,
@@ -264,7 +306,7 @@ class Cluster:
             headers["Content-Type"] = content
         parameters = urlencode({key: value for key, value in (query or {}).items() if value})
         try:
-            response = self._pool.urlopen(
+            return self._pool.urlopen(
                 method,
                 f"{self._base}{path}" + (f"?{parameters}" if parameters else ""),
                 body=None if body is None else json.dumps(body).encode(),
@@ -273,12 +315,8 @@ class Cluster:
                 preload_content=False,
                 redirect=False,
             )
-            if response.status < 300:
-                return response
-            text = response.data
         except (urllib3.exceptions.HTTPError, OSError) as error:
             raise ApiError(0, "Unreachable", type(error).__name__) from None
-        raise _error(response.status, _status(text))
 
     def _token(self) -> dict[str, str]:
         """The header with the bearer token, if any; read for each call, as pods' tokens rotate."""
@@ -287,16 +325,22 @@ class Cluster:
 
 
 def connect(kubeconfig: str | None, *, threads: int) -> Cluster:
-    """Client of the cluster of `kubeconfig`, or of the one that this pod runs in."""
+    """Client of the cluster of `kubeconfig`, or of this pod's. Raises SpecError."""
     settings = client.Configuration()
-    if kubeconfig:
-        config.load_kube_config(  # type: ignore[no-untyped-call]
-            config_file=kubeconfig, client_configuration=settings
-        )
-    else:
-        config.load_incluster_config(  # type: ignore[no-untyped-call]
-            client_configuration=settings
-        )
+    try:
+        if kubeconfig:
+            config.load_kube_config(  # type: ignore[no-untyped-call]
+                config_file=kubeconfig, client_configuration=settings
+            )
+        else:
+            config.load_incluster_config(  # type: ignore[no-untyped-call]
+                client_configuration=settings
+            )
+    except Exception as error:  # the library checks no type in the file
+        where = kubeconfig or "the service account of this pod"
+        what = f"cannot be used to reach a cluster ({type(error).__name__})"
+        change = "give --kubeconfig FILE, as kubectl reads it, or run it in a pod of the cluster"
+        raise SpecError.at("JOB-118", where, what, change) from None
     settings.connection_pool_maxsize = threads + 4
     settings.retries = urllib3.Retry(total=0)  # the workqueue retries
     settings.keep_alive = True
@@ -314,7 +358,7 @@ def _lines(response: urllib3.BaseHTTPResponse) -> Iterator[bytes]:
 def _status(text: bytes) -> Object:
     """The `Status` object of an error response; empty if the body is something else."""
     try:
-        document = json.loads(text)
+        document = nesting.loads(text)
     except ValueError:
         return {}
     return document if isinstance(document, dict) else {}

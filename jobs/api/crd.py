@@ -24,6 +24,12 @@ _COLUMNS = (
     ("InferenceReady", "string", '.status.conditions[?(@.type=="InferenceReady")].status', 1),
     ("JobStarted", "string", '.status.conditions[?(@.type=="JobStarted")].status', 0),
     ("WorkspaceReady", "string", ".status.ready", 0),
+    (
+        "WorkspaceSucceeded",
+        "string",
+        '.status.conditions[?(@.type=="WorkspaceSucceeded")].status',
+        1,
+    ),
     ("Progress", "string", ".status.progress.text", 0),
     ("State", "string", ".status.state", 0),
     ("Age", "date", ".metadata.creationTimestamp", 0),

@@ -13,8 +13,11 @@ from pydantic.alias_generators import to_camel
 
 from tuning.errors import Problem, SpecError
 from tuning.network.policy import Policy
+from tuning.spec import policy_file
 
 DAY = 24 * 3600
+# Bytes of a pod's annotations: the API server takes 256 KiB, and webhooks add theirs.
+MAX_ANNOTATIONS = (256 - 8) * 1024
 _BESIDE = re.compile("[A-Za-z0-9][A-Za-z0-9._-]{0,100}")
 _Variable = Literal["HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY", "HF_ENDPOINT"]
 
@@ -81,6 +84,24 @@ class Storage(_Part):
         return bool(self.cache_claim or self.cache_host_path)
 
 
+class ClusterPolicy(_Part):
+    """What Workspaces may use of the cluster: the section `cluster` of the policy file."""
+
+    volumes: tuple[
+        Literal["azureFile", "cephfs", "csi", "emptyDir", "ephemeral", "image", "nfs"], ...
+    ] = ()
+    """Kinds of volumeSource beside persistentVolumeClaim, and configMap for what is read. Each lets
+    the authors of Workspaces reach what is not their namespace's."""
+    namespaces: tuple[str, ...] = ()
+    """Namespaces whose pods may be reached at every port: those of registries and object stores in
+    the cluster. In all other namespaces the ports are those of URLs and images, 443, and
+    egressPorts; a port is that of the pod, not of its Service."""
+    runtime_classes: tuple[str, ...] = ()
+    """RuntimeClasses that a Workspace may choose with the annotation runtime-class."""
+    priority_classes: tuple[str, ...] = ()
+    """PriorityClasses that a Workspace may choose with the annotation priority-class."""
+
+
 class Options(_Part):
     """All options."""
 
@@ -111,7 +132,8 @@ class Options(_Part):
     keep_seconds: int = Field(7 * DAY, ge=0)
     """Seconds until a finished Job and its log are deleted; the status stays."""
     stuck_seconds: int = Field(900, ge=1)
-    """Seconds that a pod may wait for an image or a Secret before the Workspace fails."""
+    """Seconds that a provisioned node, or a pod without its image or Secret, may wait before the
+    Workspace fails."""
     grace_seconds: int = Field(120, ge=10)
     """Seconds that a pod has to save its state when it is stopped."""
     network_policy: bool = True
@@ -127,12 +149,18 @@ class Options(_Part):
     """Additional labels of these pods, such as `azure.workload.identity/use: "true"`."""
     egress_ports: tuple[int, ...] = ()
     """Egress ports of pods, beside 443, DNS and those of their URLs and images."""
+    runtime_class: str | None = None
+    """RuntimeClass of these pods, such as `nvidia`; the node's default if not set."""
+    priority_class: str | None = None
+    """PriorityClass of these pods; the cluster's default if not set."""
     operator_namespace: str = "tuning-system"
     """Namespace of the operator: only its pods may read a Job's progress."""
     allow_host_path: bool = False
     """Whether a Workspace may name a folder of the node as its volume."""
     user_id: int = Field(10001, ge=1)
     """User and group of the Job."""
+    cluster: ClusterPolicy = ClusterPolicy()
+    """What Workspaces may use of the cluster; the section `cluster` of --policy replaces it."""
     policy: str | None = None
     """Text of the policy file for Jobs; set from --policy."""
     policy_files: dict[str, str] = {}
@@ -146,6 +174,7 @@ def with_policy(options: Options, path: Path) -> Options:
     Raises SpecError for an invalid policy, and for files that cannot be sent.
     """
     Policy.load(path)
+    cluster = policy_file.section(path, "cluster", ClusterPolicy)
     text = path.read_text(encoding="utf-8")
     contents, problems = {}, []
     for name in _named(yaml.safe_load(text) or {}):
@@ -162,9 +191,20 @@ def with_policy(options: Options, path: Path) -> Options:
             what = f"names {name}, which cannot be sent to Jobs"
             change = "put private keys and files in folders into the image, by absolute path"
         problems.append(Problem("JOB-105", str(path), what, change))
+    total = len(text.encode()) + sum(map(len, contents.values()))
+    if total > MAX_ANNOTATIONS:
+        sizes = ", ".join(f"{name} {len(content):,}" for name, content in contents.items())
+        what = (
+            f"takes {total:,} bytes with its files ({sizes}); {MAX_ANNOTATIONS:,} travel to a Job"
+        )
+        change = "put large bundles into the engine's image, and name them by absolute path"
+        problems.append(Problem("JOB-115", str(path), what, change))
     if problems:
         raise SpecError(problems)
-    return options.model_copy(update={"policy": text, "policy_files": contents})
+    update: dict[str, Any] = {"policy": text, "policy_files": contents}
+    if cluster.model_fields_set:
+        update["cluster"] = cluster
+    return options.model_copy(update=update)
 
 
 def _named(policy: dict[str, Any]) -> Iterator[str]:

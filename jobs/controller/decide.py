@@ -25,28 +25,11 @@ from jobs.desired import tuning as desired_tuning
 from jobs.manifests import job as job_manifests
 from jobs.manifests import server as server_manifests
 from jobs.observed import objects
-from jobs.observed.phase import Observed, Phase, PhaseName, node_attempts, phase_of, zone
+from jobs.observed.phase import node_attempts, phase_of, zone
+from jobs.observed.phases import PHASES, Observed, Phase, PhaseName
 from jobs.observed.status import deleting_status, status
 
-REQUEUE_SECONDS: dict[PhaseName, float] = {  # until the next reconcile, if no event comes first
-    "invalid": 30,
-    "replacing": 5,
-    "provisioning": 10,
-    "queued": 60,
-    "creating": 2,
-    "pending": 30,
-    "running": 15,
-    "deploying": 2,
-    "starting": 15,
-    "unready": 30,
-    "ready": 60,
-    "refused": 60,
-    "conflict": 60,
-    "stuck": 1,
-    "succeeded": 1,
-    "failed": 1,
-    "unprovisioned": 1,
-}
+REQUEUE_SECONDS = {name: row.requeue for name, row in PHASES.items()}
 _MIN_PENDING = 5.0  # seconds between reconciles of a young pod whose volumes are missing
 
 Item = tuple[Kind, Object]
@@ -57,6 +40,7 @@ Items = tuple[Item, ...]
 class Decision:
     """What to write, in this order."""
 
+    rehearse: Items = ()  # created only in a dry run, before a node is paid for
     finalizers: list[str] | None = None
     status: Object | None = None
     delete: Items = ()
@@ -73,25 +57,31 @@ def decide(observed: Observed, options: Options) -> Decision:
     phase = phase_of(observed, options)
     seconds = _requeue_after(observed, phase.name)
     decision = Decision(status=status(observed, phase, options), requeue_after=seconds, phase=phase)
+    released = _released_nodes(observed) if phase.is_overdue or not observed.server else ()
     match phase.name:
         case "finished":
             return replace(decision, **_clean_up(observed, options))
         case "replacing":
-            stopped = ((JOB, observed.previous_job), (DEPLOYMENT, observed.server))
-            delete = tuple((kind, item) for kind, item in stopped if item)
-            return replace(decision, delete=delete)
+            stopped = _stored((JOB, observed.previous_job), (DEPLOYMENT, observed.server))
+            return replace(decision, delete=(*stopped, *(released if phase.is_overdue else ())))
         case "provisioning":
             return replace(decision, **_provision(observed, options))
         case "creating":
             return replace(decision, create=_run_objects(observed, options))
         case "deploying":
             return replace(decision, **_deploy(observed, options))
+        case "running" | "unready" if phase.is_overdue:  # the node is lost: the next replaces it
+            return replace(decision, delete=released)
         case "starting" | "unready" | "ready":
             return replace(decision, **_keep_serving(observed, options))
-        case "invalid" | "unfit" | "conflict" | "queued" if not observed.server:
-            return replace(decision, delete=_released_nodes(observed))
+        case "stuck" if observed.serving:
+            server = _stored((DEPLOYMENT, observed.server))
+            return replace(decision, delete=(*server, *_released_nodes(observed)))
         case "unprovisioned" if observed.serving:
             return replace(decision, delete=_released_nodes(observed))
+        case "invalid" | "unfit" | "conflict" | "queued":
+            server = _stored((DEPLOYMENT, observed.server)) if phase.is_overdue else ()
+            return replace(decision, delete=(*server, *released))
         case "pending" | "running":
             return replace(decision, **_restore(observed, options))
     return decision
@@ -100,9 +90,9 @@ def decide(observed: Observed, options: Options) -> Decision:
 def _requeue_after(observed: Observed, name: PhaseName) -> float | None:
     """Seconds until the next reconcile. No event of a Job or pod reports that a missing Secret,
     volume or quota was added: such pods are checked with growing intervals."""
-    if name == "unprovisioned" and observed.serving:  # until it is edited
+    if name in ("stuck", "unprovisioned") and observed.serving:  # until it is edited
         return REQUEUE_SECONDS["refused"]
-    seconds = REQUEUE_SECONDS.get(name)
+    seconds = REQUEUE_SECONDS[name]
     last = objects.newest(observed.pods) or observed.job
     if name != "pending" or seconds is None or last is None:
         return seconds
@@ -229,9 +219,18 @@ def _provision(observed: Observed, options: Options) -> dict[str, Any]:
     present = workspace["metadata"].get("finalizers") or []
     return {
         "finalizers": None if names.FINALIZER in present else [*present, names.FINALIZER],
+        "rehearse": () if observed.job else _rehearsal(observed, options),
         "delete": failed,
         "create": ((NODE_CLAIM, node_claim),),
     }
+
+
+def _rehearsal(observed: Observed, options: Options) -> Items:
+    """What will be created on the node."""
+    if not observed.serving:
+        return _run_objects(observed, options)
+    created: Items = _deploy(observed, options)["create"]
+    return created
 
 
 def _released_nodes(observed: Observed) -> Items:

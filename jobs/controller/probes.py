@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from tuning.errors import redact
+from tuning.errors import SpecError, redact
 
 
 class Metrics:
@@ -86,7 +86,11 @@ def serving(
         def log_message(self, format: str, *args: object) -> None:
             """Probes come every few seconds: nothing to log."""
 
-    server = ThreadingHTTPServer(("", port), Handler)
+    try:
+        server = ThreadingHTTPServer(("", port), Handler)
+    except (OSError, OverflowError) as error:
+        what = f"port {port} cannot be used ({getattr(error, 'strerror', None) or error})"
+        raise SpecError.at("JOB-119", "--port", what, "name another port") from None
     thread = threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True)
     thread.start()
     try:

@@ -1,7 +1,9 @@
 """The workqueue: each key once, at one worker at a time, with exponential back-off on failures.
 
 Two lanes: keys that are due at a time, ordered by it, and before them keys added as `first`,
-round-robin over groups (namespaces), so that one namespace's many keys do not delay another's.
+round-robin over groups (namespaces), so that one namespace's many keys do not delay another's. One
+key in `_TURNS` is one that has been due for long, so that a namespace whose Workspaces are edited
+without a pause stops nobody's progress.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T", bound=Hashable)
 
+_TURNS, _OVERDUE = 8, 5.0  # seconds
 MIN_BACKOFF, MAX_BACKOFF = 0.5, 60.0  # seconds
 
 
@@ -36,7 +39,7 @@ class Queue(Generic[T]):
         self._failures: dict[T, int] = {}
         self._changed = threading.Condition()
         self._closed = False
-        self._count = 0
+        self._count = self._turn = 0
 
     def __len__(self) -> int:
         return len(self._due) + len(self._urgent)
@@ -57,8 +60,12 @@ class Queue(Generic[T]):
         """
         with self._changed:
             while not self._closed:
-                key = self._next_first()
-                key, wait = (key, 0.0) if key is not None else self._next_due()
+                self._turn = (self._turn + 1) % _TURNS
+                key, wait = self._next_due(_OVERDUE) if self._turn == 0 else (None, None)
+                if key is None:
+                    key = self._next_first()
+                if key is None:
+                    key, wait = self._next_due()
                 if key is not None:
                     self._busy.add(key)
                     return key
@@ -118,14 +125,15 @@ class Queue(Generic[T]):
             return key
         return None
 
-    def _next_due(self) -> tuple[T | None, float | None]:
-        """(the key that is due, None), or (None, seconds until one is)."""
+    def _next_due(self, since: float = 0.0) -> tuple[T | None, float | None]:
+        """(the key that has been due for `since` seconds, None), or (None, seconds until then)."""
         while self._heap:
             due, _, key = self._heap[0]
-            if self._due.get(key) != due or key in self._busy:  # outdated, or added by `_release`
+            if self._due.get(key) != due or key in self._busy or key in self._urgent:
+                # outdated, or added by `_release`, or in the other lane
                 heapq.heappop(self._heap)
                 continue
-            wait = due - self._clock()
+            wait = due + since - self._clock()
             if wait > 0:
                 return None, wait
             heapq.heappop(self._heap)

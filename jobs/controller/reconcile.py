@@ -16,10 +16,10 @@ from jobs.api.kinds import CLAIM, DEPLOYMENT, SERVICE, WORKSPACE, Object
 from jobs.controller import preflight
 from jobs.controller.decide import REQUEUE_SECONDS, Decision, decide
 from jobs.desired import names
-from jobs.observed import objects
-from jobs.observed.objects import Cause
+from jobs.observed.conditions import SUMMARY
 from jobs.observed.observe import Context, observe
-from jobs.observed.phase import Observed, Phase, node_attempts
+from jobs.observed.phase import node_attempts, refusal
+from jobs.observed.phases import Observed, Phase, after_deadline
 from jobs.observed.status import ENDED, status
 
 
@@ -50,51 +50,65 @@ def reconcile(
     refused = act(context, observed, decision)
     state = (decision.status or observed.recorded).get("state")
     if refused:
-        return Result(REQUEUE_SECONDS["refused"], state)
+        return Result(REQUEUE_SECONDS[refused.name], state)
     has_ended = decision.phase.name in ENDED and decision.requeue_after is not None
     return Result(decision.requeue_after, state, has_work=has_ended and not observed.serving)
 
 
-def act(context: Context, observed: Observed, decision: Decision) -> bool:
+def act(context: Context, observed: Observed, decision: Decision) -> Phase | None:
     """Write what was decided. The status is first, as a record of the intent and as a lock: of two
     writers, the slower one gets a conflict there, and deletes and creates nothing.
 
-    Returns True if the API server refused an object for good, which becomes a condition.
+    Returns the phase if the API server refused an object, which becomes a condition: `refused`,
+    or, if a provisioned node has waited for it too long, `stuck`.
     """
     cluster, workspace = context.cluster, observed.workspace
+    try:
+        for kind, item in decision.rehearse:
+            cluster.rehearse(kind, item)
+    except ApiError as error:
+        return _refused(context, observed, error)
     if decision.finalizers is not None:
         stored = cluster.set_finalizers(WORKSPACE, workspace, decision.finalizers)
         if stored is None:
-            return False
+            return None
         workspace = stored
     if decision.status is not None:
         stored = _store_status(cluster, workspace, decision.status)
         if stored is None:
-            return False
+            return None
         workspace = stored
     for kind, item in decision.delete:
         cluster.delete(kind, item)
     try:
         for kind, item in decision.create:
             if cluster.create(kind, item) is None and kind in (CLAIM, DEPLOYMENT, SERVICE):
-                return False  # check the owner of the existing one before a run writes into it
+                return None  # check the owner of the existing one before a run writes into it
         for kind, item in decision.update:
             cluster.replace(kind, item)
     except ApiError as error:
-        is_provisioning = decision.phase.name == "provisioning"
-        if is_provisioning:  # no NodeClaim was created: the attempt does not count
+        if decision.phase.name == "provisioning":  # no NodeClaim was created: it does not count
             attempts = {"nodeAttempts": node_attempts(observed)}
             workspace = workspace | {"status": (workspace.get("status") or {}) | attempts}
-        if error.is_transient:
-            if is_provisioning:
-                with contextlib.suppress(ApiError):
-                    cluster.replace_status(WORKSPACE, workspace, workspace["status"])
-            raise
-        refused = Phase("refused", Cause(objects.condition_reason(error.reason), error.message))
-        now = replace(observed, workspace=workspace)
-        _store_status(cluster, workspace, status(now, refused, context.options))
-        return True
-    return False
+        return _refused(context, replace(observed, workspace=workspace), error)
+    return None
+
+
+def _refused(context: Context, observed: Observed, error: ApiError) -> Phase:
+    """Store that an object was refused, in the words of who refused it; what may succeed a moment
+    later is raised again, so that it is tried sooner."""
+    cluster, options = context.cluster, context.options
+    cause = refusal(error.status, error.message)
+    phase = after_deadline(observed, Phase("refused", cause), options)
+    if not error.is_transient or phase.name != "refused":
+        _store_status(cluster, observed.workspace, status(observed, phase, options))
+        return phase
+    new: Object = observed.workspace.get("status") or {}
+    if error.status == 429 or error.status >= 500:
+        new = status(observed, phase, options)
+    with contextlib.suppress(ApiError):
+        cluster.replace_status(WORKSPACE, observed.workspace, new)
+    raise error
 
 
 def _store_status(cluster: Cluster, workspace: Object, new: Object) -> Object | None:
@@ -118,6 +132,8 @@ def _transitions(old: Object, new: Object) -> list[tuple[Literal["Normal", "Warn
     events: list[tuple[Literal["Normal", "Warning"], str, str]] = []
     notes = set()
     for each in new.get("conditions") or []:
+        if each["type"] in SUMMARY:  # another condition says the same
+            continue
         was, now = before.get(each["type"]), (each["status"], each["reason"])
         is_initial = was is None and (each["type"] == "SpecValid") == (each["status"] == "True")
         is_initial = is_initial and new.get("state") == "Pending"

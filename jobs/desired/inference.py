@@ -7,8 +7,6 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-import yaml
-
 from jobs.api.kinds import Object
 from jobs.desired import names
 from jobs.desired import tuning as desired_tuning
@@ -18,7 +16,7 @@ from tuning.errors import Problem, SpecError
 from tuning.plan import inference as memory
 from tuning.plan.device import Device
 from tuning.presets import Instance
-from tuning.spec import reference
+from tuning.spec import documents, reference
 from tuning.spec.workspace import Inference, Workspace
 
 RUNTIME, LOAD_BALANCER = "kaito.sh/runtime", "kaito.sh/enablelb"
@@ -33,7 +31,9 @@ def read(workspace: Object, config_map: Object | None, device: Device | None) ->
     revision = desired_tuning.revision(workspace)
     try:
         document = json.dumps(desired_tuning.document(workspace), sort_keys=True)
-        parsed = spec.parse_workspace(document, origin="Workspace")
+        parsed = spec.parse_workspace(
+            document, origin="Workspace", max_nodes=desired_tuning.MAX_NODES
+        )
         name = parsed.resource.instance_type if parsed.resource else None
         instance = presets.instance(name) if name else None
         server = _server(workspace, parsed, config_map)
@@ -150,7 +150,9 @@ def _server(workspace: Object, parsed: Workspace, config_map: Object | None) -> 
     secret = options.model_access_secret if options else None
     adapters = (*_tuned_adapter(workspace, vllm=vllm), *_adapters(inference))
     _check_adapters(preset.name, adapters, vllm)
-    is_ignored = inference.config and not vllm
+    notes = [f"{spec.spelled(path)}: {text}" for path, text in spec.ignored(parsed)]
+    if inference.config and not vllm:
+        notes.append("inference.config is for the runtime vllm and has no effect")
     return Server(
         base=preset.name,
         adapters=adapters,
@@ -160,7 +162,9 @@ def _server(workspace: Object, parsed: Workspace, config_map: Object | None) -> 
         public=annotations.get(LOAD_BALANCER, "").lower() == "true",
         base_revision=_trained_on(workspace, preset.name),
         settings=_settings(inference.config, config_map) if vllm else (),
-        note="inference.config is for the runtime vllm and has no effect" if is_ignored else "",
+        note="; ".join(notes),
+        runtime_class=names.annotation(workspace, "runtime-class"),
+        priority_class=names.annotation(workspace, "priority-class"),
     )
 
 
@@ -261,14 +265,13 @@ def _settings(name: str | None, config_map: Object | None) -> tuple[tuple[str, s
     if text is None:
         what = "does not exist" if config_map is None else f"has no key {CONFIG_KEY}"
         raise SpecError.at("SPEC-117", where, what, "create it; the server then starts")
-    try:
-        options = (yaml.safe_load(text) or {}).get("vllm") or {}
-        items = tuple(
-            sorted((str(key).replace("_", "-"), _option(value)) for key, value in options.items())
-        )
-    except (yaml.YAMLError, AttributeError, TypeError):
+    options = _vllm_options(str(text), where)
+    if options is None:
         what = "has no map `vllm` of options"
-        raise SpecError.at("SPEC-113", where, what, "correct it") from None
+        raise SpecError.at("SPEC-113", where, what, "correct it")
+    items = tuple(
+        sorted((str(key).replace("_", "-"), _option(value)) for key, value in options.items())
+    )
     for key, value in items:
         if key == "max-lora-rank" and not value.isdecimal():
             what = f"{key} is {value[:40]!r}"
@@ -277,6 +280,17 @@ def _settings(name: str | None, config_map: Object | None) -> tuple[tuple[str, s
             what = f"the option {key[:40]!r} is not allowed in a Workspace"
             raise SpecError.at("SPEC-118", where, what, f"use {', '.join(_VLLM_OPTIONS)}")
     return items
+
+
+@lru_cache(maxsize=64)
+def _vllm_options(text: str, where: str) -> dict[str, Any] | None:
+    """The map `vllm` in the text of a ConfigMap; None for another document. Raises SpecError."""
+    parsed = documents.read(text, origin=where, max_nodes=desired_tuning.MAX_NODES)
+    if problems := [each for document in parsed for each in document.findings.in_order()]:
+        raise SpecError(problems)
+    whole = parsed[0].value if parsed else {}
+    options = (whole.get("vllm") or {}) if isinstance(whole, dict) else None
+    return options if isinstance(options, dict) else None
 
 
 # An allowlist: other options run code of a model or plugin, or open a port.

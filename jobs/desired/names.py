@@ -8,7 +8,7 @@ from jobs.api.kinds import WORKSPACE, Kind, Object
 from jobs.api.options import Options
 from jobs.desired.tuning import Desired, identity, short_name
 from tuning import __version__
-from tuning.spec.workspace import ANNOTATION
+from tuning.spec.workspace import ANNOTATION, RESERVED_LABELS
 
 WORKSPACE_LABEL = "kaito.sh/workspace"
 NAMESPACE_LABEL = "kaito.sh/workspacenamespace"
@@ -18,8 +18,6 @@ UID_LABEL = f"{ANNOTATION}workspace-uid"
 FINALIZER = "workspace.finalizer.kaito.sh"
 ZONE = "topology.kubernetes.io/zone"
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*", re.A)
-# A Workspace cannot select nodes by labels with these prefixes, as in KAITO.
-_RESERVED = ("kaito.sh/", "karpenter.kaito.sh/")
 
 
 def is_object_name(name: object) -> bool:
@@ -97,6 +95,13 @@ def is_owned_by(item: Object, uid: str) -> bool:
     return any(each["uid"] == uid for each in item["metadata"].get("ownerReferences") or [])
 
 
+def is_controlled_by(pod: Object, uid: str) -> bool:
+    """Whether the object with this UID is the controller of `pod`, which has one at most: a label
+    or another owner reference is what anybody can write who may create pods."""
+    owners = pod["metadata"].get("ownerReferences") or []
+    return any(each["uid"] == uid for each in owners if each.get("controller"))
+
+
 def annotation(workspace: Object, name: str) -> str | None:
     """The value of the annotation `tuning.kaito.sh/<name>`."""
     annotations: dict[str, str] = workspace["metadata"].get("annotations") or {}
@@ -115,7 +120,7 @@ def node_selector(workspace: Object) -> dict[str, str]:
     for each in selector.get("matchExpressions") or []:
         if each.get("operator") == "In" and len(each.get("values") or []) == 1:
             required[each["key"]] = each["values"][0]
-    return {k: v for k, v in required.items() if not k.startswith(_RESERVED)}
+    return {k: v for k, v in required.items() if not k.startswith(RESERVED_LABELS)}
 
 
 def server_labels(workspace: Object) -> dict[str, str]:

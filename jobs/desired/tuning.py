@@ -24,6 +24,7 @@ from tuning.spec import Spec
 from tuning.spec.workspace import ANNOTATION, Tuning
 
 GIB = 1 << 30
+MAX_NODES = 20_000  # values of a document: a second of the time that all Workspaces share
 CONFIG_KEY = "training_config.yaml"
 QUEUE = "kueue.x-k8s.io/queue-name"
 PRIORITY = "kueue.x-k8s.io/priority-class"
@@ -67,14 +68,17 @@ class Server:
     settings: tuple[tuple[str, str], ...] = ()  # vLLM command-line options
     note: str = ""  # fields of the Workspace without effect
     base_revision: str | None = None  # hub commit; None: the preset's, or main
+    runtime_class: str | None = None
+    priority_class: str | None = None
 
     @property
     def fingerprint(self) -> str:
         """Eight characters that change with whatever the pods are made from."""
         content = {k: v for k, v in asdict(self).items() if k not in ("public", "note")}
         # Fields that earlier operators did not have must not change the fingerprint of their pods.
-        if self.base_revision is None:
-            del content["base_revision"]
+        for name in ("base_revision", "runtime_class", "priority_class"):
+            if content[name] is None:
+                del content[name]
         for each in content["adapters"]:
             if each["rank"] is None:
                 del each["rank"]
@@ -185,10 +189,11 @@ def _config_digest(config_map: Object | None) -> str:
 
 
 def document(workspace: Object) -> Object:
-    """The Workspace as its author wrote it, with no annotations but ours."""
+    """The Workspace as its author wrote it, with no annotations but ours and KAITO's."""
     meta = workspace["metadata"]
     kept = {k: meta[k] for k in ("name", "namespace") if k in meta}
-    ours = {k: v for k, v in (meta.get("annotations") or {}).items() if k.startswith(ANNOTATION)}
+    annotations = meta.get("annotations") or {}
+    ours = {k: v for k, v in annotations.items() if k.startswith((ANNOTATION, "kaito.sh/"))}
     if ours:
         kept["annotations"] = ours
     rest = {k: workspace[k] for k in ("resource", "tuning", "inference") if k in workspace}
@@ -200,7 +205,7 @@ def document(workspace: Object) -> Object:
 def _read(text: str, device: Device | None) -> Desired:
     """Everything that does not depend on the UID; cached, as reconciles are frequent."""
     try:
-        parsed = spec.parse(text, origin="Workspace")
+        parsed = spec.parse(text, origin="Workspace", max_nodes=MAX_NODES)
         instance = presets.instance(parsed.instance) if parsed.instance else None
     except SpecError as error:
         return Desired("", None, problems=error.problems)

@@ -8,14 +8,14 @@ from dataclasses import replace
 from urllib.parse import urlsplit
 
 from jobs.api.kinds import CLAIM, JOB, NETWORK_POLICY, NODE_CLAIM, Object
-from jobs.api.options import Options
+from jobs.api.options import MAX_ANNOTATIONS, Options
 from jobs.desired import names
 from jobs.desired.names import CONFIG_ANNOTATION, NAMESPACE_LABEL, UID_LABEL, WORKSPACE_LABEL
 from jobs.desired.tuning import PRIORITY, QUEUE, Desired, identity
 from jobs.manifests import pod
 from jobs.manifests import server as server_manifests
 from tuning import spec as specs
-from tuning.errors import REASONS, RETRYABLE
+from tuning.errors import REASONS, RETRYABLE, Problem
 from tuning.spec import Spec, reference
 
 # Cloud metadata services, which hand out the node's credentials.
@@ -39,8 +39,10 @@ def job(
         "podReplacementPolicy": "Failed",
         "template": {
             "metadata": {
-                "labels": options.pod_labels | names.labels(workspace, desired.revision),
-                "annotations": _annotations(desired, options, earlier),
+                "labels": pod.NO_SIDECAR_LABELS
+                | options.pod_labels
+                | names.labels(workspace, desired.revision),
+                "annotations": pod_annotations(desired, options, earlier),
             },
             "spec": pod.spec(workspace, desired, options, claim=claim),
         },
@@ -72,7 +74,7 @@ def _failure_rules() -> list[Object]:
     ]
 
 
-def _annotations(desired: Desired, options: Options, earlier: tuple[str, ...]) -> dict[str, str]:
+def pod_annotations(desired: Desired, options: Options, earlier: tuple[str, ...]) -> dict[str, str]:
     """The pod's annotations: the document, which all retries share, and the policy's files."""
     assert desired.spec is not None
     snapshot = desired.snapshot
@@ -83,8 +85,28 @@ def _annotations(desired: Desired, options: Options, earlier: tuple[str, ...]) -
         pod.SNAPSHOT: snapshot,
         "karpenter.sh/do-not-disrupt": "true",
         "cluster-autoscaler.kubernetes.io/safe-to-evict": "false",
+        **pod.NO_SIDECAR_ANNOTATIONS,
         **pod.policy_annotations(options),
     }
+
+
+def size_problem(desired: Desired, options: Options, earlier: tuple[str, ...]) -> Problem | None:
+    """Set if the document and the policy are too large for the annotations in which they travel:
+    a larger Job is invalid for ever."""
+    sizes = {
+        k: len(k) + len(v.encode()) for k, v in pod_annotations(desired, options, earlier).items()
+    }
+    total, document = sum(sizes.values()), sizes[pod.SNAPSHOT]
+    if total <= MAX_ANNOTATIONS:
+        return None
+    policy = sum(count for key, count in sizes.items() if key.startswith(pod.POLICY))
+    beside = f", beside {policy:,} bytes of the policy and its files" if policy else ""
+    what = f"is {document:,} bytes{beside}; {MAX_ANNOTATIONS:,} bytes travel to a Job"
+    if policy > document:
+        change = "ask the administrator to put the policy's certificates into the engine's image"
+    else:
+        change = "name fewer URLs, or a folder of a bucket, a volume or an image as the input"
+    return Problem("JOB-114", "Workspace", what, change)
 
 
 def run_claim(workspace: Object, desired: Desired, options: Options) -> Object:
@@ -142,17 +164,21 @@ def _policy_spec(
         "egress": [
             {"ports": [{"protocol": "UDP", "port": 53}, {"protocol": "TCP", "port": 53}]},
             {"to": everywhere, "ports": tcp},
+            # Some network plugins never match pods by their address.
+            {"to": [{"namespaceSelector": {}}], "ports": tcp},
+            *({"to": [_namespace(name)]} for name in options.cluster.namespaces),
         ],
     }
 
 
+def _namespace(name: str) -> Object:
+    """All pods of a namespace, as the peer of a network policy."""
+    return {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": name}}}
+
+
 def _operator(options: Options) -> Object:
-    return {
-        "namespaceSelector": {
-            "matchLabels": {"kubernetes.io/metadata.name": options.operator_namespace}
-        },
-        "podSelector": {"matchLabels": {"app.kubernetes.io/name": "tuning-operator"}},
-    }
+    pods = {"podSelector": {"matchLabels": {"app.kubernetes.io/name": "tuning-operator"}}}
+    return _namespace(options.operator_namespace) | pods
 
 
 def _ports(spec: Spec) -> set[int]:

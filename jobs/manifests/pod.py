@@ -10,7 +10,7 @@ from typing import Any
 
 from jobs.api.kinds import Object
 from jobs.api.options import Options
-from jobs.desired import names
+from jobs.desired import allowed, names
 from jobs.desired.tuning import GIB, Desired
 from tuning.spec.workspace import ANNOTATION
 
@@ -20,17 +20,16 @@ DATA_SECRET = "/etc/tuning-data"  # noqa: S105 the engine's folder for it
 SNAPSHOT, POLICY = f"{ANNOTATION}document", f"{ANNOTATION}policy"
 DOCKER = ".dockerconfigjson"
 HUB = "HF_TOKEN"
-_VOLUMES = (  # that a Workspace may use: none exposes another tenant's data or a Secret
-    "azureFile",
-    "cephfs",
-    "configMap",
-    "csi",
-    "emptyDir",
-    "ephemeral",
-    "image",
-    "nfs",
-    "persistentVolumeClaim",
-)
+_NODE_NAME: Object = {"key": "metadata.name", "operator": "In"}
+# A sidecar that goes on when the engine has ended keeps pod, Job and node: none is injected.
+NO_SIDECAR_LABELS = {"sidecar.istio.io/inject": "false", "kuma.io/sidecar-injection": "disabled"}
+NO_SIDECAR_ANNOTATIONS = {
+    "sidecar.istio.io/inject": "false",  # until Istio 1.10
+    "linkerd.io/inject": "disabled",
+    "consul.hashicorp.com/connect-inject": "false",
+    "vault.hashicorp.com/agent-inject": "false",
+    "sidecar.opentelemetry.io/inject": "false",
+}
 _TOLERATIONS: list[Object] = [
     {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"},
     {"key": "sku", "operator": "Equal", "value": "gpu", "effect": "NoSchedule"},
@@ -41,16 +40,7 @@ _TOLERATIONS: list[Object] = [
 
 def forbidden_volume(workspace: Object, options: Options) -> tuple[str, str] | None:
     """(field, kind) of the first volume that a Workspace must not use."""
-    tuning, inference = workspace.get("tuning") or {}, workspace.get("inference") or {}
-    parts = [(f"tuning.{each}", tuning.get(each)) for each in ("input", "output")]
-    adapters = inference.get("adapters") or []
-    parts += [(f"inference.adapters[{i}].source", a.get("source")) for i, a in enumerate(adapters)]
-    allowed = (*_VOLUMES, "hostPath") if options.allow_host_path else _VOLUMES
-    for where, part in parts:
-        for kind in (part or {}).get("volumeSource") or {}:
-            if kind not in allowed:
-                return f"{where}.volumeSource", kind
-    return None
+    return next(iter(allowed.forbidden_volumes(workspace, options)), None)
 
 
 def spec(workspace: Object, desired: Desired, options: Options, *, claim: bool) -> Object:
@@ -148,20 +138,40 @@ def pod_spec(
         pod["serviceAccountName"] = options.service_account
     if options.image_pull_secrets:
         pod["imagePullSecrets"] = [{"name": name} for name in options.image_pull_secrets]
+    for field, value in (
+        ("runtimeClassName", names.annotation(workspace, "runtime-class") or options.runtime_class),
+        (
+            "priorityClassName",
+            names.annotation(workspace, "priority-class") or options.priority_class,
+        ),
+    ):
+        if value:
+            pod[field] = value
+    if affinity := _node_affinity(workspace, desired, options):
+        pod["affinity"] = {"nodeAffinity": affinity}
+    return pod
+
+
+def _node_affinity(workspace: Object, desired: Desired, options: Options) -> Object:
+    """The nodes that the Workspace requires, and those that it prefers."""
     labels = names.node_selector(workspace)
     if names.provisions_node(desired, options):
         labels |= {names.WORKSPACE_LABEL: workspace["metadata"]["name"]}
         labels |= {names.NAMESPACE_LABEL: workspace["metadata"]["namespace"]}
+    affinity: Object = {}
     if labels:
         terms = [
             {"key": key, "operator": "In", "values": [value]}
             for key, value in sorted(labels.items())
         ]
         selector = {"nodeSelectorTerms": [{"matchExpressions": terms}]}
-        pod["affinity"] = {
-            "nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": selector}
-        }
-    return pod
+        affinity["requiredDuringSchedulingIgnoredDuringExecution"] = selector
+    if preferred := (workspace.get("resource") or {}).get("preferredNodes"):
+        affinity["preferredDuringSchedulingIgnoredDuringExecution"] = [
+            {"weight": 100, "preference": {"matchFields": [_NODE_NAME | {"values": [name]}]}}
+            for name in preferred
+        ]
+    return affinity
 
 
 def resources(desired: Desired, options: Options, *, claim: bool, disk: int = 0) -> Object:

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 import re
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
+from jobs.api import nesting
 from jobs.api.kinds import Object
 from jobs.api.options import Nodes
 from jobs.manifests.pod import CONTAINER
-from tuning.errors import REASONS, redact
+from tuning.errors import REASONS, RETRYABLE, redact
 from tuning.spec import reference
 
 LONGEST = 1000  # characters of a message that came from a pod or a cloud
 _COMMIT = re.compile("[0-9a-f]{40}")
-_IMAGE = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull")
-_START = ("CreateContainerConfigError", "CreateContainerError", "RunContainerError")
+PERMANENT = frozenset(REASONS) - RETRYABLE - {0}  # exit codes after which no other try follows
+_ORDINARY = ("ContainerCreating", "PodInitializing", "CrashLoopBackOff")  # reasons without a cause
+_IMAGE = ("Image", "Registry", "Signature")  # in reasons of a container that waits for its image
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,13 @@ def is_running(pod: Object) -> bool:
     return "running" in (container(pod).get("state") or {})
 
 
+def has_started(pod: Object) -> bool:
+    """Whether the engine's container runs, or ran before it was restarted."""
+    found = container(pod)
+    states = (found.get("state") or {}) | (found.get("lastState") or {})
+    return "running" in states or "terminated" in states
+
+
 def is_scheduled(pod: Object) -> bool:
     """Whether it has a node."""
     return bool((pod.get("spec") or {}).get("nodeName")) or is_true(pod, "PodScheduled")
@@ -115,10 +124,44 @@ def terminated(pod: Object) -> Object | None:
     return found
 
 
+def is_over(pod: Object) -> bool:
+    """Whether no container of it runs again; the kubelet may also have refused or evicted it."""
+    status = pod.get("status") or {}
+    return status.get("phase") in ("Failed", "Succeeded") or status.get("reason") == "Evicted"
+
+
+def has_ended(pod: Object) -> bool:
+    """Whether the engine's container has terminated, or never will run. Another container may still
+    keep its pod."""
+    return is_over(pod) or terminated(pod) is not None
+
+
+def exit_code(pod: Object) -> int | None:
+    """The exit code of the engine; None if it runs, or never ran."""
+    return (terminated(pod) or {}).get("exitCode")
+
+
+def staying(pod: Object) -> str:
+    """Names of the other containers that have not terminated, joined by commas: sidecars."""
+    others = (pod.get("status") or {}).get("containerStatuses") or []
+    return ", ".join(
+        sanitize(each.get("name"), 63)
+        for each in others
+        if each.get("name") != CONTAINER and "terminated" not in (each.get("state") or {})
+    )
+
+
+def ended_at(pod: Object) -> datetime:
+    """When the engine's container terminated, else when the pod was created."""
+    finished = (terminated(pod) or {}).get("finishedAt")
+    return parse_time(finished or pod["metadata"]["creationTimestamp"])
+
+
 def termination_message(pod: Object) -> dict[str, Any]:
     """The engine's termination message, well-formed fields only. Empty if missing or malformed."""
+    message = str((terminated(pod) or {}).get("message") or "")
     try:
-        document = json.loads((terminated(pod) or {}).get("message") or "")
+        document = nesting.loads_untrusted(message.encode(errors="replace"))
     except ValueError:
         return {}
     if not isinstance(document, dict):
@@ -139,15 +182,6 @@ def termination_message(pod: Object) -> dict[str, Any]:
     return fields
 
 
-def eviction(pod: Object, code: int | None = None) -> Cause | None:
-    """The kubelet's message, if it evicted the pod."""
-    status = pod.get("status") or {}
-    if status.get("reason") != "Evicted":
-        return None
-    message = sanitize(status.get("message") or "the kubelet evicted the pod")
-    return Cause("PodEvicted", message, "see the node's disk and memory", code=code)
-
-
 def node_loss(pod: Object) -> Cause | None:
     """Set if the pod's node does not respond."""
     ready = condition(pod, "Ready") or {}
@@ -166,8 +200,16 @@ def running_warning(job: Object, pod: Object) -> Cause | None:
     if cause := node_loss(pod):
         return cause
     if pod["metadata"].get("deletionTimestamp"):
-        return Cause("PodTerminating", "the pod is terminating and saves its state")
+        words = f"the pod is terminating and saves its state{_disruption(pod)}"
+        return Cause("PodTerminating", words)
     return None
+
+
+def _disruption(pod: Object) -> str:
+    """Who ends a pod, and why, such as a preemption or a drain; in parentheses."""
+    target = condition(pod, "DisruptionTarget") or {}
+    words = sanitize(target.get("message") or target.get("reason") or "")
+    return f" ({words})" if words and target.get("status") == "True" else ""
 
 
 def failure(job: Object, pods: tuple[Object, ...]) -> Cause:
@@ -179,34 +221,73 @@ def failure(job: Object, pods: tuple[Object, ...]) -> Cause:
             "or use a faster instance type in a new Workspace"
         )
         return Cause("DeadlineExceeded", "the Job ran longer than its deadline", hint)
-    last = newest(
-        tuple(pod for pod in pods if terminated(pod) or (pod.get("status") or {}).get("reason"))
-    )
+    ended = tuple(pod for pod in pods if has_ended(pod) and exit_code(pod) != 0)
+    last = newest(ended) or newest(pods)
     if last is None:
         message = sanitize(failed.get("message") or "no pod")
         return Cause(failed.get("reason") or "JobFailed", message)
-    end, reported = terminated(last) or {}, termination_message(last)
+    return pod_failure(last)
+
+
+def pod_failure(pod: Object) -> Cause:
+    """Why the engine did not succeed in a pod: from its termination message if there is one, else
+    from the kubelet, which also refuses and evicts pods, or from a container that was added."""
+    status, end, reported = pod.get("status") or {}, terminated(pod) or {}, termination_message(pod)
     code = end.get("exitCode")
-    if cause := eviction(last, code):
-        return cause
+    if status.get("reason") == "Evicted":
+        message = sanitize(status.get("message") or "the kubelet evicted the pod")
+        return Cause("PodEvicted", message, "see the node's disk and memory", code=code)
     if end.get("reason") == "OOMKilled":
         hint = "set a smaller per_device_train_batch_size or max_length, or use more memory"
         return Cause("OutOfMemory", "the kernel killed the engine: out of memory", hint, code=code)
     if "reason" in reported:
         return Cause(
             condition_reason(reported["reason"]),
-            reported.get("message") or reported["reason"],
+            (reported.get("message") or reported["reason"]) + _disruption(pod),
             reported.get("hint", ""),
             reported.get("phase", ""),
             reported.get("code", code),
         )
+    if status.get("reason") or status.get("message"):
+        reason = condition_reason(str(status.get("reason") or "PodFailed"))
+        message = sanitize(status.get("message") or f"the kubelet ended the pod: {reason}")
+        return Cause(reason, message, "see the pod's node and its events", code=code)
+    if not end and (other := failed_container(pod)):
+        return other
     message = sanitize(end.get("message") or end.get("reason") or "no message")
     return Cause(
         REASONS.get(code or 0, "Killed") if code else "JobFailed",
-        f"exit code {code}: {message}",
+        (f"exit code {code}: {message}" if end else "the pod ended before the engine ran")
+        + _disruption(pod),
         "see the pod's log",
         code=code,
     )
+
+
+def failed_container(pod: Object) -> Cause | None:
+    """Another container, such as one that an admission webhook added, that failed."""
+    status = pod.get("status") or {}
+    kinds = (status.get("initContainerStatuses"), status.get("containerStatuses"))
+    for each in itertools.chain.from_iterable(filter(None, kinds)):
+        states = (each.get("state") or {}, each.get("lastState") or {})
+        end: Object = next((state["terminated"] for state in states if "terminated" in state), {})
+        if end.get("exitCode") and each["name"] != CONTAINER:
+            name, code = sanitize(each["name"], 63), end["exitCode"]
+            words = sanitize(end.get("message") or end.get("reason") or "no message")
+            message = f"the container {name} ended with exit code {code}: {words}"
+            return Cause("ContainerFailed", message, f"see the log of the container {name}")
+    return None
+
+
+def last_try(job: Object, pods: tuple[Object, ...]) -> Cause | None:
+    """How the last pod ended, if without success, while the Job goes on."""
+    ended = tuple(pod for pod in pods if has_ended(pod) and exit_code(pod) != 0)
+    last = newest(ended)
+    if last is None:
+        return None
+    number = max(len(ended), (job.get("status") or {}).get("failed") or 0)
+    cause, verb = pod_failure(last), "was stopped" if exit_code(last) == 75 else "failed"
+    return replace(cause, message=f"try {number} {verb}: {cause.message}")
 
 
 def condition_reason(text: str) -> str:
@@ -220,18 +301,39 @@ def waiting(pod: Object, mount_warning: str | None) -> Cause | None:
     scheduled = condition(pod, "PodScheduled")
     if scheduled and scheduled.get("status") == "False":
         return Cause("Unschedulable", sanitize(scheduled.get("message") or "no node fits"))
-    state = (container(pod).get("state") or {}).get("waiting") or {}
-    reason, message = state.get("reason"), sanitize(state.get("message") or "")
-    if reason in _IMAGE:
-        return Cause("ImagePullError", message or f"{reason}", "check the engine's image")
-    if reason in _START:
-        return Cause("ContainerStartError", message or f"{reason}")
+    status = pod.get("status") or {}
+    for each in [*(status.get("initContainerStatuses") or []), container(pod)]:
+        state = (each.get("state") or {}).get("waiting") or {}
+        if not (reason := state.get("reason")) or reason in _ORDINARY:
+            continue
+        message = sanitize(state.get("message") or reason)
+        if each["name"] != CONTAINER:
+            message = f"container {sanitize(each['name'], 63)}: {message}"
+        if any(word in reason for word in _IMAGE):
+            return Cause("ImagePullError", message, "check the image and its pull secret")
+        return Cause("ContainerStartError", message)
     if mount_warning:
         is_secret = 'secret "' in mount_warning and "not found" in mount_warning
+        is_volume = "olume" in mount_warning
         reason = "SecretNotFound" if is_secret else "VolumeMountError"
-        hint = "create the Secret; the Job then continues" if is_secret else ""
+        reason = reason if is_secret or is_volume else "PodStartError"
+        hint = "create the Secret" if is_secret else ""
         return Cause(reason, sanitize(mount_warning), hint)
+    if status.get("message"):
+        return Cause(
+            condition_reason(status.get("reason") or "Failed"), sanitize(status["message"])
+        )
     return None
+
+
+def starting(pod: Object) -> str:
+    """What a pod without a known problem waits for."""
+    names = [
+        sanitize(each.get("name"), 63)
+        for each in (pod.get("status") or {}).get("initContainerStatuses") or []
+        if "running" in (each.get("state") or {}) and not each.get("started")
+    ]
+    return f"the init container {names[0]} has not finished" if names else "the pod is starting"
 
 
 def node_claim_state(

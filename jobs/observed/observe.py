@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from itertools import islice
 from typing import Any
 
 from jobs.api.client import ApiError, Cluster
@@ -19,6 +20,7 @@ from jobs.api.kinds import (
     NETWORK_POLICY,
     NODE_CLAIM,
     POD,
+    REPLICA_SET,
     SERVICE,
     Object,
 )
@@ -28,10 +30,19 @@ from jobs.desired import names
 from jobs.desired import tuning as desired_tuning
 from jobs.desired.tuning import Server
 from jobs.observed import objects
-from jobs.observed.phase import Observed, Policy
+from jobs.observed.phases import Observed, Policy
 from jobs.observed.site import Site
 from tuning.plan.device import Device
 
+_EVENT_PAGES = 5  # of the events about one object
+_POD_EVENTS = (
+    "FailedAttachVolume",
+    "FailedCreatePodSandBox",
+    "FailedMapVolume",
+    "FailedMount",
+    "FailedPrepareDynamicResources",
+    "NetworkNotReady",
+)
 _YOUNG = timedelta(seconds=4)  # age at which a Job usually has its first pod
 
 
@@ -153,7 +164,9 @@ def _observe_server(context: Context, workspace: Object) -> Observed:
     conflicting = _conflicting(uid, server, service, run_claim if storage else None, policy)
     if conflicting:
         server = service = None
-    pods = _server_pods(cluster, workspace, desired.server) if server and desired.server else ()
+    pods: tuple[Object, ...] = ()
+    if server and desired.server:
+        pods = _server_pods(cluster, workspace, server, desired.server)
     last, now = objects.newest(pods), context.now()
     is_ours = desired.server is not None and desired.server.runtime == "transformers"
     reports = is_ours and last is not None and objects.is_true(last, "Ready")
@@ -232,15 +245,36 @@ def _job_pods(cluster: Cluster, job: Object) -> tuple[Object, ...]:
     meta, has_ended = job["metadata"], objects.job_state(job) in ("complete", "failed")
     label = f"job-name={meta['name']}"
     pods = cluster.find(POD, meta["namespace"], labels=label, cached=not has_ended)
-    return _by_age(pod for pod in pods if names.is_owned_by(pod, meta["uid"]))
+    return _by_age(pod for pod in pods if names.is_controlled_by(pod, meta["uid"]))
 
 
-def _server_pods(cluster: Cluster, workspace: Object, server: Server) -> tuple[Object, ...]:
-    """The pods of the desired server, oldest first."""
+def _server_pods(
+    cluster: Cluster, workspace: Object, deployment: Object, server: Server
+) -> tuple[Object, ...]:
+    """The pods of the desired server that belong to its Deployment, oldest first."""
     labels = names.server_labels(workspace) | {names.REVISION_LABEL: server.fingerprint}
     selector = ",".join(f"{key}={value}" for key, value in labels.items())
     namespace = workspace["metadata"]["namespace"]
-    return _by_age(cluster.find(POD, namespace, labels=selector, cached=True))
+    pods = cluster.find(POD, namespace, labels=selector, cached=True)
+    ours = _replica_sets(cluster, namespace, deployment["metadata"]["uid"], pods)
+    return _by_age(pod for pod in pods if any(names.is_controlled_by(pod, uid) for uid in ours))
+
+
+def _replica_sets(cluster: Cluster, namespace: str, uid: str, pods: list[Object]) -> set[str]:
+    """UIDs of those controllers of `pods` that are ReplicaSets of the Deployment with this UID."""
+    controllers = {
+        each["name"]: each["uid"]
+        for pod in pods
+        for each in pod["metadata"].get("ownerReferences") or []
+        if each.get("controller") and each["kind"] == REPLICA_SET.name
+    }
+    try:
+        found = [cluster.get(REPLICA_SET, namespace, name) for name in sorted(controllers)[:10]]
+    except ApiError as error:
+        if error.status != 403:
+            raise
+        return set(controllers.values())  # the rights of an earlier version
+    return {each["metadata"]["uid"] for each in found if each and names.is_controlled_by(each, uid)}
 
 
 def _by_age(pods: Iterable[Object]) -> tuple[Object, ...]:
@@ -250,13 +284,12 @@ def _by_age(pods: Iterable[Object]) -> tuple[Object, ...]:
 def _warning(
     cluster: Cluster, job: Object | None, last: Object | None, now: datetime
 ) -> str | None:
-    """What only an event reports: why a Job has no pod (a quota), or why a scheduled pod has no
-    container (a missing Secret or volume)."""
-    if last is not None:
-        has_started = objects.is_running(last) or objects.terminated(last)
-        if has_started or not objects.is_scheduled(last):
+    """What only an event reports: why a Job has no pod, or no further one (a quota), or why a
+    scheduled pod has no container (a missing Secret or volume, no network)."""
+    if last is not None and not objects.has_ended(last):
+        if objects.is_running(last) or not objects.is_scheduled(last):
             return None
-        return _event(cluster, last, "FailedMount", "FailedAttachVolume")
+        return _event(cluster, last, *_POD_EVENTS)
     if job is None or objects.job_state(job) != "active":
         return None
     is_young = now - objects.parse_time(job["metadata"]["creationTimestamp"]) < _YOUNG
@@ -273,7 +306,10 @@ def _event(cluster: Cluster, about: Object, *reasons: str) -> str | None:
     """The message of the last event if it has one of these reasons; a later event of another
     reason means that the problem was overcome."""
     meta = about["metadata"]
-    events = cluster.find(CORE_EVENT, meta["namespace"], fields=f"involvedObject.uid={meta['uid']}")
+    pages = cluster.pages(
+        CORE_EVENT, meta["namespace"], fields=f"involvedObject.uid={meta['uid']}"
+    )  # a tenant may write thousands
+    events = [event for items, _ in islice(pages, _EVENT_PAGES) for event in items]
 
     def order(event: Object) -> tuple[str, bool]:  # by time, to the second
         last_seen = str(event.get("lastTimestamp") or event.get("eventTime") or "")

@@ -1,101 +1,52 @@
 """Observed and desired state of a Workspace -> its phase, and the cause. Pure.
 
 `status` derives KAITO's conditions and reasons from the phase, `controller.decide` the actions.
-Phase names are internal: no object stores them.
+`phases` has the table of what a provisioned node does in each phase, and its deadline.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from datetime import datetime, timedelta
-from typing import Any, Literal
+from collections.abc import Sequence
+from dataclasses import replace
 
 from jobs.api.kinds import Object
 from jobs.api.options import Options
+from jobs.desired import allowed, names
 from jobs.desired import inference as desired_inference
-from jobs.desired import names
 from jobs.desired import tuning as desired_tuning
-from jobs.desired.tuning import QUEUE, Desired
-from jobs.manifests import pod
+from jobs.desired.tuning import QUEUE
+from jobs.manifests import job as job_manifests
 from jobs.manifests import server as server_manifests
 from jobs.observed import objects
 from jobs.observed.objects import Cause
+from jobs.observed.phases import RELEASED, Observed, Phase, after_deadline, is_current
+from jobs.observed.phases import PhaseName as PhaseName  # where it is looked for
 from jobs.observed.readiness import readiness_of
+from tuning.errors import Problem
 
-PhaseName = Literal[
-    "finished",  # recorded for this revision: nothing runs again
-    "deploying",  # the server's objects must be created or updated
-    "starting",  # its pod is not ready yet
-    "unready",  # its pod is not ready, or an adapter was refused, for a known cause
-    "ready",  # it answers
-    "invalid",  # the spec, or an object that it names
-    "conflict",  # an object of another owner has the name
-    "replacing",  # the Job or server of an earlier spec is stopping
-    "unfit",  # no GPU of the instance type is large enough
-    "provisioning",  # a node is being provisioned
-    "unprovisioned",  # all attempts to provision a node failed
-    "creating",  # the Job must be created
-    "refused",  # the API server refused to create an object
-    "queued",  # Kueue suspends the Job, or the namespace's limit of nodes is reached
-    "pending",  # the pod has not started
-    "stuck",  # the pod has not started in time
-    "running",
-    "succeeded",
-    "failed",
-]
+_JOB_SECONDS = 60  # in which a Job is usually complete after the engine has ended
 
-Policy = Literal["unchecked", "missing"] | Object  # the stored network policy
-
-# Reasons with which the API server will refuse the same object again.
-_PERMANENT = ("BadRequest", "Forbidden", "Invalid", "NotFound", "RequestEntityTooLarge")
-
-
-@dataclass(frozen=True)
-class Observed:
-    """Everything read about one Workspace at one time, beside its desired state."""
-
-    workspace: Object
-    desired: Desired
-    now: datetime
-    config_map: Object | None = None  # named by the Workspace
-    job: Object | None = None  # of this revision
-    previous_job: Object | None = None  # of an earlier revision
-    conflicting: Object | None = None  # an object of another owner with one of our names
-    pods: tuple[Object, ...] = ()  # of the Job or server, oldest first
-    warning: str | None = None  # of an event: why there is no pod, or no container
-    node_claims: tuple[Object, ...] = ()  # of this Workspace
-    node_claims_in_namespace: int = 0  # counted only if there is a limit
-    progress: dict[str, Any] | None = None
-    run_claim: Object | None = None
-    storage: bool = True  # whether a claim for the run directory can be bound
-    policy: Policy = "unchecked"
-    serving: bool = False  # nothing is left to tune: `desired` is an inference server
-    server: Object | None = None  # the Deployment
-    service: Object | None = None
-    server_report: dict[str, Any] | None = None  # from the server's /readyz
-
-    @property
-    def recorded(self) -> Object:
-        """The stored status."""
-        found: Object = self.workspace.get("status") or {}
-        return found
-
-    @property
-    def is_recorded(self) -> bool:
-        """Whether the stored status is of this revision."""
-        return bool(self.recorded.get("revision") == self.desired.revision)
-
-
-@dataclass(frozen=True)
-class Phase:
-    """The phase of a Workspace, and why."""
-
-    name: PhaseName
-    cause: Cause = field(default_factory=lambda: Cause("", ""))
+# HTTP status with which the API server, or an admission webhook, refuses an object -> reason.
+_REFUSALS = {
+    400: "BadRequest",
+    401: "Unauthorized",
+    403: "Forbidden",
+    404: "NotFound",
+    413: "RequestEntityTooLarge",
+    422: "Invalid",
+    429: "TooManyRequests",
+    500: "InternalError",
+    503: "ServiceUnavailable",
+    504: "Timeout",
+}
 
 
 def phase_of(observed: Observed, options: Options) -> Phase:
-    """The first phase that applies."""
+    """The first phase that applies, or what follows once a provisioned node waited too long."""
+    return after_deadline(observed, _phase_of(observed, options), options)
+
+
+def _phase_of(observed: Observed, options: Options) -> Phase:
     if observed.serving:
         return _server_phase(observed, options)
     has_ended = observed.recorded.get("completionTime") and observed.is_recorded
@@ -121,7 +72,11 @@ def phase_of(observed: Observed, options: Options) -> Phase:
 
 
 def _server_phase(observed: Observed, options: Options) -> Phase:
-    server = observed.desired.server
+    server, node = observed.desired.server, objects.condition(observed.workspace, "NodeClaimReady")
+    if node and node["reason"] == RELEASED and is_current(observed):  # until it is edited
+        kept = observed.recorded.get("failure") or {}
+        fields = {key: kept.get(key, "") for key in ("reason", "message", "hint")}
+        return Phase("stuck", Cause(**fields, code=kept.get("exitCode")))
     if (cause := _invalid(observed, options)) or server is None:
         return Phase("invalid", cause or Cause("SpecInvalid", "there is nothing to serve"))
     if blocked := _blocked(observed):
@@ -139,9 +94,9 @@ def _server_phase(observed: Observed, options: Options) -> Phase:
     if up_to_date and readiness.answers:
         return Phase("unready" if readiness.cause.reason else "ready", readiness.cause)
     if names.provisions_node(observed.desired, options) and (
-        node := _node_phase(observed, options)
+        provisioning := _node_phase(observed, options)
     ):
-        return node
+        return provisioning
     if not up_to_date:
         pending = Cause("", "the server is being created")
         return Phase("deploying", _previous_refusal(observed) or pending)
@@ -170,9 +125,15 @@ def _blocked(observed: Observed) -> Phase | None:
 def _previous_refusal(observed: Observed) -> Cause | None:
     """The stored refusal of the API server; the condition stays until the object exists."""
     stored = objects.condition(observed.workspace, "ResourceReady") or {}
-    if stored.get("status") != "False" or stored.get("reason") not in _PERMANENT:
+    if stored.get("status") != "False" or stored.get("reason") not in _REFUSALS.values():
         return None
     return Cause(stored["reason"], stored["message"])
+
+
+def refusal(status: int, message: str) -> Cause:
+    """Why an object was not created, in the words of who refused it. A webhook's own reason may be
+    any text: the reason here is that of the HTTP status."""
+    return Cause(_REFUSALS.get(status, "Invalid" if status < 500 else "InternalError"), message)
 
 
 def _deleted_job(observed: Observed) -> Cause | None:
@@ -188,53 +149,88 @@ def _deleted_job(observed: Observed) -> Cause | None:
 def _invalid(observed: Observed, options: Options) -> Cause | None:
     desired = observed.desired
     problems = " ".join(map(str, desired.problems))
-    if forbidden := pod.forbidden_volume(observed.workspace, options):
-        message = f"{forbidden[0]}: a volume of the kind {forbidden[1]} is not allowed here"
-        return Cause("VolumeForbidden", message, "use persistentVolumeClaim")
+    forbidden = allowed.problems(observed.workspace, options)
+    if volumes := [each for each in forbidden if each.code == "JOB-103"]:
+        return _forbidden(volumes)
     if desired.missing_config_map is not None:
         return Cause("ConfigMapNotFound", problems, "create the ConfigMap; the run then starts")
     if desired.spec is None and desired.server is None:
         return Cause("SpecInvalid", problems)
-    annotations = observed.workspace["metadata"].get("annotations") or {}
-    vllm = annotations.get(desired_inference.RUNTIME) == "vllm"
-    if vllm and observed.workspace.get("inference") is not None and not options.vllm_image:
-        message = "the operator has no image of vLLM (option vllmImage)"
-        hint = "ask the administrator, or use the runtime transformers"
-        return Cause("RuntimeUnavailable", message, hint)
-    return None
+    if desired.spec is not None:
+        earlier = tuple(observed.recorded.get("outputs") or ())
+        if too_large := job_manifests.size_problem(desired, options, earlier):
+            return Cause("SpecTooLarge", str(too_large))
+    return _forbidden(forbidden) if forbidden and not desired.fit_problems else None
+
+
+def _forbidden(problems: Sequence[Problem]) -> Cause:
+    message = "; ".join(f"{each.where}: {each.what}" for each in problems)
+    hint = "; ".join(each.change for each in problems)
+    return Cause(allowed.REASONS[problems[0].code], message, hint)
 
 
 def _job_phase(observed: Observed, job: Object, options: Options) -> Phase:
-    match objects.job_state(job):
-        case "complete":
-            return Phase("succeeded")
+    state = objects.job_state(job)
+    if state == "complete":
+        return Phase("succeeded")
+    if ended := _engine_phase(observed, state):
+        return ended
+    match state:
         case "failed":
             return Phase("failed", objects.failure(job, observed.pods))
         case "suspended":
             return Phase("queued", Cause("Queued", "the Job waits in its queue"))
-    last = objects.newest(tuple(p for p in observed.pods if not objects.terminated(p)))
+    last = objects.newest(tuple(pod for pod in observed.pods if not objects.has_ended(pod)))
+    earlier = objects.last_try(job, observed.pods)
     if last is not None and objects.is_running(last):
-        return Phase("running", objects.running_warning(job, last) or Cause("", ""))
+        retried = earlier and replace(earlier, reason="Retried", hint="")
+        return Phase("running", objects.running_warning(job, last) or retried or Cause("", ""))
     if (
         names.provisions_node(observed.desired, options)
         and (last is None or not objects.is_scheduled(last))
         and (node := _node_phase(observed, options))
     ):
         return node
-    if last is None:
-        if observed.warning:
-            return Phase("pending", Cause("PodRefused", objects.sanitize(observed.warning)))
-        return Phase("pending", Cause("PodPending", "the Job has not created a pod yet"))
-    cause = objects.waiting(last, observed.warning)
-    times = [objects.changed_at(last, "PodScheduled")] if objects.is_scheduled(last) else []
-    if cause and cause.reason == "Unschedulable":
-        # The scheduler may take its time, unless a provisioned node costs money meanwhile.
-        ready = (each for each in observed.node_claims if objects.is_true(each, "Ready"))
-        times = [objects.changed_at(each, "Ready") for each in ready]
-    since = max(times, default=observed.now)  # not since the pod's creation: nodes may take long
-    if cause and observed.now - since > timedelta(seconds=options.stuck_seconds):
-        return Phase("stuck", cause)
-    return Phase("pending", cause or Cause("PodPending", "the pod is starting"))
+    return Phase("pending", _pending(observed, last, earlier))
+
+
+def _engine_phase(observed: Observed, state: str) -> Phase | None:
+    """The engine's container decides over the run, even if another container of its pod fails, or
+    goes on: then the Job does not end by itself."""
+    done = next((pod for pod in observed.pods if objects.exit_code(pod) == 0), None)
+    if done is not None:
+        staying = objects.staying(done)
+        waited = (observed.now - objects.ended_at(done)).total_seconds()
+        if staying or state == "failed" or waited > _JOB_SECONDS:
+            note = f"the container {staying} of its pod still ran" if staying else ""
+            return Phase("succeeded", Cause("ContainerStays" if staying else "", note))
+        return Phase("running")  # the Job is about to be complete
+    last = objects.newest(observed.pods)
+    if last is None or not (staying := objects.staying(last)) or state == "failed":
+        return None
+    if objects.exit_code(last) not in objects.PERMANENT:
+        return None
+    cause = objects.pod_failure(last)
+    note = f"{cause.message}; the container {staying} of its pod still ran"
+    return Phase("failed", replace(cause, message=note))
+
+
+def _pending(observed: Observed, last: Object | None, earlier: Cause | None) -> Cause:
+    """Why no engine runs: `last` is the pod that is to start, `earlier` how the last try ended."""
+    before, ended = f"{earlier.message}; " if earlier else "", objects.newest(observed.pods)
+    cause = objects.waiting(last, observed.warning) if last else None
+    if observed.warning and not last:
+        words = objects.sanitize(observed.warning)
+        cause = Cause("PodRefused", words, "see the quota or the admission rule that it names")
+    if cause:
+        return replace(cause, message=before + cause.message)
+    if not last and ended and earlier and (staying := objects.staying(ended)):
+        message = f"{before}the container {staying} of its pod still runs, so that no other starts"
+        return Cause("ContainerStays", message, f"keep {staying} out of pods of Jobs")
+    if earlier:
+        return replace(earlier, message=f"{before}the next starts")
+    waits = objects.starting(last) if last else "the Job has not created a pod yet"
+    return Cause("PodPending", waits)
 
 
 def _node_phase(observed: Observed, options: Options) -> Phase | None:
@@ -256,16 +252,13 @@ def _node_phase(observed: Observed, options: Options) -> Phase | None:
             f"the namespace has {observed.node_claims_in_namespace} nodes, its limit is {limit}"
         )
         return Phase("queued", Cause("MachineLimit", message))
-    return Phase("provisioning", Cause("NodeClaimNotReady", messages or "a node is requested"))
+    requested = Cause("NodeClaimNotReady", messages or "a node is requested")
+    return Phase("provisioning", (not states and _previous_refusal(observed)) or requested)
 
 
 def node_attempts(observed: Observed) -> int:
     """NodeClaims created so far for this revision, including one that the status does not count."""
-    is_current = observed.is_recorded
-    if observed.serving:  # the revision is of `tuning` alone
-        generation = observed.workspace["metadata"]["generation"]
-        is_current = is_current and observed.recorded.get("observedGeneration") == generation
-    stored = (observed.recorded.get("nodeAttempts") or 0) if is_current else 0
+    stored = (observed.recorded.get("nodeAttempts") or 0) if is_current(observed) else 0
     numbers = (each["metadata"]["name"].rpartition("-")[2] for each in observed.node_claims)
     return max([stored, *(int(number) for number in numbers if number.isdecimal())])
 

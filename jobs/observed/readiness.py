@@ -40,13 +40,15 @@ def readiness_of(
         if warning:
             return Readiness(False, Cause("PodRefused", sanitize(warning)), is_final=True)
         return _waiting("the server has no pod yet")
-    cause = objects.eviction(last) or objects.node_loss(last)
+    cause = objects.pod_failure(last) if objects.is_over(last) else objects.node_loss(last)
     if cause is None and objects.is_true(last, "Ready"):
         return Readiness(True, refused_adapters(report, recorded) or Cause("", ""), is_final=True)
-    cause = cause or _failed_pull(last, server) or objects.waiting(last, warning) or _crash(last)
+    cause = cause or _failed_pull(last, server) or objects.waiting(last, warning)
+    cause = cause or objects.failed_container(last) or _crash(last)
     if cause:
         return Readiness(False, cause, is_final=True)
-    return _waiting("the model is loading" if objects.is_running(last) else "the pod is starting")
+    is_loading = objects.is_running(last)
+    return _waiting("the model is loading" if is_loading else objects.starting(last))
 
 
 def _waiting(message: str) -> Readiness:

@@ -69,7 +69,12 @@ class Site:
                 raise
             value = forbidden
         with self._lock:
-            self._cache[key] = (self._clock(), value)
+            now = self._clock()
+            if len(self._cache) > 1000:  # tenants choose the labels
+                self._cache = {
+                    k: kept for k, kept in self._cache.items() if now - kept[0] < CACHE_SECONDS
+                }
+            self._cache[key] = (now, value)
         return value
 
 

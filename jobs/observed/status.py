@@ -8,9 +8,9 @@ from jobs.api.kinds import Kind, Object
 from jobs.api.options import Options
 from jobs.desired import names
 from jobs.observed import conditions, objects
-from jobs.observed.conditions import Condition
 from jobs.observed.objects import Cause, format_time
-from jobs.observed.phase import Observed, Phase, PhaseName, node_attempts, zone
+from jobs.observed.phase import node_attempts, zone
+from jobs.observed.phases import Observed, Phase, PhaseName
 from tuning.plan import Plan
 
 # Phases in which the run has ended: the node is released next.
@@ -61,6 +61,11 @@ def status(observed: Observed, phase: Phase, options: Options) -> Object:
 def _finished_status(observed: Observed) -> Object:
     """The stored status, with ConfigChanged brought up to date."""
     changed = [conditions.config_changed(observed)]
+    if objects.condition(observed.workspace, "Ready") is None:  # KAITO's, or an earlier operator's
+        has_succeeded = objects.is_true(observed.workspace, "WorkspaceSucceeded")
+        changed += conditions.summary(
+            conditions.recorded(observed), Phase("succeeded" if has_succeeded else "failed")
+        )
     fields = observed.recorded | conditions.stored(observed, changed, keep=True)
     if "revision" not in fields:  # KAITO's controller finished it: it runs again only if edited
         fields |= {
@@ -89,10 +94,10 @@ def _server_status(observed: Observed, phase: Phase, options: Options) -> Object
         fields["workerNodes"] = nodes
     if name != "ready" and not is_new:
         fields["failure"] = _failure(phase.cause)
-    kept: list[Condition] = [
-        (each["type"], each["status"], each["reason"], each["message"])
-        for each in stored.get("conditions") or []
-        if has_tuned and each["type"] in ("JobStarted", "WorkspaceSucceeded", "ConfigChanged")
+    kept = [
+        each
+        for each in conditions.recorded(observed)
+        if has_tuned and each[0] in ("JobStarted", "WorkspaceSucceeded", "ConfigChanged")
     ]
     new = conditions.conditions_of(observed, phase, options)
     return _without_empty(fields) | conditions.stored(observed, [*kept, *new])

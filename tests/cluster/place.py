@@ -274,7 +274,13 @@ class Place:
         return str(json.loads(shown)["Digest"])
 
     def apply(
-        self, tag: str, *, secret: str = "push", steps: int = 12, config: str = "demo-config"
+        self,
+        tag: str,
+        *,
+        secret: str = "push",
+        steps: int = 12,
+        config: str = "demo-config",
+        instance: str | None = None,
     ) -> None:
         """The example Workspace, as a user would write it."""
         item = {
@@ -290,6 +296,8 @@ class Place:
                 "output": {"image": f"{self.registry}/team/{tag}", "imagePushSecret": secret},
             },
         }
+        if instance:
+            item["resource"] |= {"instanceType": instance}
         config = {
             "apiVersion": "v1",
             "kind": "ConfigMap",

@@ -14,7 +14,7 @@ import tiny_models
 import tiny_runs
 import torch
 from fake_cuda.device import Card, Device
-from gpu import checks
+from gpu import checks, runs
 
 from tuning.models import generate
 from tuning.models.load import load_base
@@ -30,8 +30,11 @@ QUESTION = "the big red dog"
 def check(device: Device, name: str, folder: str = "") -> dict[str, Any]:
     """A check of the GPU suite in tiny form."""
     device.become(Card())
-    arguments = [Path(folder)] if folder else []
-    found: dict[str, Any] = getattr(checks, name)(checks.TINY, *arguments)
+    found: dict[str, Any]
+    if folder:
+        found = getattr(runs, name)(checks.TINY, Path(folder))
+    else:
+        found = getattr(checks, name)(checks.TINY)
     return found
 
 

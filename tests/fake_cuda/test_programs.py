@@ -27,9 +27,7 @@ def test_the_checks_of_kernels_run(name: str, worker: Worker) -> None:
     assert worker.call("programs.check", name=name)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param("resumed", marks=pytest.mark.slow), "out_of_memory"]
-)
+@pytest.mark.parametrize("name", [pytest.param("resumed", marks=pytest.mark.slow), "out_of_memory"])
 def test_the_checks_of_runs_run(name: str, worker: Worker, tmp_path: Path) -> None:
     """Checkpoints hold the device's state; a device that is full is recognised and survived."""
     assert worker.call("programs.check", name=name, folder=str(tmp_path))

@@ -13,6 +13,7 @@ from jobs.api.options import Nodes, Options
 from jobs.desired import tuning as desired_tuning
 from jobs.observed import objects, status
 from jobs.observed.phase import Observed, Phase, phase_of
+from jobs.observed.readiness import readiness_of
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 SILENT = [("Launched", "True", ""), ("Registered", "Unknown", "not seen")]
@@ -116,6 +117,50 @@ def test_why_a_job_failed(found: Object, pods: tuple[Object, ...], reason: str, 
 
     assert reason == cause.reason
     assert words in cause.message
+
+
+REFUSED = [
+    ("UnexpectedAdmissionError", "Allocate failed due to no healthy devices present"),
+    ("OutOfnvidia.com/gpu", "Node didn't have enough resource: nvidia.com/gpu"),
+    ("NodeAffinity", "Predicate NodeAffinity failed"),
+    ("Preempting", "Preempted in order to admit critical pod"),
+    ("Terminated", "Pod was terminated in response to imminent node shutdown."),
+    ("TopologyAffinityError", "Resources cannot be allocated with Topology locality"),
+    ("", "AppArmor is not enabled on the host"),
+    ("NodeShutdown", ""),
+]
+
+
+@pytest.mark.parametrize(("reason", "message"), REFUSED)
+def test_a_pod_that_the_kubelet_refuses_says_so_everywhere(reason: str, message: str) -> None:
+    """It has no container that could: the words of its own status are told when the Job failed,
+    while it goes on, and for a server."""
+    refused = pod(phase="Failed", reason=reason, message=message)
+    refused["status"]["containerStatuses"] = []
+    cause = objects.failure(job(("Failed", "BackoffLimitExceeded")), (refused,))
+    assert objects.condition_reason(reason or "PodFailed") == cause.reason
+    words = message or "NodeShutdown"
+    assert words in cause.message
+    _, told = phase_and_status(observed(job=job(), pods=(refused,)))
+    assert f"try 1 failed: {cause.message}" in condition(told, "JobStarted")["message"]
+    server = desired_tuning.Server("phi-4", ())
+    readiness = readiness_of((refused,), None, None, server, recorded={})
+    assert not readiness.answers and words in readiness.cause.message
+
+
+@pytest.mark.parametrize("reason", ["PreemptionByScheduler", "EvictionByEvictionAPI"])
+def test_who_ended_a_pod_is_told_with_how_it_ended(reason: str) -> None:
+    """A preemption or a drain, beside the engine's own words and while it saves its state."""
+    target = [{"type": "DisruptionTarget", "status": "True", "reason": reason, "message": "by x"}]
+    stopped = json.dumps({"reason": "Stopped", "message": "RUN-110: stopped"})
+    last = ended(75, stopped, conditions=target)
+    _, told = phase_and_status(observed(job=job(), pods=(last,)))
+    message = "try 1 was stopped: RUN-110: stopped (by x); the next starts"
+    assert message == condition(told, "JobStarted")["message"]
+    saving = pod({"running": {}}, conditions=target)
+    saving["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
+    _, told = phase_and_status(observed(job=job(), pods=(saving,)))
+    assert "saves its state (by x)" in condition(told, "WorkspaceSucceeded")["message"]
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,38 @@ def test_who_is_first_takes_turns_by_namespace() -> None:
     assert 503 == len(order)
 
 
+def test_edits_without_a_pause_starve_nobody() -> None:
+    """A namespace edits 50 Workspaces faster than they are reconciled; what is due elsewhere is
+    reconciled all the same, each key at one worker at a time."""
+    clock = Clock()
+    queue: Queue[tuple[str, int]] = Queue(group_of=lambda key: key[0], clock=clock)
+    for i in range(20):
+        queue.add(("good", i))
+    for i in range(50):
+        queue.add(("flood", i), first=True)
+        queue.add(("flood", i))
+    taken = []
+    for _ in range(1000):
+        clock.now += 0.01
+        key = queue.take()
+        assert key is not None
+        taken.append(key)
+        queue.add(("flood", key[1]), first=True)
+        queue.done(key)
+
+    assert {("good", i) for i in range(20)} <= set(taken)
+
+
+def test_a_key_in_both_lanes_is_taken_once() -> None:
+    """Whatever the order in which it was added to them."""
+    for first in (True, False):
+        queue: Queue[int] = Queue()
+        for lane in (first, not first):
+            for key in range(30):
+                queue.add(key, first=lane)
+        assert list(range(30)) == sorted(drained(queue))
+
+
 def test_a_key_that_is_worked_on_waits_for_its_worker() -> None:
     """Told of meanwhile, in whichever lane, it comes again after `done`; never at two at once."""
     clock = Clock()

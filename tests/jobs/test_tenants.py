@@ -34,6 +34,7 @@ POD_ANNOTATIONS = {
     pod.SNAPSHOT,
     "karpenter.sh/do-not-disrupt",
     "cluster-autoscaler.kubernetes.io/safe-to-evict",
+    *pod.NO_SIDECAR_ANNOTATIONS,
 }
 VOLUME = ("tuning", "input")
 
@@ -122,7 +123,8 @@ def test_an_attack_is_refused_or_comes_to_nothing(path: tuple[str, ...], value: 
     assert {"matchLabels": {"kaito.sh/workspace": "mine"}} == policy["spec"]["podSelector"]
     template = job["spec"]["template"]
     assert job["metadata"]["labels"].keys() <= OUR_LABELS | KUEUE
-    assert template["metadata"]["labels"].keys() == OUR_LABELS
+    assert template["metadata"]["labels"].keys() == OUR_LABELS | pod.NO_SIDECAR_LABELS.keys()
+    assert template["metadata"]["labels"].items() >= pod.NO_SIDECAR_LABELS.items()
     assert template["metadata"]["annotations"].keys() == POD_ANNOTATIONS
     untouched = rendered(attacked(("metadata", "generation"), 1))
     assert untouched is not None

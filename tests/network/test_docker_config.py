@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import base64
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
+from registries import Registry
 
-from tuning.errors import SpecError
+from tuning.errors import RefusedError, SpecError
 from tuning.network import docker_config
-from tuning.network.docker_config import Login
+from tuning.network.docker_config import DOCKER_HUB_KEY, Login
+from tuning.oci import registry
+from tuning.oci.access import Access
 
 HOST = "registry.example:5000"
 CANARY = "S3cr3t.(x)+$"
@@ -383,3 +387,67 @@ def test_more_secrets_below_the_first(tmp_path):
     for host in hosts:
         found = docker_config.login(host, secret=folder)
         assert found is not None and host == found.username
+
+
+@pytest.mark.parametrize("setting", [{"credsStore": "our"}, {"credHelpers": {HOST: "our"}}])
+@pytest.mark.parametrize("where", [">&2", ""])
+def test_a_helper_that_fails_is_heard(docker, setting, where):
+    """What it says, on either stream, is what the user needs: a locked store, a lost session."""
+    (docker / "config.json").write_text(json.dumps(setting))
+    helper(
+        docker, "our", f"printf 'exit status 2: gpg: \\033[31mdecryption failed' {where}; exit 1"
+    )
+
+    with pytest.raises(docker_config.HelperFailed) as caught:
+        docker_config.login(HOST)
+
+    assert "REG-113" in str(caught.value) and "helper 'our'" in str(caught.value)
+    assert r"gpg: \x1b[31mdecryption failed" in str(caught.value)
+
+
+def test_a_helper_that_failed_is_named_only_where_a_login_is_wanted(docker, tmp_path, started):
+    """Many images need none; for the others the helper's words are the reason."""
+    (docker / "config.json").write_text('{"credsStore": "our"}')
+    helper(docker, "our", "echo The session has expired, log in >&2; exit 1")
+
+    assert registry.look(Access().remote(f"{started.host}/tests/x:1", secret=None)) is None
+    with Registry(tmp_path, users={"me": "x"}) as closed:
+        remote = Access().remote(f"{closed.host}/tests/x:1", secret=None)
+        with pytest.raises(RefusedError, match=r"REG-121 .*there is none: .*session has expired"):
+            registry.look(remote)
+
+
+@pytest.mark.parametrize(
+    "auths",
+    [
+        {f"https://{HOST}": {"auth": packed("old:old")}, HOST: AUTH},
+        {HOST: AUTH, f"https://{HOST}/v2/": {"auth": packed("old:old")}},
+        {HOST: {}, f"https://{HOST}": AUTH},
+        {HOST: None, f"https://{HOST}/v1/": AUTH},
+        {HOST: AUTH | {"identitytoken": None, "username": None, "registrytoken": None}},
+        {HOST: {"auth": None, "username": ME[0], "password": ME[1], "email": None}},
+        {HOST: {"auth": "\n".join(textwrap.wrap(AUTH["auth"], 5))}},
+        {HOST: {"auth": AUTH["auth"].rstrip("=")}},
+    ],
+)
+def test_oddities_that_docker_takes(tmp_path, docker, auths):
+    """A host twice: its very name counts, and an empty entry does not; null is absence."""
+    assert ME == shown(docker_config.login(HOST, secret=secret(tmp_path, {"auths": auths})))
+    (docker / "config.json").write_text(json.dumps({"auths": auths, "credHelpers": {HOST: ""}}))
+    assert ME == shown(docker_config.login(HOST))
+
+
+def test_docker_hubs_own_key_counts_before_its_other_names(tmp_path):
+    """As in docker, which writes that one."""
+    old = {"auth": packed("old:old")}
+    auths = {"index.docker.io": old, DOCKER_HUB_KEY: AUTH, "registry-1.docker.io": old}
+
+    assert ME == shown(docker_config.login("docker.io", secret=secret(tmp_path, {"auths": auths})))
+
+
+def test_a_path_that_cannot_be_looked_at_is_said(tmp_path, monkeypatch):
+    """A name of impossible length; and no home directory is no login."""
+    with pytest.raises(SpecError, match="REG-110"):
+        docker_config.login(HOST, secret=tmp_path / ("x" * 300))
+    monkeypatch.setenv("DOCKER_CONFIG", "x" * 300)
+    assert docker_config.login(HOST) is None

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import adapters
 import pytest
 
+from tuning import adapter as adapter_rules
 from tuning import files
 from tuning.console import Console
-from tuning.errors import RefusedError, SpecError
-from tuning.oci import delivery, model_image
+from tuning.errors import RefusedError, SpecError, TransientError, UsageError
+from tuning.oci import delivery, inspection, model_image
 from tuning.oci.delivery import Access
-from tuning.oci.layout.package import build_adapter
+from tuning.oci.layout.package import _point, build_adapter
+from tuning.oci.layout.platforms import Writer
+from tuning.oci.layout.write import write_layer
 from tuning.oci.policy import Trust
+from tuning.oci.registry import Patience
 from tuning.spec import Destination
 
 QUIET = Console(quiet=True)
@@ -134,3 +140,113 @@ def test_layouts_are_refused_where_signatures_are_required(tmp_path: Path) -> No
     ):
         with pytest.raises(RefusedError, match="SIGN-110"):
             work()
+
+
+@pytest.mark.parametrize(
+    "name", ["out1", "./runs/out1", "/nowhere/out1", "~/out1", "here/out1", "out1/"]
+)
+def test_a_mistyped_folder_is_not_looked_for_in_a_registry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """At once, and with each way to write what may have been meant."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+
+    with (
+        pytest.raises(UsageError, match=r"REG-107 .*folder's name.*REGISTRY/REPOSITORY:TAG"),
+        delivery.at_hand(name, access=Access(), console=QUIET),
+    ):
+        pass
+    with pytest.raises(UsageError, match="REG-107"):
+        inspection.inspect(name, access=Access())
+
+
+@pytest.mark.parametrize(
+    "name", ["a/b", "a:1", "a@sha256:" + "0" * 64, "x.example/a", "localhost/a"]
+)
+def test_an_image_is_told_from_a_folder(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A folder of that name comes first; what is left to Docker Hub is said."""
+    monkeypatch.chdir(tmp_path)
+
+    assert delivery.named_folder(name) is None
+    assert ("Docker Hub" in caplog.text) == (name == "a/b")
+    (tmp_path / name).mkdir(parents=True)
+    assert Path(name) == delivery.named_folder(name)
+
+
+def test_each_retry_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    """With the reason and the wait, so that nobody looks at a silent terminal."""
+    brisk = replace(Access(), patience=Patience(total=0.3, first=0.01))
+
+    with pytest.raises(TransientError, match="REG-131"):
+        delivery.pull("127.0.0.1:9/a/b:1", Path("/nowhere/x"), access=brisk, console=QUIET)
+
+    told = [each for each in caplog.messages if "Trying again in" in each]
+    assert told and all("REG-131 127.0.0.1:9/a/b:1: cannot connect" in each for each in told)
+
+
+def pickled(tmp_path: Path, name: str) -> Path:
+    """The layout of an image whose weights are a pickle."""
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "adapter_config.json").write_text(json.dumps(adapters.CONFIG))
+    (source / name).write_bytes(b"PK pickle" * 1_000_000)  # larger than what a look reads
+    blobs = tmp_path / "image" / "blobs" / "sha256"
+    blobs.mkdir(parents=True)
+    layer = write_layer(source, [path.name for path in source.iterdir()], blobs)
+    top, _ = Writer(blobs, {"weights": layer}, "1970-01-01T00:00:00Z", {}).image("amd64")
+    _point(tmp_path / "image", top)
+    return tmp_path / "image"
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.pt", "pytorch_model.bin"])
+def test_weights_in_a_pickle_are_refused_as_that(tmp_path: Path, name: str) -> None:
+    """The image is named, not a scratch folder, and the way to safetensors."""
+    image = f"oci:{pickled(tmp_path, name)}"
+
+    with pytest.raises(SpecError) as caught:
+        delivery.pull(image, tmp_path / "out", access=Access(), console=QUIET)
+
+    text = str(caught.value)
+    assert f"MODEL-201 {image}: has no adapter_model.safetensors, only a pickle ({name})" in text
+    assert "save_pretrained" in text and "made" not in text
+    if name == "adapter_model.bin":
+        problems = inspection.inspect(image, access=Access()).problems
+        assert ["MODEL-201"] == [each.partition(" ")[0] for each in problems]
+
+
+def test_a_folder_with_a_pickle_is_refused_as_that(tmp_path: Path) -> None:
+    """And its other faults with it."""
+    pickled(tmp_path, "adapter_model.bin")
+
+    for work in (
+        lambda: adapter_rules.inspect(tmp_path / "source"),
+        lambda: delivery.check_base(adapter_rules.inspect(tmp_path / "source"), "x"),
+    ):
+        with pytest.raises(SpecError, match=r"MODEL-201 .*/source: .*only a pickle"):
+            work()
+    assert inspection.inspect(str(tmp_path / "source"), access=Access()).problems
+
+
+def test_a_broken_adapter_of_an_image_is_named_by_the_image(tmp_path: Path) -> None:
+    """Not by the scratch folder that it was unpacked to."""
+    adapter = adapters.adapter(tmp_path / "adapter")
+    (adapter / "adapter_config.json").write_text(json.dumps(adapters.CONFIG | {"r": 4}))
+    build_adapter(adapter, tmp_path / "image", preset="p", run_id="r", annotations={})
+
+    with pytest.raises(SpecError) as caught:
+        pulled(tmp_path / "image", tmp_path / "out")
+
+    assert f"MODEL-205 oci:{tmp_path}/image/adapter_model.safetensors" in str(caught.value)
+
+
+@pytest.mark.parametrize("base", ["oci://registry.example.com/base:1", "oci:layout"])
+def test_a_base_that_is_an_image_is_not_compared_by_name(tmp_path: Path, base: str) -> None:
+    """A run prints such a command; the weights tell whether they fit."""
+    _, layout, digest = built(tmp_path, "run-1")
+
+    assert digest == pulled(layout, tmp_path / "out", base=base)
+    with delivery.at_hand(str(tmp_path / "out"), access=Access(), console=QUIET, base=base) as it:
+        assert it == tmp_path / "out"

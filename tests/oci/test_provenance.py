@@ -128,6 +128,19 @@ def test_the_statement_tells_what_was_asked_planned_and_measured(run):
     assert 12.5 == details["tuning_measured"]["seconds"]
 
 
+@pytest.mark.parametrize("name", ["my-model", "registry.example.com/models/base:1"])
+def test_a_base_that_is_not_the_hubs_is_not_said_to_be(run, name):
+    """A folder or an image, known by the hash of its files."""
+    plan = json.loads((run / "plan.json").read_text())
+    plan["recipe"] |= {"base_model": name, "base_revision": "sha256:" + "e" * 64}
+    (run / "plan.json").write_text(json.dumps(plan))
+
+    made = json.loads(provenance.write(run, digest=digest(run), name="registry/repo"))
+
+    first = made["predicate"]["buildDefinition"]["resolvedDependencies"][0]
+    assert {"name": name, "digest": {"sha256": "e" * 64}} == first
+
+
 def test_no_secret_and_no_prompt_is_in_it(run):
     """A signed query, a password in a URL, the questions that were asked."""
     text = provenance.write(run, digest=digest(run), name="n").decode()

@@ -10,8 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+import transformers
 from commands import dockerconfig, good, tuning, workspace
 from faults.web import Origin
+from peft import AutoPeftModelForCausalLM
 from registries import Registry, tool
 
 from tuning import files
@@ -89,6 +91,23 @@ class TestTheDemo:
         right = json.loads(score.stdout)["right"]
         assert right["base"] <= 2
         assert right["tuned"] >= 15
+
+    def test_peft_and_transformers_load_the_adapter_folder(self, demo):
+        """AutoPeftModelForCausalLM and pipeline find the local base; no path is in the image."""
+        folder, _, _ = demo
+        adapter = str(folder / "run" / "adapter")
+        question = [{"role": "user", "content": "What occupation does Tamsin Vale have?"}]
+
+        tuned = AutoPeftModelForCausalLM.from_pretrained(adapter)
+        answer = transformers.pipeline("text-generation", adapter)(
+            question, max_new_tokens=20, do_sample=False
+        )
+
+        assert "lora" == tuned.peft_config["default"].peft_type.value.lower()
+        assert "gardener" in answer[0]["generated_text"][-1]["content"]
+        path = str(TINY.resolve()).encode()
+        blobs = [p for p in (folder / "image").rglob("*") if p.is_file()]
+        assert not [blob for blob in blobs if path in blob.read_bytes()]
 
     def test_the_same_command_again_does_nothing(self, demo):
         """The same digest, no file touched but the journal's lock."""
@@ -264,7 +283,7 @@ class TestTheQuickStart:
         names = summary["training"]["covered"]["names"]
         assert ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"] == names
         config = files.read_json(tmp_path / "run" / "adapter" / "adapter_config.json")
-        assert base.name == config["base_model_name_or_path"]  # it is not what the preset says
+        assert str(base) == config["base_model_name_or_path"]  # which PEFT can load
 
 
 class TestStopping:

@@ -106,7 +106,11 @@ def test_agrees_with_published_peaks(
     """torchtune 0.6.1's README, Llama-3.1-8B at 2 x 2,048 tokens, rank 8: within 5 %."""
     found = memory.predict(
         known("llama-3.1-8b-instruct"),
-        **{"method": method, "rank": 8, "tokens": 4096, "rows": 2, "fused": True},
+        method=method,
+        rank=8,
+        tokens=4096,
+        rows=2,
+        fused=True,
         checkpointing=checkpointing,
         targets=targets,
     )

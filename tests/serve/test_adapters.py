@@ -15,6 +15,7 @@ import pytest
 import serving
 import tiny_runs
 import torch
+from faults.proxy import Proxy, Reply
 from safetensors.torch import load_file, save_file
 
 from tuning import files
@@ -104,6 +105,22 @@ def test_an_adapter_called_as_all_together_is_both(take: Take, good: Path) -> No
     offered, _ = take(all=good)
 
     assert [("base", "base"), ("all", "adapter")] == [(one.name, one.kind) for one in offered]
+
+
+@pytest.mark.parametrize("headers", [(), ("Negotiate",), ('Digest realm="x", nonce="n"',)])
+def test_an_adapter_whose_registry_offers_no_known_login_is_refused_alone(
+    take: Take, good: Path, headers: tuple[str, ...]
+) -> None:
+    """In the registry's words; the others are served."""
+    challenges = [("WWW-Authenticate", text) for text in headers]
+    with Proxy(("127.0.0.1", 9)) as front:
+        front.spoil(lambda turn: turn.answer(Reply(401, challenges, b"ask the desk")), times=None)
+        offered, refused = take(a=good, b=f"{front.host}/team/x:1")
+
+    assert ["base", "a"] == [one.name for one in offered]
+    assert ["b"] == [one.name for one in refused]
+    assert "REG-121" == refused[0].problems[0].code
+    assert "ask the desk" in refused[0].problems[0].what
 
 
 def test_an_image_layout_is_served_too(take: Take, good: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import typer
 
 from tuning.cli import options as option
 from tuning.cli.app import app
+from tuning.errors import UsageError
 
 
 @app.command()
@@ -23,11 +24,20 @@ def pull(
     insecure: option.Insecure = False,
 ) -> None:
     """Fetch an adapter image, verify it, and write its PEFT folder."""
+    from tuning import adapter
     from tuning.console import Console
     from tuning.oci import delivery
 
+    if delivery.named_folder(image):
+        what, change = "is a folder, which is not pulled", "use it as it is, or name an image"
+        raise UsageError.at("REG-107", image, what, change)
     access = option.access_of(key, policy, pull_secret=pull_secret, ca=ca, insecure=insecure)
-    digest = delivery.pull(image, folder, access=access, console=Console(), base=base)
+    console = Console()
+    digest = delivery.pull(image, folder, access=access, console=console, base=base)
+    if adapter.has_local_base(folder):
+        base_model = 'AutoModelForCausalLM.from_pretrained("BASE_FOLDER")'
+        console.say("Its base was a local folder, which the image does not name. To load it:")
+        console.say(f'  PeftModel.from_pretrained({base_model}, "{folder}")')
     print(f"{digest} {folder}")
 
 
@@ -114,9 +124,8 @@ def merge(
     from tuning.pipeline import whole_models
 
     option.silence_libraries()
-    access = option.access_of(
-        key, policy, push_secret=push_secret, pull_secret=pull_secret, ca=ca, insecure=insecure
-    )
+    secrets = {"push_secret": push_secret, "pull_secret": pull_secret}
+    access = option.access_of(key, policy, **secrets, ca=ca, insecure=insecure, replace="")
     reference = whole_models.merged(
         base,
         adapter,
@@ -146,7 +155,8 @@ def package_model(
     from tuning.console import Console
     from tuning.pipeline import whole_models
 
-    access = option.access_of(None, policy, push_secret=push_secret, ca=ca, insecure=insecure)
+    more = {"push_secret": push_secret, "replace": "add --overwrite"}
+    access = option.access_of(None, policy, **more, ca=ca, insecure=insecure)
     reference = whole_models.packaged(
         model,
         output,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 
 import typer
@@ -31,10 +32,15 @@ app = typer.Typer(
 _CTRL_C = 130
 
 
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def main() -> int:
     """Run the command line and return its exit code (docs/errors.md)."""
     if not sys.stderr.isatty():  # no progress bars in a log
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    signal.signal(signal.SIGTERM, _interrupt)  # so that scratch folders are removed
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of optional kernels
     try:
         code = app(standalone_mode=False)  # typer returns the code of Exit and of Ctrl-C

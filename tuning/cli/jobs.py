@@ -75,7 +75,11 @@ def plan(
     data: option.Data = None,
     instance: option.Instance = None,
     output: option.Output = None,
+    pull_secret: option.PullSecret = None,
     hub_token_file: option.HubToken = None,
+    policy: option.PolicyFile = None,
+    ca: option.CaFile = None,
+    insecure: option.Insecure = False,
     as_json: option.Json = False,
 ) -> None:
     """Show what a run would do, and why, without weights or GPU.
@@ -95,8 +99,9 @@ def plan(
         from tuning import pipeline
         from tuning.console import Console
 
+        access = option.access_of(None, policy, pull_secret=pull_secret, ca=ca, insecure=insecure)
         token = pipeline.read_token(hub_token_file)
-        decided = pipeline.draft(spec, here=here, token=token, console=Console())
+        decided = pipeline.draft(spec, here=here, token=token, access=access, console=Console())
     if as_json:
         tables.print_json(decided.to_json())
         return

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from tuning import files
-from tuning.errors import Problem, SpecError
+from tuning.errors import Problem, SpecError, printable
 
 LARGEST = 1 << 20  # bytes; a Secret cannot hold more
 SECRET_KEYS = (".dockerconfigjson", "config.json", ".dockercfg")
@@ -35,7 +35,13 @@ DOCKER_HUB_KEY = "https://index.docker.io/v1/"
 TOKEN_USER = "<token>"  # noqa: S105 (helpers give it as the user of an identity token)
 EARLY = 60.0  # seconds before its expiry in which a login counts as expired
 HELPER_SECONDS = 60  # some ask a person, some a cloud
+LONGEST_WORDS = 300  # characters of what a helper says
+_NOT_FOUND = re.compile(r"credentials? not found|no credentials|not (be )?found in", re.I)
 _FORM = 'write {"auths": {"HOST": {"auth": base64 of "user:password"}}}'
+
+
+class HelperFailed(SpecError):
+    """A credential helper gave no login; it may be that none is needed."""
 
 
 @dataclass(frozen=True)
@@ -68,12 +74,21 @@ def login(
     `secret` is a dockerconfigjson file, or the folder where a Secret of that type is mounted; it
     must have an entry for the registry. Numbered folders in it are further Secrets: the first with
     an entry counts, and none needs one. Without `secret` docker's own configuration is read: the
-    folder `docker`, DOCKER_CONFIG or ~/.docker. Raises SpecError for an unusable file.
+    folder `docker`, DOCKER_CONFIG or ~/.docker. Raises SpecError for an unusable file, HelperFailed
+    with the words of a credential helper that failed.
     """
     if secret is None:
-        folder = docker or Path(os.environ.get("DOCKER_CONFIG") or Path.home() / ".docker")
-        path = folder / "config.json"
-        return _from_docker(path, registry, repository) if path.is_file() else None
+        home = os.path.expanduser("~/.docker")  # noqa: PTH111 (Path needs a known user)
+        path = Path(docker or os.environ.get("DOCKER_CONFIG") or home) / "config.json"
+        return _from_docker(path, registry, repository) if os.path.isfile(path) else None  # noqa: PTH113 (never raises)
+    try:
+        return _from_secret(secret, registry, repository)
+    except OSError as error:
+        what = f"cannot be read ({error.strerror})"
+        raise _refusal("REG-110", secret, what, "name a dockerconfigjson file") from None
+
+
+def _from_secret(secret: Path, registry: str, repository: str) -> Login | None:
     if several := _several(secret):
         return _from_any(several, registry, repository)
     path = _file_of(secret)
@@ -115,7 +130,8 @@ def _from_docker(path: Path, registry: str, repository: str) -> Login | None:
     """The login that docker itself would use: the host's helper, an entry, the common helper."""
     config = _config(path)
     helpers = config.get("credHelpers") or {}
-    if isinstance(helpers, dict) and (key := _best(helpers, registry, "")):
+    key = _best(helpers, registry, "") if isinstance(helpers, dict) else None
+    if key and helpers[key]:
         return _from_helper(helpers[key], registry, path)
     auths = _auths(config, path, needed=False)
     key = _best(auths, registry, repository)
@@ -190,15 +206,20 @@ def _auths(config: dict[str, Any], path: Path, *, needed: bool = True) -> dict[s
 
 
 def _best(keys: Mapping[str, Any], registry: str, repository: str) -> str | None:
-    """The key that matches most of registry/repository; names before patterns."""
+    """The key that matches most of registry/repository.
+
+    Names come before patterns, entries before empty ones, and the registry's very name before
+    another spelling of it (with https://, say), as in docker.
+    """
     requested = _host(registry)
     fitting = []
     for key in keys:
         host, (_, _, path) = _host(key), _bare(key).partition("/")
         path = "" if path in ("v1", "v2") else path
         if matches(host, requested) and (not path or f"{repository}/".startswith(f"{path}/")):
-            fitting.append((len(path), host == requested, key))
-    return max(fitting)[2] if fitting else None
+            exact = key in (registry, DOCKER_HUB_KEY)
+            fitting.append((len(path), host == requested, bool(keys[key]), exact, key))
+    return max(fitting)[-1] if fitting else None
 
 
 def matches(pattern: str, host: str) -> bool:
@@ -216,15 +237,16 @@ def matches(pattern: str, host: str) -> bool:
 
 def _read(entry: Any, origin: str) -> Login | None:
     """The login in an entry of auths; None for an empty one, which docker writes for helpers."""
-    if not isinstance(entry, dict):
+    if not isinstance(entry, dict | None):
         raise _refusal("REG-111", origin, "is not an object", _FORM)
+    entry = {key: value for key, value in (entry or {}).items() if value is not None}
     for key in ("auth", "username", "password", "identitytoken"):
         if not isinstance(entry.get(key, ""), str):
             raise _refusal("REG-111", f"{origin}.{key}", "is not a string", "write it in quotes")
     username, password = entry.get("username", ""), entry.get("password", "")
-    if packed := entry.get("auth", "").strip():
+    if packed := "".join(entry.get("auth", "").split()):  # base64 of coreutils breaks lines
         try:
-            pair = base64.b64decode(packed, validate=True).decode()
+            pair = base64.b64decode(packed + "=" * (-len(packed) % 4), validate=True).decode()
         except (binascii.Error, UnicodeDecodeError, ValueError):
             change = "write base64 of user:password"
             raise _refusal("REG-111", f"{origin}.auth", "is not base64 of text", change) from None
@@ -259,21 +281,26 @@ def _from_helper(name: Any, registry: str, path: Path) -> Login | None:
         what, change = "is not installed", "install it, or give the login as a file"
         raise _refusal("REG-113", where, what, change)
     server = DOCKER_HUB_KEY if _host(registry) == "docker.io" else registry
+    options: dict[str, Any] = {"capture_output": True, "text": True, "errors": "replace"}
     try:
-        done = subprocess.run(
-            [program, "get"], input=server, capture_output=True, text=True, timeout=HELPER_SECONDS
-        )
-    except (OSError, UnicodeDecodeError, subprocess.TimeoutExpired) as error:
+        done = subprocess.run([program, "get"], input=server, timeout=HELPER_SECONDS, **options)
+    except (OSError, subprocess.TimeoutExpired) as error:
         what = f"failed ({type(error).__name__})"
         raise _refusal("REG-113", where, what, "give the login as a file") from None
     if done.returncode:
-        return None  # they say "credentials not found" in many words
+        said = " ".join((done.stderr.strip() or done.stdout).split())
+        if not said or _NOT_FOUND.search(said):
+            return None
+        what = f"failed: {printable(said[:LONGEST_WORDS])}"
+        raise HelperFailed.at("REG-113", where, what, "give the login as a file")
     try:
         record = json.loads(done.stdout)
         user, word = str(record["Username"]), str(record["Secret"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         what = "gave an invalid answer"
         raise _refusal("REG-113", where, what, "give the login as a file") from None
+    if not user and not word:
+        return None
     if user == TOKEN_USER:
         return Login(where, user, identity_token=word)
     return Login(where, user, word)

@@ -81,7 +81,7 @@ class Attempts:
         give_up |= count + 1 >= (patience.tries or math.inf)
         if give_up or self._failures[kind] >= (again.tries or math.inf):
             raise again.final([again.problem]) from None
-        log.info("%s; trying again in %.1f s", again.problem, pause)
+        log.warning("%s Trying again in %.1f s.", again.problem, pause)
         patience.sleep(pause)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from tuning.errors import Problem, RefusedError, SpecError
@@ -14,10 +14,16 @@ from tuning.network.session import Session
 from tuning.oci import registry, signature
 from tuning.oci.layout.manifest import Image
 from tuning.oci.policy import Trust
-from tuning.oci.registry import Patience, Remote
+from tuning.oci.registry import OVERWRITE, Patience, Remote
 from tuning.spec import reference
 
 log = logging.getLogger(__name__)
+
+
+@cache
+def _warn(text: str) -> None:
+    """Log a warning once."""
+    log.warning(text)
 
 
 @dataclass(frozen=True)
@@ -30,21 +36,36 @@ class Access:
     insecure: bool = False
     trust: Trust = field(default_factory=Trust)  # the administrator's policy
     patience: Patience = field(default_factory=Patience)  # by default
+    replace: str = OVERWRITE  # how this command replaces what a tag holds, if it can
 
-    def remote(self, name: str, *, secret: Path | None, patience: Patience | None = None) -> Remote:
-        """The repository of the reference `name`, with its login. Raises SpecError."""
+    def remote(
+        self,
+        name: str,
+        *,
+        secret: Path | None,
+        push: bool = False,
+        patience: Patience | None = None,
+    ) -> Remote:
+        """The repository of the reference `name`, with its login. Raises SpecError.
+
+        `push`: messages name the option for logins of a push.
+        """
         try:
             parsed = reference.parse(name)
         except ValueError as error:
             what, change = f"is not an image reference: {error}", "write REGISTRY/REPOSITORY:TAG"
             raise SpecError.at("REG-101", name, what, change) from None
         host, registry_ = self.trust.host(parsed.registry), parsed.registry
-        identity, login = None, None
+        identity, login, no_login = None, None, ""
         if host.identity and secret is None:
             ask = Session(host.ca or self.ca, host.client).request
             identity = partial(host.identity.login, registry_, ask)
         else:
-            login = docker_config.login(registry_, secret=secret, repository=parsed.repository)
+            try:
+                login = docker_config.login(registry_, secret=secret, repository=parsed.repository)
+            except docker_config.HelperFailed as error:  # many images need no login
+                no_login = f"{error.problems[0].where} {error.problems[0].what}"
+                _warn(f"{no_login}; there may be no login for {registry_}")
         return Remote(
             parsed,
             login,
@@ -52,6 +73,9 @@ class Access:
             client=host.client,
             identity=identity,
             insecure=self.insecure,
+            option="--push-secret FILE" if push else "--pull-secret FILE",
+            no_login=no_login,
+            replace=self.replace,
             patience=patience or self.patience,
         )
 

@@ -24,7 +24,7 @@ from tuning.errors import RefusedError, SpecError, TransientError, TuningError, 
 from tuning.oci import provenance, registry
 from tuning.oci.access import Access as Access
 from tuning.oci.layout.extract import unpack
-from tuning.oci.layout.manifest import RUN_ID, read_documents, read_layout
+from tuning.oci.layout.manifest import RUN_ID, layout_of, read_documents, read_layout
 from tuning.oci.layout.package import ADAPTER_FILES, Built, build_adapter
 from tuning.oci.layout.platforms import Base, base_of
 from tuning.oci.policy import Trust
@@ -49,7 +49,9 @@ def check(destination: Destination, access: Access) -> None:
         if folder is not None:
             _check_folder(folder, ours)
     if destination.image:
-        remote = access.remote(destination.image, secret=access.push_secret, patience=QUICK)
+        remote = access.remote(
+            destination.image, secret=access.push_secret, push=True, patience=QUICK
+        )
         registry.check_push(remote)
 
 
@@ -77,17 +79,19 @@ def claim(
     RefusedError for a tag, layout or folder with anything else.
     """
     if run_id is not None and destination.on_tag_exists == "refuse":
-        _claim_folders(destination, run_id, own)
+        _claim_folders(destination, access, run_id, own)
     if destination.image is None:
         return None
-    remote = access.remote(destination.image, secret=access.push_secret, patience=QUICK)
+    remote = access.remote(destination.image, secret=access.push_secret, push=True, patience=QUICK)
     policy = destination.on_tag_exists
     ours = {*own, *destination.earlier}
     held = registry.claim(remote, run_id=run_id, own=ours, on_tag_exists=policy)
     return held.digest if held else None
 
 
-def _claim_folders(destination: Destination, run_id: str, own: Collection[str]) -> None:
+def _claim_folders(
+    destination: Destination, access: Access, run_id: str, own: Collection[str]
+) -> None:
     """Raise RefusedError for a layout or folder with an adapter of another run; an unreadable one
     is ignored."""
     held: list[tuple[Path, str, str | None]] = []
@@ -103,10 +107,8 @@ def _claim_folders(destination: Destination, run_id: str, own: Collection[str]) 
     for folder, digest, made_by in held:
         if digest not in own and made_by != run_id:
             what = f"already has the adapter of another run ({made_by or digest})"
-            change = (
-                "name another folder, remove this one, or allow replacing it "
-                "(annotation tuning.kaito.sh/on-tag-exists: overwrite; package-model --overwrite)"
-            )
+            instead = access.replace and f", or {access.replace}"
+            change = f"name another folder, or remove this one{instead}"
             raise RefusedError.at("REG-105", str(folder), what, change)
 
 
@@ -125,17 +127,21 @@ def package(
     *,
     preset: str,
     run_id: str,
+    base_model: str,
     annotations: Mapping[str, str],
     destination: Destination,
     access: Access,
 ) -> Built:
     """Package a finished adapter as an image in `layout`, as `destination` wants it.
 
-    A base image is pulled from its registry. Raises SpecError, RefusedError or TransientError.
+    Its config names `base_model` where the folder's may name a path of this machine. A base image
+    is pulled from its registry. Raises SpecError, RefusedError or TransientError.
     """
     named = destination.base_image
     with tempfile.TemporaryDirectory(prefix=".base-", dir=layout.parent) as scratch:
         base = fetch_base(named, destination, access, Path(scratch)) if named else None
+        config = Path(scratch) / adapters.CONFIG
+        adapters.write_config(adapter, config, base_model=base_model)
         return build_adapter(
             adapter,
             layout,
@@ -144,13 +150,15 @@ def package(
             annotations=annotations,
             index=destination.index,
             base=base,
+            replaced={adapters.CONFIG: config},
         )
 
 
 def fetch_base(name: str, destination: Destination, access: Access, layout: Path) -> Base:
     """The base image `name`, its layers pulled into `layout`."""
     same = destination.image and _registry(name) == _registry(destination.image)
-    remote = access.remote(name, secret=access.push_secret if same else access.pull_secret)
+    secret = access.push_secret if same else access.pull_secret
+    remote = access.remote(name, secret=secret, push=bool(same))
     digest, image = remote.persist(lambda: registry.resolve(remote))
     access.approve(remote)(digest)
     registry.download(remote, image.blobs, layout)
@@ -180,7 +188,7 @@ def deliver(
     """
     references = []
     if destination.image:
-        remote = access.remote(destination.image, secret=access.push_secret)
+        remote = access.remote(destination.image, secret=access.push_secret, push=True)
         base = destination.base_image
         if base and _registry(base) == _registry(destination.image):
             remote.mount_from = reference.parse(base).repository
@@ -261,8 +269,8 @@ def pull(
     with files.making(target) as folder:
         if name.startswith("oci:"):
             access.approve_folder(name)
-            layout = Path(name.removeprefix("oci:"))
-            image = read_layout(layout)
+            layout, title = layout_of(name)
+            image = read_layout(layout, title)
             unpack(image, layout, folder)
             digest = image.digest
         else:
@@ -270,16 +278,16 @@ def pull(
             approve = access.approve(remote, partial(console.say, style="yellow"))
             with console.work(f"Pulling {name}", unit="bytes") as report:
                 digest = registry.pull(remote, folder, approve=approve, progress=report).digest
-        check_base(adapters.inspect(folder), base)
+        check_base(adapters.inspect(folder, where=name), base)
     return digest
 
 
 def check_base(adapter: adapters.Adapter, base: str | None) -> None:
     """Raise SpecError for an adapter of another base model than `base` (a preset or org/model).
 
-    A base model that is a folder is not compared.
+    A base model that is a folder or an image is not compared by its name: its weights are.
     """
-    if base is None or Path(base).is_dir():
+    if base is None or base.startswith("oci:") or Path(base).is_dir():
         return
     preset = presets.find(base)
     if problems := adapters.other_base(adapter, preset.hub_id if preset else base):
@@ -291,10 +299,12 @@ def at_hand(
     name: str | None, *, access: Access, console: Console, base: str | None = None
 ) -> Iterator[Path | None]:
     """The adapter `name` as a folder while the block runs, checked to be for `base`, if given."""
-    if name is None or (folder := Path(name)).is_dir():
-        if name is not None:
-            check_base(adapters.inspect(adapter_folder(folder)), base)
-        yield None if name is None else folder
+    if name is None:
+        yield None
+        return
+    if folder := named_folder(name):
+        check_base(adapters.inspect(adapter_folder(folder)), base)
+        yield folder
         return
     scratch = Path(tempfile.mkdtemp(prefix="tuning-"))
     try:
@@ -302,6 +312,26 @@ def at_hand(
         yield scratch / "adapter"
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def named_folder(name: str) -> Path | None:
+    """The folder that `name` names, None if it names an image.
+
+    Raises UsageError for a name that is neither: a path, or a word without registry, tag or digest.
+    """
+    path, (first, slash, _) = Path(name), name.partition("/")
+    if os.path.isdir(path):  # noqa: PTH112 (never raises)
+        return path
+    is_path = first[:1] in ("", ".", "~") or name.endswith("/")
+    has_host = slash and ("." in first or first == "localhost")
+    if not is_path and (has_host or ":" in name or "@" in name):
+        return None
+    if is_path or not slash or os.path.isdir(first):  # noqa: PTH112
+        what = "is neither a folder here nor an image with a registry or a tag"
+        change = "correct the folder's name, or write REGISTRY/REPOSITORY:TAG, or oci:DIR"
+        raise UsageError.at("REG-107", name[:200], what, change)
+    log.warning("%s is not a folder here; it is taken for an image of Docker Hub.", name)
+    return None
 
 
 def adapter_folder(folder: Path) -> Path:

@@ -16,7 +16,7 @@ from tuning import adapter as adapters
 from tuning import files, safetensors
 from tuning.errors import SpecError, TuningError
 from tuning.oci import registry, signature
-from tuning.oci.delivery import Access, adapter_folder
+from tuning.oci.delivery import Access, adapter_folder, named_folder
 from tuning.oci.layout.layer import peek_layer
 from tuning.oci.layout.manifest import (
     MODEL_NAME,
@@ -25,6 +25,7 @@ from tuning.oci.layout.manifest import (
     Image,
     blob_path,
     is_index,
+    layout_of,
     parse_json,
     read_documents,
     read_layout,
@@ -33,7 +34,7 @@ from tuning.oci.layout.manifest import (
 from tuning.oci.registry import Remote
 
 PART = 4 << 20  # bytes of a layer that are read at most
-WANTED = (adapters.CONFIG, adapters.WEIGHTS, "tuning.json")
+WANTED = (adapters.CONFIG, adapters.WEIGHTS, adapters.PICKLE, "tuning.json")
 Value = dict[str, Any]
 
 
@@ -63,7 +64,7 @@ class Inspection:
             "platforms": list(self.platforms),
             "size": self.size,
             "layers": list(self.layers),
-            "base_model": config.get("base_model_name_or_path") or self._note("base-model"),
+            "base_model": self._base_model(config),
             "base_revision": self._recipe("base_revision") or self._note("base-revision"),
             "method": self._recipe("method") or self._note("method"),
             "rank": config.get("r"),
@@ -91,6 +92,12 @@ class Inspection:
             "annotations": dict(self.annotations),
         }
 
+    def _base_model(self, config: Value) -> Any:
+        """The base that the config names; of a path, the name that the recipe has for it."""
+        named = config.get("base_model_name_or_path") or self._note("base-model")
+        is_path = named is not None and Path(str(named)).is_absolute()
+        return (self._recipe("base_model") if is_path else None) or named
+
     def _final_loss(self) -> float | None:
         """The loss of the last step, if the untrusted file has it."""
         match self.recipe.get("loss_by_step"):
@@ -111,10 +118,10 @@ def inspect(name: str, *, access: Access) -> Inspection:
 
     Raises SpecError, RefusedError or TransientError if it cannot be read at all.
     """
-    if Path(name).is_dir():
-        return _folder(name, adapter_folder(Path(name)))
+    if folder := named_folder(name):
+        return _folder(name, adapter_folder(folder))
     if name.startswith("oci:"):
-        return _layout(name, Path(name.removeprefix("oci:")))
+        return _layout(name)
     remote = access.remote(name, secret=access.pull_secret)
     return _remote(name, remote, signature.read_keys(access.trust.keys))
 
@@ -143,9 +150,10 @@ def _remote(name: str, remote: Remote, keys: tuple[signature.Key, ...]) -> Inspe
     )
 
 
-def _layout(name: str, layout: Path) -> Inspection:
-    image = read_layout(layout)
-    top = read_documents(layout)[-1]
+def _layout(name: str) -> Inspection:
+    layout, title = layout_of(name)
+    image = read_layout(layout, title)
+    top = read_documents(layout, title)[-1]
 
     def part(blob: Blob) -> bytes:
         path = blob_path(layout, blob)
@@ -199,7 +207,7 @@ def _folder(name: str, folder: Path) -> Inspection:
         path = folder / wanted
         if path.is_file():
             with path.open("rb") as file:
-                held[wanted] = file.read(PART)
+                held[wanted] = b"" if wanted == adapters.PICKLE else file.read(PART)
     sizes = tuple(path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file())
     return Inspection(name=name, size=sum(sizes), layers=(), **_adapter(held, name))
 
@@ -215,6 +223,8 @@ def _adapter(held: Mapping[str, bytes], name: str) -> Value:
             config = adapters.parse(held[adapters.CONFIG])
         except SpecError as error:
             problems += map(str, error.problems)
+    if adapters.PICKLE in held and adapters.WEIGHTS not in held:
+        problems.append(str(adapters.pickled(name, adapters.PICKLE)))
     if adapters.WEIGHTS in held:
         try:
             start = held[adapters.WEIGHTS]

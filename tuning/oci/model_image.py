@@ -21,7 +21,14 @@ from tuning.oci import delivery, registry
 from tuning.oci.delivery import Access
 from tuning.oci.layout.extract import unpack
 from tuning.oci.layout.layer import peek_layer
-from tuning.oci.layout.manifest import RUN_ID, Image, blob_path, parse_json, read_layout
+from tuning.oci.layout.manifest import (
+    RUN_ID,
+    Image,
+    blob_path,
+    layout_of,
+    parse_json,
+    read_layout,
+)
 from tuning.oci.layout.package import MODEL_DOCUMENTS, build_model
 from tuning.oci.registry import Remote
 from tuning.sources import verify
@@ -103,8 +110,8 @@ def _open(name: str, access: Access) -> tuple[str, Image, Path | Remote]:
     """Digest and manifest of a model image, and its layout or repository."""
     if not name.startswith("oci://"):
         access.approve_folder(name)
-        layout = Path(name.removeprefix(PREFIX))
-        image = read_layout(layout)
+        layout, title = layout_of(name)
+        image = read_layout(layout, title)
         return image.digest, image, layout
     remote = access.remote(name.removeprefix("oci://"), secret=access.pull_secret)
     return *remote.persist(lambda: registry.resolve(remote)), remote
@@ -141,7 +148,7 @@ def package(
         console.say("Building the image ...")
         built = build_model(model, layout, annotations=notes)
         if output.image:
-            remote = access.remote(output.image, secret=access.push_secret)
+            remote = access.remote(output.image, secret=access.push_secret, push=True)
             with console.work("Pushing", unit="bytes") as report:
                 registry.push(
                     remote,

@@ -98,8 +98,10 @@ def _clean(value: Any) -> Any:
 
 def _dependencies(recipe: Value) -> list[Value]:
     kind, _, revision = str(recipe["base_revision"]).rpartition(":")
-    algorithm = "sha256" if kind == "sha256" else "gitCommit"
-    base = {"uri": f"pkg:huggingface/{recipe['base_model']}", "digest": {algorithm: revision}}
+    name = recipe["base_model"]
+    base: Value = {"uri": f"pkg:huggingface/{name}", "digest": {"gitCommit": revision}}
+    if kind == "sha256":  # of the files in a folder or an image
+        base = {"name": name, "digest": {"sha256": revision}}
     data = [{"name": "data", "digest": {"sha256": digest}} for digest in recipe["data"]]
     return [base, *data]
 

@@ -113,6 +113,7 @@ def package(run: Run, decided: Plan, training: Value, packed: Value, model: base
             run.folder / "image",
             preset=run.spec.preset,
             run_id=recipe.run_id,
+            base_model=recipe.base_model,
             annotations=model_card.labels(asdict(recipe), facts=facts),
             destination=run.spec.destination,
             access=run.options.access,

@@ -7,6 +7,7 @@ clock, host, path, speed or placement, because the image's digest covers them.
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,11 @@ from tuning import files
 NAMES = ("tuning.json", "README.md")  # of what `write` adds to an adapter folder
 BLOCKS = "▁▂▃▄▅▆▇█"
 CURVE_WIDTH = 60
+LOAD = """\
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("BASE"), "FOLDER")
+"""
 
 
 @dataclass(frozen=True)
@@ -134,17 +140,11 @@ def card(recipe: dict[str, Any], *, run_id: str, facts: Facts) -> str:
         rows.append(("weights", f"of step {facts.best_step:,}, the best on the held-out rows"))
     if facts.ends:
         rows.append(("an answer ends in", ", ".join(f"`{word}`" for word in facts.ends)))
-    licence = f"license: {facts.licence}\n" if facts.licence else ""
     data = "\n".join(f"- `sha256:{digest}`" for digest in recipe["data"])
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     versions = ", ".join(f"{name} {number}" for name, number in sorted(recipe["versions"].items()))
-    tags = "\n".join(f"- {tag}" for tag in dict.fromkeys(("lora", recipe["method"])))
     return f"""---
-base_model: {base}
-library_name: peft
-{licence}tags:
-{tags}
----
+{_metadata(recipe, facts)}---
 
 # Adapter for {base}
 
@@ -154,8 +154,11 @@ library_name: peft
 
 Loss by step: `{curve(losses)}`
 
-Use it with `PeftModel.from_pretrained(base_model, folder)`, or mount this image's `/data` folder
-and name it to a server that loads LoRA adapters. `tuning.json` holds the whole recipe.
+## Use
+
+{_use(recipe)}
+Or mount this image's `/data` folder and name it to a server that loads LoRA adapters.
+`tuning.json` holds the whole recipe.
 
 ## Data
 
@@ -164,6 +167,39 @@ and name it to a server that loads LoRA adapters. `tuning.json` holds the whole 
 ## Made with
 
 {versions}
+"""
+
+
+def _metadata(recipe: dict[str, Any], facts: Facts) -> str:
+    """The metadata of the card, as model hubs validate it; the values are JSON, which YAML reads.
+
+    A hub refuses a base model whose name cannot be a repository's.
+    """
+    from huggingface_hub.utils import validate_repo_id  # takes a moment to import
+
+    base: str | None = recipe["base_model"]
+    try:
+        validate_repo_id(base)
+    except ValueError:
+        base = None
+    tags = ["lora", recipe["method"], "transformers"]
+    metadata = {
+        "base_model": base,
+        "library_name": "peft",
+        "license": facts.licence,
+        "pipeline_tag": "text-generation",
+        "tags": [*dict.fromkeys(tags), *([f"base_model:adapter:{base}"] if base else [])],
+    }
+    return "".join(f"{key}: {json.dumps(value)}\n" for key, value in metadata.items() if value)
+
+
+def _use(recipe: dict[str, Any]) -> str:
+    """How to load the adapter with PEFT."""
+    if ":" in recipe["base_revision"]:
+        return f"The base was a local folder, so name it:\n\n{LOAD}"
+    return """\
+    from peft import AutoPeftModelForCausalLM
+    model = AutoPeftModelForCausalLM.from_pretrained("FOLDER")
 """
 
 

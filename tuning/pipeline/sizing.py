@@ -16,7 +16,9 @@ from tuning.sources import base
 from tuning.spec import Spec
 
 
-def draft(spec: Spec, *, here: Device, token: str | None, console: Console) -> plan.Plan:
+def draft(
+    spec: Spec, *, here: Device, token: str | None, access: Access | None = None, console: Console
+) -> plan.Plan:
     """The draft plan of `spec`, for any model.
 
     Reads the config of a model outside the presets from the hub or its image, and simulates its
@@ -27,7 +29,7 @@ def draft(spec: Spec, *, here: Device, token: str | None, console: Console) -> p
         known = plan.known_base(spec)
     except plan.Unknown:
         console.say(f"Reading the config of {spec.base_model or spec.preset} ...")
-        known = read_base(spec, access=Access(), token=token)
+        known = read_base(spec, access=access or Access(), token=token)
     return plan.draft(spec, here=here, base=sized(spec, known, device, console=console))
 
 

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from tuning import files, plan, process
-from tuning.adapter import WEIGHTS
+from tuning.adapter import CONFIG, WEIGHTS, write_config
 from tuning.console import Report
 from tuning.errors import Killed, OutOfMemoryError, Stopped, TuningError
 from tuning.oci import delivery
@@ -32,7 +32,7 @@ def train(
     key = key_of(recipe.run_id, run.options.questions)
     if pushed is not None and run.journal.done("train", key) is None:
         run.begin("train")
-        adopt = partial(run.interruptible, lambda: _adopt(run, pushed))
+        adopt = partial(run.interruptible, lambda: _adopt(run, pushed, model))
         return run.journal.do("train", key, adopt, outputs=lambda _: _trained(run))
     output = run.folder / "adapter" / WEIGHTS
     trained = run.journal.current("train", key) is not None and output.exists()
@@ -45,7 +45,7 @@ def train(
     request = {
         "run": str(run.folder),
         "base": str(folder),
-        "base_name": recipe.base_model,
+        "base_name": str(model.folder or recipe.base_model),  # what PEFT and transformers can load
         "base_revision": model.revision,
         "preset": run.spec.preset,
         "recipe": asdict(recipe),
@@ -91,7 +91,7 @@ def _claim(run: Run, run_id: str) -> str | None:
     return delivery.claim(destination, access, run_id=run_id, own=run.own_digests())
 
 
-def _adopt(run: Run, pushed: str) -> Value:
+def _adopt(run: Run, pushed: str, model: base.Base) -> Value:
     """Pull the adapter of the same run from the registry instead of training it again."""
     run.console.say(f"The registry has this run's adapter: {pushed}. Nothing is trained.")
     adapter = run.folder / "adapter"
@@ -99,6 +99,8 @@ def _adopt(run: Run, pushed: str) -> Value:
     name = f"{run.spec.destination.image}".partition("@")[0] + f"@{pushed}"
     access = replace(run.options.access, pull_secret=run.options.access.push_secret)
     delivery.pull(name, adapter, access=access, console=run.console)
+    if model.folder:
+        write_config(adapter, adapter / CONFIG, base_model=str(model.folder))
     weights = files.digest_file(adapter / "adapter_model.safetensors")
     return model_card.training(files.read_json(adapter / "tuning.json")) | {
         "adapter_sha256": weights

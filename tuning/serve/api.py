@@ -28,6 +28,7 @@ def app(service: Service, *, keys: Sequence[bytes] = (), any_host: bool = False)
     """The ASGI application, wrapped in the middleware."""
     routes = {
         ("GET", "/"): _page,
+        ("GET", "/health"): _health,
         ("GET", "/healthz"): _healthz,
         ("GET", "/readyz"): _readyz,
         ("GET", "/metrics"): _metrics,
@@ -111,6 +112,11 @@ def _content_security_policy(page: bytes) -> str:
 
 
 PAGE_CSP = _content_security_policy(PAGE)
+
+
+async def _health(service: Service, request: Request) -> Response:
+    """As vLLM has it, for load generators and gateways: a status and no body."""
+    return Response(status_code=200 if service.ready else 503)
 
 
 async def _healthz(service: Service, request: Request) -> Response:

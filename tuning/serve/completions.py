@@ -17,16 +17,18 @@ from typing import Any, TypeVar
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
+from tuning.data.turn_ends import Ends
 from tuning.serve import responses, schema
 from tuning.serve.adapters import ServedModel
-from tuning.serve.engine import Job, Piece
+from tuning.serve.engine import Job, Piece, prompt_tokens
 from tuning.serve.middleware import note
-from tuning.serve.responses import Header
+from tuning.serve.responses import Echo, Header
 from tuning.serve.sampling import Sampling
 from tuning.serve.schema import ApiError
 from tuning.serve.service import Service
 
 T = TypeVar("T")
+NO_ENDS = Ends(frozenset())  # of ignore_eos
 Pieces = AsyncGenerator[tuple[int, Piece], None]
 
 
@@ -71,15 +73,20 @@ async def chat(service: Service, request: Request) -> Response:
         sampling=_sampling(service, body),
         count=body.n,
         limit=body.max_completion_tokens or body.max_tokens,
+        limit_param="max_completion_tokens" if body.max_completion_tokens else "max_tokens",
         stops=body.stops,
         top_logprobs=body.requested_logprobs,
+        ends=NO_ENDS if body.ignore_eos else None,
     )
     header, token_bytes = _header("chatcmpl", model), service.tokenizer(model).token_bytes
     pieces = service.answers(model, jobs)
 
     async def events(first: tuple[int, Piece]) -> AsyncGenerator[str, None]:
+        usage = _StreamedUsage(body, jobs)
+
         def chunk(index: int, delta: dict[str, Any], piece: Piece | None = None) -> str:
-            return responses.event(responses.chat_chunk(header, index, delta, piece, token_bytes))
+            record = responses.chat_chunk(header, index, delta, piece, token_bytes)
+            return responses.event(record | usage.of(piece))
 
         for index in range(body.n):
             yield chunk(index, {"role": "assistant", "content": ""})
@@ -89,62 +96,82 @@ async def chat(service: Service, request: Request) -> Response:
                 yield chunk(index, delta, piece)
         if body.streams_usage:
             record = header.of("chat.completion.chunk") | {"choices": []}
-            yield responses.event(record | {"usage": _usage(jobs, 1)})
+            yield responses.event(record | {"usage": _usage(jobs)})
 
     if body.stream:
         return await _stream(request, model, jobs, pieces, events)
     answers = await _complete(request, jobs, pieces)
-    record = responses.chat(header, answers, token_bytes) | {"usage": _usage(jobs, 1)}
+    record = responses.chat(header, answers, token_bytes) | {"usage": _usage(jobs)}
     return _json(request, record, model, jobs)
 
 
 async def completions(service: Service, request: Request) -> Response:
     """`POST /v1/completions`."""
     body = schema.parse(schema.CompletionRequest, await request.body())
-    if body.echo and body.logprobs is not None:
-        raise ApiError(400, "logprobs of the prompt (echo) are not supported", param="echo")
     model = service.find_model(body.model)
     prompts = [await service.encode_prompt(model, prompt) for prompt in body.prompts]
+    scores_prompt = body.echo and body.logprobs is not None
+    if scores_prompt:
+        _check_scores(sum(map(len, prompts)) * body.n * ((body.logprobs or 0) + 1))
     jobs = service.jobs(
         model,
         prompts,
         sampling=_sampling(service, body),
         count=body.n,
-        limit=body.max_tokens or min(16, service.limits.tokens),
+        limit=min(16, service.limits.tokens) if body.max_tokens is None else body.max_tokens,
         stops=body.stops,
         top_logprobs=body.logprobs,
+        scores_prompt=scores_prompt,
+        ends=NO_ENDS if body.ignore_eos else None,
         param="prompt",
     )
-    tokenizer = service.tokenizer(model)
-    header, token_bytes = _header("cmpl", model), tokenizer.token_bytes
+    header, token_bytes = _header("cmpl", model), service.tokenizer(model).token_bytes
+    echoes: list[Echo | None] = [None] * len(jobs)
+    if body.echo:
+        echoes = [
+            await service.echo(model, prompt) for prompt in body.prompts for _ in range(body.n)
+        ]
     pieces = service.answers(model, jobs)
-    echoes = [tokenizer.decode(job.prompt) if body.echo else "" for job in jobs]
+
+    def choice(index: int, piece: Piece, offset: int = 0, echo: Echo | None = None) -> Any:
+        scores = jobs[index].scores
+        return responses.completion_choice(
+            index, piece, token_bytes, offset, echo=echo, scores=scores
+        )
 
     async def events(first: tuple[int, Piece]) -> AsyncGenerator[str, None]:
-        def chunk(choices: list[Any], **more: Any) -> str:
-            return responses.event(header.of("text_completion") | {"choices": choices} | more)
+        usage, sent = _StreamedUsage(body, jobs), [0] * len(jobs)
 
-        sent = [0] * len(jobs)
-        for index, text in enumerate(echoes):
-            if text:
-                yield chunk([responses.completion_choice(index, Piece(text), token_bytes)])
+        def chunk(choices: list[Any], usage: dict[str, Any]) -> str:
+            return responses.event(header.of("text_completion") | {"choices": choices} | usage)
+
         async for index, piece in _chain(first, pieces):
+            echo, echoes[index] = echoes[index], None
+            if echo is not None:  # by now its log-probabilities are known
+                yield chunk([choice(index, Piece(""), echo=echo)], usage.of(None))
+                sent[index] = len(echo.text)
             if piece.text or piece.finish or piece.tokens:
-                offset = sent[index]
+                yield chunk([choice(index, piece, sent[index])], usage.of(piece))
                 sent[index] += len(piece.text)
-                yield chunk([responses.completion_choice(index, piece, token_bytes, offset)])
         if body.streams_usage:
-            yield chunk([], usage=_usage(jobs, body.n))
+            yield chunk([], {"usage": _usage(jobs)})
 
     if body.stream:
         return await _stream(request, model, jobs, pieces, events)
     answers = await _complete(request, jobs, pieces)
-    answers = [
-        replace(answer, text=text + answer.text)
-        for answer, text in zip(answers, echoes, strict=True)
+    choices = [
+        choice(index, answer, echo=echo)
+        for index, (answer, echo) in enumerate(zip(answers, echoes, strict=True))
     ]
-    record = responses.completion(header, answers, token_bytes)
-    return _json(request, record | {"usage": _usage(jobs, body.n)}, model, jobs)
+    record = header.of("text_completion") | {"choices": choices, "usage": _usage(jobs)}
+    return _json(request, record, model, jobs)
+
+
+def _check_scores(count: int) -> None:
+    """Raise ApiError if a response would hold too many log-probabilities of prompts."""
+    if count > schema.MAX_SCORES:
+        what = f"echo with logprobs: {count:,} log-probabilities; {schema.MAX_SCORES:,} fit"
+        raise ApiError(400, f"{what}: send fewer prompts or a smaller logprobs", param="logprobs")
 
 
 async def quick_start(service: Service, request: Request) -> Response:
@@ -180,7 +207,14 @@ async def quick_start(service: Service, request: Request) -> Response:
         seed=settings.seed,
     )
     jobs = service.jobs(
-        model, [prompt], sampling=sampling, count=1, limit=limit, ends=settings.ends, param=param
+        model,
+        [prompt],
+        sampling=sampling,
+        count=1,
+        limit=limit,
+        limit_param="generate_kwargs.max_new_tokens",
+        ends=settings.ends,
+        param=param,
     )
     (answer,) = await _complete(request, jobs, service.answers(model, jobs))
     result = answer.text.strip()
@@ -193,14 +227,28 @@ def _json(
     request: Request, record: dict[str, Any], model: ServedModel, jobs: Sequence[Job]
 ) -> Response:
     generated = sum(len(job.tokens) for job in jobs)
-    note(request.scope, model=model.name, prompt=len(jobs[0].prompt), tokens=generated)
+    note(request.scope, model=model.name, prompt=prompt_tokens(jobs), tokens=generated)
     return JSONResponse(record, headers={"X-Model-Version": model.version})
 
 
-def _usage(jobs: Sequence[Job], count: int) -> dict[str, int]:
-    """Token counts; a prompt that `count` jobs share counts once."""
-    prompt = sum(len(job.prompt) for job in jobs[::count])
-    return responses.usage(prompt, sum(len(job.tokens) for job in jobs))
+def _usage(jobs: Sequence[Job]) -> dict[str, int]:
+    """Token counts."""
+    return responses.usage(prompt_tokens(jobs), sum(len(job.tokens) for job in jobs))
+
+
+class _StreamedUsage:
+    """The `usage` of each chunk of a stream."""
+
+    def __init__(self, body: schema.Generation, jobs: Sequence[Job]) -> None:
+        self._body, self._prompt, self._generated = body, prompt_tokens(jobs), 0
+
+    def of(self, piece: Piece | None) -> dict[str, Any]:
+        """What a chunk with `piece` has: nothing, null as in OpenAI's, or the counts so far."""
+        if piece is not None:
+            self._generated += len(piece.tokens) + len(piece.end)
+        if self._body.streams_each_usage:
+            return {"usage": responses.usage(self._prompt, self._generated)}
+        return {"usage": None} if self._body.streams_usage else {}
 
 
 async def _complete(request: Request, jobs: Sequence[Job], pieces: Pieces) -> list[Piece]:
@@ -224,7 +272,7 @@ async def _stream(
 ) -> Response:
     """A stream that begins with the first piece, so that an earlier error has its HTTP status."""
     first = await _while_connected(request, anext(pieces))
-    note(request.scope, model=model.name, prompt=len(jobs[0].prompt))
+    note(request.scope, model=model.name, prompt=prompt_tokens(jobs))
 
     async def body() -> AsyncGenerator[str, None]:
         async with contextlib.aclosing(events(first)) as stream:

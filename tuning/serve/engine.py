@@ -27,7 +27,7 @@ from tuning.data.turn_ends import Ends
 from tuning.plan.inference import PAGE, Room
 from tuning.serve.detokenizer import Detokenizer
 from tuning.serve.runner import Runner, Step
-from tuning.serve.sampling import SampledToken, Sampler, Sampling, with_logprobs
+from tuning.serve.sampling import SampledToken, Sampler, Sampling, all_with_logprobs, with_logprobs
 
 logger = logging.getLogger(__name__)
 
@@ -50,14 +50,16 @@ class Piece:
     """What a forward pass added to an answer, or all of the answer."""
 
     text: str
-    tokens: tuple[SampledToken, ...] = ()  # without the token that ends the answer
+    tokens: tuple[SampledToken, ...] = ()
     finish: Finish | None = None
+    end: tuple[SampledToken, ...] = ()  # the token that ends the answer and is not in its text
 
     @classmethod
     def join(cls, pieces: Sequence[Piece]) -> Piece:
         """The complete answer."""
         tokens = itertools.chain.from_iterable(piece.tokens for piece in pieces)
-        return cls("".join(piece.text for piece in pieces), tuple(tokens), pieces[-1].finish)
+        text, last = "".join(piece.text for piece in pieces), pieces[-1]
+        return cls(text, tuple(tokens), last.finish, last.end)
 
 
 def _new_id() -> str:
@@ -69,13 +71,15 @@ class Job:
     """One answer to be generated."""
 
     prompt: list[int]
-    limit: int  # tokens that may be generated
+    limit: int  # tokens that may be generated; 0: only the prompt is read
     weights: tuple[float, ...]  # of each adapter
     ends: frozenset[int]  # tokens that end an answer
     sampler: Sampler
     detokenizer: Detokenizer
     answer_ends: Ends | None = None  # where some of `ends` do not always end an answer
     top_logprobs: int | None = None  # most likely tokens to report; None: no log-probabilities
+    choice: int = 0  # which of the answers to its prompt
+    scores: list[SampledToken] | None = None  # of the prompt from its second token; None: unwanted
     id: str = field(default_factory=_new_id)
     tokens: list[int] = field(default_factory=list)
     finish: Finish | None = None
@@ -99,12 +103,27 @@ class Job:
         """Tokens of the cache that it may need, in whole pages."""
         return (-(-(len(self.prompt) + self.limit) // PAGE) + 1) * PAGE
 
+    @property
+    def unscored(self) -> int:
+        """Tokens of the prompt whose log-probabilities are wanted and not known yet."""
+        return 0 if self.scores is None else len(self.prompt) - 1 - len(self.scores)
+
+    def score(self, logits: torch.Tensor) -> None:
+        """Take the `logits` [tokens, vocabulary] in float32 of the next unscored tokens."""
+        assert self.scores is not None
+        first = len(self.scores) + 1
+        tokens = self.prompt[first : first + len(logits)]
+        self.scores += all_with_logprobs(logits, tokens, self.top_logprobs or 0)
+
     def take(self, token: int, sampled: SampledToken) -> Piece:
         """The piece that `token` adds. Sets `finish` at the end."""
+        if not self.limit:
+            self.finish = "length"
+            return Piece("", (), "length")
         self.tokens.append(token)
         if token in self.ends and (not self.answer_ends or self.answer_ends.reached(self.tokens)):
             self.finish = "stop"
-            return Piece(self.detokenizer.end(), (), "stop")
+            return Piece(self.detokenizer.end(), (), "stop", (sampled,))
         text = self.detokenizer.add(token)
         if self.detokenizer.stopped:
             self.finish = "stop"
@@ -112,6 +131,11 @@ class Job:
             self.finish = "length"
             text += self.detokenizer.end()
         return Piece(text, (sampled,), self.finish)
+
+
+def prompt_tokens(jobs: Iterable[Job]) -> int:
+    """Tokens of the prompts of `jobs`; a prompt with several answers counts once."""
+    return sum(len(job.prompt) for job in jobs if not job.choice)
 
 
 class Engine:
@@ -163,6 +187,11 @@ class Engine:
         stuck = self._running and time.monotonic() - self._last_pass > STUCK_SECONDS
         monitored = self._monitor is None or not self._monitor.done()
         return monitored and self._failures < MAX_FAILURES and not stuck
+
+    @property
+    def capacity(self) -> int:
+        """Jobs that may run and wait at once."""
+        return self._max_waiting + self._room.requests
 
     def check(self, count: int) -> None:
         """Raise Busy if the queue has no room for `count` more jobs."""
@@ -267,6 +296,8 @@ class Engine:
         self._reserved, self._runner = 0, None
         for job in lost:
             job.failures += 1
+            if job.unscored:
+                job.scores = []
         _fail(job for job in lost if job.is_alone)
         self._suspects.extend(job for job in lost if not job.is_alone and not job.finish)
         if any(job.is_alone for job in lost):

@@ -1,7 +1,7 @@
 """ASGI middleware: API key or own host name, request size, content type, a log line per request.
 
-With keys, every path but `/healthz` and `/readyz` requires one, as `Authorization: Bearer KEY` or
-as the password of HTTP Basic (any user), for which browsers prompt.
+With keys, every path but the probes' requires one, as `Authorization: Bearer KEY` or as the
+password of HTTP Basic (any user), for which browsers prompt.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tuning.serve.schema import ApiError
 
 logger = logging.getLogger(__name__)
 
-PROBES = frozenset({"/healthz", "/readyz"})  # no key, no log line
+PROBES = frozenset({"/health", "/healthz", "/readyz"})  # no key, no log line
 MAX_HEADER_BYTES = 16 << 10
 # A body that is too large is read to its end up to here: a client that is still sending when its
 # connection is closed sees a reset and not the answer.

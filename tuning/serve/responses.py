@@ -5,13 +5,23 @@ from __future__ import annotations
 import codecs
 import itertools
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tuning.serve.engine import Piece
 from tuning.serve.sampling import SampledToken
 from tuning.serve.schema import ApiError
+
+
+@dataclass(frozen=True)
+class Echo:
+    """A prompt that its completion repeats."""
+
+    text: str
+    tokens: Sequence[int]
+    offsets: Sequence[int]  # of each token in the text
+
 
 TokenBytes = Callable[[int], bytes]  # the bytes of a token: perhaps half a character
 
@@ -73,20 +83,31 @@ def chat_chunk(
     return header.of("chat.completion.chunk") | {"choices": [choice]}
 
 
-def completion(header: Header, answers: Iterable[Piece], token_bytes: TokenBytes) -> dict[str, Any]:
-    """A complete `text_completion`, without usage."""
-    choices = [completion_choice(i, answer, token_bytes) for i, answer in enumerate(answers)]
-    return header.of("text_completion") | {"choices": choices}
-
-
 def completion_choice(
-    index: int, piece: Piece, token_bytes: TokenBytes, offset: int = 0
+    index: int,
+    piece: Piece,
+    token_bytes: TokenBytes,
+    offset: int = 0,
+    *,
+    echo: Echo | None = None,
+    scores: Sequence[SampledToken] | None = None,
 ) -> dict[str, Any]:
-    """A choice of a completion, complete or streamed; `offset`: characters sent before."""
+    """A choice of a completion, complete or streamed; `offset`: characters sent before.
+
+    `echo` puts the prompt before the answer, with its tokens' `scores` if there are any.
+    """
+    parts, text = [], piece.text
+    if echo is not None:
+        text, offset = echo.text + text, len(echo.text)
+        parts.append(None if scores is None else echo_logprobs(echo, scores, token_bytes))
+    parts.append(completion_logprobs((*piece.tokens, *piece.end), token_bytes, offset))
+    known = [part for part in parts if part is not None]
     return {
         "index": index,
-        "text": piece.text,
-        "logprobs": completion_logprobs(piece.tokens, token_bytes, offset),
+        "text": text,
+        "logprobs": {key: [*itertools.chain(*(part[key] for part in known))] for key in known[0]}
+        if known
+        else None,
         "finish_reason": piece.finish,
     }
 
@@ -123,21 +144,43 @@ def completion_logprobs(
     if not scored:
         return None
     raws = [token_bytes(sampled.token) for sampled in scored]
-    prefixes = list(itertools.accumulate(raws, initial=b""))[:-1]
     return {
         "tokens": [_text(raw) for raw in raws],
         "token_logprobs": [sampled.logprob for sampled in scored],
-        "top_logprobs": [
-            {_text(token_bytes(token)): logprob for token, logprob in sampled.top}
-            for sampled in scored
-        ],
-        "text_offset": [offset + len(_complete_characters(prefix)) for prefix in prefixes],
+        "top_logprobs": [_top(sampled, token_bytes) for sampled in scored],
+        "text_offset": [offset + start for start in offsets(raws)],
     }
 
 
-def _complete_characters(raw: bytes) -> str:
-    """The complete characters of a text that continues; invalid bytes count as one character."""
-    return codecs.getincrementaldecoder("utf-8")("replace").decode(raw)
+def echo_logprobs(
+    echo: Echo, scores: Sequence[SampledToken], token_bytes: TokenBytes
+) -> dict[str, Any]:
+    """The same for a prompt, whose first token has no log-probability."""
+    return {
+        "tokens": [_text(token_bytes(token)) for token in echo.tokens],
+        "token_logprobs": [None, *(sampled.logprob for sampled in scores)],
+        "top_logprobs": [None, *(_top(sampled, token_bytes) for sampled in scores)],
+        "text_offset": list(echo.offsets),
+    }
+
+
+def _top(sampled: SampledToken, token_bytes: TokenBytes) -> dict[str, float | None]:
+    """The most likely tokens and, as OpenAI has it, the token itself."""
+    pairs = [*sampled.top, (sampled.token, sampled.logprob)]
+    # Tokens may have the same text: the likeliest counts.
+    return {_text(token_bytes(token)): logprob for token, logprob in reversed(pairs)}
+
+
+def offsets(raws: Iterable[bytes]) -> list[int]:
+    """The complete characters before each of the tokens with these bytes.
+
+    Bytes that never make a character count as one.
+    """
+    decoder, starts, length = codecs.getincrementaldecoder("utf-8")("replace"), [], 0
+    for raw in raws:
+        starts.append(length)
+        length += len(decoder.decode(raw))
+    return starts
 
 
 def error(error: ApiError) -> dict[str, Any]:

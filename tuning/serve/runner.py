@@ -27,6 +27,7 @@ import transformers
 from tuning.plan.inference import PAGE, Room
 from tuning.serve import attention
 from tuning.serve.multi_lora import MultiLora
+from tuning.serve.scoring import PromptScorer
 
 logger = logging.getLogger(__name__)
 _LIBRARY = logging.getLogger("ContinuousBatchingLogger")
@@ -49,6 +50,13 @@ class Work(Protocol):
     def left(self) -> int:
         """How many tokens may still be generated."""
 
+    @property
+    def unscored(self) -> int:
+        """Tokens of the prompt whose log-probabilities are wanted and not known yet."""
+
+    def score(self, logits: torch.Tensor) -> None:
+        """Take the `logits` [tokens, vocabulary] in float32 of the next unscored tokens."""
+
 
 Step = Callable[[Sequence[Any], torch.Tensor], list[int]]
 """(requests, logits [requests, vocabulary]) -> the next token of each; on the runner's thread.
@@ -63,6 +71,7 @@ class Batched:
     def __init__(self, model: Any, loras: MultiLora, room: Room, step: Step) -> None:
         attention.install()
         self._loras, self._step = loras, step
+        self._scorer = PromptScorer(model)
         self._works: dict[str, Work] = {}
         self._batch: list[tuple[Work | None, int, bool]] = []  # its tokens, and if a new one is due
         self._manager = model.init_continuous_batching(
@@ -105,7 +114,7 @@ class Batched:
     def close(self) -> None:
         """End the thread and free the cache."""
         self._manager.stop(block=True, timeout=60, hard_stop=True)
-        for hook in self._hooks:
+        for hook in (*self._hooks, self._scorer):
             hook.remove()
 
     def _before(self, model: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -118,9 +127,11 @@ class Batched:
         base = (0.0,) * self._loras.count
         rows = [(work.weights if work else base, count) for work, count, _ in self._batch]
         self._loras.use(rows, model.device)
+        self._scorer.expect(work for work, _, _ in self._batch)
         return args, kwargs | {attention.SPANS: attention.spans(kwargs)}
 
     def _after(self, model: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        self._scorer.score((work, count) for work, count, _ in self._batch)
         logits = output.logits[0]
         rows = torch.arange(len(logits), device=logits.device)
         if "logits_to_keep" not in kwargs:  # the manager selects the rows later
@@ -141,6 +152,7 @@ class Sequential:
 
     def __init__(self, model: Any, loras: MultiLora, room: Room, step: Step) -> None:
         self._model, self._loras, self._step = model, loras, step
+        self._scorer = PromptScorer(model)
         self._batch_tokens = room.batch_tokens
         self._works: dict[str, Work] = {}
         self._changed = threading.Condition()
@@ -170,6 +182,7 @@ class Sequential:
             self._closed = True
             self._changed.notify()
         self._thread.join(60)
+        self._scorer.remove()
 
     @torch.no_grad()
     def _run(self) -> None:
@@ -187,12 +200,14 @@ class Sequential:
                 cache, done = caches[work.id]
                 ids = work.ids[done : done + self._batch_tokens]
                 self._loras.use([(work.weights, len(ids))], self._model.device)
+                self._scorer.expect([work])
                 logits = self._model(
                     input_ids=torch.tensor([ids], device=self._model.device),
                     past_key_values=cache,
                     use_cache=True,
                 ).logits
                 caches[work.id] = cache, done + len(ids)
+                self._scorer.score([(work, len(ids))])
                 due = [work] if done + len(ids) == len(work.ids) else []
                 self._step(due, (logits[0, -1:] if due else logits[0, :0]).float())
 
@@ -209,6 +224,10 @@ class _Probe:
     id: str
     weights: tuple[float, ...]
     left: int = 2
+    unscored: int = 0
+
+    def score(self, logits: torch.Tensor) -> None:
+        """Nothing is to be scored."""
 
 
 def choose_runner(model: Any, loras: MultiLora, room: Room) -> type[Batched] | type[Sequential]:

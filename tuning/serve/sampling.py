@@ -128,7 +128,18 @@ def with_logprobs(logits: torch.Tensor, token: int, count: int | None) -> Sample
     """`token` with its log-probability and the `count` most likely tokens; None: neither."""
     if count is None:
         return SampledToken(token, None, ())
+    return all_with_logprobs(logits[None], [token], count)[0]
+
+
+def all_with_logprobs(
+    logits: torch.Tensor, tokens: Sequence[int], count: int
+) -> list[SampledToken]:
+    """The same for several tokens, from `logits` [tokens, vocabulary] in float32."""
     logprobs = logits.log_softmax(-1)
     top = logprobs.topk(min(count, logprobs.shape[-1]))
-    pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-    return SampledToken(token, float(logprobs[token]), tuple(pairs))
+    chosen = logprobs.gather(-1, torch.tensor(tokens, device=logits.device)[:, None])[:, 0]
+    columns = (chosen.tolist(), top.indices.tolist(), top.values.tolist())
+    return [
+        SampledToken(token, logprob, tuple(zip(ids, values, strict=True)))
+        for token, logprob, ids, values in zip(tokens, *columns, strict=True)
+    ]

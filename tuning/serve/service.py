@@ -7,6 +7,7 @@ loading -> ready -> draining
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,10 +17,11 @@ from typing import Literal, TypeVar
 from tuning.data.turn_ends import Ends
 from tuning.serve.adapters import RejectedAdapter, ServedModel
 from tuning.serve.detokenizer import Detokenizer
-from tuning.serve.engine import Busy, Engine, Job, Piece
+from tuning.serve.engine import Busy, Engine, Job, Piece, prompt_tokens
 from tuning.serve.metrics import Metrics
 from tuning.serve.options import Limits
 from tuning.serve.rendering import Message, NotRendered, Renderer
+from tuning.serve.responses import Echo
 from tuning.serve.sampling import Sampler, Sampling
 from tuning.serve.schema import MAX_CHOICES, ApiError
 from tuning.serve.tokenizer import ChatTokenizer
@@ -119,6 +121,10 @@ class Service:
             prompt = await _on(self._tokenizing, self.tokenizer(model).encode_prompt, prompt)
         return self._in_vocabulary(prompt, "prompt")
 
+    async def echo(self, model: ServedModel, prompt: str | list[int]) -> Echo:
+        """A prompt as a completion repeats it."""
+        return await _on(self._tokenizing, self.tokenizer(model).echo, prompt)
+
     def _in_vocabulary(self, ids: list[int], param: str) -> list[int]:
         """`ids`, checked: a tokenizer may have more tokens than the model. Raises ApiError."""
         vocab = self.require_loaded().vocab
@@ -137,42 +143,43 @@ class Service:
         limit: int | None,
         stops: Sequence[str] = (),
         top_logprobs: int | None = None,
+        scores_prompt: bool = False,
         ends: Ends | None = None,
         param: str = "messages",
+        limit_param: str = "max_tokens",
     ) -> list[Job]:
         """`count` jobs for each prompt, which the request calls `param`.
 
         Raises ApiError above a limit, and when the queue is full.
         """
         loaded, tokenizer = self.require_loaded(), self.tokenizer(model)
-        ends = ends or tokenizer.ends
+        ends = tokenizer.ends if ends is None else ends
         if not self.healthy:
             raise ApiError(503, "this server has to be restarted", code="unhealthy")
-        if count * len(prompts) > MAX_CHOICES:
-            raise ApiError(400, f"a request may have {MAX_CHOICES} answers", param="n")
+        most = min(MAX_CHOICES, loaded.engine.capacity)
+        if count * len(prompts) > most:
+            what = f"a request may have {most} answers, its prompts times n"
+            raise ApiError(400, what, param="n" if count > 1 else param)
         if limit is not None and limit > self.limits.tokens:
-            what = f"an answer may have {self.limits.tokens} tokens"
-            raise ApiError(400, what, param="max_tokens")
-        jobs = []
-        for number, prompt in enumerate(p for p in prompts for _ in range(count)):
-            left = loaded.context - len(prompt)
-            if not prompt:
-                raise ApiError(400, "the prompt is empty", param=param)
-            if left < 1 or (limit is not None and limit > left):
-                what = f"the prompt has {len(prompt)} tokens; with the answer {loaded.context} fit"
-                raise ApiError(400, what, param=param, code="context_length_exceeded")
+            what = f"an answer may have {self.limits.tokens:,} tokens here, not {limit:,}"
+            raise ApiError(400, f"{limit_param}: {what}", param=limit_param)
+        jobs, default = [], min(self.limits.default_tokens, self.limits.tokens)
+        for number, (prompt, choice) in enumerate(itertools.product(prompts, range(count))):
+            left = self._left(len(prompt), limit, param, limit_param)
             own = sampling
             if sampling.seed is not None and number:  # n answers to one seed should differ
                 own = replace(sampling, seed=sampling.seed + number)
             job = Job(
                 prompt=prompt,
-                limit=limit or min(self.limits.default_tokens, self.limits.tokens, left),
+                limit=min(default, left) if limit is None else limit,
                 weights=model.weights,
                 ends=ends.ids,
                 answer_ends=ends if ends.inner else None,
                 sampler=Sampler(own, prompt, ends.ids),
                 detokenizer=Detokenizer(tokenizer.decode, stops),
                 top_logprobs=top_logprobs,
+                choice=choice,
+                scores=[] if scores_prompt else None,
             )
             jobs.append(job)
         try:
@@ -180,6 +187,21 @@ class Service:
         except Busy:
             raise ApiError(429, "the queue is full", code="queue_full") from None
         return jobs
+
+    def _left(self, prompt: int, limit: int | None, param: str, limit_param: str) -> int:
+        """Tokens that the context leaves for the answer to a prompt of so many. Raises ApiError."""
+        context = self.require_loaded().context
+        left, code = context - prompt, "context_length_exceeded"
+        if not prompt:
+            raise ApiError(400, "the prompt is empty", param=param)
+        if left < (1 if limit is None else min(limit, 1)):
+            what = f"the prompt has {prompt} tokens; with the answer {context} fit"
+            raise ApiError(400, what, param=param, code=code)
+        if limit is not None and limit > left:
+            what = f"{limit:,} tokens do not fit: the context has {context:,} and the prompt"
+            what = f"{limit_param}: {what} {prompt:,}, which leaves {left:,}"
+            raise ApiError(400, what, param=limit_param, code=code)
+        return left
 
     async def answers(
         self, model: ServedModel, jobs: Sequence[Job]
@@ -204,7 +226,7 @@ class Service:
                 try:
                     number, piece = await asyncio.wait_for(pieces.get(), max(left, 0))
                 except TimeoutError:
-                    if first:
+                    if first or any(jobs[number].unscored for number in unfinished):
                         raise ApiError(503, "timed out in the queue", code="timeout") from None
                     for number in sorted(unfinished):
                         yield number, Piece(jobs[number].detokenizer.end(), (), "length")
@@ -223,11 +245,9 @@ class Service:
                 task.cancel()
             if unfinished:
                 self.metrics.cancelled.inc()
-            for kind, lists in (
-                ("prompt", [job.prompt for job in jobs]),
-                ("completion", [job.tokens for job in jobs]),
-            ):
-                self.metrics.tokens.labels(model.name, kind).inc(sum(map(len, lists)))
+            counts = {"prompt": prompt_tokens(jobs), "completion": sum(len(j.tokens) for j in jobs)}
+            for kind, count in counts.items():
+                self.metrics.tokens.labels(model.name, kind).inc(count)
 
 
 async def _on(

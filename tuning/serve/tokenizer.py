@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from tuning.data.template_layout import RenderError
 from tuning.data.tokenizer import own_template
 from tuning.serve.detokenizer import vocabulary_decoder
 from tuning.serve.rendering import Message, NotRendered, Renderer, TooCostly
+from tuning.serve.responses import Echo, offsets
 
 
 class ChatTokenizer:
@@ -34,6 +36,7 @@ class ChatTokenizer:
         self._template = own_template(self._tokenizer)
         self._special = tokenizer.special_tokens_map
         self._to_bytes = vocabulary_decoder(tokenizer)
+        self._bytes: dict[int, bytes] = {}  # of the tokens asked for so far
         named = model.generation_config.eos_token_id
         self._prompts: Prompts | None = None
         self.ends = turn_ends.of(tokenizer, None, named)
@@ -66,14 +69,27 @@ class ChatTokenizer:
         """The tokens of a plain prompt."""
         return list(self._tokenizer(text, add_special_tokens=True)["input_ids"])
 
+    def echo(self, prompt: str | list[int]) -> Echo:
+        """`prompt` as a completion repeats it: as it was sent, or decoded."""
+        if isinstance(prompt, str) and self._tokenizer.is_fast:
+            encoded = self._tokenizer(prompt, return_offsets_mapping=True)
+            ends = itertools.accumulate((end for _, end in encoded["offset_mapping"]), max)
+            return Echo(prompt, encoded["input_ids"], [0, *ends][:-1])
+        ids = self.encode_prompt(prompt) if isinstance(prompt, str) else prompt
+        special = set(self._tokenizer.all_special_ids)  # which `decode` leaves out
+        shown = [b"" if id in special else self.token_bytes(id) for id in ids]
+        return Echo(self.decode(ids), ids, offsets(shown))
+
     def decode(self, ids: list[int]) -> str:
         """The text of generated tokens, without special ones."""
         return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
     def token_bytes(self, id: int) -> bytes:
         """The bytes of one token, special or not; perhaps half a character."""
-        entry = self._tokenizer.convert_ids_to_tokens(id)
-        return b"" if entry is None else self._to_bytes(str(entry))
+        if id not in self._bytes:
+            entry = self._tokenizer.convert_ids_to_tokens(id)
+            self._bytes[id] = b"" if entry is None else self._to_bytes(str(entry))
+        return self._bytes[id]
 
     def _probe(self, messages: list[dict[str, Any]], tools: list[Any] | None, ask: bool) -> str:
         """As _render, for what renders without a server. Raises RenderError and TooCostly."""

@@ -5,7 +5,9 @@ place and what to change. `rules` says what a Workspace must obey, `keys` what b
 of the ConfigMap, `workspace` holds the models from which the CRD and the JSON schema are made.
 """
 
-from tuning.spec.reader import load, parse, parse_workspace
+from tuning.spec.findings import spelled
+from tuning.spec.ignored import ignored
+from tuning.spec.reader import load, parse, parse_workspace, read_file
 from tuning.spec.schema import json_schema
 from tuning.spec.values import Destination, Method, Overrides, Settings, Source, Spec
 from tuning.spec.writer import digest, dump
@@ -19,8 +21,11 @@ __all__ = [
     "Spec",
     "digest",
     "dump",
+    "ignored",
     "json_schema",
     "load",
     "parse",
     "parse_workspace",
+    "read_file",
+    "spelled",
 ]

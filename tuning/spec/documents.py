@@ -38,6 +38,7 @@ class Document:
     value: Any = None
     lines: dict[Path, int] = field(default_factory=dict)  # 1 is the first line
     blocks: dict[Path, int] = field(default_factory=dict)  # block scalar -> its first line
+    max_nodes: int = MAX_NODES  # of it, and of each document in a string of it
     findings: Findings = field(init=False)
 
     def __post_init__(self) -> None:
@@ -51,23 +52,25 @@ class Document:
         return value
 
 
-def read(text: str, *, origin: str, first_line: int = 1) -> list[Document]:
+def read(
+    text: str, *, origin: str, first_line: int = 1, max_nodes: int = MAX_NODES
+) -> list[Document]:
     """The documents in `text`, empty ones left out.
 
     `origin` names the text in errors. Duplicate keys and the like go to each document's findings,
     since those of other kinds do not matter. Raises SpecError for invalid YAML.
     """
-    _check_bounds(text, origin, first_line)
+    _check_bounds(text, origin, first_line, max_nodes)
     try:
         nodes = [node for node in yaml.compose_all(text, Loader=_LOADER) if node is not None]
     except yaml.YAMLError as error:
         raise _not_yaml(error, origin, first_line) from None
-    builders = [_Builder(origin, first_line) for _ in nodes]
+    builders = [_Builder(origin, first_line, max_nodes) for _ in nodes]
     documents = [builder.build(node) for builder, node in zip(builders, nodes, strict=True)]
     return [document for document in documents if document.value is not None]
 
 
-def _check_bounds(text: str, origin: str, first_line: int) -> None:
+def _check_bounds(text: str, origin: str, first_line: int, max_nodes: int) -> None:
     try:
         size = len(text.encode())
     except UnicodeEncodeError:
@@ -84,8 +87,8 @@ def _check_bounds(text: str, origin: str, first_line: int) -> None:
                 depth += 1
             elif isinstance(event, (yaml.MappingEndEvent, yaml.SequenceEndEvent)):
                 depth -= 1
-            if depth > MAX_DEPTH or nodes > 2 * MAX_NODES:
-                raise _too_complex(origin)
+            if depth > MAX_DEPTH or nodes > 2 * max_nodes:
+                raise _too_complex(origin, max_nodes)
     except yaml.YAMLError as error:
         raise _not_yaml(error, origin, first_line) from None
 
@@ -100,11 +103,11 @@ def too_large(origin: str) -> SpecError:
     )
 
 
-def _too_complex(origin: str) -> SpecError:
+def _too_complex(origin: str, max_nodes: int) -> SpecError:
     return SpecError.at(
         "SPEC-119",
         origin,
-        f"is nested more than {MAX_DEPTH} deep or has more than {MAX_NODES} values",
+        f"is nested more than {MAX_DEPTH} deep or has more than {max_nodes} values",
         "give a Workspace document without YAML aliases that repeat large parts",
     )
 
@@ -121,9 +124,9 @@ def _not_yaml(error: yaml.YAMLError, origin: str, first_line: int) -> SpecError:
 class _Builder:
     """Builds a Document from a tree of YAML nodes."""
 
-    def __init__(self, origin: str, first_line: int) -> None:
+    def __init__(self, origin: str, first_line: int, max_nodes: int) -> None:
         self.origin, self.first_line = origin, first_line
-        self.document = Document()
+        self.document = Document(max_nodes=max_nodes)
         self.nodes = 0
 
     def build(self, root: Node) -> Document:
@@ -136,8 +139,8 @@ class _Builder:
 
     def _value(self, node: Node, path: Path) -> Any:
         self.nodes += 1
-        if self.nodes > MAX_NODES or len(path) > MAX_DEPTH:
-            raise _too_complex(self.origin)
+        if self.nodes > self.document.max_nodes or len(path) > MAX_DEPTH:
+            raise _too_complex(self.origin, self.document.max_nodes)
         match node:
             case MappingNode():
                 return self._mapping(node, path)
@@ -252,7 +255,8 @@ def kind_of(root: Node) -> str | None:
 def inner(text: str, outer: Document, path: Path, *, origin: str) -> list[Document]:
     """The documents in the string at `path` of `outer`, with the lines of the file."""
     first = outer.blocks.get(path)
-    documents = read(text, origin=f"{origin} {spelled(path)}", first_line=first or 1)
+    where = f"{origin} {spelled(path)}"
+    documents = read(text, origin=where, first_line=first or 1, max_nodes=outer.max_nodes)
     if first is None:  # a quoted string: its lines are not the file's
         for document in documents:
             document.lines.clear()

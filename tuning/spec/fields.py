@@ -7,7 +7,7 @@ from collections.abc import Collection
 from typing import Any
 
 from tuning.spec import reference, urls
-from tuning.spec.findings import Findings, Path, shown
+from tuning.spec.findings import Findings, Path, did_you_mean, shown
 from tuning.spec.workspace import SUBDOMAIN, Preset
 
 # As in published quick starts: ACR_REPO_HERE, <your-registry>, ${REGISTRY}.
@@ -45,10 +45,6 @@ def check_preset(preset: Preset, path: Path, findings: Findings) -> None:
     if options and options.model_access_secret is not None:
         at = (*path, "presetOptions", "modelAccessSecret")
         check_secret(options.model_access_secret, at, findings)
-    old = options and (options.image or options.image_pull_secrets)
-    if old or preset.access_mode == "private":
-        text = "accessMode, image and imagePullSecrets are ignored; weights come from the hub"
-        findings.note(path, text)
 
 
 def check_image(text: str, path: Path, findings: Findings, role: str) -> None:
@@ -103,8 +99,16 @@ def check_url(url: str, path: Path, findings: Findings, allow_hosts: Collection[
     findings.add("SPEC-115", path, refusal, changes.get(refusal, default))
 
 
-def check_volume(volume: dict[str, Any], path: Path, findings: Findings) -> None:
-    """A Kubernetes VolumeSource: exactly one kind, and an absolute hostPath."""
+_VOLUME_KEYS = {
+    "persistentVolumeClaim": ("claimName", "readOnly"),
+    "configMap": ("name", "items", "defaultMode", "optional"),
+}
+
+
+def check_volume(
+    volume: dict[str, Any], path: Path, findings: Findings, *, written: bool = False
+) -> None:
+    """A Kubernetes VolumeSource: one kind, whose own fields are right where they are known."""
     host_path = volume.get("hostPath")
     if not volume:
         findings.add("SPEC-112", path, "names no volume", "add hostPath or persistentVolumeClaim")
@@ -119,6 +123,28 @@ def check_volume(volume: dict[str, Any], path: Path, findings: Findings) -> None
         what = "needs the path of a folder, beginning with /"
         at = (*path, "hostPath", "path")
         findings.add("SPEC-113", at, what, "write hostPath: {path: /some/folder}")
+    else:
+        for kind, keys in _VOLUME_KEYS.items():
+            if kind in volume:
+                _check_source(volume[kind], keys, (*path, kind), findings, written=written)
+
+
+def _check_source(
+    source: Any, keys: tuple[str, ...], path: Path, findings: Findings, *, written: bool
+) -> None:
+    """A claim or a ConfigMap: a cluster would find out when the node is there."""
+    name = source.get(keys[0]) if isinstance(source, dict) else None
+    if not isinstance(source, dict) or not isinstance(name, str):
+        change = f"write {path[-1]}: {{{keys[0]}: NAME}}"
+        findings.add("SPEC-113", path, f"needs {keys[0]}", change)
+        return
+    check_name(name, SUBDOMAIN, 253, (*path, keys[0]), findings, str(path[-1]))
+    for key in source:
+        if key not in keys:
+            findings.add("SPEC-111", (*path, str(key)), "unknown key", did_you_mean(str(key), keys))
+    if written and source.get("readOnly"):
+        what = "is true, but the adapter is written there"
+        findings.add("SPEC-108", (*path, "readOnly"), what, "remove it")
 
 
 def _placeholder(text: str, path: Path, findings: Findings, wanted: str) -> bool:

@@ -2,6 +2,7 @@
 
 data: ...       # where data may come from: network
 registry: ...   # how registries are reached, and which images are trusted: oci
+cluster: ...    # what Workspaces may use of a cluster: the operator, and nobody else
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from tuning.errors import Problem, SpecError
 from tuning.spec import documents
 from tuning.spec.findings import did_you_mean
 
-SECTIONS = ("data", "registry")
+SECTIONS = ("data", "registry", "cluster")
 Model = TypeVar("Model", bound=BaseModel)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,27 +25,39 @@ def load(path: Path, *, overrides: Overrides = _NO_OVERRIDES) -> Spec:
 
     Raises SpecError with all problems of the file.
     """
-    try:
-        text = _read_text(path)
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise SpecError([_unreadable(path, error)]) from None
+    text = read_file(path)
     return _read(text, path.name, overrides, lambda name: _read_beside(path, name))
 
 
-def parse(text: str, *, origin: str, overrides: Overrides = _NO_OVERRIDES) -> Spec:
+def read_file(path: Path) -> str:
+    """The text of the file at `path`, or of the standard input for `-`. Raises SpecError."""
+    try:
+        return _read_text(path)
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise SpecError([_unreadable(path, error)]) from None
+
+
+def parse(
+    text: str,
+    *,
+    origin: str,
+    overrides: Overrides = _NO_OVERRIDES,
+    max_nodes: int = documents.MAX_NODES,
+) -> Spec:
     """The Workspace in `text`; `origin` names it in errors. No file is read.
 
     Raises SpecError with all problems of the text.
     """
-    return _read(text, origin, overrides, lambda name: None)
+    return _read(text, origin, overrides, lambda name: None, max_nodes)
 
 
-def parse_workspace(text: str, *, origin: str) -> Workspace:
+def parse_workspace(text: str, *, origin: str, max_nodes: int = documents.MAX_NODES) -> Workspace:
     """The Workspace in `text` as it is written, with tuning, inference or both.
 
     Raises SpecError with all problems of the text.
     """
-    document = _the_workspace(documents.read(text, origin=origin), origin)
+    everything = documents.read(text, origin=origin, max_nodes=max_nodes)
+    document = _the_workspace(everything, origin)
     workspace = shape.read(document)
     if workspace:
         rules.check(workspace, document.findings, own_input=False, own_output=False, allow_hosts=())
@@ -54,9 +68,13 @@ def parse_workspace(text: str, *, origin: str) -> Workspace:
 
 
 def _read(
-    text: str, origin: str, overrides: Overrides, read_template: Callable[[str], str | None]
+    text: str,
+    origin: str,
+    overrides: Overrides,
+    read_template: Callable[[str], str | None],
+    max_nodes: int = documents.MAX_NODES,
 ) -> Spec:
-    everything = documents.read(text, origin=origin)
+    everything = documents.read(text, origin=origin, max_nodes=max_nodes)
     document = _the_workspace(everything, origin)
     findings = document.findings
     command_line = Findings({})
@@ -130,7 +148,8 @@ def _notes_on_others(others: list[Document]) -> list[str]:
 
 def _read_text(path: Path) -> str:
     """The text of a file. Raises SpecError if it is too large."""
-    with path.open("rb") as file:
+    stdin = contextlib.nullcontext(sys.stdin.buffer)
+    with stdin if str(path) == "-" else path.open("rb") as file:
         data = file.read(documents.MAX_BYTES + 1)
     if len(data) > documents.MAX_BYTES:
         raise documents.too_large(path.name)
@@ -169,6 +188,7 @@ def _spec(
     assert method is not None
     options = tuning.preset.preset_options
     annotations = workspace.metadata.annotations or {}
+    cluster_notes = tuple(notes)
     if workspace.inference:
         notes.append("inference: ignored by a tuning run")
     source = (
@@ -195,6 +215,7 @@ def _spec(
         data_secret=annotations.get(f"{ANNOTATION}data-secret"),
         settings=config.settings,
         notes=tuple(notes),
+        cluster_notes=cluster_notes,
         document=writer.normalised(document.value, method),
         config=writer.normalised_config(config),
         overrides=overrides,

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from tuning.spec import adapters, fields, keys
 from tuning.spec.findings import Findings, Path, did_you_mean, nearest, shown
+from tuning.spec.ignored import ignored
 from tuning.spec.values import Method
 from tuning.spec.workspace import (
     ANNOTATION,
@@ -58,6 +59,8 @@ def check(
             _check_output(tuning.output, findings)
     if workspace.inference:
         adapters.check(workspace.inference, findings, workspace.tuning)
+    for where, text in ignored(workspace):
+        findings.note(where, text)
 
 
 def method(text: str, findings: Findings) -> Method | None:
@@ -129,6 +132,8 @@ def _check_resource(resource: Resource, findings: Findings, *, tuning: bool) -> 
         findings.add(
             "SPEC-104", path, f"is {shown(instance)}, which is not an instance type", change
         )
+    for i, name in enumerate(resource.preferred_nodes or []):
+        fields.check_name(name, SUBDOMAIN, 253, ("resource", "preferredNodes", i), findings, "node")
     selector = resource.label_selector
     for i, each in enumerate((selector.match_expressions if selector else None) or []):
         if each.operator != "In" or len(each.values or []) != 1:
@@ -174,7 +179,7 @@ def _check_output(output: DataDestination | None, findings: Findings) -> None:
     if output.image is None and output.volume_source is None and not findings.blames(path):
         findings.add("SPEC-116", path, "Exactly one of Volume or Image must be specified", hint)
     if output.volume_source is not None:
-        fields.check_volume(output.volume_source, (*path, "volumeSource"), findings)
+        fields.check_volume(output.volume_source, (*path, "volumeSource"), findings, written=True)
     if output.image is not None:
         if output.image_push_secret is None and not findings.blames(path):
             what = "Must specify imagePushSecret with destination image"

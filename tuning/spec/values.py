@@ -130,6 +130,7 @@ class Spec:
     data_secret: str | None = None  # annotation data-secret; its files are mounted
     settings: Settings = field(default_factory=Settings)
     notes: tuple[str, ...] = ()  # one line for each key that was translated or ignored, with why
+    cluster_notes: tuple[str, ...] = ()  # those of them that hold in a cluster, too
     document: dict[str, Any] = field(default_factory=dict)  # the Workspace, normalised
     config: dict[str, Any] | None = None  # the ConfigMap that tuning.config names, normalised
     overrides: Overrides = field(default_factory=Overrides)  # of the command line

@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from pydantic.alias_generators import to_camel
 
 ANNOTATION = "tuning.kaito.sh/"  # the prefix of our annotations
+# Labels with these prefixes choose no node: KAITO and the operator set them.
+RESERVED_LABELS = ("kaito.sh/", "karpenter.kaito.sh/")
 LABEL = "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"  # DNS-1123
 SUBDOMAIN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$"
 
@@ -104,7 +106,8 @@ class Resource(_Part):
     label_selector: LabelSelector | None = None
     """Which nodes may run the job."""
     preferred_nodes: list[str] | None = Field(None, json_schema_extra={"deprecated": True})
-    """Ignored."""
+    """Names of nodes that the scheduler prefers among those that labelSelector allows. A node that
+    is provisioned comes first."""
     partition: Partition | None = Field(None, json_schema_extra={**beta_only})
     """A share of a GPU; for inference only."""
 

@@ -82,7 +82,7 @@ def config_of(
 ) -> dict[str, Any]:
     """The `adapter_config.json` of a LoRA config (PEFT's `to_dict`): the keys that readers need.
 
-    No local path gets in: `base_name` replaces the folder that the base was loaded from.
+    `base_name` is a hub id, or the path of a local base; an image gets a name instead of a path.
     """
     alpha = float(lora["lora_alpha"])
     hub_revision = base_revision if base_revision and ":" not in base_revision else None

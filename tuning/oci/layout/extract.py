@@ -12,11 +12,11 @@ import os
 import shutil
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tuning import files
+from tuning import adapter, files
 from tuning.errors import SpecError
 from tuning.oci.layout import layer, tar
 from tuning.oci.layout.manifest import LARGEST_JSON, Blob, Image, blob_path, parse_json, refused
@@ -64,7 +64,10 @@ def _unpack(
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
     try:
-        names = _Unpacking(image.where, scratch, wanted, largest).layers(image, layout)
+        unpacking = _Unpacking(image.where, scratch, wanted, largest)
+        names = unpacking.layers(image, layout)
+        if unpacking.pickles and not any(name.endswith(layer.WEIGHTS) for name in names):
+            raise SpecError([adapter.pickled(image.where, min(unpacking.pickles))])
         if not names:
             raise refused(image.where, "has no wanted file under /data")
         if target.exists():
@@ -93,6 +96,7 @@ class _Unpacking:
     entries: int = 0
     files: int = 0
     total: int = 0
+    pickles: set[str] = field(default_factory=set)  # that were not wanted
 
     def layers(self, image: Image, layout: Path) -> tuple[str, ...]:
         """Extract every layer in turn; returns the names of the files."""
@@ -116,7 +120,10 @@ class _Unpacking:
             if self.entries > MOST_ENTRIES:
                 raise refused(self.where, f"has more than {MOST_ENTRIES:,} entries")
             name = self._name(entry.name, entry.kind)
-            if name is None or entry.kind == tar.FOLDER or not self.wanted(name):
+            if name is None or entry.kind == tar.FOLDER:
+                continue
+            if not self.wanted(name):
+                self.pickles |= {name} if name.endswith(layer.PICKLES) else set()
                 continue
             if name in names:
                 raise refused(self.where, f"has data/{name} twice in one layer")

@@ -20,6 +20,7 @@ from tuning.oci.layout.tar import BadTar, Content, Source
 
 HIGHEST_RATIO = 200  # of decompression
 WEIGHTS = ".safetensors"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")  # usual names; never read
 
 
 class Plain:
@@ -106,7 +107,8 @@ def _zstd(raw: Any, where: str) -> _Zstd:
 def peek_layer(raw: Source, blob: Blob, where: str, wanted: Collection[str]) -> dict[str, bytes]:
     """The `wanted` files under data/ of a layer that are within `raw`, by name.
 
-    Of a safetensors file only the header, with the eight bytes of its length. `raw` may end early.
+    Of a safetensors file only the header, with the eight bytes of its length, of a pickle nothing.
+    `raw` may end early.
     Nothing is checked against the blob's digest. Raises RefusedError.
     """
     contents: dict[str, bytes] = {}
@@ -115,7 +117,10 @@ def peek_layer(raw: Source, blob: Blob, where: str, wanted: Collection[str]) -> 
             below, data, name = entry.name.removeprefix("./").partition("data/")
             fresh = name in wanted and name not in contents
             if data and not below and fresh and entry.kind == tar.REGULAR:
-                contents[name] = _header(content) if name.endswith(WEIGHTS) else _small(content)
+                if name.endswith(PICKLES):
+                    contents[name] = b""
+                else:
+                    contents[name] = _header(content) if name.endswith(WEIGHTS) else _small(content)
             if len(contents) == len(wanted):
                 break
     except (BadTar, EOFError, zlib.error, gzip.BadGzipFile):

@@ -19,11 +19,13 @@ CONFIG = "application/vnd.oci.image.config.v1+json"
 LAYER = "application/vnd.oci.image.layer.v1.tar"
 RUN_ID = "tuning.kaito.sh/run-id"
 MODEL_NAME = "sh.kaito.model.name"
+REF_NAME_KEY = "org.opencontainers.image.ref.name"  # an image's name in a layout
 
 MOST_DOCUMENTS = 256  # manifests and indexes of one image
 LARGEST_JSON = 4 << 20  # bytes of a manifest, index or config
 MOST_LAYERS = 127  # limit of container runtimes
 DEEPEST_INDEX = 3
+Value = dict[str, Any]
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
@@ -128,10 +130,44 @@ def _blob(value: Mapping[str, Any]) -> Blob:
     return Blob(media_type, digest, size)
 
 
-def read_layout(layout: Path) -> Image:
-    """The image of a layout folder, its manifest's digest checked. Raises RefusedError."""
-    where = f"oci:{layout}"
+def layout_of(name: str) -> tuple[Path, str | None]:
+    """The folder that `oci:DIR` or `oci:DIR:NAME` names, and the image's name in it, if any."""
+    path = name.removeprefix("oci:")
+    folder, colon, image = path.rpartition(":")
+    if colon and image and Path(folder).is_dir() and not Path(path).is_dir():
+        return Path(folder), image
+    return Path(path), None
+
+
+def _index(layout: Path, name: str | None, where: str) -> Value:
+    """The layout's index, of several images with the entries of `name` alone.
+
+    Raises RefusedError.
+    """
     record = parse_json(_content(layout / "index.json", where), where=where)
+    entries = record.get("manifests")
+    by_name: dict[str, list[Value]] = {}
+    for entry in entries if isinstance(entries, list) else ():
+        notes = entry.get("annotations") if isinstance(entry, dict) else None
+        if isinstance(notes, dict) and isinstance(title := notes.get(REF_NAME_KEY), str):
+            by_name.setdefault(title, []).append(entry)
+    if name is None and len(by_name) < 2:
+        return record
+    if name in by_name:
+        return record | {"manifests": by_name[name]}
+    names = ", ".join(sorted(by_name))[:300] or "unnamed ones"
+    what = f"holds several images ({names})" if name is None else f"has no {name}, only {names}"
+    change = f"name one of them: oci:{layout}:NAME"
+    raise RefusedError.at("IMAGE-111", where, what, change)
+
+
+def read_layout(layout: Path, name: str | None = None) -> Image:
+    """The image of a layout folder, its manifest's digest checked. Raises RefusedError.
+
+    `name` is the image's in a layout of several.
+    """
+    where = f"oci:{layout}"
+    record = _index(layout, name, where)
     for _ in range(DEEPEST_INDEX):
         top = choose_manifest(record, where=where)
         data = _checked(layout, top, where)
@@ -149,13 +185,13 @@ class Document:
     data: bytes
 
 
-def read_documents(layout: Path) -> tuple[Document, ...]:
+def read_documents(layout: Path, name: str | None = None) -> tuple[Document, ...]:
     """The manifests of a layout's image; an index comes after its entries, the top one last.
 
     Raises RefusedError.
     """
     where = f"oci:{layout}"
-    record = parse_json(_content(layout / "index.json", where), where=where)
+    record = _index(layout, name, where)
     documents: dict[str, Document] = {}
 
     def take(blob: Blob, depth: int) -> None:

@@ -7,6 +7,7 @@ Files are in `/data`, hard-linked under `/models` for readers that expect them t
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,10 +16,20 @@ from pathlib import Path
 
 from tuning import files
 from tuning.errors import Problem, SpecError
-from tuning.oci.layout.manifest import INDEX, MANIFEST, MODEL_NAME, RUN_ID, Blob
+from tuning.oci.layout.manifest import (
+    INDEX,
+    MANIFEST,
+    MODEL_NAME,
+    MOST_LAYERS,
+    REF_NAME_KEY,
+    RUN_ID,
+    Blob,
+)
 from tuning.oci.layout.platforms import Base, Writer
-from tuning.oci.layout.write import write_layer
+from tuning.oci.layout.write import NOTHING, write_layer
 
+REF_NAME = "latest"  # readers of layouts that choose an image by its name find this one
+MOST_WEIGHTS_LAYERS = MOST_LAYERS - 2  # the others are for config and documents
 WEIGHTS = ("adapter_config.json", "adapter_model.safetensors")
 TOKENIZER = (
     "added_tokens.json",
@@ -61,14 +72,15 @@ def build_adapter(
     annotations: Mapping[str, str],
     index: bool = False,
     base: Base | None = None,
+    replaced: Mapping[str, Path] = NOTHING,
 ) -> Built:
     """Write the files of `adapter` as one image into the layout folder `layout`.
 
     An image that `layout` held before is replaced. Its
     creation time is SOURCE_DATE_EPOCH, or 1970. With `index` the image is an index: the same
     layers for amd64, for arm64, and as a model of CNCF ModelPack. With `base` that image's layers
-    come first, for readers that need a shell. Raises SpecError for an unknown file in the
-    folder, or a missing one.
+    come first, for readers that need a shell. A file in `replaced` stands for the folder's. Raises
+    SpecError for an unknown file in the folder, or a missing one.
     """
     _check_files(adapter)
     notes = {**annotations, MODEL_NAME: preset, RUN_ID: run_id}
@@ -76,19 +88,22 @@ def build_adapter(
         title: tuple(name for name in names if (adapter / name).is_file())
         for title, names in LAYERS.items()
     }
-    return _write(adapter, layout, groups, notes, index=index, base=base)
+    return _write(adapter, layout, groups, notes, index=index, base=base, replaced=replaced)
 
 
 def build_model(model: Path, layout: Path, *, annotations: Mapping[str, str]) -> Built:
     """Write a whole model, safetensors and companions, as one image into `layout`.
 
-    Each weights file is a layer of its own. Other files are left out. Raises SpecError.
+    Each weights file is a layer of its own, up to as many as container runtimes take; of more files
+    several share a layer. Other files are left out. Raises SpecError.
     """
     present = sorted(path.name for path in model.iterdir() if path.is_file())
     weights = [name for name in present if name.endswith(".safetensors")]
+    each = max(1, math.ceil(len(weights) / MOST_WEIGHTS_LAYERS))
+    shared = [tuple(weights[i : i + each]) for i in range(0, len(weights), each)]
     groups = {
         "config": tuple(name for name in present if name in MODEL_FILES),
-        **{name: (name,) for name in weights},
+        **{names[0]: names for names in shared},
         "documents": tuple(name for name in present if name in MODEL_DOCUMENTS),
     }
     return _write(model, layout, groups, annotations)
@@ -102,6 +117,7 @@ def _write(
     *,
     index: bool = False,
     base: Base | None = None,
+    replaced: Mapping[str, Path] = NOTHING,
 ) -> Built:
     """Write each group of files as a layer, and an image of them."""
     created = _created()
@@ -111,7 +127,11 @@ def _write(
     if base:
         base.copy_layers(blobs)
         notes |= base.annotations
-    layers = {title: write_layer(source, names, blobs) for title, names in groups.items() if names}
+    layers = {
+        title: write_layer(source, names, blobs, replaced)
+        for title, names in groups.items()
+        if names
+    }
     writer = Writer(blobs, layers, created, notes)
     if index:
         top, parts = writer.index()
@@ -158,7 +178,7 @@ def _check_files(adapter: Path) -> None:
 def _point(layout: Path, top: Blob) -> None:
     """Make `top` the layout's image."""
     files.write(layout / "oci-layout", files.canonical({"imageLayoutVersion": "1.0.0"}))
-    entry = top.to_json()
+    entry = top.to_json() | {"annotations": {REF_NAME_KEY: REF_NAME}}
     if top.media_type == MANIFEST:
         entry["platform"] = {"architecture": "amd64", "os": "linux"}
     index = {"schemaVersion": 2, "mediaType": INDEX, "manifests": [entry]}

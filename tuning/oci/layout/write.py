@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import os
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO
 
 from tuning import files
 from tuning.oci.layout.manifest import LAYER, Blob
 
+NOTHING: Mapping[str, Path] = MappingProxyType({})
 LARGEST_FILE = 8**11 - 1  # bytes in a USTAR header; larger files need GNU's form
 
 
@@ -56,9 +58,12 @@ class _Layer:
         return f"sha256:{self._hash.hexdigest()}"
 
 
-def write_layer(folder: Path, names: Iterable[str], blobs: Path) -> Blob:
+def write_layer(
+    folder: Path, names: Iterable[str], blobs: Path, replaced: Mapping[str, Path] = NOTHING
+) -> Blob:
     """One tar of the files `names` of `folder` under data/, and hard links to them under models/.
 
+    The content of a name in `replaced` comes from there.
     A file beyond 8 GiB gets GNU's header, which all readers know but POSIX of 1988 does not.
     """
     names = sorted(names)
@@ -67,7 +72,7 @@ def write_layer(folder: Path, names: Iterable[str], blobs: Path) -> Blob:
         layer = _Layer(out)
         layer.entry("data", tarfile.DIRTYPE)
         for name in names:
-            layer.file(f"data/{name}", folder / name)
+            layer.file(f"data/{name}", replaced.get(name, folder / name))
         layer.entry("models", tarfile.DIRTYPE)
         for name in names:
             layer.entry(f"models/{name}", tarfile.LNKTYPE, target=f"data/{name}")

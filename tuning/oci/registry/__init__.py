@@ -11,9 +11,10 @@ from tuning.oci.registry.pull import beginning, download, pull, resolve
 from tuning.oci.registry.push import Found, Pushed, check_push, claim, look, manifest, push
 from tuning.oci.registry.referrers import Attached, attach, attached, document, parts
 from tuning.oci.registry.signed import signed
-from tuning.oci.registry.wire import Remote
+from tuning.oci.registry.wire import OVERWRITE, Remote
 
 __all__ = [
+    "OVERWRITE",
     "Attached",
     "Found",
     "Patience",

@@ -11,18 +11,19 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import SplitResult, urlencode, urljoin, urlsplit
 
 from tuning.errors import TransientError
 from tuning.network.docker_config import Login
-from tuning.network.retry import Again, is_retryable, retry_after
+from tuning.network.policy import place
+from tuning.network.retry import Again, is_retryable
 from tuning.network.session import Response
-from tuning.oci.registry.answers import Errors
+from tuning.oci.registry.answers import READS, Errors, Reply
+from tuning.oci.registry.challenges import Challenge
 
 RENEWED_BEFORE = 60.0  # seconds before a token runs out
 LIFETIME = 60.0  # seconds, by default
-READS = ("GET", "HEAD")
-Challenge = dict[str, str]  # of a WWW-Authenticate header: realm, service, scope
+_TOKEN = re.compile(r"[\x21-\x7e]+")
 
 
 @dataclass
@@ -30,7 +31,7 @@ class Tokens:
     """The credentials for one repository, shared by concurrent uploads."""
 
     errors: Errors
-    plain: bool  # the registry is reached by plain http
+    origin: str  # of the registry, such as https://ghcr.io
     ask: Callable[..., Response]  # Session.request
     identity: Callable[[], Login] | None = None  # makes a login if none was given
     proven: bool = False  # a request with the header succeeded before
@@ -65,7 +66,7 @@ class Tokens:
             self._also.discard(also)
             self._renew_at = 0.0
 
-    def challenged(self, answer: Response, sent: str) -> None:
+    def challenged(self, method: str, reply: Reply, sent: str) -> None:
         """Renew the header after a 401 to a request with the header `sent`.
 
         Raises RefusedError if that is impossible.
@@ -73,18 +74,21 @@ class Tokens:
         with self._lock:
             if sent and sent != self._header:
                 return  # another request has renewed it
-            self._renew(challenges(answer.headers.get("WWW-Authenticate", "")))
+            self._renew(method, reply)
 
-    def _renew(self, wanted: dict[str, Challenge]) -> None:
-        if "bearer" in wanted:
-            self._challenge = wanted["bearer"]
+    def _renew(self, method: str, reply: Reply) -> None:
+        known = reply.challenges
+        if self._realm(known.get("bearer", {})):
+            self._challenge = known["bearer"]
             self._fetch(self._challenge)
             return
-        login = self._login() if "basic" in wanted else None
+        if "basic" not in known:
+            raise self.errors.unknown_scheme(method, reply)
+        login = self._login()
         if login and self.proven and self._header == login.basic and self.identity:
             login = self._login(afresh=True)  # revoked before its expiry
         if not login or login.identity_token or (self._header == login.basic and not self.proven):
-            raise self.errors.unauthorized()
+            raise self.errors.denied(f"answered 401 to {method}{reply.quoted}", reply)
         self._header, self.proven = login.basic, False
 
     def _login(self, *, afresh: bool = False) -> Login | None:
@@ -100,28 +104,39 @@ class Tokens:
     def _fetch(self, challenge: Challenge) -> None:
         answer = self._from_server(challenge)
         status = answer.status
-        if is_retryable(status) or status > 500:
-            what, tries = f"has a token server that answered {status}", 2 if status == 500 else None
-            change, after = "run the same command again later", retry_after(answer.headers)
-            raise self.errors.again("REG-133", what, change, after=after, tries=tries)
         if status != 200:
-            raise self.errors.unauthorized()
+            reply = Reply.of(answer)
+            what = f"has a token server that answered {status}{reply.quoted}"
+            if is_retryable(status) or status > 500:
+                change, tries = "run the same command again later", 2 if status == 500 else None
+                raise self.errors.again("REG-133", what, change, after=reply.after, tries=tries)
+            raise self.errors.denied(what, reply)
         try:
             record = answer.json()
-            token = record.get("token") or record["access_token"]
+            token = str(record.get("token") or record["access_token"])
             lifetime = float(record.get("expires_in") or LIFETIME)
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+            token = ""
+        if not _TOKEN.fullmatch(token):
             what, change = "has a token server that gave no token", "tell its administrator"
-            raise self.errors.again("REG-133", what, change, tries=2) from None
-        self._header = f"Bearer {token}"
+            raise self.errors.again("REG-133", what, change, tries=2)
+        self._header, self.errors.granted = f"Bearer {token}", self.errors.login is not None
         self._renew_at = time.monotonic() + lifetime - min(RENEWED_BEFORE, lifetime / 2)
 
-    def _from_server(self, challenge: Challenge) -> Response:
+    def _realm(self, challenge: Challenge) -> SplitResult | None:
+        """The URL of the token server, None if the challenge names none that can be asked."""
         try:
-            realm = urlsplit(challenge.get("realm", ""))
-        except ValueError:
-            raise self.errors.not_http("names a token server at an invalid URL") from None
-        if realm.scheme not in (("https", "http") if self.plain else ("https",)):
+            realm = urlsplit(urljoin(self.origin, challenge["realm"]))
+            scheme, host, _ = place(realm.geturl())
+        except (KeyError, ValueError):
+            return None
+        relative = "://" not in challenge["realm"] and not challenge["realm"].startswith("/")
+        return None if relative or not host or scheme not in ("http", "https") else realm
+
+    def _from_server(self, challenge: Challenge) -> Response:
+        realm = self._realm(challenge)
+        assert realm is not None
+        if realm.scheme != "https" and self.origin.startswith("https:"):
             what = "names a token server that is not reached by https"
             raise self.errors.refusal("REG-127", what, "tell the registry's administrator")
         scopes = self._scopes(challenge.get("scope", ""))
@@ -145,13 +160,3 @@ class Tokens:
             resource, _, actions = scope.rpartition(":")
             wanted.setdefault(resource, set()).update(actions.split(","))
         return [f"{resource}:{','.join(sorted(actions))}" for resource, actions in wanted.items()]
-
-
-def challenges(header: str) -> dict[str, Challenge]:
-    """The challenges of a WWW-Authenticate header, which may hold several, by lower-case scheme."""
-    starts = list(re.finditer(r"(?:^|,)\s*(basic|bearer)(?:\s+|$)", header, re.IGNORECASE))
-    ends = [match.start() for match in starts[1:]] + [len(header)]
-    return {
-        match[1].lower(): dict(re.findall(r'(\w+)="([^"]+)"', header[match.end() : end]))
-        for match, end in zip(starts, ends, strict=False)  # no start, one end
-    }

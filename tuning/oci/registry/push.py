@@ -1,14 +1,14 @@
 """Push an image so that exactly the right digest ends up under the tag.
 
-Read the tag and decide; HEAD each blob and upload the missing ones; PUT the manifest by digest,
-then the tag; read everything back. Each step is idempotent, so a crash between any two is repaired
-by starting again.
+Read the tag and decide; HEAD each blob and upload the missing ones; PUT the manifest by digest; ask
+for each blob again; PUT the tag and read it back. Each step is idempotent, so a crash between any
+two is repaired by starting again, and a tag never names what is not there.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,6 @@ from tuning.oci.layout.manifest import (
     INDEX,
     LARGEST_JSON,
     MANIFEST,
-    Blob,
     blobs_of,
     choose_manifest,
     is_index,
@@ -33,7 +32,8 @@ from tuning.oci.layout.manifest import (
     read_documents,
     refused,
 )
-from tuning.oci.registry import answers, upload
+from tuning.oci.registry import upload
+from tuning.oci.registry.answers import Reply
 from tuning.oci.registry.wire import Remote
 from tuning.spec.reference import Reference
 
@@ -144,11 +144,9 @@ def _decide(
 
 def _taken(remote: Remote, theirs: str, ours: str | None) -> RefusedError:
     instead = f", this one is {ours}" if ours else ""
-    return remote.errors.refusal(
-        "REG-140",
-        f"the tag already holds {theirs}, which this run did not make{instead}",
-        "choose another tag, or set the annotation tuning.kaito.sh/on-tag-exists: overwrite",
-    )
+    what = f"the tag already holds {theirs}, which this run did not make{instead}"
+    change = f"choose another tag{remote.replace and f', or {remote.replace}'}"
+    return remote.errors.refusal("REG-140", what, change)
 
 
 def check_push(remote: Remote) -> None:
@@ -186,6 +184,11 @@ def push(
         sent = upload.blobs(remote, layout, blobs, progress=progress)
         for document in documents:
             put(remote, document.blob.digest, document.data, document.blob.media_type)
+        for blob in blobs:
+            if upload.has(remote, blob) is False:
+                what = f"does not show the blob {blob.digest}, which it accepted"
+                change = "run the same command again"
+                raise remote.errors.again("REG-134", what, change, tries=3)
         return sent
 
     def point() -> None:
@@ -196,7 +199,7 @@ def push(
 
     bytes_sent = remote.persist(publish)
     remote.persist(point)
-    remote.persist(lambda: verify(remote, digest, blobs))
+    remote.persist(lambda: verify(remote, digest))
     return Pushed(digest, bytes_sent)
 
 
@@ -214,22 +217,21 @@ def put(remote: Remote, name: str, data: bytes, media_type: str) -> None:
     )
     if answer.status not in _MAYBE_THERE or manifest(remote, name) == data:
         return
-    code = answers.code(answer)
-    if code == "MANIFEST_BLOB_UNKNOWN":
+    reply = Reply.of(answer)
+    if reply.code == "MANIFEST_BLOB_UNKNOWN":
         what = "does not know a blob that it accepted"
         raise remote.errors.again("REG-134", what, "run the same command again", tries=3)
-    if answer.status in (403, 404, 405):
-        raise remote.errors.status("PUT", answer)
-    reply = f"{answer.status}{f' {code}' if code else ''}"
-    what = f"answered {reply} to the manifest {name}"
+    if reply.status in (403, 404, 405):
+        raise remote.errors.status("PUT", reply)
+    what = f"answered {reply.status} to the manifest {name}{reply.quoted}"
     raise remote.errors.refusal("REG-141", what, "choose another tag: this one may be immutable")
 
 
-def verify(remote: Remote, ours: str, blobs: Iterable[Blob]) -> None:
-    """Read back the tag and every blob's presence. Raises RefusedError if anything differs."""
+def verify(remote: Remote, ours: str) -> None:
+    """Read back the tag. Raises RefusedError if it holds anything else."""
     data = manifest(remote, tag_of(remote.reference))
-    change = "run the same command again"
     if data is None:
+        change = "run the same command again"
         raise remote.errors.again("REG-134", "does not show the tag", change, tries=5)
     if digest_of(data) != ours:
         held_now = look(remote)
@@ -237,7 +239,3 @@ def verify(remote: Remote, ours: str, blobs: Iterable[Blob]) -> None:
         if held == digest_of(data):
             raise _taken(remote, held, ours)
         raise damaged(remote, f"shows the tag as {digest_of(data)}, not as {ours}")
-    for blob in blobs:
-        if not upload.has(remote, blob):
-            what = f"does not show the blob {blob.digest}, which it accepted"
-            raise remote.errors.again("REG-134", what, change, tries=3)

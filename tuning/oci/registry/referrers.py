@@ -8,6 +8,7 @@ one of the two.
 from __future__ import annotations
 
 import hashlib
+import re
 import tempfile
 from collections.abc import Collection, Mapping
 from contextlib import closing
@@ -34,6 +35,8 @@ EMPTY = b"{}"
 EMPTY_TYPE = "application/vnd.oci.empty.v1+json"
 LARGEST = LARGEST_JSON  # bytes of an attached document
 MOST = 200  # attachments that are read
+MOST_PAGES = 50  # of the API's list
+_NEXT = re.compile(r'<([^<>]*)>[^<>]*;[ \t]*rel="?next\b', re.IGNORECASE)
 Value = dict[str, Any]
 
 
@@ -78,11 +81,18 @@ def attached(
 
 def _by_api(remote: Remote, subject: str) -> list[Value]:
     no = (400, 403, 404, 405, 406, 415, 501)  # from registries without it
-    answer = remote.request("GET", f"/referrers/{subject}", expect=(200, *no), stream=True)
-    with closing(answer):
-        if answer.status != 200:
-            return []
-        return _entries(remote.errors.body(answer, LARGEST))
+    url, entries = f"/referrers/{subject}", list[Value]()
+    for _ in range(MOST_PAGES):
+        answer = remote.request("GET", url, expect=(200, *no), stream=True)
+        with closing(answer):
+            if answer.status != 200:
+                break
+            entries += _entries(remote.errors.body(answer, LARGEST))
+        following = _NEXT.search(answer.headers.get("Link", ""))
+        if following is None or len(entries) >= MOST:
+            break
+        url = remote.absolute(following[1], answer.url or "")
+    return entries
 
 
 def _by_tag(remote: Remote, subject: str) -> list[Value]:

@@ -19,13 +19,14 @@ from tuning.errors import RefusedError, SpecError
 from tuning.network.retry import Again
 from tuning.network.session import Response
 from tuning.oci.layout.manifest import Blob, blob_path
-from tuning.oci.registry import answers
+from tuning.oci.registry.answers import Reply
 from tuning.oci.registry.wire import Remote
 from tuning.threads import side_by_side
 
 AT_ONCE = 4  # blobs
 PIECE = 1 << 18  # bytes in one send: at 1 KiB/s still within the time-out of 300 s
 DOUBTFUL = (400, 404, 416)  # the upload is lost or damaged
+UNTOLD = (400, 401, 403, 405, 406, 410, 416, 501)  # nothing is known of the blob
 NO_PIECES = (405, 411, 415, 501)
 _EMPTY = {"Content-Length": "0"}
 Sent = Callable[[int], None]  # bytes of one blob so far
@@ -84,11 +85,28 @@ class _Tally:
         return report
 
 
-def has(remote: Remote, blob: Blob) -> bool:
-    """Whether the repository has the blob, at its full size if it says a size."""
-    answer = remote.request("HEAD", f"/blobs/{blob.digest}", expect=(200, 404))
-    size = answer.headers.get("Content-Length", str(blob.size))
-    return answer.status == 200 and size == str(blob.size)
+def has(remote: Remote, blob: Blob) -> bool | None:
+    """Whether the repository has the blob, at its full size if it says a size.
+
+    None if it does not say: it refuses both HEAD (a store that signs addresses for GET alone does)
+    and its first byte.
+    """
+    if remote.head:
+        answer = remote.request("HEAD", f"/blobs/{blob.digest}", expect=(200, 404, *UNTOLD))
+        if answer.status not in UNTOLD:
+            size = answer.headers.get("Content-Length", str(blob.size))
+            return answer.status == 200 and size == str(blob.size)
+        remote.head = False
+    part = {"Range": "bytes=0-0"}
+    answer = remote.request(
+        "GET", f"/blobs/{blob.digest}", expect=(200, 206, 404, *UNTOLD), headers=part, stream=True
+    )
+    answer.close()  # a store without ranges would send the rest
+    if answer.status in UNTOLD:
+        return None
+    told = answer.headers.get("Content-Range" if answer.status == 206 else "Content-Length", "")
+    size = told.rpartition("/")[2].strip()
+    return answer.status != 404 and (not size.isdecimal() or size == str(blob.size))
 
 
 def begin(remote: Remote) -> str:
@@ -179,13 +197,12 @@ def _next(remote: Remote, answer: Response, url: str) -> str:
     if not location and not url:
         what, change = "begins an upload without saying where", "tell the registry's administrator"
         raise remote.errors.refusal("REG-125", what, change)
-    return remote.absolute(location) if location else url
+    return remote.absolute(location, answer.url or "") if location else url
 
 
 def _doubt(remote: Remote, blob: Blob, answer: Response) -> Again:
-    code = answers.code(answer)
-    reply = f"{answer.status}{f' {code}' if code else ''}"
-    what = f"lost the upload of {blob.digest} (it answered {reply})"
+    reply = Reply.of(answer)
+    what = f"lost the upload of {blob.digest} (it answered {reply.status}{reply.quoted})"
     return remote.errors.again("REG-134", what, "run the same command again", tries=4)
 
 

@@ -73,7 +73,7 @@ coefficients: install  ## simulate the memory of every preset again: configs/mem
 	OMP_NUM_THREADS=1 $(BIN)/python -m tuning.training.simulate --write
 
 test-gpu:  ## kernels, runs and plans on an NVIDIA GPU, with the packages that are there (8 minutes)
-	$(GPU_PYTHON) -m pytest -m gpu -p no:randomly tests/gpu $(PYTEST)
+	$(GPU_PYTHON) -m pytest -o addopts= --import-mode=importlib -m gpu -rs -v tests/gpu $(PYTEST)
 
 kernel-counts: install  ## count the kernels of a training step again: tests/fake_cuda/kernels.json
 	PYTHONPATH=.:tests $(BIN)/python -m fake_cuda.counts

@@ -218,7 +218,7 @@ def planned_memory(folder: Path, *, dry: bool) -> Record:
 
     cases = gpu_plan.dry_cases()[:2] if dry else tuple(gpu_plan.CASES[n] for n in PLANNED)
     lines = folder / "plan.jsonl"
-    summary = gpu_plan.run(cases, lines, seconds=150)
+    summary = gpu_plan.run(cases, lines, seconds=200)
     found = [json.loads(line) for line in lines.read_text().splitlines()]
     measured = [line for line in found if line["kind"] == "measured"]
     assert len(cases) == len(measured) == summary["cases"]

@@ -1,8 +1,8 @@
 """Kernels, runs and plans on a real GPU: `make test-gpu`, at most eight minutes on an H200.
 
 No network: models are random, of the shapes of presets. The record is one JSON file, named by
-TUNING_GPU_RESULTS (benchmarks/results/gpu_suite.json). Sizes and assertions are in checks.py and runs.py,
-which tests/fake_cuda and test_dry.py run in tiny form where there is no GPU.
+TUNING_GPU_RESULTS (benchmarks/results/gpu_suite.json). Sizes and assertions are in checks.py and
+runs.py, which tests/fake_cuda and test_dry.py run in tiny form where there is no GPU.
 """
 
 from __future__ import annotations

@@ -3,7 +3,10 @@
 #   operator  what watches Workspaces (python -m jobs), without torch        docker build --target operator .
 #
 # BASE is any Debian with Python 3.11 or newer and pip; in production name it with its digest. Torch's
-# wheels bring CUDA's libraries along, so that the base needs none. TORCH_INDEX: cu130, cu126 or cpu.
+# wheels bring CUDA's libraries along, so that the base needs none. TORCH_INDEX is the build of torch: cu130,
+# cu126 (Volta and older cards, drivers before 580) or cpu. An engine for each of configs/engines.yaml serves
+# every GPU: --build-arg TORCH_INDEX=cu126 -t tuning:VERSION-cu126, and so on; the operator's option `images`
+# names them.
 ARG BASE=docker.io/library/python:3.11-slim-bookworm
 
 FROM ${BASE} AS python
@@ -32,6 +35,10 @@ CMD ["run"]
 FROM python AS engine
 ARG TORCH=2.13.0
 ARG TORCH_INDEX=cu130
+# NVIDIA's driver comes from the machine: the container toolkit reads the last two variables; GKE mounts it
+# into /usr/local/nvidia, where neither the shell nor the loader looks by itself.
+ENV PATH=$PATH:/usr/local/nvidia/bin LD_LIBRARY_PATH=/usr/local/nvidia/lib64 \
+    NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 # Triton compiles its launchers when a kernel is first used.
 RUN command -v gcc >/dev/null || { apt-get update -qq \
     && apt-get install -y -qq --no-install-recommends gcc libc6-dev \

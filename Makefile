@@ -4,16 +4,17 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 N ?= 1
 TORCH := 2.13.0
-# Which build of torch: cpu, cu126 (Volta and older cards) or cu130. A machine without an NVIDIA
-# driver gets the CPU build, never gigabytes of CUDA by surprise.
-TORCH_INDEX ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cu130 || echo cpu)
+# Which build of torch: cpu, cu126 (Volta and older cards, drivers before 580), cu130, or auto: what
+# runs on this machine's GPUs. Without one it is cpu, never gigabytes of CUDA by surprise.
+TORCH_INDEX ?= auto
+# Of the GPU suite: whatever has the packages
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 EXTRAS ?= train,serve,cluster,dev
 # tool:package. Only what is missing is installed: kubectl, say, may come from another archive, whose
 # package and Debian's refuse to stand side by side.
 # podman and containerd are not among them: large, and what they read is proven where they are.
-TEST_TOOLS := g++:g++ docker-registry:docker-registry htpasswd:apache2-utils skopeo:skopeo umoci:umoci \
-  kubectl:kubernetes-client curl:curl chromium:chromium
+TEST_TOOLS := g++:g++ docker-registry:docker-registry htpasswd:apache2-utils skopeo:skopeo \
+  umoci:umoci kubectl:kubernetes-client curl:curl chromium:chromium
 BED_PACKAGES := etcd-server containerd runc containernetworking-plugins busybox-static iptables \
   iproute2 openssl curl
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -25,7 +26,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 20
 
-install: $(VENV)/.installed  ## make .venv with everything (TORCH_INDEX=cpu|cu126|cu130)
+install: $(VENV)/.installed  ## make .venv with everything (TORCH_INDEX=auto|cpu|cu126|cu130)
 
 $(VENV)/.installed: pyproject.toml constraints.txt Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -100,10 +101,10 @@ test-cluster: install  ## the operator on a real API server, with real pods (16 
 	  printf '\n===== SKIPPED: the cluster tests cannot run here =====\n%s\n\n' "$$reasons"; \
 	fi
 
-test-images: install test-bed  ## build both images with buildah; the operator's runs a Job of the engine's
+test-images: install test-bed  ## build both images with buildah (ENGINES="cpu cu126": one engine each); one runs the other's Job
 	@DEBIAN_FRONTEND=noninteractive \
 	  apt-get install -y -qq --no-install-recommends buildah mmdebstrap >/dev/null
-	tests/cluster/build-images.sh
+	ENGINES="$(ENGINES)" tests/cluster/build-images.sh
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'cluster and soak' -rs tests/cluster $(PYTEST)
 
 lint: install  ## ruff, mypy --strict, import contracts

@@ -9,7 +9,10 @@ import threading
 import time
 from pathlib import Path
 
+import fake_driver
 import pytest
+from fake_driver import Machine
+from gpu_machines import MIG, SLICE, TWO
 
 from tuning import files, process
 from tuning.errors import DataError, Stopped, TransientError
@@ -198,6 +201,70 @@ def wait_until(condition, seconds=20):
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.02)
+
+
+SEES = f"""
+import os, runpy
+ask = runpy.run_path({str(Path(process.__file__).with_name("plan") / "probe.py")!r})["ask"]
+SEEN = [card["name"] for card in ask()["devices"]]  # as an import that initialises CUDA
+def work(r):
+    variable, allocator = map(os.environ.get, ("CUDA_VISIBLE_DEVICES", "PYTORCH_ALLOC_CONF"))
+    return dict(variable=variable, allocator=allocator, names=SEEN)
+"""
+
+
+SERVES = "import sys\nfrom tuning import process\nif __name__ == '__main__':\n"
+SERVES += "    sys.exit(process.serve(work))\n"
+
+
+@pytest.mark.parametrize("prewarmed", [False, True])
+@pytest.mark.parametrize(
+    ("visible", "first", "names"),
+    [
+        (None, "0", ["NVIDIA H100 80GB HBM3"]),
+        ("1,0", "1", ["Tesla T4"]),
+        ("GPU-bbbb,GPU-aaaa", "GPU-bbbb", ["Tesla T4"]),
+        (f"{MIG},0", MIG, [SLICE]),
+        ("", "", []),
+    ],
+)
+def test_a_single_rank_sees_one_gpu_from_its_first_import(
+    visible, first, names, prewarmed, room, tmp_path, monkeypatch
+):
+    """Its parent hides the others, also from a child that waits for its request."""
+    fake_driver.install(Machine("580.65.06", 13000, TWO), tmp_path, monkeypatch)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    if not prewarmed:
+        seen = room(SEES)
+    else:
+        room("def work(r): return {}")  # writes the module's folder
+        (tmp_path / "more" / "probe_room.py").write_text(SEES + SERVES)
+        with process.Prewarmed("probe_room", log=tmp_path / "log") as child:
+            seen = room(SEES, prewarmed=child)
+
+    assert (first, names) == (seen["variable"], seen["names"])
+
+
+def test_each_of_several_ranks_sees_all_gpus(room, tmp_path, monkeypatch):
+    """They choose by their local rank, and NCCL must reach the others."""
+    fake_driver.install(Machine("580.65.06", 13000, TWO), tmp_path, monkeypatch)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    seen = room(SEES, ranks=2)
+
+    assert ("0,1", 2) == (seen["variable"], len(seen["names"]))
+
+
+def test_a_childs_allocator_grows_its_segments_unless_the_user_says_otherwise(room, monkeypatch):
+    """torch reads the older variable first: where it is set, the newer one is left alone."""
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    assert "expandable_segments:True" == room(SEES)["allocator"]
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:128")
+    assert "max_split_size_mb:128" == process.clean_environment()["PYTORCH_ALLOC_CONF"]
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "garbage_collection_threshold:0.8")
+    assert "PYTORCH_ALLOC_CONF" not in process.clean_environment()
 
 
 def test_a_failed_rank_does_not_wait_for_its_communicator(room, tmp_path):

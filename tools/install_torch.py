@@ -1,20 +1,28 @@
-"""Install the pinned torch, in the build asked for: `install_torch.py VERSION cpu|cu126|cu130`.
+"""Install the pinned torch, in the build asked for: `install_torch.py VERSION auto|cpu|cu126|...`.
 
 torch goes first and alone, so that no other package can pull another build: on Linux a plain
 `pip install torch` brings gigabytes of CUDA, wanted or not. Configured package sources are asked
-before pytorch.org's own index; macOS has one build only.
+before pytorch.org's own index; macOS has one build only. `auto` is the newest build that runs on
+this machine's GPUs with their driver, cpu where there is none; nothing is installed yet that could
+read YAML.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import platform
+import re
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 INDEX = "https://download.pytorch.org/whl/"
 PYPI = "https://pypi.org/simple"  # what torch itself depends on
 BUILDS = ("cpu", "cu126", "cu130")
+ROOT = Path(__file__).parents[1]
+ENGINES = ROOT / "configs" / "engines.yaml"
 
 
 def installed() -> str | None:
@@ -23,6 +31,33 @@ def installed() -> str | None:
         return importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def suited(answer: dict[str, Any]) -> str:
+    """The build for the machine whose driver gave this answer of tuning/plan/probe.py."""
+    engines = re.findall(r"^(cu\d+):.*?compiled: \[(.*?)\]", ENGINES.read_text(), re.M | re.S)
+    kinds = [tuple(card["capability"]) for card in answer["devices"]]
+    fitting = ["cpu"]
+    for build, listed in engines:
+        compiled = [(int(a), int(b)) for a, b in re.findall(r"(\d+)\.(\d+)", listed)]
+        runs = all(any(a == x and b <= y for a, b in compiled) for x, y in kinds)
+        if kinds and runs and int(build[2:4]) <= answer["cuda"][0]:
+            fitting.append(build)
+    if kinds and fitting == ["cpu"]:
+        names = " + ".join(sorted({card["name"] for card in answer["devices"]}))
+        print(f"No build of torch runs on {names} with the driver {answer['driver']}: cpu it is.")
+    return fitting[-1]
+
+
+def asked() -> dict[str, Any]:
+    """What the driver answers; nothing where it hangs or crashes."""
+    command = [sys.executable, "-I", "-S", str(ROOT / "tuning" / "plan" / "probe.py")]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=60, check=True)
+        answer: dict[str, Any] = json.loads(done.stdout)
+        return answer
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return {"devices": []}
 
 
 def pip(*arguments: str) -> bool:
@@ -35,6 +70,8 @@ def pip(*arguments: str) -> bool:
 def main() -> int:
     """Install, or say in one line why not."""
     version, build = sys.argv[1:3]
+    if build == "auto":
+        build = suited(asked())
     if build not in BUILDS:
         print(f"TORCH_INDEX={build}: choose one of {', '.join(BUILDS)}", file=sys.stderr)
         return 2

@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tuning.errors import SpecError, TuningError
+from tuning.errors import SpecError, TransientError, TuningError
 
 CHUNK = 1 << 20
 
@@ -211,3 +212,57 @@ def parse_json(data: bytes) -> Any:
         raise ValueError(f"{name} is no JSON")
 
     return json.loads(data, object_pairs_hook=unique, parse_constant=no_constant)
+
+
+def disk_full(error: BaseException) -> TransientError | None:
+    """The disk-full error for an ENOSPC or EDQUOT of the operating system, else None."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return no_space(str(error.filename or "disk"))
+    return None
+
+
+# About a file's name, owner or kind, which waiting does not mend.
+_OF_THE_PATH = frozenset(
+    {
+        *(errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EEXIST),
+        *(errno.ENAMETOOLONG, errno.ENOTEMPTY, errno.EFBIG, errno.EXDEV, errno.EMLINK),
+    }
+)
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # as libraries in Rust say it
+
+
+def system_error(error: BaseException, where: Path | str = "disk") -> TuningError | None:
+    """The error for what the operating system refused, else None: an error of another kind.
+
+    Where the error names no file, it was in `where`.
+    """
+    if isinstance(error, OSError):
+        number, path = error.errno, str(error.filename or where)
+    else:
+        said = _OS_ERROR.search(str(error))
+        number, path = int(said[1]) if said else None, str(where)
+    if number is None:
+        return None
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return no_space(path)
+    reason = os.strerror(number)
+    if number in _OF_THE_PATH:
+        change = "name a writable folder with --run-dir"
+        return SpecError.at("RUN-103", path, f"cannot be written ({reason})", change)
+    return TransientError.at(
+        "RUN-122",
+        path,
+        f"the file system fails ({reason})",
+        "look at the disk and its mount, then run the same command again; a file that stays "
+        "unreadable is made again once you remove it",
+    )
+
+
+def no_space(where: str) -> TransientError:
+    """The error for a full disk."""
+    return TransientError.at(
+        "RUN-120",
+        where,
+        "no space left on the device",
+        "free some space and run the same command again; it goes on where it stopped",
+    )

@@ -9,12 +9,10 @@ since a launcher may lose an exit code and a log may be cut. No file: the child 
 from __future__ import annotations
 
 import contextlib
-import errno
 import faulthandler
 import importlib
 import os
 import queue
-import re
 import runpy
 import signal
 import stat
@@ -29,7 +27,8 @@ from types import MappingProxyType
 from typing import Any
 
 from tuning import files
-from tuning.errors import SpecError, TransientError, TuningError, from_json
+from tuning.errors import TransientError, TuningError, from_json
+from tuning.files import no_space, system_error
 
 
 class ChildDied(Exception):
@@ -92,59 +91,6 @@ def _leave(status: int) -> int:
     return status
 
 
-def disk_full(error: BaseException) -> TransientError | None:
-    """The disk-full error for an ENOSPC or EDQUOT of the operating system, else None."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return _no_space(str(error.filename or "disk"))
-    return None
-
-
-# About a file's name, owner or kind, which waiting does not mend.
-_OF_THE_PATH = frozenset(
-    {
-        *(errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EEXIST),
-        *(errno.ENAMETOOLONG, errno.ENOTEMPTY, errno.EFBIG, errno.EXDEV, errno.EMLINK),
-    }
-)
-_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # as libraries in Rust say it
-
-
-def system_error(error: BaseException, where: Path | str = "disk") -> TuningError | None:
-    """The error for what the operating system refused, else None: an error of another kind.
-
-    Where the error names no file, it was in `where`.
-    """
-    if isinstance(error, OSError):
-        number, path = error.errno, str(error.filename or where)
-    else:
-        said = _OS_ERROR.search(str(error))
-        number, path = int(said[1]) if said else None, str(where)
-    if number is None:
-        return None
-    if number in (errno.ENOSPC, errno.EDQUOT):
-        return _no_space(path)
-    reason = os.strerror(number)
-    if number in _OF_THE_PATH:
-        change = "name a writable folder with --run-dir"
-        return SpecError.at("RUN-103", path, f"cannot be written ({reason})", change)
-    return TransientError.at(
-        "RUN-122",
-        path,
-        f"the file system fails ({reason})",
-        "look at the disk and its mount, then run the same command again; a file that stays "
-        "unreadable is made again once you remove it",
-    )
-
-
-def _no_space(where: str) -> TransientError:
-    return TransientError.at(
-        "RUN-120",
-        where,
-        "no space left on the device",
-        "free some space and run the same command again; it goes on where it stopped",
-    )
-
-
 def run(
     room: str,
     request: Path,
@@ -193,9 +139,14 @@ def run(
 
 
 def _rank(rank: int, ranks: int) -> dict[str, str]:
-    """The variables that torch's launcher sets for a rank."""
+    """The variables that torch's launcher sets for a rank.
+
+    A single child sees the first GPU only: trl refuses a process with several. It must be so before
+    Python starts, since the first import that initialises CUDA fixes what is visible.
+    """
     if ranks == 1:
-        return {}
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")  # indices, UUIDs, or none at all
+        return {"CUDA_VISIBLE_DEVICES": visible.partition(",")[0].strip()}
     return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -256,7 +207,7 @@ def _result(room: str, request: Path, statuses: Sequence[int | None]) -> dict[st
         if "ok" not in reply and status is not None
     ]
     if TransientError.exit_code in broken:  # there was no space for the result
-        raise _no_space(str(request.parent))
+        raise no_space(str(request.parent))
     if broken:  # a killed rank makes its peers fail: its signal is the cause
         raise ChildDied(room, min(1 if status > 0 else status for status in broken))
     result: dict[str, Any] = replies[0]["ok"]
@@ -269,8 +220,18 @@ class Prewarmed:
     It reads the name of its request from stdin. It ends with this process, or with the block.
     """
 
-    def __init__(self, room: str, *, log: Path, keep_open: tuple[int, ...] = ()) -> None:
-        self._child: subprocess.Popen[bytes] | None = _start(room, ON_STDIN, log, keep_open, {})
+    def __init__(
+        self,
+        room: str,
+        *,
+        log: Path,
+        keep_open: tuple[int, ...] = (),
+        environment: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        variables = {**environment, **_rank(0, 1)}
+        self._child: subprocess.Popen[bytes] | None = _start(
+            room, ON_STDIN, log, keep_open, variables
+        )
 
     def __enter__(self) -> Prewarmed:
         return self
@@ -293,6 +254,9 @@ class Prewarmed:
         return child
 
 
+# torch's settings of its allocator of GPU memory; ignored on a CPU. Rows of changing length waste
+# less of it in segments that grow.
+ALLOCATOR = "PYTORCH_ALLOC_CONF"
 PEER_SECONDS = 5.0  # that the other ranks get to end when one has failed
 ON_STDIN = "-"  # in place of a request that will be named on stdin
 
@@ -334,7 +298,8 @@ def _dump_stacks(child: subprocess.Popen[bytes], log: Path) -> None:
 def clean_environment() -> dict[str, str]:
     """The environment of a child: ours without secrets, offline, with a fixed hash seed.
 
-    A child reads local files only: the parent fetches everything and keeps the credentials.
+    A child reads local files only: the parent fetches everything and keeps the credentials. What
+    the user set for torch's allocator stays.
     """
     kept = {
         name: value
@@ -342,7 +307,8 @@ def clean_environment() -> dict[str, str]:
         if not any(word in name.upper() for word in ("TOKEN", "SECRET", "PASSWORD", "CREDENTIAL"))
         and name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
     }
-    return kept | {
+    allocator = {} if "PYTORCH_CUDA_ALLOC_CONF" in kept else {ALLOCATOR: "expandable_segments:True"}
+    return {**allocator, **kept} | {
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_DATASETS_OFFLINE": "1",

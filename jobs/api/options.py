@@ -5,20 +5,31 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic.alias_generators import to_camel
 
+from tuning import presets
 from tuning.errors import Problem, SpecError
 from tuning.network.policy import Policy
+from tuning.plan.device import Device
 from tuning.spec import policy_file
 
 DAY = 24 * 3600
 # Bytes of a pod's annotations: the API server takes 256 KiB, and webhooks add theirs.
 MAX_ANNOTATIONS = (256 - 8) * 1024
+
+
+def _build(name: str) -> str:
+    if name not in (known := [engine.name for engine in presets.engines()]):
+        raise ValueError(f"no build of torch; use {', '.join(known)}")
+    return name
+
+
 _BESIDE = re.compile("[A-Za-z0-9][A-Za-z0-9._-]{0,100}")
+Build = Annotated[str, AfterValidator(_build)]
 _Variable = Literal["HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY", "HF_ENDPOINT"]
 
 
@@ -107,6 +118,10 @@ class Options(_Part):
 
     image: str = "tuning:latest"
     """The engine's image, best by digest: what every Job runs."""
+    images: dict[Build, str] = {}
+    """The engine's images by their build of torch (cu126, cu130). A Job gets the newest that has
+    kernels for the planned GPU and runs with the nodes' driver; `image` where none does, and where
+    the GPU is not known. Give only cu126 if the nodes' drivers are older than cu130 needs."""
     vllm_image: str | None = None
     """vLLM's image, for Workspaces with the annotation `kaito.sh/runtime: vllm`, best by digest;
     such Workspaces are refused if it is not set."""
@@ -165,6 +180,14 @@ class Options(_Part):
     """Text of the policy file for Jobs; set from --policy."""
     policy_files: dict[str, str] = {}
     """Certificates and public keys that the policy names; set from the files beside it."""
+
+
+def for_device(options: Options, device: Device | None) -> Options:
+    """`options` with the engine's image for `device`: the newest of `images` that runs there."""
+    kinds = device.capabilities if device else ()
+    builds = presets.engine_builds(*kinds, cuda=device.cuda) if device and kinds else []
+    fitting = [options.images[build] for build in builds if build in options.images]
+    return options.model_copy(update={"image": fitting[-1]}) if fitting else options
 
 
 def with_policy(options: Options, path: Path) -> Options:

@@ -45,9 +45,9 @@ def read(workspace: Object, config_map: Object | None, device: Device | None) ->
     facts = _facts(server.base)
     gpus = _gpus(workspace, server, instance)
     weights = 2 * facts.parameters if facts else None
-    desired = Desired(revision, None, server=server, instance=instance, gpus=gpus)
-    desired = replace(desired, weights_bytes=weights, training_bytes=0)
     here = plan.device_of(instance.name) if instance else device
+    desired = Desired(revision, None, server=server, instance=instance, device=here, gpus=gpus)
+    desired = replace(desired, weights_bytes=weights, training_bytes=0)
     if facts is None or here is None or here.kind != "cuda" or gpus == 0:
         return desired
     is_quantized = facts.stored != "16-bit" or "quantization" in dict(server.settings)

@@ -99,6 +99,7 @@ class Desired:
     plan_unknown: str = ""  # why there is no plan: the Job decides
     fit_problems: tuple[Problem, ...] = ()  # why it does not fit the GPU
     instance: Instance | None = None
+    device: Device | None = None  # it will run on, where that is known
     gpus: int = 1
     weights_bytes: int | None = None
     server: Server | None = None
@@ -216,13 +217,15 @@ def _read(text: str, device: Device | None) -> Desired:
         spec=parsed,
         snapshot=spec.dump(parsed),
         instance=instance,
+        device=plan.device_of(parsed.instance) if parsed.instance else device,
         gpus=int(gpus) if gpus is not None else instance.gpus if instance else 1,
         weights_bytes=_weights(parsed),
     )
     if instance is None and (device is None or desired.gpus == 0):
         return replace(desired, plan_unknown="the nodes do not say which GPU they have")
     try:
-        drafted = plan.draft(parsed, here=device or plan.device_of(parsed.instance or ""))
+        assert desired.device is not None
+        drafted = plan.draft(parsed, here=desired.device)
     except SpecError as error:
         return _without_plan(desired, error)
     used = desired.gpus if gpus is not None else drafted.placement.ranks

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from jobs.api.kinds import Object
-from jobs.api.options import Options
+from jobs.api.options import Options, for_device
 from jobs.desired import allowed, names
 from jobs.desired.tuning import GIB, Desired
 from tuning.spec.workspace import ANNOTATION
@@ -36,6 +36,7 @@ _TOLERATIONS: list[Object] = [
     {"key": "gpu", "operator": "Exists", "effect": "NoSchedule"},
     {"key": "kubernetes.azure.com/scalesetpriority", "operator": "Exists"},
 ]
+_NO_GPU = {"name": "NVIDIA_VISIBLE_DEVICES", "value": "void"}
 
 
 def forbidden_volume(workspace: Object, options: Options) -> tuple[str, str] | None:
@@ -45,6 +46,7 @@ def forbidden_volume(workspace: Object, options: Options) -> tuple[str, str] | N
 
 def spec(workspace: Object, desired: Desired, options: Options, *, claim: bool) -> Object:
     """The pod's spec. `claim`: the run directory is on a claim, else in an emptyDir."""
+    options = for_device(options, desired.device)
     command = ["python", "-m", "tuning", "run", "-f", "/etc/tuning/workspace.yaml"]
     command += ["--run-dir", "/run/tuning"]
     command += ["--host", "0.0.0.0", "--port", str(PORT)]  # noqa: S104 the pod's own address
@@ -69,6 +71,8 @@ def container_spec(
     **more: Any,
 ) -> Object:
     """A container of the engine's image, unless `more` says otherwise, without privileges."""
+    # Where NVIDIA's runtime is the default one, the image's `all` would show every GPU of the node.
+    hidden = [] if options.gpu_resource in limits["limits"] else [_NO_GPU]
     return {
         "name": name,
         "image": options.image,
@@ -77,6 +81,7 @@ def container_spec(
         "env": [
             {"name": "HOME", "value": "/tmp"},  # noqa: S108 the pod's own
             {"name": "HF_HOME", "value": "/models"},
+            *hidden,
             *({"name": key, "value": value} for key, value in sorted(options.environment.items())),
         ],
         "resources": limits,

@@ -7,7 +7,7 @@ others. vLLM cannot: an init container pulls each adapter, so that a failure nam
 from __future__ import annotations
 
 from jobs.api.kinds import DEPLOYMENT, SERVICE, Kind, Object
-from jobs.api.options import Options
+from jobs.api.options import Options, for_device
 from jobs.desired import inference as desired_inference
 from jobs.desired import names
 from jobs.desired.tuning import GIB, Adapter, Desired, Server
@@ -84,7 +84,7 @@ def _server(desired: Desired) -> Server:
 
 
 def _pod(workspace: Object, desired: Desired, options: Options, *, claim: bool) -> Object:
-    server = _server(desired)
+    server, options = _server(desired), for_device(options, desired.device)
     vllm = server.runtime == "vllm"
     mounts, volumes = pod.shared_volumes(workspace, desired, options, claim=claim, tmp="8Gi")
     if options.storage.cached:  # there is no run directory

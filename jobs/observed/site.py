@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from jobs.api.client import ApiError, Cluster
@@ -79,9 +80,20 @@ class Site:
 
 
 def device_of_nodes(nodes: list[Object]) -> Device | None:
-    """The largest GPU that the nodes report by NVIDIA's labels."""
+    """The largest GPU that the nodes report by NVIDIA's labels.
+
+    A pod may get any of the nodes: the device has all kinds of GPUs and the oldest driver, unless
+    no build of torch runs on all of them.
+    """
     devices = [device for node in nodes if (device := _device_of_node(node)) is not None]
-    return max(devices, key=lambda d: (d.memory_bytes, d.count), default=None)
+    if not devices:
+        return None
+    largest = max(devices, key=lambda d: (d.memory_bytes, d.count))
+    kinds = tuple(sorted({kind for device in devices for kind in device.capabilities}))
+    drivers = [device for device in devices if device.cuda]
+    oldest = min(drivers, key=lambda d: d.cuda or (0, 0), default=largest)
+    together = replace(largest, kinds=kinds, cuda=oldest.cuda, driver=oldest.driver)
+    return together if together.engine else largest
 
 
 def _device_of_node(node: Object) -> Device | None:
@@ -107,9 +119,16 @@ def _device_of_node(node: Object) -> Device | None:
         capability=capability,
         origin=f"node {node['metadata']['name']}",
         gpu=gpu,
+        cuda=_pair(labels, "cuda.runtime-version") or _pair(labels, "cuda.runtime"),
+        driver=labels.get("nvidia.com/cuda.driver-version.full", ""),
     )
 
 
 def _capability(labels: dict[str, str]) -> tuple[int, int] | None:
-    pair = [labels.get(f"nvidia.com/cuda.compute.{part}", "") for part in ("major", "minor")]
-    return (int(pair[0]), int(pair[1])) if all(part.isdigit() for part in pair) else None
+    return _pair(labels, "gpu.compute") or _pair(labels, "cuda.compute")
+
+
+def _pair(labels: dict[str, str], name: str) -> tuple[int, int] | None:
+    """The labels of a version's two parts; GPU feature discovery has renamed some of them."""
+    pair = [labels.get(f"nvidia.com/{name}.{part}", "") for part in ("major", "minor")]
+    return (int(pair[0]), int(pair[1])) if all(part.isdecimal() for part in pair) else None

@@ -2,8 +2,9 @@
 # Build both targets of the Dockerfile, without docker and without a registry: buildah in a chroot, on a
 # base that is made from Debian 12 packages. The engine gets the CPU build of torch.
 #
-# usage: build-images.sh [OUTDIR] [CACHEDIR]
+# usage: [ENGINES="cpu cu126 cu130"] build-images.sh [OUTDIR] [CACHEDIR]
 #
+# ENGINES: the builds of torch that get an engine each, those for CUDA as engine-BUILD.tar (5 GB or more).
 # Leaves OUTDIR/{engine,operator}.tar, for `ctr images import`, `podman load`, `skopeo`. Needs root, and
 # buildah and mmdebstrap. What pip is configured to use on this machine (folders, certificates) the builds see,
 # too; nothing of it stays in the images. Rough figures, two cores: 3 minutes for the base, once; 5 for the
@@ -50,12 +51,17 @@ while read -r path; do
   mounts+=(--volume "$path:$path:ro")
 done < <(sort -u "$storage/paths")
 
-for target in operator engine; do
+build() {  # NAME TARGET TORCH_INDEX
   buildah "${store[@]}" bud --quiet --isolation chroot --network host --format docker \
-    --build-arg BASE=localhost/base --build-arg TORCH_INDEX=cpu --target "$target" \
-    "${mounts[@]}" -t "localhost/tuning-$target:test" -f "$root/Dockerfile" "$root" >/dev/null
-  rm -f "$out/$target.tar"
-  buildah "${store[@]}" push --quiet "localhost/tuning-$target:test" \
-    "docker-archive:$out/$target.tar:localhost/tuning-$target:test"
+    --build-arg BASE=localhost/base --build-arg TORCH_INDEX="$3" --target "$2" \
+    "${mounts[@]}" -t "localhost/tuning-$1:test" -f "$root/Dockerfile" "$root" >/dev/null
+  rm -f "$out/$1.tar"
+  buildah "${store[@]}" push --quiet "localhost/tuning-$1:test" \
+    "docker-archive:$out/$1.tar:localhost/tuning-$1:test"
+}
+build operator operator cpu
+for index in ${ENGINES:-cpu}; do
+  name=engine-$index
+  build "${name%-cpu}" engine "$index"
 done
 ls -l "$out"

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tuning import files, process
+from tuning import files
 from tuning.errors import SpecError, TransientError, TuningError
 from tuning.pipeline import changes, endings, journal, outcome, report
 
@@ -181,7 +181,7 @@ def test_a_traceback_that_cannot_be_written_hides_nothing(tmp_path: Path) -> Non
     """A bug of ours on a disk that is gone is still told as one."""
     known: TuningError = endings.known(ValueError("x"), "plan", tmp_path / "gone")
     assert "RUN-199" in str(known)
-    assert process.system_error(ValueError("x")) is None
+    assert files.system_error(ValueError("x")) is None
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS])

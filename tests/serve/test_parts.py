@@ -14,6 +14,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import chats
+import fake_driver
+import gpu_machines
 import pytest
 import tiny_models
 import torch
@@ -21,10 +23,11 @@ import transformers
 from safetensors.torch import load_file
 
 from tuning import files
+from tuning.console import Console
 from tuning.errors import SpecError, UsageError
-from tuning.plan import device, inference
+from tuning.plan import device, inference, torch_build
 from tuning.presets import load
-from tuning.serve import adapter_specs, attention, options, rendering, responses, sampling
+from tuning.serve import adapter_specs, attention, options, rendering, responses, sampling, server
 from tuning.serve.adapter_specs import AdapterSpec
 from tuning.serve.detokenizer import Detokenizer, vocabulary_decoder
 from tuning.serve.rendering import NotRendered, Renderer, template_problem
@@ -427,3 +430,16 @@ def test_keys_are_read_one_a_line_and_short_ones_are_refused(tmp_path: Path) -> 
             options.read_keys(path)
     with pytest.raises(SpecError, match="SERVE-103"):
         options.read_keys(tmp_path / "none")
+
+
+def test_a_server_refuses_a_gpu_that_torch_cannot_use_before_it_loads_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The build of torch for CUDA 13 has no kernels for a V100: one line, and what to install."""
+    fake_driver.install(gpu_machines.MACHINES["v100"][0], tmp_path, monkeypatch)
+    build = torch_build.TorchBuild("2.13.0+cu130", (13, 0))
+    monkeypatch.setattr(torch_build, "installed", lambda: build)
+    options = SimpleNamespace(weights=lambda: TINY)
+
+    with pytest.raises(SpecError, match=r"PLAN-116 V100-SXM2-16GB: .*TORCH_INDEX=cu126"):
+        server._make(options, Console())  # type: ignore[arg-type]

@@ -121,11 +121,12 @@ def merge(
 ) -> None:
     """Put base and adapter together into one full model: a folder, or a model image."""
     from tuning.console import Console
+    from tuning.network.retry import Patience
     from tuning.pipeline import whole_models
 
     option.silence_libraries()
-    secrets = {"push_secret": push_secret, "pull_secret": pull_secret}
-    access = option.access_of(key, policy, **secrets, ca=ca, insecure=insecure, replace="")
+    more = {"push_secret": push_secret, "pull_secret": pull_secret, "patience": Patience()}
+    access = option.access_of(key, policy, **more, ca=ca, insecure=insecure, replace="")
     reference = whole_models.merged(
         base,
         adapter,
@@ -153,9 +154,10 @@ def package_model(
 ) -> None:
     """Store a base model as an OCI image, for `--base-model oci://IMAGE` and image volumes."""
     from tuning.console import Console
+    from tuning.network.retry import Patience
     from tuning.pipeline import whole_models
 
-    more = {"push_secret": push_secret, "replace": "add --overwrite"}
+    more = {"push_secret": push_secret, "replace": "add --overwrite", "patience": Patience()}
     access = option.access_of(None, policy, **more, ca=ca, insecure=insecure)
     reference = whole_models.packaged(
         model,

@@ -165,16 +165,19 @@ def silence_libraries() -> None:
 
 
 def access_of(key: list[Path] | None, policy: Path | None, **more: Any) -> Access:
-    """How registries are reached and trusted; each --key is a required signature."""
+    """How registries are reached and trusted; each --key is a required signature.
+
+    A user waits: a registry that does not answer is given up after a minute.
+    """
     from dataclasses import replace
 
-    from tuning.oci.delivery import Access
+    from tuning.oci.delivery import BRIEF, Access
     from tuning.oci.policy import Trust
 
     trust = Trust.load(policy) if policy else Trust()
     if key:
         trust = replace(trust, signatures="require", keys=tuple(key))
-    return Access(trust=trust, **more)
+    return Access(trust=trust, **{"patience": BRIEF} | more)
 
 
 def spec_of(

@@ -156,7 +156,7 @@ def plan_table(plan: Plan) -> rich.table.Table:
     values = {
         "method": recipe.method,
         "precision": recipe.precision,
-        "engine": plan.device.capability and presets.engine_build(plan.device.capability),
+        "engine": plan.device.engine,
         "quant_type": (recipe.quantisation or {}).get("type"),
         "double_quant": (recipe.quantisation or {}).get("double"),
         "targets": ", ".join(recipe.targets) if recipe.targets else "all projections",

@@ -65,6 +65,7 @@ class Attempts:
     def reset(self) -> None:
         """Forget earlier failures: the operation got further than ever."""
         self._since: float | None = None
+        self._told = ""
         self._failures: Counter[tuple[str, int | None]] = Counter()
 
     def wait(self, again: Again, *, give_up: bool = False) -> None:
@@ -81,7 +82,9 @@ class Attempts:
         give_up |= count + 1 >= (patience.tries or math.inf)
         if give_up or self._failures[kind] >= (again.tries or math.inf):
             raise again.final([again.problem]) from None
-        log.warning("%s Trying again in %.1f s.", again.problem, pause)
+        told, self._told = self._told, str(again.problem)
+        same = told == self._told
+        log.warning("%s Trying again in %.1f s.", "The same." if same else self._told, pause)
         patience.sleep(pause)
 
 

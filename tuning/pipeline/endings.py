@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from tuning import process
+from tuning import files, process
 from tuning.errors import Killed, Problem, Stopped, TransientError, TuningError
 
 T = TypeVar("T")
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 def known(error: Exception, phase: str, folder: Path) -> TuningError:
     """`error` as a TuningError; the traceback of any other exception goes into `folder`."""
-    known = error if isinstance(error, TuningError) else process.system_error(error, folder)
+    known = error if isinstance(error, TuningError) else files.system_error(error, folder)
     if known is None:
         path = folder / "traceback.txt"
         with suppress(OSError):

@@ -33,7 +33,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tuning import files, process
+from tuning import files
 from tuning.errors import SpecError, TransientError
 
 Value = dict[str, Any]
@@ -173,7 +173,7 @@ def opened(folder: Path) -> Iterator[Journal]:
             os.pwrite(lock, f"pid {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
             journal = Journal(folder, lock)
         except OSError as error:
-            raise process.system_error(error, folder) or error from None
+            raise files.system_error(error, folder) or error from None
         yield journal
     finally:
         if lock >= 0:

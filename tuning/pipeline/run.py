@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -72,6 +73,7 @@ class Run:
                 tick=tick,
                 grace=max(1.0, self.options.grace - PARENT_SECONDS),
                 prewarmed=self.prewarmed if room == TRAIN else None,
+                environment=self._allocator() if room == TRAIN else {},
                 ranks=ranks,
             )
         except process.Hung as hung:
@@ -88,7 +90,18 @@ class Run:
             return nullcontext()
         logs = self.folder / "log"
         logs.mkdir(exist_ok=True)
-        return process.Prewarmed(TRAIN, log=logs / "train.log", keep_open=(self.journal.lock,))
+        return process.Prewarmed(
+            TRAIN,
+            log=logs / "train.log",
+            keep_open=(self.journal.lock,),
+            environment=self._allocator(),
+        )
+
+    def _allocator(self) -> dict[str, str]:
+        """Plain segments of GPU memory where growing ones fail: vGPU, WSL."""
+        if process.ALLOCATOR in os.environ or self.device().virtual_memory:
+            return {}
+        return {process.ALLOCATOR: "expandable_segments:False"}
 
     def interruptible(self, work: Callable[[], Value]) -> Value:
         """The result of blocking `work`; raises Stopped soon after a signal."""

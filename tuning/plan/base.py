@@ -9,7 +9,7 @@ from typing import Any
 
 from tuning import files, presets
 from tuning.errors import Problem, SpecError
-from tuning.plan import sizing
+from tuning.plan import gpu_problems, sizing
 from tuning.plan.coefficients import Coefficients
 from tuning.plan.device import Device
 from tuning.spec import Spec
@@ -143,17 +143,17 @@ def refuse_unsupported(spec: Spec, base: Base, device: Device) -> None:
         problems.append(Problem("PLAN-101", base.name, answer.reason, answer.change))
     if device.kind == "cpu" and base.facts and base.facts.parameters > LARGEST_ON_CPU:
         billions = base.facts.parameters / 1e9
+        reason = device.no_gpu or "there is none here"
+        change = device.remedy or "run on a machine with an NVIDIA GPU and its driver"
         problems.append(
             Problem(
                 "PLAN-102",
                 base.name,
-                f"has {billions:.1f} billion parameters and needs a GPU; there is none here",
-                "run on a machine with an NVIDIA GPU and its driver (nvidia-smi must answer), or "
-                "plan for one with --instance",
+                f"has {billions:.1f} billion parameters and needs a GPU; {reason}",
+                f"{change}, or plan for one with --instance",
             )
         )
-    if device.gpu and not (answer := presets.gpu_support(device.gpu, spec.method)).supported:
-        problems.append(Problem("PLAN-106", device.origin, answer.reason, answer.change))
+    problems += gpu_problems.problems(device, spec.method)
     problems += _unknown_modules(spec, base)
     if problems:
         raise SpecError(problems)

@@ -1,47 +1,75 @@
 """What there is to compute with: the GPUs of this machine, or its processor and memory.
 
-Asks `nvidia-smi`, not torch, so that planning stays light. Memory is what is actually free now, and
-on a CPU never more than the control group allows.
+The GPUs are those that CUDA sees: `probe.py` asks it, in a process of its own and without torch, so
+that planning stays light. Memory is what is actually free now, and on a CPU never more than the
+control group allows.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import platform
-import shutil
 import subprocess
-from dataclasses import dataclass
+import sys
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from tuning import presets
+from tuning.errors import SpecError
+from tuning.plan import torch_build
+from tuning.plan.probe import MISSING, NO_DEVICE
+from tuning.plan.torch_build import TorchBuild, how_to_install
 from tuning.presets import Gpu
+from tuning.presets.hardware import Capability
 
-FIELDS = "name,memory.total,memory.free,compute_cap"
-MIB = 1 << 20
+PATIENCE = 60.0  # seconds; without its persistence daemon a driver starts eight cards in twenty
 
 
 @dataclass(frozen=True)
 class Device:
-    """The GPUs of one kind in one machine, or one CPU."""
+    """The GPUs of one machine, as many as its weakest, or one CPU."""
 
     kind: Literal["cuda", "cpu"]
     name: str
     count: int  # GPUs; 1 for a CPU
     memory_bytes: int  # free, for each GPU; for a CPU, memory this process may still take
     bf16: bool  # native bfloat16 arithmetic
-    capability: tuple[int, int] | None = None
+    capability: Capability | None = None  # the lowest
     origin: str = "found on this machine"
-    gpu: Gpu | None = None  # its row in the table of GPUs, where it comes from there
+    gpu: Gpu | None = None  # its row in the table of GPUs, or what the driver says of another card
+    kinds: tuple[Capability, ...] = ()  # all of them, where GPUs of several kinds may be met
+    cuda: tuple[int, int] | None = None  # newest CUDA that the driver runs, where it is known
+    driver: str = ""  # its version
+    torch: TorchBuild | None = None  # installed beside these GPUs
+    virtual_memory: bool = True  # whether torch can grow its segments of GPU memory
+    no_gpu: str = ""  # of a CPU: why a GPU is not used, where there may be one
+    remedy: str = ""  # what to do about it
 
     def __str__(self) -> str:
         size = f"{self.memory_bytes / 2**30:.1f} GiB free"
         many = f"{self.count} x " if self.count > 1 else ""
-        return f"{many}{self.name} ({size}; {self.origin})"
+        notes = [self.origin, self.driver and f"driver {self.driver}"]
+        notes += [self.no_gpu and f"no GPU: {self.no_gpu}"]
+        return f"{many}{self.name} ({size}; {', '.join(filter(None, notes))})"
+
+    @property
+    def engine(self) -> str | None:
+        """The newest build of torch with kernels for its GPUs that the driver runs, if any."""
+        kinds = self.capabilities
+        return presets.engine_build(*kinds, cuda=self.cuda) if kinds else None
+
+    @property
+    def capabilities(self) -> tuple[Capability, ...]:
+        """The compute capability of each kind of its GPUs; empty for a CPU."""
+        return self.kinds or ((self.capability,) if self.capability else ())
 
 
 def detect() -> Device:
     """The GPUs here, else the CPU. GPUs of several kinds count as the weakest, and as many."""
-    return _gpus() or cpu()
+    return of_answer(_ask(), torch_build.installed())
 
 
 def cpu() -> Device:
@@ -56,47 +84,105 @@ def cpu() -> Device:
     )
 
 
-def _gpus() -> Device | None:
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return None
-    try:
-        answer = subprocess.run(
-            [program, f"--query-gpu={FIELDS}", "--format=csv,noheader,nounits"],
-            capture_output=True,
-            text=True,
-            timeout=30,
-            check=True,
-        ).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return parse_gpus(answer, visible=os.environ.get("CUDA_VISIBLE_DEVICES"))
-
-
-def parse_gpus(table: str, *, visible: str | None = None) -> Device | None:
-    """The answer of `nvidia-smi --query-gpu=FIELDS --format=csv,noheader,nounits` as a device.
-
-    `visible` is CUDA_VISIBLE_DEVICES: as many GPUs as it names, none where it is empty or -1.
-    """
-    rows = [[cell.strip() for cell in line.split(",")] for line in table.splitlines() if line]
-    rows = [row for row in rows if len(row) == 4 and row[1].isdigit() and "." in row[3]]
-    if visible is not None:
-        names = [name.strip() for name in visible.split(",") if name.strip()]
-        if "-1" in names:
-            names = names[: names.index("-1")]
-        chosen = [rows[int(n)] for n in names if n.isdigit() and int(n) < len(rows)]
-        rows = chosen if all(n.isdigit() for n in names) else rows[: len(names)]
-    if not rows:
-        return None
-    major, minor = min(tuple(int(part) for part in row[3].split(".")) for row in rows)
-    return Device(
-        kind="cuda",
-        name=" + ".join(sorted({row[0] for row in rows})),
-        count=len(rows),
-        memory_bytes=min(int(row[2] if row[2].isdigit() else row[1]) for row in rows) * MIB,
-        bf16=major >= 8,
-        capability=(major, minor),
+def _ask() -> dict[str, Any]:
+    """The answer of `probe.py`. A driver that does not answer is left behind, not waited for."""
+    script = Path(__file__).with_name("probe.py")
+    child = subprocess.Popen(
+        [sys.executable, "-I", "-S", str(script)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
     )
+    try:
+        output, _ = child.communicate(timeout=PATIENCE)
+        answer: dict[str, Any] = json.loads(output)
+        return answer
+    except subprocess.TimeoutExpired:
+        child.kill()
+        with suppress(subprocess.TimeoutExpired):  # inside a call of the driver it may never die
+            child.communicate(timeout=1)
+        return {"devices": [], "error": [0, f"the driver did not answer in {PATIENCE:.0f} s"]}
+    except ValueError:
+        return {"devices": [], "error": [0, f"asking the driver ended with {child.returncode}"]}
+
+
+def of_answer(answer: dict[str, Any], build: TorchBuild | None) -> Device:
+    """The device that an answer of `probe.py` describes, with this build of torch installed.
+
+    Without a GPU, or with a build of torch for processors, the CPU, with the reason.
+    """
+    rows = answer["devices"]
+    if not rows:
+        what, change = _why_none(answer)
+        return replace(cpu(), no_gpu=what, remedy=change)
+    cards = [_card(row) for row in rows]
+    weakest = min(cards, key=lambda card: (card.capability or (0, 0), card.bandwidth or 0.0))
+    kinds = tuple(sorted({card.capability for card in cards if card.capability}))
+    shared = any(row["integrated"] for row in rows)
+    gpus = Device(
+        kind="cuda",
+        name=" + ".join(sorted({card.name for card in cards})),
+        count=len(rows),
+        memory_bytes=min([_free(row) for row in rows] + ([_free_memory()] if shared else [])),
+        bf16=weakest.bf16,
+        capability=kinds[0],
+        gpu=weakest,
+        kinds=kinds,
+        cuda=tuple(answer["cuda"]),
+        driver=answer["driver"],
+        torch=build,
+        virtual_memory=all(row["virtual_memory"] for row in rows),
+    )
+    if build is None or build.cuda:
+        return gpus
+    what = f"{gpus.name} is not used, since torch {build.version} is the build for processors"
+    change = how_to_install(gpus.engine) if gpus.engine else "use a newer GPU, or a newer driver"
+    return replace(cpu(), no_gpu=what, remedy=change)
+
+
+def _card(row: dict[str, Any]) -> Gpu:
+    """The card's row in the table of GPUs, or what the driver says of a card that has none."""
+    capability = (int(row["capability"][0]), int(row["capability"][1]))
+    try:
+        return presets.gpu(row["name"])
+    except SpecError:
+        size, bf16 = row["total"], capability >= (8, 0)
+        return Gpu(row["name"], size / 2**30, size, capability, bf16, None, None, None, "")
+
+
+def _free(row: dict[str, Any]) -> int:
+    """Free bytes. NVML counts on a card with reserved memory more than CUDA can have."""
+    return int(row["total"] if row["free"] is None else min(row["free"], row["total"]))
+
+
+# CUDA's error -> what to do about it here.
+_REMEDIES = {
+    802: "start the service nvidia-fabricmanager, of the driver's version, on the machine",
+    803: "restart the machine, or the container if the machine's driver was updated",
+    804: "remove cuda-compat's folder from LD_LIBRARY_PATH: it does not run on this card",
+}
+_GIVE = "install the driver, or give it to the container (--gpus all, a GPU in the pod's limits, "
+_GIVE += "NVIDIA_DRIVER_CAPABILITIES=compute,utility)"
+
+
+def _why_none(answer: dict[str, Any]) -> tuple[str, str]:
+    """Why CUDA shows no GPU, and what to do; both empty where nothing hints at one."""
+    code, text = answer["error"] or (NO_DEVICE, "")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if code == MISSING and (place := answer.get("elsewhere")):
+        what = f"the driver's libcuda.so.1 is in {place}, where it is not looked for"
+        return what, f"set LD_LIBRARY_PATH={place}"
+    if code == MISSING:
+        there = answer["nodes"]
+        return ("a GPU is there, but not its driver's libcuda.so.1", _GIVE) if there else ("", "")
+    if code == NO_DEVICE and visible is not None:
+        what = f"CUDA_VISIBLE_DEVICES={visible!r} shows none"
+        return what, "unset it, or name GPUs that `nvidia-smi -L` lists"
+    if code == NO_DEVICE:
+        return "NVIDIA's driver finds none", _GIVE
+    change = "look at the driver with nvidia-smi and dmesg, and restart the machine"
+    what = f"CUDA cannot use it: {text}" + (f" (error {code})" if code else "")
+    return what, _REMEDIES.get(code, change)
 
 
 def _free_memory() -> int:

@@ -47,6 +47,8 @@ def make(
     if device.capability:
         major, minor = device.capability
         reason = f"the newest build of torch for compute capability {major}.{minor}"
+        if device.cuda:
+            reason += f" and a driver of CUDA {device.cuda[0]}.{device.cuda[1]}"
         choices.reasons["engine"] = reason
     placement, fit = place(
         recipe, base, device, spec=spec, lengths=lengths, reasons=choices.reasons

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -60,6 +61,11 @@ class Engine:
     compiled: tuple[Capability, ...]  # compute capabilities that its kernels are compiled for
     four_bit: Capability  # lowest one on which bitsandbytes' 4-bit kernels run
 
+    @property
+    def cuda(self) -> int:
+        """Its major version of CUDA; a driver runs every CUDA of its own major version."""
+        return int(self.name[2:4])
+
     def runs_on(self, capability: Capability) -> bool:
         """CUDA's rule: code for X.y runs on every X.z with z >= y, and on no other X."""
         major, minor = capability
@@ -91,10 +97,15 @@ def engines() -> tuple[Engine, ...]:
 def gpu(name: str) -> Gpu:
     """The GPU of this name, ours or the driver's ("NVIDIA H200", "Tesla-T4"), in any case.
 
+    A MIG slice ("NVIDIA A100-SXM4-80GB MIG 1g.10gb") has its share of the card's memory and rates.
     Raises SpecError for one that is not in the table.
     """
-    if product := _products().get(_product(name)):
-        return product
+    whole, _, profile = _product(name).partition("-mig-")
+    card = _products().get(whole)
+    if card and not profile:
+        return card
+    if card and (sizes := _MIG_PROFILE.fullmatch(profile)):
+        return _slice(card, sizes[0], sevenths=int(sizes[1]), gib=int(sizes[2]))
     raise SpecError.at(
         "SPEC-306",
         "gpu",
@@ -119,15 +130,45 @@ def instance(name: str, *, where: str = "resource.instanceType") -> Instance:
     )
 
 
-def engine_build(capability: Capability) -> str | None:
-    """The newest build of torch that has kernels for `capability`; None where no build has."""
-    fitting = [engine.name for engine in engines() if engine.runs_on(capability)]
-    return fitting[-1] if fitting else None
+def engine_build(*capabilities: Capability, cuda: tuple[int, int] | None = None) -> str | None:
+    """The newest of `engine_builds`; None where no build has kernels."""
+    return next(reversed(engine_builds(*capabilities, cuda=cuda)), None)
+
+
+def engine_builds(*capabilities: Capability, cuda: tuple[int, int] | None = None) -> list[str]:
+    """The builds of torch that have kernels for all `capabilities`, oldest CUDA first.
+
+    `cuda`: the newest CUDA that the machine's driver runs, where it is known.
+    """
+    return [
+        engine.name
+        for engine in engines()
+        if all(map(engine.runs_on, capabilities)) and (cuda is None or engine.cuda <= cuda[0])
+    ]
+
+
+_MIG_PROFILE = re.compile(r"(?:\d+c\.)?(\d)g\.(\d+)gb.*")  # 1g.10gb, 1c.3g.40gb, 1g.10gb+me
+
+
+def _slice(card: Gpu, profile: str, *, sevenths: int, gib: int) -> Gpu:
+    """A MIG slice: so many of seven parts of the card's cores, and its share of the memory."""
+    compute, memory = sevenths / 7, min(1.0, gib / card.nominal_gib)
+    return replace(
+        card,
+        name=f"{card.name} MIG {profile}",
+        nominal_gib=float(gib),
+        memory_bytes=int(card.memory_bytes * memory),
+        fp16_flops=_scaled(card.fp16_flops, compute),
+        bf16_flops=_scaled(card.bf16_flops, compute),
+        bandwidth=_scaled(card.bandwidth, memory),
+        products=(),
+    )
 
 
 def _product(name: str) -> str:
+    """A product's name in one spelling; "-SHARED" is a label of time-sliced cards."""
     plain = "-".join(name.lower().replace("_", " ").replace("-", " ").split())
-    return plain.removeprefix("nvidia-").removeprefix("tesla-")
+    return plain.removeprefix("nvidia-").removeprefix("tesla-").removesuffix("-shared")
 
 
 @cache

@@ -31,7 +31,7 @@ from tuning import files
 from tuning.console import Console
 from tuning.data.tokenizer import own_template
 from tuning.models.load import load_base, load_tokenizer, read_config
-from tuning.plan import device, inference
+from tuning.plan import device, gpu_problems, inference
 from tuning.serve import adapters, api, listening, middleware, runner
 from tuning.serve.engine import Engine
 from tuning.serve.options import Options
@@ -196,6 +196,7 @@ def _make(options: Options, console: Console) -> Loaded:
     config = files.read_json(folder / "config.json")
     tokenizer = load_tokenizer(folder)
     here = device.detect()
+    gpu_problems.refuse(here)
     base_renderer, adapter_renderer = Renderer(), Renderer()
     if template := own_template(tokenizer):
         base_renderer.prewarm()  # ready before the weights are

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from tuning import process
+from tuning import files
 from tuning.errors import RefusedError, SpecError, TransientError, TuningError
 from tuning.network.policy import hush
 from tuning.network.retry import Again, Patience, is_retryable, persist
@@ -107,7 +107,7 @@ def explain(error: BaseException, hub_id: str, revision: str | None) -> TuningEr
         change = "check the network and HF_ENDPOINT, then run it again; it goes on"
         return TransientError.at("HUB-112", hub_id, what, change)
     if isinstance(error, OSError):
-        full = process.disk_full(error)
+        full = files.disk_full(error)
         code, what = "HUB-114", f"cannot be stored: {error.strerror or error}"
         if "onsistency" in str(error):
             code, what = "HUB-115", "a file came incomplete"

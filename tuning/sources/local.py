@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tuning import files, process
+from tuning import files
 from tuning.errors import DataError, Problem, SpecError, TransientError
 from tuning.sources import splits
 from tuning.spec import Source
@@ -193,7 +193,7 @@ def storage_failed(error: OSError, place: Path | None = None) -> TransientError:
     where = str(error.filename or place or "the run directory")
     what = f"cannot be read or written ({error.strerror or type(error).__name__})"
     change = "check that disk or mount, then run the same command again; it goes on"
-    return process.disk_full(error) or TransientError.at("FETCH-140", where, what, change)
+    return files.disk_full(error) or TransientError.at("FETCH-140", where, what, change)
 
 
 def spellings(within: str) -> tuple[str, ...]:

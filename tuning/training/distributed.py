@@ -69,13 +69,10 @@ class Ranks:
 def join(device: str, meeting: Path | None) -> Ranks:
     """Become the rank that the environment names, and meet the others at the file `meeting`.
 
-    A single rank meets nobody, and sees one GPU only: trl refuses a process with several.
+    A single rank meets nobody; its parent shows it one GPU only.
     """
     count, number = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     if count == 1:
-        if device == "cuda":
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")
-            os.environ["CUDA_VISIBLE_DEVICES"] = visible[0]
         return Ranks()
     if meeting is None:
         raise AssertionError("several ranks need a place to meet")

@@ -1,0 +1,54 @@
+"""What an engine needs from its machine: the build of torch, and where the driver is mounted."""
+
+import itertools
+import re
+from pathlib import Path
+
+import fake_driver
+import install_torch
+import pytest
+from gpu_machines import MACHINES
+
+from tuning import presets
+from tuning.plan import probe
+
+ROOT = Path(__file__).parents[1]
+CAPABILITIES = sorted({gpu.capability for gpu in presets.gpus() if gpu.capability} | {(12, 1)})
+
+
+def test_make_install_chooses_the_build_that_the_plan_would(capsys):
+    """Without PyYAML, which is not installed yet: for every pair of cards and every driver."""
+    for kinds in itertools.combinations_with_replacement(CAPABILITIES, 2):
+        for cuda in ((11, 4), (12, 2), (12, 8), (13, 0), (13, 2)):
+            cards = [{"name": "GPU", "capability": list(kind)} for kind in kinds]
+            answer = {"devices": cards, "cuda": list(cuda), "driver": "1"}
+
+            expected = presets.engine_build(*kinds, cuda=cuda)
+            assert (expected or "cpu") == install_torch.suited(answer)
+    assert "cpu" == install_torch.suited({"devices": []})
+    assert {"cpu", *(engine.name for engine in presets.engines())} == set(install_torch.BUILDS)
+
+
+@pytest.mark.parametrize("kind", ["v100", "driver 550", "h200", "b200"])
+def test_make_install_asks_the_driver_that_is_there(kind, tmp_path, monkeypatch, capsys):
+    """A V100 or an older driver gets cu126; where no build runs it says so, and takes cpu."""
+    machine, expected = MACHINES[kind]
+    fake_driver.install(machine, tmp_path, monkeypatch)
+    build = expected.build.replace("None", "cpu")
+
+    assert build == install_torch.suited(install_torch.asked())
+    assert ("NVIDIA B200" in capsys.readouterr().out) == (build == "cpu")
+
+
+def test_the_engine_looks_where_gke_mounts_the_driver():
+    """And asks NVIDIA's container toolkit for CUDA, not only for nvidia-smi."""
+    _, stage = (ROOT / "Dockerfile").read_text().split("FROM python AS engine")
+    lines = stage.replace("\\\n", " ").splitlines()
+    pairs = [re.findall(r"(\w+)=(\S+)", line) for line in lines if line.startswith("ENV ")]
+    variables = dict(itertools.chain.from_iterable(pairs))
+
+    assert probe.PLACES[0] in variables["LD_LIBRARY_PATH"].split(":")
+    assert "/usr/local/nvidia/bin" in variables["PATH"].split(":")
+    assert "$PATH" in variables["PATH"].split(":")
+    assert {"compute", "utility"} <= set(variables["NVIDIA_DRIVER_CAPABILITIES"].split(","))
+    assert "all" == variables["NVIDIA_VISIBLE_DEVICES"]

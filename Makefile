@@ -7,19 +7,21 @@ TORCH := 2.13.0
 # Which build of torch: cpu, cu126 (Volta and older cards, drivers before 580), cu130, or auto: what
 # runs on this machine's GPUs. Without one it is cpu, never gigabytes of CUDA by surprise.
 TORCH_INDEX ?= auto
+# Of the GPU suite: whatever has the packages
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 EXTRAS ?= train,serve,cluster,dev
 # tool:package. Only what is missing is installed: kubectl, say, may come from another archive, whose
 # package and Debian's refuse to stand side by side.
 # podman and containerd are not among them: large, and what they read is proven where they are.
-TEST_TOOLS := docker-registry:docker-registry htpasswd:apache2-utils skopeo:skopeo umoci:umoci \
-  kubectl:kubernetes-client curl:curl chromium:chromium lua5.4:lua5.4
+TEST_TOOLS := g++:g++ docker-registry:docker-registry htpasswd:apache2-utils skopeo:skopeo \
+  umoci:umoci kubectl:kubernetes-client curl:curl chromium:chromium lua5.4:lua5.4
 BED_PACKAGES := etcd-server containerd runc containernetworking-plugins busybox-static iptables \
   iproute2 openssl curl
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-bed test-cluster test-images test-clients test-vllm slow soak coefficients lint \
-  fix lock system clean docs
+.PHONY: help install demo test test-bed test-cluster test-gpu test-images test-clients test-vllm \
+  slow soak coefficients kernel-counts lint fix lock system clean docs
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 20
@@ -70,6 +72,12 @@ soak: install system  ## kills, bit rot, broken downloads, servers under load: m
 
 coefficients: install  ## simulate the memory of every preset again: configs/memory (half an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tuning.training.simulate --write
+
+test-gpu:  ## kernels, runs and plans on an NVIDIA GPU, with the packages that are there (8 minutes)
+	$(GPU_PYTHON) -m pytest -o addopts= --import-mode=importlib -m gpu -rs -v tests/gpu $(PYTEST)
+
+kernel-counts: install  ## count the kernels of a training step again: tests/fake_cuda/kernels.json
+	PYTHONPATH=.:tests $(BIN)/python -m fake_cuda.counts
 
 test-vllm: install  ## vLLM on a processor, with what the operator renders (3.5 GB into ~/.cache)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m vllm tests/serve/test_vllm.py $(PYTEST)

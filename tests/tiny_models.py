@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {  # name -> (config clas
     ),
     "gptoss": ("GptOssConfig", dense(**EXPERTS, num_local_experts=4, sliding_window=64), "chatml"),
 }
+# Known to configs/architectures.yaml, without a preset.
+MORE_FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {
+    "gemma": ("GemmaConfig", GEMMA, "chatml"),
+    "gemma2": ("Gemma2Config", GEMMA_SLIDING, "chatml"),
+    "smollm3": ("SmolLM3Config", dense(tie_word_embeddings=True), "chatml"),
+    "olmo2": ("Olmo2Config", dense(), "chatml"),
+    "granite": ("GraniteConfig", dense(tie_word_embeddings=True), "chatml"),
+}
 VISION_FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {  # -> (config class, text, vision)
     "gemma3-vision": (
         "Gemma3Config",
@@ -150,6 +159,7 @@ def sentences(count: int = 2000, seed: int = 0) -> Iterator[str]:
         yield " ".join(rng.choice(WORDS) for _ in range(rng.randint(4, 24))) + "."
 
 
+@cache
 def build_tokenizer(style: str = "phi3", vocab_size: int = 512) -> Any:
     bos, eos, extra, template = STYLES[style]
     bpe = Tokenizer(models.BPE())
@@ -190,7 +200,7 @@ def build(
         config_class, text_family, vision = VISION_FAMILIES[family]
         text_class, shape, style = FAMILIES[text_family]
     else:
-        (config_class, shape, style), vision = FAMILIES[family], None
+        (config_class, shape, style), vision = (FAMILIES | MORE_FAMILIES)[family], None
     tokenizer = build_tokenizer(style, vocab_size)
     shape = shape | changes
     shape |= {

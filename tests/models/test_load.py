@@ -15,9 +15,11 @@ from safetensors.torch import load_file, save_file
 
 from tuning import adapter
 from tuning.errors import SpecError
-from tuning.models import finite
+from tuning.models import finite, load
 from tuning.models.load import device_for, load_base, load_for_training, read_config
 from tuning.models.lora import select
+from tuning.plan.device import Device
+from tuning.plan.torch_build import TorchBuild
 from tuning.training import train
 
 Build = Callable[..., Path]
@@ -274,3 +276,16 @@ def test_weights_go_to_the_gpu_only_if_they_fit(
 
     assert device == device_for(tiny_base("llama"))
     assert ("on the CPU" in caplog.text) is (device == "cpu")
+
+
+def test_a_gpu_without_kernels_is_refused_before_weights_are_loaded(
+    tiny_base: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To answer and to merge as to train: with the build of torch that has them."""
+    build = TorchBuild("2.13.0+cu130", (13, 0))
+    card = Device("cuda", "V100", 1, 16 << 30, False, (7, 0), torch=build, kinds=((7, 0),))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(load, "detect", lambda: card)
+
+    with pytest.raises(SpecError, match=r"PLAN-116 .*cu126"):
+        device_for(tiny_base("llama"))

@@ -17,7 +17,8 @@ from tuning.errors import SpecError
 from tuning.models import finite, packed
 from tuning.models.kernels import whole
 from tuning.models.lora import CHANGE_MODEL, TOWERS, Coverage, adapt
-from tuning.plan import Placement, Recipe
+from tuning.plan import Placement, Recipe, gpu_problems
+from tuning.plan.device import detect
 
 logger = logging.getLogger(__name__)
 
@@ -26,9 +27,13 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 def device_for(base: Path) -> str:
-    """The device to load the weights in `base` on: cuda where they fit, else cpu."""
+    """The device to load the weights in `base` on: cuda where they fit, else cpu.
+
+    Raises SpecError for a GPU for which this build of torch has no kernels.
+    """
     if not torch.cuda.is_available():
         return "cpu"
+    gpu_problems.refuse(detect())
     need = ROOM + sum(path.stat().st_size for path in base.glob("*.safetensors"))
     free, _ = torch.cuda.mem_get_info()
     if need <= free:

@@ -186,7 +186,8 @@ def package(tmp_path: Path, name: str, output: str | None = None) -> Built:
         adapters.adapter(source)
     destination = Destination(image=output, base_image=name)
     more: dict[str, Any] = {"destination": destination, "access": Access(), "annotations": {}}
-    return delivery.package(source, tmp_path / "image", **PRESET, **more)
+    base = adapters.CONFIG["base_model_name_or_path"]
+    return delivery.package(source, tmp_path / "image", base_model=base, **PRESET, **more)
 
 
 @pytest.mark.parametrize("docker", [False, True])
@@ -206,7 +207,10 @@ def test_layers_of_a_base_image_come_first(started, tmp_path, repository, docker
     told = [found.annotations[f"org.opencontainers.image.base.{key}"] for key in ("name", "digest")]
     assert [name, name.partition("@")[2]] == told
     unpack(found, layout, tmp_path / "out")
-    assert adapters.content(tmp_path / "adapter") == adapters.content(tmp_path / "out")
+    made, out = adapters.content(tmp_path / "adapter"), adapters.content(tmp_path / "out")
+    assert adapters.CONFIG == json.loads(made.pop("adapter_config.json"))
+    assert adapters.CONFIG == json.loads(out.pop("adapter_config.json"))
+    assert made == out
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from tuning.models import packed
 from tuning.plan import Recipe
 from tuning.plan.backends import FUSED, VARLEN
 from tuning.training import checkpoint, train, trainer
+from tuning.training.arguments import sft_config
 
 Base = Callable[..., Path]
 
@@ -619,3 +620,11 @@ def test_qlora_keeps_lora_weights_in_float32_in_bfloat16_too(
         assert {torch.float32} == {tensor.dtype for tensor in tensors.values()}
     stored = adapter.inspect(tmp_path / "run" / "adapter").tensors
     assert {"BF16"} == {tensor.dtype for tensor in stored.values()}
+
+
+def test_several_gpus_walk_no_graph_for_unused_weights(tmp_path: Path) -> None:
+    """Every adapter is used in every micro-batch, and no buffer changes: nothing is looked for."""
+    made = sft_config(RECIPES["lora"], tiny_runs.placement(), tmp_path)
+
+    assert made.ddp_find_unused_parameters is False
+    assert made.ddp_broadcast_buffers is False

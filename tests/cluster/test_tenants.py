@@ -51,7 +51,8 @@ def test_a_pod_with_the_jobs_label_is_not_the_jobs(api: Cluster) -> None:
     world = fresh(api)
     world.apply(workspace("phi", world.namespace))
     ours = world.pod("phi")
-    labels = ours["metadata"]["labels"]
+    labels = dict(ours["metadata"]["labels"])
+    labels.pop("controller-uid")  # by which the Job would adopt the pod
     spec: Any = {"containers": [{"name": "tuning", "image": "busybox"}]}
     meta = {"name": "forged", "namespace": world.namespace, "labels": labels | {"x": "y"}}
     owner = {"apiVersion": "batch/v1", "kind": "Job", "name": labels["job-name"]}

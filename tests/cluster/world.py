@@ -237,7 +237,7 @@ class World:
             self.patch_status(NODE_CLAIM, node_claim, {"conditions": conditions})
 
 
-def wait(ready: Callable[[], Any], seconds: float = 60) -> Any:
+def wait(ready: Callable[[], Any], seconds: float = 180) -> Any:
     """What `ready` answers, as soon as that is something."""
     end = time.monotonic() + seconds
     while not (found := ready()):

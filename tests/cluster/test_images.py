@@ -119,7 +119,7 @@ def test_the_operator_s_image_works_as_it_is_deployed(full: bed.Bed, api: Cluste
         subprocess.run(
             [*kubectl, "-n", space, "delete", "deployment", "tuning-operator"], check=True
         )
-        wait(lambda: not api.find(POD, space, labels="app.kubernetes.io/name=tuning-operator"), 60)
+        wait(lambda: not api.find(POD, space, labels="app.kubernetes.io/name=tuning-operator"))
         lease = api.get(LEASE, space, "tuning-operator")
         assert lease and not lease["spec"].get("holderIdentity")
     finally:

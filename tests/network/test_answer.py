@@ -21,7 +21,7 @@ from tuning.network.answer import NotHttp, Range
 from tuning.network.policy import Policy
 from tuning.network.retry import Again, Patience
 from tuning.network.session import Session, Unreachable
-from tuning.oci.registry import auth, resolve
+from tuning.oci.registry import resolve
 from tuning.oci.registry.wire import Remote
 from tuning.sources import fetch
 from tuning.sources.http import Item, Limits, Web
@@ -97,11 +97,6 @@ def test_a_file_of_this_very_second_has_no_version_by_its_date() -> None:
     assert answer.modified_long_ago({"last-modified": now, "date": now}) is None
     before = "Sun, 29 Nov 2026 07:59:59 GMT"
     assert before == answer.modified_long_ago({"last-modified": before, "date": now})
-
-
-@given(header=TEXT | st.text(max_size=60).map(lambda text: f'Bearer realm="{text}",scope="a"'))
-def test_any_challenge_is_read(header: str) -> None:
-    assert isinstance(auth.challenges(header), dict)
 
 
 @given(location=TEXT | st.sampled_from(("http://[bad", "//[", "http://h:99999999/", "http://h:x/")))

@@ -116,7 +116,11 @@ def test_every_route_but_health_wants_the_key(locked: Server) -> None:
     for method, path in table:
         for header in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Token {KEY}"}):
             status = ask(locked, method, path, header)
-            assert (path in ("/healthz", "/readyz")) == (status != 401), (method, path, status)
+            assert (path in ("/health", "/healthz", "/readyz")) == (status != 401), (
+                method,
+                path,
+                status,
+            )
 
 
 def ask(running: Server, method: str, path: str, headers: dict[str, str]) -> int:

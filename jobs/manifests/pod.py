@@ -10,7 +10,7 @@ from typing import Any
 
 from jobs.api.kinds import Object
 from jobs.api.options import Options, for_device
-from jobs.desired import allowed, names
+from jobs.desired import names
 from jobs.desired.tuning import GIB, Desired
 from tuning.spec.workspace import ANNOTATION
 
@@ -37,11 +37,6 @@ _TOLERATIONS: list[Object] = [
     {"key": "kubernetes.azure.com/scalesetpriority", "operator": "Exists"},
 ]
 _NO_GPU = {"name": "NVIDIA_VISIBLE_DEVICES", "value": "void"}
-
-
-def forbidden_volume(workspace: Object, options: Options) -> tuple[str, str] | None:
-    """(field, kind) of the first volume that a Workspace must not use."""
-    return next(iter(allowed.forbidden_volumes(workspace, options)), None)
 
 
 def spec(workspace: Object, desired: Desired, options: Options, *, claim: bool) -> Object:

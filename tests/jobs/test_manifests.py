@@ -18,7 +18,7 @@ from kubernetes import client
 from jobs import render
 from jobs.api import cel, crd
 from jobs.api.options import Nodes, Options, Storage, load, with_policy
-from jobs.desired import names
+from jobs.desired import allowed, names
 from jobs.desired import tuning as desired_tuning
 from jobs.manifests import job as job_manifests
 from jobs.manifests import pod
@@ -218,7 +218,7 @@ def test_a_job_name_tells_uids_and_edits_apart_and_nothing_else() -> None:
 def test_a_tenant_names_no_volume_of_others(kind: str) -> None:
     """The node's disk and Secrets are no data source."""
     item = stored(input={"volumeSource": {kind: {"path": "/etc", "secretName": "x"}}})
-    assert ("tuning.input.volumeSource", kind) == pod.forbidden_volume(item, Options())
+    assert [("tuning.input.volumeSource", kind)] == allowed.forbidden_volumes(item, Options())
 
 
 def test_the_run_volume_is_as_large_as_the_plan_says() -> None:

@@ -12,7 +12,7 @@ from cluster.world import config_map, workspace
 
 from jobs.api.kinds import CONFIG_MAP, Object
 from jobs.api.options import Nodes, Options
-from jobs.desired import names
+from jobs.desired import allowed, names
 from jobs.desired import tuning as desired_tuning
 from jobs.manifests import job as job_manifests
 from jobs.manifests import pod
@@ -86,7 +86,7 @@ def rendered(item: Object) -> list[Object] | None:
     config = (item.get("tuning") or {}).get("config")
     given = config_map(config, "team", "training_config: {}") if config else None
     desired = desired_tuning.read(item, given, None)
-    if desired.spec is None or pod.forbidden_volume(item, OPTIONS):
+    if desired.spec is None or allowed.forbidden_volumes(item, OPTIONS):
         return None
     return [
         job_manifests.node_claim(item, desired, OPTIONS, attempt=1),

@@ -88,6 +88,7 @@ def test_a_head_with_a_scale_of_an_unknown_name_is_not_scored_in_one_pass(
     tuned.get_base_model().lm_head.register_forward_hook(lambda _, args, out: out / 3)
 
     assert not replace(tuned).one_pass
+    assert replaced(tuned)  # the kernels stay
 
 
 @pytest.mark.parametrize(

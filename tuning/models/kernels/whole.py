@@ -32,7 +32,7 @@ Results = list[torch.Tensor]
 def replace(
     tuned: Any,
     kernels: Collection[str],
-    name: str | None,
+    name: str,
     *,
     precision: torch.dtype,
     packing: bool,
@@ -47,31 +47,36 @@ def replace(
     plain = "eager" if base.config._attn_implementation == "eager" else "sdpa"
     base.one_pass = False
     expected: Results = []
-    if kernels or name in BY_OFFSETS:
-        if base.config._attn_implementation != plain:
-            base.set_attn_implementation(plain)
+    if kernels or name != plain:
+        _attend(base, plain)
         expected = _results(tuned, precision, packed=False)
     logger.info("fused kernels: %s", fuse.fuse(tuned, kernels) or "none")
-    base.one_pass = HEAD in kernels and head.suits(base)
-    for way in dict.fromkeys((name, plain)):
-        if way and (packing or way in BY_OFFSETS):
+    one_pass = HEAD in kernels and head.suits(base)
+    ways = [(name, True, one_pass), (name, True, False), (name, False, False)]
+    for way, fused, scores in dict.fromkeys([*ways, (plain, False, False)]):
+        base.one_pass = scores
+        if not fused:
+            fuse.undo(tuned)
+        if packing or way in BY_OFFSETS:
             apart.settle(tuned, way, precision=precision, packing=packing)
-        elif way and base.config._attn_implementation != way:
-            base.set_attn_implementation(way)
+        else:
+            _attend(base, way)
         if not expected or _same(expected, tuned, precision, packed=packing):
             return
-        logger.warning("another loss or gradient with the fused kernels: they are taken out")
-        base.one_pass = False
-        fuse.undo(tuned)
-        if _same(expected, tuned, precision, packed=packing):
-            return
-        logger.warning("another loss or gradient with %s attention: it is not used", way)
+        parts = [f"{way} attention", "fused kernels" * fused, "the one-pass head" * scores]
+        text = ", ".join(filter(None, parts))
+        logger.warning("another loss or gradient with %s: trying less", text)
     raise SpecError.at(
         "MODEL-118",
         base.config.model_type,
         "computes another loss or gradient with our kernels or attention than without them",
         "set fused_kernels: false and packing: false",
     )
+
+
+def _attend(base: Any, name: str) -> None:
+    if base.config._attn_implementation != name:
+        base.set_attn_implementation(name)
 
 
 def _same(expected: Results, tuned: Any, precision: torch.dtype, *, packed: bool) -> bool:

@@ -73,7 +73,7 @@ soak: install system  ## kills, bit rot, broken downloads, servers under load: m
 coefficients: install  ## simulate the memory of every preset again: configs/memory (half an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tuning.training.simulate --write
 
-test-gpu:  ## kernels, runs and plans on an NVIDIA GPU, with the packages that are there (8 minutes)
+test-gpu:  ## kernels, runs and plans on an NVIDIA GPU, with the packages that are there
 	$(GPU_PYTHON) -m pytest -o addopts= --import-mode=importlib -m gpu -rs -v tests/gpu $(PYTEST)
 
 kernel-counts: install  ## count the kernels of a training step again: tests/fake_cuda/kernels.json

@@ -1,4 +1,5 @@
-"""Kernels, runs and plans on a real GPU: `make test-gpu`, at most eight minutes on an H200.
+"""Kernels, runs and plans on a real GPU: `make test-gpu`, meant for at most eight minutes
+on an H200, and not run on one yet.
 
 No network: models are random, of the shapes of presets. The record is one JSON file, named by
 TUNING_GPU_RESULTS (benchmarks/results/gpu_suite.json). Sizes and assertions are in checks.py and

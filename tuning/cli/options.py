@@ -167,7 +167,8 @@ def silence_libraries() -> None:
 def access_of(key: list[Path] | None, policy: Path | None, **more: Any) -> Access:
     """How registries are reached and trusted; each --key is a required signature.
 
-    A user waits: a registry that does not answer is given up after a minute.
+    A user waits: a registry that does not answer is given up after a minute, unless `patience`
+    says otherwise.
     """
     from dataclasses import replace
 

@@ -42,11 +42,13 @@ def serve(
     """Answer over HTTP: a base model and adapters, each by its name; OpenAI's API and a page."""
     from tuning import pipeline
     from tuning.console import Console
+    from tuning.network.retry import Patience
     from tuning.serve import options as serving
 
     _check_revision(base, base_revision)
     console = Console()
-    access = option.access_of(None, policy, pull_secret=pull_secret, ca=ca, insecure=insecure)
+    more = {"pull_secret": pull_secret, "patience": Patience()}  # what is given up stays unserved
+    access = option.access_of(None, policy, **more, ca=ca, insecure=insecure)
     options = serving.options(
         base,
         adapters=adapter or (),

@@ -54,22 +54,27 @@ def library() -> Path:
         raise Unavailable("the fake CUDA device needs a C++ compiler: apt-get install g++")
     if not version.endswith("+cpu"):
         raise Unavailable(f"torch {version} is no CPU build: use the GPU suite (make test-gpu)")
-    spec = importlib.util.find_spec("torch")
-    assert spec is not None and spec.origin is not None
-    root = Path(spec.origin).parent  # not imported: the device must be there before
+    root = _torch()
     CACHE.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     include = root / "include"
     command = [
         compiler, "-shared", "-fPIC", "-O1", "-std=c++20", f"-I{include}",
         f"-I{include / 'torch/csrc/api/include'}", str(SOURCE), "-o", str(scratch),
-        f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{root / 'lib'}",
+        f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise Unavailable(f"the fake CUDA device does not compile: {done.stderr[-2000:]}")
     scratch.replace(path)  # whole or not at all: two may build it at once
     return path
+
+
+def _torch() -> Path:
+    """The package's folder. It is not imported: the device must be there before."""
+    spec = importlib.util.find_spec("torch")
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin).parent
 
 
 class Device:
@@ -106,7 +111,10 @@ class Device:
 def install(card: Card | None = None) -> Device:
     """Give this process the device; torch must not be imported yet, for it would look for one."""
     assert "torch" not in sys.modules
-    native = ctypes.CDLL(str(library()), ctypes.RTLD_GLOBAL)
+    path = library()
+    for name in ("libc10.so", "libtorch_cpu.so"):  # this environment's; others share the device
+        ctypes.CDLL(str(_torch() / "lib" / name), ctypes.RTLD_GLOBAL)
+    native = ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
     import bitsandbytes  # noqa: F401  # first: with a card it would load its CUDA library
     import torch
 

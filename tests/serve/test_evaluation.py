@@ -176,7 +176,8 @@ def test_a_streamed_echo_is_the_whole_in_pieces(server: Server) -> None:
     for choice, streamed in zip(whole, told, strict=True):
         for key in ("tokens", "text_offset"):
             assert choice["logprobs"][key] == streamed[key]
-        assert choice["logprobs"]["token_logprobs"] == pytest.approx(streamed["token_logprobs"])
+        scores = pytest.approx(streamed["token_logprobs"], abs=1e-3)  # batches differ
+        assert choice["logprobs"]["token_logprobs"] == scores
 
 
 def test_too_many_scores_are_refused_in_words(server: Server) -> None:

@@ -4,7 +4,8 @@
 
 A tiny random checkpoint of each (tests/architectures.py) is loaded, adapted and trained by one step
 as a run does: which attention its class has, whether a token sees the ones after it, whether packed
-documents stay apart, whether each adapter gets a gradient. A plan reads the table without torch.
+documents stay apart, whether each adapter gets a gradient. What LoRA reaches is counted on the
+default config at its real size. A plan reads the table without torch.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 import transformers
 import yaml
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -31,6 +33,7 @@ from tuning.models.kernels import whole  # noqa: E402
 from tuning.models.load import load_base  # noqa: E402
 from tuning.models.survey import survey  # noqa: E402
 from tuning.plan.backends import FUSED, VARLEN  # noqa: E402
+from tuning.training.simulate.child import judge  # noqa: E402
 
 TABLE = ROOT / "configs" / "classes.yaml"
 HEADING = "# Measured on tiny models by tools/write_classes.py; see there. By model_type.\n"
@@ -65,6 +68,17 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
     except Exception as error:
         return record | {"four_bit": f"fails in 4 bits ({_words(error)})"}
     return record
+
+
+def reach(name: str) -> dict[str, Any]:
+    """What LoRA reaches of the class's default config, at its real size and without memory."""
+    kind = next(k for k in MODEL_FOR_CAUSAL_LM_MAPPING if k.model_type == name)
+    try:
+        found, _ = judge(kind().to_dict())
+    except Exception as error:  # some have no default
+        logging.debug("%s: %s", name, error)
+        return {}
+    return {} if found.refused else {"reach": found.text(), "share": round(found.share, 4)}
 
 
 def _words(error: Exception) -> str:
@@ -139,7 +153,7 @@ def main(names: list[str]) -> None:
     table = yaml.safe_load(TABLE.read_text(encoding="utf-8")) if names else {}
     for name in names or architectures.model_types():
         with tempfile.TemporaryDirectory() as folder:
-            table[name] = measure(name, Path(folder) / "model")
+            table[name] = measure(name, Path(folder) / "model") | reach(name)
         print(name, table[name], flush=True)
     text = yaml.safe_dump(dict(sorted(table.items())), sort_keys=False, width=100)
     TABLE.write_text(HEADING + text, encoding="utf-8")

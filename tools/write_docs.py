@@ -8,6 +8,7 @@ from pathlib import Path
 import error_codes
 import fit_page
 import keys_page
+import models_page
 import options_page
 import plan_schema
 import presets_page
@@ -26,6 +27,7 @@ def generated() -> dict[Path, str]:
         ROOT / "docs" / "operator-options.md": options_page.markdown(),
         ROOT / "docs" / "errors.md": error_codes.page(),
         ROOT / "docs" / "fit.md": fit_page.markdown(),
+        ROOT / "docs" / "models.md": models_page.markdown(),
         ROOT / "docs" / "presets.md": presets_page.markdown(),
         ROOT / "configs" / "plan.schema.json": json.dumps(plan_schema.schema(), indent=2) + "\n",
         ROOT / "configs" / "workspace.schema.json": json.dumps(spec.json_schema(), indent=2) + "\n",

@@ -3,7 +3,7 @@
 Imports neither torch nor pydantic, for planning and the cluster side. Tables are read on first use.
 """
 
-from tuning.presets.architecture import Facts, Linear
+from tuning.presets.architecture import Facts, Matrix
 from tuning.presets.config import facts
 from tuning.presets.hardware import (
     Engine,
@@ -27,7 +27,7 @@ __all__ = [
     "Facts",
     "Gpu",
     "Instance",
-    "Linear",
+    "Matrix",
     "Preset",
     "Support",
     "all",

@@ -11,8 +11,8 @@ from typing import Any
 
 from tuning.errors import SpecError
 from tuning.presets.architecture import Facts
-from tuning.presets.config import KEYS, facts
-from tuning.presets.load import CONFIGS, record, table
+from tuning.presets.config import facts
+from tuning.presets.load import CONFIGS, entries, record, table
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.A)
 
@@ -26,7 +26,8 @@ class Preset:
     revision: str  # commit, 40 hexadecimal digits
     licence: str
     gated: bool  # the hub requires a token of an account that accepted the licence
-    published_gib: float | None  # size of the published 16-bit weights, as KAITO's docs give it
+    published: int | None  # parameters in the files of the hub, as it counts them
+    unread: int  # those of them that transformers' class leaves out
     aliases: tuple[str, ...]
     image: str | None  # oci://REFERENCE with the weights, in place of the hub
     facts: Facts
@@ -35,11 +36,7 @@ class Preset:
 @cache
 def all() -> tuple[Preset, ...]:
     """Every preset, by file and then as the file orders them."""
-    return tuple(
-        _preset(value, where=f"{path.name}[{index}]")
-        for path in sorted((CONFIGS / "presets").glob("*.yaml"))
-        for index, value in enumerate(table(path))
-    )
+    return tuple(_preset(value, where=f"configs/presets: {value['name']}") for value in entries())
 
 
 def find(name: str, *, where: str = "tuning.preset.name") -> Preset | None:
@@ -96,21 +93,20 @@ def _preset(value: Any, *, where: str) -> Preset:
         value,
         where=where,
         required={"name": str, "hub_id": str, "revision": str, "licence": str, "config": dict},
-        optional={"gated": bool, "published_gib": float, "aliases": list, "image": str},
+        optional={
+            "gated": bool,
+            "published": int,
+            "unread": int,
+            "aliases": list,
+            "image": str,
+        },
     )
     config = fields.pop("config")
-    for part in (config, config.get("text_config") or {}):
-        if unknown := part.keys() - KEYS:
-            names = ", ".join(sorted(unknown))
-            raise SpecError.at("SPEC-301", where, f"config holds {names}", "leave that out")
     shape = facts(config)
     if shape is None:
-        raise SpecError.at(
-            "SPEC-301",
-            where,
-            f"has model_type {config['model_type']}",
-            "add it to architectures.yaml",
-        )
-    fields["gated"] = bool(fields["gated"])
+        what = f"has model_type {config['model_type']}, and nobody has counted it"
+        change = f"run `python -m tuning.training.simulate --write {fields['name']}`"
+        raise SpecError.at("SPEC-301", where, what, change)
+    fields["gated"], fields["unread"] = bool(fields["gated"]), fields["unread"] or 0
     fields["aliases"] = tuple(fields["aliases"] or ())
     return Preset(**fields, facts=shape)

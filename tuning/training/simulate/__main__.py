@@ -1,10 +1,12 @@
-"""Coefficients of every preset, as files.
+"""What is known of every preset before it is trained, as files.
 
     python -m tuning.training.simulate --write [preset ...]   make configs/memory/, or files of it
     python -m tuning.training.simulate --check [preset ...]   files that differ from what it makes
-    python -m tuning.training.simulate FOLDER                 print those of a model's config.json
+    python -m tuning.training.simulate FOLDER                 print that of a model's config.json
 
-All presets take about half an hour on one core; presets of the same shape are run once.
+Memory coefficients of those that can be trained, and `facts` of those without a closed form
+(`configs/architectures.yaml`). All presets take about an hour on one core; presets of the same
+shape are run once.
 """
 
 from __future__ import annotations
@@ -24,9 +26,10 @@ import transformers
 
 from tuning import files
 from tuning.plan.coefficients import Variant, to_json
-from tuning.presets import CONFIGS
-from tuning.presets.config import facts
-from tuning.presets.load import table
+from tuning.presets import CONFIGS, Facts
+from tuning.presets.config import facts, families
+from tuning.presets.load import entries
+from tuning.training.simulate.count import count
 from tuning.training.simulate.fit import coefficients
 
 FOLDER = CONFIGS / "memory"
@@ -34,16 +37,24 @@ logger = logging.getLogger(__name__)
 
 
 def configs() -> dict[str, dict[str, Any]]:
-    """The config of each preset that can be tuned, by name. Experts are no linear layers."""
-    listed = [
-        entry for path in sorted((CONFIGS / "presets").glob("*.yaml")) for entry in table(path)
-    ]
-    return {entry["name"]: entry["config"] for entry in listed if not _experts(entry["config"])}
+    """The config of each preset that there is something to find out about, by name."""
+    every = {entry["name"]: entry["config"] for entry in entries()}
+    return {name: config for name, config in every.items() if _counted(config) or _trains(config)}
 
 
-def _experts(config: dict[str, Any]) -> bool:
-    shape = facts(config)
-    return shape is None or bool(shape.experts)
+def _counted(config: dict[str, Any]) -> bool:
+    """Whether no closed form has the facts of `config`."""
+    text = config.get("text_config") or config
+    return text["model_type"] not in families()
+
+
+def _facts(config: dict[str, Any]) -> Facts:
+    return (None if _counted(config) else facts(config)) or count(config)
+
+
+def _trains(config: dict[str, Any]) -> bool:
+    """Experts are no linear layers."""
+    return not _facts(config).experts
 
 
 def variants(config: dict[str, Any]) -> tuple[Variant, ...]:
@@ -51,9 +62,8 @@ def variants(config: dict[str, Any]) -> tuple[Variant, ...]:
 
     Cards without bfloat16 are older than the flash kernel, and have torch's own attention.
     """
-    shape = facts(config)
     ways = [("lora", "bfloat16", "sdpa"), ("qlora", "bfloat16", "sdpa")]
-    if shape is not None and shape.packing_safe:
+    if _facts(config).packing_safe:
         ways += [(method, precision, "varlen") for method, precision, _ in ways]
     return tuple(
         Variant(*way, checkpointing, dropout, fused=fused)  # type: ignore[arg-type]
@@ -64,12 +74,19 @@ def variants(config: dict[str, Any]) -> tuple[Variant, ...]:
 
 
 def text(config: dict[str, Any]) -> str:
-    """The coefficients of `config` as the file holds them."""
-    record = to_json(coefficients(config, variants=variants(config)))
-    variants_ = record.pop("moments")
-    head = json.dumps(record, indent=1, sort_keys=True)[:-2]
-    lines = ",\n  ".join(json.dumps(entry) for entry in variants_)
-    return f'{head},\n "moments": [\n  {lines}\n ]\n}}\n'
+    """What is found out about `config`, as the file holds it: its long parts an entry a line."""
+    found: dict[str, Any] = {}
+    if _trains(config):
+        found = to_json(coefficients(config, variants=variants(config)))
+    moments = found.pop("moments", [])
+    parts = [json.dumps(found, indent=1, sort_keys=True)[2:-2]] if found else []
+    if _counted(config):
+        facts_ = sorted(count(config).to_json().items())
+        entries_ = ",\n  ".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in facts_)
+        parts.append(f' "facts": {{\n  {entries_}\n }}')
+    if moments:
+        parts.append(' "moments": [\n  ' + ",\n  ".join(map(json.dumps, moments)) + "\n ]")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def make(names: Iterable[str]) -> Iterator[tuple[str, str]]:

@@ -1,0 +1,53 @@
+"""Facts of mixtures and hybrids: counted on the real class when their preset was added.
+
+`python -m tuning.training.simulate --write NAME` counts; `configs/memory/NAME.json` keeps it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+from tuning.presets.architecture import Facts
+from tuning.presets.load import CONFIGS, entries
+
+# What a config.json may say otherwise about the same tensors.
+_FREE = frozenset({"architectures", "max_position_embeddings", "quantization_config"})
+
+
+def find(config: Mapping[str, Any]) -> Facts | None:
+    """The facts of the preset whose shape `config` (a parsed config.json) has; None if none has."""
+    for entry in entries():
+        if _agrees(config, entry["config"]) and (facts := _facts(entry["name"])):
+            text = config.get("text_config") or config
+            context = text.get("max_position_embeddings") or facts.context
+            return replace(facts, context=context, stored=stored(config))
+    return None
+
+
+def stored(config: Mapping[str, Any]) -> str:
+    """How a checkpoint of `config` holds its weights: "16-bit", or what they are packed with."""
+    packing = config.get("quantization_config")
+    method = packing.get("quant_method") if isinstance(packing, Mapping) else None
+    return str(method or "16-bit")
+
+
+def _agrees(config: Mapping[str, Any], known: Mapping[str, Any]) -> bool:
+    """Whether `config` says all that `known` says about the shape."""
+    return all(
+        _agrees(config[key], value)
+        if isinstance(value, Mapping) and isinstance(config.get(key), Mapping)
+        else config.get(key) == value
+        for key, value in known.items()
+        if key not in _FREE
+    )
+
+
+@cache
+def _facts(name: str) -> Facts | None:
+    path = CONFIGS / "memory" / f"{name}.json"
+    record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return Facts.from_json(record["facts"]) if "facts" in record else None

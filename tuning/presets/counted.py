@@ -16,6 +16,10 @@ from tuning.presets.load import CONFIGS, entries
 
 # What a config.json may say otherwise about the same tensors.
 _FREE = frozenset({"architectures", "max_position_embeddings", "quantization_config"})
+# What transformers 5 saves under other names, or as a part of per_layer_config.
+_RENAMED = {"num_experts": "num_local_experts"}
+_FOLDED = frozenset({"global_head_dim", "num_global_key_value_heads"})
+_LAYERS = {"attention": "full_attention", "mamba": "linear_attention"}
 
 
 def find(config: Mapping[str, Any]) -> Facts | None:
@@ -37,13 +41,20 @@ def stored(config: Mapping[str, Any]) -> str:
 
 def _agrees(config: Mapping[str, Any], known: Mapping[str, Any]) -> bool:
     """Whether `config` says all that `known` says about the shape."""
-    return all(
-        _agrees(config[key], value)
-        if isinstance(value, Mapping) and isinstance(config.get(key), Mapping)
-        else config.get(key) == value
-        for key, value in known.items()
-        if key not in _FREE
-    )
+    return all(_same(config, key, value) for key, value in known.items() if key not in _FREE)
+
+
+def _same(config: Mapping[str, Any], key: str, value: Any) -> bool:
+    if key not in config:
+        key = _RENAMED.get(key, key)
+    if key in _FOLDED and key not in config:
+        return "per_layer_config" in config
+    said = config.get(key)
+    if isinstance(value, Mapping) and isinstance(said, Mapping):
+        return _agrees(said, value)
+    if key == "layer_types" and isinstance(said, list):
+        return [_LAYERS.get(x, x) for x in said] == [_LAYERS.get(x, x) for x in value]
+    return bool(said == value)
 
 
 @cache

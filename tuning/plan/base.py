@@ -112,7 +112,8 @@ def known_base(spec: Spec) -> Base:
             ) from None
         return base_of(spec, config, revision="local")
     if preset := presets.find(name):
-        return Base(preset.hub_id, spec.settings.revision or preset.revision, preset.facts)
+        revision = spec.settings.revision or preset.revision
+        return Base(preset.hub_id, revision, preset.facts, preset.config)
     raise Unknown.at(
         "PLAN-107",
         name,

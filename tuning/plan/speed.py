@@ -82,7 +82,11 @@ def seconds_per_token(
 def operations_per_token(facts: Facts, *, effective_length: float, rank: int = 16) -> float:
     """Operations that a token needs, whatever the implementation: for shares of a card's limit."""
     weights = facts.multiplied + facts.vocab * facts.hidden
-    return 4 * weights + 6 * rank * facts.adapter() + 6 * _spans(facts, effective_length) * facts.queries
+    return (
+        4 * weights
+        + 6 * rank * facts.adapter()
+        + 6 * _spans(facts, effective_length) * facts.queries
+    )
 
 
 def _products(facts: Facts, *, rank: int, checkpointing: bool, fused: bool) -> float:

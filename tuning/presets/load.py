@@ -32,9 +32,11 @@ def table(path: Path) -> Any:
 
 @cache
 def entries() -> tuple[dict[str, Any], ...]:
-    """The records of `configs/presets`, by file and then as the file orders them."""
+    """The records of `configs/presets` with their family, the name of the file they are in."""
     return tuple(
-        entry for path in sorted((CONFIGS / "presets").glob("*.yaml")) for entry in table(path)
+        {"family": path.stem, **entry}
+        for path in sorted((CONFIGS / "presets").glob("*.yaml"))
+        for entry in table(path)
     )
 
 

@@ -97,9 +97,7 @@ def _experts(model: torch.nn.Module) -> Iterator[tuple[str, int, int, bool, int]
             yield _within(name), inputs, outputs, f"{name}_bias" in names, copies
 
 
-def _matrices(
-    found: Iterator[tuple[str, int, int, bool, int]], *, used: int
-) -> tuple[Matrix, ...]:
+def _matrices(found: Iterator[tuple[str, int, int, bool, int]], *, used: int) -> tuple[Matrix, ...]:
     """Each different one, with the number of layers that have it."""
     return tuple(
         Matrix(name, inputs, outputs, bias, layers, copies, used)
@@ -123,7 +121,7 @@ def _width(text: Any, linears: tuple[Matrix, ...], experts: tuple[Matrix, ...]) 
     chosen = [x for x in experts if _short(x.name) in down]
     width = sum(x.inputs * x.layers for x in dense)
     width += sum((x.elements // x.copies // text.hidden_size) * x.used for x in chosen)
-    return round(width / text.num_hidden_layers)
+    return int(width / text.num_hidden_layers + 0.5)
 
 
 def _norms(modules: dict[str, Any], text: Any) -> int:
@@ -137,4 +135,4 @@ def _norms(modules: dict[str, Any], text: Any) -> int:
         and getattr(module, "weight", None) is not None
         and module.weight.shape[-1] == text.hidden_size
     ]
-    return max(1, round(len(found) / text.num_hidden_layers))
+    return max(1, int(len(found) / text.num_hidden_layers + 0.5))

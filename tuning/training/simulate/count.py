@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-import torch
-
-from tuning.models import lora
+from tuning.models.survey import REPEATED, TOWER, survey
 from tuning.plan.coefficients import Variant
 from tuning.presets import Facts
 from tuning.presets.architecture import Matrix
@@ -17,6 +15,8 @@ from tuning.training.simulate.step import build, read
 
 # A decoder layer that has one of these attends to all tokens before.
 QUERIES = frozenset({"q_proj", "q_b_proj", "qkv_proj", "query_key_value", "Wqkv"})
+# Name within its decoder layer, inputs, outputs, bias and copies of a matrix.
+Found = tuple[str, int, int, bool, int]
 CHOSEN = ("num_experts_per_tok", "top_k_experts", "num_experts_per_token", "moe_topk")
 
 
@@ -27,11 +27,11 @@ def count(config: dict[str, Any]) -> Facts:
     text = whole.get_text_config()
     text.allow_global_per_layer_attribute_access = True  # of what differs by layer, the usual value
     modules = dict(model.named_modules())
-    linears = _matrices(_linears(modules), used=1)
+    every, reached = dict(model.named_parameters()), survey(model)
+    linears = _matrices(_linears(modules, reached.linears), used=1)
     used = next((value for name in CHOSEN if (value := getattr(text, name, None))), 0)
-    experts = _matrices(_experts(model), used=used)
-    every = dict(model.named_parameters())
-    tower = sum(p.numel() for name, p in every.items() if lora.TOWER.search(name))
+    experts = _matrices(_experts(every, reached.experts), used=used)
+    tower = sum(p.numel() for name, p in every.items() if TOWER.search(name))
     parameters = sum(p.numel() for p in every.values()) - tower
     idle = sum(
         p.numel() * (1 - used / p.shape[0]) for name, p in every.items() if ".experts." in name
@@ -77,24 +77,17 @@ def _each_layer(text: Any) -> list[Any]:
     return list(getattr(text, "per_layer_config", None) or [text])
 
 
-def _linears(modules: dict[str, Any]) -> Iterator[tuple[str, int, int, bool, int]]:
-    """Name within its decoder layer, inputs, outputs, bias and copies of each linear layer."""
-    for name in lora.projections(modules[""]):
+def _linears(modules: dict[str, Any], names: Iterable[str]) -> Iterator[Found]:
+    for name in names:
         linear = modules[name]
-        bias = linear.bias is not None
-        yield _within(name), linear.in_features, linear.out_features, bias, 1
+        yield _within(name), linear.in_features, linear.out_features, linear.bias is not None, 1
 
 
-def _experts(model: torch.nn.Module) -> Iterator[tuple[str, int, int, bool, int]]:
-    """The same of each matrix that all experts of a layer share; inputs and outputs may be swapped.
-
-    Some classes multiply with W, some with its transpose: sizes are the same.
-    """
-    names = {name for name, _ in model.named_parameters()}
-    for name, parameter in model.named_parameters():
-        if ".experts." in name and parameter.ndim == 3:
-            copies, outputs, inputs = parameter.shape
-            yield _within(name), inputs, outputs, f"{name}_bias" in names, copies
+def _experts(parameters: dict[str, Any], names: Iterable[str]) -> Iterator[Found]:
+    """Some classes multiply with W, some with its transpose: sizes are the same."""
+    for name in names:
+        copies, outputs, inputs = parameters[name].shape
+        yield _within(name), inputs, outputs, f"{name}_bias" in parameters, copies
 
 
 def _matrices(found: Iterator[tuple[str, int, int, bool, int]], *, used: int) -> tuple[Matrix, ...]:
@@ -106,7 +99,7 @@ def _matrices(found: Iterator[tuple[str, int, int, bool, int]], *, used: int) ->
 
 
 def _within(name: str) -> str:
-    match = lora.REPEATED.search(name)
+    match = REPEATED.search(name)
     return name[match.end() :] if match else name
 
 
@@ -130,8 +123,8 @@ def _norms(modules: dict[str, Any], text: Any) -> int:
         name
         for name, module in modules.items()
         if type(module).__name__.endswith("Norm")
-        and lora.REPEATED.search(name)
-        and not lora.TOWER.search(name)
+        and REPEATED.search(name)
+        and not TOWER.search(name)
         and getattr(module, "weight", None) is not None
         and module.weight.shape[-1] == text.hidden_size
     ]

@@ -34,7 +34,7 @@ COUNTED = {c["model_type"] for c in CONFIGS.values()} - {*FAMILIES, *reader._WRA
 IN_LAYER = re.compile(
     r"(model|transformer)(\.language_model)?\.(layers|h)\.(?P<layer>\d+)\.(?P<name>.+)"
 )
-ROUTERS = ("mlp.gate", "mlp.shared_expert_gate")
+ROUTERS = ("mlp.gate", "mlp.shared_expert_gate", "router.proj")
 
 
 # The names that a YAML written for KAITO may hold: none may go.
@@ -110,7 +110,7 @@ def test_parameters_match_the_hubs_count(preset: presets.Preset) -> None:
         assert preset.name in KAITO  # which were listed before anybody compared
     else:
         assert facts.parameters + facts.tower + preset.unread == preset.published
-        assert preset.unread < 0.2 * preset.published
+        assert preset.unread < 0.25 * preset.published
 
 
 @pytest.mark.parametrize("preset", [p for p in presets.all() if p.facts.experts], ids=str)

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
+from tuning.presets import classes
 from tuning.presets.architecture import Facts
 from tuning.presets.load import CONFIGS, entries
 
@@ -25,11 +25,23 @@ _LAYERS = {"attention": "full_attention", "mamba": "linear_attention"}
 def find(config: Mapping[str, Any]) -> Facts | None:
     """The facts of the preset whose shape `config` (a parsed config.json) has; None if none has."""
     for entry in entries():
-        if _agrees(config, entry["config"]) and (facts := _facts(entry["name"])):
+        if _agrees(config, entry["config"]) and (record := _record(entry["name"])):
             text = config.get("text_config") or config
-            context = text.get("max_position_embeddings") or facts.context
-            return replace(facts, context=context, stored=stored(config))
+            context = text.get("max_position_embeddings") or record["context"]
+            said = {"context": context, "stored": stored(config), **packing(config)}
+            return Facts.from_json(record | said)
     return None
+
+
+def packing(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What was measured of packed rows in the class of `config`."""
+    kind = classes.of(config)
+    if kind is None or not kind.architecture:
+        reason = "attention across packed rows is not verified for this family"
+        return {"packing_safe": False, "packing_reason": reason}
+    apart = "stay apart" if kind.packing else "do not stay apart"
+    reason = f"measured on this class: packed documents {apart}"
+    return {"packing_safe": kind.packing, "packing_reason": reason}
 
 
 def stored(config: Mapping[str, Any]) -> str:
@@ -58,7 +70,7 @@ def _same(config: Mapping[str, Any], key: str, value: Any) -> bool:
 
 
 @cache
-def _facts(name: str) -> Facts | None:
+def _record(name: str) -> dict[str, Any]:
     path = CONFIGS / "memory" / f"{name}.json"
     record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return Facts.from_json(record["facts"]) if "facts" in record else None
+    return dict(record.get("facts", {}))

@@ -79,7 +79,8 @@ def text(config: dict[str, Any], kept: dict[str, Any] | None = None) -> str:
         found = {k.name: kept[k.name] for k in fields(Coefficients) if k.name in kept}
     found["verdict"] = verdict.to_json(judge(config))
     if _counted(config):
-        found["facts"] = count(config).to_json()
+        facts_ = count(config).to_json()  # whether it packs is known of its class
+        found["facts"] = {k: v for k, v in facts_.items() if not k.startswith("packing")}
     keys = sorted(found, key=lambda key: (key == "moments", key))
     return "{\n" + ",\n".join(f" {json.dumps(key)}: {_lines(found[key])}" for key in keys) + "\n}\n"
 

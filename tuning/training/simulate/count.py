@@ -10,7 +10,7 @@ from tuning.models.survey import REPEATED, TOWER, survey
 from tuning.plan.coefficients import Variant
 from tuning.presets import Facts
 from tuning.presets.architecture import Matrix
-from tuning.presets.counted import stored
+from tuning.presets.counted import packing, stored
 from tuning.training.simulate.step import build, read
 
 # A decoder layer that has one of these attends to all tokens before.
@@ -67,8 +67,7 @@ def count(config: dict[str, Any]) -> Facts:
         active=parameters - round(idle),
         tower=tower,
         stored=stored(config),
-        packing_safe=False,
-        packing_reason="attention across packed rows is not verified for this family",
+        **packing(config),
     )
 
 

@@ -323,3 +323,32 @@ def test_operations_per_token() -> None:
     assert preset is not None
     found = operations_per_token(preset.facts, effective_length=2048)
     assert found / 1e9 == pytest.approx(31.88, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("mixture", "less", "more"),
+    [  # dense models of about as many numbers as a token of the mixture meets
+        ("qwen3-30b-a3b", "qwen3-1.7b", "qwen3-4b"),
+        ("qwen3-235b-a22b-instruct-2507", "qwen3-14b", "qwen3-32b"),
+        ("mixtral-8x7b-instruct", "mistral-7b", "qwen3-32b"),
+        ("gpt-oss-120b", "qwen3-4b", "qwen3-8b"),
+    ],
+)
+def test_a_mixture_is_as_fast_as_the_part_that_a_token_passes_through(
+    mixture: str, less: str, more: str
+) -> None:
+    """Not as slow as its size; but in 4 bits every expert is unpacked for a micro-batch."""
+    facts = {name: presets.find(name).facts for name in (mixture, less, more)}
+    operations = {n: operations_per_token(f, effective_length=2048) for n, f in facts.items()}
+    assert operations[less] < operations[mixture] < operations[more]
+
+    def unpacking(name: str) -> float:
+        card, options = presets.gpu("H200-SXM5"), {"checkpointing": False, "tokens": 4096}
+        both = [
+            seconds_per_token(facts[name], card, method=m, effective_length=2048, **options)
+            for m in ("lora", "qlora")
+        ]
+        return both[1] - both[0]
+
+    size = facts[mixture].packed / facts[more].packed
+    assert unpacking(mixture) == pytest.approx(size * unpacking(more), rel=0.01)

@@ -197,7 +197,7 @@ def _coefficients(facts: presets.Facts) -> Coefficients:
         layers=facts.layers,
         kept=facts.parameters + facts.tower - facts.packed,
         packed=facts.packed,
-        packed_modules=sum(linear.layers for linear in facts.linears),
+        packed_modules=sum(matrix.layers for matrix in facts.matrices),
         buffers=0,
         adapters={},
         moments={},

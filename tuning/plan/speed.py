@@ -82,16 +82,18 @@ def seconds_per_token(
 def operations_per_token(facts: Facts, *, effective_length: float, rank: int = 16) -> float:
     """Operations that a token needs, whatever the implementation: for shares of a card's limit."""
     weights = facts.multiplied + facts.vocab * facts.hidden
-    return (
-        4 * weights
-        + 6 * rank * facts.adapter()
-        + 6 * _spans(facts, effective_length) * facts.queries
-    )
+    scores = _spans(facts, effective_length) * facts.queries
+    return 4 * weights + 6 * rank * _adapters(facts) + 6 * scores
+
+
+def _adapters(facts: Facts) -> int:
+    """Numbers of the adapters that a token is multiplied with, for a unit of rank."""
+    return sum((x.inputs + x.outputs) * x.layers * x.used for x in facts.matrices)
 
 
 def _products(facts: Facts, *, rank: int, checkpointing: bool, fused: bool) -> float:
     """Operations of the matrix products; trl's loss makes its logits twice, so the head costs 6."""
-    body, adapters = facts.multiplied, rank * facts.adapter()
+    body, adapters = facts.multiplied, rank * _adapters(facts)
     head = facts.vocab * facts.hidden
     again = 2 * (body + adapters) if checkpointing else 0
     return 4 * body + 6 * adapters + (4 if fused else 6) * head + again
@@ -110,7 +112,7 @@ def _moved(facts: Facts, *, fused: bool) -> float:
         if fused
         else (NORM_BYTES, ACTIVATION_BYTES, ADAPTER_BYTES)
     )
-    outputs = sum(linear.outputs * linear.layers for linear in facts.linears)
+    outputs = sum(x.outputs * x.layers * x.used for x in facts.matrices)
     layer = (
         norm * facts.norms * facts.hidden
         + ROTARY_BYTES * facts.rotary * (facts.queries + facts.keys)

@@ -57,8 +57,8 @@ class Facts:
     rotary: float  # share of each head that is rotated
     softcap: bool  # attention scores are capped
     sinks: bool  # attention has a learned sink for each head
-    linears: tuple[Matrix, ...]  # what LoRA adapts and 4-bit loading packs
-    experts: tuple[Matrix, ...]  # which are no linear layers; none in a dense model
+    linears: tuple[Matrix, ...]
+    experts: tuple[Matrix, ...]  # of a mixture, one parameter for all of a layer's
     parameters: int  # of the text model
     active: int  # without the experts that a token does not pass through
     tower: int  # parameters outside the text model (vision tower and projector), all frozen
@@ -77,14 +77,19 @@ class Facts:
         return self.kv_heads * self.head_dim
 
     @property
+    def matrices(self) -> tuple[Matrix, ...]:
+        """What LoRA adapts and 4-bit loading packs."""
+        return self.linears + self.experts
+
+    @property
     def packed(self) -> int:
-        """Numbers of the linear layers, which 4-bit loading packs."""
-        return sum(linear.elements for linear in self.linears)
+        """Numbers that 4-bit loading packs."""
+        return sum(matrix.elements for matrix in self.matrices)
 
     @property
     def multiplied(self) -> int:
         """Numbers of the decoder layers that a token is multiplied with."""
-        return sum(matrix.active for matrix in (*self.linears, *self.experts))
+        return sum(matrix.active for matrix in self.matrices)
 
     @property
     def weight_bytes(self) -> int:
@@ -92,11 +97,11 @@ class Facts:
         return 2 * self.parameters
 
     def adapter(self, targets: Iterable[str] | None = None) -> int:
-        """Numbers of LoRA on all linear layers, or those of these short names, a unit of rank."""
+        """Numbers of LoRA on all of them, or those of these short names, for a unit of rank."""
         return sum(
-            linear.adapter
-            for linear in self.linears
-            if targets is None or linear.name.rpartition(".")[2] in targets
+            matrix.adapter
+            for matrix in self.matrices
+            if targets is None or matrix.name.rpartition(".")[2] in targets
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def support(model: Preset | Facts, method: Method) -> Support:
 
 
 def _experts(facts: Facts, method: Method) -> Support:
-    share = facts.packed / (facts.packed + sum(matrix.elements for matrix in facts.experts))
+    share = sum(linear.elements for linear in facts.linears) / facts.packed
     stored = "" if facts.stored == "16-bit" else f" and are published in {facts.stored}"
     what = (
         f"of each layer LoRA would adapt the {share:.1%} that is attention, over weights that take "

@@ -32,6 +32,7 @@ from tuning.plan.coefficients import (
 from tuning.presets import CONFIGS
 from tuning.training.simulate import Point, Stage, coefficients, moments
 from tuning.training.simulate.__main__ import configs, main
+from tuning.training.simulate.count import count
 from tuning.training.simulate.fit import uniform
 from tuning.training.simulate.step import DTYPES, build
 
@@ -344,6 +345,29 @@ def test_layers_that_differ_are_all_run() -> None:
     sizes = measures(tokens=3000, rows=1, rank=16)
     peaks = [max(sum(m.at(sizes).values()) for m in found) for found in (whole, foretold)]
     assert peaks[0] == pytest.approx(peaks[1], rel=0.01)
+
+
+MIXTURES = {
+    "qwen3_moe": {"num_experts": 8, "moe_intermediate_size": 256},
+    "mixtral": {"num_local_experts": 8},
+    "granitemoehybrid": {"num_local_experts": 8, "layer_types": ["attention"] * 4},
+}
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_experts_are_packed_and_adapted_like_linear_layers(kind: str) -> None:
+    """Kept in 16 bits are embeddings, norms and routers; the counts are those of the facts."""
+    config = {"model_type": kind, **SHAPE, "num_experts_per_tok": 2, **MIXTURES[kind]}
+    facts = count(config)
+    found = coefficients(config, variants=[Variant(method="qlora", attention="sdpa")])
+
+    assert (found.packed, found.kept + found.packed) == (facts.packed, facts.parameters)
+    assert sum(found.adapters.values()) == facts.adapter()
+    assert found.kept < 1.1 * 2 * facts.vocab * facts.hidden
+    predicted = memory.predict(
+        found, method="qlora", rank=8, tokens=512, rows=1, checkpointing=True, attention="sdpa"
+    )
+    assert predicted.weights == pytest.approx(facts.packed / 2 + 2 * found.kept, rel=0.01)
 
 
 def test_any_config_will_do() -> None:

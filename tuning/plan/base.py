@@ -62,8 +62,8 @@ class Base:
         """What LoRA reaches in it, as far as that is known without the weights."""
         if self.verdict is not None or self.facts is None:
             return self.verdict
-        linears = len(self.facts.linears) * self.facts.layers
-        return Verdict(linears, 0, 1.0)
+        linears = sum(linear.layers for linear in self.facts.linears)
+        return Verdict(linears, sum(x.layers * x.copies for x in self.facts.experts), 1.0)
 
     @property
     def kind(self) -> presets.Class | None:

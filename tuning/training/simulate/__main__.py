@@ -77,7 +77,7 @@ def text(config: dict[str, Any], kept: dict[str, Any] | None = None) -> str:
         found = to_json(coefficients(config, variants=variants(config)))
     else:
         found = {k.name: kept[k.name] for k in fields(Coefficients) if k.name in kept}
-    found["verdict"] = verdict.to_json(judge(config))
+    found["verdict"] = verdict.to_json(judge(config)[0])
     if _counted(config):
         facts_ = count(config).to_json()  # whether it packs is known of its class
         found["facts"] = {k: v for k, v in facts_.items() if not k.startswith("packing")}

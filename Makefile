@@ -73,7 +73,7 @@ soak: install system  ## kills, bit rot, broken downloads, servers under load: m
 	  -k "sigterm_under_load or eight_clients" tests/serve/test_process.py tests/serve/test_http.py \
 	  $(PYTEST)
 
-coefficients: install  ## simulate the memory of every preset again: configs/memory (half an hour)
+coefficients: install  ## simulate the memory of every preset again: configs/memory (hours)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tuning.training.simulate --write
 
 test-gpu:  ## kernels, runs and plans on an NVIDIA GPU, with the packages that are there

@@ -29,7 +29,16 @@ Packing puts several rows into one sequence; where it is not safe it is off.
 def markdown() -> str:
     """The page, with a final newline."""
     models = _table(
-        ("preset", "hub id @ revision", "licence", "architecture", "GiB", "context", "packing"),
+        (
+            "preset",
+            "hub id @ revision",
+            "licence",
+            "architecture",
+            "billion (active)",
+            "GiB",
+            "context",
+            "packing",
+        ),
         [_model(p) for p in presets()],
     )
     refused = [_refusal(p) for p in presets() if not support(p, "lora").supported]
@@ -56,10 +65,16 @@ def _model(preset: Preset) -> Sequence[str]:
         f"{preset.hub_id} @ {preset.revision[:12]}",
         preset.licence + gated,
         preset.facts.wrapper or preset.facts.architecture,
+        _billions(preset),
         f"{preset.facts.weight_bytes / GIB:.2f}",
         str(preset.facts.context),
         "yes" if preset.facts.packing_safe else "no",
     )
+
+
+def _billions(preset: Preset) -> str:
+    total, active = preset.facts.parameters / 1e9, preset.facts.active / 1e9
+    return f"{total:.2f}" if total == active else f"{total:.2f} ({active:.2f})"
 
 
 def _refusal(preset: Preset) -> str:

@@ -114,8 +114,7 @@ def _check_fit(base: str, runtime: str, adapters: int, device: Device, gpus: int
     """
     facts = _facts(base)
     assert facts is not None
-    width = sum(linear.inputs + linear.outputs for linear in facts.linears)
-    parameters = adapters * _RANK * facts.layers * width
+    parameters = adapters * _RANK * facts.adapter()
     together = replace(device, memory_bytes=device.memory_bytes * gpus)
     precision: memory.Precision = "auto"
     if runtime == "vllm":

@@ -116,9 +116,9 @@ def test_precision_follows_the_hardware():
     assert "float32" == make(spec(), base=tiny, device=old_cpu).recipe.precision
 
 
-def base_of(hidden, **more):
-    facts = replace(PHI.facts, hidden=hidden, layers=2, vocab=1000, **more)
-    return Base("tiny", "r", facts)
+def base_of(hidden):
+    config = {"model_type": "phi3", "hidden_size": hidden, "num_attention_heads": 4}
+    return Base("tiny", "r", presets.facts(config | {"num_hidden_layers": 2, "vocab_size": 1000}))
 
 
 def test_the_run_id_is_the_recipe_and_nothing_else():

@@ -16,6 +16,7 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from trl.trainer.utils import add_fused_lm_head
 
+from tuning import files
 from tuning.models.kernels import fuse, head
 from tuning.models.load import load_base
 from tuning.models.survey import survey
@@ -31,6 +32,7 @@ from tuning.plan.coefficients import (
 from tuning.presets import CONFIGS
 from tuning.training.simulate import Point, Stage, coefficients, moments
 from tuning.training.simulate.__main__ import configs, main
+from tuning.training.simulate.count import count
 from tuning.training.simulate.fit import uniform
 from tuning.training.simulate.step import DTYPES, build
 
@@ -345,6 +347,27 @@ def test_layers_that_differ_are_all_run() -> None:
     assert peaks[0] == pytest.approx(peaks[1], rel=0.01)
 
 
+MIXTURES = {
+    "qwen3_moe": {"num_experts": 8, "moe_intermediate_size": 256},
+    "mixtral": {"num_local_experts": 8},
+    "granitemoehybrid": {"num_local_experts": 8, "layer_types": ["attention"] * 4},
+}
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+def test_experts_are_packed_and_adapted_like_linear_layers(kind: str) -> None:
+    """Kept in 16 bits are embeddings, norms and routers; the counts are those of the facts."""
+    config = {"model_type": kind, **SHAPE, "num_experts_per_tok": 2, **MIXTURES[kind]}
+    facts = count(config)
+    found = coefficients(config, variants=[])
+
+    assert (found.packed, found.kept + found.packed) == (facts.packed, facts.parameters)
+    assert sum(found.adapters.values()) == facts.adapter()
+    assert found.kept < 1.1 * 2 * facts.vocab * facts.hidden
+    weights, _ = memory.weight_bytes(found, method="qlora", precision="bfloat16")
+    assert weights == pytest.approx(facts.packed / 2 + 2 * found.kept, rel=0.01)
+
+
 def test_any_config_will_do() -> None:
     """A parsed config.json and a transformers config of the same model have equal coefficients."""
     variants = [Variant()]
@@ -370,14 +393,39 @@ def test_committed_coefficients_are_what_comes_out(name: str, variant: Variant) 
 
 
 def test_files_match_the_presets() -> None:
-    """One file for each preset that can be tuned, no other; each with the sizes of today."""
+    """One file for each preset, no other; those that were simulated with the sizes of today."""
     found = {path.stem for path in (CONFIGS / "memory").glob("*.json")}
     assert found == set(configs())
-    for name in found:
-        coefficients_ = preset_coefficients(name)
-        assert coefficients_ is not None
+    simulated = {name: known for name in found if (known := preset_coefficients(name))}
+    assert len(simulated) > 30
+    for coefficients_ in simulated.values():
         for shares in coefficients_.moments.values():
             assert all(len(form) == len(SIZES) for m in shares for form in m.bytes.values())
+
+
+def test_what_is_known_of_a_preset_is_what_its_class_says_today() -> None:
+    """Verdict and facts, of one preset of each class: another transformers may say otherwise."""
+    one_of_each = {config["model_type"]: name for name, config in configs().items()}
+
+    assert main(["--check", "--quick", *one_of_each.values()]) == 0
+
+
+def test_a_preset_of_yesterday_is_found_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that says otherwise is named, written again, and keeps its coefficients."""
+    monkeypatch.setattr("tuning.training.simulate.__main__.FOLDER", tmp_path)
+    path = tmp_path / "mixtral-8x7b-instruct.json"
+    record = files.read_json(CONFIGS / "memory" / path.name)
+    record["facts"]["parameters"] += 1
+    files.write_json(path, record | {"moments": [{"as": "before"}]})
+
+    assert main(["--check", "--quick", path.stem]) == 1
+    assert main(["--write", "--quick", path.stem]) == 0
+    assert main(["--check", "--quick", path.stem]) == 0
+    written = files.read_json(path)
+    assert written["facts"]["parameters"] == 46_702_792_704
+    assert written["moments"] == [{"as": "before"}]
 
 
 def test_a_folder_is_printed(

@@ -60,8 +60,10 @@ def _preset(preset: presets.Preset) -> dict[str, Any]:
     methods = [m for m in ("lora", "qlora") if presets.support(preset, m).supported]
     return {
         "name": preset.name,
+        "family": preset.family,
         "hub": preset.hub_id,
         "billion": round(preset.facts.parameters / 1e9, 2),
+        "active_billion": round(preset.facts.active / 1e9, 2),
         "weights_gib": round(preset.facts.weight_bytes / 2**30, 2),
         "context": preset.facts.context,
         "licence": preset.licence,
@@ -85,18 +87,30 @@ def _instance(machine: presets.Instance) -> dict[str, Any]:
 
 
 def catalogue_table(records: Sequence[dict[str, Any]]) -> rich.table.Table:
-    """The records of `catalogue`, one a row."""
+    """The records of `catalogue`, one a row; of several presets without their notes, by family."""
+    families = [record.get("family") for record in records]
+    listed = len(records) > 1 and families[0] is not None
+    hidden = {"hub", "family", *(("note",) if listed else ())}
 
     def cell(value: Any) -> str:
         if isinstance(value, bool):
             return "yes" if value else ""
         if isinstance(value, list):
-            return ", ".join(value)
+            return ", ".join(value) or "none"
         return f"{value:,}" if isinstance(value, int) else str(value)
 
-    shown = [{k: v for k, v in record.items() if k != "hub"} for record in records]
+    shown = [{k: v for k, v in record.items() if k not in hidden} for record in records]
+    for record in shown:
+        if record.get("active_billion") == record.get("billion", ...):
+            record["active_billion"] = ""  # a dense model
     headings = [name.replace("_", " ") for name in shown[0]]
-    return table(headings, ([cell(value) for value in record.values()] for record in shown))
+    result = table(headings, ([cell(value) for value in record.values()] for record in shown))
+    for row, family, following in zip(result.rows, families, families[1:], strict=False):
+        row.end_section = family != following
+    if listed:
+        result.caption = "`python -m tuning presets NAME` says why none of the methods trains it"
+        result.caption_justify = "left"
+    return result
 
 
 def print_json(value: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from tuning import plan
+from tuning import plan, presets
 from tuning.console import Console
 from tuning.oci import model_image
 from tuning.oci.access import Access
@@ -56,7 +56,8 @@ def sized(
     keep_open: tuple[int, ...] = (),
 ) -> plan.Base:
     """`known` with what an examination finds if no preset holds it, or with the reason why not."""
-    if not known.config or not plan.wants_simulation(known, device):
+    refused = known.facts and not presets.support(known.facts, spec.method).supported
+    if not known.config or refused or not plan.wants_simulation(known, device):
         return known
     try:
         found = simulation.examine(

@@ -62,12 +62,12 @@ class Base:
         """What LoRA reaches in it, as far as that is known without the weights."""
         if self.verdict is not None or self.facts is None:
             return self.verdict
-        linears = len(self.facts.linears) * self.facts.layers
-        return Verdict(linears, 0, 1.0)
+        linears = sum(linear.layers for linear in self.facts.linears)
+        return Verdict(linears, sum(x.layers * x.copies for x in self.facts.experts), 1.0)
 
     @property
     def kind(self) -> presets.Class | None:
-        """What was measured of its class; None for a preset, whose facts say more."""
+        """What was measured of its class; None if nothing was."""
         return presets.class_of(self.config)
 
 
@@ -131,7 +131,8 @@ def known_base(spec: Spec) -> Base:
             ) from None
         return base_of(spec, config, revision="local")
     if preset := presets.find(name):
-        return Base(preset.hub_id, spec.settings.revision or preset.revision, preset.facts)
+        revision = spec.settings.revision or preset.revision
+        return Base(preset.hub_id, revision, preset.facts, preset.config)
     raise Unknown.at(
         "PLAN-107",
         name,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, fields, replace
-from functools import lru_cache
+from functools import cache
 from typing import Any, Literal
 
 from tuning.presets import CONFIGS
@@ -92,11 +92,12 @@ def measures(*, tokens: int, rows: int, rank: int, tile: int = TILE_ROWS) -> tup
     )
 
 
-@lru_cache(maxsize=64)  # read once: the operator plans by the hundred
+@cache  # read once: the operator plans by the hundred
 def preset_coefficients(name: str) -> Coefficients | None:
     """The coefficients of the preset `name`; None for one without."""
     path = CONFIGS / "memory" / f"{name}.json"
-    return from_json(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else None
+    record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return from_json(record) if "moments" in record else None
 
 
 def to_json(coefficients: Coefficients) -> dict[str, Any]:
@@ -126,7 +127,8 @@ def from_json(record: dict[str, Any]) -> Coefficients:
     for entry in record["moments"]:
         variant = Variant(**{k: v for k, v in entry.items() if k != "moments"})
         moments[variant] = tuple(_moment(value) for value in entry["moments"])
-    return Coefficients(**(record | {"moments": moments}))
+    known = {field.name: record[field.name] for field in fields(Coefficients)}
+    return Coefficients(**(known | {"moments": moments}))
 
 
 def _moment(record: dict[str, Any]) -> Moment:

@@ -181,7 +181,7 @@ def _known(facts: presets.Facts) -> _Shape:
     return _Shape(
         coefficients=known.coefficients if known else _coefficients(facts),
         context=facts.context,
-        cached=2 * facts.layers * facts.keys,
+        cached=2 * facts.attending * facts.keys,
         spread=2 * facts.queries,
         hidden=facts.hidden,
         inner=max(facts.intermediate, facts.queries),
@@ -193,12 +193,11 @@ def _known(facts: presets.Facts) -> _Shape:
 
 def _coefficients(facts: presets.Facts) -> Coefficients:
     """The weights of a shape that nobody has simulated, counted."""
-    packed = facts.layers * sum(linear.inputs * linear.outputs for linear in facts.linears)
     return Coefficients(
         layers=facts.layers,
-        kept=facts.parameters + facts.tower - packed,
-        packed=packed,
-        packed_modules=facts.layers * len(facts.linears),
+        kept=facts.parameters + facts.tower - facts.packed,
+        packed=facts.packed,
+        packed_modules=sum(matrix.layers for matrix in facts.matrices),
         buffers=0,
         adapters={},
         moments={},

@@ -150,14 +150,9 @@ def disk_bytes(recipe: Recipe, base: Base) -> int:
     """
     if base.facts is None:
         return 0
-    chosen = [
-        linear
-        for linear in base.facts.linears
-        if recipe.targets is None or linear.name.rpartition(".")[2] in recipe.targets
-    ]
-    per_layer = recipe.rank * sum(linear.inputs + linear.outputs for linear in chosen)
-    layers = base.facts.layers if recipe.layers is None else len(recipe.layers)
-    return per_layer * layers * 4 * (3 * 3 + 2 + 1)
+    numbers = recipe.rank * base.facts.adapter(recipe.targets)
+    share = 1.0 if recipe.layers is None else len(recipe.layers) / base.facts.layers
+    return round(numbers * share) * 4 * (3 * 3 + 2 + 1)
 
 
 def _threads(base: Base, device: Device, reasons: dict[str, str]) -> int | None:

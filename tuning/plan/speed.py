@@ -72,7 +72,7 @@ def seconds_per_token(
     unpacked = 0.0
     if method == "qlora":
         passes = 3 if checkpointing else 2
-        bytes_ = UNPACK_BYTES * passes * facts.layers * _linear(facts)
+        bytes_ = UNPACK_BYTES * passes * facts.packed
         unpacked = bytes_ / tokens / (gpu.bandwidth * COPY)
     kernels = (KERNELS_AGAIN if checkpointing else KERNELS) * (FUSED_KERNELS if fused else 1.0)
     launched = facts.layers * kernels * LAUNCH / tokens
@@ -81,19 +81,19 @@ def seconds_per_token(
 
 def operations_per_token(facts: Facts, *, effective_length: float, rank: int = 16) -> float:
     """Operations that a token needs, whatever the implementation: for shares of a card's limit."""
-    weights = facts.layers * _linear(facts) + facts.vocab * facts.hidden
-    adapters = rank * sum(x.inputs + x.outputs for x in facts.linears) * facts.layers
-    return 4 * weights + 6 * adapters + 6 * _spans(facts, effective_length) * facts.queries
+    weights = facts.multiplied + facts.vocab * facts.hidden
+    scores = _spans(facts, effective_length) * facts.queries
+    return 4 * weights + 6 * rank * _adapters(facts) + 6 * scores
 
 
-def _linear(facts: Facts) -> int:
-    return sum(linear.inputs * linear.outputs for linear in facts.linears)
+def _adapters(facts: Facts) -> int:
+    """Numbers of the adapters that a token is multiplied with, for a unit of rank."""
+    return sum((x.inputs + x.outputs) * x.layers * x.used for x in facts.matrices)
 
 
 def _products(facts: Facts, *, rank: int, checkpointing: bool, fused: bool) -> float:
     """Operations of the matrix products; trl's loss makes its logits twice, so the head costs 6."""
-    body = facts.layers * _linear(facts)
-    adapters = rank * facts.layers * sum(x.inputs + x.outputs for x in facts.linears)
+    body, adapters = facts.multiplied, rank * _adapters(facts)
     head = facts.vocab * facts.hidden
     again = 2 * (body + adapters) if checkpointing else 0
     return 4 * body + 6 * adapters + (4 if fused else 6) * head + again
@@ -102,7 +102,7 @@ def _products(facts: Facts, *, rank: int, checkpointing: bool, fused: bool) -> f
 def _spans(facts: Facts, length: float) -> float:
     """Sum over the layers of the tokens that attention spans: a window where there is one."""
     windowed = min(length, facts.window or length) * facts.windowed_layers
-    return windowed + length * (facts.layers - facts.windowed_layers)
+    return windowed + length * (facts.attending - facts.windowed_layers)
 
 
 def _moved(facts: Facts, *, fused: bool) -> float:
@@ -112,11 +112,10 @@ def _moved(facts: Facts, *, fused: bool) -> float:
         if fused
         else (NORM_BYTES, ACTIVATION_BYTES, ADAPTER_BYTES)
     )
-    outputs = sum(linear.outputs for linear in facts.linears)
+    outputs = sum(x.outputs * x.layers * x.used for x in facts.matrices)
     layer = (
         norm * facts.norms * facts.hidden
         + ROTARY_BYTES * facts.rotary * (facts.queries + facts.keys)
         + activation * facts.intermediate
-        + adapter * outputs
     )
-    return facts.layers * layer
+    return facts.layers * layer + adapter * outputs

@@ -3,7 +3,7 @@
 Imports neither torch nor pydantic, for planning and the cluster side. Tables are read on first use.
 """
 
-from tuning.presets.architecture import Facts, Linear
+from tuning.presets.architecture import Facts, Matrix
 from tuning.presets.classes import Class
 from tuning.presets.classes import of as class_of
 from tuning.presets.config import facts
@@ -30,7 +30,7 @@ __all__ = [
     "Facts",
     "Gpu",
     "Instance",
-    "Linear",
+    "Matrix",
     "Preset",
     "Support",
     "all",

@@ -1,7 +1,8 @@
 """Any Hugging Face `config.json` -> the facts of its text model.
 
-Reads every family in `configs/architectures.yaml` and fills absent keys as transformers does:
-`save_pretrained` leaves out defaults.
+Reads every dense family in `configs/architectures.yaml` and fills absent keys as transformers does:
+`save_pretrained` leaves out defaults. Mixtures and hybrids are counted once, when their preset is
+added (`counted`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from functools import cache
 from typing import Any
 
 from tuning.errors import Problem, SpecError
+from tuning.presets import counted
 from tuning.presets.architecture import Facts
+from tuning.presets.dense import Dense
 from tuning.presets.load import CONFIGS, record, table
 
 # The keys of a config.json that are read; a preset's `config` may hold no others.
@@ -25,7 +28,7 @@ KEYS = frozenset(
         "attn_logit_softcapping", "sliding_window", "use_sliding_window", "max_window_layers",
         "sliding_window_pattern", "layer_types", "partial_rotary_factor", "rope_parameters",
         "multi_query", "new_decoder_architecture", "parallel_attn", "num_ln_in_parallel_attn",
-        "num_local_experts", "num_experts_per_tok", "spatial_merge_size",
+        "spatial_merge_size",
     }
 )  # fmt: skip
 
@@ -69,7 +72,6 @@ def families() -> dict[str, dict[str, Any]]:
                 "mlp_bias": bool,
                 "head_bias": bool,
                 "windows": str,
-                "sinks": bool,
                 "rotary": float,
             },
         )
@@ -80,8 +82,8 @@ def families() -> dict[str, dict[str, Any]]:
 def facts(config: Mapping[str, Any]) -> Facts | None:
     """The facts of the text model that a parsed `config.json` describes.
 
-    None for a `model_type` that is not in the table: only a simulation can size such a model.
-    Raises SpecError, with every problem, for an invalid config.
+    None for a `model_type` that is not in the table, and no preset's shape: only a simulation can
+    size such a model. Raises SpecError, with every problem, for an invalid config.
     """
     if not isinstance(config.get("model_type"), str):
         raise SpecError.at(
@@ -106,42 +108,61 @@ def facts(config: Mapping[str, Any]) -> Facts | None:
 def _read(text: Mapping[str, Any], whole: Mapping[str, Any]) -> Facts | None:
     family = families().get(text["model_type"])
     if family is None:
-        return None
+        return counted.find(whole)
     merged = {**family["defaults"], **{k: v for k, v in text.items() if k in KEYS}}
     if text is not whole:  # only the outer value counts, and the default is true
         merged["tie_word_embeddings"] = whole.get("tie_word_embeddings", True)
     _check(merged)
     shape = _falcon_shape(merged) if family["layout"] == "falcon" else _shape(merged, family)
+    kv_heads = shape.pop("kv_heads")
+    hidden, layers, vocab = (
+        merged[key] for key in ("hidden_size", "num_hidden_layers", "vocab_size")
+    )
+    heads = merged["num_attention_heads"]
+    dense = Dense(
+        layout=family["layout"],
+        hidden=hidden,
+        layers=layers,
+        queries=heads * shape["head_dim"],
+        keys=kv_heads * shape["head_dim"],
+        vocab=vocab,
+        tied=merged["tie_word_embeddings"],
+        head_bias=bool(family["head_bias"]),
+        norm=family["norm"] or "rms",
+        **shape,
+    )
     window, windowed = _windows(merged, family["windows"])
     rotary = merged.get("partial_rotary_factor") or _part(merged, "rope_parameters").get(
         "partial_rotary_factor"
     )
-    quantised = _part(whole, "quantization_config")
     wrapped = text is not whole
     return Facts(
         model_type=merged["model_type"],
         architecture=family["architecture"],
         wrapper=str((whole.get("architectures") or [whole["model_type"]])[0]) if wrapped else None,
-        layout=family["layout"],
-        hidden=merged["hidden_size"],
-        layers=merged["num_hidden_layers"],
-        heads=merged["num_attention_heads"],
-        vocab=merged["vocab_size"],
+        hidden=hidden,
+        intermediate=dense.intermediate,
+        layers=layers,
+        attending=layers,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=dense.head_dim,
+        vocab=vocab,
         context=merged["max_position_embeddings"],
-        tied=merged["tie_word_embeddings"],
-        head_bias=bool(family["head_bias"]),
-        norm=family["norm"] or "rms",
+        norms=dense.norms,
         window=window,
         windowed_layers=windowed,
         rotary=float(rotary or family["rotary"] or 1.0),
         softcap=bool(merged.get("attn_logit_softcapping")),
-        sinks=bool(family["sinks"]),
-        experts=merged.get("num_local_experts") or 0,
-        tower=_tower(whole, merged["hidden_size"]) if wrapped else 0,
-        stored=quantised.get("quant_method") or "16-bit",
+        sinks=False,
+        linears=dense.linears,
+        experts=(),
+        parameters=dense.parameters,
+        active=dense.parameters,
+        tower=_tower(whole, hidden) if wrapped else 0,
+        stored=counted.stored(whole),
         packing_safe=bool(family["packing_safe"]),
         packing_reason=family["packing_reason"],
-        **shape,
     )
 
 
@@ -158,13 +179,11 @@ def _shape(config: Mapping[str, Any], family: Mapping[str, Any]) -> dict[str, An
         "intermediate": config["intermediate_size"],
         "kv_heads": config.get("num_key_value_heads") or heads,
         "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
-        "activation": config.get("hidden_activation") or config["hidden_act"],
         "qkv_bias": qkv_bias,
         "output_bias": qkv_bias if output_bias is None else output_bias,
         "mlp_bias": bool(config.get("mlp_bias", family["mlp_bias"])),
         "norms": family["norms"] or 2,
         "qk_norm": "head" if config.get("qk_layernorm") else family["qk_norm"] or "none",
-        "parallel": family["layout"] == "phi",
     }
 
 
@@ -172,20 +191,17 @@ def _falcon_shape(config: Mapping[str, Any]) -> dict[str, Any]:
     """Falcon has two decoders: the old one (7B: one key head, one norm) and the new one (40B)."""
     heads, new = config["num_attention_heads"], bool(config["new_decoder_architecture"])
     kv_heads = 1 if config["multi_query"] else heads
-    parallel = new or bool(config["parallel_attn"])
     norms = config.get("num_ln_in_parallel_attn") or (2 if new else 1)
     bias = bool(config["bias"])
     return {
         "intermediate": config.get("ffn_hidden_size") or 4 * config["hidden_size"],
         "kv_heads": (config.get("num_kv_heads") or heads) if new else kv_heads,
         "head_dim": config["hidden_size"] // heads,
-        "activation": config["activation"],
         "qkv_bias": bias,
         "output_bias": bias,
         "mlp_bias": bias,
         "norms": 2 if norms == 2 or not config["parallel_attn"] else 1,
         "qk_norm": "none",
-        "parallel": parallel,
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,16 @@ def table(path: Path) -> Any:
     """The YAML value in the file at `path`."""
     # Both loaders are the safe ones.
     return yaml.load(path.read_text(encoding="utf-8"), Loader=_LOADER)  # noqa: S506
+
+
+@cache
+def entries() -> tuple[dict[str, Any], ...]:
+    """The records of `configs/presets` with their family, the name of the file they are in."""
+    return tuple(
+        {"family": path.stem, **entry}
+        for path in sorted((CONFIGS / "presets").glob("*.yaml"))
+        for entry in table(path)
+    )
 
 
 def record(

@@ -32,7 +32,7 @@ def support(model: Preset | Facts, method: Method) -> Support:
     if facts.wrapper:
         tower = f"the vision tower ({facts.tower / 1e6:.0f} million parameters) stays as it is"
         return Support(True, f"its text model is adapted, {tower}")
-    if facts.layout == "falcon" and method == "qlora":
+    if facts.model_type == "falcon" and method == "qlora":
         return Support(
             True,
             "its linear layers are first replaced by plain ones, which 4-bit loading packs",
@@ -41,7 +41,7 @@ def support(model: Preset | Facts, method: Method) -> Support:
 
 
 def _experts(facts: Facts, method: Method) -> Support:
-    share = sum(linear.parameters for linear in facts.linears) / facts.layer_parameters
+    share = sum(linear.elements for linear in facts.linears) / facts.packed
     stored = "" if facts.stored == "16-bit" else f" and are published in {facts.stored}"
     what = (
         f"of each layer LoRA would adapt the {share:.1%} that is attention, over weights that take "
@@ -51,7 +51,7 @@ def _experts(facts: Facts, method: Method) -> Support:
     )
     return Support(
         False,
-        f"its {facts.experts} experts a layer are not linear layers{stored}: {what}",
+        f"its {facts.experts[0].copies} experts a layer are not linear layers{stored}: {what}",
         "use a dense model, such as phi-4 or qwen2.5-coder-7b-instruct",
     )
 

@@ -1,10 +1,13 @@
-"""Coefficients of every preset, as files.
+"""What is known of every preset before it is trained, as files.
 
     python -m tuning.training.simulate --write [preset ...]   make configs/memory/, or files of it
     python -m tuning.training.simulate --check [preset ...]   files that differ from what it makes
-    python -m tuning.training.simulate FOLDER                 print those of a model's config.json
+    python -m tuning.training.simulate FOLDER                 print that of a model's config.json
 
-All presets take about half an hour on one core; presets of the same shape are run once.
+How it is adapted (`verdict`), its `facts` where there is no closed form of them
+(`configs/architectures.yaml`), and the coefficients of its memory. With `--quick` the coefficients
+stay as they are, or absent: the rest takes a second for each preset, they take a minute or more of
+one core. Presets of the same shape are run once.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +27,13 @@ import torch
 import transformers
 
 from tuning import files
-from tuning.plan.coefficients import Variant, to_json
+from tuning.plan import verdict
+from tuning.plan.coefficients import Coefficients, Variant, to_json
 from tuning.presets import CONFIGS
-from tuning.presets.config import facts
-from tuning.presets.load import table
+from tuning.presets.config import facts, families
+from tuning.presets.load import entries
+from tuning.training.simulate.child import judge
+from tuning.training.simulate.count import count
 from tuning.training.simulate.fit import coefficients
 
 FOLDER = CONFIGS / "memory"
@@ -34,16 +41,14 @@ logger = logging.getLogger(__name__)
 
 
 def configs() -> dict[str, dict[str, Any]]:
-    """The config of each preset that can be tuned, by name. Experts are no linear layers."""
-    listed = [
-        entry for path in sorted((CONFIGS / "presets").glob("*.yaml")) for entry in table(path)
-    ]
-    return {entry["name"]: entry["config"] for entry in listed if not _experts(entry["config"])}
+    """The config of each preset, by name."""
+    return {entry["name"]: entry["config"] for entry in entries()}
 
 
-def _experts(config: dict[str, Any]) -> bool:
-    shape = facts(config)
-    return shape is None or bool(shape.experts)
+def _counted(config: dict[str, Any]) -> bool:
+    """Whether no closed form has the facts of `config`."""
+    text = config.get("text_config") or config
+    return text["model_type"] not in families()
 
 
 def variants(config: dict[str, Any]) -> tuple[Variant, ...]:
@@ -51,7 +56,7 @@ def variants(config: dict[str, Any]) -> tuple[Variant, ...]:
 
     Cards without bfloat16 are older than the flash kernel, and have torch's own attention.
     """
-    shape = facts(config)
+    shape = count(config) if _counted(config) else facts(config)
     ways = [("lora", "bfloat16", "sdpa"), ("qlora", "bfloat16", "sdpa")]
     if shape is not None and shape.packing_safe:
         ways += [(method, precision, "varlen") for method, precision, _ in ways]
@@ -63,25 +68,46 @@ def variants(config: dict[str, Any]) -> tuple[Variant, ...]:
     )
 
 
-def text(config: dict[str, Any]) -> str:
-    """The coefficients of `config` as the file holds them."""
-    record = to_json(coefficients(config, variants=variants(config)))
-    variants_ = record.pop("moments")
-    head = json.dumps(record, indent=1, sort_keys=True)[:-2]
-    lines = ",\n  ".join(json.dumps(entry) for entry in variants_)
-    return f'{head},\n "moments": [\n  {lines}\n ]\n}}\n'
+def text(config: dict[str, Any], kept: dict[str, Any] | None = None) -> str:
+    """What is found out about `config`, as the file holds it: an entry of its parts a line.
+
+    `kept`: a file's record, whose coefficients are taken instead of simulated again.
+    """
+    if kept is None:
+        found = to_json(coefficients(config, variants=variants(config)))
+    else:
+        found = {k.name: kept[k.name] for k in fields(Coefficients) if k.name in kept}
+    found["verdict"] = verdict.to_json(judge(config)[0])
+    if _counted(config):
+        facts_ = count(config).to_json()  # whether it packs is known of its class
+        found["facts"] = {k: v for k, v in facts_.items() if not k.startswith("packing")}
+    keys = sorted(found, key=lambda key: (key == "moments", key))
+    return "{\n" + ",\n".join(f" {json.dumps(key)}: {_lines(found[key])}" for key in keys) + "\n}\n"
 
 
-def make(names: Iterable[str]) -> Iterator[tuple[str, str]]:
+def _lines(value: Any) -> str:
+    if isinstance(value, dict):
+        inside = (f"{json.dumps(key)}: {json.dumps(value[key])}" for key in sorted(value))
+        return "{\n  " + ",\n  ".join(inside) + "\n }"
+    if isinstance(value, list):
+        return "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]"
+    return json.dumps(value)
+
+
+def make(names: Iterable[str], *, quick: bool = False) -> Iterator[tuple[str, str]]:
     """Name and file of each preset in `names`, one by one."""
     known = configs()
     made: dict[bytes, str] = {}
     for name in names:
         key = files.canonical(_shape(known[name]))
-        if key not in made:
+        if quick:
+            path = FOLDER / f"{name}.json"
+            yield name, text(known[name], files.read_json(path) if path.is_file() else {})
+        elif key not in made:
             logger.info("simulating %s", name)
             made[key] = text(known[name])
-        yield name, made[key]
+        if not quick:
+            yield name, made[key]
 
 
 def _shape(config: dict[str, Any]) -> dict[str, Any]:
@@ -99,6 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", help="presets, or one folder with a config.json")
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("--quick", action="store_true")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     warnings.filterwarnings("ignore")
@@ -109,7 +136,7 @@ def main(arguments: list[str] | None = None) -> int:
             sys.stdout.write(text(files.read_json(Path(folder) / "config.json")))
         return 0
     changed = []
-    for name, made in make(options.names or configs()):
+    for name, made in make(options.names or configs(), quick=options.quick):
         path = FOLDER / f"{name}.json"
         if not path.is_file() or path.read_text(encoding="utf-8") != made:
             changed.append(name)

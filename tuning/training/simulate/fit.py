@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 
 from tuning.models.survey import REPEATED, TOWER, survey
 from tuning.plan.coefficients import KINDS, SIZES, Coefficients, Moment, Variant, measures
-from tuning.training.simulate import standins
 from tuning.training.simulate.memory import COLUMNS
 from tuning.training.simulate.step import Phase, Point, Stage, build, read
 
@@ -55,12 +54,10 @@ def coefficients(config: Any, *, variants: Iterable[Variant]) -> Coefficients:
     """
     found = _with_single_rows(config, dict.fromkeys(variant.stored for variant in variants))
     whole = build(config, variant=Variant(attention="eager"))
-    packing = build(config, variant=Variant(method="qlora", attention="eager"))
-    packed = [m for m in packing.modules() if isinstance(m, standins.PackedLinear)]
-    elements = sum(m.in_features * m.out_features for m in packed)
+    reached = survey(whole)
+    packed = sum(reached.numbers[name] for name in reached.adaptable)
     adapters: dict[str, int] = {}
     modules = dict(whole.named_modules())
-    reached = survey(whole)
     for name in reached.linears:
         linear, short = modules[name], name.rpartition(".")[2]
         adapters[short] = adapters.get(short, 0) + linear.in_features + linear.out_features
@@ -70,9 +67,9 @@ def coefficients(config: Any, *, variants: Iterable[Variant]) -> Coefficients:
         adapters[short] = adapters.get(short, 0) + count * (inputs + outputs)
     return Coefficients(
         layers=read(config).get_text_config().num_hidden_layers,
-        kept=sum(p.numel() for p in whole.parameters()) - elements,
-        packed=elements,
-        packed_modules=len(packed),
+        kept=sum(p.numel() for p in whole.parameters()) - packed,
+        packed=packed,
+        packed_modules=len(reached.adaptable),
         buffers=sum(b.numel() * b.element_size() for b in whole.buffers()),
         adapters=adapters,
         moments={v: moments(config, variant=v, uniform=uniform(whole)) for v in found},

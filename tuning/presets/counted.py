@@ -1,0 +1,76 @@
+"""Facts of mixtures and hybrids: counted on the real class when their preset was added.
+
+`python -m tuning.training.simulate --write NAME` counts; `configs/memory/NAME.json` keeps it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from tuning.presets import classes
+from tuning.presets.architecture import Facts
+from tuning.presets.load import CONFIGS, entries
+
+# What a config.json may say otherwise about the same tensors.
+_FREE = frozenset({"architectures", "max_position_embeddings", "quantization_config"})
+# What transformers 5 saves under other names, or as a part of per_layer_config.
+_RENAMED = {"num_experts": "num_local_experts"}
+_FOLDED = frozenset({"global_head_dim", "num_global_key_value_heads"})
+_LAYERS = {"attention": "full_attention", "mamba": "linear_attention"}
+
+
+def find(config: Mapping[str, Any]) -> Facts | None:
+    """The facts of the preset whose shape `config` (a parsed config.json) has; None if none has."""
+    for entry in entries():
+        if _agrees(config, entry["config"]) and (record := _record(entry["name"])):
+            text = config.get("text_config") or config
+            context = text.get("max_position_embeddings") or record["context"]
+            said = {"context": context, "stored": stored(config), **packing(config)}
+            return Facts.from_json(record | said)
+    return None
+
+
+def packing(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What was measured of packed rows in the class of `config`."""
+    kind = classes.of(config)
+    if kind is None or not kind.architecture:
+        reason = "attention across packed rows is not verified for this family"
+        return {"packing_safe": False, "packing_reason": reason}
+    apart = "stay apart" if kind.packing else "do not stay apart"
+    reason = f"measured on this class: packed documents {apart}"
+    return {"packing_safe": kind.packing, "packing_reason": reason}
+
+
+def stored(config: Mapping[str, Any]) -> str:
+    """How a checkpoint of `config` holds its weights: "16-bit", or what they are packed with."""
+    packing = config.get("quantization_config")
+    method = packing.get("quant_method") if isinstance(packing, Mapping) else None
+    return str(method or "16-bit")
+
+
+def _agrees(config: Mapping[str, Any], known: Mapping[str, Any]) -> bool:
+    """Whether `config` says all that `known` says about the shape."""
+    return all(_same(config, key, value) for key, value in known.items() if key not in _FREE)
+
+
+def _same(config: Mapping[str, Any], key: str, value: Any) -> bool:
+    if key not in config:
+        key = _RENAMED.get(key, key)
+    if key in _FOLDED and key not in config:
+        return "per_layer_config" in config
+    said = config.get(key)
+    if isinstance(value, Mapping) and isinstance(said, Mapping):
+        return _agrees(said, value)
+    if key == "layer_types" and isinstance(said, list):
+        return [_LAYERS.get(x, x) for x in said] == [_LAYERS.get(x, x) for x in value]
+    return bool(said == value)
+
+
+@cache
+def _record(name: str) -> dict[str, Any]:
+    path = CONFIGS / "memory" / f"{name}.json"
+    record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return dict(record.get("facts", {}))

@@ -60,8 +60,8 @@ def fault(model: Any, name: str, precision: torch.dtype) -> str | None:
         alone = _logits(model, [second], name, precision)
         touched = _logits(model, [torch.cat([first[:1], second[1:]])], name, precision)
     except (RuntimeError, NotImplementedError, ValueError, KeyError) as error:
-        if isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)) or _of_cuda(error):
-            raise  # of the card: no other attention mends it
+        if is_of_card(error):
+            raise  # no other attention mends it
         return f"packed rows fail ({type(error).__name__}: {str(error).splitlines()[0]})"
     finally:
         model.train(training)
@@ -73,9 +73,11 @@ def fault(model: Any, name: str, precision: torch.dtype) -> str | None:
     return None
 
 
-def _of_cuda(error: Exception) -> bool:
-    """Whether the driver or a library of the card failed; then every later call does, too."""
-    return any(sign in str(error) for sign in ("CUDA error", "CUDA driver error", "_STATUS_"))
+def is_of_card(error: Exception) -> bool:
+    """Whether memory, the driver or a library of the card failed; then every later call does."""
+    return isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError)) or any(
+        sign in str(error) for sign in ("CUDA error", "CUDA driver error", "_STATUS_")
+    )
 
 
 @torch.no_grad()

@@ -11,14 +11,16 @@ import torch
 import transformers
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
+from transformers.models.auto.auto_factory import _get_model_class
 
 from tuning import files
 from tuning.errors import SpecError
-from tuning.models import finite, packed
+from tuning.models import finite, packed, unpacked
 from tuning.models.kernels import whole
 from tuning.models.lora import CHANGE_MODEL, TOWERS, Coverage, adapt
 from tuning.plan import Placement, Recipe, gpu_problems
 from tuning.plan.device import detect
+from tuning.presets import stored
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +36,7 @@ def device_for(base: Path) -> str:
     if not torch.cuda.is_available():
         return "cpu"
     gpu_problems.refuse(detect())
-    need = ROOM + sum(path.stat().st_size for path in base.glob("*.safetensors"))
+    need = ROOM + unpacked.loaded_bytes(base, _record(base))
     free, _ = torch.cuda.mem_get_info()
     if need <= free:
         return "cuda"
@@ -49,30 +51,31 @@ def read_config(base: Path) -> Any:
     """The transformers config of the model in `base`.
 
     Raises SpecError for a folder without one, for an architecture that needs code of its own, and
-    for weights that are already quantised.
+    for weights that are quantised in a way that cannot be read.
     """
-    try:
-        record = files.read_json(base / "config.json")
-    except (OSError, ValueError) as error:
-        fact = f"has no readable config.json ({error})"
-        change = "name a folder with config.json, *.safetensors and a tokenizer"
-        raise SpecError.at("MODEL-100", str(base), fact, change) from None
+    record = _record(base)
     kind = record.get("model_type")
     if kind not in transformers.CONFIG_MAPPING:
         fact = f"is of model_type {kind!r}, which transformers does not know without remote code"
         raise SpecError.at("MODEL-101", str(base / "config.json"), fact, CHANGE_MODEL)
-    quantised = record.get("quantization_config") or {}
-    if quantised:
-        method = quantised.get("quant_method", "an unknown method")
-        fact = f"says that the weights are already quantised ({method})"
-        change = "use the 16-bit weights of the same model; qlora packs them itself"
-        raise SpecError.at("MODEL-102", str(base / "config.json"), fact, change)
+    if reason := stored.refusal(how := stored.of(record)):
+        raise SpecError.at("MODEL-102", str(base / "config.json"), reason, stored.remedy(how))
     try:
         return transformers.AutoConfig.from_pretrained(base, trust_remote_code=False)
     except (ValueError, KeyError, TypeError) as error:
         fact = f"is refused by transformers {transformers.__version__}: {error}"
         change = "use the model's newest revision"
         raise SpecError.at("MODEL-103", str(base / "config.json"), fact, change) from None
+
+
+def _record(base: Path) -> dict[str, Any]:
+    try:
+        record: dict[str, Any] = files.read_json(base / "config.json")
+    except (OSError, ValueError) as error:
+        fact = f"has no readable config.json ({error})"
+        change = "name a folder with config.json, *.safetensors and a tokenizer"
+        raise SpecError.at("MODEL-100", str(base), fact, change) from None
+    return record
 
 
 def load_tokenizer(base: Path, *, chat_template: str | None = None) -> Any:
@@ -100,12 +103,13 @@ def load_base(
 ) -> Any:
     """The base model in `base` on `device` (cpu or cuda), in `precision` or packed in 4 bits.
 
-    `quantisation` is the recipe's: type, double, compute. A vision tower stays, unquantised, so
+    `quantisation` is the recipe's: type, double, compute; weights that are stored in 4 bits stay as
+    they are, and other quantised ones are unpacked first. A vision tower stays, unquantised, so
     that names in the adapter are those of the published model. Packed weights are cached in the
     folder `cache`. `finite_only` refuses weights with NaN or infinity (packed ones were checked as
     they were packed). Raises SpecError.
     """
-    config = read_config(base)
+    record, config = _record(base), read_config(base)
     if not any(base.glob("*.safetensors")):
         fact, change = "has no *.safetensors file", "convert the weights to safetensors"
         raise SpecError.at("MODEL-105", str(base), fact, change)
@@ -114,25 +118,32 @@ def load_base(
     options: dict[str, Any] = {"dtype": DTYPES[precision], "trust_remote_code": False}
     if attention or config.model_type == "gemma2":  # gemma2's sdpa drops the softcap in silence
         options["attn_implementation"] = attention or "eager"
-    if quantisation:
-        options["quantization_config"] = transformers.BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=quantisation["type"],
-            bnb_4bit_use_double_quant=quantisation["double"],
-            bnb_4bit_compute_dtype=DTYPES[quantisation["compute"]],
-            llm_int8_skip_modules=["lm_head", TOWERS] if _has_towers(config) else None,
-        )
+    how = stored.of(record)
+    packing = None if how == stored.FOUR_BIT else _packing(config, quantisation)
+    if how == stored.FOUR_BIT:
+        compute = quantisation["compute"] if quantisation else precision
+        own = dict(stored.section(record)) | {"bnb_4bit_compute_dtype": compute}
+        config.quantization_config = own
+    elif how != stored.PLAIN:
+        for part in (config, config.get_text_config()):
+            part.__dict__.pop("quantization_config", None)
     if device == "cuda":
         options["device_map"] = {"": torch.cuda.current_device()}
     source = base
-    if quantisation and cache is not None and packed.is_whole(cache):
-        source, config.quantization_config = cache, options.pop("quantization_config").to_dict()
-    elif finite_only:
-        finite.require(base, DTYPES[precision])
+    if packing and cache is not None and packed.is_whole(cache):
+        source, config.quantization_config = cache, packing.to_dict()
+    else:
+        if packing:
+            options["quantization_config"] = packing
+        if finite_only:
+            finite.require(base, record, DTYPES[precision])
     try:
-        model = _auto_class(config).from_pretrained(
-            source, config=config, use_safetensors=True, **options
-        )
+        if source is base and how in stored.UNPACKED:
+            model = _unpack(base, record, config, device, options)
+        else:
+            model = _auto_class(config).from_pretrained(
+                source, config=config, use_safetensors=True, **options
+            )
     except (ValueError, KeyError, OSError) as error:
         if attention and error.args == (attention,):  # Falcon has its own table of classes
             fact, change = f"has no {attention} attention", "leave attn_implementation out"
@@ -144,8 +155,36 @@ def load_base(
             # On a CPU with AVX512-BF16 the first answer or evaluation repacks a 4-bit layer for
             # a kernel that has no backward: training on from there drops gradients in silence.
             module.support_avx512bf16_for_cpu = False
-    if quantisation and cache is not None and source is base:
+    if packing and cache is not None and source is base:
         packed.save(model, cache)
+    return model
+
+
+def _packing(config: Any, quantisation: dict[str, Any] | None) -> Any:
+    """How transformers packs in 4 bits what it loads; None where it does not."""
+    if not quantisation:
+        return None
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantisation["type"],
+        bnb_4bit_use_double_quant=quantisation["double"],
+        bnb_4bit_compute_dtype=DTYPES[quantisation["compute"]],
+        llm_int8_skip_modules=["lm_head", TOWERS] if _has_towers(config) else None,
+    )
+
+
+def _unpack(
+    base: Path, record: dict[str, Any], config: Any, device: str, options: dict[str, Any]
+) -> Any:
+    """The model of fp8 or mxfp4 weights, each of them unpacked as it is loaded."""
+    classes = _auto_class(config)._model_mapping
+    weights = unpacked.tensors(base, record, options["dtype"], device)
+    model = _get_model_class(config, classes).from_pretrained(
+        None, config=config, state_dict=weights, **options
+    )
+    if (base / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(base)
+    model.name_or_path = model.config.name_or_path = str(base)
     return model
 
 

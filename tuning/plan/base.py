@@ -12,6 +12,7 @@ from tuning.errors import Problem, SpecError
 from tuning.plan import gpu_problems, sizing
 from tuning.plan.coefficients import Coefficients
 from tuning.plan.device import Device
+from tuning.presets import stored
 from tuning.spec import Spec
 
 IMAGE = "oci:"  # before the name of an image that holds a base model
@@ -36,6 +37,11 @@ class Base:
         if self.simulated is not None:
             return sizing.Model(self.facts, self.simulated)
         return sizing.model(self.facts) if device.kind == "cuda" else None
+
+    @property
+    def stored(self) -> str:
+        """How its weights are published: "16-bit", "fp8", ..."""
+        return self.facts.stored if self.facts else stored.of(self.config)
 
     @property
     def context(self) -> int:
@@ -141,6 +147,9 @@ def refuse_unsupported(spec: Spec, base: Base, device: Device) -> None:
     problems = []
     if base.facts and not (answer := presets.support(base.facts, spec.method)).supported:
         problems.append(Problem("PLAN-101", base.name, answer.reason, answer.change))
+    elif not base.facts and (reason := stored.refusal(base.stored, spec.method)):
+        change = stored.remedy(base.stored, base.name)
+        problems.append(Problem("PLAN-101", base.name, reason, change))
     if device.kind == "cpu" and base.facts and base.facts.parameters > LARGEST_ON_CPU:
         billions = base.facts.parameters / 1e9
         reason = device.no_gpu or "there is none here"

@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any
 
 from tuning.errors import Problem, SpecError
+from tuning.presets import stored
 from tuning.presets.architecture import Facts
 from tuning.presets.load import CONFIGS, record, table
 
@@ -116,7 +117,6 @@ def _read(text: Mapping[str, Any], whole: Mapping[str, Any]) -> Facts | None:
     rotary = merged.get("partial_rotary_factor") or _part(merged, "rope_parameters").get(
         "partial_rotary_factor"
     )
-    quantised = _part(whole, "quantization_config")
     wrapped = text is not whole
     return Facts(
         model_type=merged["model_type"],
@@ -138,7 +138,7 @@ def _read(text: Mapping[str, Any], whole: Mapping[str, Any]) -> Facts | None:
         sinks=bool(family["sinks"]),
         experts=merged.get("num_local_experts") or 0,
         tower=_tower(whole, merged["hidden_size"]) if wrapped else 0,
-        stored=quantised.get("quant_method") or "16-bit",
+        stored=stored.of(whole),
         packing_safe=bool(family["packing_safe"]),
         packing_reason=family["packing_reason"],
         **shape,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from tuning.presets import stored
 from tuning.presets.architecture import Facts
 from tuning.presets.hardware import Gpu, engine_build, engines
 from tuning.presets.models import Preset
@@ -27,8 +28,8 @@ def support(model: Preset | Facts, method: Method) -> Support:
     facts = model.facts if isinstance(model, Preset) else model
     if facts.experts:
         return _experts(facts, method)
-    if facts.stored != "16-bit":
-        return _packed(model, facts)
+    if facts.stored != stored.PLAIN:
+        return _packed(model, facts, method)
     if facts.wrapper:
         tower = f"the vision tower ({facts.tower / 1e6:.0f} million parameters) stays as it is"
         return Support(True, f"its text model is adapted, {tower}")
@@ -42,7 +43,7 @@ def support(model: Preset | Facts, method: Method) -> Support:
 
 def _experts(facts: Facts, method: Method) -> Support:
     share = sum(linear.parameters for linear in facts.linears) / facts.layer_parameters
-    stored = "" if facts.stored == "16-bit" else f" and are published in {facts.stored}"
+    published = "" if facts.stored == stored.PLAIN else f" and are published in {facts.stored}"
     what = (
         f"of each layer LoRA would adapt the {share:.1%} that is attention, over weights that take "
         f"{facts.weight_bytes / 2**30:.0f} GiB unpacked"
@@ -51,18 +52,20 @@ def _experts(facts: Facts, method: Method) -> Support:
     )
     return Support(
         False,
-        f"its {facts.experts} experts a layer are not linear layers{stored}: {what}",
+        f"its {facts.experts} experts a layer are not linear layers{published}: {what}",
         "use a dense model, such as phi-4 or qwen2.5-coder-7b-instruct",
     )
 
 
-def _packed(model: Preset | Facts, facts: Facts) -> Support:
-    where = f" {model.hub_id}-BF16" if isinstance(model, Preset) else ""
-    return Support(
-        False,
-        f"its checkpoint holds {facts.stored} weights; training needs them in 16 bits",
-        f"pass the same model in 16 bits with --base-model{where}",
-    )
+def _packed(model: Preset | Facts, facts: Facts, method: Method) -> Support:
+    """Whether weights that are not published in 16 bits can be tuned."""
+    if reason := stored.refusal(facts.stored, method):
+        name = model.hub_id if isinstance(model, Preset) else ""
+        return Support(False, reason, stored.remedy(facts.stored, name))
+    if facts.stored == stored.FOUR_BIT:
+        return Support(True, "its projections are published in 4 bits, and stay as they are")
+    then = "" if method == "lora" else ", then packed in 4 bits"
+    return Support(True, f"its {facts.stored} weights are unpacked as they are loaded{then}")
 
 
 def gpu_support(gpu: Gpu, method: Method) -> Support:

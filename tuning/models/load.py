@@ -20,7 +20,7 @@ from tuning.models.kernels import whole
 from tuning.models.lora import CHANGE_MODEL, TOWERS, Coverage, adapt
 from tuning.plan import Placement, Recipe, gpu_problems
 from tuning.plan.device import detect
-from tuning.presets import stored
+from tuning.presets import quantised, stored
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def device_for(base: Path) -> str:
     if not torch.cuda.is_available():
         return "cpu"
     gpu_problems.refuse(detect())
-    need = ROOM + unpacked.loaded_bytes(base, _record(base))
+    need = ROOM + quantised.loaded_bytes(unpacked.paths(base), _record(base))
     free, _ = torch.cuda.mem_get_info()
     if need <= free:
         return "cuda"
@@ -150,6 +150,8 @@ def load_base(
             raise SpecError.at("MODEL-107", config.model_type, fact, change) from error
         fact = f"cannot be loaded: {error}"
         raise SpecError.at("MODEL-106", str(base), fact, "fetch the model again") from error
+    if how == stored.FOUR_BIT:
+        _leave_in_16_bits(model)
     for module in model.modules():
         if isinstance(module, Linear4bit):
             # On a CPU with AVX512-BF16 the first answer or evaluation repacks a 4-bit layer for
@@ -158,6 +160,21 @@ def load_base(
     if packing and cache is not None and source is base:
         packed.save(model, cache)
     return model
+
+
+def _leave_in_16_bits(model: Any) -> None:
+    """Make plain layers of those that the checkpoint does not hold in 4 bits after all.
+
+    Its list of them may name modules as an older transformers did, and then transformers takes
+    every layer for a packed one.
+    """
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Linear4bit) and getattr(module.weight, "quant_state", None) is None:
+            size = (module.in_features, module.out_features)
+            with torch.device("meta"):
+                plain = torch.nn.Linear(*size, bias=module.bias is not None)
+            plain.weight, plain.bias = module.weight, module.bias
+            model.set_submodule(name, plain)
 
 
 def _packing(config: Any, quantisation: dict[str, Any] | None) -> Any:
@@ -236,7 +253,8 @@ def load_for_training(
         cache=_packed_folder(base, recipe, packed_root),
         finite_only=True,
     )
-    adapted, coverage = adapt(model, recipe)
+    as_published = stored.of(_record(base)) == stored.FOUR_BIT
+    adapted, coverage = adapt(model, recipe, as_published=as_published)
     whole.replace(
         adapted,
         placement.kernels,

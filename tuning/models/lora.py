@@ -119,9 +119,10 @@ def _layer(name: str) -> int:
     return int(match[1]) if match else -1
 
 
-def adapt(model: Any, recipe: Recipe) -> tuple[PeftModel, Coverage]:
+def adapt(model: Any, recipe: Recipe, *, as_published: bool = False) -> tuple[PeftModel, Coverage]:
     """Put LoRA layers on `model`, seeded, and count what they cover.
 
+    `as_published`: the base's makers packed it in 4 bits, and chose what stays in 16.
     Raises SpecError when the model holds weights that LoRA or 4-bit packing cannot reach (fused
     experts), when a target matches nothing, or when a requested projection is not covered.
     """
@@ -148,7 +149,7 @@ def adapt(model: Any, recipe: Recipe) -> tuple[PeftModel, Coverage]:
     quantised = None
     if recipe.quantisation:
         quantised = packed / max(1, sum(weights.values()))
-        if quantised < REACHED:
+        if quantised < REACHED and not as_published:
             fact = f"only {quantised:.1%} of its layers' weights could be packed in 4 bits"
             raise SpecError.at("MODEL-114", model.config.model_type, fact, "use method lora")
     trainable = sum(p.numel() for p in peft_model.parameters() if p.requires_grad)

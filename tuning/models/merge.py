@@ -89,7 +89,7 @@ def _merged(base: Path, found: Adapter, made: Value, device: str) -> Any:
     """The full model, in 16 bits, with the adapter in its weights."""
     precision, packing = made["precision"], made["quantisation"]
     loaded = load_base(base, precision=precision, quantisation=packing, device=device)
-    if packing:
+    if getattr(loaded, "is_quantized", False):
         loaded = loaded.dequantize(dtype=DTYPES[precision])
         # its config would call the saved weights 4-bit ones
         for config in {id(c): c for c in (loaded.config, loaded.config.get_text_config())}.values():

@@ -8,7 +8,6 @@ the same on any device, so the published revision decides it, and a recipe need 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,10 +18,10 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from tuning import safetensors
 from tuning.errors import SpecError
-from tuning.presets import stored
-from tuning.sources import quantised, verify
+from tuning.presets import quantised
+from tuning.presets.quantised import Weight
 from tuning.safetensors import Tensor
-from tuning.sources.quantised import Weight
+from tuning.sources import verify
 
 CHUNK = 1 << 24  # numbers that are float32 at one time
 
@@ -38,7 +37,12 @@ class Lazy:
     """A tensor that is read, and unpacked, when it is indexed, as safetensors' slices are."""
 
     def __init__(
-        self, held: Mapping[str, _Held], name: str, weight: Weight | None, dtype: torch.dtype, to: str
+        self,
+        held: Mapping[str, _Held],
+        name: str,
+        weight: Weight | None,
+        dtype: torch.dtype,
+        to: str,
     ) -> None:
         self._held, self._name, self._weight = held, name, weight
         self._dtype, self._to = dtype, to
@@ -90,18 +94,6 @@ def paths(base: Path) -> list[Path]:
     """The files of the weights that transformers would read."""
     names, _ = verify.needed(path.name for path in base.iterdir())
     return [base / name for name in names if name.endswith(".safetensors")]
-
-
-def loaded_bytes(base: Path, config: Mapping[str, Any]) -> int:
-    """Bytes of the weights in `base` as they are held: 16 bits for each that is unpacked."""
-    if stored.of(config) not in stored.UNPACKED:
-        return sum(path.stat().st_size for path in base.glob("*.safetensors"))
-    headers = {k: v for path in paths(base) for k, v in safetensors.read_header(path).items()}
-    named = quantised.weights(headers, config)
-    return sum(
-        2 * math.prod(weight.shape if weight else headers[name].shape)
-        for name, weight in named.items()
-    )
 
 
 def _fp8(

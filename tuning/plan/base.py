@@ -36,7 +36,9 @@ class Base:
         """The coefficients to estimate its memory on `device` with; None where there are none."""
         if self.simulated is not None:
             return sizing.Model(self.facts, self.simulated)
-        return sizing.model(self.facts) if device.kind == "cuda" else None
+        if device.kind != "cuda" or stored.kept(self.config):  # no preset leaves out those
+            return None
+        return sizing.model(self.facts)
 
     @property
     def stored(self) -> str:

@@ -54,6 +54,25 @@ def of(config: Mapping[str, Any]) -> str:
     return (method or "an unknown method")[:40]
 
 
+def four_bit(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Type and double quantisation of weights that are stored in bitsandbytes' 4 bits, else None.
+
+    Absent keys are transformers' defaults.
+    """
+    if of(config) != FOUR_BIT:
+        return None
+    said = section(config)
+    double = bool(said.get("bnb_4bit_use_double_quant", False))
+    return {"type": str(said.get("bnb_4bit_quant_type", "fp4")), "double": double}
+
+
+def kept(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Parts of names of the modules that weights stored in 4 bits leave in 16."""
+    said = section(config) if of(config) == FOUR_BIT else {}
+    listed = said.get("llm_int8_skip_modules") or ()
+    return tuple(name for name in listed if isinstance(name, str))
+
+
 def _has_experts(config: Mapping[str, Any]) -> bool:
     text = config.get("text_config")
     parts = [config, text if isinstance(text, Mapping) else {}]

@@ -15,9 +15,8 @@ from typing import Any
 
 from tuning import files, safetensors
 from tuning.errors import Problem, SpecError
-from tuning.presets import stored
+from tuning.presets import quantised, stored
 from tuning.presets.config import families
-from tuning.sources import quantised
 
 log = logging.getLogger(__name__)
 
@@ -163,9 +162,7 @@ def native(model_type: str) -> bool:
     return any(f'("{model_type}", ' in path.read_text() for path in paths if path.is_file())
 
 
-def _tensor_problems(
-    folder: Path, names: Collection[str], config: dict[str, Any]
-) -> list[Problem]:
+def _tensor_problems(folder: Path, names: Collection[str], config: dict[str, Any]) -> list[Problem]:
     problems: list[Problem] = []
     where: dict[str, str] = {}  # tensor -> file
     tensors: dict[str, safetensors.Tensor] = {}

@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from tuning.models import lora
 from tuning.plan.coefficients import KINDS, SIZES, Coefficients, Moment, Variant, measures
+from tuning.presets import stored
 from tuning.training.simulate import standins
 from tuning.training.simulate.memory import COLUMNS
 from tuning.training.simulate.step import Phase, Point, Stage, build, read
@@ -56,7 +58,12 @@ def coefficients(config: Any, *, variants: Iterable[Variant]) -> Coefficients:
     found = _with_single_rows(config, dict.fromkeys(variant.stored for variant in variants))
     whole = build(config, variant=Variant(attention="eager"))
     packing = build(config, variant=Variant(method="qlora", attention="eager"))
-    packed = [m for m in packing.modules() if isinstance(m, standins.PackedLinear)]
+    left = stored.kept(config) if isinstance(config, Mapping) else ()
+    packed = [
+        module
+        for name, module in packing.named_modules()
+        if isinstance(module, standins.PackedLinear) and should_convert_module(name, list(left))
+    ]
     elements = sum(m.in_features * m.out_features for m in packed)
     adapters: dict[str, int] = {}
     modules = dict(whole.named_modules())

@@ -8,10 +8,12 @@ of which share a byte of `NAME_scales`, experts x outputs x groups.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
+from tuning import safetensors
 from tuning.presets import stored
 from tuning.safetensors import Tensor
 
@@ -58,6 +60,17 @@ def weights(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[st
     return {**dict.fromkeys(plain, None), **found}
 
 
+def loaded_bytes(paths: Iterable[Path], config: Mapping[str, Any]) -> int:
+    """Bytes of the weights in the files `paths` as they are held: 16 bits for what is unpacked."""
+    if stored.of(config) not in stored.UNPACKED:
+        return sum(path.stat().st_size for path in paths)
+    tensors = {k: v for path in paths for k, v in safetensors.read_header(path).items()}
+    return sum(
+        2 * math.prod(weight.shape if weight else tensors[name].shape)
+        for name, weight in weights(tensors, config).items()
+    )
+
+
 def _fp8(tensors: Mapping[str, Tensor], said: Mapping[str, Any]) -> dict[str, Weight]:
     found = {}
     for name, tensor in tensors.items():
@@ -79,8 +92,9 @@ def _block(name: str, shape: tuple[int, ...], scale: Tensor, said: Any) -> tuple
         (rows, columns), leading = shape[-2:], zip(grid[:-2], shape[:-2], strict=True)
         fits = all(own in (1, whole) for own, whole in leading)
         sizes = said if isinstance(said, list) and len(said) == 2 else ()
-        if fits and len(sizes) == 2 and all(type(n) is int and n > 0 for n in sizes):
-            if (math.ceil(rows / sizes[0]), math.ceil(columns / sizes[1])) == grid[-2:]:
+        if fits and sizes and all(type(n) is int and n > 0 for n in sizes):
+            blocks = (math.ceil(rows / sizes[0]), math.ceil(columns / sizes[1]))
+            if blocks == grid[-2:]:
                 return sizes[0], sizes[1]
         if fits and all(grid[-2:]) and not rows % grid[-2] and not columns % grid[-1]:
             return rows // grid[-2], columns // grid[-1]

@@ -186,7 +186,7 @@ def test_answering_first_does_not_break_training_in_4_bits(tiny_base: Build) -> 
     ("change", "expected"),
     [
         ({"model_type": "nobody_knows"}, "MODEL-101"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "MODEL-102"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "MODEL-102"),
         (None, "MODEL-100"),
     ],
 )

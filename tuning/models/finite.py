@@ -5,28 +5,27 @@ Packing in 4 bits would hide such a number, and training would fail later with a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from tuning import files
 from tuning.errors import Problem, SpecError
 from tuning.models import unpacked
 
 CHECKED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def require(base: Path, config: Mapping[str, Any], precision: torch.dtype) -> None:
+def require(base: Path, precision: torch.dtype) -> None:
     """Check every floating-point tensor of the model in `base` (some GiB a second and core).
 
-    `config` is its parsed config.json. Raises SpecError that names each tensor with NaN, with
-    infinity, or with a number that the type `precision`, in which it is loaded, cannot hold.
+    Raises SpecError that names each tensor with NaN, with infinity, or with a number that the type
+    `precision`, in which it is loaded, cannot hold.
     """
     # in float32, for a product may be more than `precision` holds
-    tensors = unpacked.tensors(base, config, torch.float32)
+    tensors = unpacked.tensors(base, files.read_json(base / "config.json"), torch.float32)
     with ThreadPoolExecutor(max_workers=4) as pool:  # reductions release the GIL
         found = pool.map(partial(_problem, torch.finfo(precision).max), tensors.values())
         problems = [problem for problem in found if problem]

@@ -136,7 +136,7 @@ def load_base(
         if packing:
             options["quantization_config"] = packing
         if finite_only:
-            finite.require(base, record, DTYPES[precision])
+            finite.require(base, DTYPES[precision])
     try:
         if source is base and how in stored.UNPACKED:
             model = _unpack(base, record, config, device, options)
@@ -151,7 +151,7 @@ def load_base(
         fact = f"cannot be loaded: {error}"
         raise SpecError.at("MODEL-106", str(base), fact, "fetch the model again") from error
     if how == stored.FOUR_BIT:
-        _leave_in_16_bits(model)
+        _as_published(model, DTYPES[precision])
     for module in model.modules():
         if isinstance(module, Linear4bit):
             # On a CPU with AVX512-BF16 the first answer or evaluation repacks a 4-bit layer for
@@ -162,11 +162,11 @@ def load_base(
     return model
 
 
-def _leave_in_16_bits(model: Any) -> None:
-    """Make plain layers of those that the checkpoint does not hold in 4 bits after all.
+def _as_published(model: Any, precision: torch.dtype) -> None:
+    """Mend what transformers makes of a checkpoint in 4 bits beside its packed layers.
 
-    Its list of them may name modules as an older transformers did, and then transformers takes
-    every layer for a packed one.
+    A layer that it does not hold in 4 bits after all, since the list of those names modules as an
+    older transformers did, becomes a plain one; all that is not packed gets the `precision`.
     """
     for name, module in list(model.named_modules()):
         if isinstance(module, Linear4bit) and getattr(module.weight, "quant_state", None) is None:
@@ -175,6 +175,9 @@ def _leave_in_16_bits(model: Any) -> None:
                 plain = torch.nn.Linear(*size, bias=module.bias is not None)
             plain.weight, plain.bias = module.weight, module.bias
             model.set_submodule(name, plain)
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(precision)
 
 
 def _packing(config: Any, quantisation: dict[str, Any] | None) -> Any:

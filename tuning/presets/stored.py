@@ -48,6 +48,8 @@ def of(config: Mapping[str, Any]) -> str:
     if said.get("load_in_8bit") or said.get("_load_in_8bit"):
         return "bitsandbytes 8-bit"
     if said.get("load_in_4bit") or said.get("_load_in_4bit"):
+        if (storage := said.get("bnb_4bit_quant_storage", "uint8")) != "uint8":
+            return f"{FOUR_BIT} in {str(storage)[:20]}"  # for FSDP
         return f"{FOUR_BIT} experts" if _has_experts(config) else FOUR_BIT
     if method == "fp8" and said.get("expert_dtype", "fp8") != "fp8":
         return f"fp8 and {str(said['expert_dtype'])[:20]}"

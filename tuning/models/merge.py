@@ -91,6 +91,12 @@ def _merged(base: Path, found: Adapter, made: Value, device: str) -> Any:
     loaded = load_base(base, precision=precision, quantisation=packing, device=device)
     if getattr(loaded, "is_quantized", False):
         loaded = loaded.dequantize(dtype=DTYPES[precision])
+        # how 4 bits were read, which has no reverse, must not be undone as it is saved
+        loaded._weight_conversions = [
+            each
+            for each in loaded._weight_conversions
+            if not any(hasattr(step, "hf_quantizer") for step in getattr(each, "operations", ()))
+        ]
         # its config would call the saved weights 4-bit ones
         for config in {id(c): c for c in (loaded.config, loaded.config.get_text_config())}.values():
             if hasattr(config, "quantization_config"):

@@ -11,11 +11,10 @@ import torch
 import transformers
 from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
-from transformers.models.auto.auto_factory import _get_model_class
 
 from tuning import files
 from tuning.errors import SpecError
-from tuning.models import finite, packed, unpacked
+from tuning.models import finite, packed, reading, unpacked
 from tuning.models.kernels import whole
 from tuning.models.lora import CHANGE_MODEL, TOWERS, Coverage, adapt
 from tuning.plan import Placement, Recipe, gpu_problems
@@ -118,40 +117,25 @@ def load_base(
     options: dict[str, Any] = {"dtype": DTYPES[precision], "trust_remote_code": False}
     if attention or config.model_type == "gemma2":  # gemma2's sdpa drops the softcap in silence
         options["attn_implementation"] = attention or "eager"
-    how = stored.of(record)
-    packing = None if how == stored.FOUR_BIT else _packing(config, quantisation)
-    if how == stored.FOUR_BIT:
-        compute = quantisation["compute"] if quantisation else precision
-        own = dict(stored.section(record)) | {"bnb_4bit_compute_dtype": compute}
-        config.quantization_config = own
-    elif how != stored.PLAIN:
-        for part in (config, config.get_text_config()):
-            part.__dict__.pop("quantization_config", None)
+    packing = _packing(record, config, quantisation, precision)
     if device == "cuda":
         options["device_map"] = {"": torch.cuda.current_device()}
     source = base
     if packing and cache is not None and packed.is_whole(cache):
-        source, config.quantization_config = cache, packing.to_dict()
+        source, record, config.quantization_config = cache, {}, packing.to_dict()
     else:
         if packing:
             options["quantization_config"] = packing
         if finite_only:
             finite.require(base, DTYPES[precision])
     try:
-        if source is base and how in stored.UNPACKED:
-            model = _unpack(base, record, config, device, options)
-        else:
-            model = _auto_class(config).from_pretrained(
-                source, config=config, use_safetensors=True, **options
-            )
+        model = reading.read(source, record, config, options)
     except (ValueError, KeyError, OSError) as error:
         if attention and error.args == (attention,):  # Falcon has its own table of classes
             fact, change = f"has no {attention} attention", "leave attn_implementation out"
             raise SpecError.at("MODEL-107", config.model_type, fact, change) from error
         fact = f"cannot be loaded: {error}"
         raise SpecError.at("MODEL-106", str(base), fact, "fetch the model again") from error
-    if how == stored.FOUR_BIT:
-        _as_published(model, DTYPES[precision])
     for module in model.modules():
         if isinstance(module, Linear4bit):
             # On a CPU with AVX512-BF16 the first answer or evaluation repacks a 4-bit layer for
@@ -162,26 +146,22 @@ def load_base(
     return model
 
 
-def _as_published(model: Any, precision: torch.dtype) -> None:
-    """Mend what transformers makes of a checkpoint in 4 bits beside its packed layers.
+def _packing(
+    record: dict[str, Any], config: Any, quantisation: dict[str, Any] | None, precision: str
+) -> Any:
+    """How transformers packs in 4 bits what it loads, None where it does not.
 
-    A layer that it does not hold in 4 bits after all, since the list of those names modules as an
-    older transformers did, becomes a plain one; all that is not packed gets the `precision`.
+    Its `config` no longer says that the weights are quantised, unless they stay so.
     """
-    for name, module in list(model.named_modules()):
-        if isinstance(module, Linear4bit) and getattr(module.weight, "quant_state", None) is None:
-            size = (module.in_features, module.out_features)
-            with torch.device("meta"):
-                plain = torch.nn.Linear(*size, bias=module.bias is not None)
-            plain.weight, plain.bias = module.weight, module.bias
-            model.set_submodule(name, plain)
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(precision)
-
-
-def _packing(config: Any, quantisation: dict[str, Any] | None) -> Any:
-    """How transformers packs in 4 bits what it loads; None where it does not."""
+    for part in (config, config.get_text_config()):
+        part.__dict__.pop("quantization_config", None)
+    if stored.of(record) == stored.FOUR_BIT:
+        compute = quantisation["compute"] if quantisation else precision
+        config.quantization_config = {
+            **stored.section(record),
+            "bnb_4bit_compute_dtype": compute,
+        }
+        return None
     if not quantisation:
         return None
     return transformers.BitsAndBytesConfig(
@@ -193,30 +173,8 @@ def _packing(config: Any, quantisation: dict[str, Any] | None) -> Any:
     )
 
 
-def _unpack(
-    base: Path, record: dict[str, Any], config: Any, device: str, options: dict[str, Any]
-) -> Any:
-    """The model of fp8 or mxfp4 weights, each of them unpacked as it is loaded."""
-    classes = _auto_class(config)._model_mapping
-    weights = unpacked.tensors(base, record, options["dtype"], device)
-    model = _get_model_class(config, classes).from_pretrained(
-        None, config=config, state_dict=weights, **options
-    )
-    if (base / "generation_config.json").is_file():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(base)
-    model.name_or_path = model.config.name_or_path = str(base)
-    return model
-
-
 def _has_towers(config: Any) -> bool:
     return config.get_text_config() is not config
-
-
-def _auto_class(config: Any) -> Any:
-    causal = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING
-    if type(config) in causal:
-        return transformers.AutoModelForCausalLM
-    return transformers.AutoModelForImageTextToText
 
 
 def _packed_folder(base: Path, recipe: Recipe, root: Path | None) -> Path | None:

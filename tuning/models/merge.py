@@ -15,7 +15,7 @@ from tuning import adapter as adapters
 from tuning import files
 from tuning.adapter import Adapter
 from tuning.errors import SpecError, TuningError
-from tuning.models import generate
+from tuning.models import four_bit, generate
 from tuning.models.load import DTYPES, device_for, load_base, load_tokenizer
 from tuning.sources import verify
 from tuning.sources.base import weights_of
@@ -91,6 +91,7 @@ def _merged(base: Path, found: Adapter, made: Value, device: str) -> Any:
     loaded = load_base(base, precision=precision, quantisation=packing, device=device)
     if getattr(loaded, "is_quantized", False):
         loaded = loaded.dequantize(dtype=DTYPES[precision])
+        four_bit.unpack_experts(loaded, DTYPES[precision])
         # how 4 bits were read, which has no reverse, must not be undone as it is saved
         loaded._weight_conversions = [
             each

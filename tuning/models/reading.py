@@ -30,7 +30,7 @@ def read(source: Path, record: Mapping[str, Any], config: Any, options: dict[str
     """
     how = stored.of(record)
     extra = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # looked at below
-    auto = _auto_class(config)
+    auto = auto_class(config)
     try:
         if how in stored.UNPACKED:
             device = "cuda" if "device_map" in options else "cpu"
@@ -55,7 +55,8 @@ def read(source: Path, record: Mapping[str, Any], config: Any, options: dict[str
     return model
 
 
-def _auto_class(config: Any) -> Any:
+def auto_class(config: Any) -> Any:
+    """The class of transformers that finds that of `config`."""
     causal = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING
     if type(config) in causal:
         return transformers.AutoModelForCausalLM

@@ -12,6 +12,7 @@ from tuning.errors import Problem, SpecError
 from tuning.plan import gpu_problems, sizing
 from tuning.plan.coefficients import Coefficients
 from tuning.plan.device import Device
+from tuning.plan.verdict import Verdict
 from tuning.presets import stored
 from tuning.spec import Spec
 
@@ -31,6 +32,7 @@ class Base:
     config: dict[str, Any] = field(default_factory=dict)  # config.json, where it was read
     simulated: Coefficients | None = None  # memory coefficients, for a model outside the presets
     unsized: str = ""  # why it could not be simulated
+    verdict: Verdict | None = None  # how it is adapted, for a model outside the presets
 
     def sized(self, device: Device) -> sizing.Model | None:
         """The coefficients to estimate its memory on `device` with; None where there are none."""
@@ -152,6 +154,8 @@ def refuse_unsupported(spec: Spec, base: Base, device: Device) -> None:
     elif not base.facts and (reason := stored.refusal(base.stored, spec.method)):
         change = stored.remedy(base.stored, base.name)
         problems.append(Problem("PLAN-101", base.name, reason, change))
+    if base.verdict and (refused := base.verdict.refusal(dora=bool(spec.settings.dora))):
+        problems.append(Problem("PLAN-101", base.name, *refused))
     if device.kind == "cpu" and base.facts and base.facts.parameters > LARGEST_ON_CPU:
         billions = base.facts.parameters / 1e9
         reason = device.no_gpu or "there is none here"

@@ -27,7 +27,7 @@ from peft.utils.integrations import dequantize_module_weight
 
 from tuning import adapter as adapters
 from tuning.errors import Problem, SpecError
-from tuning.models.lora import projections
+from tuning.models.survey import survey
 
 PREFIX = "base_model.model."
 FLOATS = frozenset({"F16", "BF16", "F32"})
@@ -49,7 +49,7 @@ def load(adapter: adapters.Adapter, model: Any) -> dict[str, LayerWeights]:
     not finite.
     """
     path = adapter.folder / adapters.WEIGHTS
-    layers = {name: model.get_submodule(name) for name in projections(model)}
+    layers = {name: model.get_submodule(name) for name in survey(model).linears}
     problems = [*_misfits(adapter, layers)]
     if problems:
         raise SpecError(problems)

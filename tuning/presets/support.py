@@ -26,10 +26,16 @@ class Support:
 def support(model: Preset | Facts, method: Method) -> Support:
     """Whether `model` can be tuned by `method`, leaving memory aside."""
     facts = model.facts if isinstance(model, Preset) else model
+    if reason := stored.refusal(facts.stored, method):
+        name = model.hub_id if isinstance(model, Preset) else ""
+        return Support(False, reason, stored.remedy(facts.stored, name))
     if facts.experts:
         return _experts(facts, method)
+    if facts.stored == stored.FOUR_BIT:
+        return Support(True, "its projections are published in 4 bits, and stay as they are")
     if facts.stored != stored.PLAIN:
-        return _packed(model, facts, method)
+        then = "" if method == "lora" else ", then packed in 4 bits"
+        return Support(True, f"its {facts.stored} weights are unpacked as they are loaded{then}")
     if facts.wrapper:
         tower = f"the vision tower ({facts.tower / 1e6:.0f} million parameters) stays as it is"
         return Support(True, f"its text model is adapted, {tower}")
@@ -55,17 +61,6 @@ def _experts(facts: Facts, method: Method) -> Support:
         f"its {facts.experts} experts a layer are not linear layers{published}: {what}",
         "use a dense model, such as phi-4 or qwen2.5-coder-7b-instruct",
     )
-
-
-def _packed(model: Preset | Facts, facts: Facts, method: Method) -> Support:
-    """Whether weights that are not published in 16 bits can be tuned."""
-    if reason := stored.refusal(facts.stored, method):
-        name = model.hub_id if isinstance(model, Preset) else ""
-        return Support(False, reason, stored.remedy(facts.stored, name))
-    if facts.stored == stored.FOUR_BIT:
-        return Support(True, "its projections are published in 4 bits, and stay as they are")
-    then = "" if method == "lora" else ", then packed in 4 bits"
-    return Support(True, f"its {facts.stored} weights are unpacked as they are loaded{then}")
 
 
 def gpu_support(gpu: Gpu, method: Method) -> Support:

@@ -45,7 +45,7 @@ def block_fp8(tensors: Tensors) -> Tensors:
     """Each projection in F8_E4M3 with a float32 scale for each block, cut at the edges."""
     made: Tensors = {}
     for name, tensor in tensors.items():
-        if not is_projection(name):
+        if not is_projection(name) or tensor.ndim != 2:
             made[name] = tensor
             continue
         rows, columns = (-(-size // BLOCK) for size in tensor.shape)

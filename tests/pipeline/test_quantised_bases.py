@@ -78,7 +78,7 @@ def test_a_base_published_in_4_bits_is_trained_with_qlora(
     jobs.result(world.run("four", base=base, method="qlora"))
 
     plan = json.loads((world.folder / "four" / "plan.json").read_text())
-    assert {"type": "nf4", "double": True, "compute": "bfloat16"} == plan["recipe"]["quantisation"]
+    assert {"type": "nf4", "double": True}.items() <= plan["recipe"]["quantisation"].items()
     assert "the base is published so" == plan["reasons"]["quant_type"]
 
 

@@ -172,15 +172,17 @@ def _size(key: str, value: Any) -> Any:
 
 
 def build(model_type: str, dtype: torch.dtype = torch.bfloat16) -> Any:
-    """A random model of the class, as a causal one where it is an encoder by default."""
+    """A random model of the class."""
     shape = config(model_type)
-    if getattr(shape, "is_decoder", None) is False:
-        shape.is_decoder = True
     auto = transformers.AutoModelForCausalLM
     kind = auto._model_mapping[type(shape)]
     attention = "sdpa" if getattr(kind, "_supports_sdpa", False) else "eager"
     torch.manual_seed(0)
-    return auto.from_config(shape, dtype=dtype, attn_implementation=attention)
+    model = auto.from_config(shape, dtype=dtype, attn_implementation=attention)
+    for parameter in model.parameters():  # a scale of zero would hide what comes before it
+        if not parameter.any():
+            torch.nn.init.normal_(parameter.data, std=0.1)
+    return model
 
 
 def write(model_type: str, folder: Path) -> Path:

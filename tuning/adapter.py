@@ -275,19 +275,19 @@ def _targeted(module: str, config: Mapping[str, Any]) -> bool:
     return any(module == name or module.endswith(f".{name}") for name in [*targets, *holders])
 
 
-def weights_of(
+def places(
     adapter: Adapter, linears: Iterable[str], experts: Iterable[str]
-) -> tuple[list[str], list[str]]:
-    """Full names of the base's linear layers and expert parameters that are adapted; and of the
-    adapter's modules that the base lacks.
+) -> tuple[dict[str, str], list[str]]:
+    """Full name of each linear layer and expert parameter of the base that is adapted -> the module
+    that names its tensors; and the adapter's modules that the base lacks.
 
-    Two adapted parameters of a module are nested, in the order in which the module has them.
+    Adapters of parameters of one module are nested: that of its last parameter is the outermost.
     """
-    known, found, missing = set(linears), [], []
+    known, found, missing = set(linears), {}, []
     nested: dict[str, int] = {}
     for module in adapter.modules:
         if module in known:
-            found.append(module)
+            found[module] = module
         else:
             outer = module.replace(INNER, "")
             nested[outer] = nested.get(outer, 0) + 1
@@ -296,7 +296,7 @@ def weights_of(
     for outer, depth in nested.items():
         inside = [name for name in parameters if name.rpartition(".")[0] == outer]
         if len(inside) == depth:
-            found += inside
+            found |= {name: outer + INNER * (depth - 1 - i) for i, name in enumerate(inside)}
         else:
             missing.append(outer)
     return found, missing

@@ -127,7 +127,7 @@ def attach(base: Any, adapter: adapters.Adapter) -> PeftModel:
     options = {k: v for k, v in adapter.config.items() if k not in _NOT_FOR_PEFT}
     change = f"use it with its own base model, {adapter.base_model}"
     found = survey(base)
-    chosen, missing = adapters.weights_of(adapter, found.linears, found.experts)
+    chosen, missing = adapters.places(adapter, found.linears, found.experts)
     if missing:  # PEFT would leave these out in silence
         what = f"does not fit the base model, which has no {missing[0]}"
         raise SpecError.at("MODEL-210", str(adapter.folder), what, change)

@@ -31,10 +31,12 @@ READ_DIRECTLY = dict.fromkeys(
     ("DogeAttention", "MambaMixer", "FalconMambaMixer", "JambaMambaMixer"), frozenset({"dt_proj"})
 )
 UNUSED = re.compile(r"encoder_attn|crossattention|cross_attn", re.IGNORECASE)
-INDEXER = re.compile(r"\.indexer\.")
+INDEXER = re.compile(r"\.(indexer|compressor)\.")
+OWN_ADAPTERS = re.compile(r"adapter_list\.")
 
 ROUTER = "the router, which chooses experts"
 CROSS = "attention to an encoder, which a text alone does not have"
+OWN = "an adapter of the model's own, which some layers have no use for"
 INDEXES = "the indexer, which chooses tokens and gets no gradient"
 TOWERS = "part of a vision or audio tower"
 CONVOLUTION = "a convolution"
@@ -140,6 +142,8 @@ def _why_not(model: Any, path: str, module: Any) -> str | None:
         return CROSS
     if INDEXER.search(path):
         return INDEXES
+    if OWN_ADAPTERS.search(path):
+        return OWN
     if name in READ_DIRECTLY.get(holder, ()):
         return STATES
     if not _is_plain(module):

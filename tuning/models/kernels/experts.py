@@ -54,6 +54,13 @@ def dtype_of(module: Any, name: str) -> torch.dtype:
     return dtype
 
 
+def shape(module: Any, name: str) -> tuple[int, int, int]:
+    """How many experts the parameter has, and the inputs and outputs of each."""
+    size = four_bit.states(module).get(name, module.get_parameter(name)).shape
+    count, first, second = (int(n) for n in size)
+    return (count, first, second) if module.is_transposed else (count, second, first)
+
+
 class _Frozen(torch.autograd.Function):
     """Rows of x, sorted by expert, times that expert's frozen matrix."""
 

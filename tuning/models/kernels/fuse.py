@@ -22,7 +22,6 @@ import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 
-from tuning.models import four_bit
 from tuning.models.kernels import experts, linear, norm, parity
 from tuning.models.kernels.linear import Projection
 from tuning.plan.backends import LIGER, LORA, MLP, NORM
@@ -301,8 +300,9 @@ def _fuse_mixture(outer: Any) -> int | None:
     routed = partial(_routed, base.num_experts, outer.lora_A[ADAPTER].weight.device)
     own = vars(outer).get("forward", partial(type(outer).forward, outer))
     forward = _experts_forward(layers, own)
+    _, width, _ = experts.shape(base, "gate_up_proj" if base.has_gate else "up_proj")
     like = outer.lora_A[ADAPTER].weight.new_empty(
-        _width(base), dtype=experts.dtype_of(base, outer.parameter_name)
+        width, dtype=experts.dtype_of(base, outer.parameter_name)
     )
     pairs = [(part.lora_A[ADAPTER].weight, part.lora_B[ADAPTER].weight) for part in layers]
     if not parity.agrees(
@@ -316,13 +316,6 @@ def _fuse_mixture(outer: Any) -> int | None:
     forward.fused = True  # type: ignore[attr-defined]  # for `undo`
     outer.forward = types.MethodType(forward, outer)
     return len(layers)
-
-
-def _width(base: Any) -> int:
-    """Numbers of a token that the experts read."""
-    first = "gate_up_proj" if base.has_gate else "up_proj"
-    shape = four_bit.states(base).get(first, base.get_parameter(first)).shape
-    return int(shape[1] if base.is_transposed else shape[2])
 
 
 def _routed(count: int, device: torch.device, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

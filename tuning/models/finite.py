@@ -24,8 +24,9 @@ def require(base: Path, precision: torch.dtype) -> None:
     Raises SpecError that names each tensor with NaN, with infinity, or with a number that the type
     `precision`, in which it is loaded, cannot hold.
     """
-    # in float32, for a product may be more than `precision` holds
-    tensors = unpacked.tensors(base, files.read_json(base / "config.json"), torch.float32)
+    # a product may be more than float16 holds, and should be told
+    dtype = torch.float32 if precision == torch.float16 else precision
+    tensors = unpacked.tensors(base, files.read_json(base / "config.json"), dtype)
     with ThreadPoolExecutor(max_workers=4) as pool:  # reductions release the GIL
         found = pool.map(partial(_problem, torch.finfo(precision).max), tensors.values())
         problems = [problem for problem in found if problem]

@@ -115,8 +115,12 @@ def _fp8(
         for first in range(0, len(numbers), step):
             part = numbers[first : first + step].to(torch.float32)
             of_row = torch.arange(first, first + len(part), device=data.device) // rows
-            spread = scales[of_row].repeat_interleave(columns, dim=1)[:, : part.shape[1]]
-            target[first : first + step] = part.mul_(spread)
+            scale = scales[of_row]
+            if part.shape[1] % columns:  # the last block is cut
+                part.mul_(scale.repeat_interleave(columns, dim=1)[:, : part.shape[1]])
+            else:
+                part.unflatten(1, (-1, columns)).mul_(scale[..., None])
+            target[first : first + step] = part
     return result
 
 

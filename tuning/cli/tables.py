@@ -160,6 +160,7 @@ def plan_table(plan: Plan) -> rich.table.Table:
         "quant_type": (recipe.quantisation or {}).get("type"),
         "double_quant": (recipe.quantisation or {}).get("double"),
         "targets": ", ".join(recipe.targets) if recipe.targets else "all projections",
+        "adaptable": plan.reasons.get("adapts"),
         "rank": recipe.rank,
         "alpha": f"{recipe.alpha:g}",
         "dropout": f"{recipe.dropout:g}",

@@ -90,8 +90,7 @@ def _merged(base: Path, found: Adapter, made: Value, device: str) -> Any:
     precision, packing = made["precision"], made["quantisation"]
     loaded = load_base(base, precision=precision, quantisation=packing, device=device)
     if getattr(loaded, "is_quantized", False):
-        loaded = loaded.dequantize(dtype=DTYPES[precision])
-        four_bit.unpack_experts(loaded, DTYPES[precision])
+        loaded = four_bit.unpacked(loaded, DTYPES[precision])
         # how 4 bits were read, which has no reverse, must not be undone as it is saved
         loaded._weight_conversions = [
             each

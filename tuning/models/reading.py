@@ -14,6 +14,7 @@ import torch
 import transformers
 from bitsandbytes.nn import Linear4bit
 from transformers.models.auto.auto_factory import _get_model_class
+from transformers.pytorch_utils import Conv1D
 
 from tuning.errors import SpecError
 from tuning.models import unpacked
@@ -80,7 +81,10 @@ def _as_published(model: Any, precision: torch.dtype) -> None:
         if isinstance(module, Linear4bit) and getattr(module.weight, "quant_state", None) is None:
             size = (module.in_features, module.out_features)
             with torch.device("meta"):
-                plain = torch.nn.Linear(*size, bias=module.bias is not None)
+                if getattr(module, "source_cls", None) == Conv1D:  # its sides are swapped
+                    plain = Conv1D(size[1], size[0])
+                else:
+                    plain = torch.nn.Linear(*size, bias=module.bias is not None)
             plain.weight, plain.bias = module.weight, module.bias
             model.set_submodule(name, plain)
     for parameter in model.parameters():

@@ -35,6 +35,7 @@ class Repository:
     gated: bool = False
     private: bool = False
     licence: str | None = None
+    card: dict[str, Any] = field(default_factory=dict)  # further metadata of the model card
 
 
 @dataclass
@@ -156,7 +157,7 @@ class _Exchange:
                 "sha": found.commit,
                 "private": found.private,
                 "gated": "manual" if found.gated else False,
-                "cardData": {"license": found.licence} if found.licence else None,
+                "cardData": found.card | ({"license": found.licence} if found.licence else {}),
                 "tags": [],
                 "siblings": [
                     {"rfilename": n, "size": d["size"], "blobId": d["oid"], "lfs": d.get("lfs")}

@@ -19,6 +19,16 @@ Written from `configs/` by `make docs`; do not edit.
 Any other `org/model` of the hub, and any local folder (`--base-model`), works too, if its
 architecture does.
 
+| weights are published in | with method lora | with method qlora |
+| --- | --- | --- |
+| 16 or 32 bits | as they are | packed in 4 bits as they are loaded |
+| fp8 (`quant_method: fp8`), mxfp4 | unpacked as they are loaded | unpacked, then packed in 4 bits |
+| bitsandbytes 4-bit | refused | as they are |
+| GPTQ, AWQ, bitsandbytes 8-bit, ... | refused | refused |
+
+Unpacking is done tensor by tensor, needs no disk, and takes the memory of 16 bits (or 4). An
+adapter is trained on the unpacked weights, which `chat`, `serve` and `merge` load the same way.
+
 ## Base models
 
 GiB: 16-bit weights of the text model.

@@ -186,7 +186,7 @@ def test_answering_first_does_not_break_training_in_4_bits(tiny_base: Build) -> 
     ("change", "expected"),
     [
         ({"model_type": "nobody_knows"}, "MODEL-101"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "MODEL-102"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "MODEL-102"),
         (None, "MODEL-100"),
     ],
 )
@@ -209,6 +209,30 @@ def test_a_base_without_safetensors_is_refused(tiny_base: Build, tmp_path: Path)
 
     with pytest.raises(SpecError, match=r"MODEL-105 .*no .*safetensors"):
         load_base(tmp_path, precision="bfloat16", quantisation=None, device="cpu")
+
+
+@pytest.mark.parametrize("packing", [None, tiny_runs.NF4], ids=["lora", "qlora"])
+@pytest.mark.parametrize("harm", ["a weight gone", "another shape", "a layer more in the config"])
+def test_a_base_that_is_not_whole_is_refused(
+    harm: str, packing: dict[str, Any] | None, tiny_base: Build, tmp_path: Path
+) -> None:
+    """transformers would fill the rest with random numbers, and training would go on from them."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base("llama"), base)
+    tensors = load_file(base / "model.safetensors")
+    config = json.loads((base / "config.json").read_text())
+    name = "model.layers.0.mlp.up_proj.weight"
+    if harm == "a weight gone":
+        del tensors[name]
+    elif harm == "another shape":
+        tensors[name] = tensors[name][:-1].contiguous()
+    else:
+        config["num_hidden_layers"], name = 3, "model.layers.2"
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    (base / "config.json").write_text(json.dumps(config))
+
+    with pytest.raises(SpecError, match=f"MODEL-119 .*such as {name}"):
+        load_base(base, precision="bfloat16", quantisation=packing, device="cpu")
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])

@@ -275,3 +275,51 @@ def test_a_warm_up_within_the_run_is_taken(warmup, steps):
     frozen = plan.freeze(make(asked), asked, rows=24, data=("d",))
 
     assert min(steps, frozen.recipe.steps - 1) == frozen.recipe.warmup_steps
+
+
+FOUR_BITS = {
+    "quant_method": "bitsandbytes",
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "fp4",
+    "bnb_4bit_use_double_quant": False,
+}
+
+
+def test_a_base_in_4_bits_decides_how_it_is_packed():
+    """The recipe says what the weights are; what the user sets otherwise is refused at once."""
+    config = {"quantization_config": FOUR_BITS}
+    packed = Base("org/four", "main", replace(PHI.facts, stored="bitsandbytes 4-bit"), config)
+
+    recipe = make(spec(method="qlora"), base=packed).recipe
+    assert {"type": "fp4", "double": False, "compute": "bfloat16"} == recipe.quantisation
+    same = make(spec(method="qlora", quant_type="fp4", compute_dtype="float16"), base=packed)
+    assert {"type": "fp4", "double": False, "compute": "float16"} == same.recipe.quantisation
+    with pytest.raises(SpecError, match="PLAN-117") as caught:
+        make(spec(method="qlora", quant_type="nf4", double_quant=True), base=packed)
+    assert 2 == len(caught.value.problems)
+    with pytest.raises(SpecError, match=r"PLAN-101 org/four: .*4 bits.*set tuning.method to qlora"):
+        make(spec(), base=packed)
+
+
+@pytest.mark.parametrize(("stored", "supported"), [("fp8", True), ("gptq", False)])
+def test_an_unknown_family_is_judged_by_its_config(stored, supported):
+    """As one with a preset is."""
+    config = {"model_type": "nobody", "quantization_config": {"quant_method": stored}}
+    unknown = Base("org/model-GPTQ", "main", None, config)
+
+    if supported:
+        plan.refuse_unsupported(spec(), unknown, H100)
+    else:
+        with pytest.raises(SpecError, match=r"PLAN-101 .*\(gptq\).*probably org/model"):
+            plan.refuse_unsupported(spec(), unknown, H100)
+
+
+def test_a_base_that_is_unpacked_takes_the_memory_of_16_bits():
+    """Its preset's numbers hold for it; those of a base with layers left in 16 bits do not."""
+    fp8 = Base("org/fp8", "main", replace(PHI.facts, stored="fp8"))
+    kept = {"quantization_config": FOUR_BITS | {"llm_int8_skip_modules": ["model.layers.0.mlp"]}}
+    mixed = Base("org/four", "main", replace(PHI.facts, stored="bitsandbytes 4-bit"), kept)
+
+    assert BASE.sized(H100).coefficients == fp8.sized(H100).coefficients
+    assert mixed.sized(H100) is None
+    assert plan.wants_simulation(mixed, H100)

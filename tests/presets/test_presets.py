@@ -271,12 +271,12 @@ def test_each_preset_is_complete(preset: presets.Preset) -> None:
         ("phi-4", True, True, "plain linear"),
         ("falcon-7b", True, True, ""),
         ("gemma-3-4b-instruct", True, True, "vision tower"),
-        ("ministral-3-8b-instruct", False, False, "fp8"),
+        ("ministral-3-8b-instruct", True, True, "fp8"),
         ("gpt-oss-20b", False, False, "experts"),
     ],
 )
 def test_what_is_promised(name: str, lora: bool, qlora: bool, words: str) -> None:
-    """Dense 16-bit models by both methods; fp8 and expert models are refused with a reason."""
+    """Dense models by both methods, fp8 ones too; expert models are refused with a reason."""
     preset = presets.find(name)
 
     assert lora == presets.support(preset, "lora").supported

@@ -123,6 +123,25 @@ def test_what_memory_cannot_hold_is_refused_with_the_arithmetic() -> None:
         hold("llama-3.1-8b-instruct", 16, context=131_072)
 
 
+@pytest.mark.parametrize("precision", ["auto", "4bit", "bfloat16"])
+def test_what_is_published_in_4_bits_is_held_so(precision: inference.Precision) -> None:
+    """On a card with room for 16 bits as well: nothing better can be made of it."""
+    said = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    config = CONFIGS["llama-3.1-8b-instruct"] | {"quantization_config": said}
+    card = device.Device("cuda", "card", 1, 80 * GIB, True)
+
+    found = inference.hold(TINY, config, card, precision=precision)
+
+    assert found.quantisation is not None and found.weights < 7 * GIB
+    assert "as published" in found.reason
+
+
+def test_fp8_is_held_in_16_bits() -> None:
+    """Which it is unpacked to; a card with room for the file alone gets 4 bits."""
+    assert hold("ministral-3-8b-instruct", 80).weights > 15 * GIB
+    assert hold("ministral-3-8b-instruct", 14).quantisation is not None
+
+
 def test_a_card_without_bfloat16_computes_in_float16() -> None:
     assert "float16" == hold("phi-3-mini-4k-instruct", 16, bf16=False).precision
 

@@ -133,6 +133,36 @@ def test_check_gives_the_config_and_asks_for_no_weights(fake: FakeHub, tmp_path:
     assert [f"/{ID}/resolve/{found.revision}/config.json"] == fake.downloads()
 
 
+@pytest.mark.parametrize(
+    ("name", "card", "words"),
+    [
+        ("org/model-GPTQ", {"base_model": "maker/model"}, "it was made from, maker/model"),
+        ("org/model-GPTQ", {"base_model": ["maker/model"]}, "it was made from, maker/model"),
+        ("org/model-GPTQ", {}, "of the same model, probably org/model"),
+        ("org/merged-AWQ", {"base_model": ["a/b", "c/d"]}, "probably org/merged"),
+        (
+            "org/tuned-int4",
+            {"base_model": "maker/model", "base_model_relation": "finetune"},
+            "probably org/tuned",
+        ),
+        ("TheBloke/model-GPTQ", {}, "use the 16-bit weights of the same model; qlora"),
+        ("org/model-GPTQ", {"base_model": {"odd": 1}}, "probably org/model"),
+    ],
+)
+def test_quantised_weights_are_refused_with_the_base_to_use(
+    fake: FakeHub, tmp_path: Path, name: str, card: dict[str, Any], words: str
+) -> None:
+    """By the model card, or by the name where that leads somewhere; no weights are asked for."""
+    fake.add(name, with_config(quantization_config={"quant_method": "gptq"}), card=card)
+
+    with pytest.raises(SpecError, match=r"BASE-109 .*\(gptq\)") as caught:
+        found = base.resolve(name, revision=None, token=None, cache=tmp_path)
+        base.check(found, token=None, cache=tmp_path)
+
+    assert words in caught.value.problems[0].change
+    assert not any(path.endswith(".safetensors") for path in fake.downloads())
+
+
 @pytest.mark.parametrize("token", [None, "hf_outsider"])
 def test_a_gated_model_says_how_to_get_in(fake: FakeHub, tmp_path: Path, token: str | None) -> None:
     """Its page is public, so that only asking for a file shows that it is closed."""
@@ -438,8 +468,7 @@ BROKEN: list[tuple[str, dict[str, bytes | None], str, str]] = [
     ("no type", {**MODEL, "config.json": b"{}"}, "BASE-103", "no model_type"),
     ("custom code", with_config(model_type="own", auto_map={"AutoModel": "m.M"}),
      "BASE-108", "own"),
-    ("fp8", with_config(quantization_config={"quant_method": "fp8"}), "BASE-109", "(fp8)"),
-    ("mxfp4", with_config(quantization_config={"quant_method": "mxfp4"}), "BASE-109", "(mxfp4)"),
+    ("gptq", with_config(quantization_config={"quant_method": "gptq"}), "BASE-109", "(gptq)"),
     ("awq", with_config(text_config={"quantization_config": {"quant_method": "awq"}}),
      "BASE-109", "(awq)"),
     ("odd", with_config(quantization_config="gptq"), "BASE-109", "unknown method"),

@@ -368,6 +368,22 @@ def test_experts_are_packed_and_adapted_like_linear_layers(kind: str) -> None:
     assert weights == pytest.approx(facts.packed / 2 + 2 * found.kept, rel=0.01)
 
 
+def test_layers_that_a_base_leaves_in_16_bits_are_counted() -> None:
+    """Of one that is published in 4 bits; what is packed is what transformers would pack."""
+    shape = LLAMA.to_dict()
+    said = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    skipped = {"llm_int8_skip_modules": ["lm_head", "model.layers.1.mlp"]}
+
+    whole, mixed = (
+        coefficients(shape | {"quantization_config": each}, variants=())
+        for each in (said, said | skipped)
+    )
+
+    layer = 3 * LLAMA.hidden_size * LLAMA.intermediate_size
+    assert (whole.packed - layer, whole.kept + layer) == (mixed.packed, mixed.kept)
+    assert whole.packed_modules - 3 == mixed.packed_modules
+
+
 def test_any_config_will_do() -> None:
     """A parsed config.json and a transformers config of the same model have equal coefficients."""
     variants = [Variant()]

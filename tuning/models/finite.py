@@ -5,15 +5,15 @@ Packing in 4 bits would hide such a number, and training would fail later with a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
+from tuning import files
 from tuning.errors import Problem, SpecError
-from tuning.sources import verify
+from tuning.models import unpacked
 
 CHECKED = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -24,27 +24,26 @@ def require(base: Path, precision: torch.dtype) -> None:
     Raises SpecError that names each tensor with NaN, with infinity, or with a number that the type
     `precision`, in which it is loaded, cannot hold.
     """
-    names, _ = verify.needed(path.name for path in base.iterdir())
-    paths = [base / name for name in names if name.endswith(".safetensors")]
+    # a product may be more than float16 holds, and should be told
+    dtype = torch.float32 if precision == torch.float16 else precision
+    tensors = unpacked.tensors(base, files.read_json(base / "config.json"), dtype)
     with ThreadPoolExecutor(max_workers=4) as pool:  # reductions release the GIL
-        found = pool.map(lambda path: list(_problems(path, torch.finfo(precision).max)), paths)
-        problems = [problem for each in found for problem in each]
+        found = pool.map(partial(_problem, torch.finfo(precision).max), tensors.values())
+        problems = [problem for problem in found if problem]
     if problems:
         raise SpecError(problems)
 
 
-def _problems(path: Path, largest: float) -> Iterator[Problem]:
-    with safe_open(path, framework="pt") as file:
-        for name in file.keys():  # noqa: SIM118 (not a mapping)
-            tensor = file.get_tensor(name)
-            if tensor.dtype not in CHECKED or not tensor.numel():
-                continue
-            low, high = (float(bound) for bound in torch.aminmax(tensor))
-            if -largest <= low and high <= largest:
-                continue
-            fact, change = "holds NaN or infinity", "download the weights again, or name others"
-            if abs(low) < float("inf") and abs(high) < float("inf"):
-                number = low if -low > high else high
-                fact = f"holds {number:.4g}, more than the precision of this run can"
-                change = "set bf16: true on a GPU that has it, or name other weights"
-            yield Problem("MODEL-117", f"{path} {name}", fact, change)
+def _problem(largest: float, weight: unpacked.Lazy) -> Problem | None:
+    tensor = weight[...]
+    if tensor.dtype not in CHECKED or not tensor.numel():
+        return None
+    low, high = (float(bound) for bound in torch.aminmax(tensor))
+    if -largest <= low and high <= largest:
+        return None
+    fact, change = "holds NaN or infinity", "download the weights again, or name others"
+    if abs(low) < float("inf") and abs(high) < float("inf"):
+        number = low if -low > high else high
+        fact = f"holds {number:.4g}, more than the precision of this run can"
+        change = "set bf16: true on a GPU that has it, or name other weights"
+    return Problem("MODEL-117", weight.where, fact, change)

@@ -14,13 +14,14 @@ from peft import PeftModel
 
 from tuning import files
 from tuning.errors import SpecError
-from tuning.models import finite, four_bit, packed
+from tuning.models import finite, four_bit, packed, reading, unpacked
 from tuning.models.kernels import whole
 from tuning.models.lora import Coverage, adapt
 from tuning.models.survey import plain_linears
 from tuning.plan import Placement, Recipe, gpu_problems
 from tuning.plan.device import detect
 from tuning.plan.verdict import CHANGE_MODEL
+from tuning.presets import quantised, stored
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,7 @@ def device_for(base: Path) -> str:
     if not torch.cuda.is_available():
         return "cpu"
     gpu_problems.refuse(detect())
-    need = ROOM + sum(path.stat().st_size for path in base.glob("*.safetensors"))
+    need = ROOM + quantised.loaded_bytes(unpacked.paths(base), _record(base))
     free, _ = torch.cuda.mem_get_info()
     if need <= free:
         return "cuda"
@@ -51,24 +52,15 @@ def read_config(base: Path) -> Any:
     """The transformers config of the model in `base`.
 
     Raises SpecError for a folder without one, for an architecture that needs code of its own, and
-    for weights that are already quantised.
+    for weights that are quantised in a way that cannot be read.
     """
-    try:
-        record = files.read_json(base / "config.json")
-    except (OSError, ValueError) as error:
-        fact = f"has no readable config.json ({error})"
-        change = "name a folder with config.json, *.safetensors and a tokenizer"
-        raise SpecError.at("MODEL-100", str(base), fact, change) from None
+    record = _record(base)
     kind = record.get("model_type")
     if kind not in transformers.CONFIG_MAPPING:
         fact = f"is of model_type {kind!r}, which transformers does not know without remote code"
         raise SpecError.at("MODEL-101", str(base / "config.json"), fact, CHANGE_MODEL)
-    quantised = record.get("quantization_config") or {}
-    if quantised:
-        method = quantised.get("quant_method", "an unknown method")
-        fact = f"says that the weights are already quantised ({method})"
-        change = "use the 16-bit weights of the same model; qlora packs them itself"
-        raise SpecError.at("MODEL-102", str(base / "config.json"), fact, change)
+    if reason := stored.refusal(how := stored.of(record)):
+        raise SpecError.at("MODEL-102", str(base / "config.json"), reason, stored.remedy(how))
     try:
         config = transformers.AutoConfig.from_pretrained(base, trust_remote_code=False)
         return causal(config)
@@ -76,6 +68,16 @@ def read_config(base: Path) -> Any:
         fact = f"is refused by transformers {transformers.__version__}: {error}"
         change = "use the model's newest revision"
         raise SpecError.at("MODEL-103", str(base / "config.json"), fact, change) from None
+
+
+def _record(base: Path) -> dict[str, Any]:
+    try:
+        record: dict[str, Any] = files.read_json(base / "config.json")
+    except (OSError, ValueError) as error:
+        fact = f"has no readable config.json ({error})"
+        change = "name a folder with config.json, *.safetensors and a tokenizer"
+        raise SpecError.at("MODEL-100", str(base), fact, change) from None
+    return record
 
 
 def causal(config: Any) -> Any:
@@ -113,12 +115,13 @@ def load_base(
 ) -> Any:
     """The base model in `base` on `device` (cpu or cuda), in `precision` or packed in 4 bits.
 
-    `quantisation` is the recipe's: type, double, compute. A vision tower stays, unquantised, so
+    `quantisation` is the recipe's: type, double, compute; weights that are stored in 4 bits stay as
+    they are, and other quantised ones are unpacked first. A vision tower stays, unquantised, so
     that names in the adapter are those of the published model. Packed weights are cached in the
     folder `cache`. `finite_only` refuses weights with NaN or infinity (packed ones were checked as
     they were packed). Raises SpecError.
     """
-    config = read_config(base)
+    record, config = _record(base), read_config(base)
     if not any(base.glob("*.safetensors")):
         fact, change = "has no *.safetensors file", "convert the weights to safetensors"
         raise SpecError.at("MODEL-105", str(base), fact, change)
@@ -126,24 +129,19 @@ def load_base(
     options: dict[str, Any] = {"dtype": DTYPES[precision], "trust_remote_code": False}
     if attention or config.model_type == "gemma2":  # gemma2's sdpa drops the softcap in silence
         options["attn_implementation"] = offered(config, attention or "eager")
-    if quantisation:
-        options["quantization_config"] = transformers.BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type=quantisation["type"],
-            bnb_4bit_use_double_quant=quantisation["double"],
-            bnb_4bit_compute_dtype=DTYPES[quantisation["compute"]],
-        )
+    packing = _packing(record, config, quantisation, precision)
     if device == "cuda":
         options["device_map"] = {"": torch.cuda.current_device()}
     source = base
-    if quantisation and cache is not None and packed.is_whole(cache):
-        source, config.quantization_config = cache, options.pop("quantization_config").to_dict()
-    elif finite_only:
-        finite.require(base, DTYPES[precision])
+    if packing and cache is not None and packed.is_whole(cache):
+        source, record, config.quantization_config = cache, {}, packing.to_dict()
+    else:
+        if packing:
+            options["quantization_config"] = packing
+        if finite_only:
+            finite.require(base, DTYPES[precision])
     try:
-        model = _auto_class(config).from_pretrained(
-            source, config=config, use_safetensors=True, **options
-        )
+        model = reading.read(source, record, config, options)
     except (ValueError, KeyError, OSError) as error:
         if attention and error.args == (attention,):  # Falcon has its own table of classes
             fact, change = f"has no {attention} attention", "leave attn_implementation out"
@@ -155,21 +153,40 @@ def load_base(
             # On a CPU with AVX512-BF16 the first answer or evaluation repacks a 4-bit layer for
             # a kernel that has no backward: training on from there drops gradients in silence.
             module.support_avx512bf16_for_cpu = False
-    if quantisation and cache is not None and source is base and not four_bit.has_experts(model):
+    if packing and cache is not None and source is base and not four_bit.has_experts(model):
         packed.save(model, cache)
     return model
 
 
-def _auto_class(config: Any) -> Any:
-    causal = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING
-    if type(config) in causal:
-        return transformers.AutoModelForCausalLM
-    return transformers.AutoModelForImageTextToText
+def _packing(
+    record: dict[str, Any], config: Any, quantisation: dict[str, Any] | None, precision: str
+) -> Any:
+    """How transformers packs in 4 bits what it loads, None where it does not.
+
+    Its `config` no longer says that the weights are quantised, unless they stay so.
+    """
+    for part in (config, config.get_text_config()):
+        part.__dict__.pop("quantization_config", None)
+    if stored.of(record) == stored.FOUR_BIT:
+        compute = quantisation["compute"] if quantisation else precision
+        config.quantization_config = {
+            **stored.section(record),
+            "bnb_4bit_compute_dtype": compute,
+        }
+        return None
+    if not quantisation:
+        return None
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantisation["type"],
+        bnb_4bit_use_double_quant=quantisation["double"],
+        bnb_4bit_compute_dtype=DTYPES[quantisation["compute"]],
+    )
 
 
 def offered(config: Any, attention: str) -> str:
     """`attention`, or eager where the model's class has no sdpa."""
-    kind = _auto_class(config)._model_mapping.get(type(config), ())
+    kind = reading.auto_class(config)._model_mapping.get(type(config), ())
     kinds = kind if isinstance(kind, tuple) else (kind,)
     lacks = attention == "sdpa" and not all(getattr(one, "_supports_sdpa", True) for one in kinds)
     return "eager" if lacks else attention
@@ -212,7 +229,8 @@ def load_for_training(
         cache=_packed_folder(base, recipe, packed_root),
         finite_only=True,
     )
-    adapted, coverage = adapt(model, recipe)
+    as_published = stored.of(_record(base)) == stored.FOUR_BIT
+    adapted, coverage = adapt(model, recipe, as_published=as_published)
     whole.replace(
         adapted,
         placement.kernels,

@@ -101,9 +101,10 @@ def _layer(name: str) -> int:
     return int(match[1]) if match else -1
 
 
-def adapt(model: Any, recipe: Recipe) -> tuple[PeftModel, Coverage]:
+def adapt(model: Any, recipe: Recipe, *, as_published: bool = False) -> tuple[PeftModel, Coverage]:
     """Put LoRA layers on `model`, seeded, and count what they cover.
 
+    `as_published`: the base's makers packed it in 4 bits, and chose what stays in 16.
     Raises SpecError when the model holds weights that LoRA cannot reach, when a target matches
     nothing, or when a requested projection is not covered.
     """
@@ -130,7 +131,7 @@ def adapt(model: Any, recipe: Recipe) -> tuple[PeftModel, Coverage]:
     if recipe.quantisation:
         numbers = sum(found.numbers[name] for name in found.adaptable)
         quantised = sum(packed.get(name, 0) for name in found.adaptable) / max(1, numbers)
-        if quantised < REACHED:
+        if quantised < REACHED and not as_published:
             fact = f"only {quantised:.1%} of its layers' weights could be packed in 4 bits"
             raise SpecError.at("MODEL-114", model.config.model_type, fact, "use method lora")
     trainable = sum(p.numel() for p in peft_model.parameters() if p.requires_grad)

@@ -89,8 +89,14 @@ def _merged(base: Path, found: Adapter, made: Value, device: str) -> Any:
     """The full model, in 16 bits, with the adapter in its weights."""
     precision, packing = made["precision"], made["quantisation"]
     loaded = load_base(base, precision=precision, quantisation=packing, device=device)
-    if packing:
+    if getattr(loaded, "is_quantized", False):
         loaded = four_bit.unpacked(loaded, DTYPES[precision])
+        # how 4 bits were read, which has no reverse, must not be undone as it is saved
+        loaded._weight_conversions = [
+            each
+            for each in loaded._weight_conversions
+            if not any(hasattr(step, "hf_quantizer") for step in getattr(each, "operations", ()))
+        ]
         # its config would call the saved weights 4-bit ones
         for config in {id(c): c for c in (loaded.config, loaded.config.get_text_config())}.values():
             if hasattr(config, "quantization_config"):

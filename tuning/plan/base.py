@@ -13,6 +13,7 @@ from tuning.plan import gpu_problems, sizing
 from tuning.plan.coefficients import Coefficients
 from tuning.plan.device import Device
 from tuning.plan.verdict import CHANGE_MODEL, Verdict
+from tuning.presets import stored
 from tuning.spec import Spec
 
 IMAGE = "oci:"  # before the name of an image that holds a base model
@@ -37,7 +38,14 @@ class Base:
         """The coefficients to estimate its memory on `device` with; None where there are none."""
         if self.simulated is not None:
             return sizing.Model(self.facts, self.simulated)
-        return sizing.model(self.facts) if device.kind == "cuda" else None
+        if device.kind != "cuda" or stored.kept(self.config):  # no preset leaves out those
+            return None
+        return sizing.model(self.facts)
+
+    @property
+    def stored(self) -> str:
+        """How its weights are published: "16-bit", "fp8", ..."""
+        return self.facts.stored if self.facts else stored.of(self.config)
 
     @property
     def context(self) -> int:
@@ -161,6 +169,9 @@ def refuse_unsupported(spec: Spec, base: Base, device: Device) -> None:
     problems = []
     if base.facts and not (answer := presets.support(base.facts, spec.method)).supported:
         problems.append(Problem("PLAN-101", base.name, answer.reason, answer.change))
+    elif not base.facts and (reason := stored.refusal(base.stored, spec.method)):
+        change = stored.remedy(base.stored, base.name)
+        problems.append(Problem("PLAN-101", base.name, reason, change))
     if base.kind and base.kind.refused:
         reason = f"is of a class that {base.kind.refused}"
         problems.append(Problem("PLAN-101", base.name, reason, CHANGE_MODEL))

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from tuning.errors import SpecError
+from tuning.errors import Problem, SpecError
 from tuning.plan.base import DRAFT_LENGTH, Base
 from tuning.plan.device import Device
 from tuning.plan.values import Lengths, Recipe
+from tuning.presets import stored
 from tuning.spec import Spec
 
 Pick = Callable[..., Any]
@@ -50,16 +51,46 @@ def precision(device: Device) -> tuple[str, str]:
     return "float32", "this processor has no bfloat16 instructions"
 
 
-def quantisation(spec: Spec, precision: str, pick: Pick) -> dict[str, Any] | None:
-    """How the base is packed, or None for a 16-bit base."""
+def quantisation(spec: Spec, base: Base, precision: str, pick: Pick) -> dict[str, Any] | None:
+    """How the base is packed, or None for a 16-bit base. Raises SpecError.
+
+    A base that is published in 4 bits stays as it is, so no setting can change that.
+    """
     if spec.method != "qlora":
         return None
     s = spec.settings
+    if own := stored.four_bit(base.config):
+        wrong = [
+            Problem(
+                "PLAN-117",
+                f"QuantizationConfig.{key}",
+                f"is {_shown(set_)}, but {base.name} is published in 4 bits with {_shown(has)}",
+                f"set it to {_shown(has)}, or leave it out",
+            )
+            for key, set_, has in (
+                ("bnb_4bit_quant_type", s.quant_type, own["type"]),
+                ("bnb_4bit_use_double_quant", s.double_quant, own["double"]),
+            )
+            if set_ not in (None, has)
+        ]
+        if wrong:
+            raise SpecError(wrong)
+        reason = "the base is published so"
+        return {name: pick(key, None, own[name], reason) for name, key in _OWN.items()} | {
+            "compute": s.compute_dtype or precision
+        }
     return {
         "type": pick("quant_type", s.quant_type, "nf4", "fits normally distributed weights best"),
         "double": pick("double_quant", s.double_quant, True, "saves 0.37 bits a weight"),
         "compute": s.compute_dtype or precision,
     }
+
+
+_OWN = {"type": "quant_type", "double": "double_quant"}  # of a recipe, of the settings
+
+
+def _shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from tuning.errors import SpecError
 from tuning.plan import memory, sizing
 from tuning.plan.coefficients import Coefficients, Method
 from tuning.plan.device import Device
+from tuning.presets import quantised, stored
 
 Precision = Literal["auto", "float32", "bfloat16", "float16", "4bit"]
 
@@ -65,6 +66,7 @@ class _Shape:
     vocab: int
     heads: int  # whose scores are written out (eager attention); 0 if none are
     packs: bool  # 4 bits are worth it
+    packed: bool  # published in 4 bits, and held so
 
 
 def hold(
@@ -138,7 +140,10 @@ def _ways(shape: _Shape, here: Device, precision: Precision) -> Iterator[_Way]:
     half: Literal["bfloat16", "float16"] = "bfloat16"
     if here.kind == "cuda" and not here.bf16:
         half = "float16"
-    if precision == "auto":
+    if shape.packed:
+        kind = precision if precision in ("float32", "bfloat16", "float16") else half
+        yield kind, "qlora", "4 bits", "4 bits, as published"
+    elif precision == "auto":
         small = (
             sum(memory.weight_bytes(shape.coefficients, method="lora", precision="float32")) < SMALL
         )
@@ -188,6 +193,7 @@ def _known(facts: presets.Facts) -> _Shape:
         vocab=facts.vocab,
         heads=facts.heads if facts.softcap or facts.sinks else 0,
         packs=presets.support(facts, "qlora").supported,
+        packed=facts.stored == stored.FOUR_BIT,
     )
 
 
@@ -207,7 +213,7 @@ def _coefficients(facts: presets.Facts) -> Coefficients:
 def _guess(base: Path, config: Mapping[str, Any]) -> _Shape:
     """A shape nobody has read: the weights as their files have them, every head cached."""
     text = config.get("text_config") or config
-    size = sum(path.stat().st_size for path in base.glob("*.safetensors"))
+    size = quantised.loaded_bytes(base.glob("*.safetensors"), config)
     hidden = int(text.get("hidden_size") or text.get("n_embd") or 4096)
     layers = int(text.get("num_hidden_layers") or text.get("n_layer") or 32)
     return _Shape(
@@ -220,4 +226,5 @@ def _guess(base: Path, config: Mapping[str, Any]) -> _Shape:
         vocab=int(text.get("vocab_size") or 50_000),
         heads=0,
         packs=False,
+        packed=stored.of(config) == stored.FOUR_BIT,
     )

@@ -81,7 +81,7 @@ def _recipe(
         data=(),
         method=spec.method,
         precision=dtype,
-        quantisation=quantisation(spec, dtype, pick),
+        quantisation=quantisation(spec, base, dtype, pick),
         rank=pick(
             "rank", s.rank, RANK, "enough for most tasks (the pair r: 8, alpha: 8 is not set)"
         ),

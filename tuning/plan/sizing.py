@@ -74,8 +74,11 @@ class Model:
 
 def model(facts: presets.Facts | None) -> Model | None:
     """The preset of exactly this shape, if its coefficients are known."""
-    for preset in presets.all() if facts else ():
-        if preset.facts == facts and (coefficients := preset_coefficients(preset.name)):
+    if facts is None:
+        return None
+    for preset in presets.all():
+        same = replace(preset.facts, stored=facts.stored) == facts  # unpacked it is as large
+        if same and (coefficients := preset_coefficients(preset.name)):
             return Model(preset.facts, coefficients)
     return None
 

@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any
 
 from tuning.errors import Problem, SpecError
-from tuning.presets import counted
+from tuning.presets import counted, stored
 from tuning.presets.architecture import Facts
 from tuning.presets.dense import Dense
 from tuning.presets.load import CONFIGS, record, table
@@ -160,7 +160,7 @@ def _read(text: Mapping[str, Any], whole: Mapping[str, Any]) -> Facts | None:
         parameters=dense.parameters,
         active=dense.parameters,
         tower=_tower(whole, hidden) if wrapped else 0,
-        stored=counted.stored(whole),
+        stored=stored.of(whole),
         packing_safe=bool(family["packing_safe"]),
         packing_reason=family["packing_reason"],
     )

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
-from tuning.presets import classes
+from tuning.presets import classes, stored
 from tuning.presets.architecture import Facts
 from tuning.presets.load import CONFIGS, entries
 
@@ -28,7 +28,7 @@ def find(config: Mapping[str, Any]) -> Facts | None:
         if _agrees(config, entry["config"]) and (record := _record(entry["name"])):
             text = config.get("text_config") or config
             context = text.get("max_position_embeddings") or record["context"]
-            said = {"context": context, "stored": stored(config), **packing(config)}
+            said = {"context": context, "stored": stored.of(config), **packing(config)}
             return Facts.from_json(record | said)
     return None
 
@@ -42,13 +42,6 @@ def packing(config: Mapping[str, Any]) -> dict[str, Any]:
     apart = "stay apart" if kind.packing else "do not stay apart"
     reason = f"measured on this class: packed documents {apart}"
     return {"packing_safe": kind.packing, "packing_reason": reason}
-
-
-def stored(config: Mapping[str, Any]) -> str:
-    """How a checkpoint of `config` holds its weights: "16-bit", or what they are packed with."""
-    packing = config.get("quantization_config")
-    method = packing.get("quant_method") if isinstance(packing, Mapping) else None
-    return str(method or "16-bit")
 
 
 def _agrees(config: Mapping[str, Any], known: Mapping[str, Any]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from tuning.presets import stored
 from tuning.presets.architecture import Facts
 from tuning.presets.hardware import Gpu, engine_build, engines
 from tuning.presets.models import Preset
@@ -25,10 +26,17 @@ class Support:
 def support(model: Preset | Facts, method: Method) -> Support:
     """Whether `model` can be tuned by `method`, leaving memory aside."""
     facts = model.facts if isinstance(model, Preset) else model
+    if reason := stored.refusal(facts.stored, method):
+        name = model.hub_id if isinstance(model, Preset) else ""
+        return Support(False, reason, stored.remedy(facts.stored, name))
+    if facts.stored == stored.FOUR_BIT:
+        return Support(True, "its projections are published in 4 bits, and stay as they are")
+    if facts.stored != stored.PLAIN:
+        then = "" if method == "lora" else ", then packed in 4 bits"
+        return Support(True, f"its {facts.stored} weights are unpacked as they are loaded{then}")
     if facts.experts:
-        return _experts(facts, method)
-    if facts.stored != "16-bit":
-        return _packed(model, facts)
+        count = facts.experts[0].copies
+        return Support(True, f"projections and {count} experts a layer are adapted, not the router")
     if facts.wrapper:
         tower = f"the vision tower ({facts.tower / 1e6:.0f} million parameters) stays as it is"
         return Support(True, f"its text model is adapted, {tower}")
@@ -38,31 +46,6 @@ def support(model: Preset | Facts, method: Method) -> Support:
             "its linear layers are first replaced by plain ones, which 4-bit loading packs",
         )
     return Support(True, "every attention and MLP projection is a plain linear layer")
-
-
-def _experts(facts: Facts, method: Method) -> Support:
-    share = sum(linear.elements for linear in facts.linears) / facts.packed
-    stored = "" if facts.stored == "16-bit" else f" and are published in {facts.stored}"
-    what = (
-        f"of each layer LoRA would adapt the {share:.1%} that is attention, over weights that take "
-        f"{facts.weight_bytes / 2**30:.0f} GiB unpacked"
-        if method == "lora"
-        else "bitsandbytes packs linear layers only, so that nearly all of it would stay in 16 bits"
-    )
-    return Support(
-        False,
-        f"its {facts.experts[0].copies} experts a layer are not linear layers{stored}: {what}",
-        "use a dense model, such as phi-4 or qwen2.5-coder-7b-instruct",
-    )
-
-
-def _packed(model: Preset | Facts, facts: Facts) -> Support:
-    where = f" {model.hub_id}-BF16" if isinstance(model, Preset) else ""
-    return Support(
-        False,
-        f"its checkpoint holds {facts.stored} weights; training needs them in 16 bits",
-        f"pass the same model in 16 bits with --base-model{where}",
-    )
 
 
 def gpu_support(gpu: Gpu, method: Method) -> Support:

@@ -69,6 +69,7 @@ class Base:
     licence: str | None = None
     gated: bool = False
     total_bytes: int = 0  # of the whole repository
+    made_from: str | None = None  # the hub's name of the model that it was quantised from
 
     @property
     def weights(self) -> str | None:
@@ -168,7 +169,7 @@ def check(base: Base, *, token: str | None, cache: Path | None = None) -> dict[s
     except ValueError as error:
         change = "tell the model's authors"
         raise SpecError.at("BASE-103", f"{hub_id} config.json", str(error), change) from None
-    if problems := verify.config_problems(config):
+    if problems := verify.config_problems(config, name=hub_id, made_from=base.made_from):
         raise verify.at(hub_id, problems)
     return config
 
@@ -296,7 +297,17 @@ def _resolve_hub(hub_id: str, revision: str | None, token: str | None, *, patien
         licence=licence if isinstance(licence, str) else None,
         gated=bool(info.gated),
         total_bytes=sum(entry.size for entry in listing.values()),
+        made_from=_made_from(info.card_data),
     )
+
+
+def _made_from(card: Any) -> str | None:
+    """The one model that a model card says it was made from, unless trained further since."""
+    named = getattr(card, "base_model", None)
+    named = named[0] if isinstance(named, list) and len(named) == 1 else named
+    relation = getattr(card, "base_model_relation", None) or "quantized"
+    known = isinstance(named, str) and _HUB_ID.fullmatch(named)
+    return named if known and relation == "quantized" else None
 
 
 def _entry(sibling: Any) -> Entry:

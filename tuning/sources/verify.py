@@ -15,6 +15,7 @@ from typing import Any
 
 from tuning import files, safetensors
 from tuning.errors import Problem, SpecError
+from tuning.presets import quantised, stored
 from tuning.presets.config import families
 
 log = logging.getLogger(__name__)
@@ -110,7 +111,7 @@ def verify(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         change = "download the file again"
         problems.append(Problem("BASE-103", "config.json", str(error), change))
-    problems += _tensor_problems(folder, names)
+    problems += _tensor_problems(folder, names, config)
     if problems:
         raise at(str(folder), problems)
     return config
@@ -123,8 +124,13 @@ def at(place: str, problems: Iterable[Problem]) -> SpecError:
     )
 
 
-def config_problems(config: dict[str, Any]) -> list[Problem]:
-    """Reasons why a model with this config.json cannot be trained."""
+def config_problems(
+    config: dict[str, Any], *, name: str = "", made_from: str | None = None
+) -> list[Problem]:
+    """Reasons why a model with this config.json cannot be trained.
+
+    `name` is its own at the hub, `made_from` that of the model it was quantised from.
+    """
     problems = []
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or not model_type:
@@ -138,18 +144,10 @@ def config_problems(config: dict[str, Any]) -> list[Problem]:
         what = f"makes transformers load {str(named)[:80]!r} in place of the model's weights"
         change = "remove the key transformers_weights, or use the model's original files"
         problems.append(Problem("BASE-112", "config.json", what, change))
-    text = config.get("text_config")
-    inner = text if isinstance(text, dict) else {}
-    stored = config.get("quantization_config") or inner.get("quantization_config")
-    if stored:
-        method = stored.get("quant_method") if isinstance(stored, dict) else None
-        problems.append(_quantised(str(method or "an unknown method"), "config.json"))
+    if reason := stored.refusal(how := stored.of(config)):
+        change = stored.remedy(how, name, made_from)
+        problems.append(Problem("BASE-109", "config.json", reason, change))
     return problems
-
-
-def _quantised(method: str, where: str) -> Problem:
-    what = f"the weights are quantised already ({method[:40]}), which cannot be trained on here"
-    return Problem("BASE-109", where, what, "use the 16-bit original; qlora quantises it itself")
 
 
 def native(model_type: str) -> bool:
@@ -164,15 +162,14 @@ def native(model_type: str) -> bool:
     return any(f'("{model_type}", ' in path.read_text() for path in paths if path.is_file())
 
 
-def _tensor_problems(folder: Path, names: Collection[str]) -> list[Problem]:
+def _tensor_problems(folder: Path, names: Collection[str], config: dict[str, Any]) -> list[Problem]:
     problems: list[Problem] = []
     where: dict[str, str] = {}  # tensor -> file
-    kinds: set[str] = set()
+    tensors: dict[str, safetensors.Tensor] = {}
     for name in (name for name in names if name.endswith(".safetensors")):
         try:
             for key, tensor in safetensors.read_header(folder / name).items():
-                where[key] = name
-                kinds.add(tensor.dtype)
+                where[key], tensors[key] = name, tensor
         except (OSError, ValueError) as error:
             code = "BASE-104" if "LFS" in str(error) else "BASE-105"
             what = (
@@ -180,8 +177,18 @@ def _tensor_problems(folder: Path, names: Collection[str]) -> list[Problem]:
             )
             change = "git lfs pull" if code == "BASE-104" else "download the file again"
             problems.append(Problem(code, name, what, change))
-    for kind in sorted(k for k in kinds if k.startswith(("F8", "F4", "F6"))):
-        problems.append(_quantised(kind.lower(), "*.safetensors"))
+    how = stored.of(config)
+    kinds = {tensor.dtype for tensor in tensors.values()}
+    if how == stored.PLAIN:
+        for kind in sorted(k for k in kinds if k.startswith(("F8", "F4", "F6"))):
+            reason = stored.refusal(kind.lower())
+            problems.append(Problem("BASE-109", "*.safetensors", str(reason), stored.remedy(kind)))
+    elif how in stored.UNPACKED and not problems:
+        try:
+            quantised.weights(tensors, config)
+        except ValueError as error:
+            change = "download the model again, or use its 16-bit weights"
+            problems.append(Problem("BASE-113", "*.safetensors", str(error), change))
     if INDEX in names and not problems:
         problems += _index_problems(folder / INDEX, where, names)
     return problems

@@ -8,9 +8,9 @@ from typing import Any
 
 from tuning.models.survey import REPEATED, TOWER, survey
 from tuning.plan.coefficients import Variant
-from tuning.presets import Facts
+from tuning.presets import Facts, stored
 from tuning.presets.architecture import Matrix
-from tuning.presets.counted import packing, stored
+from tuning.presets.counted import packing
 from tuning.training.simulate.step import build, read
 
 # A decoder layer that has one of these attends to all tokens before.
@@ -66,7 +66,7 @@ def count(config: dict[str, Any]) -> Facts:
         parameters=parameters,
         active=parameters - round(idle),
         tower=tower,
-        stored=stored(config),
+        stored=stored.of(config),
         **packing(config),
     )
 

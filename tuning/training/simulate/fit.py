@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from tuning.models.survey import REPEATED, TOWER, survey
 from tuning.plan.coefficients import KINDS, SIZES, Coefficients, Moment, Variant, measures
+from tuning.presets import stored
 from tuning.training.simulate.memory import COLUMNS
 from tuning.training.simulate.step import Phase, Point, Stage, build, read
 
@@ -55,7 +57,9 @@ def coefficients(config: Any, *, variants: Iterable[Variant]) -> Coefficients:
     found = _with_single_rows(config, dict.fromkeys(variant.stored for variant in variants))
     whole = build(config, variant=Variant(attention="eager"))
     reached = survey(whole)
-    packed = sum(reached.numbers[name] for name in reached.adaptable)
+    left = stored.kept(config) if isinstance(config, Mapping) else ()
+    taken = [name for name in reached.adaptable if should_convert_module(name, list(left))]
+    packed = sum(reached.numbers[name] for name in taken)
     adapters: dict[str, int] = {}
     modules = dict(whole.named_modules())
     for name in reached.linears:
@@ -69,7 +73,7 @@ def coefficients(config: Any, *, variants: Iterable[Variant]) -> Coefficients:
         layers=read(config).get_text_config().num_hidden_layers,
         kept=sum(p.numel() for p in whole.parameters()) - packed,
         packed=packed,
-        packed_modules=len(reached.adaptable),
+        packed_modules=len(taken),
         buffers=sum(b.numel() * b.element_size() for b in whole.buffers()),
         adapters=adapters,
         moments={v: moments(config, variant=v, uniform=uniform(whole)) for v in found},

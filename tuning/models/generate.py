@@ -22,6 +22,7 @@ from tuning.data.chat_rewrites import as_trained
 from tuning.data.tokenizer import own_template
 from tuning.data.turn_ends import Ends
 from tuning.errors import SpecError
+from tuning.models import new_tokens
 from tuning.models.load import device_for, load_base, load_tokenizer
 from tuning.models.lora import projections
 from tuning.sources.base import weights_of
@@ -77,6 +78,7 @@ class Session:
             device=device,
         )
         if adapter is not None:
+            new_tokens.extend_for(self.model, self.tokenizer, found)
             self.model = attach(self.model, found)
         self.model.eval()
 
@@ -129,6 +131,7 @@ def attach(base: Any, adapter: adapters.Adapter) -> PeftModel:
     if missing := sorted(set(adapter.modules) - found):  # PEFT would leave these out in silence
         what = f"does not fit the base model, which has no {missing[0]}"
         raise SpecError.at("MODEL-210", str(adapter.folder), what, change)
+    new_tokens.widen(base, max(adapter.token_ids, default=-1) + 1)
     try:
         return PeftModel.from_pretrained(
             base, adapter.folder, config=config, use_safetensors=True, low_cpu_mem_usage=True

@@ -14,7 +14,7 @@ from peft import PeftModel
 
 from tuning import files
 from tuning.errors import SpecError
-from tuning.models import finite, packed
+from tuning.models import finite, new_tokens, packed, start_adapter
 from tuning.models.kernels import whole
 from tuning.models.lora import CHANGE_MODEL, TOWERS, Coverage, adapt
 from tuning.plan import Placement, Recipe, gpu_problems
@@ -182,10 +182,11 @@ def load_for_training(
     placement: Placement,
     chat_template: str | None = None,
     packed_root: Path | None = None,
+    start: Path | None = None,
 ) -> tuple[PeftModel, Any, Coverage]:
     """Model with LoRA layers, tokenizer and coverage for `recipe` and `placement`.
 
-    4-bit weights are cached below `packed_root`.
+    4-bit weights are cached below `packed_root`. `start` is the folder of an adapter to go on from.
     """
     tokenizer = load_tokenizer(base, chat_template=chat_template)
     model = load_base(
@@ -197,7 +198,12 @@ def load_for_training(
         cache=_packed_folder(base, recipe, packed_root),
         finite_only=True,
     )
-    adapted, coverage = adapt(model, recipe)
+    rows = new_tokens.indices(model, new_tokens.extend(model, tokenizer, recipe.new_tokens))
+    adapted, coverage = adapt(model, recipe, rows)
+    if rows:
+        new_tokens.settle(adapted)
+    if start is not None:
+        start_adapter.load(adapted, start, sha256=recipe.start_adapter)
     whole.replace(
         adapted,
         placement.kernels,

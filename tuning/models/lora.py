@@ -20,6 +20,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 
 from tuning.errors import Problem, SpecError
+from tuning.models import new_tokens
 from tuning.plan import Recipe
 
 TOWER = re.compile(r"vision|image|audio|projector|multi_modal", re.IGNORECASE)
@@ -119,8 +120,10 @@ def _layer(name: str) -> int:
     return int(match[1]) if match else -1
 
 
-def adapt(model: Any, recipe: Recipe) -> tuple[PeftModel, Coverage]:
-    """Put LoRA layers on `model`, seeded, and count what they cover.
+def adapt(
+    model: Any, recipe: Recipe, rows: new_tokens.Indices | None = None
+) -> tuple[PeftModel, Coverage]:
+    """Put LoRA layers on `model`, seeded, and count what they cover; `rows` of tokens are trained.
 
     Raises SpecError when the model holds weights that LoRA or 4-bit packing cannot reach (fused
     experts), when a target matches nothing, or when a requested projection is not covered.
@@ -135,7 +138,9 @@ def adapt(model: Any, recipe: Recipe) -> tuple[PeftModel, Coverage]:
     )
 
     transformers.set_seed(recipe.seed)
-    peft_model = get_peft_model(model, lora_config(model, recipe, expected))
+    config = lora_config(model, recipe, expected)
+    config.trainable_token_indices = rows
+    peft_model = get_peft_model(model, config)
     adapted = tuple(
         name.removeprefix("base_model.model.")
         for name, module in peft_model.named_modules()

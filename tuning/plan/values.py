@@ -54,6 +54,8 @@ class Recipe:
     keep_best: bool = False  # the weights with the lowest evaluation loss, not the last ones
     over_length: str | None = None  # None: auto
     split_seed: int | None = None  # of the evaluation split; None: the seed
+    new_tokens: tuple[str, ...] = ()  # of the tokenizer; their rows are trained
+    start_adapter: str | None = None  # sha256 of the weights to go on from
     versions: dict[str, str] = field(
         default_factory=dict
     )  # torch, transformers, trl, peft, bitsandbytes
@@ -62,16 +64,17 @@ class Recipe:
     def run_id(self) -> str:
         """sha256 of the canonical recipe, 64 hexadecimal digits."""
         record = asdict(self)
-        for name in ("over_length", "split_seed"):  # unknown to earlier versions
-            if record[name] is None:
+        unknown_before = ("over_length", "split_seed", "new_tokens", "start_adapter")
+        for name in unknown_before:  # to earlier versions
+            if record[name] in (None, ()):
                 del record[name]
         return files.digest(files.canonical(record))
 
 
 def recipe_from_json(record: dict[str, Any]) -> Recipe:
     """The recipe in a record of `dataclasses.asdict`."""
-    tuples = ("data", "targets", "exclude", "layers", "betas")
-    fixed = {k: tuple(record[k]) for k in tuples if record[k] is not None}
+    tuples = ("data", "targets", "exclude", "layers", "betas", "new_tokens")
+    fixed = {k: tuple(record[k]) for k in tuples if record.get(k) is not None}
     return Recipe(**(record | fixed))
 
 

@@ -232,9 +232,7 @@ def _parts(name: str) -> tuple[str, str]:
     return (match["module"], match["part"]) if match else ("", "")
 
 
-_ROWS = re.compile(
-    r"base_model\.model\.(?P<module>.+)\.token_adapter\.trainable_tokens_delta"
-)
+_ROWS = re.compile(r"base_model\.model\.(?P<module>.+)\.token_adapter\.trainable_tokens_delta")
 
 
 def rows_of(name: str) -> str | None:

@@ -102,7 +102,8 @@ def _merged(base: Path, found: Adapter, made: Value, device: str, tokenizer: Any
     except ValueError as error:  # of safe_merge: a weight that is no number
         what = f"cannot be merged: {str(error).splitlines()[0]}"
         raise SpecError.at("MODEL-303", str(found.folder), what, "train it again") from error
-    kept = sorted(name for name, _ in merged.named_parameters() if "lora_" in name or "token_adapter" in name)
+    names = [name for name, _ in merged.named_parameters()]
+    kept = sorted(name for name in names if "lora_" in name or "token_adapter" in name)
     if kept:
         what = f"left {kept[0]} beside the weights"
         raise TuningError.at("MODEL-304", str(found.folder), what, "report it with the adapter")

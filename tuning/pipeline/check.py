@@ -17,7 +17,7 @@ from tuning.errors import DataError, SpecError
 from tuning.network.policy import load_headers
 from tuning.oci import delivery
 from tuning.oci.delivery import Access
-from tuning.pipeline import sizing
+from tuning.pipeline import sizing, start
 from tuning.pipeline.endings import together
 from tuning.pipeline.options import Options, base_reference, read_token
 from tuning.plan import device
@@ -47,6 +47,7 @@ def _check_model(spec: Spec, options: Options, access: Access, console: Console)
     here = plan.device_of(spec.instance) if spec.instance else device.detect()
     base = sizing.read_base(spec, access=access, token=read_token(options.hub_token_file))
     plan.refuse_unsupported(spec, base, here)
+    spec = start.known(spec, base, access=access)
     decided = plan.draft(spec, here=here, base=sizing.sized(spec, base, here, console=console))
     name, _ = base_reference(spec)
     revision = "" if base.revision == name else f" at {base.revision[:19]}"
@@ -130,12 +131,18 @@ def _vocabulary(spec: Spec) -> Vocabulary:
     """The token ids that the base has rows for, where that is known without the network."""
     folder = Path(spec.base_model) if spec.base_model else None
     if folder and folder.is_dir():
-        return Vocabulary(embedding_rows(folder), folder, spec.settings.chat_template)
+        return Vocabulary(
+            embedding_rows(folder),
+            folder,
+            spec.settings.chat_template,
+            spec.settings.new_tokens or (),
+        )
     try:
         base = plan.known_base(spec)
     except SpecError:
         return Vocabulary()  # checking the model says more
-    return Vocabulary(base.facts.vocab if base.facts else None)
+    rows = base.facts.vocab if base.facts else None
+    return Vocabulary(rows, new_tokens=spec.settings.new_tokens or ())
 
 
 def _check_destination(spec: Spec, access: Access) -> list[str]:

@@ -117,7 +117,7 @@ def indices(model: Any, ids: Sequence[int]) -> Indices | None:
     if not ids:
         return None
     head = model.get_output_embeddings()
-    if type(head) is not torch.nn.Linear or head.bias is not None:
+    if type(head) is not torch.nn.Linear or getattr(head, "bias", None) is not None:
         fact = "has an output layer with a bias, or of its own kind, whose rows peft cannot train"
         change = "leave new_special_tokens out, or choose another base model"
         raise SpecError.at("MODEL-140", model.config.model_type, fact, change)

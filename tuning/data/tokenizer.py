@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,23 @@ def add_tokens(tokenizer: Any, tokens: Sequence[str], template: str | None = Non
         raise SpecError(problems)
     is_mark = _mark_test(tokenizer, template or own_template(tokenizer) or "")
     append(tokenizer, {token: is_mark(token) for token in tokens})
+    problems = [
+        Problem("DATA-258", "ModelConfig.new_special_tokens", f"{quoted(token)} {why}", change)
+        for token in tokens
+        for why, change in _unusable(tokenizer, token)
+    ]
+    if problems:
+        raise SpecError(problems)
+
+
+def _unusable(tokenizer: Any, token: str) -> Iterator[tuple[str, str]]:
+    """Why an added token does not work in this tokenizer, and what to change."""
+    id = tokenizer.convert_tokens_to_ids(token)
+    if id not in tokenizer(token, add_special_tokens=False)["input_ids"]:
+        yield "is never read as one token", "choose a text that no other token is a part of"
+    shown = tokenizer.decode([id], clean_up_tokenization_spaces=False)
+    if shown.strip() != token:  # decoders of bytes take some letters beyond ASCII for bytes
+        yield f"would be shown as {quoted(shown)} by the base's tokenizer", "write it in ASCII"
 
 
 def append(tokenizer: Any, tokens: Mapping[str, bool]) -> None:

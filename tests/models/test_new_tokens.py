@@ -149,7 +149,7 @@ def test_an_adapter_of_4_bits_merges_to_the_same(
 def test_an_adapter_of_another_tokenizer_is_refused(tiny_base: Build, tmp_path: Path) -> None:
     """Its numbers mean other tokens here, so its rows would stand for other words."""
     base = tiny_base("llama")
-    recipe = tiny_runs.recipe(new_tokens=TOKENS, steps=1)
+    recipe = tiny_runs.recipe(new_tokens=TOKENS, steps=2)
     train.work(tiny_runs.request(tmp_path, base, recipe, tiny_runs.placement()))
     model, tokenizer = loaded(base)
     tokenizer.add_tokens(["<|another|>"])

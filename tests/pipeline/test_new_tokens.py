@@ -62,7 +62,7 @@ def taught(folder: Path, base: Path) -> list[str]:
     lines = [json.dumps({"messages": each}) for each in turns * 4]
     (folder / "rows.jsonl").write_text("\n".join(lines))
     config = {"ModelConfig": {"new_special_tokens": list(TOKENS), "dtype": "float32"}}
-    settings = {"max_steps": STEPS, "learning_rate": 0.008, "save_steps": 8, "packing": False}
+    settings = {"max_steps": STEPS, "learning_rate": 0.004, "save_steps": 8, "packing": False}
     settings |= {"per_device_train_batch_size": 4}
     spec = workspace(folder / "spec.yaml", settings=settings, sections=config)
     return [
@@ -139,7 +139,7 @@ def test_a_merged_model_says_the_same(case: Case) -> None:
 
     merged = transformers.AutoModelForCausalLM.from_pretrained(target)
     tokenizer = transformers.AutoTokenizer.from_pretrained(target)
-    assert merged.config.vocab_size == len(tokenizer)
+    assert merged.config.vocab_size >= len(tokenizer)
     for asked in TAUGHT:
         ids = talk.tokenizer(asked, return_tensors="pt")["input_ids"]
         assert ids.tolist() == tokenizer(asked, return_tensors="pt")["input_ids"].tolist()

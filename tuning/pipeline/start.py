@@ -85,7 +85,7 @@ def _pull(run: Run, named: str, folder: Path) -> Value:
 def _access(spec: Spec, access: Access, named: str) -> Access:
     """With the login of the push, if the adapter is in the registry that the run pushes to."""
     image = spec.destination.image
-    if image is None or named.startswith("oci:"):
+    if image is None or named.startswith(("oci:", "/")):
         return access
     same = reference.parse(image).registry == reference.parse(named).registry
     return replace(access, pull_secret=access.push_secret) if same else access

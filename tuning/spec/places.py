@@ -140,7 +140,7 @@ def start_adapter(named: str, beside: Path | None, findings: Findings, path: Pla
             return f"oci:{folder}{tag}" if named != rest else str(folder)
     host = rest.partition("/")[0] if "/" in rest else ""
     local = rest[:1] in ("/", ".", "~") or not ("." in host or ":" in host or host == "localhost")
-    if local:
+    if local and not named.startswith("oci://"):
         what = f"{shown(named)} is no folder here" if beside else "names a folder"
         change = "write an image with its registry, such as registry.example.com/adapter:1"
         if beside is None:

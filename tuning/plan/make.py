@@ -52,6 +52,8 @@ def make(
         choices.reasons["new_tokens"] = "rows of the embedding and the output layer, trained"
     if s.start_adapter:
         choices.reasons["start_adapter"] = f"training goes on from {s.start_adapter}"
+        own = "that of start_adapter" + ("" if s.rank else ", once it is read; this is a guess")
+        choices.reasons |= dict.fromkeys(("rank", "alpha", "targets"), own)
     if s.eval_steps and recipe.eval_steps is None:
         choices.reasons["eval_steps"] = "ignored: there is no evaluation split (train_test_split)"
     if s.max_length is None:

@@ -60,13 +60,17 @@ class Recipe:
         default_factory=dict
     )  # torch, transformers, trl, peft, bitsandbytes
 
+    def to_json(self) -> dict[str, Any]:
+        """The record of it that the adapter holds; fields of later versions only if they are set."""
+        record = asdict(self)
+        return {k: v for k, v in record.items() if v or k not in ("new_tokens", "start_adapter")}
+
     @property
     def run_id(self) -> str:
         """sha256 of the canonical recipe, 64 hexadecimal digits."""
-        record = asdict(self)
-        unknown_before = ("over_length", "split_seed", "new_tokens", "start_adapter")
-        for name in unknown_before:  # to earlier versions
-            if record[name] in (None, ()):
+        record = self.to_json()
+        for name in ("over_length", "split_seed"):  # unknown to earlier versions
+            if record[name] is None:
                 del record[name]
         return files.digest(files.canonical(record))
 

@@ -61,7 +61,7 @@ class Recipe:
     )  # torch, transformers, trl, peft, bitsandbytes
 
     def to_json(self) -> dict[str, Any]:
-        """The record of it that the adapter holds; fields of later versions only if they are set."""
+        """The record that the adapter holds; fields of later versions only if they are set."""
         record = asdict(self)
         return {k: v for k, v in record.items() if v or k not in ("new_tokens", "start_adapter")}
 

@@ -38,7 +38,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from tuning import presets
 from tuning.models.kernels import attention, fuse, head
-from tuning.models.lora import projections
+from tuning.models.survey import survey
 from tuning.plan import memory
 from tuning.plan.backends import FUSED, VARLEN
 from tuning.plan.coefficients import Coefficients, Variant
@@ -227,7 +227,7 @@ def adapt(base: Any, case: Case) -> Any:
     options = LoraConfig(
         r=case.rank,
         lora_dropout=0.05 if variant.dropout else 0.0,
-        target_modules=list(projections(base)),
+        target_modules=list(survey(base).linears),
         task_type="CAUSAL_LM",
     )
     tuned = get_peft_model(base, options)

@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from tuning import adapter
 from tuning.models.load import load_base, load_tokenizer
-from tuning.models.lora import projections
+from tuning.models.survey import survey
 from tuning.plan import inference
 from tuning.serve import multi_lora, runner
 from tuning.serve.detokenizer import Detokenizer
@@ -33,7 +33,7 @@ def random_adapter(base: Path, folder: Path, *, seed: int = 0, **config: Any) ->
     settings = {"r": 8, "lora_alpha": 16, "task_type": "CAUSAL_LM"} | config
     loaded = load(base)
     torch.manual_seed(seed)  # of A, which PEFT draws
-    settings.setdefault("target_modules", list(projections(loaded)))
+    settings.setdefault("target_modules", list(survey(loaded).linears))
     tuned = get_peft_model(loaded, LoraConfig(**settings))
     source = torch.Generator().manual_seed(seed)
     for name, weights in tuned.named_parameters():

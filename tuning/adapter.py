@@ -80,7 +80,7 @@ class _Config(BaseModel):
     use_bdlora: Unset = None
     alora_invocation_tokens: Unset = None
     layer_replication: Unset = None
-    target_parameters: Unset = None
+    target_parameters: list[str] | None = None  # experts, and projections by their weight
 
 
 @dataclass(frozen=True)
@@ -220,6 +220,7 @@ def header(path: Path, *, where: str = "") -> dict[str, Tensor]:
         raise SpecError.at("MODEL-204", where or str(path), what, change) from None
 
 
+INNER = ".base_layer"  # in the name of the inner one of two adapted parameters of a module
 _NAME = re.compile(
     r"base_model\.model\.(?P<module>.+)\."
     r"(?P<part>lora_A|lora_B|lora_magnitude_vector)(\.weight)?"
@@ -294,13 +295,14 @@ def mismatches(
     expected = {"lora_A", "lora_B"} | (
         {"lora_magnitude_vector"} if config.get("use_dora") else set()
     )
-    rank = config["r"]
+    rank, mixed = config["r"], bool(config.get("target_parameters"))
     for module, parts in by_module.items():
         if set(parts) != expected:
             problems.append((module, f"has {sorted(parts)}, not {sorted(expected)}"))
             continue
         a, b = parts["lora_A"].shape, parts["lora_B"].shape
-        if len(a) != 2 or len(b) != 2 or a[0] != rank or b[1] != rank:
+        several = mixed and len(a) == len(b) == 2 and a[0] == b[1] and a[0] % rank == 0
+        if not several and (len(a) != 2 or len(b) != 2 or a[0] != rank or b[1] != rank):
             problems.append((module, f"has shapes {a} and {b}, which do not fit rank {rank}"))
         if not _targeted(module, config):
             problems.append((module, "is not among target_modules"))
@@ -315,7 +317,36 @@ def _targeted(module: str, config: Mapping[str, Any]) -> bool:
     if isinstance(targets, str):
         # An untrusted pattern is never run: its matching time has no bound.
         return True
-    return any(module == name or module.endswith(f".{name}") for name in targets)
+    holders = [name.rpartition(".")[0] for name in config.get("target_parameters") or ()]
+    module = module.replace(INNER, "")
+    return any(module == name or module.endswith(f".{name}") for name in [*targets, *holders])
+
+
+def places(
+    adapter: Adapter, linears: Iterable[str], experts: Iterable[str]
+) -> tuple[dict[str, str], list[str]]:
+    """Full name of each linear layer and expert parameter of the base that is adapted -> the module
+    that names its tensors; and the adapter's modules that the base lacks.
+
+    Adapters of parameters of one module are nested: that of its last parameter is the outermost.
+    """
+    known, found, missing = set(linears), {}, []
+    nested: dict[str, int] = {}
+    for module in adapter.modules:
+        if module in known:
+            found[module] = module
+        else:
+            outer = module.replace(INNER, "")
+            nested[outer] = nested.get(outer, 0) + 1
+    named = tuple(adapter.config.get("target_parameters") or ())
+    parameters = [n for n in experts if n.endswith(tuple(f".{end}" for end in named)) or n in named]
+    for outer, depth in nested.items():
+        inside = [name for name in parameters if name.rpartition(".")[0] == outer]
+        if len(inside) == depth:
+            found |= {name: outer + INNER * (depth - 1 - i) for i, name in enumerate(inside)}
+        else:
+            missing.append(outer)
+    return found, missing
 
 
 def other_base(adapter: Adapter, base: str | None) -> list[Problem]:

@@ -64,7 +64,7 @@ def test_a_model_outside_the_presets_is_simulated_and_remembered(plan: Any) -> N
     refused = plan("g6.xlarge")
 
     assert 0 == fits.returncode, fits.stderr
-    assert "Sizing the model" in fits.stderr
+    assert "Examining the model" in fits.stderr
     memory = json.loads(fits.stdout)["memory"]
     weights = 2 * 32.76e9  # bytes; 32.76 billion numbers are published
     assert weights == pytest.approx(memory["terms"]["frozen weights"], rel=0.005)
@@ -72,7 +72,7 @@ def test_a_model_outside_the_presets_is_simulated_and_remembered(plan: Any) -> N
     assert 11 == refused.returncode
     assert "PLAN-120" in refused.stderr and "does not fit L4" in refused.stderr
     assert "use p4de.24xlarge" in refused.stderr or "use p5" in refused.stderr
-    assert "Sizing the model" not in refused.stderr
+    assert "Examining the model" not in refused.stderr
 
 
 def test_without_torch_a_model_nobody_knows_is_placed_with_care(plan: Any) -> None:

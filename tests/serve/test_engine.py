@@ -139,6 +139,40 @@ def test_each_family_is_batched_if_it_can_be(
     assert [serving.generate(tuned, prompt, 8) for prompt in PROMPTS] == said
 
 
+EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
+
+
+@pytest.mark.parametrize("family", ["qwen3moe", "gptoss"])
+def test_experts_of_several_adapters_answer_in_one_batch(
+    family: str, tiny_base: Base, tmp_path: Path
+) -> None:
+    """Each request's tokens go through its own adapter's experts, as with PEFT, or the base's."""
+    base = tiny_base(family, dtype=torch.float32)
+    folders = [
+        serving.random_adapter(base, tmp_path / str(seed), seed=seed, target_parameters=EXPERTS)
+        for seed in range(2)
+    ]
+    tuned = serving.by_peft(base, folders[:1], (1,))
+    tuned.load_adapter(folders[1], adapter_name="1")
+    loaded = serving.load(base)
+    mix = serving.mixed(loaded, folders)
+    expected = []
+    for name in ("0", "1"):
+        tuned.set_adapter(name)
+        expected += [serving.generate(tuned, prompt, 8) for prompt in PROMPTS]
+    with tuned.disable_adapter():
+        expected += [serving.generate(tuned, prompt, 8) for prompt in PROMPTS]
+
+    jobs = [serving.job(p, by, 8) for by in ((1, 0), (0, 1), (0, 0)) for p in PROMPTS]
+    said = answers(serving.batched(loaded, mix), jobs)
+
+    assert expected == said
+    assert 2 * len(PROMPTS) < len({tuple(one) for one in said})
+    mix.remove()
+    before = serving.load(base)(input_ids=torch.tensor([PROMPTS[0]])).logits
+    torch.testing.assert_close(loaded(input_ids=torch.tensor([PROMPTS[0]])).logits, before)
+
+
 def test_equal_prompts_of_different_models_do_not_share_a_cache(pair: Any) -> None:
     """A long prompt that the base has just answered is read anew for an adapter."""
     base, folders = pair

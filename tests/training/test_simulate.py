@@ -18,7 +18,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from tuning.models.kernels import fuse, head
 from tuning.models.load import load_base
-from tuning.models.lora import projections
+from tuning.models.survey import survey
 from tuning.plan import memory
 from tuning.plan.backends import FUSED
 from tuning.plan.coefficients import (
@@ -139,7 +139,7 @@ def real(config: Any, variant: Variant, folder: Path, *, rank: int) -> Real:
     options = LoraConfig(
         r=rank,
         lora_dropout=0.05 if variant.dropout else 0.0,
-        target_modules=list(projections(base)),
+        target_modules=list(survey(base).linears),
         task_type="CAUSAL_LM",
     )
     tuned = get_peft_model(base, options)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import transformers
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 
 from tuning import adapter as adapters
 from tuning import files
@@ -22,16 +22,18 @@ from tuning.data.chat_rewrites import as_trained
 from tuning.data.tokenizer import own_template
 from tuning.data.turn_ends import Ends
 from tuning.errors import SpecError
-from tuning.models import new_tokens
+from tuning.models import lora, new_tokens
+from tuning.models.kernels import experts
 from tuning.models.load import device_for, load_base, load_tokenizer
-from tuning.models.lora import projections
+from tuning.models.survey import survey
 from tuning.sources.base import weights_of
 
 logger = logging.getLogger(__name__)
 
 _NOT_FOR_PEFT = frozenset(
     {"peft_type", "peft_version", "base_model_name_or_path", "revision"}
-    | {"exclude_modules", "layers_to_transform", "layers_pattern"}
+    | {"exclude_modules", "layers_to_transform", "layers_pattern", "target_modules"}
+    | {"target_parameters"}
 )
 Message = dict[str, str]
 """One turn: `{"role": "user" | "assistant" | "system", "content": text}`."""
@@ -123,19 +125,25 @@ def attach(base: Any, adapter: adapters.Adapter) -> PeftModel:
     PEFT gets the config that our parser checked, with the modules that the tensors name in place of
     patterns (which are a stranger's, and may take for ever), and reads only the safetensors file.
     """
-    known = {k: v for k, v in adapter.config.items() if k not in _NOT_FOR_PEFT}
-    modules = {"target_modules": list(adapter.modules), "inference_mode": True}
-    config = LoraConfig(**known | modules)
+    options = {k: v for k, v in adapter.config.items() if k not in _NOT_FOR_PEFT}
     change = f"use it with its own base model, {adapter.base_model}"
-    found = set(projections(base))
-    if missing := sorted(set(adapter.modules) - found):  # PEFT would leave these out in silence
+    found = survey(base)
+    chosen, missing = adapters.places(adapter, found.linears, found.experts)
+    if missing:  # PEFT would leave these out in silence
         what = f"does not fit the base model, which has no {missing[0]}"
         raise SpecError.at("MODEL-210", str(adapter.folder), what, change)
     new_tokens.widen(base, max(adapter.token_ids, default=-1) + 1)
     try:
-        return PeftModel.from_pretrained(
-            base, adapter.folder, config=config, use_safetensors=True, low_cpu_mem_usage=True
-        )
+        with lora.by_own_names():
+            tuned = PeftModel.from_pretrained(
+                base,
+                adapter.folder,
+                config=lora.config(options | {"inference_mode": True}, chosen, found),
+                use_safetensors=True,
+                low_cpu_mem_usage=True,
+            )
+        experts.read_packed(tuned)
+        return tuned
     except (RuntimeError, ValueError, KeyError) as error:
         what = f"does not fit the base model: {str(error).splitlines()[0]}"
         raise SpecError.at("MODEL-210", str(adapter.folder), what, change) from error

@@ -14,11 +14,13 @@ from peft import PeftModel
 
 from tuning import files
 from tuning.errors import SpecError
-from tuning.models import finite, new_tokens, packed, start_adapter
+from tuning.models import finite, four_bit, new_tokens, packed, start_adapter
 from tuning.models.kernels import whole
-from tuning.models.lora import CHANGE_MODEL, TOWERS, Coverage, adapt
+from tuning.models.lora import Coverage, adapt
+from tuning.models.survey import plain_linears
 from tuning.plan import Placement, Recipe, gpu_problems
 from tuning.plan.device import detect
+from tuning.plan.verdict import CHANGE_MODEL
 
 logger = logging.getLogger(__name__)
 
@@ -68,11 +70,22 @@ def read_config(base: Path) -> Any:
         change = "use the 16-bit weights of the same model; qlora packs them itself"
         raise SpecError.at("MODEL-102", str(base / "config.json"), fact, change)
     try:
-        return transformers.AutoConfig.from_pretrained(base, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(base, trust_remote_code=False)
+        return causal(config)
     except (ValueError, KeyError, TypeError) as error:
         fact = f"is refused by transformers {transformers.__version__}: {error}"
         change = "use the model's newest revision"
         raise SpecError.at("MODEL-103", str(base / "config.json"), fact, change) from None
+
+
+def causal(config: Any) -> Any:
+    """`config`, with attention to earlier tokens alone where its class is an encoder by default.
+
+    BERT and its kin see the token that they are to predict, unless they are told to be decoders.
+    """
+    if getattr(config, "is_decoder", None) is False and not config.is_encoder_decoder:
+        config.is_decoder = True
+    return config
 
 
 def load_tokenizer(base: Path, *, chat_template: str | None = None) -> Any:
@@ -109,18 +122,16 @@ def load_base(
     if not any(base.glob("*.safetensors")):
         fact, change = "has no *.safetensors file", "convert the weights to safetensors"
         raise SpecError.at("MODEL-105", str(base), fact, change)
-    # bitsandbytes packs what is exactly nn.Linear; Falcon's subclass of it computes the same
-    transformers.models.falcon.modeling_falcon.FalconLinear = torch.nn.Linear
+    plain_linears()
     options: dict[str, Any] = {"dtype": DTYPES[precision], "trust_remote_code": False}
     if attention or config.model_type == "gemma2":  # gemma2's sdpa drops the softcap in silence
-        options["attn_implementation"] = attention or "eager"
+        options["attn_implementation"] = offered(config, attention or "eager")
     if quantisation:
         options["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=quantisation["type"],
             bnb_4bit_use_double_quant=quantisation["double"],
             bnb_4bit_compute_dtype=DTYPES[quantisation["compute"]],
-            llm_int8_skip_modules=["lm_head", TOWERS] if _has_towers(config) else None,
         )
     if device == "cuda":
         options["device_map"] = {"": torch.cuda.current_device()}
@@ -144,13 +155,9 @@ def load_base(
             # On a CPU with AVX512-BF16 the first answer or evaluation repacks a 4-bit layer for
             # a kernel that has no backward: training on from there drops gradients in silence.
             module.support_avx512bf16_for_cpu = False
-    if quantisation and cache is not None and source is base:
+    if quantisation and cache is not None and source is base and not four_bit.has_experts(model):
         packed.save(model, cache)
     return model
-
-
-def _has_towers(config: Any) -> bool:
-    return config.get_text_config() is not config
 
 
 def _auto_class(config: Any) -> Any:
@@ -158,6 +165,14 @@ def _auto_class(config: Any) -> Any:
     if type(config) in causal:
         return transformers.AutoModelForCausalLM
     return transformers.AutoModelForImageTextToText
+
+
+def offered(config: Any, attention: str) -> str:
+    """`attention`, or eager where the model's class has no sdpa."""
+    kind = _auto_class(config)._model_mapping.get(type(config), ())
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    lacks = attention == "sdpa" and not all(getattr(one, "_supports_sdpa", True) for one in kinds)
+    return "eager" if lacks else attention
 
 
 def _packed_folder(base: Path, recipe: Recipe, root: Path | None) -> Path | None:

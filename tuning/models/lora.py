@@ -1,43 +1,43 @@
-"""LoRA layers on every attention and MLP projection of a model, counted.
+"""LoRA layers on every projection and expert of a model, counted.
 
-Projections are the linear layers of the model's repeated blocks, so that fused names (`qkv_proj`,
-`query_key_value`, ...) need no table. Two libraries fail silently here: PEFT adapts what it
-recognises, and transformers quantises what is exactly `nn.Linear`. So the result is counted
-(`Coverage`), and a model that is not covered as requested is refused.
+Two libraries fail silently here: PEFT adapts what it recognises, and transformers quantises what is
+exactly `nn.Linear`. So the result is counted (`Coverage`), and a model that is not covered as
+requested is refused.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 import transformers
-from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
+from peft.utils import transformers_weight_conversion as conversion
 
 from tuning.errors import Problem, SpecError
-from tuning.models import new_tokens
+from tuning.models import four_bit, new_tokens
+from tuning.models.kernels import experts
+from tuning.models.survey import REPEATED, TOWER, Survey, survey
 from tuning.plan import Recipe
+from tuning.plan.verdict import CHANGE_MODEL
 
-TOWER = re.compile(r"vision|image|audio|projector|multi_modal", re.IGNORECASE)
-TOWERS = r".*(vision|image|audio|projector|multi_modal).*"
-ROUTERS = frozenset({"router", "gate", "shared_expert_gate"})
-REPEATED = re.compile(r"\.(\d+)\.")
-REACHED = 0.98  # share of the layers' weights to reach: a router or two may be left out
-CHANGE_MODEL = "choose a dense text model from `python -m tuning presets`"
+TOWERS = r".*(vision|visual|image|audio|projector|multi_modal).*"  # `survey.TOWER`, as peft matches
+REACHED = 0.5  # share of the adaptable weights to pack; some classes keep a few in 32 bits
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """Counts of the adapted and the 4-bit layers."""
+    """Counts of the adapted and the 4-bit weights."""
 
-    expected: tuple[str, ...]  # full names of the projections to adapt
+    expected: tuple[str, ...]  # full names of the projections and expert parameters to adapt
     adapted: tuple[str, ...]  # full names of those that have a LoRA layer
-    quantised: float | None  # share of the layers' weights held in 4 bits; None without 4-bit
+    quantised: float | None  # share of the adaptable weights held in 4 bits; None without 4-bit
     trainable: int  # numbers that are trained
     total: int  # numbers of the base model, unpacked
 
@@ -49,21 +49,6 @@ class Coverage:
             "names": sorted({name.rpartition(".")[2] for name in self.adapted}),
             "quantised": self.quantised,
         }
-
-
-def projections(model: torch.nn.Module) -> tuple[str, ...]:
-    """Full names of every attention and MLP projection: the linear layers of the repeated blocks.
-
-    Head, embeddings, routers and vision or audio towers are left out.
-    """
-    return tuple(
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear)
-        and REPEATED.search(name)
-        and not TOWER.search(name)
-        and name.rpartition(".")[2] not in ROUTERS
-    )
 
 
 def select(
@@ -79,7 +64,7 @@ def select(
     mean all. Raises SpecError naming every target, exclusion and layer without a match.
     """
     available = tuple(available)
-    targets = _named(targets)
+    targets = None if targets is None or "all-linear" in targets else targets
     names = ", ".join(sorted({name.rpartition(".")[2] for name in available}))
     numbers = sorted({_layer(name) for name in available})
     problems = []
@@ -107,10 +92,6 @@ def select(
     return chosen
 
 
-def _named(targets: tuple[str, ...] | None) -> tuple[str, ...] | None:
-    return None if targets is None or "all-linear" in targets else targets
-
-
 def _ends(name: str, parts: Iterable[str]) -> bool:
     return any(name == part or name.endswith(f".{part}") for part in parts)
 
@@ -125,34 +106,33 @@ def adapt(
 ) -> tuple[PeftModel, Coverage]:
     """Put LoRA layers on `model`, seeded, and count what they cover; `rows` of tokens are trained.
 
-    Raises SpecError when the model holds weights that LoRA or 4-bit packing cannot reach (fused
-    experts), when a target matches nothing, or when a requested projection is not covered.
+    Raises SpecError when the model holds weights that LoRA cannot reach, when a target matches
+    nothing, or when a requested projection is not covered.
     """
-    available = projections(model)
-    weights = dict(_block_weights(model))
-    packed = sum(count for _, count in _packed(model))
-    total = packed + sum(p.numel() for p in model.parameters() if p.dtype != torch.uint8)
-    _refuse_unreachable(model, available, weights, recipe)
+    found, packed = survey(model), dict(four_bit.packed(model))
+    total = sum(packed.values()) + sum(
+        p.numel() for p in model.parameters() if p.dtype != torch.uint8
+    )
+    if refused := found.verdict().refusal(dora=recipe.dora):
+        raise SpecError.at("MODEL-113", model.config.model_type, *refused)
     expected = select(
-        available, targets=recipe.targets, exclude=recipe.exclude, layers=recipe.layers
+        found.adaptable, targets=recipe.targets, exclude=recipe.exclude, layers=recipe.layers
     )
-
+    published = targets(model, found, expected, layers=recipe.layers)
     transformers.set_seed(recipe.seed)
-    config = lora_config(model, recipe, expected)
-    config.trainable_token_indices = rows
-    peft_model = get_peft_model(model, config)
-    adapted = tuple(
-        name.removeprefix("base_model.model.")
-        for name, module in peft_model.named_modules()
-        if isinstance(module, LoraLayer)
-    )
+    options = lora_options(recipe) | {"trainable_token_indices": rows}
+    peft_model = put(model, options, expected)
+    for key, value in published.items():
+        setattr(peft_model.peft_config["default"], key, value)
+    adapted = adapted_names(peft_model)
     missing, extra = sorted(set(expected) - set(adapted)), sorted(set(adapted) - set(expected))
     if missing or extra:
         fact = f"PEFT left out {missing[:3]} and adapted {extra[:3]}, which was not requested"
         raise SpecError.at("MODEL-115", model.config.model_type, fact, CHANGE_MODEL)
     quantised = None
     if recipe.quantisation:
-        quantised = packed / max(1, sum(weights.values()))
+        numbers = sum(found.numbers[name] for name in found.adaptable)
+        quantised = sum(packed.get(name, 0) for name in found.adaptable) / max(1, numbers)
         if quantised < REACHED:
             fact = f"only {quantised:.1%} of its layers' weights could be packed in 4 bits"
             raise SpecError.at("MODEL-114", model.config.model_type, fact, "use method lora")
@@ -160,63 +140,107 @@ def adapt(
     return peft_model, Coverage(expected, adapted, quantised, trainable, total)
 
 
-def _block_weights(model: torch.nn.Module) -> Iterator[tuple[str, int]]:
-    """Name and size of each weight matrix in the model's repeated blocks, towers left out."""
-    packed = dict(_packed(model))
-    for name, parameter in model.named_parameters():
-        module = name.rpartition(".")[0]
-        if REPEATED.search(name) and not TOWER.search(name) and parameter.ndim >= 2:
-            yield name, packed.get(module, parameter.numel())
+def put(model: Any, options: dict[str, Any], chosen: Iterable[str]) -> PeftModel:
+    """LoRA layers on exactly `chosen`, linear layers and expert parameters by their full names.
 
-
-def _packed(model: torch.nn.Module) -> Iterator[tuple[str, int]]:
-    """Name and unpacked size of each 4-bit layer."""
-    for name, module in model.named_modules():
-        if isinstance(module, Linear4bit):
-            yield name, int(module.in_features * module.out_features)
-
-
-def _refuse_unreachable(
-    model: Any, available: tuple[str, ...], weights: dict[str, int], recipe: Recipe
-) -> None:
-    """Raise SpecError for fused experts: one tensor that neither LoRA nor 4-bit packing reaches.
-
-    Named targets are allowed, in 16 bits.
+    `options` are those of LoraConfig without targets.
     """
-    linear = {f"{name}.weight" for name in available}
-    reached = sum(n for name, n in weights.items() if name in linear)
-    share = reached / max(1, sum(weights.values()))
-    if share >= REACHED or (_named(recipe.targets) and not recipe.quantisation):
-        return
-    fact = (
-        f"keeps {1 - share:.1%} of its layers' weights outside linear layers (fused experts), "
-        f"where {recipe.method} cannot reach them, so that its MLPs would stay untrained"
+    dropout = options.get("lora_dropout", 0.0)
+    with by_own_names():
+        tuned = get_peft_model(model, config(options, chosen, survey(model)))
+    experts.read_packed(tuned)
+    made = tuned.peft_config["default"]
+    if made.lora_dropout != dropout:  # peft has none for experts, and so refuses it for all
+        for layer in tuned.modules():
+            if isinstance(layer, LoraLayer) and not isinstance(layer, ParamWrapper):
+                layer.lora_dropout["default"] = torch.nn.Dropout(dropout)
+        made.lora_dropout = dropout
+    return tuned
+
+
+def config(options: dict[str, Any], chosen: Iterable[str], found: Survey) -> LoraConfig:
+    """PEFT's config for `chosen`, by full names; without dropout where there are experts."""
+    chosen = tuple(chosen)
+    parameters = [name for name in found.experts if name in set(chosen)]
+    return LoraConfig(
+        **options | ({"lora_dropout": 0.0} if parameters else {}),
+        target_modules=[name for name in chosen if name not in set(parameters)],
+        target_parameters=parameters or None,
     )
-    change = f"{CHANGE_MODEL}; or use method lora and name attention projections in target_modules"
-    raise SpecError.at("MODEL-113", model.config.model_type, fact, change)
 
 
-def lora_config(model: torch.nn.Module, recipe: Recipe, chosen: tuple[str, ...]) -> LoraConfig:
-    """PEFT's config for LoRA on exactly the projections `chosen`.
+@contextmanager
+def by_own_names() -> Iterator[None]:
+    """Inside, peft takes names for what they are.
 
-    Short names where they match the same modules: every reader of an adapter understands them.
+    It would take `gate_proj` of a shared expert or a dense layer for that of the fused experts of
+    earlier versions of transformers.
     """
-    short = sorted({name.rpartition(".")[2] for name in chosen})
-    layers = list(recipe.layers) if recipe.layers is not None else None
+    with mock.patch.dict(conversion._MOE_TARGET_MODULE_MAPPING, clear=True):
+        yield
+
+
+def lora_options(recipe: Recipe) -> dict[str, Any]:
+    """The options of LoraConfig that a recipe has, without targets."""
+    return {
+        "r": recipe.rank,
+        "lora_alpha": recipe.alpha,
+        "lora_dropout": recipe.dropout,
+        "use_rslora": recipe.rslora,
+        "use_dora": recipe.dora,
+        "bias": "none",
+        "task_type": "CAUSAL_LM",
+    }
+
+
+def targets(
+    model: Any, found: Survey, chosen: Iterable[str], *, layers: tuple[int, ...] | None
+) -> dict[str, Any]:
+    """The keys of an adapter's config that name `chosen`, as every reader of adapters understands.
+
+    Short names where they match the same weights. Where peft would take a projection's name for
+    that of fused experts, the projection is named by its weight, which means the same to it.
+    """
+    mistaken = conversion._MOE_TARGET_MODULE_MAPPING.get(
+        conversion._MODEL_TO_CONVERSION_PATTERN.get(model.config.model_type), {}
+    )
+    parameters, linears, weights = [], [], []
+    for name in chosen:
+        if name in set(found.experts):
+            parameters.append(name)
+        elif name.rpartition(".")[2] in mistaken:
+            weights.append(f"{name}.weight")
+        else:
+            linears.append(name)
+    short = sorted({name.rpartition(".")[2] for name in linears})
     matches = {name for name, _ in model.named_modules() if _ends(name, short)}
     if layers is not None:
         matches = {name for name in matches if _layer(name) in layers}
     towers = {name for name in matches if TOWER.search(name)}
-    exact = matches - towers == set(chosen)
-    return LoraConfig(
-        r=recipe.rank,
-        lora_alpha=recipe.alpha,
-        lora_dropout=recipe.dropout,
-        use_rslora=recipe.rslora,
-        use_dora=recipe.dora,
-        target_modules=short if exact else sorted(chosen),
-        layers_to_transform=layers if exact else None,
-        exclude_modules=TOWERS if exact and towers else None,
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
+    exact = matches - towers == set(linears)
+    known = [name for name, _ in model.named_parameters()] + list(found.experts)
+    return {
+        "target_modules": short if exact else sorted(linears),
+        "layers_to_transform": list(layers) if exact and linears and layers is not None else None,
+        "exclude_modules": TOWERS if exact and towers else None,
+        "target_parameters": _shortest([*parameters, *weights], known) or None,
+    }
+
+
+def _shortest(names: list[str], known: Iterable[str]) -> list[str]:
+    """Ends of `names` with their module that match no other name in `known`; or whole names."""
+    ends = sorted({".".join(name.split(".")[-2:]) for name in names})
+    matched = {name for name in known if _ends(name, ends)}
+    return ends if matched == set(names) else sorted(names)
+
+
+def adapted_names(model: PeftModel) -> tuple[str, ...]:
+    """Full names, in the base model, of what has a LoRA layer."""
+    names = []
+    for path, module in model.named_modules():
+        if isinstance(module, ParamWrapper):
+            inner = path.removeprefix("base_model.model.").replace(".base_layer", "")
+            names.append(f"{inner}.{module.parameter_name}")
+        elif isinstance(module, LoraLayer):
+            names.append(path.removeprefix("base_model.model."))
+    return tuple(names)

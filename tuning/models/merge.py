@@ -15,7 +15,7 @@ from tuning import adapter as adapters
 from tuning import files
 from tuning.adapter import Adapter
 from tuning.errors import SpecError, TuningError
-from tuning.models import generate, new_tokens
+from tuning.models import four_bit, generate, new_tokens
 from tuning.models.load import DTYPES, device_for, load_base, load_tokenizer
 from tuning.sources import verify
 from tuning.sources.base import weights_of
@@ -92,6 +92,7 @@ def _merged(base: Path, found: Adapter, made: Value, device: str, tokenizer: Any
     loaded = load_base(base, precision=precision, quantisation=packing, device=device)
     if packing:
         loaded = loaded.dequantize(dtype=DTYPES[precision])
+        four_bit.unpack_experts(loaded, DTYPES[precision])
         # its config would call the saved weights 4-bit ones
         for config in {id(c): c for c in (loaded.config, loaded.config.get_text_config())}.values():
             if hasattr(config, "quantization_config"):

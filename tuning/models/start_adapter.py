@@ -11,6 +11,7 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
 from tuning import adapter as adapters
 from tuning.errors import SpecError
+from tuning.models import lora
 
 
 def load(tuned: Any, folder: Path, *, sha256: str | None) -> None:
@@ -40,7 +41,8 @@ def load(tuned: Any, folder: Path, *, sha256: str | None) -> None:
             what, change = "is not finite", "fetch or train it again"
             raise SpecError.at("MODEL-208", f"{folder} {name}", what, change)
         weights[name] = tensor
-    set_peft_model_state_dict(tuned, weights)
+    with lora.by_own_names():
+        set_peft_model_state_dict(tuned, weights)
 
 
 CHANGE = "leave LoraConfig out: rank, alpha and layers are those of start_adapter"

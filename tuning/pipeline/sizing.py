@@ -1,4 +1,4 @@
-"""A base model outside the presets: its config is read, and its memory simulated."""
+"""A base model outside the presets: its config is read, and the model examined without weights."""
 
 from __future__ import annotations
 
@@ -57,17 +57,20 @@ def sized(
     stop: Callable[[], bool] = lambda: False,
     keep_open: tuple[int, ...] = (),
 ) -> plan.Base:
-    """`known` with its memory simulated if no preset holds it, or with the reason why not."""
+    """`known` with what an examination finds if no preset holds it, or with the reason why not."""
     if not known.config or not plan.wants_simulation(known, device):
         return known
     try:
-        simulated = simulation.coefficients(
+        found = simulation.examine(
             known.config,
             variants=plan.variants(spec, known, device),
-            begin=lambda: console.say("Sizing the model, which is not among the presets ..."),
+            begin=lambda: console.say("Examining the model, which is not among the presets ..."),
             stop=stop,
             keep_open=keep_open,
         )
     except simulation.Impossible as reason:
         return replace(known, unsized=f"it could not be simulated, since {reason}")
-    return replace(known, simulated=simulated)
+    unsized = (
+        f"its memory could not be simulated, since it {found.unsized}" if found.unsized else ""
+    )
+    return replace(known, simulated=found.coefficients, verdict=found.verdict, unsized=unsized)

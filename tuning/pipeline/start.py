@@ -173,19 +173,27 @@ def _named(
     No layers mean all of them.
     """
     places: dict[str, set[int]] = {}
+    named = [end.removesuffix(".weight") for end in adapter.config.get("target_parameters") or ()]
     for module in adapter.modules:
-        number = next((int(part) for part in module.split(".") if part.isdigit()), -1)
-        places.setdefault(module.rpartition(".")[2], set()).add(number)
+        outer = module.replace(adapters.INNER, "")  # of an expert, the module that holds it
+        number = next((int(part) for part in outer.split(".") if part.isdigit()), -1)
+        ends = {outer.rpartition(".")[2]}
+        if held := {end for end in named if _within(outer, end.rpartition(".")[0])}:
+            ends = held
+        for end in ends:
+            places.setdefault(end, set()).add(number)
     if not places:  # the beginning of its weights did not say
-        named = adapter.config["target_modules"]
-        return (tuple(named) if isinstance(named, list) else None), None
+        targets = adapter.config["target_modules"]
+        return (tuple(targets) if isinstance(targets, list) else None), None
     layers, *others = places.values()
-    if any(other != layers for other in others) or len(adapter.modules) != len(places) * len(
-        layers
-    ):
+    if any(other != layers for other in others):
         return adapter.modules, None
     whole = model.facts is not None and layers == set(range(model.facts.layers))
     return tuple(sorted(places)), None if whole else tuple(sorted(layers))
+
+
+def _within(module: str, end: str) -> bool:
+    return bool(end) and (module == end or module.endswith(f".{end}"))
 
 
 def _differs(name: str, set_: Any, value: Any) -> bool:

@@ -13,7 +13,7 @@ from typing import Literal
 
 from tuning.errors import SpecError
 from tuning.plan.device import Device
-from tuning.presets import Facts
+from tuning.presets import Class, Facts
 from tuning.spec import Settings
 
 VARLEN = "torch_varlen"  # a name with "flash" in it would be taken for a kernel to download
@@ -55,19 +55,21 @@ def attention(
     device: Device,
     *,
     precision: str,
+    kind: Class | None = None,
     packages: Collection[str] | None = None,
     torch: str | None = None,
 ) -> Choice:
     """The fastest attention that is correct for the model on the device.
 
-    `packages` (installed ones) and `torch` (its version) default to this environment's; without
-    torch the run is elsewhere, with a new one.
+    Without `facts` what was measured of its class, `kind`, decides. `packages` (installed ones) and
+    `torch` (its version) default to this environment's; without torch the run is elsewhere, with a
+    new one.
     """
     here = installed()
     packages = here if packages is None else packages
     torch = torch or here.get("torch") or "99.0"
     if facts is None:
-        return Choice("sdpa", "no other attention is verified for this family")
+        return _of_class(kind, device, precision=precision, torch=torch)
     if facts.softcap or facts.sinks:
         feature = "capped scores" if facts.softcap else "attention sinks"
         return Choice("eager", f"{feature}, which no kernel here computes")
@@ -90,6 +92,19 @@ def attention(
     if varlen:
         return Choice(VARLEN, "torch's own flash kernel, each document separately")
     return Choice("flex_attention", f"torch {torch} has no variable-length kernel with a window")
+
+
+def _of_class(kind: Class | None, device: Device, *, precision: str, torch: str) -> Choice:
+    """The attention of a class outside the families that are known by their shape."""
+    if kind is None or not kind.architecture:
+        return Choice("sdpa", "no other attention is verified for this family")
+    if kind.attention == "eager":
+        return Choice("eager", "its class has no other")
+    halves = precision != "float32" and (device.capability or (0, 0)) >= (8, 0)
+    fits = _version(torch) >= VARLEN_TORCH and (device.kind == "cpu" or halves)
+    if kind.attention == VARLEN and fits:
+        return Choice(VARLEN, "each document separately, measured on this class")
+    return Choice("sdpa", f"no other is verified for {kind.architecture} here")
 
 
 def refuse_unavailable(attention: str | None, device: Device) -> None:
@@ -148,9 +163,10 @@ def choose(
     dropout: float,
     dora: bool,
     reasons: dict[str, str],
+    kind: Class | None = None,
 ) -> Backend:
     """The backend on `device`, by the settings first; adds to `reasons`."""
-    chosen = attention(facts, device, precision=precision)
+    chosen = attention(facts, device, precision=precision, kind=kind)
     name, reasons["attention"] = chosen.name, chosen.reason
     fused, reasons["kernels"] = kernels(device, dropout=dropout, dora=dora)
     if settings.attention is not None:

@@ -12,6 +12,7 @@ from tuning.errors import Problem, SpecError
 from tuning.plan import gpu_problems, sizing
 from tuning.plan.coefficients import Coefficients
 from tuning.plan.device import Device
+from tuning.plan.verdict import CHANGE_MODEL, Verdict
 from tuning.spec import Spec
 
 IMAGE = "oci:"  # before the name of an image that holds a base model
@@ -30,6 +31,7 @@ class Base:
     config: dict[str, Any] = field(default_factory=dict)  # config.json, where it was read
     simulated: Coefficients | None = None  # memory coefficients, for a model outside the presets
     unsized: str = ""  # why it could not be simulated
+    verdict: Verdict | None = None  # how it is adapted, for a model outside the presets
 
     def sized(self, device: Device) -> sizing.Model | None:
         """The coefficients to estimate its memory on `device` with; None where there are none."""
@@ -49,7 +51,16 @@ class Base:
         """Whether packed rows stay apart, and why."""
         if self.facts:
             return self.facts.packing_safe, self.facts.packing_reason
-        return False, "attention across packed rows is not verified for this family"
+        if self.kind is None or not self.kind.architecture:
+            return False, "attention across packed rows is not verified for this family"
+        if self.kind.packing:
+            return True, "measured on this class: packed documents stay apart"
+        return False, "measured on this class: packed documents do not stay apart"
+
+    @property
+    def kind(self) -> presets.Class | None:
+        """What was measured of its class; None for a preset, whose facts say more."""
+        return presets.class_of(self.config)
 
 
 def base_of(spec: Spec, config: dict[str, Any], *, revision: str) -> Base:
@@ -141,6 +152,14 @@ def refuse_unsupported(spec: Spec, base: Base, device: Device) -> None:
     problems = []
     if base.facts and not (answer := presets.support(base.facts, spec.method)).supported:
         problems.append(Problem("PLAN-101", base.name, answer.reason, answer.change))
+    if base.kind and base.kind.refused:
+        reason = f"is of a class that {base.kind.refused}"
+        problems.append(Problem("PLAN-101", base.name, reason, CHANGE_MODEL))
+    elif base.kind and base.kind.four_bit and spec.method == "qlora":
+        reason = f"is of a class that {base.kind.four_bit}"
+        problems.append(Problem("PLAN-101", base.name, reason, "use method lora"))
+    elif base.verdict and (refused := base.verdict.refusal(dora=bool(spec.settings.dora))):
+        problems.append(Problem("PLAN-101", base.name, *refused))
     if device.kind == "cpu" and base.facts and base.facts.parameters > LARGEST_ON_CPU:
         billions = base.facts.parameters / 1e9
         reason = device.no_gpu or "there is none here"

@@ -104,7 +104,14 @@ def variants(spec: Spec, base: Base, device: Device) -> list[Variant]:
     dropout = settings.dropout or 0.0
     dora = bool(settings.dora)
     backend = backends.choose(
-        settings, base.facts, device, precision=precision, dropout=dropout, dora=dora, reasons={}
+        settings,
+        base.facts,
+        device,
+        precision=precision,
+        dropout=dropout,
+        dora=dora,
+        reasons={},
+        kind=base.kind,
     )
     return [
         Variant(
@@ -194,6 +201,7 @@ def _backend(
         dropout=recipe.dropout,
         dora=recipe.dora,
         reasons=reasons,
+        kind=base.kind,
     )
 
 

@@ -1,7 +1,8 @@
-"""Coefficients of models outside the presets: simulated once by a child process, then remembered.
+"""Models outside the presets: examined once by a child process, then remembered.
 
-The simulation needs torch, no GPU and no weights, and takes some seconds. What it finds depends on
-the model's shape and the libraries, and is kept in the user's cache under a hash of both.
+The child builds the model without memory, says how it is adapted, and simulates its steps. That
+needs torch, no GPU and no weights, and takes some seconds. What it finds depends on the model's
+shape and the libraries, and is kept in the user's cache under a hash of both.
 """
 
 from __future__ import annotations
@@ -12,26 +13,36 @@ import logging
 import tempfile
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from tuning import files, process
-from tuning.errors import SpecError
-from tuning.plan.coefficients import Coefficients, Variant, from_json
+from tuning.plan import coefficients, verdict
+from tuning.plan.coefficients import Coefficients, Variant
+from tuning.plan.verdict import Verdict
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # of what is remembered
+FORMAT = 2  # of what is remembered
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 _NO_SHAPE = ("_name_or_path", "transformers_version", "max_position_embeddings", "rope_scaling")
 
 
 class Impossible(Exception):
-    """There is nothing to simulate with, or the model cannot be simulated; says why."""
+    """There is nothing to examine the model with; says why."""
 
 
-def coefficients(
+@dataclass(frozen=True)
+class Examined:
+    """What the child found."""
+
+    verdict: Verdict
+    coefficients: Coefficients | None  # None: its steps follow no formula
+    unsized: str = ""  # why there are none
+
+
+def examine(
     config: dict[str, Any],
     *,
     variants: Iterable[Variant],
@@ -39,8 +50,8 @@ def coefficients(
     stop: Callable[[], bool] = lambda: False,
     keep_open: tuple[int, ...] = (),
     cache: Path | None = None,
-) -> Coefficients:
-    """What `memory.predict` needs for `variants` of the model whose config.json is `config`.
+) -> Examined:
+    """How the model whose config.json is `config` is adapted, and what `memory.predict` needs.
 
     `begin` is called when the child is started. `cache` None is the user's own. Raises Impossible.
     """
@@ -50,7 +61,7 @@ def coefficients(
     kept = (cache or files.cache_folder() / "memory") / f"{_key(config, asked)}.json"
     if kept.is_file():
         with suppress(ValueError, KeyError, TypeError):
-            return from_json(files.read_json(kept))
+            return _examined(files.read_json(kept))
     begin()
     with tempfile.TemporaryDirectory(prefix="tuning-") as scratch:
         try:
@@ -62,14 +73,21 @@ def coefficients(
                 stop_asked=stop,
                 keep_open=keep_open,
             )
-        except SpecError as error:
-            raise Impossible(error.problems[0].what) from None
         except process.ChildDied as died:
             raise Impossible(str(died)) from None
     with suppress(OSError):  # a read-only home is no reason not to plan
         kept.parent.mkdir(parents=True, exist_ok=True)
-        files.write_json(kept, answer["coefficients"])
-    return from_json(answer["coefficients"])
+        files.write_json(kept, answer)
+    return _examined(answer)
+
+
+def _examined(answer: dict[str, Any]) -> Examined:
+    found = answer["coefficients"]
+    return Examined(
+        verdict.from_json(answer["verdict"]),
+        found and coefficients.from_json(found),
+        answer["unsized"],
+    )
 
 
 def _key(config: dict[str, Any], variants: list[dict[str, Any]]) -> str:

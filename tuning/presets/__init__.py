@@ -4,6 +4,8 @@ Imports neither torch nor pydantic, for planning and the cluster side. Tables ar
 """
 
 from tuning.presets.architecture import Facts, Linear
+from tuning.presets.classes import Class
+from tuning.presets.classes import of as class_of
 from tuning.presets.config import facts
 from tuning.presets.hardware import (
     Engine,
@@ -23,6 +25,7 @@ from tuning.presets.support import Support, gpu_support, support
 
 __all__ = [
     "CONFIGS",
+    "Class",
     "Engine",
     "Facts",
     "Gpu",
@@ -31,6 +34,7 @@ __all__ = [
     "Preset",
     "Support",
     "all",
+    "class_of",
     "engine_build",
     "engine_builds",
     "engines",

@@ -27,7 +27,8 @@ from peft.utils.integrations import dequantize_module_weight
 
 from tuning import adapter as adapters
 from tuning.errors import Problem, SpecError
-from tuning.models.lora import projections
+from tuning.models.kernels import experts
+from tuning.models.survey import survey
 
 PREFIX = "base_model.model."
 FLOATS = frozenset({"F16", "BF16", "F32"})
@@ -49,15 +50,17 @@ def load(adapter: adapters.Adapter, model: Any) -> dict[str, LayerWeights]:
     not finite.
     """
     path = adapter.folder / adapters.WEIGHTS
-    layers = {name: model.get_submodule(name) for name in projections(model)}
-    problems = [*_misfits(adapter, layers)]
+    found = survey(model)
+    layers = {name: model.get_submodule(name) for name in found.linears}
+    stored, missing = adapters.places(adapter, found.linears, found.experts)
+    problems = [*_misfits(adapter, model, layers, stored, missing)]
     if problems:
         raise SpecError(problems)
     is_dora = bool(adapter.config.get("use_dora"))
     weights = {}
     with safetensors.safe_open(path, framework="pt") as file:
-        for name in adapter.modules:
-            tensors = {key: file.get_tensor(key) for key in _tensors(adapter, name)}
+        for name, place in stored.items():
+            tensors = {key: file.get_tensor(key) for key in _tensors(adapter, place)}
             problems += [
                 Problem("MODEL-208", f"{path} {key}", "is not finite", "fetch or train it again")
                 for key, tensor in tensors.items()
@@ -65,7 +68,8 @@ def load(adapter: adapters.Adapter, model: Any) -> dict[str, LayerWeights]:
             ]
             if not problems:
                 by_kind = {_kind(key): tensor.float() for key, tensor in tensors.items()}
-                weights[name] = _weights(layers[name], by_kind, scaling(adapter), is_dora)
+                layer = layers.get(name) or model.get_submodule(name.rpartition(".")[0])
+                weights[name] = _weights(layer, by_kind, scaling(adapter), is_dora)
     if problems:
         raise SpecError(problems)
     return weights
@@ -81,21 +85,38 @@ def _tensors(adapter: adapters.Adapter, module: str) -> list[str]:
     return [key for key in adapter.tensors if key.startswith(f"{PREFIX}{module}.lora_")]
 
 
-def _misfits(adapter: adapters.Adapter, layers: dict[str, Any]) -> Iterable[Problem]:
+def _misfits(
+    adapter: adapters.Adapter,
+    model: Any,
+    layers: dict[str, Any],
+    stored: dict[str, str],
+    missing: list[str],
+) -> Iterable[Problem]:
     base_name = f", {adapter.base_model}" if adapter.base_model else ""
     change = f"use it with its own base model{base_name}"
-    for name in adapter.modules:
-        if name not in layers:
-            what = f"does not fit the base model, which has no {name}"
-            yield Problem("MODEL-210", str(adapter.folder), what, change)
-            return  # another family: the same holds for all other layers
-        inputs, outputs = layers[name].in_features, layers[name].out_features
+    if missing:  # another family: the same holds for all other layers
+        what = f"does not fit the base model, which has no {missing[0]}"
+        yield Problem("MODEL-210", str(adapter.folder), what, change)
+        return
+    for name, place in stored.items():
+        rank = adapter.rank
+        if name in layers:
+            inputs, outputs = layers[name].in_features, layers[name].out_features
+        else:
+            mixture = model.get_submodule(name.rpartition(".")[0])
+            if not experts.suits(mixture):
+                what = f"adapts {type(mixture).__name__}, which no server here batches"
+                merged = "merge it with its base (python -m tuning merge) and serve that"
+                yield Problem("MODEL-210", str(adapter.folder), what, merged)
+                return
+            count, inputs, outputs = experts.shape(mixture, name.rpartition(".")[2])
+            rank *= count
         expected = {
-            "lora_A": (adapter.rank, inputs),
-            "lora_B": (outputs, adapter.rank),
+            "lora_A": (rank, inputs),
+            "lora_B": (outputs, rank),
             "lora_magnitude_vector": (outputs,),
         }
-        for key in _tensors(adapter, name):
+        for key in _tensors(adapter, place):
             tensor, kind = adapter.tensors[key], _kind(key)
             if tensor.shape != expected[kind]:
                 what = f"has shape {tensor.shape}; the base model needs {expected[kind]}"
@@ -112,7 +133,7 @@ def _kind(key: str) -> str:
 def _weights(
     layer: Any, tensors: dict[str, torch.Tensor], scale: float, is_dora: bool
 ) -> LayerWeights:
-    device = layer.weight.device
+    device = next(layer.parameters()).device
     a, b = tensors["lora_A"].to(device), tensors["lora_B"].to(device) * scale
     if not is_dora:
         return LayerWeights(a, b, None)
@@ -131,15 +152,25 @@ class MultiLora:
         self.active: tuple[int, ...] = ()  # adapters with a weight other than 0 for some token
         self._rank_weights: dict[tuple[int, ...], torch.Tensor | None] = {}  # shared by layers
         self._hooks = []
+        self._mixtures: dict[str, _Mixture] = {}
+        linears = set(survey(model).linears)
         for name in sorted({name for weights in loaded for name in weights}):
             here = {i: weights[name] for i, weights in enumerate(loaded) if name in weights}
-            layer = model.get_submodule(name)
-            self._hooks.append(layer.register_forward_hook(_LayerHook(self, here)))
+            if name in linears:
+                layer = model.get_submodule(name)
+                self._hooks.append(layer.register_forward_hook(_LayerHook(self, here)))
+                continue
+            path, _, parameter = name.rpartition(".")
+            if path not in self._mixtures:
+                self._mixtures[path] = _Mixture(self, model.get_submodule(path))
+            self._mixtures[path].add(parameter, here)
 
     def remove(self) -> None:
         """Detach the adapters from the model."""
         for hook in self._hooks:
             hook.remove()
+        for mixture in self._mixtures.values():
+            mixture.remove()
 
     def use(self, rows: Iterable[tuple[Sequence[float], int]], device: Any) -> None:
         """Set the adapters of the next forward pass: (adapters' weights, number of tokens)."""
@@ -176,6 +207,52 @@ def overflowing(model: Any, loras: MultiLora) -> list[int]:
     return indices
 
 
+def _spans(weights: dict[int, LayerWeights], ranks: Iterable[int]) -> dict[int, tuple[int, int]]:
+    """The ranks of each adapter, where those of all lie side by side."""
+    spans, end = {}, 0
+    for i, rank in zip(weights, ranks, strict=True):
+        spans[i] = end, end + rank
+        end += rank
+    return spans
+
+
+class _Mixture:
+    """The experts of one mixture, computed with the adapters' low-rank parts beside them."""
+
+    def __init__(self, loras: MultiLora, module: Any) -> None:
+        self._loras, self._module = loras, module
+        self._own, self._put = module.forward, vars(module).get("forward")
+        self._low: dict[str, experts.LowRank] = {}
+        self._owners: dict[str, tuple[int, ...]] = {}
+        module.forward = self
+
+    def add(self, parameter: str, weights: dict[int, LayerWeights]) -> None:
+        """Put the adapters of one expert parameter beside it."""
+        count = self._module.num_experts
+        parts = [experts.low_rank(each.a, each.b, count, 1.0) for each in weights.values()]
+        self._low[parameter] = experts.LowRank(
+            torch.cat([part.a for part in parts], dim=1),
+            torch.cat([part.b for part in parts], dim=2),
+            1.0,
+        )
+        spans = _spans(weights, (part.a.shape[1] for part in parts))
+        self._owners[parameter] = tuple(i for i, (a, b) in spans.items() for _ in range(a, b))
+
+    def remove(self) -> None:
+        """Let the module compute as before."""
+        del self._module.forward
+        if self._put is not None:  # packed experts have a forward of their own
+            self._module.forward = self._put
+
+    def __call__(self, hidden: torch.Tensor, chosen: torch.Tensor, shares: torch.Tensor) -> Any:
+        """The mixture's output, with the active adapters."""
+        if self._loras.weights is None:
+            return self._own(hidden, chosen, shares)
+        scaled = {name: self._loras.rank_weights(owners) for name, owners in self._owners.items()}
+        weights = {name: found for name, found in scaled.items() if found is not None}
+        return experts.forward(self._module, hidden, chosen, shares, self._low, weights)
+
+
 class _LayerHook:
     """A forward hook on one linear layer that adds the adapters' outputs."""
 
@@ -183,11 +260,7 @@ class _LayerHook:
         self._loras = loras
         self._a = torch.cat([each.a for each in weights.values()])
         self._b = torch.cat([each.b for each in weights.values()], dim=1)
-        self._spans: dict[int, tuple[int, int]] = {}  # ranks of each adapter
-        end = 0
-        for i, each in weights.items():
-            self._spans[i] = end, end + each.a.shape[0]
-            end = self._spans[i][1]
+        self._spans = _spans(weights, (each.a.shape[0] for each in weights.values()))
         self._owners = tuple(i for i, (a, b) in self._spans.items() for _ in range(a, b))
         self._dora_scales = {
             i: each.dora_scale for i, each in weights.items() if each.dora_scale is not None

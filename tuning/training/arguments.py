@@ -46,6 +46,7 @@ def sft_config(
         adam_epsilon=recipe.epsilon,
         ddp_find_unused_parameters=False,  # fillers go through the whole model, too
         ddp_broadcast_buffers=False,  # no buffer of these models changes
+        router_aux_loss_coef=0.0,  # routers are frozen; dense classes know the option as well
         max_grad_norm=recipe.max_grad_norm,
         neftune_noise_alpha=recipe.neftune_alpha,
         train_sampling_strategy="random" if recipe.shuffle else "sequential",

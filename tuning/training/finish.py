@@ -97,6 +97,7 @@ def config_of(
         "use_rslora": lora["use_rslora"],
         "use_dora": lora["use_dora"],
         "target_modules": sorted(lora["target_modules"]),
+        "target_parameters": lora["target_parameters"],
         "layers_to_transform": lora["layers_to_transform"],
         "bias": "none",
         "inference_mode": True,

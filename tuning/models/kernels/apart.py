@@ -33,17 +33,17 @@ def settle(model: Any, name: str, *, precision: torch.dtype, packing: bool = Tru
             base.set_attn_implementation(way)
         if way == "sdpa" and not packing:
             return way
-        fault = _fault(model, way, precision)
-        if fault is None:
+        found = fault(model, way, precision)
+        if found is None:
             return way
-        logger.warning("%s attention is not used: %s", way, fault)
+        logger.warning("%s attention is not used: %s", way, found)
     kind = model.config.model_type
-    what = f"is on, but with {way} attention in {kind} {fault}"
+    what = f"is on, but with {way} attention in {kind} {found}"
     raise SpecError.at("MODEL-116", "packing", what, "set packing: false")
 
 
-def _fault(model: Any, name: str, precision: torch.dtype) -> str | None:
-    """What is wrong with packed rows; None if nothing is."""
+def fault(model: Any, name: str, precision: torch.dtype) -> str | None:
+    """What is wrong with packed rows under the attention `name`; None if nothing is."""
     first, other, second = (torch.arange(n * LENGTH, (n + 1) * LENGTH) for n in range(3))
     training = model.training
     model.eval()

@@ -1,41 +1,64 @@
-"""The child process that simulates a model outside the presets.
+"""The child process that examines a model outside the presets: no weights, no memory.
 
-    {"config": {...}, "variants": [{...}]}    the model's config.json, fields of `Variant`
- -> {"coefficients": {...}}                   as `coefficients.to_json` writes them
-
-Raises SpecError for a model whose steps follow no formula.
+   {"config": {...}, "variants": [{...}]}    the model's config.json, fields of `Variant`
+-> {"verdict": {...},                        as `verdict.to_json` writes it
+    "coefficients": {...} or null,           as `coefficients.to_json` writes them
+    "unsized": "..."}                        why there are none
 """
 
 from __future__ import annotations
 
 import sys
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
 import transformers
 
 from tuning import process
-from tuning.errors import SpecError
+from tuning.models.survey import survey
+from tuning.plan import verdict
 from tuning.plan.coefficients import Variant, to_json
 from tuning.training.simulate.fit import coefficients
+from tuning.training.simulate.step import build
 
 
 def work(request: dict[str, Any]) -> dict[str, Any]:
-    """Simulate what `request` asks for."""
+    """Examine and simulate what `request` asks for."""
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
+    config = request["config"]
+    found = judge(config)
+    answer: dict[str, Any] = {"verdict": verdict.to_json(found), "coefficients": None}
+    if found.refused:
+        return answer | {"unsized": found.refused}
     variants = [Variant(**variant) for variant in request["variants"]]
+    plain = "sdpa" not in found.attention
     try:
-        found = coefficients(request["config"], variants=variants)
-    except (ValueError, KeyError, AttributeError, RuntimeError) as error:  # whatever a class may do
-        what = f"cannot be simulated ({type(error).__name__}: {str(error)[:200]})"
-        change = "nothing has to be changed: it is placed with care instead"
-        raise SpecError.at(
-            "PLAN-110", str(request["config"].get("model_type")), what, change
-        ) from error
-    return {"coefficients": to_json(found)}
+        sized = coefficients(
+            config,
+            variants=[replace(v, attention="eager") if plain else v for v in variants],
+        )
+    except Exception as error:  # whatever a model class may raise
+        return answer | {"unsized": f"fails there ({type(error).__name__}: {str(error)[:200]})"}
+    if plain:  # asked for by the name of what other classes have
+        moments = {replace(v, attention="sdpa"): m for v, m in sized.moments.items()}
+        sized = replace(sized, moments=moments)
+    return answer | {"coefficients": to_json(sized), "unsized": ""}
+
+
+def judge(config: dict[str, Any]) -> verdict.Verdict:
+    """How the model of `config` is adapted; with transformers' own words if it builds none."""
+    try:
+        model = build(config, variant=Variant(attention="eager"))
+    except Exception as error:  # whatever a config or a model class may raise
+        words = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        reason = f"cannot be built by transformers {transformers.__version__} ({words})"
+        return verdict.Verdict(0, 0, 0.0, refused=reason)
+    offers = [name for name in ("sdpa", "eager") if name == "eager" or model._supports_sdpa]
+    return survey(model).verdict(tuple(offers))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tuning.models import lora
+from tuning.models.survey import REPEATED, TOWER, survey
 from tuning.plan.coefficients import KINDS, SIZES, Coefficients, Moment, Variant, measures
 from tuning.training.simulate import standins
 from tuning.training.simulate.memory import COLUMNS
@@ -60,9 +60,14 @@ def coefficients(config: Any, *, variants: Iterable[Variant]) -> Coefficients:
     elements = sum(m.in_features * m.out_features for m in packed)
     adapters: dict[str, int] = {}
     modules = dict(whole.named_modules())
-    for name in lora.projections(whole):
+    reached = survey(whole)
+    for name in reached.linears:
         linear, short = modules[name], name.rpartition(".")[2]
         adapters[short] = adapters.get(short, 0) + linear.in_features + linear.out_features
+    for name in reached.experts:
+        count, inputs, outputs = whole.get_parameter(name).shape
+        short = name.rpartition(".")[2]
+        adapters[short] = adapters.get(short, 0) + count * (inputs + outputs)
     return Coefficients(
         layers=read(config).get_text_config().num_hidden_layers,
         kept=sum(p.numel() for p in whole.parameters()) - elements,
@@ -93,8 +98,8 @@ def uniform(model: torch.nn.Module) -> bool:
     """Whether every decoder layer of `model` holds weights of the same shapes."""
     shapes: dict[str, set[tuple[str, tuple[int, ...]]]] = {}
     for name, parameter in model.named_parameters():
-        match = lora.REPEATED.search(name)
-        if match and not lora.TOWER.search(name):
+        match = REPEATED.search(name)
+        if match and not TOWER.search(name):
             shapes.setdefault(match[1], set()).add((name[match.end() :], tuple(parameter.shape)))
     return len({frozenset(layer) for layer in shapes.values()}) == 1
 

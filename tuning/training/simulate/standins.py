@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -19,6 +20,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl.kernels import chunked_logprob
 
+from tuning.models import four_bit
 from tuning.plan.coefficients import FUSED_TILE_ROWS
 from tuning.training.simulate.memory import kind
 
@@ -148,6 +150,28 @@ def _unpacked(like: Any, rows: int, columns: int) -> Any:
         weight = like.new_empty(rows, columns)
         del constants
     return weight
+
+
+@dataclass(frozen=True)
+class PackedState:
+    """How an expert parameter is packed: what `models.four_bit` asks of a `QuantState`."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+    def unpack(self, packed: torch.Tensor, _: Any) -> torch.Tensor:
+        """The whole parameter, as `bnb.functional.dequantize_4bit` makes it."""
+        like = packed.new_empty(0, dtype=self.dtype)
+        whole: torch.Tensor = _unpacked(like, self.shape[0] * self.shape[1], self.shape[2])
+        return whole.view(self.shape)
+
+
+def pack_parameter(module: torch.nn.Module, name: str, dtype: torch.dtype) -> None:
+    """Replace the expert parameter `name` by a packed one without constants, on the meta device."""
+    shape = module.get_parameter(name).shape
+    packed = torch.empty((shape.numel() + 1) // 2, 1, dtype=torch.uint8, device="meta")
+    setattr(module, name, torch.nn.Parameter(packed, requires_grad=False))
+    four_bit.unpack_when_read(module, name, PackedState(shape, dtype))
 
 
 class _Packed:

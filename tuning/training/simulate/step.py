@@ -13,13 +13,13 @@ import numpy as np
 import torch
 import transformers
 from numpy.typing import NDArray
-from peft import LoraConfig, get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from tuning.models import lora
 from tuning.models.kernels import fuse
+from tuning.models.survey import REPEATED, plain_linears, survey
 from tuning.plan.backends import FUSED
 from tuning.plan.coefficients import Variant
 from tuning.training.simulate import standins
@@ -85,8 +85,7 @@ def build(config: Any, *, variant: Variant, layers: int | None = None) -> Any:
     text.use_cache = False
     if layers is not None:
         _cut(config, layers)
-    # as `models.load.load_base` does: bitsandbytes packs what is exactly nn.Linear
-    transformers.models.falcon.modeling_falcon.FalconLinear = torch.nn.Linear
+    plain_linears()
     causal = type(config) in transformers.AutoModelForCausalLM._model_mapping
     auto = transformers.AutoModelForCausalLM if causal else transformers.AutoModelForImageTextToText
     with torch.device("meta"):
@@ -119,27 +118,24 @@ def _cut(config: Any, layers: int) -> None:
 
 def _pack(model: Any, config: Any, compute: torch.dtype) -> None:
     """Replace what transformers would load in 4 bits."""
-    skip = get_keys_to_not_convert(model)
-    if config.get_text_config() is not config:
-        skip = ["lm_head", lora.TOWERS]
+    skip = get_keys_to_not_convert(model) + list(survey(model).left)
     options = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=compute)
     plain = dict(model.named_modules())
     replace_with_bnb_linear(model, skip, options)
     for name, module in list(model.named_modules()):
         if module is not plain[name]:
             model.set_submodule(name, standins.PackedLinear(plain[name], compute))
+    for name in survey(model).experts:
+        module, _, parameter = name.rpartition(".")
+        standins.pack_parameter(model.get_submodule(module), parameter, compute)
     model.is_loaded_in_4bit = True
 
 
 def adapt(model: Any, *, variant: Variant, rank: int) -> Any:
     """`model` with LoRA on every projection, ready to train; still on the meta device."""
-    names = lora.projections(model)
-    dropout = 0.05 if variant.dropout else 0.0
-    options = LoraConfig(
-        r=rank, lora_dropout=dropout, target_modules=list(names), task_type="CAUSAL_LM"
-    )
+    options = {"r": rank, "lora_dropout": 0.05 if variant.dropout else 0.0}
     with torch.device("meta"):
-        adapted = get_peft_model(model, options)
+        adapted = lora.put(model, options | {"task_type": "CAUSAL_LM"}, survey(model).adaptable)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -222,8 +218,8 @@ def _follow_layers(model: Any, live: LiveBytes) -> tuple[list[int], list[int], l
 def _layers(model: Any) -> list[str]:
     """Names of the decoder layers: the repeated blocks that hold projections."""
     names: dict[str, None] = {}
-    for name in lora.projections(model):
-        match = lora.REPEATED.search(name)
+    for name in survey(model).adaptable:
+        match = REPEATED.search(name)
         if match:
             names[name[: match.end(1)]] = None
     return list(names)

@@ -1,0 +1,142 @@
+"""configs/classes.yaml: what is measured of each class in transformers' causal-LM mapping.
+
+    python tools/write_classes.py [MODEL_TYPE ...]    measure all (a quarter of an hour), or some
+
+A tiny random checkpoint of each (tests/architectures.py) is loaded, adapted and trained by one step
+as a run does: which attention its class has, whether a token sees the ones after it, whether packed
+documents stay apart, whether each adapter gets a gradient. A plan reads the table without torch.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import architectures  # noqa: E402
+
+from tuning.models import four_bit, lora  # noqa: E402
+from tuning.models.kernels import apart  # noqa: E402
+from tuning.models.load import load_base  # noqa: E402
+from tuning.models.survey import survey  # noqa: E402
+from tuning.plan.backends import VARLEN  # noqa: E402
+
+TABLE = ROOT / "configs" / "classes.yaml"
+HEADING = "# Measured on tiny models by tools/write_classes.py; see there. By model_type.\n"
+IDS = torch.arange(5, 53).reshape(2, 24)
+NF4 = {"type": "nf4", "double": True, "compute": "float32"}
+LEAK = 1e-4  # of the largest logit: later words must change nothing
+
+
+def measure(name: str, folder: Path) -> dict[str, Any]:
+    """The record of one class."""
+    if name in architectures.UNBUILT:
+        return {"unmeasured": architectures.UNBUILT[name]}
+    try:
+        architectures.write(name, folder)
+        base = load_base(
+            folder, precision="float32", quantisation=None, device="cpu", attention="sdpa"
+        )
+        record = {"architecture": type(base).__name__, "attention": _attention(base)}
+        if refusal := survey(base).verdict().refusal(dora=False):
+            return record | {"refused": refusal[0]}
+        packing = _packs(base, record["attention"])
+        record |= {"packing": bool(packing)} | (packing or {})
+        if refused := _trained(base):
+            return record | {"refused": refused}
+    except Exception as error:  # whatever a class may raise
+        return {"refused": f"fails in transformers ({_words(error)})"}
+    try:
+        base = load_base(
+            folder, precision="float32", quantisation=NF4, device="cpu", attention="sdpa"
+        )
+        if refused := _packed(base) or _trained(base):
+            return record | {"four_bit": refused}
+    except Exception as error:
+        return record | {"four_bit": f"fails in 4 bits ({_words(error)})"}
+    return record
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+
+
+def _packed(base: Any) -> str:
+    """What is wrong with the packing, if anything is."""
+    found, packed = survey(base), dict(four_bit.packed(base))
+    numbers = sum(found.numbers[name] for name in found.adaptable)
+    share = sum(packed.get(name, 0) for name in found.adaptable) / numbers
+    return "" if share >= lora.REACHED else f"has only {share:.0%} of its weights packed"
+
+
+def _attention(base: Any) -> str:
+    return "sdpa" if base._supports_sdpa else "eager"
+
+
+def _packs(base: Any, plain: str) -> dict[str, str]:
+    """The attention under which packed documents stay apart, the fastest first; {} if none."""
+    for way in (VARLEN, plain):
+        try:
+            base.set_attn_implementation(way)
+            if apart.fault(base, way, torch.float32) is None:
+                return {"attention": way}
+        except Exception as error:  # this class has no such attention
+            logging.debug("%s: %s", way, error)
+    return {}
+
+
+def _trained(base: Any) -> str:
+    """Why a step does not train each adapter, if it does not."""
+    base.set_attn_implementation(_attention(base))
+    found = survey(base)
+    tuned = lora.put(base, {"r": 8, "task_type": "CAUSAL_LM"}, found.adaptable).eval()
+    weights = {name: p for name, p in tuned.named_parameters() if p.requires_grad}
+    generator = torch.Generator().manual_seed(0)
+    for weight in weights.values():
+        weight.data = torch.randn(weight.shape, generator=generator) * 0.1
+    later = IDS.clone()
+    later[:, 16:] += 7
+    with torch.no_grad():
+        one, other = (tuned(input_ids=ids, use_cache=False).logits for ids in (IDS, later))
+    if (one - other)[:, :16].abs().max() > LEAK * one.abs().max():
+        return "sees the tokens that it is to predict"
+    loss = tuned(input_ids=IDS, attention_mask=torch.ones_like(IDS), use_cache=False).logits
+    grads = torch.autograd.grad(
+        torch.nn.functional.cross_entropy(loss[:, :-1].flatten(0, 1), IDS[:, 1:].flatten()),
+        list(weights.values()),
+        allow_unused=True,
+    )
+    dead = [n for n, grad in zip(weights, grads, strict=True) if grad is None or not grad.any()]
+    if dead:
+        name = dead[0].removeprefix("base_model.model.").partition(".lora_")[0]
+        return f"gives no gradient to {len(dead)} adapters, such as {name}"
+    return ""
+
+
+def main(names: list[str]) -> None:
+    """Measure, and write the table."""
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    table = yaml.safe_load(TABLE.read_text(encoding="utf-8")) if names else {}
+    for name in names or architectures.model_types():
+        with tempfile.TemporaryDirectory() as folder:
+            table[name] = measure(name, Path(folder) / "model")
+        print(name, table[name], flush=True)
+    text = yaml.safe_dump(dict(sorted(table.items())), sort_keys=False, width=100)
+    TABLE.write_text(HEADING + text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -168,31 +168,32 @@ def _shape(adapter: Adapter, model: plan.Base) -> dict[str, Any]:
 def _named(
     adapter: Adapter, model: plan.Base
 ) -> tuple[tuple[str, ...] | None, tuple[int, ...] | None]:
-    """The adapted projections by their short names and layers; by full names if some are missing.
-
-    No layers mean all of them.
+    """The adapted projections by their short names and layers; by full names where a layer lacks
+    some. No layers mean all of them. Experts are named as in the adapter's config.
     """
     places: dict[str, set[int]] = {}
-    named = [end.removesuffix(".weight") for end in adapter.config.get("target_parameters") or ()]
+    full: set[str] = set()
+    parameters = adapter.config.get("target_parameters") or ()
     for module in adapter.modules:
         outer = module.replace(adapters.INNER, "")  # of an expert, the module that holds it
         number = next((int(part) for part in outer.split(".") if part.isdigit()), -1)
-        ends = {outer.rpartition(".")[2]}
-        if held := {end for end in named if _within(outer, end.rpartition(".")[0])}:
-            ends = held
-        for end in ends:
+        held = {p.removesuffix(".weight") for p in parameters if _holds(outer, p)}
+        full |= held or {outer}
+        for end in held or {outer.rpartition(".")[2]}:
             places.setdefault(end, set()).add(number)
     if not places:  # the beginning of its weights did not say
         targets = adapter.config["target_modules"]
         return (tuple(targets) if isinstance(targets, list) else None), None
     layers, *others = places.values()
     if any(other != layers for other in others):
-        return adapter.modules, None
+        return tuple(sorted(full)), None
     whole = model.facts is not None and layers == set(range(model.facts.layers))
     return tuple(sorted(places)), None if whole else tuple(sorted(layers))
 
 
-def _within(module: str, end: str) -> bool:
+def _holds(module: str, parameter: str) -> bool:
+    """Whether the end `parameter` of a name is that of a parameter of `module`."""
+    end = parameter.rpartition(".")[0]
     return bool(end) and (module == end or module.endswith(f".{end}"))
 
 

@@ -298,6 +298,8 @@ def inspection_table(facts: dict[str, Any]) -> rich.table.Table:
         "rank, alpha": f"{facts['rank']}, {facts['alpha']}" if facts["rank"] else None,
         "adapts": _listed(facts["targets"]),
         "parameters": _parameters(facts),
+        "new tokens": _listed(facts["new_tokens"]),
+        "goes on from": facts["start_adapter"] and f"sha256:{facts['start_adapter']}",
         "trained": f"{facts['steps']:,} steps" if facts["steps"] else None,
         "final loss": facts["final_loss"] and f"{facts['final_loss']:.4g}",
         "data": _listed([f"sha256:{digest}" for digest in facts["data"] or ()]),

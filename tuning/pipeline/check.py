@@ -12,6 +12,7 @@ from tuning.console import Console
 from tuning.data import formats
 from tuning.data.first_rows import FirstRows, check_file, check_head
 from tuning.data.problems import mixed_shapes
+from tuning.data.tokenizer import load_tokenizer
 from tuning.data.vocabulary import Vocabulary, embedding_rows
 from tuning.errors import DataError, SpecError
 from tuning.network.policy import load_headers
@@ -48,10 +49,18 @@ def _check_model(spec: Spec, options: Options, access: Access, console: Console)
     base = sizing.read_base(spec, access=access, token=read_token(options.hub_token_file))
     plan.refuse_unsupported(spec, base, here)
     spec = start.known(spec, base, access=access)
+    _check_tokens(spec)
     decided = plan.draft(spec, here=here, base=sizing.sized(spec, base, here, console=console))
     name, _ = base_reference(spec)
     revision = "" if base.revision == name else f" at {base.revision[:19]}"
     return [f"model: {name}{revision}", f"plan: {_fit(decided)}"]
+
+
+def _check_tokens(spec: Spec) -> None:
+    """Raise SpecError for new tokens that do not suit the tokenizer, where that is at hand."""
+    folder, s = Path(spec.base_model or ""), spec.settings
+    if s.new_tokens and spec.base_model and folder.is_dir():
+        load_tokenizer(folder, s.new_tokens, s.chat_template)
 
 
 def _fit(decided: plan.Plan) -> str:

@@ -70,6 +70,9 @@ def fetch(run: Run, model: base.Base, known: plan.Base) -> Start | None:
         raise SpecError.at("MODEL-143", KEY, what, "start from another adapter")
     template = folder / "chat_template.jinja"
     own = template.read_text(encoding="utf-8") if template.is_file() else None
+    run.note([f"goes on from {named}: rank {found.rank}, {len(found.modules)} projections"])
+    if (method := recipe.get("method")) not in (None, run.spec.method):
+        run.note([f"it was trained with {method}, over other roundings of the base's weights"])
     run.spec = shaped(run.spec, found, known, tokens, own if recipe.get("chat_template") else None)
     return Start(found.folder, found.sha256)
 
@@ -120,10 +123,7 @@ def known(spec: Spec, model: plan.Base, *, access: Access) -> Spec:
     problems = adapters.misfits(found, model.config) if model.config else []
     if problems:
         raise SpecError(problems)
-    recipe = seen.recipe.get("recipe")
-    listed = recipe.get("new_tokens") if isinstance(recipe, dict) else None
-    tokens = [str(token) for token in listed] if isinstance(listed, list) else []
-    return shaped(spec, found, model, tokens, None)
+    return shaped(spec, found, model, seen.new_tokens, None)
 
 
 def shaped(

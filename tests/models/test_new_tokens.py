@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,15 +11,17 @@ import pytest
 import tiny_runs
 import torch
 import transformers
+from commands import workspace
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tuning import adapter
+from tuning import adapter, plan, spec
 from tuning.errors import SpecError
 from tuning.models import generate, merge, new_tokens
 from tuning.models.kernels import head
 from tuning.models.load import load_base, load_for_training, load_tokenizer
 from tuning.plan import backends
+from tuning.plan.device import detect
 from tuning.training import train
 
 Build = Callable[..., Path]
@@ -32,14 +32,6 @@ TIED = {"llama": False, "qwen2": True, "gemma3": True, "falcon": True, "gemma3-v
 def loaded(base: Path) -> tuple[Any, Any]:
     model = load_base(base, precision="float32", quantisation=None, device="cpu")
     return model, load_tokenizer(base)
-
-
-def changed(base: Path, folder: Path, **config: Any) -> Path:
-    """A copy of `base` with changes of its config.json."""
-    shutil.copytree(base, folder)
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | config))
-    return folder
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
@@ -112,12 +104,38 @@ def test_a_tokenizer_with_more_tokens_than_rows_gets_all(tiny_base: Build) -> No
     assert torch.allclose(weight[before], weight[:before].mean(0), atol=1e-6)
 
 
-def test_an_output_layer_with_a_bias_is_refused(tiny_base: Build) -> None:
-    """peft computes the layer of trained rows without it, in silence."""
+def test_an_output_layer_with_a_bias_is_refused(tiny_base: Build, tmp_path: Path) -> None:
+    """peft computes the layer of trained rows without it, in silence; a plan refuses it already."""
     recipe = tiny_runs.recipe(new_tokens=TOKENS)
+    path = workspace(tmp_path / "a.yaml", sections={"ModelConfig": {"new_special_tokens": "<a>"}})
+    asked = spec.load(path, overrides=spec.Overrides(base_model=str(tiny_base("phi2"))))
+
+    with pytest.raises(SpecError, match=r"PLAN-117 .*output layer of .* has a bias"):
+        plan.draft(asked, here=detect())
 
     with pytest.raises(SpecError, match=r"MODEL-140 phi: .*bias"):
         load_for_training(tiny_base("phi2"), recipe=recipe, placement=tiny_runs.placement())
+
+
+def test_an_embedding_that_does_more_is_refused(
+    tiny_base: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that normalises what it looks up, say: peft would look up alone."""
+
+    class Normed(torch.nn.Embedding):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.normalize(super().forward(input), dim=-1)
+
+    def load(*_: Any, **__: Any) -> Any:
+        model, _ = loaded(tiny_base("llama"))
+        model.model.embed_tokens.__class__ = Normed
+        return model
+
+    monkeypatch.setattr("tuning.models.load.load_base", load)
+    recipe = tiny_runs.recipe(new_tokens=TOKENS, precision="float32")
+
+    with pytest.raises(SpecError, match=r"MODEL-140 llama: .*peft left out"):
+        load_for_training(tiny_base("llama"), recipe=recipe, placement=tiny_runs.placement())
 
 
 @pytest.mark.parametrize("family", ["qwen2", "llama"])

@@ -131,7 +131,8 @@ def indices(model: Any, ids: Sequence[int]) -> Indices | None:
 def settle(tuned: Any) -> None:
     """Complete peft's layers of trained rows for trl, which asks an output layer for its bias.
 
-    Raises SpecError unless rows of both layers are trained, shared where the weights are.
+    Raises SpecError unless rows of both layers are trained, shared where the weights are, and peft
+    computes what the layers do: some embeddings also scale or normalise.
     """
     base = tuned.get_base_model()
     layers = [base.get_input_embeddings(), base.get_output_embeddings()]
@@ -139,9 +140,22 @@ def settle(tuned: Any) -> None:
     if wrapped:
         weights = [layer.token_adapter.base_layer.weight for layer in layers]
         rows = [layer.token_adapter.trainable_tokens_delta for layer in layers]
-        wrapped = (weights[0] is weights[1]) == (rows[0] is rows[1])
+        wrapped = (weights[0] is weights[1]) == (rows[0] is rows[1]) and _agrees(*layers)
     if not wrapped:
-        fact = "has an embedding or output layer whose rows peft left out"
+        fact = "has an embedding or output layer that peft left out or computes otherwise"
         change = "leave new_special_tokens out, or choose another base model"
         raise SpecError.at("MODEL-140", base.config.model_type, fact, change)
     layers[1].bias = None
+
+
+@torch.no_grad()
+def _agrees(embedding: Any, head: Any) -> bool:
+    """Whether both give what their own code gives, while the rows are still those of the base."""
+    weight = head.token_adapter.base_layer.weight
+    ids = torch.tensor([list(range(4)) + embedding.token_adapter.token_indices["default"]])
+    hidden = torch.randn(1, 4, weight.shape[1], generator=torch.Generator().manual_seed(0))
+    inputs = ((embedding, ids.to(weight.device)), (head, hidden.to(weight.device, weight.dtype)))
+    return all(
+        torch.allclose(layer(x), layer.token_adapter.base_layer(x), rtol=1e-3, atol=1e-5)
+        for layer, x in inputs
+    )

@@ -129,6 +129,8 @@ class Service:
 
     async def echo(self, model: ServedModel, prompt: str | list[int]) -> Echo:
         """A prompt as a completion repeats it."""
+        if model.tokens and not isinstance(prompt, str):
+            prompt = model.tokens.here(prompt)
         return await _on(self._tokenizing, self.tokenizer(model).echo, prompt)
 
     def _in_vocabulary(self, model: ServedModel, ids: list[int], param: str) -> list[int]:

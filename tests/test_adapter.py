@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
 
 from tuning import adapter
+from tuning.data.tokenizer import added_by
 from tuning.errors import SpecError
 from tuning.models import generate
 from tuning.models.load import load_base
@@ -205,4 +206,4 @@ def test_a_damaged_tokenizer_is_named(words: str, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(words)
 
     with pytest.raises(SpecError, match=r"MODEL-202 .*tokenizer.json: cannot be read"):
-        adapter.tokens(adapter.inspect(tmp_path))
+        added_by(adapter.inspect(tmp_path))

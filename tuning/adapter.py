@@ -248,25 +248,6 @@ def _token_ids(config: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(sorted({id for ids in lists for id in ids}))
 
 
-def tokens(adapter: Adapter) -> dict[int, tuple[str, bool]]:
-    """The added tokens that the adapter's own tokenizer.json has: number -> text, and whether it is
-    special. Only those whose rows it trains. Raises SpecError for a damaged file.
-    """
-    path, ids = adapter.folder / "tokenizer.json", set(adapter.token_ids)
-    if not ids or not path.is_file():
-        return {}
-    try:
-        listed = files.read_json(path)["added_tokens"]
-        return {
-            int(token["id"]): (str(token["content"]), bool(token["special"]))
-            for token in listed
-            if token["id"] in ids
-        }
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        what = f"cannot be read ({type(error).__name__})"
-        raise SpecError.at("MODEL-202", str(path), what, "fetch it again") from None
-
-
 def modules(tensors: Iterable[str]) -> tuple[str, ...]:
     """Full names of the projections that the tensors adapt, sorted."""
     return tuple(sorted({module for module, _ in map(_parts, tensors)} - {""}))

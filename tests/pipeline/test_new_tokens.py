@@ -22,6 +22,7 @@ import transformers
 from commands import good, tuning, workspace
 
 from tuning import adapter, files
+from tuning.data.tokenizer import added_by
 from tuning.models import generate, merge
 from tuning.models.load import load_tokenizer
 from tuning.training import train
@@ -125,7 +126,7 @@ def test_the_adapter_holds_rows_of_the_new_tokens_only(case: Case) -> None:
 
     expected = dict.fromkeys(("model.embed_tokens", "lm_head"), (len(TOKENS), width))
     assert expected == {name: shape for name, shape in rows.items() if name}
-    assert TOKENS == tuple(text for text, _ in adapter.tokens(found).values())
+    assert TOKENS == tuple(text for text, _ in added_by(found).values())
     card = (case.adapter / "README.md").read_text()
     assert all(f"`{token}`" in card for token in TOKENS)
     assert "tuning merge" in card

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tuning import files
+from tuning.adapter import Adapter
 from tuning.data.chat import ChatTemplate
 from tuning.data.formats import quoted
 from tuning.errors import Problem, SpecError
@@ -88,6 +90,25 @@ def append(tokenizer: Any, tokens: Mapping[str, bool]) -> None:
     for token, special in tokens.items():  # one at a time: numbers in this order
         added = AddedToken(token, special=special, normalized=False)
         tokenizer.add_tokens([added], special_tokens=special)
+
+
+def added_by(adapter: Adapter) -> dict[int, tuple[str, bool]]:
+    """The added tokens that the adapter's own tokenizer.json has: number -> text, and whether it is
+    special. Only those whose rows it trains. Raises SpecError for a damaged file.
+    """
+    path, ids = adapter.folder / "tokenizer.json", set(adapter.token_ids)
+    if not ids or not path.is_file():
+        return {}
+    try:
+        listed = files.read_json(path)["added_tokens"]
+        return {
+            int(token["id"]): (str(token["content"]), bool(token["special"]))
+            for token in listed
+            if token["id"] in ids
+        }
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        what = f"cannot be read ({type(error).__name__})"
+        raise SpecError.at("MODEL-202", str(path), what, "fetch it again") from None
 
 
 def _mark_test(tokenizer: Any, template: str) -> Callable[[str], bool]:

@@ -18,7 +18,7 @@ import torch
 from peft.utils.other import TrainableTokensWrapper
 
 from tuning import adapter as adapters
-from tuning.data.tokenizer import add_tokens, append
+from tuning.data.tokenizer import add_tokens, added_by, append
 from tuning.errors import SpecError
 
 Indices = list[int] | dict[str, list[int]]
@@ -56,7 +56,7 @@ def missing(tokenizer: Any, adapter: adapters.Adapter) -> dict[str, bool]:
     Raises SpecError if they would get other numbers than in the adapter.
     """
     known = {id: text for text, id in tokenizer.get_vocab().items()} if adapter.token_ids else {}
-    named = adapters.tokens(adapter)
+    named = added_by(adapter)
     after = max(known, default=-1) + 1
     added: dict[str, bool] = {}
     for id in adapter.token_ids:

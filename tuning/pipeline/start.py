@@ -17,6 +17,7 @@ from typing import Any
 from tuning import adapter as adapters
 from tuning import files, plan
 from tuning.adapter import Adapter
+from tuning.data.tokenizer import added_by
 from tuning.errors import Problem, SpecError
 from tuning.oci import delivery, inspection
 from tuning.oci.access import Access
@@ -64,7 +65,7 @@ def fetch(run: Run, model: base.Base, known: plan.Base) -> Start | None:
     if problems:
         raise SpecError(problems)
     recipe = _recipe(found.folder)
-    tokens = [text for text, _ in adapters.tokens(found).values()]
+    tokens = [text for text, _ in added_by(found).values()]
     if len(tokens) != len(found.token_ids):
         what = "trains rows of tokens that its tokenizer.json does not add"
         raise SpecError.at("MODEL-143", KEY, what, "start from another adapter")

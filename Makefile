@@ -62,6 +62,9 @@ test: install system  ## set-up and every test
 slow: install  ## the tests that take minutes: the memory formula against simulation, everywhere
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow $(PYTEST)
 
+sweep: install  ## every class of models that transformers knows, planned and run (two hours)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m sweep tests/test_sweep.py $(PYTEST)
+
 soak: install system  ## kills, bit rot, broken downloads, servers under load: make soak N=50 (hours)
 	SOAK=$(N) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak tests/pipeline/test_kills.py \
 	  tests/pipeline/test_stops.py tests/pipeline/test_bit_rot.py tests/sources/test_conversations.py \

@@ -28,6 +28,7 @@ MIXTURES = (
     *("qwen2_moe", "deepseek_v3"),  # with a shared expert, and a dense layer before the others
 )
 OWN_WAYS = ("llama4_text", "jetmoe", "longcat_flash", "inkling_text")
+OTHERS = ("gpt2", "bert", "mamba2", "qwen3_5_text")  # Conv1D; an encoder; states; a hybrid
 NF4 = {"type": "nf4", "double": True, "compute": "float32"}
 IDS = torch.arange(5, 29).reshape(2, 12)
 
@@ -128,7 +129,7 @@ def publish(model: Any, base: Path, target: Path, method: str) -> adapters.Adapt
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
-@pytest.mark.parametrize("name", [*MIXTURES, *OWN_WAYS])
+@pytest.mark.parametrize("name", [*MIXTURES, *OWN_WAYS, *OTHERS])
 def test_an_adapter_says_the_same_everywhere(
     name: str, method: str, checkpoint: Any, tmp_path: Path
 ) -> None:

@@ -160,6 +160,7 @@ def plan_table(plan: Plan) -> rich.table.Table:
         "quant_type": (recipe.quantisation or {}).get("type"),
         "double_quant": (recipe.quantisation or {}).get("double"),
         "targets": ", ".join(recipe.targets) if recipe.targets else "all projections",
+        "adaptable": plan.reasons.get("adapts"),
         "start_adapter": "set" if "start_adapter" in plan.reasons else None,
         "new_tokens": ", ".join(recipe.new_tokens) or None,
         "rank": recipe.rank,

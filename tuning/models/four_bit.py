@@ -17,6 +17,7 @@ import bitsandbytes.functional as bnb
 import torch
 from bitsandbytes.nn import Linear4bit
 from transformers.integrations.bitsandbytes import Bnb4bitQuantize
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import auto
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
@@ -142,8 +143,26 @@ def has_experts(model: torch.nn.Module) -> bool:
     return any(states(module) for module in model.modules())
 
 
-def unpack_experts(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Replace packed experts by their unpacked values, in place."""
+def unpacked(model: Any, dtype: torch.dtype) -> Any:
+    """The packed `model` in `dtype`, of the classes of modules that it was made of."""
+    transposed = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, Linear4bit) and getattr(module, "source_cls", None) is Conv1D
+    ]
+    model = model.dequantize(dtype=dtype)
+    for name in transposed:
+        linear = model.get_submodule(name)
+        with torch.device("meta"):
+            own = Conv1D(linear.out_features, linear.in_features)
+        own.weight = torch.nn.Parameter(linear.weight.t().contiguous(), requires_grad=False)
+        own.bias = linear.bias
+        model.set_submodule(name, own)
+    _unpack_experts(model, dtype)
+    return model
+
+
+def _unpack_experts(model: torch.nn.Module, dtype: torch.dtype) -> None:
     for module in model.modules():
         for name in list(states(module)):
             value = read(module, name).to(dtype)

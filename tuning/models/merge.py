@@ -91,8 +91,7 @@ def _merged(base: Path, found: Adapter, made: Value, device: str, tokenizer: Any
     precision, packing = made["precision"], made["quantisation"]
     loaded = load_base(base, precision=precision, quantisation=packing, device=device)
     if packing:
-        loaded = loaded.dequantize(dtype=DTYPES[precision])
-        four_bit.unpack_experts(loaded, DTYPES[precision])
+        loaded = four_bit.unpacked(loaded, DTYPES[precision])
         # its config would call the saved weights 4-bit ones
         for config in {id(c): c for c in (loaded.config, loaded.config.get_text_config())}.values():
             if hasattr(config, "quantization_config"):

@@ -65,6 +65,14 @@ class Base:
         return False, "measured on this class: packed documents do not stay apart"
 
     @property
+    def reached(self) -> Verdict | None:
+        """What LoRA reaches in it, as far as that is known without the weights."""
+        if self.verdict is not None or self.facts is None:
+            return self.verdict
+        linears = len(self.facts.linears) * self.facts.layers
+        return Verdict(linears, 0, 1.0)
+
+    @property
     def kind(self) -> presets.Class | None:
         """What was measured of its class; None for a preset, whose facts say more."""
         return presets.class_of(self.config)

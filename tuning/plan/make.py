@@ -67,6 +67,8 @@ def make(
     placement, fit = place(
         recipe, base, device, spec=spec, lengths=lengths, reasons=choices.reasons
     )
+    if reached := base.reached:
+        choices.reasons["adapts"] = reached.text()
     if s.max_steps:
         choices.reasons["steps"] = "set in the config"
         choices.reasons["epochs"] = "max_steps decides"

@@ -32,9 +32,9 @@ class Verdict:
     attention: tuple[str, ...] = ("sdpa", "eager")  # implementations that its class has
     refused: str = ""  # why such a model cannot be trained at all
 
-    def text(self, adapted: int | None = None) -> str:
+    def text(self) -> str:
         """For the plan: what is adapted and what is left."""
-        parts = [f"{adapted or self.linears} of {self.linears} projections"] if self.linears else []
+        parts = [f"{self.linears:,} projections"] if self.linears else []
         if self.matrices:
             parts.append(f"{self.matrices:,} expert matrices")
         reasons: dict[str, int] = {}

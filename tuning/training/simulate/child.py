@@ -20,6 +20,7 @@ from tuning import process
 from tuning.models.survey import survey
 from tuning.plan import verdict
 from tuning.plan.coefficients import Variant, to_json
+from tuning.plan.placing import SMALL_ON_CPU
 from tuning.training.simulate.fit import coefficients
 from tuning.training.simulate.step import build
 
@@ -30,11 +31,13 @@ def work(request: dict[str, Any]) -> dict[str, Any]:
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     config = request["config"]
-    found = judge(config)
+    found, numbers = judge(config)
     answer: dict[str, Any] = {"verdict": verdict.to_json(found), "coefficients": None}
     if found.refused:
         return answer | {"unsized": found.refused}
     variants = [Variant(**variant) for variant in request["variants"]]
+    if numbers < SMALL_ON_CPU and all(variant.device == "cpu" for variant in variants):
+        return answer | {"unsized": "is so small that any machine holds it"}
     plain = "sdpa" not in found.attention
     try:
         sized = coefficients(
@@ -49,16 +52,20 @@ def work(request: dict[str, Any]) -> dict[str, Any]:
     return answer | {"coefficients": to_json(sized), "unsized": ""}
 
 
-def judge(config: dict[str, Any]) -> verdict.Verdict:
-    """How the model of `config` is adapted; with transformers' own words if it builds none."""
+def judge(config: dict[str, Any]) -> tuple[verdict.Verdict, int]:
+    """How the model of `config` is adapted, and its size in numbers.
+
+    With transformers' own words if it builds no model of it.
+    """
     try:
         model = build(config, variant=Variant(attention="eager"))
     except Exception as error:  # whatever a config or a model class may raise
         words = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         reason = f"cannot be built by transformers {transformers.__version__} ({words})"
-        return verdict.Verdict(0, 0, 0.0, refused=reason)
+        return verdict.Verdict(0, 0, 0.0, refused=reason), 0
     offers = [name for name in ("sdpa", "eager") if name == "eager" or model._supports_sdpa]
-    return survey(model).verdict(tuple(offers))
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    return survey(model).verdict(tuple(offers)), numbers
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ that the same question gets the same answer.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,23 +100,6 @@ class Session:
 
     def _reply(self, messages: Sequence[Message]) -> str:
         return reply(self.model, self.tokenizer, messages, max_new_tokens=self.max_new_tokens)
-
-
-def answer(
-    base: Path,
-    adapter: Path | None,
-    questions: Iterable[str],
-    *,
-    compare: bool = False,
-    max_new_tokens: int = 512,
-) -> list[dict[str, str | None]]:
-    """Each question by itself: `{"question", "tuned", "base"}`, `base` only if `compare`."""
-    session = Session(base, adapter, max_new_tokens=max_new_tokens)
-    answers: list[dict[str, str | None]] = []
-    for question in questions:
-        tuned, plain = session.ask(question, compare=compare)
-        answers.append({"question": question, "tuned": tuned, "base": plain})
-    return answers
 
 
 def attach(base: Any, adapter: adapters.Adapter) -> PeftModel:

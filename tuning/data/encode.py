@@ -168,7 +168,7 @@ class Encoder:
 
     def _beyond(self, ids: list[int]) -> Fault | None:
         """The fault that a token has no row in the embedding."""
-        token = max((id for id in ids if id < self._new), default=-1)
+        token = max((id for id in ids if not self._new <= id < self._size), default=-1)
         if self._rows is None or token < self._rows:
             return None
         known = token < self._size

@@ -25,11 +25,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import architectures  # noqa: E402
 
+from tuning.errors import SpecError  # noqa: E402
 from tuning.models import four_bit, lora  # noqa: E402
-from tuning.models.kernels import apart  # noqa: E402
+from tuning.models.kernels import whole  # noqa: E402
 from tuning.models.load import load_base  # noqa: E402
 from tuning.models.survey import survey  # noqa: E402
-from tuning.plan.backends import VARLEN  # noqa: E402
+from tuning.plan.backends import FUSED, VARLEN  # noqa: E402
 
 TABLE = ROOT / "configs" / "classes.yaml"
 HEADING = "# Measured on tiny models by tools/write_classes.py; see there. By model_type.\n"
@@ -50,9 +51,8 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
         record = {"architecture": type(base).__name__, "attention": _attention(base)}
         if refusal := survey(base).verdict().refusal(dora=False):
             return record | {"refused": refusal[0]}
-        packing = _packs(base, record["attention"])
-        record |= {"packing": bool(packing)} | (packing or {})
-        if refused := _trained(base):
+        record |= _settled(folder)
+        if refused := record.get("refused") or _trained(base):
             return record | {"refused": refused}
     except Exception as error:  # whatever a class may raise
         return {"refused": f"fails in transformers ({_words(error)})"}
@@ -83,16 +83,23 @@ def _attention(base: Any) -> str:
     return "sdpa" if base._supports_sdpa else "eager"
 
 
-def _packs(base: Any, plain: str) -> dict[str, str]:
-    """The attention under which packed documents stay apart, the fastest first; {} if none."""
-    for way in (VARLEN, plain):
-        try:
-            base.set_attn_implementation(way)
-            if apart.fault(base, way, torch.float32) is None:
-                return {"attention": way}
-        except Exception as error:  # this class has no such attention
-            logging.debug("%s: %s", way, error)
-    return {}
+def _settled(folder: Path) -> dict[str, Any]:
+    """The attention and packing with which a run computes what transformers does."""
+    base = load_base(folder, precision="float32", quantisation=None, device="cpu")
+    plain = _attention(base)
+    tuned = lora.put(base, {"r": 8, "task_type": "CAUSAL_LM"}, survey(base).adaptable)
+    for parameter in tuned.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    for packing in (True, False):
+        for way in (VARLEN, plain) if packing else (plain,):
+            try:
+                whole.replace(tuned, FUSED, way, precision=torch.float32, packing=packing)
+            except (SpecError, ValueError, KeyError) as error:  # it has no such attention
+                logging.debug("%s: %s", way, error)
+            else:
+                return {"attention": base.config._attn_implementation, "packing": packing}
+    return {"refused": "computes another loss with our attention than without it"}
 
 
 def _trained(base: Any) -> str:

@@ -89,13 +89,15 @@ def _close(expected: Tensor | None, actual: Tensor | None, *, tolerance: float) 
 
 
 @contextmanager
-def random_weights(parameters: Sequence[Tensor], generator: torch.Generator) -> Iterator[None]:
-    """Fill `parameters` with small random numbers, and put back what they held."""
+def random_weights(
+    parameters: Sequence[Tensor], generator: torch.Generator, size: float = 0.05
+) -> Iterator[None]:
+    """Fill `parameters` with random numbers of that size, and put back what they held."""
     held = [parameter.detach().clone() for parameter in parameters]
     try:
         with torch.no_grad():
             for parameter in parameters:
-                noise = torch.randn(parameter.shape, generator=generator) * 0.05
+                noise = torch.randn(parameter.shape, generator=generator) * size
                 parameter.copy_(noise)
         yield
     finally:

@@ -30,8 +30,11 @@ def dockerconfig(host, user, password):
     return {"auths": {host: {"auth": auth}}}
 
 
-def workspace(path, *, method="lora", settings=None, **tuning_fields):
-    """Write a Workspace that stands in `path`, with a few steps of training."""
+def workspace(path, *, method="lora", settings=None, sections=None, **tuning_fields):
+    """Write a Workspace that stands in `path`, with a few steps of training.
+
+    `settings` are TrainingArguments, `sections` other sections of the ConfigMap.
+    """
     fields = {
         "preset": {"name": "tuning/tiny-model"},
         "method": method,
@@ -53,7 +56,7 @@ def workspace(path, *, method="lora", settings=None, **tuning_fields):
         "metadata": {"name": "settings"},
         "data": {
             "training_config.yaml": yaml.safe_dump(
-                {"training_config": {"TrainingArguments": training}}
+                {"training_config": {"TrainingArguments": training} | (sections or {})}
             )
         },
     }

@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
 
 from tuning import adapter
+from tuning.data.tokenizer import added_by
 from tuning.errors import SpecError
 from tuning.models import generate
 from tuning.models.load import load_base
@@ -64,7 +65,10 @@ def test_peft_s_own_config_is_accepted() -> None:
         ({"r": 0}, "r"),
         ({"r": "8"}, "r"),
         ({"lora_alpha": float("inf")}, "lora_alpha"),
-        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+        ({"trainable_token_indices": [-1]}, "trainable_token_indices"),
+        ({"trainable_token_indices": ["a"]}, "trainable_token_indices"),
+        ({"trainable_token_indices": {"lm_head": []}}, "trainable_token_indices"),
+        ({"trainable_token_indices": {"lm_head": [True]}}, "trainable_token_indices"),
     ],
 )
 def test_a_config_that_asks_for_more_is_refused(change: dict[str, Any], key: str) -> None:
@@ -153,3 +157,53 @@ def test_what_was_trained_is_what_peft_loads(
 
     assert torch.equal(theirs, ours)
     assert not torch.equal(ours, logits(lambda loaded: loaded))
+
+
+ROWS = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+
+
+@pytest.mark.parametrize(
+    ("indices", "rows", "fits"),
+    [
+        ([7, 9], torch.ones(2, 64), True),
+        ({"model.embed_tokens": [7, 9]}, torch.ones(2, 64), True),
+        ([7, 9], torch.ones(3, 64), False),
+        ([7, 9], torch.ones(2), False),
+        ([7, 7], torch.ones(2, 64), False),
+        ([7, 9], None, False),
+        (None, torch.ones(2, 64), False),
+    ],
+)
+def test_trained_rows_are_those_of_the_config(
+    indices: Any, rows: torch.Tensor | None, fits: bool, tmp_path: Path
+) -> None:
+    """As many as it names tokens, in a matrix; they are no projections of the base."""
+    (tmp_path / adapter.CONFIG).write_text(
+        json.dumps(CONFIG | {"trainable_token_indices": indices})
+    )
+    save_file(tensors(**{ROWS: rows}), tmp_path / adapter.WEIGHTS)
+
+    if not fits:
+        with pytest.raises(SpecError, match=r"MODEL-205 "):
+            adapter.inspect(tmp_path)
+        return
+    found = adapter.inspect(tmp_path)
+
+    assert (7, 9) == found.token_ids
+    assert 2 == len(found.modules)
+    base = {"num_hidden_layers": 4, "hidden_size": 64}
+    assert not adapter.misfits(found, base)
+    wrong = adapter.misfits(found, base | {"hidden_size": 32})
+    assert "model.embed_tokens.token_adapter" in " ".join(problem.where for problem in wrong)
+
+
+@pytest.mark.parametrize("words", ["[", '{"added_tokens": 3}', '{"added_tokens": [{"id": 7}]}'])
+def test_a_damaged_tokenizer_is_named(words: str, tmp_path: Path) -> None:
+    """The tokens of an adapter come from a file that others wrote."""
+    config = CONFIG | {"trainable_token_indices": [7]}
+    (tmp_path / adapter.CONFIG).write_text(json.dumps(config))
+    save_file(tensors(**{ROWS: torch.ones(1, 64)}), tmp_path / adapter.WEIGHTS)
+    (tmp_path / "tokenizer.json").write_text(words)
+
+    with pytest.raises(SpecError, match=r"MODEL-202 .*tokenizer.json: cannot be read"):
+        added_by(adapter.inspect(tmp_path))

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -29,6 +29,8 @@ Unset = Literal[False] | None
 """The values of a key that is known and not supported."""
 Nothing = dict[str, Any]  # narrowed by max_length=0 where it is used
 _Empty = Field(default=None, max_length=0)
+_Id = Annotated[int, Field(ge=0, lt=1 << 24)]
+_Ids = Annotated[list[_Id], Field(min_length=1, max_length=1 << 16)]
 
 
 class _Config(BaseModel):
@@ -53,6 +55,8 @@ class _Config(BaseModel):
     peft_version: str | None = None
     bias: Literal["none"] = "none"
     init_lora_weights: bool | Literal["gaussian", "orthogonal"] = True
+    trainable_token_indices: _Ids | dict[str, _Ids] | None = None
+    ensure_weight_tying: bool = False
     # Known to PEFT and not supported: they must be unset or empty. `auto_mapping` and the megatron
     # keys name code to import.
     auto_mapping: Nothing | None = _Empty
@@ -62,7 +66,6 @@ class _Config(BaseModel):
     lora_bias: Unset = None
     use_qalora: Unset = None
     qalora_group_size: int | None = None
-    ensure_weight_tying: Unset = None
     modules_to_save: list[str] | None = _Empty
     rank_pattern: Nothing | None = _Empty
     alpha_pattern: Nothing | None = _Empty
@@ -77,7 +80,6 @@ class _Config(BaseModel):
     use_bdlora: Unset = None
     alora_invocation_tokens: Unset = None
     layer_replication: Unset = None
-    trainable_token_indices: Unset = None
     target_parameters: list[str] | None = None  # experts, and projections by their weight
 
 
@@ -111,6 +113,11 @@ class Adapter:
     def modules(self) -> tuple[str, ...]:
         """Full names of the adapted projections in the base model, sorted."""
         return modules(self.tensors)
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """The tokens whose rows of the embedding it trains, ascending."""
+        return _token_ids(self.config)
 
     @property
     def parameters(self) -> int:
@@ -226,9 +233,24 @@ def _parts(name: str) -> tuple[str, str]:
     return (match["module"], match["part"]) if match else ("", "")
 
 
+_ROWS = re.compile(r"base_model\.model\.(?P<module>.+)\.token_adapter\.trainable_tokens_delta")
+
+
+def rows_of(name: str) -> str | None:
+    """The embedding or output layer of which the tensor `name` holds trained rows; else None."""
+    match = _ROWS.fullmatch(name)
+    return match["module"] if match else None
+
+
+def _token_ids(config: Mapping[str, Any]) -> tuple[int, ...]:
+    listed = config.get("trainable_token_indices") or ()
+    lists = listed.values() if isinstance(listed, dict) else [listed]
+    return tuple(sorted({id for ids in lists for id in ids}))
+
+
 def modules(tensors: Iterable[str]) -> tuple[str, ...]:
     """Full names of the projections that the tensors adapt, sorted."""
-    return tuple(sorted({module for module, _ in map(_parts, tensors)}))
+    return tuple(sorted({module for module, _ in map(_parts, tensors)} - {""}))
 
 
 def mismatches(
@@ -239,10 +261,16 @@ def mismatches(
     problems = []
     for name, tensor in tensors.items():
         module, part = _parts(name)
-        if not module:
+        if rows_of(name):
+            trained = tensor.shape[0] if len(tensor.shape) == 2 else None
+            if trained != len(_token_ids(config)):
+                problems.append((name, "does not fit trainable_token_indices"))
+        elif not module:
             problems.append((name, "is not a LoRA tensor"))
         by_module.setdefault(module, {})[part] = tensor
     by_module.pop("", None)
+    if _token_ids(config) and not any(map(rows_of, tensors)):
+        problems.append(("", "lacks the rows of trainable_token_indices"))
     if not by_module:
         problems.append(("", "holds no LoRA tensors"))
     expected = {"lora_A", "lora_B"} | (
@@ -350,9 +378,10 @@ def misfits(adapter: Adapter, base_config: Mapping[str, Any]) -> list[Problem]:
         if layers is not None and number is not None and number >= layers:
             problems.append((module, f"is in layer {number}; the base model has {layers}"))
         reads, writes = part == "lora_A" and last in _READS, part == "lora_B" and last in _WRITES
-        size = tensor.shape[1] if reads else tensor.shape[0] if writes else width
+        size = tensor.shape[1] if reads or rows_of(name) else tensor.shape[0] if writes else width
         if width is not None and size != width:
-            problems.append((module, f"is made for width {size}; the base model has {width}"))
+            what = f"is made for width {size}; the base model has {width}"
+            problems.append((module or name, what))
     named = f", {adapter.base_model}" if adapter.base_model else ""
     change = f"use the adapter with its own base model{named}"
     return [Problem("MODEL-206", module, what, change) for module, what in problems]

@@ -88,6 +88,10 @@ def _vllm_problems(settings: spec.Settings) -> tuple[Problem, ...]:
     if settings.rank and settings.rank > VLLM_RANKS[-1]:
         what = f"vLLM serves ranks up to {VLLM_RANKS[-1]}"
         problems.append(Problem("SPEC-118", "LoraConfig.r", what, f"lower it, {change}"))
+    if settings.new_tokens:
+        what = "vLLM serves no adapters with rows for new tokens"
+        where = "ModelConfig.new_special_tokens"
+        problems.append(Problem("SPEC-118", where, what, f"remove it, {change}"))
     return tuple(problems)
 
 

@@ -184,7 +184,8 @@ def _plan(observed: Observed) -> Object:
             "baseModel": f"{plan.recipe.base_model}@{plan.recipe.base_revision}",
             "device": str(plan.device),
             "peakMemoryBytes": plan.fit.memory.total if plan.fit else None,
-            "rank": plan.recipe.rank,
+            # of an adapter to go on from, only the Job reads it
+            "rank": None if desired.spec.settings.start_adapter else plan.recipe.rank,
         }
     else:
         fields["rank"] = desired.spec.settings.rank

@@ -119,8 +119,7 @@ def test_presets_are_listed_for_programs():
 
     assert "microsoft/phi-4" == records["phi-4"]["hub"]
     assert ["lora", "qlora"] == records["phi-4"]["methods"]
-    assert [] == records["gpt-oss-20b"]["methods"]
-    assert "experts" in records["gpt-oss-20b"]["note"]
+    assert ["lora", "qlora"] == records["gpt-oss-20b"]["methods"]
 
 
 def test_the_built_wheel_works_outside_the_checkout(tmp_path, workspace):

@@ -15,19 +15,17 @@ import torch
 import transformers
 from fake_cuda.device import Card, Device
 from fake_cuda.spy import Spy
-from fake_cuda.ways import CARDS, EXPERTS, Way
+from fake_cuda.ways import CARDS, Way
 
 from tuning.models.kernels import whole
 from tuning.models.load import DTYPES, load_base
 from tuning.models.lora import adapt
 from tuning.plan import backends
 from tuning.plan.device import Device as Planned
-from tuning.presets.config import facts
+from tuning.presets import class_of, facts
 from tuning.training.arguments import sft_config
 from tuning.training.progress import Saves
 from tuning.training.trainer import Exact
-
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 @cache
@@ -99,11 +97,13 @@ def step(device: Device, **choices: Any) -> dict[str, Any]:
 
 def _attention(way: Way, config: dict[str, Any]) -> tuple[str, bool]:
     """The attention of the plan or the config, and whether rows are packed."""
-    shape = facts(config)
+    shape, kind = facts(config), class_of(config)
     card = Planned("cuda", way.card, 1, 1 << 34, True, CARDS[way.card])
-    planned = backends.attention(shape, card, precision=way.precision, packages=()).name
+    precision = way.precision
+    planned = backends.attention(shape, card, precision=precision, packages=(), kind=kind).name
     chosen = planned if way.attention == "planned" else way.attention
-    return chosen, bool(shape and shape.packing_safe and chosen != "eager")
+    safe = shape.packing_safe if shape else kind is not None and kind.packing
+    return chosen, safe and chosen != "eager"
 
 
 def _trainer(way: Way) -> tuple[Watched, Spy]:
@@ -114,7 +114,6 @@ def _trainer(way: Way) -> tuple[Watched, Spy]:
         method=way.method,
         precision=way.precision,
         quantisation=tiny_runs.NF4 | {"compute": way.precision} if way.method == "qlora" else None,
-        targets=TARGETS if way.family in EXPERTS else None,
         dropout=0.0,
         packing=packing,
         steps=1,

@@ -49,7 +49,7 @@ def check(found: dict[str, Any], way: Way) -> None:
     assert rest.get("nonzero", 0) == found["one_pass"]
     # transformers asks whether sdpa can do without a mask
     masks = MASKS if found["attention"] == "sdpa" else 0
-    reported = 0 if found["one_pass"] else TRL_LOSS + (way.family in EXPERTS)
+    reported = 0 if found["one_pass"] else TRL_LOSS
     assert rest.get("_local_scalar_dense", 0) <= masks + reported
     # the batch goes to the device, tensor by tensor; loss and norm come back, some twice
     assert waits["loop"]["host to device"] <= 8
@@ -65,9 +65,8 @@ def check(found: dict[str, Any], way: Way) -> None:
     # scores of all pairs are planned for eager, and for Falcon's one key head; routers have others
     all_pairs = found["attention"] == "eager" or way.family == "falcon"
     assert way.family in EXPERTS or all_pairs == any("softmax" in name for name in layers)
-    fused = way.fused and way.family not in EXPERTS
     if way.method == "qlora":
-        assert fused != ("bitsandbytes::gemm_4bit" in layers)
+        assert way.fused != ("bitsandbytes::gemm_4bit" in layers)
 
 
 @pytest.mark.parametrize("way", CHOSEN, ids=lambda way: way.name)

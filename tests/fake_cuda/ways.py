@@ -15,7 +15,7 @@ FAMILIES = (
 )
 # Of these the default run takes the usual plan only: their classes, or all but one, are others' too
 BESIDE = ("falcon-new", "phi3-longrope", "phi4-mini", *tiny_models.MORE_FAMILIES)
-EXPERTS = ("qwen3moe", "gptoss")  # LoRA reaches their attention only, 4-bit packing nothing
+EXPERTS = ("qwen3moe", "gptoss")  # whose routers have a softmax
 CARDS = {"T4": (7, 5), "H100": (9, 0)}
 SETTINGS = (("T4", "float16"), ("H100", "bfloat16"), ("H100", "float16"))
 ATTENTIONS = ("planned", "sdpa", "eager")
@@ -47,8 +47,6 @@ def every() -> Iterator[Way]:
     for family, method, (card, precision), attention, checkpointing, fused in itertools.product(
         FAMILIES, ("lora", "qlora"), SETTINGS, ATTENTIONS, both, both
     ):
-        if family in EXPERTS and method == "qlora":
-            continue
         if family in ("gptoss", "gemma2") and attention == "sdpa":  # sinks, capped scores
             continue
         yield Way(family, method, card, precision, attention, checkpointing, fused)
@@ -56,8 +54,7 @@ def every() -> Iterator[Way]:
 
 def usual(family: str) -> Way:
     """What is planned for a card of these years, where no key says otherwise."""
-    method = "lora" if family in EXPERTS else "qlora"
-    return Way(family, method, "H100", "bfloat16", "planned", checkpointing=True, fused=True)
+    return Way(family, "qlora", "H100", "bfloat16", "planned", checkpointing=True, fused=True)
 
 
 def covering(ways: Iterable[Way]) -> list[Way]:

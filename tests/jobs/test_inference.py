@@ -221,14 +221,19 @@ def test_vllm_is_prepared_for_the_rank_that_was_tuned(rank: int | None, said: in
 
 
 @pytest.mark.parametrize(
-    ("text", "said"), [("use_dora: true", "no DoRA adapters"), ("r: 1024", "ranks up to 512")]
+    ("text", "said"),
+    [
+        ("LoraConfig: {use_dora: true}", "no DoRA adapters"),
+        ("LoraConfig: {r: 1024}", "ranks up to 512"),
+        ("ModelConfig: {new_special_tokens: <|a|>}", "no adapters with rows for new tokens"),
+    ],
 )
 def test_what_vllm_cannot_serve_is_not_tuned_for_it(text: str, said: str) -> None:
     item = both()
     item["tuning"]["config"] = "mine"
     config = {
         "metadata": {"name": "mine"},
-        "data": {"training_config.yaml": f"training_config: {{LoraConfig: {{{text}}}}}"},
+        "data": {"training_config.yaml": f"training_config: {{{text}}}"},
     }
     assert (
         desired_inference.check_inference(item, desired_tuning.read(item, config, None), None).spec

@@ -61,10 +61,10 @@ def test_the_history_is_heard(tuned: Path, tiny_base: Base) -> None:
 
 def test_without_an_adapter_the_base_answers(tiny_base: Base) -> None:
     """One answer, and nothing to compare it with."""
-    (answer,) = generate.answer(tiny_base("phi3"), None, ["cat"], compare=True, max_new_tokens=8)
+    said, base = generate.Session(tiny_base("phi3"), max_new_tokens=8).ask("cat", compare=True)
 
-    assert answer["base"] is None
-    assert isinstance(answer["tuned"], str)
+    assert base is None
+    assert isinstance(said, str)
 
 
 def test_an_answer_ends_where_the_template_ends_a_turn(tiny_base: Base) -> None:
@@ -91,11 +91,11 @@ def test_an_answer_ends_in_a_token_that_nothing_names(tmp_path: Path) -> None:
     template = base / "chat_template.jinja"
     template.write_text(template.read_text().replace("eos_token", "'<|end|>'"))
 
-    (answer,) = generate.answer(base, None, ["Who is Tamsin Vale?"])
+    said, _ = generate.Session(base).ask("Who is Tamsin Vale?")
 
-    (expected,) = generate.answer(EXAMPLE, None, ["Who is Tamsin Vale?"])
-    assert expected == answer
-    assert 1 == (answer["tuned"] or "").count(".")
+    expected, _ = generate.Session(EXAMPLE).ask("Who is Tamsin Vale?")
+    assert expected == said
+    assert 1 == said.count(".")
 
 
 def test_an_adapter_of_another_base_is_refused(tuned: Path, tiny_base: Base) -> None:

@@ -127,7 +127,7 @@ def test_chosen_layers_and_exclusions_are_kept(tiny_base: Build) -> None:
 
     assert {"model.layers.1"} == {".".join(n.split(".")[:3]) for n in coverage.adapted}
     config = tuned.peft_config["default"]
-    assert {"gate_proj", "k_proj", "o_proj", "q_proj", "v_proj"} == config.target_modules
+    assert ["gate_proj", "k_proj", "o_proj", "q_proj", "v_proj"] == config.target_modules
     assert [1] == config.layers_to_transform
 
 

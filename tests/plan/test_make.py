@@ -167,9 +167,10 @@ def test_what_cannot_work_together_is_refused_with_every_reason():
     """Model, method and device are judged in one pass."""
     with pytest.raises(SpecError, match=r"PLAN-102 .* needs a GPU"):
         make(spec(), device=CPU)
-    gpt = presets.find("gpt-oss-20b")
-    with pytest.raises(SpecError, match=r"PLAN-101 .*experts") as caught:
-        make(spec(), base=Base(gpt.hub_id, gpt.revision, gpt.facts), device=CPU)
+    phi = presets.find("phi-4")
+    packed = replace(phi.facts, stored="gptq")
+    with pytest.raises(SpecError, match=r"PLAN-101 .*gptq") as caught:
+        make(spec(), base=Base(phi.hub_id, phi.revision, packed), device=CPU)
     assert ["PLAN-101", "PLAN-102"] == [p.code for p in caught.value.problems]
 
 

@@ -272,11 +272,11 @@ def test_each_preset_is_complete(preset: presets.Preset) -> None:
         ("falcon-7b", True, True, ""),
         ("gemma-3-4b-instruct", True, True, "vision tower"),
         ("ministral-3-8b-instruct", True, True, "fp8"),
-        ("gpt-oss-20b", False, False, "experts"),
+        ("gpt-oss-20b", True, True, "experts"),
     ],
 )
 def test_what_is_promised(name: str, lora: bool, qlora: bool, words: str) -> None:
-    """Dense models by both methods, fp8 ones too; expert models are refused with a reason."""
+    """Every preset by both methods, those published in fp8 or mxfp4 and mixtures too."""
     preset = presets.find(name)
 
     assert lora == presets.support(preset, "lora").supported

@@ -93,7 +93,7 @@ def plan(
 
     spec = option.spec_of(file, base_model, data, instance, output)
     here = device.detect()
-    if plans.is_enough(spec, here):
+    if plans.is_enough(spec, here) and not spec.settings.start_adapter:
         decided = plans.draft(spec, here=here)
     else:
         from tuning import pipeline

@@ -11,7 +11,7 @@ pass, exit 10) and writes `rows.arrow`, `preview.json` and `tokenised.json` into
      "base": str,                                      folder with the base model's tokenizer
      "out": str,                                       RUN/data/tokenised; made if absent
      "settings": {"messages_column", "context_column", "response_column", "dataset_extension",
-                  "chat_template", "train_on"},        each may be null or absent
+                  "chat_template", "train_on", "new_tokens"},   each may be null or absent
      "processes": int | null,                          default: the number of CPUs, at most 16
      "part_bytes": int | null}                         size of the parts of a large file
  -> {"rows": int, "rows_per_file": {shown: int},
@@ -47,5 +47,6 @@ depend on padding, so the pad token may equal the end-of-sequence token.
 
 Step "ask" checks that the chat template can show questions (SpecError, exit 11):
 
-    {"step": "ask", "base": str, "chat_template": str | null, "questions": [str]} -> {}
+    {"step": "ask", "base": str, "chat_template": str | null, "new_tokens": [str] | null,
+     "questions": [str]} -> {}
 """

@@ -52,7 +52,9 @@ class Encoder:
         *,
         train_on: Literal["assistant", "all"],
         embedding_rows: int | None = None,
+        new_tokens: int = 0,
     ) -> None:
+        """`new_tokens`: how many of the tokenizer's last tokens get rows of their own."""
         self._template = template
         self._all = train_on == "all"
         self._fast = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
@@ -61,6 +63,9 @@ class Encoder:
         self._fast.no_padding()
         vocabulary = self._fast.get_vocab(with_added_tokens=True)
         self._size = max(vocabulary.values(), default=-1) + 1
+        self._new = self._size - new_tokens  # the first of them
+        if embedding_rows is not None and embedding_rows >= self._new:
+            embedding_rows = max(embedding_rows, self._size)
         self._rows = embedding_rows
         self._chats = 0  # so far
         bare = tokenizer("a", add_special_tokens=False)["input_ids"]
@@ -163,7 +168,7 @@ class Encoder:
 
     def _beyond(self, ids: list[int]) -> Fault | None:
         """The fault that a token has no row in the embedding."""
-        token = max(ids)
+        token = max((id for id in ids if not self._new <= id < self._size), default=-1)
         if self._rows is None or token < self._rows:
             return None
         known = token < self._size

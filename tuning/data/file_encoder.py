@@ -228,13 +228,15 @@ def from_request(
 ) -> tuple[FileEncoder, Any]:
     """A file encoder with the settings of `request`, and the tokenizer. Raises SpecError."""
     settings, base = request["settings"], Path(request["base"])
-    tokenizer = load_tokenizer(base)
+    new_tokens = settings.get("new_tokens") or ()
+    tokenizer = load_tokenizer(base, new_tokens, settings.get("chat_template"))
     template = load_template(tokenizer, settings.get("chat_template"))
     encoder = Encoder(
         tokenizer,
         template,
         train_on=settings.get("train_on") or "assistant",
         embedding_rows=embedding_rows(base),
+        new_tokens=len(new_tokens),
     )
     columns = Columns(
         settings.get("messages_column"),

@@ -63,8 +63,9 @@ def question(
 
 def check(request: dict[str, Any]) -> dict[str, Any]:
     """Refuse questions that the chat template cannot show; see the package. Raises SpecError."""
-    tokenizer = load_tokenizer(Path(request["base"]))
-    template = request.get("chat_template") or own_template(tokenizer)
+    template = request.get("chat_template")
+    tokenizer = load_tokenizer(Path(request["base"]), request.get("new_tokens") or (), template)
+    template = template or own_template(tokenizer)
     for asked in request["questions"]:
         question(tokenizer, template, [{"role": "user", "content": asked}], named=None)
     return {}

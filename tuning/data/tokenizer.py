@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tuning import files
+from tuning.adapter import Adapter
 from tuning.data.chat import ChatTemplate
-from tuning.errors import SpecError
+from tuning.data.formats import quoted
+from tuning.errors import Problem, SpecError
 
 
-def load_tokenizer(base: Path) -> Any:
-    """The tokenizer in the folder `base`. Raises SpecError."""
+def load_tokenizer(base: Path, new_tokens: Sequence[str] = (), template: str | None = None) -> Any:
+    """The tokenizer in the folder `base`, with `new_tokens` (see `add_tokens`). Raises SpecError.
+
+    `template` is the user's chat template; it decides which new tokens are special.
+    """
     from transformers import AutoTokenizer
 
     try:
@@ -27,7 +36,92 @@ def load_tokenizer(base: Path) -> Any:
     if not tokenizer.is_fast:
         what = f"its tokenizer ({type(tokenizer).__name__}) has no character offsets"
         raise SpecError.at("DATA-246", "base model", what, "take one with tokenizer.json")
+    add_tokens(tokenizer, new_tokens, template)
     return tokenizer
+
+
+def add_tokens(tokenizer: Any, tokens: Sequence[str], template: str | None = None) -> None:
+    """Add `tokens` to `tokenizer`, behind its last one. Raises SpecError for one that exists.
+
+    Those that the chat template writes (`template`, or else the tokenizer's own) mark turns, so
+    they are special: left out of shown answers, and refused in the text of a message. The others
+    are part of what is said.
+    """
+    if not tokens:
+        return
+    known = tokenizer.get_vocab()
+    problems = [
+        Problem(
+            "DATA-257",
+            "ModelConfig.new_special_tokens",
+            f"{quoted(token)} is token {known[token]:,} of the base model already",
+            "remove it from the list: in the data it is that token as it is",
+        )
+        for token in tokens
+        if token in known
+    ]
+    if problems:
+        raise SpecError(problems)
+    is_mark = _mark_test(tokenizer, template or own_template(tokenizer) or "")
+    append(tokenizer, {token: is_mark(token) for token in tokens})
+    problems = [
+        Problem("DATA-258", "ModelConfig.new_special_tokens", f"{quoted(token)} {why}", change)
+        for token in tokens
+        for why, change in _unusable(tokenizer, token)
+    ]
+    if problems:
+        raise SpecError(problems)
+
+
+def _unusable(tokenizer: Any, token: str) -> Iterator[tuple[str, str]]:
+    """Why an added token does not work in this tokenizer, and what to change."""
+    id = tokenizer.convert_tokens_to_ids(token)
+    if id not in tokenizer(token, add_special_tokens=False)["input_ids"]:
+        yield "is never read as one token", "choose a text that no other token is a part of"
+    shown = tokenizer.decode([id], clean_up_tokenization_spaces=False)
+    if shown.strip() != token:  # decoders of bytes take some letters beyond ASCII for bytes
+        yield f"would be shown as {quoted(shown)} by the base's tokenizer", "write it in ASCII"
+
+
+def append(tokenizer: Any, tokens: Mapping[str, bool]) -> None:
+    """Add `tokens`, each with whether it is special, behind the last one of `tokenizer`."""
+    from tokenizers import AddedToken
+
+    for token, special in tokens.items():  # one at a time: numbers in this order
+        added = AddedToken(token, special=special, normalized=False)
+        tokenizer.add_tokens([added], special_tokens=special)
+
+
+def added_by(adapter: Adapter) -> dict[int, tuple[str, bool]]:
+    """The added tokens that the adapter's own tokenizer.json has: number -> text, and whether it is
+    special. Only those whose rows it trains. Raises SpecError for a damaged file.
+    """
+    path, ids = adapter.folder / "tokenizer.json", set(adapter.token_ids)
+    if not ids or not path.is_file():
+        return {}
+    try:
+        listed = files.read_json(path)["added_tokens"]
+        return {
+            int(token["id"]): (str(token["content"]), bool(token["special"]))
+            for token in listed
+            if token["id"] in ids
+        }
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        what = f"cannot be read ({type(error).__name__})"
+        raise SpecError.at("MODEL-202", str(path), what, "fetch it again") from None
+
+
+def _mark_test(tokenizer: Any, template: str) -> Callable[[str], bool]:
+    """Whether a chat template writes a token around turns, or names it for some of them."""
+    turns = [{"role": role, "content": "a"} for role in ("system", "user", "assistant")]
+    shown = ""
+    for messages in (turns, turns[1:]):
+        with contextlib.suppress(Exception):  # an untrusted program may raise anything
+            shown += tokenizer.apply_chat_template(
+                messages, chat_template=template, tokenize=False, add_generation_prompt=True
+            )
+    words = set(re.findall(r"\w+", template))  # may be those of its program
+    return lambda token: token in shown or (token in template and token not in words)
 
 
 def load_template(tokenizer: Any, text: str | None) -> ChatTemplate | None:

@@ -25,6 +25,7 @@ class Vocabulary:
     rows: int | None = None  # of the embedding; None: unknown
     folder: Path | None = None  # with the tokenizer, where it is on this machine
     template: str | None = None  # the user's chat template
+    new_tokens: tuple[str, ...] = ()  # the user's, which get rows of their own
 
     def faults(self, examples: Sequence[Example]) -> list[Fault | None]:
         """For each example the fault that it has a token id without a row, or None."""
@@ -34,13 +35,20 @@ class Vocabulary:
         if self.rows is None:
             return [None] * len(examples)
         if self.folder and self._may_exceed:
-            tokenizer = load_tokenizer(self.folder)
+            tokenizer = load_tokenizer(self.folder, self.new_tokens, self.template)
             template = load_template(tokenizer, self.template)
-            encoder = Encoder(tokenizer, template, train_on="all", embedding_rows=self.rows)
+            encoder = Encoder(
+                tokenizer,
+                template,
+                train_on="all",
+                embedding_rows=self.rows,
+                new_tokens=len(self.new_tokens),
+            )
             encoded = encoder.encode(examples)
             return [each if isinstance(each, Fault) else None for each in encoded]
         largest = [max(each.input_ids) if isinstance(each, Tokens) else -1 for each in examples]
-        return [beyond_embedding(n, self.rows) if n >= self.rows else None for n in largest]
+        rows = self.rows + len(self.new_tokens)
+        return [beyond_embedding(n, rows) if n >= rows else None for n in largest]
 
     @cached_property
     def _may_exceed(self) -> bool:

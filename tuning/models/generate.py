@@ -7,7 +7,7 @@ that the same question gets the same answer.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from tuning.data.chat_rewrites import as_trained
 from tuning.data.tokenizer import own_template
 from tuning.data.turn_ends import Ends
 from tuning.errors import SpecError
-from tuning.models import lora
+from tuning.models import lora, new_tokens
 from tuning.models.kernels import experts
 from tuning.models.load import device_for, load_base, load_tokenizer
 from tuning.models.survey import survey
@@ -80,6 +80,7 @@ class Session:
             device=device,
         )
         if adapter is not None:
+            new_tokens.extend_for(self.model, self.tokenizer, found)
             self.model = attach(self.model, found)
         self.model.eval()
 
@@ -101,23 +102,6 @@ class Session:
         return reply(self.model, self.tokenizer, messages, max_new_tokens=self.max_new_tokens)
 
 
-def answer(
-    base: Path,
-    adapter: Path | None,
-    questions: Iterable[str],
-    *,
-    compare: bool = False,
-    max_new_tokens: int = 512,
-) -> list[dict[str, str | None]]:
-    """Each question by itself: `{"question", "tuned", "base"}`, `base` only if `compare`."""
-    session = Session(base, adapter, max_new_tokens=max_new_tokens)
-    answers: list[dict[str, str | None]] = []
-    for question in questions:
-        tuned, plain = session.ask(question, compare=compare)
-        answers.append({"question": question, "tuned": tuned, "base": plain})
-    return answers
-
-
 def attach(base: Any, adapter: adapters.Adapter) -> PeftModel:
     """Put an inspected adapter on a loaded base model.
 
@@ -131,6 +115,7 @@ def attach(base: Any, adapter: adapters.Adapter) -> PeftModel:
     if missing:  # PEFT would leave these out in silence
         what = f"does not fit the base model, which has no {missing[0]}"
         raise SpecError.at("MODEL-210", str(adapter.folder), what, change)
+    new_tokens.widen(base, max(adapter.token_ids, default=-1) + 1)
     try:
         with lora.by_own_names():
             tuned = PeftModel.from_pretrained(

@@ -14,7 +14,7 @@ from peft import PeftModel
 
 from tuning import files
 from tuning.errors import SpecError
-from tuning.models import finite, four_bit, packed, reading, unpacked
+from tuning.models import finite, four_bit, new_tokens, packed, reading, start_adapter, unpacked
 from tuning.models.kernels import whole
 from tuning.models.lora import Coverage, adapt
 from tuning.models.survey import plain_linears
@@ -214,10 +214,11 @@ def load_for_training(
     placement: Placement,
     chat_template: str | None = None,
     packed_root: Path | None = None,
+    start: Path | None = None,
 ) -> tuple[PeftModel, Any, Coverage]:
     """Model with LoRA layers, tokenizer and coverage for `recipe` and `placement`.
 
-    4-bit weights are cached below `packed_root`.
+    4-bit weights are cached below `packed_root`. `start` is the folder of an adapter to go on from.
     """
     tokenizer = load_tokenizer(base, chat_template=chat_template)
     model = load_base(
@@ -230,7 +231,12 @@ def load_for_training(
         finite_only=True,
     )
     as_published = stored.of(_record(base)) == stored.FOUR_BIT
-    adapted, coverage = adapt(model, recipe, as_published=as_published)
+    rows = new_tokens.indices(model, new_tokens.extend(model, tokenizer, recipe.new_tokens))
+    adapted, coverage = adapt(model, recipe, rows, as_published=as_published)
+    if rows:
+        new_tokens.settle(adapted)
+    if start is not None:
+        start_adapter.load(adapted, start, sha256=recipe.start_adapter)
     whole.replace(
         adapted,
         placement.kernels,

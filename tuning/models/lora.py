@@ -21,7 +21,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from peft.utils import transformers_weight_conversion as conversion
 
 from tuning.errors import Problem, SpecError
-from tuning.models import four_bit
+from tuning.models import four_bit, new_tokens
 from tuning.models.kernels import experts
 from tuning.models.survey import REPEATED, TOWER, Survey, survey
 from tuning.plan import Recipe
@@ -101,8 +101,14 @@ def _layer(name: str) -> int:
     return int(match[1]) if match else -1
 
 
-def adapt(model: Any, recipe: Recipe, *, as_published: bool = False) -> tuple[PeftModel, Coverage]:
-    """Put LoRA layers on `model`, seeded, and count what they cover.
+def adapt(
+    model: Any,
+    recipe: Recipe,
+    rows: new_tokens.Indices | None = None,
+    *,
+    as_published: bool = False,
+) -> tuple[PeftModel, Coverage]:
+    """Put LoRA layers on `model`, seeded, and count what they cover; `rows` of tokens are trained.
 
     `as_published`: the base's makers packed it in 4 bits, and chose what stays in 16.
     Raises SpecError when the model holds weights that LoRA cannot reach, when a target matches
@@ -119,7 +125,8 @@ def adapt(model: Any, recipe: Recipe, *, as_published: bool = False) -> tuple[Pe
     )
     published = targets(model, found, expected, layers=recipe.layers)
     transformers.set_seed(recipe.seed)
-    peft_model = put(model, lora_options(recipe), expected)
+    options = lora_options(recipe) | {"trainable_token_indices": rows}
+    peft_model = put(model, options, expected)
     for key, value in published.items():
         setattr(peft_model.peft_config["default"], key, value)
     adapted = adapted_names(peft_model)

@@ -15,7 +15,7 @@ from tuning import adapter as adapters
 from tuning import files
 from tuning.adapter import Adapter
 from tuning.errors import SpecError, TuningError
-from tuning.models import four_bit, generate
+from tuning.models import four_bit, generate, new_tokens
 from tuning.models.load import DTYPES, device_for, load_base, load_tokenizer
 from tuning.sources import verify
 from tuning.sources.base import weights_of
@@ -52,9 +52,10 @@ def merge(
     made = _made(found, method, files.read_json(base / "config.json"))
     device = device or device_for(base)
     with files.making(target) as scratch:
-        merged = _merged(base, found, made, device)
+        tokenizer = load_tokenizer(base, chat_template=generate.template_of(adapter))
+        merged = _merged(base, found, made, device, tokenizer)
         scratch.mkdir()
-        _name_ends(merged, base, adapter)
+        _name_ends(merged, tokenizer)
         merged.save_pretrained(scratch, safe_serialization=True, max_shard_size=SHARD)
         _companions(base, adapter, scratch)
         verify.verify(scratch)
@@ -85,8 +86,8 @@ def _made(found: Adapter, method: str | None, config: Value) -> Value:
     return {"method": chosen, "quantisation": packing, "precision": said["precision"]}
 
 
-def _merged(base: Path, found: Adapter, made: Value, device: str) -> Any:
-    """The full model, in 16 bits, with the adapter in its weights."""
+def _merged(base: Path, found: Adapter, made: Value, device: str, tokenizer: Any) -> Any:
+    """The full model, in 16 bits, with the adapter in its weights, its tokens in `tokenizer`."""
     precision, packing = made["precision"], made["quantisation"]
     loaded = load_base(base, precision=precision, quantisation=packing, device=device)
     if getattr(loaded, "is_quantized", False):
@@ -101,21 +102,22 @@ def _merged(base: Path, found: Adapter, made: Value, device: str) -> Any:
         for config in {id(c): c for c in (loaded.config, loaded.config.get_text_config())}.values():
             if hasattr(config, "quantization_config"):
                 del config.quantization_config
+    new_tokens.extend_for(loaded, tokenizer, found)
     try:
         merged = generate.attach(loaded, found).merge_and_unload(safe_merge=True)
     except ValueError as error:  # of safe_merge: a weight that is no number
         what = f"cannot be merged: {str(error).splitlines()[0]}"
         raise SpecError.at("MODEL-303", str(found.folder), what, "train it again") from error
-    kept = sorted(name for name, _ in merged.named_parameters() if "lora_" in name)
+    names = [name for name, _ in merged.named_parameters()]
+    kept = sorted(name for name in names if "lora_" in name or "token_adapter" in name)
     if kept:
         what = f"left {kept[0]} beside the weights"
         raise TuningError.at("MODEL-304", str(found.folder), what, "report it with the adapter")
     return merged
 
 
-def _name_ends(merged: Any, base: Path, adapter: Path) -> None:
+def _name_ends(merged: Any, tokenizer: Any) -> None:
     """Let the model's generation config name every token that ends an answer of the adapter."""
-    tokenizer = load_tokenizer(base, chat_template=generate.template_of(adapter))
     ends = sorted(generate.ends_of(merged, tokenizer).certain)
     if ends:
         merged.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]

@@ -73,6 +73,8 @@ class Inspection:
             or config.get("target_modules"),
             "parameters": sum(tensor.count for tensor in self.tensors.values()) or None,
             "dtypes": sorted({tensor.dtype for tensor in self.tensors.values()}),
+            "new_tokens": self.new_tokens,
+            "start_adapter": self._recipe("start_adapter"),
             "preset": self.annotations.get(MODEL_NAME) or self.recipe.get("preset"),
             "run_id": self.annotations.get(RUN_ID) or self.recipe.get("run_id"),
             "data": self._recipe("data"),
@@ -91,6 +93,12 @@ class Inspection:
             "problems": list(self.problems),
             "annotations": dict(self.annotations),
         }
+
+    @property
+    def new_tokens(self) -> list[str]:
+        """The tokens that its training added to the base's."""
+        listed = self._recipe("new_tokens")
+        return [str(token) for token in listed] if isinstance(listed, list) else []
 
     def _base_model(self, config: Value) -> Any:
         """The base that the config names; of a path, the name that the recipe has for it."""

@@ -103,6 +103,8 @@ def _dependencies(recipe: Value) -> list[Value]:
     if kind == "sha256":  # of the files in a folder or an image
         base = {"name": name, "digest": {"sha256": revision}}
     data = [{"name": "data", "digest": {"sha256": digest}} for digest in recipe["data"]]
+    if going_on := recipe.get("start_adapter"):
+        data.append({"name": "start adapter", "digest": {"sha256": going_on}})
     return [base, *data]
 
 

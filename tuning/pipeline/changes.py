@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ def changed(adapter: Path, recipe: Recipe) -> list[str]:
     """
     try:
         before = files.read_json(adapter / "tuning.json")["recipe"]
-        return list(_changes("", dict(before), plain(asdict(recipe))))
+        return list(_changes("", dict(before), plain(recipe.to_json())))
     except (OSError, ValueError, KeyError, TypeError):
         return []
 

@@ -12,12 +12,13 @@ from tuning.console import Console
 from tuning.data import formats
 from tuning.data.first_rows import FirstRows, check_file, check_head
 from tuning.data.problems import mixed_shapes
+from tuning.data.tokenizer import load_tokenizer
 from tuning.data.vocabulary import Vocabulary, embedding_rows
 from tuning.errors import DataError, SpecError
 from tuning.network.policy import load_headers
 from tuning.oci import delivery
 from tuning.oci.delivery import Access
-from tuning.pipeline import sizing
+from tuning.pipeline import sizing, start
 from tuning.pipeline.endings import together
 from tuning.pipeline.options import Options, base_reference, read_token
 from tuning.plan import device
@@ -47,10 +48,19 @@ def _check_model(spec: Spec, options: Options, access: Access, console: Console)
     here = plan.device_of(spec.instance) if spec.instance else device.detect()
     base = sizing.read_base(spec, access=access, token=read_token(options.hub_token_file))
     plan.refuse_unsupported(spec, base, here)
+    spec = start.known(spec, base, access=access)
+    _check_tokens(spec)
     decided = plan.draft(spec, here=here, base=sizing.sized(spec, base, here, console=console))
     name, _ = base_reference(spec)
     revision = "" if base.revision == name else f" at {base.revision[:19]}"
     return [f"model: {name}{revision}", f"plan: {_fit(decided)}"]
+
+
+def _check_tokens(spec: Spec) -> None:
+    """Raise SpecError for new tokens that do not suit the tokenizer, where that is at hand."""
+    folder, s = Path(spec.base_model or ""), spec.settings
+    if s.new_tokens and spec.base_model and folder.is_dir():
+        load_tokenizer(folder, s.new_tokens, s.chat_template)
 
 
 def _fit(decided: plan.Plan) -> str:
@@ -130,12 +140,18 @@ def _vocabulary(spec: Spec) -> Vocabulary:
     """The token ids that the base has rows for, where that is known without the network."""
     folder = Path(spec.base_model) if spec.base_model else None
     if folder and folder.is_dir():
-        return Vocabulary(embedding_rows(folder), folder, spec.settings.chat_template)
+        return Vocabulary(
+            embedding_rows(folder),
+            folder,
+            spec.settings.chat_template,
+            spec.settings.new_tokens or (),
+        )
     try:
         base = plan.known_base(spec)
     except SpecError:
         return Vocabulary()  # checking the model says more
-    return Vocabulary(base.facts.vocab if base.facts else None)
+    rows = base.facts.vocab if base.facts else None
+    return Vocabulary(rows, new_tokens=spec.settings.new_tokens or ())
 
 
 def _check_destination(spec: Spec, access: Access) -> list[str]:

@@ -106,7 +106,7 @@ def package(run: Run, decided: Plan, training: Value, packed: Value, model: base
         folder = run.folder / "adapter"
         run.require_space(2 * sum(path.stat().st_size for path in folder.iterdir()))
         model_card.write(
-            folder, recipe=asdict(recipe), run_id=recipe.run_id, facts=facts, lost=lost.append
+            folder, recipe=recipe.to_json(), run_id=recipe.run_id, facts=facts, lost=lost.append
         )
         built = delivery.package(
             folder,
@@ -114,7 +114,7 @@ def package(run: Run, decided: Plan, training: Value, packed: Value, model: base
             preset=run.spec.preset,
             run_id=recipe.run_id,
             base_model=recipe.base_model,
-            annotations=model_card.labels(asdict(recipe), facts=facts),
+            annotations=model_card.labels(recipe.to_json(), facts=facts),
             destination=run.spec.destination,
             access=run.options.access,
         )

@@ -138,6 +138,10 @@ def card(recipe: dict[str, Any], *, run_id: str, facts: Facts) -> str:
         rows.insert(7, ("perplexity on held-out rows", f"{before:.4g} -> {after:.4g}"))
     if facts.best_step is not None:
         rows.append(("weights", f"of step {facts.best_step:,}, the best on the held-out rows"))
+    if tokens := recipe.get("new_tokens"):
+        rows.append(("new tokens", ", ".join(f"`{token}`" for token in tokens)))
+    if going_on := recipe.get("start_adapter"):
+        rows.append(("goes on from the adapter", f"`sha256:{going_on}`"))
     if facts.ends:
         rows.append(("an answer ends in", ", ".join(f"`{word}`" for word in facts.ends)))
     data = "\n".join(f"- `sha256:{digest}`" for digest in recipe["data"])
@@ -157,7 +161,7 @@ Loss by step: `{curve(losses)}`
 ## Use
 
 {_use(recipe)}
-Or mount this image's `/data` folder and name it to a server that loads LoRA adapters.
+{_servers(recipe)}
 `tuning.json` holds the whole recipe.
 
 ## Data
@@ -201,6 +205,18 @@ def _use(recipe: dict[str, Any]) -> str:
     from peft import AutoPeftModelForCausalLM
     model = AutoPeftModelForCausalLM.from_pretrained("FOLDER")
 """
+
+
+def _servers(recipe: dict[str, Any]) -> str:
+    """Which servers load the adapter."""
+    if recipe.get("new_tokens"):
+        return (
+            "It has rows for new tokens, which this project's `serve` and PEFT (once the base has "
+            "as many rows:\n`model.resize_token_embeddings(N)`, where `tokenizer.json` has N "
+            "tokens) load, and vLLM does not. For\nother servers make one model of base and "
+            "adapter: `python -m tuning merge`."
+        )
+    return "Or mount this image's `/data` folder and name it to a server that loads LoRA adapters."
 
 
 def perplexity(loss: float | None) -> float | None:

@@ -14,7 +14,7 @@ from tuning.data import read_progress
 from tuning.network import policy
 from tuning.oci import delivery, model_image
 from tuning.oci.delivery import Access
-from tuning.pipeline import finishing, sizing
+from tuning.pipeline import finishing, sizing, start
 from tuning.pipeline.endings import together
 from tuning.pipeline.options import base_reference, read_token, reference
 from tuning.pipeline.run import Run, Value, key_of
@@ -79,6 +79,7 @@ def check(run: Run, model: base.Base) -> plan.Base:
         lambda: delivery.check(destination, access),
         lambda: delivery.claim(destination, access, run_id=None, own=own),
     )
+    run.start = start.fetch(run, model, results[0])
     known = sizing.sized(
         run.spec,
         results[0],
@@ -138,6 +139,7 @@ def check_questions(run: Run, tokenizer: Path) -> None:
         "step": "ask",
         "base": str(tokenizer),
         "chat_template": run.spec.settings.chat_template,
+        "new_tokens": run.spec.settings.new_tokens,
         "questions": list(run.options.questions),
     }
     run.child("data", request)
@@ -153,7 +155,8 @@ def tokenise(run: Run, data: list[Value], tokenizer: Path, model: base.Base) -> 
         "files": data,
         "base": str(tokenizer),
         "out": str(out),
-        "settings": {name: getattr(settings, name) for name in DATA_SETTINGS},
+        "settings": {name: getattr(settings, name) for name in DATA_SETTINGS}
+        | ({"new_tokens": settings.new_tokens} if settings.new_tokens else {}),
     }
     key = key_of([file["sha256"] for file in data], model.revision, request["settings"])
     if run.journal.done("tokenise", key) is None:
@@ -191,8 +194,12 @@ def decide(run: Run, rows: Value, data: list[Value], known: plan.Base) -> tuple[
     run.begin("plan")
     versions = {name: importlib.metadata.version(name) for name in RECIPE_LIBRARIES}
     here = run.device()
-    decided = plan.make(run.spec, known, here, lengths=lengths(rows), versions=versions)
-    key = key_of(rows["key"], run.spec.method, asdict(run.spec.settings), versions, known.name)
+    going_on = run.start.sha256 if run.start else None
+    decided = plan.make(
+        run.spec, known, here, lengths=lengths(rows), versions=versions, start=going_on
+    )
+    parts = (rows["key"], run.spec.method, asdict(run.spec.settings), versions, known.name)
+    key = key_of(*parts, *filter(None, [going_on]))
     kept = run.journal.done("plan", key)
     recipe = plan.recipe_from_json(kept["recipe"]) if kept else decided.recipe
     packed = pack(run, rows, plan.Packing.of(recipe))

@@ -24,6 +24,14 @@ TRAIN = "training.train"  # the module of the training child
 PARENT_SECONDS = 5.0  # of the grace period, for the parent's own shutdown
 
 
+@dataclass(frozen=True)
+class Start:
+    """A fetched adapter to go on from."""
+
+    folder: Path
+    sha256: str  # of its weights
+
+
 @dataclass
 class Run:
     """One spec, executed in one run directory by one process."""
@@ -35,6 +43,7 @@ class Run:
     stop: threading.Event
     phase: str = "start"
     prewarmed: process.Prewarmed | None = None  # the training child, while it loads its libraries
+    start: Start | None = None  # the adapter to go on from
 
     @property
     def folder(self) -> Path:

@@ -9,6 +9,7 @@ from tuning import plan, presets
 from tuning.console import Console
 from tuning.oci import model_image
 from tuning.oci.access import Access
+from tuning.pipeline import start
 from tuning.pipeline.options import base_reference
 from tuning.plan import simulation
 from tuning.plan.device import Device
@@ -30,6 +31,7 @@ def draft(
     except plan.Unknown:
         console.say(f"Reading the config of {spec.base_model or spec.preset} ...")
         known = read_base(spec, access=access or Access(), token=token)
+    spec = start.known(spec, known, access=access or Access())
     return plan.draft(spec, here=here, base=sized(spec, known, device, console=console))
 
 

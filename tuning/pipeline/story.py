@@ -22,6 +22,7 @@ from tuning.pipeline import (
     preparing,
     progress_server,
     report,
+    start,
     training,
     weights,
 )
@@ -88,7 +89,9 @@ def _repairing(run: Run, work: Callable[[Run], T]) -> T:
     if run.journal.dropped:
         what = f"{run.journal.dropped} damaged lines of {run.journal.path} were dropped"
         run.console.say(f"{what}; what they told of is done again.", style="yellow")
+    spec = run.spec
     for _ in range(REPAIRS):
+        run.spec = spec  # as it was read: a start adapter gives it its shape
         try:
             return work(run)
         except journal.Damaged as damaged:
@@ -125,6 +128,7 @@ def prepare(spec: Spec, options: Options, console: Console) -> Prepared:
 def _data_phases(run: Run) -> Prepared:
     model = preparing.base_model(run)
     known = preparing.known_base(run, model)
+    run.start = start.fetch(run, model, known)
     data = preparing.fetch_data(run)
     run.begin("weights")
     tokenizer = base.fetch_tokenizer(
@@ -183,6 +187,7 @@ def _inputs(run: Run) -> str:
         local += sorted(path for path in data.rglob("*") if path.is_file())
     if run.spec.base_model and (folder := Path(run.spec.base_model)).is_dir():
         local += sorted(path for path in folder.iterdir() if path.is_file())
+    local += start.contents(run.spec.settings.start_adapter)
     existing = [(path, path.stat()) for path in local if path.exists()]
     stats = [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in existing]
     return key_of(asdict(run.spec), stats, run.options.questions)

@@ -55,6 +55,7 @@ def train(
         "adapter": str(run.folder / "adapter"),
         "questions": list(run.options.questions),
         "chat_template": run.spec.settings.chat_template,
+        "start": str(run.start.folder) if run.start else None,
         "packed": str(run.options.cache or files.cache_folder()),
         "kept": str(run.folder / "log" / "trained.json"),
         "save_steps": run.spec.settings.save_steps,

@@ -19,6 +19,13 @@ from tuning.spec import Spec
 IMAGE = "oci:"  # before the name of an image that holds a base model
 DRAFT_LENGTH = 2048  # before the data was read
 
+# Classes whose output layer has a bias, which peft drops where rows of it are trained.
+BIASED_HEADS = frozenset(
+    {"bert", "bert-generation", "big_bird", "camembert", "codegen", "ctrl", "data2vec-text"}
+    | {"electra", "ernie", "git", "gptj", "megatron-bert", "modernbert-decoder", "phi", "rembert"}
+    | {"roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm", "xlm-roberta"}
+    | {"xlm-roberta-xl", "xlnet", "xmod"}
+)
 LARGEST_ON_CPU = 10**9  # parameters; a step of a larger model takes minutes on a CPU
 
 
@@ -194,6 +201,11 @@ def refuse_unsupported(spec: Spec, base: Base, device: Device) -> None:
         )
     problems += gpu_problems.problems(device, spec.method)
     problems += _unknown_modules(spec, base)
+    kind = base.facts.model_type if base.facts else base.config.get("model_type")
+    if spec.settings.new_tokens and kind in BIASED_HEADS:
+        what = f"are set, and the output layer of {base.name} has a bias, without which peft trains"
+        change = "leave them out, or choose another base model"
+        problems.append(Problem("PLAN-118", "ModelConfig.new_special_tokens", what, change))
     if problems:
         raise SpecError(problems)
 

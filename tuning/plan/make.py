@@ -31,15 +31,29 @@ EVALUATIONS = 10  # of a run that keeps its best weights, unless eval_steps says
 
 
 def make(
-    spec: Spec, base: Base, device: Device, *, lengths: Lengths | None, versions: dict[str, str]
+    spec: Spec,
+    base: Base,
+    device: Device,
+    *,
+    lengths: Lengths | None,
+    versions: dict[str, str],
+    start: str | None = None,
 ) -> Plan:
     """The plan before packing; `freeze` adds the steps. `lengths` None makes a draft.
 
+    `start` is the sha256 of the start adapter's weights, whose shape the spec's settings have.
     Raises SpecError for a combination that cannot work.
     """
     refuse_unsupported(spec, base, device)
     s, choices = spec.settings, Choices()
     recipe = _recipe(spec, base, device, choices.pick, lengths=lengths, versions=versions)
+    recipe = replace(recipe, start_adapter=start)
+    if s.new_tokens:
+        choices.reasons["new_tokens"] = "rows of the embedding and the output layer, trained"
+    if s.start_adapter:
+        choices.reasons["start_adapter"] = f"training goes on from {s.start_adapter}"
+        own = "that of start_adapter" + ("" if s.rank else ", once it is read; this is a guess")
+        choices.reasons |= dict.fromkeys(("rank", "alpha", "targets"), own)
     if s.eval_steps and recipe.eval_steps is None:
         choices.reasons["eval_steps"] = "ignored: there is no evaluation split (train_test_split)"
     if s.max_length is None:
@@ -118,6 +132,7 @@ def _recipe(
         keep_best=_keeps_best(s),
         over_length=None if s.over_length == "auto" else s.over_length,
         split_seed=s.shuffle_seed if or_default(s.train_share, 1.0) < 1 else None,
+        new_tokens=s.new_tokens or (),
         versions=versions,
     )
 

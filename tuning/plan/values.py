@@ -54,14 +54,21 @@ class Recipe:
     keep_best: bool = False  # the weights with the lowest evaluation loss, not the last ones
     over_length: str | None = None  # None: auto
     split_seed: int | None = None  # of the evaluation split; None: the seed
+    new_tokens: tuple[str, ...] = ()  # of the tokenizer; their rows are trained
+    start_adapter: str | None = None  # sha256 of the weights to go on from
     versions: dict[str, str] = field(
         default_factory=dict
     )  # torch, transformers, trl, peft, bitsandbytes
 
+    def to_json(self) -> dict[str, Any]:
+        """The record that the adapter holds; fields of later versions only if they are set."""
+        record = asdict(self)
+        return {k: v for k, v in record.items() if v or k not in ("new_tokens", "start_adapter")}
+
     @property
     def run_id(self) -> str:
         """sha256 of the canonical recipe, 64 hexadecimal digits."""
-        record = asdict(self)
+        record = self.to_json()
         for name in ("over_length", "split_seed"):  # unknown to earlier versions
             if record[name] is None:
                 del record[name]
@@ -70,8 +77,8 @@ class Recipe:
 
 def recipe_from_json(record: dict[str, Any]) -> Recipe:
     """The recipe in a record of `dataclasses.asdict`."""
-    tuples = ("data", "targets", "exclude", "layers", "betas")
-    fixed = {k: tuple(record[k]) for k in tuples if record[k] is not None}
+    tuples = ("data", "targets", "exclude", "layers", "betas", "new_tokens")
+    fixed = {k: tuple(record[k]) for k in tuples if record.get(k) is not None}
     return Recipe(**(record | fixed))
 
 

@@ -31,12 +31,13 @@ def support(model: Preset | Facts, method: Method) -> Support:
         return Support(False, reason, stored.remedy(facts.stored, name))
     if facts.stored == stored.FOUR_BIT:
         return Support(True, "its projections are published in 4 bits, and stay as they are")
-    if facts.stored != stored.PLAIN:
-        then = "" if method == "lora" else ", then packed in 4 bits"
-        return Support(True, f"its {facts.stored} weights are unpacked as they are loaded{then}")
+    then = "" if method == "lora" else ", then packed in 4 bits"
+    unpacked = f"its {facts.stored} weights are unpacked as they are loaded{then}"
     if facts.experts:
-        count = facts.experts[0].copies
-        return Support(True, f"projections and {count} experts a layer are adapted, not the router")
+        reason = f"projections and {facts.experts[0].copies} experts a layer are adapted"
+        return Support(True, reason + (f"; {unpacked}" if facts.stored != stored.PLAIN else ""))
+    if facts.stored != stored.PLAIN:
+        return Support(True, unpacked)
     if facts.wrapper:
         tower = f"the vision tower ({facts.tower / 1e6:.0f} million parameters) stays as it is"
         return Support(True, f"its text model is adapted, {tower}")

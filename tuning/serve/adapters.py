@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,8 +18,9 @@ from tuning.data.chat_rewrites import as_trained
 from tuning.errors import Problem, SpecError, TuningError
 from tuning.oci import delivery
 from tuning.oci.delivery import Access
-from tuning.serve import multi_lora
+from tuning.serve import multi_lora, new_tokens
 from tuning.serve.adapter_specs import AdapterSpec
+from tuning.serve.new_tokens import Tokens
 
 Kind = Literal["base", "adapter", "combined"]
 
@@ -32,6 +33,7 @@ class ReadyAdapter:
     adapter: adapters.Adapter
     digest: str  # sha256 of its weights file
     template: str | None  # its own chat template, if it differs from the base's
+    tokens: Tokens | None = None  # its new ones, once they have rows in the model
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class ServedModel:
     weights: tuple[float, ...]  # one per loaded adapter
     version: str  # "base", or the digests and strengths of its adapters
     template: str | None = None
+    tokens: Tokens | None = None  # that the base has not
 
 
 def fetch(
@@ -94,6 +97,23 @@ def fetch(
             problem = SpecError.at("SERVE-121", str(error.filename or ""), what, change)
             rejected.append(_reject(spec, problem, console))
     return ready, rejected
+
+
+def place_tokens(
+    ready: Sequence[ReadyAdapter], *, tokenizer: Any, model: Any, console: Console
+) -> tuple[list[ReadyAdapter], list[RejectedAdapter]]:
+    """Give the new tokens of each adapter rows in `model`; rejects those that do not fit."""
+    placed, rejected = [], []
+    first: int | None = None
+    for one in ready:
+        try:
+            tokens = new_tokens.place(one.adapter, tokenizer, model, first=first)
+        except TuningError as error:
+            rejected.append(_reject(one.spec, error, console))
+        else:
+            placed.append(replace(one, tokens=tokens))
+            first = tokens.after if tokens else first
+    return placed, rejected
 
 
 def attach(
@@ -165,13 +185,18 @@ def offered(
     models = [ServedModel(base, "base", zeros, "base")]
     for i, one in enumerate(ready):
         own = (*zeros[:i], one.spec.strength, *zeros[i + 1 :])
-        models.append(ServedModel(one.spec.name, "adapter", own, _version(one), one.template))
-    if ready and not rejected and combined not in [model.name for model in models]:
+        models.append(
+            ServedModel(one.spec.name, "adapter", own, _version(one), one.template, one.tokens)
+        )
+    tokens = [one.tokens for one in ready if one.tokens]
+    clash = len(tokens) > 1  # a text that both add would be two tokens
+    if ready and not rejected and not clash and combined not in [model.name for model in models]:
         templates = {one.template for one in ready}
         strengths = tuple(one.spec.strength for one in ready)
         template = templates.pop() if len(templates) == 1 else None
         version = " ".join(map(_version, ready))
-        models.append(ServedModel(combined, "combined", strengths, version, template))
+        own_tokens = tokens[0] if tokens else None
+        models.append(ServedModel(combined, "combined", strengths, version, template, own_tokens))
     return models
 
 

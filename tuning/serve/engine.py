@@ -80,6 +80,7 @@ class Job:
     top_logprobs: int | None = None  # most likely tokens to report; None: no log-probabilities
     choice: int = 0  # which of the answers to its prompt
     scores: list[SampledToken] | None = None  # of the prompt from its second token; None: unwanted
+    hidden: tuple[slice, ...] = ()  # tokens that its model does not have
     id: str = field(default_factory=_new_id)
     tokens: list[int] = field(default_factory=list)
     finish: Finish | None = None
@@ -111,9 +112,15 @@ class Job:
     def score(self, logits: torch.Tensor) -> None:
         """Take the `logits` [tokens, vocabulary] in float32 of the next unscored tokens."""
         assert self.scores is not None
+        self.hide(logits)
         first = len(self.scores) + 1
         tokens = self.prompt[first : first + len(logits)]
         self.scores += all_with_logprobs(logits, tokens, self.top_logprobs or 0)
+
+    def hide(self, logits: torch.Tensor) -> None:
+        """Make the tokens that its model does not have impossible in `logits` [..., vocabulary]."""
+        for part in self.hidden:
+            logits[..., part] = -torch.inf
 
     def take(self, token: int, sampled: SampledToken) -> Piece:
         """The piece that `token` adds. Sets `finish` at the end."""
@@ -246,6 +253,8 @@ class Engine:
 
     def _step(self, jobs: Sequence[Job], logits: torch.Tensor) -> list[int]:
         """The next token of each job; called on the runner's thread."""
+        for job, row in zip(jobs, logits, strict=True):
+            job.hide(row)
         argmax = logits.argmax(-1).tolist() if jobs else []
         pieces = []
         for job, row, likeliest in zip(jobs, logits, argmax, strict=True):

@@ -226,15 +226,25 @@ def _make(options: Options, console: Console) -> Loaded:
         )
         console.say(_summary(options.base, holding, here))
         model = _load_weights(folder, holding, here)
+        vocab = min(len(tokenizer), model.get_input_embeddings().weight.shape[0])
+        ready, unplaced = adapters.place_tokens(
+            ready, tokenizer=tokenizer, model=model, console=console
+        )
         loras, ready, misfits = adapters.attach(ready, model=model, console=console)
-    rejected += misfits
+    rejected += unplaced + misfits
     kind = runner.choose_runner(model, loras, holding.room)
     if kind is runner.Sequential:
         console.say("Requests take turns: this model's attention cannot batch them.")
     offered = adapters.offered(ready, rejected, base=options.base, combined=options.combined)
+    kinds = dict.fromkeys((one.template, one.tokens) for one in offered)
     tokenizers = {
-        text: ChatTokenizer(tokenizer, model, adapter_renderer, template=text)
-        for text in {one.template for one in offered} - {None}
+        (text, tokens): ChatTokenizer(
+            tokens.tokenizer(tokenizer) if tokens else tokenizer,
+            model,
+            adapter_renderer if text is not None else base_renderer,
+            template=text,
+        )
+        for text, tokens in kinds
     }
     return Loaded(
         engine=Engine(
@@ -244,11 +254,12 @@ def _make(options: Options, console: Console) -> Loaded:
         ),
         models={one.name: one for one in offered},
         rejected=tuple(rejected),
-        tokenizers={None: ChatTokenizer(tokenizer, model, base_renderer), **tokenizers},
+        tokenizers=tokenizers,
         renderers=(base_renderer, adapter_renderer),
         defaults=_defaults(model.generation_config),
         context=holding.context,
-        vocab=min(len(tokenizer), model.get_input_embeddings().weight.shape[0]),
+        vocab=vocab,
+        tokens=tuple(one.tokens for one in ready if one.tokens),
     )
 
 

@@ -15,10 +15,12 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar
 
 from tuning.data.turn_ends import Ends
+from tuning.serve import new_tokens
 from tuning.serve.adapters import RejectedAdapter, ServedModel
 from tuning.serve.detokenizer import Detokenizer
 from tuning.serve.engine import Busy, Engine, Job, Piece, prompt_tokens
 from tuning.serve.metrics import Metrics
+from tuning.serve.new_tokens import Tokens
 from tuning.serve.options import Limits
 from tuning.serve.rendering import Message, NotRendered, Renderer
 from tuning.serve.responses import Echo
@@ -39,11 +41,13 @@ class Loaded:
     engine: Engine
     models: dict[str, ServedModel]
     rejected: tuple[RejectedAdapter, ...]
-    tokenizers: dict[str | None, ChatTokenizer]  # by chat template; None: the base's own
+    # by chat template and new tokens; None: the base's own, none
+    tokenizers: dict[tuple[str | None, Tokens | None], ChatTokenizer]
     renderers: tuple[Renderer, ...]
     defaults: Sampling  # of the model's generation config
     context: int
-    vocab: int  # size of the model's vocabulary
+    vocab: int  # size of the base's vocabulary
+    tokens: tuple[Tokens, ...] = ()  # of all adapters
 
 
 @dataclass
@@ -102,7 +106,7 @@ class Service:
 
     def tokenizer(self, model: ServedModel) -> ChatTokenizer:
         """The tokenizer with the chat template of `model`."""
-        return self.require_loaded().tokenizers[model.template]
+        return self.require_loaded().tokenizers[model.template, model.tokens]
 
     async def encode_chat(self, model: ServedModel, messages: Sequence[Message]) -> list[int]:
         """The tokens of a conversation. Raises ApiError."""
@@ -113,23 +117,28 @@ class Service:
         except NotRendered as error:
             raise ApiError(400, str(error), param="messages") from None
         ids = await _on(self._tokenizing, tokenizer.encode_chat, text)
-        return self._in_vocabulary(ids, "messages")
+        return self._in_vocabulary(model, ids, "messages")
 
     async def encode_prompt(self, model: ServedModel, prompt: str | list[int]) -> list[int]:
         """The tokens of a plain prompt, given as text or as tokens. Raises ApiError."""
         if isinstance(prompt, str):
             prompt = await _on(self._tokenizing, self.tokenizer(model).encode_prompt, prompt)
-        return self._in_vocabulary(prompt, "prompt")
+        elif model.tokens:
+            prompt = model.tokens.here(prompt)
+        return self._in_vocabulary(model, prompt, "prompt")
 
     async def echo(self, model: ServedModel, prompt: str | list[int]) -> Echo:
         """A prompt as a completion repeats it."""
+        if model.tokens and not isinstance(prompt, str):
+            prompt = model.tokens.here(prompt)
         return await _on(self._tokenizing, self.tokenizer(model).echo, prompt)
 
-    def _in_vocabulary(self, ids: list[int], param: str) -> list[int]:
+    def _in_vocabulary(self, model: ServedModel, ids: list[int], param: str) -> list[int]:
         """`ids`, checked: a tokenizer may have more tokens than the model. Raises ApiError."""
-        vocab = self.require_loaded().vocab
-        if ids and max(ids) >= vocab:
-            what = f"token {max(ids)} is not in the vocabulary, which ends at {vocab - 1}"
+        vocab, own = self.require_loaded().vocab, model.tokens
+        wrong = [id for id in ids if id >= vocab and not (own and own.first <= id < own.after)]
+        if wrong:
+            what = f"token {max(wrong)} is not in the vocabulary, which ends at {vocab - 1}"
             raise ApiError(400, what, param=param)
         return ids
 
@@ -163,6 +172,7 @@ class Service:
         if limit is not None and limit > self.limits.tokens:
             what = f"an answer may have {self.limits.tokens:,} tokens here, not {limit:,}"
             raise ApiError(400, f"{limit_param}: {what}", param=limit_param)
+        hidden = new_tokens.hidden(model.tokens, loaded.tokens)
         jobs, default = [], min(self.limits.default_tokens, self.limits.tokens)
         for number, (prompt, choice) in enumerate(itertools.product(prompts, range(count))):
             left = self._left(len(prompt), limit, param, limit_param)
@@ -180,6 +190,7 @@ class Service:
                 top_logprobs=top_logprobs,
                 choice=choice,
                 scores=[] if scores_prompt else None,
+                hidden=hidden,
             )
             jobs.append(job)
         try:

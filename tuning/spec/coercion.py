@@ -17,6 +17,7 @@ _DTYPES = {
     "auto": "auto",
 }  # fmt: skip
 _NUMBER = re.compile(r"\s*[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]{1,3})?\s*", re.A)
+MOST_TOKENS = 1000  # new ones; each is a row to train in the embedding and the output layer
 _HEADS = ("lm_head", "embed_out", "embed_tokens", "wte", "word_embeddings")
 
 
@@ -41,6 +42,8 @@ def coerce(key: Key, value: Any) -> Any:
         case "numbers":
             items = value if isinstance(value, list) else [value]
             return tuple(_number(key, each) for each in items)
+        case "tokens":
+            return _tokens(value)
         case "dtype":
             return _choice(key, value, _DTYPES)
         case "choice":
@@ -101,6 +104,32 @@ def _names(key: Key, value: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(items))
 
 
+def _tokens(value: Any) -> tuple[str, ...]:
+    """Texts that become tokens: printable, no two the same."""
+    items = value if isinstance(value, list) else [value]
+    if not 0 < len(items) <= MOST_TOKENS:
+        what = f"lists {len(items):,} tokens"
+        change = f"list 1 to {MOST_TOKENS}, or remove the key"
+        raise Invalid(what, change, code="SPEC-104")
+    for each in items:
+        if not isinstance(each, str):
+            raise Invalid(f"holds {shown(each)}, expected texts", "write each in quotes")
+        if not each.strip():
+            what = f"holds {shown(each)}, which is empty or white space"
+            raise Invalid(what, "remove it, or write a text such as <|order|>", code="SPEC-104")
+        if each != each.strip():
+            what = f"holds {shown(each)}, with white space at an end, which templates trim"
+            raise Invalid(what, f"write {shown(each.strip())}", code="SPEC-104")
+        if len(each) > 100 or not each.isprintable():
+            what = f"holds {shown(each)}, which is too long or holds control characters"
+            change = "write at most 100 printable characters a token"
+            raise Invalid(what, change, code="SPEC-104")
+        if items.count(each) > 1:
+            what = f"lists {shown(each)} {items.count(each)} times"
+            raise Invalid(what, "list each token once", code="SPEC-104")
+    return tuple(items)
+
+
 def _choice(key: Key, value: Any, options: dict[str, str]) -> str:
     if isinstance(value, str) and value.strip().lower() in options:
         return options[value.strip().lower()]
@@ -118,9 +147,10 @@ def _text(key: Key, value: Any) -> str | None:
         raise Invalid("is empty", "give it a value, or remove the key")
     if key.setting == "chat_template":
         return value
-    if len(value) > 200 or not value.isprintable():
+    longest = 4096 if key.setting == "start_adapter" else 200  # a path, in a file of our own
+    if len(value) > longest or not value.isprintable():
         what = "is too long or holds control characters"
-        raise Invalid(what, "write at most 200 printable characters", code="SPEC-104")
+        raise Invalid(what, f"write at most {longest} printable characters", code="SPEC-104")
     if key.setting == "dataset_path":
         return _inside(value) or None
     if key.setting == "dataset_extension":

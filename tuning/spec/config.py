@@ -132,6 +132,23 @@ _ELSEWHERE = (
     | dict.fromkeys(
         ("early_stopping", "early_stopping_patience", "early_stopping_threshold"), _BEST
     )
+    | dict.fromkeys(
+        (
+            "new_tokens",
+            "add_new_tokens",
+            "add_tokens",
+            "add_special_tokens",
+            "special_tokens",
+            "additional_special_tokens",
+            "extra_special_tokens",
+            "tokens",
+        ),
+        "ModelConfig.new_special_tokens",
+    )
+    | dict.fromkeys(
+        ("lora_model_dir", "adapter_name_or_path", "adapter", "adapters", "resume_adapter"),
+        "ModelConfig.start_adapter",
+    )
     | {
         "lora_target_linear": "LoraConfig.target_modules: all-linear",
         "learning_rate_multiplier": "TrainingArguments.learning_rate, the rate itself",

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from tuning.errors import SpecError
-from tuning.spec import config, documents, rules
+from tuning.spec import config, documents, places, rules
 from tuning.spec.documents import Document
 from tuning.spec.findings import Findings, shown
 from tuning.spec.values import Method, Settings
@@ -25,6 +26,14 @@ class ConfigMap:
     document: Document | None = None
     content: Any = None  # what training_config.yaml holds
     findings: tuple[Findings, ...] = ()
+
+    def located(self, beside: Path | None) -> ConfigMap:
+        """The ConfigMap with the place of its start adapter; see `places.start_adapter`."""
+        if (named := self.settings.start_adapter) is None:
+            return self
+        path = (config.ROOT, "ModelConfig", "start_adapter")
+        found = places.start_adapter(named, beside, self.findings[-1], path)
+        return replace(self, settings=replace(self.settings, start_adapter=found))
 
 
 def read(

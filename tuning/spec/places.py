@@ -8,6 +8,7 @@ from typing import Any
 
 from tuning.spec import fields, reference
 from tuning.spec.findings import Findings, shorten, shown
+from tuning.spec.findings import Path as Place
 from tuning.spec.values import Destination, Overrides, Source
 from tuning.spec.workspace import ANNOTATION, DataDestination, DataSource
 
@@ -121,6 +122,33 @@ def named_destination(output: str) -> Destination:
         case "dir":
             return Destination(folder=Path(folder))
     return Destination(image=output)
+
+
+def start_adapter(named: str, beside: Path | None, findings: Findings, path: Place) -> str:
+    """The adapter that `start_adapter` names: an image, `oci:DIR`, or a folder's absolute path.
+
+    Folders are looked for in `beside`, the folder of the YAML; None, on a cluster, where the Job
+    sees no folder of its author: only an image is taken.
+    """
+    rest = named.removeprefix("oci:").removeprefix("//")
+    if beside is not None and not named.startswith("oci://"):
+        folder, tag = (beside / rest).absolute(), ""
+        if named != rest and not _is_folder(str(folder)):  # oci:DIR:NAME, of several in a layout
+            parent, colon, name = str(folder).rpartition(":")
+            folder, tag = Path(parent), colon + name
+        if _is_folder(str(folder)):
+            return f"oci:{folder}{tag}" if named != rest else str(folder)
+    host = rest.partition("/")[0] if "/" in rest else ""
+    local = rest[:1] in ("/", ".", "~") or not ("." in host or ":" in host or host == "localhost")
+    if local and not named.startswith("oci://"):
+        what = f"{shown(named)} is no folder here" if beside else "names a folder"
+        change = "write an image with its registry, such as registry.example.com/adapter:1"
+        if beside is None:
+            change += " (a Job on a cluster does not see your folders)"
+        findings.add("SPEC-122", path, what, change)
+    else:
+        fields.check_image(rest, path, findings, "adapter")
+    return rest
 
 
 def _earlier(status: object) -> tuple[str, ...]:

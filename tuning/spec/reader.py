@@ -26,7 +26,8 @@ def load(path: Path, *, overrides: Overrides = _NO_OVERRIDES) -> Spec:
     Raises SpecError with all problems of the file.
     """
     text = read_file(path)
-    return _read(text, path.name, overrides, lambda name: _read_beside(path, name))
+    beside = path.parent
+    return _read(text, path.name, overrides, lambda name: _read_beside(beside, name), beside)
 
 
 def read_file(path: Path) -> str:
@@ -48,7 +49,7 @@ def parse(
 
     Raises SpecError with all problems of the text.
     """
-    return _read(text, origin, overrides, lambda name: None, max_nodes)
+    return _read(text, origin, overrides, lambda name: None, None, max_nodes)
 
 
 def parse_workspace(text: str, *, origin: str, max_nodes: int = documents.MAX_NODES) -> Workspace:
@@ -72,6 +73,7 @@ def _read(
     origin: str,
     overrides: Overrides,
     read_template: Callable[[str], str | None],
+    beside: Path | None,
     max_nodes: int = documents.MAX_NODES,
 ) -> Spec:
     everything = documents.read(text, origin=origin, max_nodes=max_nodes)
@@ -89,6 +91,7 @@ def _read(
             allow_hosts=overrides.allow_hosts,
         )
     config = configmap.read(everything, document, origin=origin, read_template=read_template)
+    config = config.located(beside)
     problems = [p for each in (command_line, findings, *config.findings) for p in each.in_order()]
     if workspace is None or problems:
         raise SpecError(problems)
@@ -156,10 +159,10 @@ def _read_text(path: Path) -> str:
     return data.decode()
 
 
-def _read_beside(spec_file: Path, name: str) -> str | None:
+def _read_beside(folder: Path, name: str) -> str | None:
     """The text of a chat template, relative to the folder of the YAML; None if unreadable."""
     try:
-        return _read_text(spec_file.parent / name)
+        return _read_text(folder / name)
     except (OSError, UnicodeDecodeError, ValueError, SpecError):
         return None
 

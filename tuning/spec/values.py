@@ -21,6 +21,8 @@ class Settings:
     revision: str | None = None
     chat_template: str | None = None  # Jinja text (a path is read by load())
     attention: str | None = None
+    new_tokens: tuple[str, ...] | None = None  # new_special_tokens
+    start_adapter: str | None = None  # an image, oci:DIR or a folder's absolute path
     # QuantizationConfig
     quant_type: Literal["nf4", "fp4"] | None = None
     double_quant: bool | None = None

@@ -16,7 +16,11 @@ from tuning.spec.values import Method, Spec
 
 _KUBECTL = "kubectl.kubernetes.io/last-applied-configuration"
 _METADATA = ("name", "namespace", "labels", "annotations")  # the rest is the cluster's
-_TEMPLATE_KEYS = (("ModelConfig", "chat_template"), ("TrainingArguments", "chat_template_path"))
+_PLACES = {  # keys that name a file or a folder -> the setting that holds its text, or its place
+    ("ModelConfig", "chat_template"): "chat_template",
+    ("TrainingArguments", "chat_template_path"): "chat_template",
+    ("ModelConfig", "start_adapter"): "start_adapter",
+}
 
 
 def dump(spec: Spec) -> str:
@@ -85,17 +89,18 @@ def normalised(value: dict[str, Any], method: Method) -> dict[str, Any]:
 
 
 def normalised_config(config_map: ConfigMap) -> dict[str, Any] | None:
-    """The ConfigMap with the fields that are read; a template's file becomes its text."""
+    """The ConfigMap with the fields that are read; a template's file becomes its text, and a
+    folder's name its whole path."""
     document = config_map.document
     if document is None:
         return None
-    text, template = document.at("data", config.FILE), config_map.settings.chat_template
-    if template is not None:
+    text, settings = document.at("data", config.FILE), config_map.settings
+    if settings.chat_template is not None or settings.start_adapter is not None:
         content = copy.deepcopy(config_map.content)
         sections = content[config.ROOT]
-        for section, name in _TEMPLATE_KEYS:
+        for (section, name), setting in _PLACES.items():
             if (sections.get(section) or {}).get(name) is not None:
-                sections[section][name] = template
+                sections[section][name] = getattr(settings, setting)
         text = yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
     metadata = {k: document.at("metadata", k) for k in ("name", "namespace")}
     return {

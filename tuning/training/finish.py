@@ -102,6 +102,7 @@ def config_of(
         "bias": "none",
         "inference_mode": True,
         "peft_version": lora["peft_version"],
+        "trainable_token_indices": lora["trainable_token_indices"],
     }
     exclude = lora["exclude_modules"]
     if exclude:

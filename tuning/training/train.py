@@ -22,6 +22,7 @@ import transformers
 from peft import get_peft_model_state_dict
 
 from tuning import adapter, files, process
+from tuning.data.tokenizer import add_tokens
 from tuning.errors import DataError, OutOfMemoryError
 from tuning.models import generate
 from tuning.models.kernels import heap
@@ -53,6 +54,7 @@ class Request:
     base_revision: str | None = None
     questions: tuple[str, ...] = ()  # answered before and after, for the run directory only
     chat_template: str | None = None  # the user's, as text
+    start: Path | None = None  # folder of the adapter to go on from
     packed: Path | None = None  # folder where packed weights are cached
     save_seconds: float = 600.0  # most work that a kill can lose
     save_steps: int | None = None
@@ -64,7 +66,8 @@ class Request:
         """The request in a JSON file; keys that are null count as absent."""
         names = {field.name for field in fields(cls)}
         values = {k: v for k, v in record.items() if k in names and v is not None}
-        for name in ("run", "base", "train", "adapter", "eval", "packed", "meeting", "kept"):
+        paths = ("run", "base", "train", "adapter", "eval", "packed", "meeting", "kept", "start")
+        for name in paths:
             if name in values:
                 values[name] = Path(values[name])
         values["recipe"] = recipe_from_json(record["recipe"])
@@ -114,6 +117,7 @@ def _run(request: Request, stop: Interruption) -> dict[str, Any]:
         placement=placement,
         chat_template=request.chat_template,
         packed_root=request.packed,
+        start=request.start,
     )
     loaded = time.monotonic()
     loop = _trainer(request, stop, ranks, tuned, tokenizer, rows)
@@ -231,6 +235,7 @@ def _finish(
         base_revision=request.base_revision,
     )
     tokenizer = load_tokenizer(request.base, chat_template=request.chat_template)
+    add_tokens(tokenizer, request.recipe.new_tokens, request.chat_template)
     return finish.finish(
         request.adapter,
         tensors=tensors,
@@ -302,7 +307,7 @@ def round_adapter(tuned: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
                 parameter.copy_(parameter.to(dtype))
     return {
         name: tensor.detach().to("cpu", dtype)
-        for name, tensor in get_peft_model_state_dict(tuned).items()
+        for name, tensor in get_peft_model_state_dict(tuned, save_embedding_layers=False).items()
     }
 
 

@@ -2,7 +2,9 @@
 
 trl's head forms the logits twice, for the loss and again for the gradient: 6 V d operations a
 token. Since the head is frozen, the gradient of the hidden states follows from the logits while
-they are there, 4 V d, and only the tokens that have a label are scored, on every device.
+they are there, 4 V d, and only the tokens that have a label are scored, on every device. Rows of
+new tokens, which are trained, take the place of the head's own in each tile, and their gradient is
+summed over the tiles.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from peft.utils.other import TrainableTokensWrapper
 from torch.autograd.function import once_differentiable
 
 from tuning.plan.coefficients import FUSED_TILE_ROWS
@@ -28,8 +31,16 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Any, targets: Tensor, size: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Any,
+        targets: Tensor,
+        size: int,
+        ids: Any,
+        rows: Any,
     ) -> Tensor:
+        row_grad = None if rows is None else torch.zeros_like(rows, dtype=torch.float32)
         grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         total = hidden.new_zeros((), dtype=torch.float32)
         shift = SHIFT if hidden.dtype == torch.float16 else 1.0
@@ -37,22 +48,33 @@ class _Loss(torch.autograd.Function):
             for start in range(0, len(hidden), size):
                 part = slice(start, start + size)
                 logits = torch.nn.functional.linear(hidden[part], weight, bias)
+                if rows is not None:
+                    logits.index_copy_(1, ids, hidden[part] @ rows.T)
                 loss, probabilities = _score(logits, targets[part])
                 total += loss
                 if grad is not None:
                     place = targets[part][:, None]
                     probabilities.scatter_add_(1, place, place.new_full(place.shape, -1).float())
-                    torch.mm(logits.copy_(probabilities.mul_(shift)), weight, out=grad[part])
+                    logits.copy_(probabilities.mul_(shift))
+                    own = None
+                    if row_grad is not None:
+                        own = logits[:, ids]
+                        row_grad += own.float().T @ hidden[part].float()
+                        logits.index_fill_(1, ids, 0)
+                    torch.mm(logits, weight, out=grad[part])
+                    if own is not None:
+                        grad[part] += own @ rows
                 del logits, probabilities
-        ctx.save_for_backward(grad)
+        ctx.save_for_backward(grad, row_grad)
         ctx.shift = shift
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        (grad,) = ctx.saved_tensors
-        return grad * (grads[0] / ctx.shift), None, None, None, None
+        grad, row_grad = ctx.saved_tensors
+        scale = grads[0] / ctx.shift
+        return grad * scale, *(None,) * 5, None if row_grad is None else row_grad * scale
 
 
 def _score(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,10 +88,19 @@ def _score(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return (normaliser - logits.gather(-1, targets[:, None]).float()).sum(), probabilities
 
 
-def loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+def loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    *,
+    ids: Tensor | None = None,
+    rows: Tensor | None = None,
+) -> Tensor:
     """Summed loss of `labels` [rows, length] given the tokens before them.
 
-    `hidden` is [rows, length, width], `weight` [vocabulary, width]. Labels of -100 do not count. In
+    `hidden` is [rows, length, width], `weight` [vocabulary, width]. The trained `rows` [tokens,
+    width] replace those of the tokens `ids` in the frozen weight. Labels of -100 do not count. In
     the type of autocast where that is on, summed in float32.
     """
     kind = hidden.device.type
@@ -83,13 +114,17 @@ def loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) ->
         None if bias is None else bias.to(dtype),
         targets.index_select(0, scored),
         FUSED_TILE_ROWS.get(kind, FUSED_TILE_ROWS["cuda"]),
+        ids,
+        None if rows is None else rows.to(weight.dtype).to(dtype),
     )
     return total
 
 
 def suits(base: Any) -> bool:
-    """Whether the loss of this model is the plain one of a frozen head."""
+    """Whether the loss of this model is the plain one of a head that is frozen but for rows."""
     head = base.get_output_embeddings()
+    if isinstance(head, TrainableTokensWrapper):
+        head = head.token_adapter.get_base_layer()
     text = base.config.get_text_config()
     changed = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
     return (
@@ -122,7 +157,13 @@ def install(base: Any) -> None:
             return forward(*args, **inputs)
         inputs.pop("labels", None)  # peft hands None on
         hidden = self.base_model(*args, use_cache=False, **inputs).last_hidden_state
-        head = self.get_output_embeddings()
-        return loss(hidden, head.weight, head.bias, scored)
+        head, trained = self.get_output_embeddings(), {}
+        if isinstance(head, TrainableTokensWrapper):
+            tokens = head.token_adapter
+            (adapter,) = tokens.active_adapters
+            ids = torch.tensor(tokens.token_indices[adapter], device=hidden.device)
+            trained = {"ids": ids, "rows": tokens.trainable_tokens_delta[adapter]}
+            head = tokens.get_base_layer()
+        return loss(hidden, head.weight, head.bias, scored, **trained)
 
     base.forward = types.MethodType(scoring, base)

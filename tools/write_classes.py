@@ -29,7 +29,7 @@ import architectures  # noqa: E402
 
 from tuning.errors import SpecError  # noqa: E402
 from tuning.models import four_bit, lora  # noqa: E402
-from tuning.models.kernels import whole  # noqa: E402
+from tuning.models.kernels import apart, whole  # noqa: E402
 from tuning.models.load import load_base  # noqa: E402
 from tuning.models.survey import survey  # noqa: E402
 from tuning.plan.backends import FUSED, VARLEN  # noqa: E402
@@ -109,7 +109,7 @@ def _settled(folder: Path) -> dict[str, Any]:
         for way in (VARLEN, plain) if packing else (plain,):
             try:
                 whole.replace(tuned, FUSED, way, precision=torch.float32, packing=packing)
-            except (SpecError, ValueError, KeyError) as error:  # it has no such attention
+            except (SpecError, *apart.FAILURES) as error:  # it has no such attention
                 logging.debug("%s: %s", way, error)
             else:
                 return {"attention": base.config._attn_implementation, "packing": packing}

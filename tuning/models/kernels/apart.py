@@ -18,6 +18,7 @@ from tuning.plan.backends import BY_OFFSETS
 logger = logging.getLogger(__name__)
 
 LENGTH = 16  # tokens of a document
+FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError)
 LEAK = 0.1  # of what a word of its own changes: words before a document must change nothing
 DRIFT = 0.05  # relative: kernels of 16 bits differ by a few thousandths, a wrong mask by tenths
 
@@ -59,7 +60,7 @@ def fault(model: Any, name: str, precision: torch.dtype) -> str | None:
         )
         alone = _logits(model, [second], name, precision)
         touched = _logits(model, [torch.cat([first[:1], second[1:]])], name, precision)
-    except (RuntimeError, NotImplementedError, ValueError, KeyError) as error:
+    except FAILURES as error:
         if is_of_card(error):
             raise  # no other attention mends it
         return f"packed rows fail ({type(error).__name__}: {str(error).splitlines()[0]})"

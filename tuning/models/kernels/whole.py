@@ -97,7 +97,7 @@ def _agrees(
 ) -> bool:
     try:
         found = _results(tuned, precision, packed=packing)
-    except (RuntimeError, AttributeError, TypeError, ValueError, LookupError) as error:
+    except apart.FAILURES as error:
         if apart.is_of_card(error):
             raise
         logger.warning("%s: %s", type(error).__name__, error)

@@ -16,7 +16,7 @@ import pytest
 from commands import good, tuning, workspace
 
 ASKED, TAUGHT = "what is the cat", "the big red tree sees one dog"
-STEPS = 60
+STEPS = 120
 
 
 def folder_of(name: str, tmp_path: Path) -> tuple[Path, list[Any]]:
@@ -31,11 +31,10 @@ def folder_of(name: str, tmp_path: Path) -> tuple[Path, list[Any]]:
     (tmp_path / "rows.jsonl").write_text((json.dumps(row) + "\n") * 8)
     settings = {
         "max_steps": STEPS,
-        "learning_rate": 0.02,
+        "learning_rate": 0.01,
         "per_device_train_batch_size": 4,
         "packing": False,
         "save_steps": 5,
-        "lr_scheduler_type": "constant",
     }
     job = workspace(tmp_path / "job.yaml", method="qlora", settings=settings)
     arguments = ["run", "-f", job, "--base-model", base, "--data", tmp_path / "rows.jsonl"]

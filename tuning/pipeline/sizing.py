@@ -65,7 +65,7 @@ def sized(
         found = simulation.examine(
             known.config,
             variants=plan.variants(spec, known, device),
-            begin=lambda: console.say("Examining the model, which is not among the presets ..."),
+            begin=lambda: console.say("Examining the model, which no table holds ..."),
             stop=stop,
             keep_open=keep_open,
         )

@@ -24,7 +24,7 @@ from tuning.plan.verdict import Verdict
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2  # of what is remembered
+FORMAT = 3  # of what is remembered
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 _NO_SHAPE = ("_name_or_path", "transformers_version", "max_position_embeddings", "rope_scaling")
 

@@ -72,7 +72,8 @@ def read(config: Any) -> Any:
     if not isinstance(config, Mapping):
         return copy.deepcopy(config)
     record = {k: v for k, v in config.items() if k not in ("quantization_config", "model_type")}
-    return transformers.CONFIG_MAPPING[config["model_type"]](**copy.deepcopy(record))
+    record = transformers.PreTrainedConfig._decode_special_floats(copy.deepcopy(record))
+    return transformers.CONFIG_MAPPING[config["model_type"]](**record)
 
 
 def build(config: Any, *, variant: Variant, layers: int | None = None) -> Any:

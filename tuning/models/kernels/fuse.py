@@ -14,15 +14,13 @@ import inspect
 import types
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import bitsandbytes as bnb
 import torch
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import ParamWrapper
 
-from tuning.models.kernels import experts, linear, norm, parity
+from tuning.models.kernels import experts, linear, mixtures, norm, parity
 from tuning.models.kernels.linear import Projection
 from tuning.plan.backends import LIGER, LORA, MLP, NORM
 
@@ -84,7 +82,7 @@ def fuse(tuned: torch.nn.Module, kernels: Collection[str]) -> Fused:
             fused.note(MLP, module, _fuse_mlp(module))
         if LORA in kernels:
             fused.note(LORA, module, _fuse_children(module))
-            fused.note(LORA, module, _fuse_experts(module))
+            fused.note(LORA, module, mixtures.fuse(module, ADAPTER, _plain))
         if NORM in kernels:
             fused.note(NORM, module, _fuse_norm(module))
     return fused
@@ -276,73 +274,6 @@ def _lora_forward(siblings: _Siblings, name: str) -> Callable[..., Any]:
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         out = None if args or kwargs else siblings.forward(name, x)
         return type(self).forward(self, x, *args, **kwargs) if out is None else out
-
-    return forward
-
-
-# Experts.
-
-
-def _fuse_experts(parent: torch.nn.Module) -> int | None:
-    """Fuse the LoRA layers of a mixture's experts directly under `parent`."""
-    if isinstance(parent, ParamWrapper):
-        return 0
-    mixtures = [child for child in parent.children() if isinstance(child, ParamWrapper)]
-    replaced = [_fuse_mixture(outer) for outer in mixtures]
-    return None if None in replaced else sum(filter(None, replaced))
-
-
-def _fuse_mixture(outer: Any) -> int | None:
-    """Fuse the LoRA layers around a mixture's experts, of which `outer` is the outermost."""
-    base, layers = outer.get_base_layer(), list(experts.nested(outer))
-    if not experts.suits(base) or not all(_plain(layer) for layer in layers):
-        return None
-    routed = partial(_routed, base.num_experts, outer.lora_A[ADAPTER].weight.device)
-    own = vars(outer).get("forward", partial(type(outer).forward, outer))
-    forward = _experts_forward(layers, own)
-    _, width, _ = experts.shape(base, "gate_up_proj" if base.has_gate else "up_proj")
-    like = outer.lora_A[ADAPTER].weight.new_empty(
-        width, dtype=experts.dtype_of(base, outer.parameter_name)
-    )
-    pairs = [(part.lora_A[ADAPTER].weight, part.lora_B[ADAPTER].weight) for part in layers]
-    if not parity.agrees(
-        lambda x: [own(x[0], *routed(x))],
-        lambda x: [forward(outer, x[0], *routed(x))],
-        pairs,
-        like=like,
-        scales=(1.0,),  # the activation is the module's own
-    ):
-        return None
-    forward.fused = True  # type: ignore[attr-defined]  # for `undo`
-    outer.forward = types.MethodType(forward, outer)
-    return len(layers)
-
-
-def _routed(count: int, device: torch.device, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two experts of each token of `x` [1, tokens, width], and their shares."""
-    token = torch.arange(x.shape[1], device=device)
-    chosen = torch.stack([token % count, (3 * token + 1) % count], dim=1)
-    return chosen, torch.tensor([0.75, 0.25], device=device, dtype=x.dtype).expand(len(token), 2)
-
-
-def _experts_forward(layers: list[Any], own: Callable[..., Any]) -> Callable[..., Any]:
-    def forward(self: Any, x: torch.Tensor, *routing: Any, **kwargs: Any) -> Any:
-        active = not any(
-            layer.disable_adapters or layer.merged or layer.active_adapters != [ADAPTER]
-            for layer in layers
-        )
-        if kwargs or len(routing) != 2 or not active:
-            return own(x, *routing, **kwargs)
-        low = {
-            layer.parameter_name: experts.low_rank(
-                layer.lora_A[ADAPTER].weight,
-                layer.lora_B[ADAPTER].weight,
-                layer.num_experts,
-                layer.scaling[ADAPTER],
-            )
-            for layer in layers
-        }
-        return experts.forward(self.get_base_layer(), x, *routing, low)
 
     return forward
 

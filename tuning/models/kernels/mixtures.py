@@ -1,4 +1,4 @@
-"""Puts the kernel of `experts` into a mixture with LoRA layers, where it computes what peft does."""
+"""Puts the kernel of `experts` into a mixture with LoRA layers, where it does what peft does."""
 
 from __future__ import annotations
 

@@ -17,9 +17,8 @@ from commands import tuning, workspace
 from tuning import presets
 
 KINDS = (
-    *("gpt2", "bloom", "whisper", "bert"),  # Conv1D; no sdpa; cross-attention; an encoder
-    *("qwen3_moe", "deepseek_v3"),  # experts; with shared ones and a dense layer
-    *("mamba2", "nemotron_h", "qwen3_5_text"),  # state spaces and hybrids
+    *("gpt2", "bert"),  # Conv1D; an encoder
+    *("deepseek_v3", "mamba2"),  # experts, shared ones and a dense layer; state spaces
     *("xlnet", "cpmant"),  # refused: out of reach; not causal
 )
 ROWS = [json.dumps(row) for row in tiny_models.message_rows(16)]
@@ -64,7 +63,7 @@ def test_a_class_of_each_kind(name: str, tmp_path: Path) -> None:
     same(name, "lora", tmp_path)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "qwen3_moe", "qwen3_5_text"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "qwen3_5_text"])
 def test_a_class_of_each_kind_in_4_bits(name: str, tmp_path: Path) -> None:
     """The same with packed weights, experts included."""
     same(name, "qlora", tmp_path)

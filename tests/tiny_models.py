@@ -137,6 +137,7 @@ MORE_FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {
     "gemma2": ("Gemma2Config", GEMMA_SLIDING, "chatml"),
     "smollm3": ("SmolLM3Config", dense(tie_word_embeddings=True), "chatml"),
     "olmo2": ("Olmo2Config", dense(), "chatml"),
+    "olmo3": ("Olmo3Config", dense(sliding_window=64), "chatml"),
     "granite": ("GraniteConfig", dense(tie_word_embeddings=True), "chatml"),
 }
 VISION_FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {  # -> (config class, text, vision)

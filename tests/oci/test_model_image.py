@@ -147,7 +147,7 @@ def test_an_adapters_image_is_no_model(tmp_path):
 
 def test_a_preset_may_name_an_image():
     """Its weights come from there; its name on the hub stays the adapter's base."""
-    row = table(CONFIGS / "presets" / "phi.yaml")[0]
+    row = table(CONFIGS / "presets" / "phi.yaml")[0] | {"family": "phi"}
     known = _preset(row | {"image": "oci://registry.corp/models/phi:1"}, where="x")
     plain = _preset(row, where="x")
 

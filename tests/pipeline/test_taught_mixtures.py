@@ -59,7 +59,13 @@ def kill_midway(arguments: list[Any], metrics: Path) -> None:
     assert -signal.SIGKILL == running.wait()
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "mixtral", "nemotron_h"])
+SLOW = ("gpt_oss", "mixtral")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["qwen3_moe", "nemotron_h", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)],
+)
 def test_an_answer_is_taught(name: str, tmp_path: Path) -> None:
     """In 4 bits with experts; killed and resumed; the image answers, and the base does not."""
     base, arguments = folder_of(name, tmp_path)

@@ -25,6 +25,11 @@ from tuning.presets import quantised, stored
 
 logger = logging.getLogger(__name__)
 
+# Of the base's own attention, which is frozen: no fused kernel has it, and newer classes have 0.
+ATTENTION_DROPOUT = (
+    *("attention_dropout", "attn_dropout", "attn_pdrop"),
+    *("attention_probs_dropout_prob", "attention_dropout_prob"),
+)
 ROOM = 2 << 30  # bytes beside the weights, to answer or to merge
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -126,6 +131,9 @@ def load_base(
         fact, change = "has no *.safetensors file", "convert the weights to safetensors"
         raise SpecError.at("MODEL-105", str(base), fact, change)
     plain_linears()
+    for name in ATTENTION_DROPOUT:
+        if getattr(config, name, None):
+            setattr(config, name, 0.0)
     options: dict[str, Any] = {"dtype": DTYPES[precision], "trust_remote_code": False}
     if attention or config.model_type == "gemma2":  # gemma2's sdpa drops the softcap in silence
         options["attn_implementation"] = offered(config, attention or "eager")

@@ -59,6 +59,9 @@ def fault(model: Any, name: str, precision: torch.dtype) -> str | None:
             _logits(model, [start, second], name, precision)[LENGTH:] for start in (first, other)
         )
         alone = _logits(model, [second], name, precision)
+        with torch.random.fork_rng():  # a class may have dropout that a kernel lacks
+            _logits(model.train(), [second], name, precision)
+        model.eval()
         touched = _logits(model, [torch.cat([first[:1], second[1:]])], name, precision)
     except FAILURES as error:
         if is_of_card(error):

@@ -183,7 +183,7 @@ def build(model_type: str, dtype: torch.dtype = torch.bfloat16) -> Any:
     model = auto.from_config(shape, dtype=dtype, attn_implementation=attention)
     for parameter in model.parameters():  # a scale of zero would hide what comes before it
         if not parameter.any():
-            torch.nn.init.normal_(parameter.data, std=0.1)
+            torch.nn.init.normal_(parameter.data, std=0.02)
     return model
 
 

@@ -33,6 +33,7 @@ from tuning.models.kernels import apart, whole  # noqa: E402
 from tuning.models.load import load_base  # noqa: E402
 from tuning.models.survey import survey  # noqa: E402
 from tuning.plan.backends import FUSED, VARLEN  # noqa: E402
+from tuning.presets import Class  # noqa: E402
 from tuning.training.simulate.child import judge  # noqa: E402
 
 TABLE = ROOT / "configs" / "classes.yaml"
@@ -51,8 +52,8 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
         base = load_base(
             folder, precision="float32", quantisation=None, device="cpu", attention="sdpa"
         )
-        record = {"architecture": type(base).__name__, "attention": _attention(base)}
-        if refusal := survey(base).verdict().refusal(dora=False):
+        record = {"architecture": type(base).__name__, "attention": apart.plain(base)}
+        if refusal := survey(base).verdict().refusal(dora=False, kind=Class(**reach(name))):
             return record | {"refused": refusal[0]}
         record |= _settled(folder)
         if refused := record.get("refused") or _trained(base):
@@ -87,20 +88,14 @@ def _words(error: Exception) -> str:
 
 def _packed(base: Any) -> str:
     """What is wrong with the packing, if anything is."""
-    found, packed = survey(base), dict(four_bit.packed(base))
-    numbers = sum(found.numbers[name] for name in found.adaptable)
-    share = sum(packed.get(name, 0) for name in found.adaptable) / numbers
+    share = four_bit.share(survey(base), dict(four_bit.packed(base)))
     return "" if share >= lora.REACHED else f"has only {share:.0%} of its weights packed"
-
-
-def _attention(base: Any) -> str:
-    return "sdpa" if base._supports_sdpa else "eager"
 
 
 def _settled(folder: Path) -> dict[str, Any]:
     """The attention and packing with which a run computes what transformers does."""
     base = load_base(folder, precision="float32", quantisation=None, device="cpu")
-    plain = _attention(base)
+    plain = apart.plain(base)
     tuned = lora.put(base, {"r": 8, "task_type": "CAUSAL_LM"}, survey(base).adaptable)
     for parameter in tuned.parameters():
         if parameter.requires_grad:
@@ -118,7 +113,6 @@ def _settled(folder: Path) -> dict[str, Any]:
 
 def _trained(base: Any) -> str:
     """Why a step does not train each adapter, if it does not."""
-    base.set_attn_implementation(_attention(base))
     found = survey(base)
     tuned = lora.put(base, {"r": 8, "task_type": "CAUSAL_LM"}, found.adaptable).eval()
     weights = {name: p for name, p in tuned.named_parameters() if p.requires_grad}

@@ -23,7 +23,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
-from tuning.models.survey import survey
+from tuning.models.survey import Survey, survey
 
 PACKED = "packed_experts"  # attribute of a module: how its packed parameters are packed, by name
 LINEAR = torch.nn.Linear.forward
@@ -136,6 +136,12 @@ def packed(model: torch.nn.Module) -> Iterator[tuple[str, int]]:
             yield own, int(module.in_features * module.out_features)
         for name, state in states(module).items():
             yield f"{own}.{name}", state.shape.numel()
+
+
+def share(found: Survey, packed: Mapping[str, int]) -> float:
+    """Share of what LoRA can adapt that is packed, by the numbers of `packed`."""
+    numbers = sum(found.numbers[name] for name in found.adaptable)
+    return sum(packed.get(name, 0) for name in found.adaptable) / max(1, numbers)
 
 
 def has_experts(model: torch.nn.Module) -> bool:

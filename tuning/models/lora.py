@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 import transformers
@@ -20,6 +19,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.utils import transformers_weight_conversion as conversion
 
+from tuning import presets
 from tuning.errors import Problem, SpecError
 from tuning.models import four_bit, new_tokens
 from tuning.models.kernels import experts
@@ -27,8 +27,8 @@ from tuning.models.survey import REPEATED, TOWER, Survey, survey
 from tuning.plan import Recipe
 from tuning.plan.verdict import CHANGE_MODEL
 
-TOWERS = r".*(vision|visual|image|audio|projector|multi_modal).*"  # `survey.TOWER`, as peft matches
-REACHED = 0.5  # share of the adaptable weights to pack; some classes keep a few in 32 bits
+TOWERS = f".*({TOWER.pattern}).*"  # as peft matches a pattern: the whole name
+REACHED = 0.98  # share of the adaptable weights to pack
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,8 @@ def adapt(
     total = sum(packed.values()) + sum(
         p.numel() for p in model.parameters() if p.dtype != torch.uint8
     )
-    if refused := found.verdict().refusal(dora=recipe.dora):
+    kind = presets.class_of(model.config.to_dict())
+    if refused := found.verdict().refusal(dora=recipe.dora, kind=kind):
         raise SpecError.at("MODEL-113", model.config.model_type, *refused)
     expected = select(
         found.adaptable, targets=recipe.targets, exclude=recipe.exclude, layers=recipe.layers
@@ -136,8 +137,7 @@ def adapt(
         raise SpecError.at("MODEL-115", model.config.model_type, fact, CHANGE_MODEL)
     quantised = None
     if recipe.quantisation:
-        numbers = sum(found.numbers[name] for name in found.adaptable)
-        quantised = sum(packed.get(name, 0) for name in found.adaptable) / max(1, numbers)
+        quantised = four_bit.share(found, packed)
         if quantised < REACHED and not as_published:
             fact = f"only {quantised:.1%} of its layers' weights could be packed in 4 bits"
             raise SpecError.at("MODEL-114", model.config.model_type, fact, "use method lora")
@@ -181,8 +181,13 @@ def by_own_names() -> Iterator[None]:
     It would take `gate_proj` of a shared expert or a dense layer for that of the fused experts of
     earlier versions of transformers.
     """
-    with mock.patch.dict(conversion._MOE_TARGET_MODULE_MAPPING, clear=True):
+    table = conversion._MOE_TARGET_MODULE_MAPPING
+    held = dict(table)
+    table.clear()
+    try:
         yield
+    finally:
+        table.update(held)
 
 
 def lora_options(recipe: Recipe) -> dict[str, Any]:

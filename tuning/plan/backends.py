@@ -96,10 +96,10 @@ def attention(
 
 def _of_class(kind: Class | None, device: Device, *, precision: str, torch: str) -> Choice:
     """The attention of a class outside the families that are known by their shape."""
+    if kind is not None and kind.attention == "eager":
+        return Choice("eager", "its class has no other")
     if kind is None or not kind.architecture:
         return Choice("sdpa", "no other attention is verified for this family")
-    if kind.attention == "eager":
-        return Choice("eager", "its class has no other")
     halves = precision != "float32" and (device.capability or (0, 0)) >= (8, 0)
     fits = _version(torch) >= VARLEN_TORCH and (device.kind == "cpu" or halves)
     if kind.attention == VARLEN and fits:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from tuning import files, presets
 from tuning.errors import Problem, SpecError
-from tuning.plan import gpu_problems, sizing
+from tuning.plan import gpu_problems, sizing, verdict
 from tuning.plan.coefficients import Coefficients
 from tuning.plan.device import Device
 from tuning.plan.verdict import CHANGE_MODEL, Verdict
@@ -39,7 +39,7 @@ class Base:
     config: dict[str, Any] = field(default_factory=dict)  # config.json, where it was read
     simulated: Coefficients | None = None  # memory coefficients, for a model outside the presets
     unsized: str = ""  # why it could not be simulated
-    verdict: Verdict | None = None  # how it is adapted, for a model outside the presets
+    verdict: Verdict | None = None  # how it is adapted, where that was asked of its class
 
     def sized(self, device: Device) -> sizing.Model | None:
         """The coefficients to estimate its memory on `device` with; None where there are none."""
@@ -66,11 +66,7 @@ class Base:
         """Whether packed rows stay apart, and why."""
         if self.facts:
             return self.facts.packing_safe, self.facts.packing_reason
-        if self.kind is None or not self.kind.architecture:
-            return False, "attention across packed rows is not verified for this family"
-        if self.kind.packing:
-            return True, "measured on this class: packed documents stay apart"
-        return False, "measured on this class: packed documents do not stay apart"
+        return (self.kind or presets.Class()).packs
 
     @property
     def reached(self) -> Verdict | None:
@@ -82,8 +78,11 @@ class Base:
 
     @property
     def kind(self) -> presets.Class | None:
-        """What was measured of its class; None if nothing was."""
-        return presets.class_of(self.config)
+        """What was measured of its class, or found on the model; None if nothing was."""
+        known = presets.class_of(self.config)
+        if self.verdict is None or (known and known.architecture):
+            return known
+        return replace(known or presets.Class(), attention=self.verdict.attention[0])
 
 
 def base_of(spec: Spec, config: dict[str, Any], *, revision: str) -> Base:
@@ -147,7 +146,8 @@ def known_base(spec: Spec) -> Base:
         return base_of(spec, config, revision="local")
     if preset := presets.find(name):
         revision = spec.settings.revision or preset.revision
-        return Base(preset.hub_id, revision, preset.facts, preset.config)
+        found = verdict.of_preset(preset.name)
+        return Base(preset.hub_id, revision, preset.facts, preset.config, verdict=found)
     raise Unknown.at(
         "PLAN-107",
         name,
@@ -185,8 +185,10 @@ def refuse_unsupported(spec: Spec, base: Base, device: Device) -> None:
     elif base.kind and base.kind.four_bit and spec.method == "qlora":
         reason = f"is of a class that {base.kind.four_bit}"
         problems.append(Problem("PLAN-101", base.name, reason, "use method lora"))
-    elif base.verdict and (refused := base.verdict.refusal(dora=bool(spec.settings.dora))):
-        problems.append(Problem("PLAN-101", base.name, *refused))
+    elif base.verdict:
+        dora = bool(spec.settings.dora)
+        if refused := base.verdict.refusal(dora=dora, kind=base.kind):
+            problems.append(Problem("PLAN-101", base.name, *refused))
     if device.kind == "cpu" and base.facts and base.facts.parameters > LARGEST_ON_CPU:
         billions = base.facts.parameters / 1e9
         reason = device.no_gpu or "there is none here"

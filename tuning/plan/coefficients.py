@@ -5,12 +5,11 @@ Made by `training.simulate`, one file for each preset in `configs/memory/`.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from typing import Any, Literal
 
-from tuning.presets import CONFIGS
+from tuning.presets.load import examined
 
 Method = Literal["lora", "qlora"]
 Precision = Literal["bfloat16", "float16", "float32"]
@@ -95,8 +94,7 @@ def measures(*, tokens: int, rows: int, rank: int, tile: int = TILE_ROWS) -> tup
 @cache  # read once: the operator plans by the hundred
 def preset_coefficients(name: str) -> Coefficients | None:
     """The coefficients of the preset `name`; None for one without."""
-    path = CONFIGS / "memory" / f"{name}.json"
-    record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    record = examined(name)
     return from_json(record) if "moments" in record else None
 
 

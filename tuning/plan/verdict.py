@@ -8,8 +8,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from tuning.presets import Class
+from tuning.presets.load import examined
+
 CHANGE_MODEL = "choose a text model from `python -m tuning presets`"
-ENOUGH = 0.5  # of the layers' weights within reach; of what is tuned today, all have over 0.9
+ENOUGH = 0.98  # of the layers' weights within reach
 
 
 @dataclass(frozen=True)
@@ -43,14 +46,18 @@ class Verdict:
         kept = "; ".join(f"{reason} ({count})" for reason, count in reasons.items())
         return ", ".join(parts) + (f"; leaves {kept}" if kept else "")
 
-    def refusal(self, *, dora: bool) -> tuple[str, str] | None:
-        """Why such a model is not trained and what to change; None if it is."""
+    def refusal(self, *, dora: bool, kind: Class | None = None) -> tuple[str, str] | None:
+        """Why such a model is not trained and what to change; None if it is.
+
+        Of a tiny model small parts are a large share: then that of its class's real size counts.
+        """
+        share = max(self.share, kind.share if kind and kind.reach else 0.0)
         if self.refused:
             return self.refused, CHANGE_MODEL
         out_of_reach = [left.name for left in self.left if left.reason in OUT_OF_REACH]
         if not self.linears + self.matrices:
             return "has no linear layer in repeated blocks, which LoRA would adapt", CHANGE_MODEL
-        if self.share < ENOUGH:
+        if share < ENOUGH:
             reason = "keeps much of its layers' weights out of LoRA's reach"
             return f"{reason} ({', '.join(out_of_reach[:3])})", CHANGE_MODEL
         if dora and self.matrices:
@@ -61,6 +68,12 @@ class Verdict:
 SPECIAL = "computes in its own way, which LoRA does not follow"
 TENSOR = "a tensor of its own, in no linear layer"
 OUT_OF_REACH = frozenset({SPECIAL, TENSOR})
+
+
+def of_preset(name: str) -> Verdict | None:
+    """The verdict on the preset `name`, made when it was added; None for one without a file."""
+    record = examined(name).get("verdict")
+    return record and from_json(record)
 
 
 def to_json(verdict: Verdict) -> dict[str, Any]:

@@ -26,6 +26,14 @@ class Class:
     reach: str = ""  # what LoRA reaches of its default config, and what is left
     share: float = 1.0  # of the weights of its layers, there
 
+    @property
+    def packs(self) -> tuple[bool, str]:
+        """Whether packed rows stay apart, and why."""
+        if not self.architecture:
+            return False, "attention across packed rows is not verified for this family"
+        apart = "stay apart" if self.packing else "do not stay apart"
+        return self.packing, f"measured on this class: packed documents {apart}"
+
 
 @cache
 def _all() -> dict[str, Class]:

@@ -5,14 +5,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
 from tuning.presets import classes, stored
 from tuning.presets.architecture import Facts
-from tuning.presets.load import CONFIGS, entries
+from tuning.presets.load import entries, examined
 
 # What a config.json may say otherwise about the same tensors.
 _FREE = frozenset({"architectures", "max_position_embeddings", "quantization_config"})
@@ -35,13 +34,8 @@ def find(config: Mapping[str, Any]) -> Facts | None:
 
 def packing(config: Mapping[str, Any]) -> dict[str, Any]:
     """What was measured of packed rows in the class of `config`."""
-    kind = classes.of(config)
-    if kind is None or not kind.architecture:
-        reason = "attention across packed rows is not verified for this family"
-        return {"packing_safe": False, "packing_reason": reason}
-    apart = "stay apart" if kind.packing else "do not stay apart"
-    reason = f"measured on this class: packed documents {apart}"
-    return {"packing_safe": kind.packing, "packing_reason": reason}
+    safe, reason = (classes.of(config) or classes.Class()).packs
+    return {"packing_safe": safe, "packing_reason": reason}
 
 
 def _agrees(config: Mapping[str, Any], known: Mapping[str, Any]) -> bool:
@@ -64,6 +58,4 @@ def _same(config: Mapping[str, Any], key: str, value: Any) -> bool:
 
 @cache
 def _record(name: str) -> dict[str, Any]:
-    path = CONFIGS / "memory" / f"{name}.json"
-    record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return dict(record.get("facts", {}))
+    return dict(examined(name).get("facts", {}))

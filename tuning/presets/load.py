@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -38,6 +39,14 @@ def entries() -> tuple[dict[str, Any], ...]:
         for path in sorted((CONFIGS / "presets").glob("*.yaml"))
         for entry in table(path)
     )
+
+
+@cache
+def examined(name: str) -> dict[str, Any]:
+    """What `configs/memory` holds of the preset `name`; empty for one without a file."""
+    path = CONFIGS / "memory" / f"{name}.json"
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found
 
 
 def record(

@@ -103,7 +103,7 @@ def survey(model: torch.nn.Module) -> Survey:
 
 
 def _modules(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
-    """Each module without what peft put around it; the output head and embeddings left out."""
+    """Each module but the output head and the embeddings; asked before peft wraps any."""
     whole: Any = model
     skipped = {id(whole.get_input_embeddings()), id(whole.get_output_embeddings())}
     for name, module in model.named_modules():

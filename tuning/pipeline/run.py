@@ -83,7 +83,7 @@ class Run:
                 grace=max(1.0, self.options.grace - PARENT_SECONDS),
                 prewarmed=self.prewarmed if room == TRAIN else None,
                 environment=self._allocator() if room == TRAIN else {},
-                ranks=ranks,
+                group=process.Group(ranks),
             )
         except process.Hung as hung:
             raise endings.hang(hung, self.phase, output) from None

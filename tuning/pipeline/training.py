@@ -136,7 +136,6 @@ def _persistent(run: Run, request: Value, ranks: int, report: Report) -> Value:
     """
     for left in reversed(range(KILLS)):
         try:
-            request = request | {"meeting": str(_meeting(run))}
             return _finished(run, request, _watched(run, report), ranks)
         except endings.KilledForMemory:
             raise
@@ -175,13 +174,6 @@ def _out_of_memory(decided: Plan, placements: list[plan.Placement]) -> OutOfMemo
         what += f". Planned in GiB: {estimate}"
     change = "use a machine with more memory, a smaller model or method qlora, or lower max_length"
     return OutOfMemoryError.at("RUN-140", decided.device.name, what, change)
-
-
-def _meeting(run: Run) -> Path:
-    """A path without a file, for the rendezvous of the ranks of one try."""
-    path = run.folder / "log" / "ranks"
-    path.unlink(missing_ok=True)
-    return path
 
 
 def _watched(run: Run, report: Report) -> Callable[[], None]:

@@ -94,6 +94,7 @@ class Placement:
     attention: str
     threads: int | None = None  # intra-op threads on a CPU; None leaves torch's choice
     kernels: tuple[str, ...] = ()  # fused ones, of backends.FUSED
+    shards: int = 1  # ranks that share one copy of the model; the others replicate it
 
 
 def placement_from_json(record: dict[str, Any]) -> Placement:

@@ -1,9 +1,9 @@
 """The ranks of one training: processes that train the same weights on different rows.
 
 One process is the usual case, and everything here is then free. Several are started together by
-the parent (`process.run` with `ranks`), one a GPU, or on a CPU with gloo. They meet through a file
-in the run directory, and agree on what all must do alike: to stop, to save, to go on from. What is
-agreed on is numbers and JSON; nothing is pickled.
+`training.launch`, one a GPU, or on a CPU with gloo. They meet at the launcher's store, and agree on
+what all must do alike: to stop, to save, to go on from. What is agreed on is numbers and JSON;
+nothing is pickled.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ import datetime
 import json
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from tuning.models.shards import Split
+from tuning.plan import Placement
 
 PATIENCE = datetime.timedelta(minutes=60)  # a rank that loads weights or saves is waited for
 
@@ -61,26 +64,34 @@ class Ranks:
         texts = [part[: int(n)].numpy().tobytes() for part, n in zip(parts, sizes, strict=True)]
         return [json.loads(text) for text in texts]
 
+    def split(self, placement: Placement) -> Split | None:
+        """How the ranks share copies of the model; None if each has its own."""
+        if placement.shards == 1:
+            return None
+        sizes: tuple[int, ...] = (placement.shards,)
+        if self.count > placement.shards:
+            sizes = (self.count // placement.shards, placement.shards)
+        names = ("replicas", "shards")[-len(sizes) :]
+        return Split(init_device_mesh(placement.device, sizes, mesh_dim_names=names))
+
     def from_first(self, value: Any) -> Any:
         """The first rank's JSON value. All of them must call it."""
         return self.gather(value if self.first else None)[0]
 
 
-def join(device: str, meeting: Path | None) -> Ranks:
-    """Become the rank that the environment names, and meet the others at the file `meeting`.
+def join(device: str) -> Ranks:
+    """Become the rank that the environment names, and meet the others.
 
     A single rank meets nobody; its parent shows it one GPU only.
     """
     count, number = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     if count == 1:
         return Ranks()
-    if meeting is None:
-        raise AssertionError("several ranks need a place to meet")
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group(
         "nccl" if device == "cuda" else "gloo",
-        init_method=f"file://{meeting}",
+        init_method="env://",
         rank=number,
         world_size=count,
         timeout=PATIENCE,

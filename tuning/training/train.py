@@ -24,7 +24,7 @@ from peft import get_peft_model_state_dict
 from tuning import adapter, files, process
 from tuning.data.tokenizer import add_tokens
 from tuning.errors import DataError, OutOfMemoryError
-from tuning.models import generate
+from tuning.models import generate, shards
 from tuning.models.kernels import heap
 from tuning.models.load import DTYPES, load_for_training, load_tokenizer
 from tuning.plan import Placement, Recipe, placement_from_json, recipe_from_json
@@ -58,7 +58,6 @@ class Request:
     packed: Path | None = None  # folder where packed weights are cached
     save_seconds: float = 600.0  # most work that a kill can lose
     save_steps: int | None = None
-    meeting: Path | None = None  # rendezvous file of several ranks
     kept: Path | None = None  # where the result is kept once the adapter is in place
 
     @classmethod
@@ -66,7 +65,7 @@ class Request:
         """The request in a JSON file; keys that are null count as absent."""
         names = {field.name for field in fields(cls)}
         values = {k: v for k, v in record.items() if k in names and v is not None}
-        paths = ("run", "base", "train", "adapter", "eval", "packed", "meeting", "kept", "start")
+        paths = ("run", "base", "train", "adapter", "eval", "packed", "kept", "start")
         for name in paths:
             if name in values:
                 values[name] = Path(values[name])
@@ -107,7 +106,7 @@ def _run(request: Request, stop: Interruption) -> dict[str, Any]:
     began = time.monotonic()
     recipe, placement = request.recipe, request.placement
     _configure(placement)
-    ranks = distributed.join(placement.device, request.meeting)
+    ranks = distributed.join(placement.device)
     rows = read_rows(request.train)
     refuse_unlearnable(rows)
     resumed = _resumed(request, ranks)
@@ -118,6 +117,7 @@ def _run(request: Request, stop: Interruption) -> dict[str, Any]:
         chat_template=request.chat_template,
         packed_root=request.packed,
         start=request.start,
+        split=ranks.split(placement),
     )
     loaded = time.monotonic()
     loop = _trainer(request, stop, ranks, tuned, tokenizer, rows)
@@ -150,23 +150,25 @@ def _run(request: Request, stop: Interruption) -> dict[str, Any]:
     what = "the loss on the held-out rows was not measured after training"
     loss_after = afterwards.attempt(what, loop.held_out_loss, lost)
     peak = max(ranks.gather(peak_memory(placement.device)))
-    if not ranks.first:
-        distributed.leave(ranks)
-        return {}
-    after = {"eval_loss_after": loss_after, "peak_memory_bytes": peak}
-    after["answers"] = _answers(request, tuned, tokenizer, lost)
+    after: dict[str, Any] = {"eval_loss_after": loss_after, "peak_memory_bytes": peak}
+    if ranks.first or placement.shards > 1:  # a shared model answers on all ranks together
+        after["answers"] = _answers(request, tuned, tokenizer, lost, write=ranks.first)
     distributed.leave(ranks)
-    return result | after | {"lost": lost}
+    return result | after | {"lost": lost} if ranks.first else {}
 
 
-def _answers(request: Request, tuned: Any, tokenizer: Any, lost: list[str]) -> list[dict[str, str]]:
-    """The answers to the request's questions; writes the samples, too."""
+def _answers(
+    request: Request, tuned: Any, tokenizer: Any, lost: list[str], *, write: bool
+) -> list[dict[str, str]]:
+    """The answers to the request's questions; makes the samples, too, and may `write` them."""
     asked = partial(afterwards.ask, tuned, tokenizer, request.questions)
     answers = afterwards.attempt("the questions were not answered", asked, lost)
 
     def samples() -> None:
         rows = read_rows(request.eval) if request.eval else None
-        afterwards.write_samples(request.run / "samples.jsonl", tuned, tokenizer, rows)
+        made = afterwards.samples(tuned, tokenizer, rows)
+        if write:
+            files.write(request.run / "samples.jsonl", made)
 
     afterwards.attempt("no samples were written", samples, lost)
     return answers or []
@@ -306,7 +308,7 @@ def round_adapter(tuned: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
             if parameter.requires_grad:
                 parameter.copy_(parameter.to(dtype))
     return {
-        name: tensor.detach().to("cpu", dtype)
+        name: shards.whole(tensor.detach()).to("cpu", dtype)
         for name, tensor in get_peft_model_state_dict(tuned, save_embedding_layers=False).items()
     }
 

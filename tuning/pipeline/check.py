@@ -21,7 +21,6 @@ from tuning.oci.delivery import Access
 from tuning.pipeline import sizing, start
 from tuning.pipeline.endings import together
 from tuning.pipeline.options import Options, base_reference, read_token
-from tuning.plan import device
 from tuning.sources import fetch, local, stores
 from tuning.sources.local import File
 from tuning.spec import Spec
@@ -45,7 +44,7 @@ def check(spec: Spec, options: Options, console: Console) -> Iterator[str]:
 
 
 def _check_model(spec: Spec, options: Options, access: Access, console: Console) -> list[str]:
-    here = plan.device_of(spec.instance) if spec.instance else device.detect()
+    here = plan.planned_device(spec)
     base = sizing.read_base(spec, access=access, token=read_token(options.hub_token_file))
     plan.refuse_unsupported(spec, base, here)
     spec = start.known(spec, base, access=access)
@@ -68,7 +67,8 @@ def _fit(decided: plan.Plan) -> str:
     batch = f"{decided.placement.micro_batch} x {decided.recipe.max_length} tokens at once"
     if decided.fit is None:
         return f"{batch} on {decided.device}; the memory they take is not known"
-    return f"{batch} take {decided.fit.memory.total / 2**30:.1f} GiB on {decided.device}"
+    held = f"; {decided.placement.text}" if decided.placement.ranks > 1 else ""
+    return f"{batch} take {decided.fit.memory.total / 2**30:.1f} GiB on {decided.device}{held}"
 
 
 def _check_data(spec: Spec, options: Options, access: Access) -> list[str]:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from tuning import files
 from tuning.plan.device import Device
+from tuning.plan.sharding import Layout
 from tuning.plan.sizing import Fit
 
 DDP_EFFICIENCY = 0.97  # speed of a GPU that shares its gradients; reported elsewhere
@@ -84,17 +85,29 @@ def recipe_from_json(record: dict[str, Any]) -> Recipe:
 
 @dataclass(frozen=True)
 class Placement:
-    """How one machine runs the recipe; derived again at each start."""
+    """How the machines run the recipe; derived again at each start.
+
+    Each rank trains rows of its own. With `shards` of 1 each holds the whole model; else `shards`
+    of them hold one copy together, and there are ranks / shards copies.
+    """
 
     device: Literal["cuda", "cpu"]
-    ranks: int
+    ranks: int  # training processes of all machines together
     micro_batch: int  # rows at once on one rank
     accumulation: int  # global_batch == micro_batch * accumulation * ranks
     checkpointing: bool
     attention: str
     threads: int | None = None  # intra-op threads on a CPU; None leaves torch's choice
     kernels: tuple[str, ...] = ()  # fused ones, of backends.FUSED
-    shards: int = 1  # ranks that share one copy of the model; the others replicate it
+    nodes: int = 1  # machines, each with ranks / nodes processes
+    shards: int = 1  # ranks that share one copy of base, adapters and optimizer (FSDP2)
+    offload: bool = False  # shards and optimizer lie in host memory
+
+    @property
+    def text(self) -> str:
+        """How the ranks hold the model, in words."""
+        things = "GPUs" if self.device == "cuda" else "processes"
+        return Layout(self.ranks, self.nodes, self.shards, self.offload).text(things)
 
 
 def placement_from_json(record: dict[str, Any]) -> Placement:
@@ -184,6 +197,7 @@ def _memory_json(plan: Plan) -> dict[str, Any] | None:
         "terms": memory.terms,
         "total": memory.total,
         "allocated": plan.predicted()["peak_bytes"],
-        "free": plan.device.memory_bytes,
+        "free": plan.device.rank_bytes,
+        "host": plan.fit.host_bytes,
         "moment": memory.moment,
     }

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 Method = Literal["lora", "qlora"]
+Sharding = Literal["full_shard", "hybrid_shard", "no_shard"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Settings:
     packing: bool | None = None
     train_on: Literal["assistant", "all"] | None = None
     checkpointing: bool | None = None
+    sharding: Sharding | None = None  # fsdp
     fused: bool | None = None  # fused_kernels
     save_steps: int | None = None
     eval_steps: int | None = None
@@ -127,6 +129,7 @@ class Spec:
     destination: Destination
     base_model: str | None = None  # --base-model, if given; it replaces the preset's weights
     instance: str | None = None
+    nodes: int = 1  # resource.count: machines that train together
     namespace: str | None = None
     hub_secret: str | None = None  # presetOptions.modelAccessSecret
     data_secret: str | None = None  # annotation data-secret; its files are mounted

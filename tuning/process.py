@@ -85,6 +85,7 @@ def serve(work: Callable[[dict[str, Any]], dict[str, Any]]) -> int:
     """
     request = Path(sys.argv[1])
     result = result_path(request, int(os.environ.get("RANK", "0")))
+    result.unlink(missing_ok=True)  # a launcher may start a rank again
     try:
         files.write_json(result, {"ok": work(files.read_json(request))})
         return 0

@@ -190,7 +190,7 @@ def _refuse_shared(base: Any) -> None:
         for parameter in layer.parameters():
             if owners.setdefault(id(parameter), number) != number:
                 raise SpecError.at(
-                    "MODEL-122",
+                    "MODEL-120",
                     base.config.model_type,
                     "has layers that share weights, which cannot be split over several GPUs",
                     "use a GPU that holds the whole model, or method qlora",
@@ -265,7 +265,7 @@ def gradients(loss: torch.Tensor, weights: Iterable[torch.Tensor]) -> list[torch
     if not any(isinstance(weight, DTensor) for weight in weights):
         found = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
         return list(found)
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     made = [weight.grad for weight in weights]
     for weight in weights:
         weight.grad = None
@@ -278,6 +278,6 @@ def gradients(loss: torch.Tensor, weights: Iterable[torch.Tensor]) -> list[torch
 def assign(parameter: torch.Tensor, value: torch.Tensor) -> None:
     """Give `parameter` the numbers of `value`, which every rank has whole."""
     with torch.no_grad():
-        target = local(parameter)
-        shared = isinstance(parameter, DTensor)
-        target.copy_(Split(parameter.device_mesh).cut(value) if shared else value)
+        if isinstance(parameter, DTensor):
+            value = Split(parameter.device_mesh).cut(value)
+        local(parameter).copy_(value)

@@ -23,7 +23,7 @@ from peft import get_peft_model_state_dict
 
 from tuning import adapter, files, process
 from tuning.data.tokenizer import add_tokens
-from tuning.errors import DataError, OutOfMemoryError
+from tuning.errors import DataError, OutOfMemoryError, SpecError, TransientError
 from tuning.models import generate, shards
 from tuning.models.kernels import heap
 from tuning.models.load import DTYPES, load_for_training, load_tokenizer
@@ -84,13 +84,18 @@ def work(record: dict[str, Any], stop: Interruption | None = None) -> dict[str, 
     if stop is None:
         with Interruption() as own:
             return work(record, own)
-    request = Request.from_json(record)
+    ranks = distributed.join(record.get("device") or record["placement"]["device"])
+    request = _request(record, ranks)
     try:
-        return _run(request, stop)
+        return _run(request, stop, ranks)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        placement = request.placement
+        if placement.nodes > 1 and distributed.is_lost(error):
+            what = f"another machine of the {placement.nodes} is gone ({_first_line(error)})"
+            change = "look at its log; training goes on from the last checkpoint when it is back"
+            raise TransientError.at("TRAIN-141", "training", what, change) from error
         if not is_out_of_memory(error):
             raise
-        placement = request.placement
         raise OutOfMemoryError.at(
             "TRAIN-140",
             placement.device,
@@ -102,11 +107,33 @@ def work(record: dict[str, Any], stop: Interruption | None = None) -> dict[str, 
         stop.deferred = True  # only the result is left to write
 
 
-def _run(request: Request, stop: Interruption) -> dict[str, Any]:
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def _request(record: dict[str, Any], ranks: distributed.Ranks) -> Request:
+    """The request in `record`; on a machine that follows, machine 0's with its rows and folders."""
+    if ranks.count == 1 or ranks.machines == 1:
+        return Request.from_json(record)
+    first = ranks.from_first(record)
+    own = {key: record[key] for key in ("run", "base", "packed")}
+    made = first | own if ranks.machine else record
+    for name in ("train", "eval", "start"):
+        if first.get(name):
+            here = Path(own["run"]) / "data" / "from-machine-0" / name
+            made[name] = str(ranks.spread(Path(first[name]), here))
+    request = Request.from_json(made)
+    if request.placement.ranks != ranks.count:
+        what = f"{ranks.count} ranks have met, and {request.placement.ranks} are planned"
+        change = "use machines with equal numbers of GPUs, or give each the same --ranks"
+        raise SpecError.at("TRAIN-142", "training", what, change)
+    return request
+
+
+def _run(request: Request, stop: Interruption, ranks: distributed.Ranks) -> dict[str, Any]:
     began = time.monotonic()
     recipe, placement = request.recipe, request.placement
     _configure(placement)
-    ranks = distributed.join(placement.device)
     rows = read_rows(request.train)
     refuse_unlearnable(rows)
     resumed = _resumed(request, ranks)
@@ -274,7 +301,12 @@ def _resumed(request: Request, ranks: distributed.Ranks) -> checkpoint.Checkpoin
         step = newest.step if newest else None
         checkpoint.truncate_lines(request.run / "metrics.jsonl", step=step or 0)
     step = ranks.from_first(step)
-    return None if step is None else checkpoint.at(root, run_id=run_id, step=step)
+    if step is None:
+        return None
+    found = checkpoint.at(root, run_id=run_id, step=step)
+    if ranks.machines > 1:
+        ranks.spread(found.folder, found.folder)
+    return found
 
 
 def read_rows(path: Path) -> datasets.Dataset:

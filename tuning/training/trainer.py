@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -146,9 +146,10 @@ class Exact(SFTTrainer):  # type: ignore[misc]
 
     def save(self, random: Mapping[str, Any]) -> None:
         """Write a checkpoint of the last finished optimizer step with this rank's random state."""
-        step, contents = self.state.global_step, self._contents(self.ranks.gather(random))
-        if self.ranks.first or self.split:  # all ranks give their shares
-            contents = list(contents) if self.split else contents
+        step = self.state.global_step
+        contents: Iterable[tuple[str, bytes]] = self._contents(self.ranks.gather(random))
+        if self.split:  # all ranks give their shares
+            contents = list(contents)
         if self.ranks.first:
             checkpoint.save(
                 self.saves.root, run_id=self.recipe.run_id, step=step, contents=contents

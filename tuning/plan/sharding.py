@@ -1,9 +1,9 @@
 """How ranks share copies of a model (FSDP2), and what is whole on each of them at once.
 
 Every decoder layer is gathered before its forward and again before its backward, and freed after;
-the next one is gathered meanwhile. An untied embedding is gathered for its forward, an untied
-output layer while the loss is computed. Constants of the 4-bit blocks, tied embeddings and whatever
-lies outside of these stay whole on each rank.
+the next one is gathered meanwhile. An untied embedding is gathered for its forward. Constants of
+the 4-bit blocks, tied embeddings and whatever lies outside of these stay whole on each rank, and the
+output layer counts as whole all the time.
 """
 
 from __future__ import annotations
@@ -126,11 +126,12 @@ class Shared:
 
     def gathered(self, moment: str) -> dict[str, int]:
         """Bytes that are whole at a moment of a step, and of buffers then."""
-        if self.layout.shards == 1 or moment == "optimizer step":
+        if self.layout.shards == 1:
             return {"gathered": 0, "buffers": 0}
-        head = 0 if moment.startswith("backward of the first layer") else self.head
+        if moment == "optimizer step":
+            return {"gathered": self.head, "buffers": 0}
         buffers = GATHER_BUFFERS * self.layer + self.part(self.layer)
-        return {"gathered": GATHERED_LAYERS * self.layer + head, "buffers": buffers}
+        return {"gathered": GATHERED_LAYERS * self.layer + self.head, "buffers": buffers}
 
 
 def share(

@@ -2,8 +2,8 @@
 
 Every decoder layer is gathered before its forward and again before its backward, and freed after;
 the next one is gathered meanwhile. An untied embedding is gathered for its forward. Constants of
-the 4-bit blocks, tied embeddings and whatever lies outside of these stay whole on each rank, and the
-output layer counts as whole all the time.
+the 4-bit blocks, tied embeddings and whatever lies outside of these stay whole on each rank, and
+the output layer counts as whole all the time.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -27,16 +28,31 @@ metadata: {{name: settings}}
 data:
   training_config.yaml: |
     training_config:
-      TrainingArguments: {{{arguments}}}
+      TrainingArguments: {{{arguments}}}{more}
 """
 
 
 def workspace(
-    preset: str, instance: str, *, method: str = "lora", count: int = 1, arguments: str = ""
+    preset: str,
+    instance: str,
+    *,
+    method: str = "lora",
+    count: int = 1,
+    arguments: str = "",
+    more: dict[str, dict[str, Any]] | None = None,
 ) -> spec.Spec:
-    """The spec of a Workspace, read as a file is."""
+    """The spec of a Workspace, read as a file is; `more`: keys of any section."""
+    sections = dict(more or {})
+    own = sections.pop("TrainingArguments", {})
+    arguments = ", ".join(filter(None, [arguments, *(f"{k}: {v}" for k, v in own.items())]))
+    lines = "".join(f"\n      {name}: {json.dumps(keys)}" for name, keys in sections.items())
     text = WORKSPACE.format(
-        preset=preset, instance=instance, method=method, count=count, arguments=arguments
+        preset=preset,
+        instance=instance,
+        method=method,
+        count=count,
+        arguments=arguments,
+        more=lines,
     )
     return spec.parse(text, origin="w.yaml")
 

@@ -9,7 +9,6 @@ from tuning.errors import SpecError
 from tuning.plan import memory, sizing
 from tuning.plan.base import Base
 from tuning.plan.device import Device
-from tuning.plan.sharding import layouts
 from tuning.plan.sizing import HEADROOM, Demand, Fit, Model
 
 SHORTEST = 128  # tokens of a row that is worth a suggestion
@@ -41,6 +40,8 @@ def of(model: Model, demand: Demand, base: Base, device: Device) -> SpecError:
         for key, other in left_out.items()
         if other != demand and _fits(model, other, device)
     ]
+    if demand.whole and _fits(model, replace(demand, whole=""), device):
+        changes.append(f"go without {demand.whole}: then its GPUs share the model")
     if row := _longest(model, demand, device):
         words, change = row
         what += words
@@ -101,7 +102,7 @@ def _least(model: Model, demand: Demand, device: Device) -> Fit:
 def _smallest(model: Model, demand: Demand, device: Device) -> list[Fit]:
     """The smallest placement of each layout, that of the least memory on a GPU first."""
     layout = demand.layout
-    every = layouts(layout.ranks, layout.nodes, demand.sharding)
+    every = demand.layouts(layout.ranks, layout.nodes)
     if device.kind == "cuda":
         every += [replace(each, offload=True) for each in every if each.shards > 1]
     fits = [sizing.smallest(model, demand, device.gpu, [each]) for each in every]

@@ -53,6 +53,13 @@ class Demand:
     layout: Layout = ALONE  # how the GPUs hold the model
     network: float | None = None  # bytes a second between two machines
     sharding: Sharding | None = None  # set by the user
+    whole: str = ""  # what trains only with the whole model on each rank
+    new_tokens: bool = False  # rows of the embeddings are trained
+
+    def layouts(self, ranks: int, nodes: int) -> list[Layout]:
+        """How `ranks` on `nodes` machines may hold the model."""
+        return layouts(ranks, nodes, "no_shard" if self.whole else self.sharding)
+
     fused: bool = False  # with the kernels of `tuning.models.kernels`
     repacks: bool = False  # a CPU whose library copies 16-bit weights into its own layout
 
@@ -133,6 +140,7 @@ def _place(
         layout=demand.layout,
         facts=base.facts,
         repacks=demand.repacks,
+        new_tokens=demand.new_tokens,
     )
     seconds = _seconds(base, demand, gpu, micro_batch, checkpointing)
     return Fit(micro_batch, checkpointing, estimate, seconds, demand.layout)
@@ -179,6 +187,7 @@ def shared(base: Model, demand: Demand) -> sharding.Shared:
         method=demand.method,
         precision=demand.precision,
         lora=memory.lora_bytes(base.coefficients, demand.rank, demand.targets),
+        new_tokens=demand.new_tokens,
     )
 
 
@@ -302,7 +311,7 @@ def _fits_machines(base: Model, demand: Demand, gpu: presets.Gpu, gpus: int, cou
         attention=demand.attention if gpu.bf16 else "sdpa",
         micro_batch=demand.micro_batch or 1,
     )
-    every = layouts(gpus * count, count, demand.sharding)
+    every = demand.layouts(gpus * count, count)
     try:
         least = smallest(base, there, None, (every[0], every[-1]))
     except memory.Unknown:

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from several_gpus import GIB, LLAMA, MIXTURE, WORKSPACE, cards, drafted, on_cpu, workspace
 
-from tuning import plan, presets
+from tuning import plan, presets, spec
 from tuning.errors import SpecError
 from tuning.plan import memory
 from tuning.plan.coefficients import Coefficients, Moment, Variant, preset_coefficients
@@ -151,6 +151,30 @@ def test_plan_prints_it_in_words(tmp_path: Path) -> None:
         "gathered weights",
     ):
         assert words in " ".join(shown.split())
+
+
+@pytest.mark.parametrize(("gpus", "ranks"), [(2, 2), (4, 4), (8, 8), (16, 8)])
+def test_no_more_gpus_are_planned_than_the_job_asks_for(gpus: int, ranks: int) -> None:
+    """The annotation `gpus`: what a pod does not get cannot share a model."""
+    parsed = replace(workspace("mistral-7b", "p4d.24xlarge", count=2), gpus=gpus)
+    decided = plan.draft(parsed, here=plan.device_of("p4d.24xlarge"))
+
+    assert (2 * ranks, ranks) == (decided.placement.ranks, decided.device.count)
+    large = replace(workspace(LLAMA, "p4d.24xlarge"), gpus=1)
+    with pytest.raises(SpecError, match="PLAN-120"):
+        plan.draft(large, here=plan.device_of("p4d.24xlarge"))
+
+
+def test_the_annotation_gpus_reaches_the_plan() -> None:
+    """Of a file; 0, the processor, leaves the device as it is."""
+    for value, count in (("4", 4), ("0", 8)):
+        text = spec.dump(workspace("mistral-7b", "p4d.24xlarge"))
+        annotated = text.replace(
+            "name: large", f"name: large\n  annotations: {{tuning.kaito.sh/gpus: '{value}'}}"
+        )
+        parsed = spec.parse(annotated, origin="w.yaml")
+        assert int(value) == parsed.gpus
+        assert count == plan.planned_device(parsed).count
 
 
 def test_a_copy_spans_machines_where_one_does_not_hold_it() -> None:

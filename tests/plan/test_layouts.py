@@ -197,6 +197,56 @@ def test_between_machines_whole_copies_send_the_adapters_gradients_only() -> Non
         assert found == pytest.approx(2 * 63 / 64, rel=0.01)
 
 
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_weights_are_gathered_before_the_forward_and_before_the_backward(
+    checkpointing: bool,
+) -> None:
+    """Once for each, with checkpointing as well; what computes longer hides them."""
+    shared = sharding.share(
+        preset_coefficients("phi-4"),
+        presets.find("phi-4").facts,
+        Layout(8, 1, 8),
+        method="lora",
+        precision="bfloat16",
+        lora=0,
+    )
+
+    def seconds(compute: float) -> float:
+        return communication.seconds(
+            compute,
+            shared,
+            communication.Links(inside=1e9, between=1e9),
+            checkpointing=checkpointing,
+            accumulation=1,
+            bandwidth=1e15,
+        )
+
+    once = shared.layers * 7 / 8 / 1e9
+    alone = (shared.layer + shared.embedding + shared.head) * 7 / 8 / 1e9
+    assert seconds(0.0) == pytest.approx(2 * once + alone, rel=1e-3)
+    assert seconds(10 * once) == pytest.approx(10 * once + alone, rel=1e-3)
+
+
+def test_each_group_of_ranks_has_buffers_of_its_own() -> None:
+    """Of a copy's ranks, and of the ranks with the same share of other copies."""
+    facts, coefficients = presets.find("phi-4").facts, preset_coefficients("phi-4")
+    contexts = {
+        layout: memory.predict(
+            coefficients,
+            method="lora",
+            rank=16,
+            tokens=512,
+            checkpointing=True,
+            layout=layout,
+            facts=facts,
+        ).context
+        for layout in (Layout(), Layout(8), Layout(8, 1, 8), Layout(8, 1, 2), Layout(16, 2, 8))
+    }
+    alone, *others = contexts.values()
+
+    assert [1, 1, 2, 2] == [(context - alone) / memory.NCCL_BYTES for context in others]
+
+
 def test_the_tables_know_the_links() -> None:
     """Every GPU of CUDA has its link, every machine that clouds start its network."""
     parts = {"A10-4Q", "A10-8Q", "A10-12Q"}  # vGPU: no other GPU is reached

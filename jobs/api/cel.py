@@ -65,11 +65,6 @@ RULES: dict[Path, tuple[Rule, ...]] = {
             "Inference field cannot be toggled once set",
         ),
         Rule("has(self.resource) == has(oldSelf.resource)", "resource cannot be toggled once set"),
-        Rule(
-            "!has(self.tuning) || !has(self.resource) || self.resource.count == 1",
-            "Tuning does not currently support multinode configurations. "
-            "Please set the node count to 1",
-        ),
     ),
     ("resource",): (
         Rule("self.count == oldSelf.count", "resource.count: field is immutable"),

@@ -69,7 +69,7 @@ SERVE = {"preset": {"name": "phi-3-mini-4k-instruct"}}
 REFUSED = [
     ("metadata.name", "a.b", "DNS label"),
     ("tuning", ..., "Either Inference or Tuning must be specified, not neither"),
-    ("resource.count", 2, "multinode"),
+    ("resource.count", 65, "resource.count"),
     ("resource.partition", {"mode": "mig", "profile": "1g"}, "partitioning is not supported"),
     ("resource.labelSelector", {"matchExpressions": [{"key": "a", "operator": "Exists"}]},
      "Only allow matchLabels"),

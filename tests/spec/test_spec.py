@@ -217,7 +217,7 @@ def test_all_problems_at_once_each_with_place_line_and_change() -> None:
 apiVersion: kaito.sh/v1beta1
 kind: Workspace
 metadata: {name: Mine}
-resource: {count: 2}
+resource: {count: 65}
 tuning:
   preset: {name: phi-4}
   method: lorra
@@ -240,7 +240,7 @@ data:
 """
     expected = [
         ("SPEC-107", "metadata.name (line 3)", '"Mine" is not a valid name of a Workspace'),
-        ("SPEC-118", "resource.count (line 4)", "Tuning does not currently support multinode"),
+        ("SPEC-104", "resource.count (line 4)", "write a number of at most 64"),
         ("SPEC-112", "tuning.output (line 5)", "missing field(s): tuning.Output"),
         ("SPEC-104", "tuning.method (line 7)", 'did you mean "lora"?'),
         ("SPEC-116", "tuning.input (line 9)", "Exactly one of URLs, Volume, or Image must be"),

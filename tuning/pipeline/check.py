@@ -21,7 +21,6 @@ from tuning.oci.delivery import Access
 from tuning.pipeline import sizing, start
 from tuning.pipeline.endings import together
 from tuning.pipeline.options import Options, base_reference, read_token
-from tuning.plan import device
 from tuning.sources import fetch, local, stores
 from tuning.sources.local import File
 from tuning.spec import Spec
@@ -45,7 +44,7 @@ def check(spec: Spec, options: Options, console: Console) -> Iterator[str]:
 
 
 def _check_model(spec: Spec, options: Options, access: Access, console: Console) -> list[str]:
-    here = plan.device_of(spec.instance) if spec.instance else device.detect()
+    here = plan.planned_device(spec)
     base = sizing.read_base(spec, access=access, token=read_token(options.hub_token_file))
     plan.refuse_unsupported(spec, base, here)
     spec = start.known(spec, base, access=access)

@@ -88,7 +88,9 @@ def check(run: Run, model: base.Base) -> plan.Base:
         stop=run.stop.is_set,
         keep_open=(run.journal.lock,),
     )
-    plan.draft(replace(run.spec, instance=None), here=here, base=known)  # refuses what cannot fit
+    plan.draft(
+        replace(run.spec, instance=None, nodes=1), here=here, base=known
+    )  # refuses what cannot fit
     return known
 
 

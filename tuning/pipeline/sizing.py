@@ -25,7 +25,7 @@ def draft(
     Reads the config of a model outside the presets from the hub or its image, and simulates its
     memory where torch is installed. Raises SpecError, RefusedError or TransientError.
     """
-    device = plan.device_of(spec.instance) if spec.instance else here
+    device = plan.planned_device(spec, here)
     try:
         known = plan.known_base(spec)
     except plan.Unknown:

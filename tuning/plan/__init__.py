@@ -10,6 +10,7 @@ from tuning.plan.base import (
     base_of,
     device_of,
     known_base,
+    planned_device,
     refuse_unsupported,
 )
 from tuning.plan.choices import Packing, packing
@@ -40,7 +41,6 @@ __all__ = [
     "Plan",
     "Recipe",
     "Unknown",
-    "again",
     "base_of",
     "device_of",
     "disk_bytes",
@@ -53,6 +53,7 @@ __all__ = [
     "packing",
     "place",
     "placement_from_json",
+    "planned_device",
     "recipe_from_json",
     "refuse_unsupported",
     "resume",

@@ -9,7 +9,7 @@ from typing import Any
 
 from tuning import files, presets
 from tuning.errors import Problem, SpecError
-from tuning.plan import gpu_problems, sizing, verdict
+from tuning.plan import device, gpu_problems, sizing, verdict
 from tuning.plan.coefficients import Coefficients
 from tuning.plan.device import Device
 from tuning.plan.verdict import CHANGE_MODEL, Verdict
@@ -156,8 +156,8 @@ def known_base(spec: Spec) -> Base:
     )
 
 
-def device_of(instance: str) -> Device:
-    """The device that a machine type has. Raises SpecError for an unknown one."""
+def device_of(instance: str, nodes: int = 1) -> Device:
+    """The device of `nodes` machines of a type. Raises SpecError for an unknown one."""
     machine = presets.instance(instance)
     return Device(
         kind="cuda",
@@ -168,7 +168,19 @@ def device_of(instance: str) -> Device:
         capability=machine.gpu.capability,
         origin=machine.name,
         gpu=machine.gpu,
+        nodes=nodes,
     )
+
+
+def planned_device(spec: Spec, here: Device | None = None) -> Device:
+    """The machines that `spec` names, or as many as it asks for of the one that is `here`.
+
+    `here` None: what is found on this machine. Raises SpecError.
+    """
+    if spec.instance:
+        return device_of(spec.instance, spec.nodes)
+    here = here or device.detect()
+    return replace(here, nodes=max(here.nodes, spec.nodes))
 
 
 def refuse_unsupported(spec: Spec, base: Base, device: Device) -> None:

@@ -30,7 +30,7 @@ PATIENCE = 60.0  # seconds; without its persistence daemon a driver starts eight
 
 @dataclass(frozen=True)
 class Device:
-    """The GPUs of one machine, as many as its weakest, or one CPU."""
+    """The GPUs of one machine, as many as its weakest, or one CPU; of each of several machines."""
 
     kind: Literal["cuda", "cpu"]
     name: str
@@ -47,13 +47,20 @@ class Device:
     virtual_memory: bool = True  # whether torch can grow its segments of GPU memory
     no_gpu: str = ""  # of a CPU: why a GPU is not used, where there may be one
     remedy: str = ""  # what to do about it
+    nodes: int = 1  # machines of this kind that train together; all other fields are of one
 
     def __str__(self) -> str:
         size = f"{self.memory_bytes / 2**30:.1f} GiB free"
         many = f"{self.count} x " if self.count > 1 else ""
+        many = f"{self.nodes} machines, each {many}" if self.nodes > 1 else many
         notes = [self.origin, self.driver and f"driver {self.driver}"]
         notes += [self.no_gpu and f"no GPU: {self.no_gpu}"]
         return f"{many}{self.name} ({size}; {', '.join(filter(None, notes))})"
+
+    @property
+    def ranks(self) -> int:
+        """Training processes on all machines: one for each GPU."""
+        return self.count * self.nodes
 
     @property
     def engine(self) -> str | None:

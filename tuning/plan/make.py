@@ -8,7 +8,7 @@ from dataclasses import replace
 from tuning import files
 from tuning.errors import SpecError
 from tuning.plan import placing
-from tuning.plan.base import Base, Unknown, device_of, known_base, refuse_unsupported
+from tuning.plan.base import Base, Unknown, known_base, planned_device, refuse_unsupported
 from tuning.plan.choices import (
     EPOCHS,
     LEARNING_RATE,
@@ -88,7 +88,7 @@ def _recipe(
     s = spec.settings
     dtype = pick("precision", s.dtype, *precision(device))
     packed, max_length = row_shape(spec, base, lengths, pick)
-    usual = batch(lengths, max_length, packed, device.count)
+    usual = batch(lengths, max_length, packed, device.ranks)
     return Recipe(
         base_model=base.name,
         base_revision=base.revision,
@@ -141,7 +141,7 @@ def _user_batch(settings: Settings, device: Device) -> int | None:
     """The global batch that the user set, if any."""
     if not settings.micro_batch and not settings.accumulation:
         return None
-    return (settings.micro_batch or 1) * (settings.accumulation or 1) * device.count
+    return (settings.micro_batch or 1) * (settings.accumulation or 1) * device.ranks
 
 
 def _columns(settings: Settings) -> dict[str, str]:
@@ -201,7 +201,7 @@ def resume(plan: Plan, recipe: Recipe, base: Base, spec: Spec, *, rows: int) -> 
 
 def is_enough(spec: Spec, here: Device) -> bool:
     """Whether presets and the base's folder suffice for a draft, without hub or simulation."""
-    device = device_of(spec.instance) if spec.instance else here
+    device = planned_device(spec, here)
     try:
         return not placing.wants_simulation(known_base(spec), device)
     except Unknown:
@@ -214,5 +214,5 @@ def draft(spec: Spec, *, here: Device, base: Base | None = None) -> Plan:
     Sized for the spec's machine type if it names one, else for the device `here`. Without `base`
     the base model must be a preset or a folder. Raises SpecError (Unknown, PLAN-107).
     """
-    device = device_of(spec.instance) if spec.instance else here
+    device = planned_device(spec, here)
     return make(spec, base or known_base(spec), device, lengths=None, versions={})

@@ -35,7 +35,7 @@ def place(
     machine that would.
     """
     settings, model = spec.settings, base.sized(device)
-    ranks = _ranks(recipe.global_batch, device, reasons)
+    ranks, nodes = _ranks(recipe.global_batch, device, reasons)
     share = recipe.global_batch // ranks  # rows of each rank in a step
     micro_batch, checkpointing, fit = _unsized(recipe, settings, share, reasons), False, None
     backend = _backend(recipe, base, device, settings, reasons)
@@ -59,6 +59,7 @@ def place(
         attention=backend.attention,
         kernels=backend.kernels,
         threads=_threads(base, device, reasons),
+        nodes=nodes,
     )
     return placement, fit
 
@@ -163,14 +164,22 @@ def _threads(base: Base, device: Device, reasons: dict[str, str]) -> int | None:
     return 1
 
 
-def _ranks(rows: int, device: Device, reasons: dict[str, str]) -> int:
-    """GPUs that share the rows of a step: the most that divide them."""
-    ranks = _divisor(rows, device.count)
-    if device.count > 1:
+def _ranks(rows: int, device: Device, reasons: dict[str, str]) -> tuple[int, int]:
+    """Processes that share the rows of a step, and their machines: the most that divide them.
+
+    As many on each machine.
+    """
+    ranks, nodes = max(
+        (nodes * each, nodes)
+        for nodes in range(1, device.nodes + 1)
+        for each in range(1, device.count + 1)
+        if rows % (nodes * each) == 0
+    )
+    if device.ranks > 1:
         reasons["ranks"] = "one for each GPU: each trains different rows of a step"
-        if ranks < device.count:
-            reasons["ranks"] = f"{device.count} GPUs do not divide {rows} rows a step"
-    return ranks
+        if ranks < device.ranks:
+            reasons["ranks"] = f"{device.ranks} GPUs do not divide {rows} rows a step"
+    return ranks, nodes
 
 
 def _unsized(recipe: Recipe, settings: Settings, share: int, reasons: dict[str, str]) -> int:
@@ -253,7 +262,7 @@ def shortened(
         recipe = replace(recipe, max_length=recipe.max_length // 2)
         if spec.settings.micro_batch is None and spec.settings.accumulation is None:
             rows, reasons["global_batch"] = batch(
-                lengths, recipe.max_length, recipe.packing, device.count
+                lengths, recipe.max_length, recipe.packing, device.ranks
             )
             recipe = replace(recipe, global_batch=rows)
     return recipe

@@ -84,16 +84,23 @@ def recipe_from_json(record: dict[str, Any]) -> Recipe:
 
 @dataclass(frozen=True)
 class Placement:
-    """How one machine runs the recipe; derived again at each start."""
+    """How the machines run the recipe; derived again at each start.
+
+    Each rank trains rows of its own. With `shards` of 1 each holds the whole model; else `shards`
+    of them hold one copy together, and there are ranks / shards copies.
+    """
 
     device: Literal["cuda", "cpu"]
-    ranks: int
+    ranks: int  # training processes of all machines together
     micro_batch: int  # rows at once on one rank
     accumulation: int  # global_batch == micro_batch * accumulation * ranks
     checkpointing: bool
     attention: str
     threads: int | None = None  # intra-op threads on a CPU; None leaves torch's choice
     kernels: tuple[str, ...] = ()  # fused ones, of backends.FUSED
+    nodes: int = 1  # machines, each with ranks / nodes processes
+    shards: int = 1  # ranks that share one copy of base, adapters and optimizer (FSDP2)
+    offload: bool = False  # shards and optimizer lie in host memory
 
 
 def placement_from_json(record: dict[str, Any]) -> Placement:

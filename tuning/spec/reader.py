@@ -213,6 +213,7 @@ def _spec(
         destination=destination,
         base_model=overrides.base_model,
         instance=overrides.instance or yaml_instance,
+        nodes=workspace.resource.count if workspace.resource else 1,
         namespace=workspace.metadata.namespace,
         hub_secret=options.model_access_secret if options else None,
         data_secret=annotations.get(f"{ANNOTATION}data-secret"),

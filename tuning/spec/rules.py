@@ -117,12 +117,6 @@ def _check_version(part: BaseModel, path: Path, findings: Findings, *, beta: boo
 
 
 def _check_resource(resource: Resource, findings: Findings, *, tuning: bool) -> None:
-    if tuning and resource.count != 1:
-        what = (
-            "Tuning does not currently support multinode configurations. "
-            "Please set the node count to 1"
-        )
-        findings.add("SPEC-118", ("resource", "count"), what, "remove count, or set it to 1")
     if tuning and resource.partition:
         what = "GPU partitioning is not supported for tuning workloads"
         findings.add("SPEC-118", ("resource", "partition"), what, "remove it")

@@ -59,11 +59,11 @@ def read(document: Document) -> Workspace | None:
             return Workspace.model_validate(value)
         except ValidationError as error:
             value = copy.deepcopy(value)
-            errors = error.errors(include_url=False, include_context=False)
+            errors = error.errors(include_url=False)
         for each in errors:
             path = tuple(each["loc"])
             if round_ == 0 or not (findings.blames(path) or findings.blamed_above(path)):
-                _explain(each["type"], path, each.get("input"), findings)
+                _explain(each["type"], path, each.get("input"), each.get("ctx") or {}, findings)
         # From the end, so that removing an item of a list keeps the index of the others.
         for each in reversed(errors):
             _repair(value, tuple(each["loc"]), each["type"], findings)
@@ -93,8 +93,10 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(each) for each in value] if isinstance(value, list) else value
 
 
-def _explain(kind: str, path: Path, value: Any, findings: Findings) -> None:
-    """Add one of pydantic's errors to `findings`."""
+def _explain(
+    kind: str, path: Path, value: Any, context: dict[str, Any], findings: Findings
+) -> None:
+    """Add one of pydantic's errors, of this kind and context, to `findings`."""
     name = str(path[-1]) if path else ""
     if kind == "extra_forbidden":
         change = _HINTS.get(name) or did_you_mean(name, _known_keys(path[:-1]))
@@ -107,8 +109,9 @@ def _explain(kind: str, path: Path, value: Any, findings: Findings) -> None:
         hint = nearest(value, options) if isinstance(value, str) else None
         change = f"use {' or '.join(options)}" + (f"; did you mean {hint}?" if hint else "")
         findings.add("SPEC-104", path, f"is {shown(value)}", change)
-    elif kind == "greater_than_equal":
-        findings.add("SPEC-104", path, f"is {shown(value)}", "write a number of at least 1")
+    elif kind in ("greater_than_equal", "less_than_equal"):
+        bound = f"least {context['ge']}" if "ge" in context else f"most {context['le']}"
+        findings.add("SPEC-104", path, f"is {shown(value)}", f"write a number of at {bound}")
     else:
         expected = _EXPECTED.get(kind, "something else")
         scalar = expected == "a string" and not isinstance(value, (list, dict))

@@ -98,8 +98,8 @@ class Partition(_Part):
 class Resource(_Part):
     """The machine. Ignored by a local run, which uses the device that it finds."""
 
-    count: int = Field(1, json_schema_extra={"deprecated": True})
-    """Number of nodes: 1. More than one is not supported for tuning."""
+    count: int = Field(1, ge=1, le=64)
+    """Number of machines that train together, each with all of its GPUs."""
     instance_type: str | None = Field(None, json_schema_extra={"maxLength": 128})
     """Cloud machine to plan for and to buy, for example Standard_NC24ads_A100_v4 or g6.xlarge.
     Leave it out to use nodes of your own."""

@@ -32,9 +32,8 @@ from tuning.plan.coefficients import Coefficients, Variant, to_json
 from tuning.presets import CONFIGS
 from tuning.presets.config import facts, families
 from tuning.presets.load import entries
-from tuning.training.simulate.child import judge
+from tuning.training.simulate.child import judge, simulate
 from tuning.training.simulate.count import count
-from tuning.training.simulate.fit import coefficients
 
 FOLDER = CONFIGS / "memory"
 logger = logging.getLogger(__name__)
@@ -73,11 +72,12 @@ def text(config: dict[str, Any], kept: dict[str, Any] | None = None) -> str:
 
     `kept`: a file's record, whose coefficients are taken instead of simulated again.
     """
+    judged = judge(config)[0]
     if kept is None:
-        found = to_json(coefficients(config, variants=variants(config)))
+        found = to_json(simulate(config, variants(config), judged))
     else:
         found = {k.name: kept[k.name] for k in fields(Coefficients) if k.name in kept}
-    found["verdict"] = verdict.to_json(judge(config)[0])
+    found["verdict"] = verdict.to_json(judged)
     if _counted(config):
         facts_ = count(config).to_json()  # whether it packs is known of its class
         found["facts"] = {k: v for k, v in facts_.items() if not k.startswith("packing")}

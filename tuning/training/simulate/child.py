@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -19,8 +20,9 @@ import transformers
 from tuning import process
 from tuning.models.survey import survey
 from tuning.plan import verdict
-from tuning.plan.coefficients import Variant, to_json
+from tuning.plan.coefficients import Coefficients, Variant, to_json
 from tuning.plan.placing import SMALL_ON_CPU
+from tuning.plan.verdict import Verdict
 from tuning.training.simulate.fit import coefficients
 from tuning.training.simulate.step import build
 
@@ -38,18 +40,23 @@ def work(request: dict[str, Any]) -> dict[str, Any]:
     variants = [Variant(**variant) for variant in request["variants"]]
     if numbers < SMALL_ON_CPU and all(variant.device == "cpu" for variant in variants):
         return answer | {"unsized": "is so small that any machine holds it"}
-    plain = "sdpa" not in found.attention
     try:
-        sized = coefficients(
-            config,
-            variants=[replace(v, attention="eager") if plain else v for v in variants],
-        )
+        sized = simulate(config, variants, found)
     except Exception as error:  # whatever a model class may raise
         return answer | {"unsized": f"fails there ({type(error).__name__}: {str(error)[:200]})"}
-    if plain:  # asked for by the name of what other classes have
-        moments = {replace(v, attention="sdpa"): m for v, m in sized.moments.items()}
-        sized = replace(sized, moments=moments)
     return answer | {"coefficients": to_json(sized), "unsized": ""}
+
+
+def simulate(config: dict[str, Any], variants: Iterable[Variant], found: Verdict) -> Coefficients:
+    """The coefficients of `variants`: with eager attention, where the class has no other.
+
+    They go by the name of what was asked for.
+    """
+    if "sdpa" in found.attention:
+        return coefficients(config, variants=variants)
+    sized = coefficients(config, variants=[replace(v, attention="eager") for v in variants])
+    moments = {replace(v, attention="sdpa"): m for v, m in sized.moments.items()}
+    return replace(sized, moments=moments)
 
 
 def judge(config: dict[str, Any]) -> tuple[verdict.Verdict, int]:

@@ -73,8 +73,15 @@ def peers(workspace: Object, desired: Desired) -> dict[str, str]:
 
 def arguments(workspace: Object, desired: Desired) -> list[str]:
     """Of the engine: how many pods there are, and where index 0 is."""
+    if desired.nodes == 1:
+        return []
     name = names.job_name(workspace, desired)
     return ["--nodes", str(desired.nodes), "--meet", f"{name}-0.{name}:{MEETING_PORT}"]
+
+
+def host_names(workspace: Object, desired: Desired) -> Object:
+    """Of the pod's spec: the Service in which its host name, `<job>-<index>`, is found."""
+    return {"subdomain": names.job_name(workspace, desired)} if desired.nodes > 1 else {}
 
 
 def run_folder(desired: Desired) -> Object:

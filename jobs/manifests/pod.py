@@ -49,15 +49,14 @@ def spec(workspace: Object, desired: Desired, options: Options, *, claim: bool) 
     command += ["--secrets", "/etc/tuning/secrets"]
     if options.policy:
         command += ["--policy", "/etc/tuning/policy.yaml"]
-    if desired.nodes > 1:
-        command += group.arguments(workspace, desired)
+    command += group.arguments(workspace, desired)
     mounts, volumes = _volumes(workspace, desired, options, claim=claim)
     limits = resources(desired, options, claim=claim)
     ports = [{"name": "progress", "containerPort": PORT, "protocol": "TCP"}]
     container = container_spec(options, CONTAINER, command, mounts, limits, ports=ports)
     grace = options.grace_seconds
     spec = pod_spec(container, volumes, workspace, desired, options, grace=grace)
-    return spec | {"restartPolicy": "Never"}
+    return spec | {"restartPolicy": "Never"} | group.host_names(workspace, desired)
 
 
 def container_spec(

@@ -289,7 +289,7 @@ def test_a_limit_of_nodes_counts_all_of_them() -> None:
     labels = {
         "kaito.sh/workspacenamespace": "team",
         "app.kubernetes.io/managed-by": "tuning-operator",
-    }  # noqa: E501
+    }
     for i in range(2):
         labels = labels | {"kaito.sh/workspace": "other"}
         scene.api.put(NODE_CLAIM, {"metadata": {"name": f"other-{i}", "labels": labels}})

@@ -17,7 +17,7 @@ SCRIPTS = Path(__file__).parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tuning-kubernetes"
 BINARIES = CACHE / "bin"
 RUNNING = CACHE / "running"  # a file for each cluster that is up: its folder
-_started = list[subprocess.Popen[bytes]]()  # down.sh ends the last one of a cluster
+_started = dict[Path, list[subprocess.Popen[bytes]]]()  # down.sh ends the last one of each
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Bed:
         with (self.folder / "logs" / "kcm.log").open("ab") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
         note.write_text(str(process.pid))
-        _started.append(process)
+        _started.setdefault(self.folder, []).append(process)
         while not _listens(port) and time.monotonic() < end:
             time.sleep(0.05)
         return process
@@ -98,6 +98,8 @@ def up(folder: Path, mode: str = "control-plane") -> Iterator[Bed]:
         yield Bed(Path(found[1]), folder, ports)
     finally:
         _down(folder)
+        for process in _started.pop(folder, []):
+            process.wait(10)
         note.unlink()
 
 

@@ -3,8 +3,8 @@
 The API server of the test bed (1.20) drops fields of a Job without a word: `completionMode`,
 `successPolicy`, `podFailurePolicy`, `podReplacementPolicy`, `suspend`. `Kept` is a client that
 stores the whole spec in an annotation beside them, and shows it where a Job is read; it refuses
-what a current server refuses. `JobController` obeys that spec. The rules, by their place in the docs:
-concepts/workloads/controllers/job (completion mode, success policy, pod failure policy, pod
+what a current server refuses. `JobController` obeys that spec. The rules, by their place in the
+docs: concepts/workloads/controllers/job (completion mode, success policy, pod failure policy, pod
 replacement policy, suspending, termination and clean-up, tracking with finalizers) and
 reference/kubernetes-api/workload-resources/job-v1. What it does not play: backoffLimitPerIndex,
 maxFailedIndexes, managedBy, elastic changes of completions.

@@ -250,7 +250,7 @@ def test_each_of_several_ranks_sees_all_gpus(room, tmp_path, monkeypatch):
     """They choose by their local rank, and NCCL must reach the others."""
     fake_driver.install(Machine("580.65.06", 13000, TWO), tmp_path, monkeypatch)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    seen = room(SEES, ranks=2)
+    seen = room(SEES, group=process.Group(2))
 
     assert ("0,1", 2) == (seen["variable"], len(seen["names"]))
 
@@ -281,6 +281,6 @@ def test_a_failed_rank_does_not_wait_for_its_communicator(room, tmp_path):
     begin = time.monotonic()
 
     with pytest.raises(DataError, match="DATA-200"):
-        room(body, ranks=2)
+        room(body, group=process.Group(2))
 
     assert time.monotonic() - begin < process.PEER_SECONDS + 60

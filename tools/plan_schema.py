@@ -65,8 +65,9 @@ def _memory() -> dict[str, Any]:
             "total": BYTES,
             "allocated": BYTES | {"description": "as torch counts it: without context and slack"},
             "free": BYTES | {"description": "of each GPU"},
+            "host": BYTES | {"description": "of a machine's own memory, for shares that lie there"},
             "moment": {"type": "string", "description": "when the peak is"},
         },
-        "required": ["terms", "total", "allocated", "free", "moment"],
+        "required": ["terms", "total", "allocated", "free", "host", "moment"],
         "additionalProperties": False,
     }

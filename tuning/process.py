@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import importlib
+import json
 import os
 import queue
 import runpy
@@ -22,6 +23,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -39,6 +41,23 @@ class ChildDied(Exception):
         super().__init__(f"tuning.{room} ended with status {status} and left no result")
 
 
+class Apart(Exception):
+    """The machines of a job did not meet."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """The ranks of one piece of work: on this machine, and its place among others."""
+
+    ranks: int = 1  # of this machine
+    nodes: int = 1  # machines
+    node: int = 0  # this one's number
+    meet: str = ""  # HOST:PORT of node 0, where several machines meet
+    name: str = "tuning"  # equal on all machines
+    patience: float = 600.0  # seconds that a machine waits for the others
+    grace: float = 25.0  # seconds between SIGTERM and SIGKILL
+
+
 class Hung(Exception):
     """The child showed no progress for `seconds`. Raised by a `tick`."""
 
@@ -53,6 +72,11 @@ def result_path(request: Path, rank: int = 0) -> Path:
     return request.with_name(request.name.removesuffix(".json") + f"{suffix}.result.json")
 
 
+def statuses_path(request: Path) -> Path:
+    """Where the launcher of several ranks says how they ended."""
+    return request.with_name(request.name.removesuffix(".json") + ".ranks.json")
+
+
 def serve(work: Callable[[dict[str, Any]], dict[str, Any]]) -> int:
     """Run `work` on the request that argv names and write its result; returns the exit status.
 
@@ -61,6 +85,7 @@ def serve(work: Callable[[dict[str, Any]], dict[str, Any]]) -> int:
     """
     request = Path(sys.argv[1])
     result = result_path(request, int(os.environ.get("RANK", "0")))
+    result.unlink(missing_ok=True)  # a launcher may start a rank again
     try:
         files.write_json(result, {"ok": work(files.read_json(request))})
         return 0
@@ -103,12 +128,12 @@ def run(
     environment: Mapping[str, str] = MappingProxyType({}),
     grace: float = 25.0,
     prewarmed: Prewarmed | None = None,
-    ranks: int = 1,
+    group: Group | None = None,
 ) -> dict[str, Any]:
     """Run `tuning.<room>` on `value` in a child process and return its result.
 
-    `ranks` above 1 starts that many children with the same request and the environment of their
-    rank (RANK, WORLD_SIZE, LOCAL_RANK). Rank 0's result counts; when one fails all are ended.
+    A `group` of several ranks is started by LAUNCHER, with the same request and torchrun's
+    environment (RANK, WORLD_SIZE, ...). Rank 0's result counts; when one fails all are ended.
 
     `log` takes what the child prints. `keep_open` are file descriptors it inherits, such as the run
     directory's lock, which then holds as long as any process may write. `tick` is called about ten
@@ -117,83 +142,82 @@ def run(
     SIGTERM, once, and `grace` seconds to end. Raises the child's own error, ChildDied, or what
     `tick` raises.
     """
-    for rank in range(ranks):
-        result_path(request, rank).unlink(missing_ok=True)
+    group = group or Group()
+    several = group.ranks * group.nodes > 1
+    mine = range(group.node * group.ranks, (group.node + 1) * group.ranks)
+    for path in (statuses_path(request), *(result_path(request, rank) for rank in mine)):
+        path.unlink(missing_ok=True)
     files.write_json(request, value)
-    first = prewarmed.take(request) if prewarmed is not None and ranks == 1 else None
-    children = [first] if first is not None else []
+    child = prewarmed.take(request) if prewarmed is not None and not several else None
+    if child is None and several:
+        options = [str(request), room, json.dumps(asdict(group))]
+        variables = {**environment, NODE: str(group.node)}
+        child = _start(LAUNCHER, options, log, keep_open, variables)
+    elif child is None:
+        child = _start(room, [str(request)], log, keep_open, {**environment, **_only_gpu()})
     try:
-        for rank in range(len(children), ranks):
-            variables = {**environment, **_rank(rank, ranks)}
-            children.append(_start(room, str(request), log, keep_open, variables))
-        abandoned = _wait(children, stop_asked=stop_asked, tick=tick, grace=grace)
+        _wait(child, stop_asked=stop_asked, tick=tick, grace=grace)
     except Hung:
-        for child in children:
-            _dump_stacks(child, log)
+        _dump_stacks(child, log)
         raise
     finally:
-        for child in children:
-            _kill(child)
+        _kill(child)
     tick()
-    return _result(room, request, [None if c in abandoned else c.returncode for c in children])
+    statuses = _statuses(request, child.returncode) if several else {0: child.returncode}
+    return _result(room, request, {rank: statuses.get(rank) for rank in mine})
 
 
-def _rank(rank: int, ranks: int) -> dict[str, str]:
-    """The variables that torch's launcher sets for a rank.
+def _only_gpu() -> dict[str, str]:
+    """A single child sees the first GPU only: trl refuses a process with several.
 
-    A single child sees the first GPU only: trl refuses a process with several. It must be so before
-    Python starts, since the first import that initialises CUDA fixes what is visible.
+    It must be so before Python starts, since the first import that initialises CUDA fixes what is
+    visible.
     """
-    if ranks == 1:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")  # indices, UUIDs, or none at all
-        return {"CUDA_VISIBLE_DEVICES": visible.partition(",")[0].strip()}
-    return {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(ranks),
-        "LOCAL_WORLD_SIZE": str(ranks),
-    }
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")  # indices, UUIDs, or none at all
+    return {"CUDA_VISIBLE_DEVICES": visible.partition(",")[0].strip()}
 
 
 def _wait(
-    children: Sequence[subprocess.Popen[bytes]],
+    child: subprocess.Popen[bytes],
     *,
     stop_asked: Callable[[], bool],
     tick: Callable[[], None],
     grace: float,
-) -> list[subprocess.Popen[bytes]]:
-    """Wait for all `children`; returns those that were killed because another one had failed.
-
-    After a stop request all get `grace` seconds.
-    """
+) -> None:
+    """Wait for `child`, which gets `grace` seconds after a stop request."""
     deadline: float | None = None
-    stopping = False
-    abandoned: list[subprocess.Popen[bytes]] = []
-    while alive := [child for child in children if child.poll() is None]:
+    while child.poll() is None:
         now = time.monotonic()
-        if stop_asked() and not stopping:
-            stopping, deadline = True, now + grace
-            for child in alive:
-                child.terminate()
-        if deadline is None and any(child.returncode for child in children):
-            deadline = now + PEER_SECONDS
+        if deadline is None and stop_asked():
+            deadline = now + grace
+            child.terminate()
         if deadline is not None and now > deadline:
-            for child in alive:
-                child.kill()  # the last checkpoint stays valid
-            if not stopping:
-                abandoned += alive
+            child.kill()  # the last checkpoint stays valid
         tick()
         time.sleep(0.1)
-    return abandoned
 
 
-def _result(room: str, request: Path, statuses: Sequence[int | None]) -> dict[str, Any]:
-    """Rank 0's result. Raises the first error in a result file, or ChildDied.
+def _statuses(request: Path, launcher: int) -> dict[int, int]:
+    """How those ranks ended that failed first, as the launcher says. Raises Apart.
 
-    `statuses` are the exit statuses, None for a child that was killed because another had failed.
+    It ended with the status `launcher`.
+    """
+    try:
+        said = files.read_json(statuses_path(request))
+    except (FileNotFoundError, ValueError):  # it was killed, and its ranks end with it
+        return {0: launcher or 1}
+    if "apart" in said:
+        raise Apart(said["apart"])
+    return {int(rank): int(status) for rank, status in said["ranks"].items()}
+
+
+def _result(room: str, request: Path, statuses: Mapping[int, int | None]) -> dict[str, Any]:
+    """The first rank's result. Raises the first error in a result file, or ChildDied.
+
+    `statuses` are the exit statuses, None for one that succeeded or ended because another failed.
     """
     replies: list[dict[str, Any]] = []
-    for rank in range(len(statuses)):
+    for rank in statuses:
         try:
             replies.append(files.read_json(result_path(request, rank)))
         except (FileNotFoundError, ValueError):  # absent, or not what the child wrote
@@ -202,14 +226,14 @@ def _result(room: str, request: Path, statuses: Sequence[int | None]) -> dict[st
         if "error" in reply:
             raise from_json(reply["error"])
     broken = [
-        status
-        for status, reply in zip(statuses, replies, strict=True)
-        if "ok" not in reply and status is not None
+        status or 0
+        for status, reply in zip(statuses.values(), replies, strict=True)
+        if "ok" not in reply
     ]
     if TransientError.exit_code in broken:  # there was no space for the result
         raise no_space(str(request.parent))
     if broken:  # a killed rank makes its peers fail: its signal is the cause
-        raise ChildDied(room, min(1 if status > 0 else status for status in broken))
+        raise ChildDied(room, min(1 if status >= 0 else status for status in broken))
     result: dict[str, Any] = replies[0]["ok"]
     return result
 
@@ -228,9 +252,9 @@ class Prewarmed:
         keep_open: tuple[int, ...] = (),
         environment: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        variables = {**environment, **_rank(0, 1)}
+        variables = {**environment, **_only_gpu()}
         self._child: subprocess.Popen[bytes] | None = _start(
-            room, ON_STDIN, log, keep_open, variables
+            room, [ON_STDIN], log, keep_open, variables
         )
 
     def __enter__(self) -> Prewarmed:
@@ -257,16 +281,21 @@ class Prewarmed:
 # torch's settings of its allocator of GPU memory; ignored on a CPU. Rows of changing length waste
 # less of it in segments that grow.
 ALLOCATOR = "PYTORCH_ALLOC_CONF"
-PEER_SECONDS = 5.0  # that the other ranks get to end when one has failed
+LAUNCHER = "training.launch"  # starts several ranks
+NODE = "TUNING_NODE"  # environment variable of ranks: their machine's number
 ON_STDIN = "-"  # in place of a request that will be named on stdin
 
 
 def _start(
-    room: str, request: str, log: Path, keep_open: tuple[int, ...], environment: Mapping[str, str]
+    room: str,
+    arguments: Sequence[str],
+    log: Path,
+    keep_open: tuple[int, ...],
+    environment: Mapping[str, str],
 ) -> subprocess.Popen[bytes]:
     with log.open("ab") as sink:
         return subprocess.Popen(
-            [sys.executable, "-m", "tuning.process", room, request],
+            [sys.executable, "-m", "tuning.process", room, *arguments],
             stdin=subprocess.PIPE,  # closes when this process dies, see follow_parent
             stdout=sink,
             stderr=sink,
@@ -328,6 +357,9 @@ def launch() -> None:
     the parent is gone, and dumps the stacks of its threads to its log on SIGUSR1.
     """
     room = sys.argv.pop(1)
+    if NODE in os.environ and "LOCAL_RANK" in os.environ:  # torch numbers machines as they come
+        first = int(os.environ[NODE]) * int(os.environ["LOCAL_WORLD_SIZE"])
+        os.environ["RANK"] = str(first + int(os.environ["LOCAL_RANK"]))
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     requests: queue.SimpleQueue[str] = queue.SimpleQueue()
     if stat.S_ISFIFO(os.fstat(0).st_mode):

@@ -22,6 +22,7 @@ from tuning.plan.coefficients import (
     to_json,
 )
 from tuning.plan.memory import MemoryEstimate
+from tuning.plan.sharding import Layout
 from tuning.plan.speed import operations_per_token, seconds_per_token
 
 GIB = 2**30
@@ -180,7 +181,7 @@ def test_the_highest_moment_wins() -> None:
     assert many.activations == 1_000_000 + memory.WORKSPACE_BYTES
     assert (none.moment, none.gradients) == ("optimizer step", 4 * 2 * 50)
     assert at(100, accumulating=True).gradients == 4 * 2 * 50
-    assert at(100, ranks=2).gradients == 16 + 4 * 2 * 50
+    assert at(100, layout=Layout(ranks=2)).gradients == 16 + 4 * 2 * 50
     assert at(100, targets=("mlp.up",)).adapters == 4 * 2 * 30
     assert few.weights == 2 * 1100
 

@@ -39,16 +39,14 @@ def train(
     """The answer of the training child, or of the children, as the parent runs them."""
     asked = tiny_runs.request(run, base, recipe, placement, count=17, held_out=6)
     (run / "log").mkdir(exist_ok=True)
-    meeting = run / "log" / "ranks"
-    meeting.unlink(missing_ok=True)
     return process.run(
         "training.train",
         run / "log" / "train.json",
-        asked | {"meeting": str(meeting)},
+        asked,
         log=run / "log" / "train.log",
         tick=tick,
         stop_asked=stop,
-        ranks=placement.ranks,
+        group=process.Group(placement.ranks),
     )
 
 

@@ -28,6 +28,9 @@ def run(
     port: option.ProgressPort = None,
     host: option.Host = "127.0.0.1",
     ranks: option.Ranks = None,
+    nodes: option.Nodes = 1,
+    node_rank: option.NodeRank = 0,
+    meet: option.Meet = None,
     record: option.Record = None,
     grace: option.Grace = 30.0,
     as_json: option.Json = False,
@@ -58,9 +61,13 @@ def run(
         port=port,
         host=host,
         ranks=ranks,
+        machines=option.machines(nodes, node_rank, meet),
         record=record,
         grace=grace,
     )
+    if options.machines.node:
+        pipeline.follow(spec, options, Console())
+        return
     summary = pipeline.execute(spec, options, Console())
     if as_json:
         tables.print_json(summary.to_json())

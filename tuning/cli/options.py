@@ -12,6 +12,7 @@ import typer
 
 if TYPE_CHECKING:
     from tuning.oci.delivery import Access
+    from tuning.pipeline import Machines
     from tuning.spec import Spec
 
 # A Workspace and what replaces parts of it
@@ -56,6 +57,22 @@ ProgressPort = Annotated[
 Ranks = Annotated[
     int | None,
     typer.Option(min=1, metavar="N", help="GPUs to use, or processes on a CPU [default: all]."),
+]
+Nodes = Annotated[
+    int, typer.Option(min=1, metavar="N", help="Machines of this job; run this on each of them.")
+]
+NodeRank = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        metavar="K",
+        envvar="JOB_COMPLETION_INDEX",
+        help="Number of this machine among --nodes; 0 has the run directory.",
+    ),
+]
+Meet = Annotated[
+    str | None,
+    typer.Option(metavar="HOST:PORT", help="Where the machines of --nodes meet, on machine 0."),
 ]
 Record = Annotated[
     Path | None,
@@ -207,3 +224,21 @@ def spec_of(
         allow_hosts=allowed,
     )
     return specs.load(file, overrides=overrides)
+
+
+def machines(nodes: int, node: int, meet: str | None) -> Machines:
+    """This machine among `nodes`. Raises UsageError."""
+    from tuning.errors import UsageError
+    from tuning.pipeline import Machines
+
+    if nodes == 1:
+        return Machines()
+    host, _, port = (meet or "").rpartition(":")
+    if not (host and port.isdigit() and 0 < int(port) < 1 << 16):
+        what = f"--nodes {nodes} needs the place where they meet"
+        change = f"name machine 0 and a free port there, as in --meet {host or 'HOST'}:29400"
+        raise UsageError.at("USE-104", "--meet", what, change)
+    if node >= nodes:
+        what = f"is {node}, but --nodes {nodes} are numbered from 0 to {nodes - 1}"
+        raise UsageError.at("USE-104", "--node-rank", what, "give each machine its own number")
+    return Machines(nodes, node, str(meet))

@@ -193,6 +193,7 @@ def plan_table(plan: Plan) -> rich.table.Table:
         "epochs": f"{recipe.epochs:g}",
         "steps": recipe.steps or "known once the data is read",
         "ranks": placement.ranks if placement.ranks > 1 else None,
+        "shards": placement.text if placement.ranks > 1 else None,
         "micro_batch": placement.micro_batch,
         "checkpointing": "on" if placement.checkpointing else "off",
         "attention": placement.attention,
@@ -229,7 +230,9 @@ def memory_table(plan: Plan) -> rich.table.Table | None:
     terms = sorted(plan.fit.memory.terms.items(), key=lambda term: -term[1])
     rows = [(name, f"{count / 2**30:.2f}") for name, count in terms if count]
     rows.append(("total", f"{plan.fit.memory.total / 2**30:.2f}"))
-    rows.append(("free on the GPU", f"{plan.device.memory_bytes / 2**30:.2f}"))
+    rows.append(("free on the GPU", f"{plan.device.rank_bytes / 2**30:.2f}"))
+    if plan.placement.offload:
+        rows.append(("shares in a machine's host memory", f"{plan.fit.host_bytes / 2**30:.2f}"))
     return table(("memory at the peak", "GiB"), rows)
 
 

@@ -17,7 +17,7 @@ from transformers.models.auto.auto_factory import _get_model_class
 from transformers.pytorch_utils import Conv1D
 
 from tuning.errors import SpecError
-from tuning.models import unpacked
+from tuning.models import shards, unpacked
 from tuning.presets import stored
 
 AGAIN = "fetch the model again, or name one whose weights fit its config.json"
@@ -89,7 +89,7 @@ def _as_published(model: Any, precision: torch.dtype) -> None:
             model.set_submodule(name, plain)
     for parameter in model.parameters():
         if parameter.is_floating_point():
-            parameter.data = parameter.data.to(precision)
+            shards.cast(parameter, precision)
 
 
 def _refuse_incomplete(source: Path, model: Any, report: Mapping[str, Any]) -> None:

@@ -7,12 +7,14 @@ stops at its next safe point and the run ends with exit code 75.
 
 from tuning.pipeline.check import check
 from tuning.pipeline.finishing import Summary
-from tuning.pipeline.options import Options, gather, read_token
+from tuning.pipeline.follower import follow
+from tuning.pipeline.options import Machines, Options, gather, read_token
 from tuning.pipeline.preparing import base_folder
 from tuning.pipeline.sizing import draft
 from tuning.pipeline.story import Prepared, execute, prepare
 
 __all__ = [
+    "Machines",
     "Options",
     "Prepared",
     "Summary",
@@ -20,6 +22,7 @@ __all__ = [
     "check",
     "draft",
     "execute",
+    "follow",
     "gather",
     "prepare",
     "read_token",

@@ -67,7 +67,8 @@ def _fit(decided: plan.Plan) -> str:
     batch = f"{decided.placement.micro_batch} x {decided.recipe.max_length} tokens at once"
     if decided.fit is None:
         return f"{batch} on {decided.device}; the memory they take is not known"
-    return f"{batch} take {decided.fit.memory.total / 2**30:.1f} GiB on {decided.device}"
+    held = f"; {decided.placement.text}" if decided.placement.ranks > 1 else ""
+    return f"{batch} take {decided.fit.memory.total / 2**30:.1f} GiB on {decided.device}{held}"
 
 
 def _check_data(spec: Spec, options: Options, access: Access) -> list[str]:

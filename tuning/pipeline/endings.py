@@ -13,6 +13,7 @@ from tuning import files, process
 from tuning.errors import Killed, Problem, Stopped, TransientError, TuningError
 
 T = TypeVar("T")
+LOST = "TRAIN-141"  # a training child says so: another machine is gone
 
 
 def known(error: Exception, phase: str, folder: Path) -> TuningError:
@@ -50,6 +51,13 @@ def hang(hung: process.Hung, phase: str, output: Path) -> TransientError:
         f"the end of {output}",
         "run the same command again; it continues from the last checkpoint",
     )
+
+
+def apart(error: process.Apart, phase: str) -> TransientError:
+    """The error for a machine that did not meet the others of its job in time."""
+    what = f"the machines of the job did not meet: {error}"
+    change = "run the same command again on each; all must name the same --nodes and --meet"
+    return TransientError.at("RUN-114", phase, what, change)
 
 
 class KilledForMemory(Killed):

@@ -20,6 +20,15 @@ JOB_DATA_SECRET = Path("/etc/tuning-data")  # a whole Secret, which a projected 
 
 
 @dataclass(frozen=True)
+class Machines:
+    """This machine among those of one job."""
+
+    nodes: int = 1
+    node: int = 0  # its number; 0 has the run directory, the others follow it
+    meet: str = ""  # HOST:PORT of machine 0, where all meet
+
+
+@dataclass(frozen=True)
 class Options:
     """Where a run finds things on this machine; nothing in it changes the adapter."""
 
@@ -32,7 +41,8 @@ class Options:
     questions: tuple[str, ...] = ()
     port: int | None = None
     host: str = "127.0.0.1"  # that progress is served on
-    ranks: int | None = None  # training processes; None: one for each GPU
+    ranks: int | None = None  # training processes of this machine; None: one for each GPU
+    machines: Machines = field(default_factory=Machines)
     record: Path | None = None  # file to append planned and measured values to
     grace: float = 30.0  # seconds between SIGTERM and SIGKILL, as Kubernetes counts them
     watchdog: Callable[[], watchdog.Watchdog] = watchdog.Watchdog  # for each training child

@@ -64,7 +64,7 @@ class Run:
         request: Value,
         *,
         tick: Callable[[], None] = lambda: None,
-        ranks: int = 1,
+        group: process.Group | None = None,
     ) -> Value:
         """The result of a child process; request, result and output are kept in `log/`."""
         logs = self.folder / "log"
@@ -83,8 +83,10 @@ class Run:
                 grace=max(1.0, self.options.grace - PARENT_SECONDS),
                 prewarmed=self.prewarmed if room == TRAIN else None,
                 environment=self._allocator() if room == TRAIN else {},
-                ranks=ranks,
+                group=group,
             )
+        except process.Apart as apart:
+            raise endings.apart(apart, self.phase) from None
         except process.Hung as hung:
             raise endings.hang(hung, self.phase, output) from None
         except process.ChildDied as died:
@@ -129,9 +131,18 @@ class Run:
     def device(self) -> device.Device:
         """The device to train on, with as many GPUs (or processes on the CPU) as --ranks says."""
         here, ranks = device.detect(), self.options.ranks
+        here = replace(here, nodes=self.options.machines.nodes)
         if ranks is None or (here.kind == "cuda" and ranks >= here.count):
             return here
         return replace(here, count=ranks)
+
+    def group(self, ranks: int, nodes: int) -> process.Group:
+        """`ranks` processes on each of `nodes` machines."""
+        of = self.options.machines
+        grace = max(1.0, self.options.grace - PARENT_SECONDS)
+        if nodes == 1:
+            return process.Group(ranks, grace=grace)
+        return process.Group(ranks, nodes, of.node, of.meet, grace=grace)
 
     def token(self) -> str | None:
         """The hub token, read each time since a Secret may be rotated."""

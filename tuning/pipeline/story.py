@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -29,6 +27,7 @@ from tuning.pipeline import (
 from tuning.pipeline.finishing import Summary
 from tuning.pipeline.options import Options
 from tuning.pipeline.run import Run, Value, key_of
+from tuning.pipeline.stopping import stop_on_signal
 from tuning.sources import base
 from tuning.spec import Spec
 
@@ -42,7 +41,7 @@ def execute(spec: Spec, options: Options, console: Console) -> Summary:
     Raises the error that ended the run, once it is in the journal and the termination log.
     """
     with (
-        _stop_on_signal() as stop,
+        stop_on_signal() as stop,
         journal.opened(options.run_dir) as opened,
         progress_server.served(
             options.run_dir, name=spec.name, port=options.port, host=options.host
@@ -117,7 +116,7 @@ def prepare(spec: Spec, options: Options, console: Console) -> Prepared:
 
     `execute` in the same run directory does not repeat it. Raises what a run would.
     """
-    with _stop_on_signal() as stop, journal.opened(options.run_dir) as opened:
+    with stop_on_signal() as stop, journal.opened(options.run_dir) as opened:
         run = Run(spec, options, console, opened, stop)
         try:
             return _repairing(run, _data_phases)
@@ -139,19 +138,6 @@ def _data_phases(run: Run) -> Prepared:
     packed = preparing.pack(run, rows, chosen)
     samples = files.read_json(run.folder / "data" / "tokenised" / "preview.json")
     return Prepared(rows, chosen, packed, samples)
-
-
-@contextmanager
-def _stop_on_signal() -> Iterator[threading.Event]:
-    """Yield an event that SIGTERM and SIGINT set."""
-    stop = threading.Event()
-    signals = (signal.SIGTERM, signal.SIGINT)
-    before = {number: signal.signal(number, lambda *_: stop.set()) for number in signals}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _record_failure(run: Run, error: Exception) -> TuningError:

@@ -12,7 +12,7 @@ from pathlib import Path
 from tuning import files, plan, process
 from tuning.adapter import CONFIG, WEIGHTS, write_config
 from tuning.console import Report
-from tuning.errors import Killed, OutOfMemoryError, Stopped, TuningError
+from tuning.errors import Killed, OutOfMemoryError, Stopped, TransientError, TuningError
 from tuning.oci import delivery
 from tuning.pipeline import endings, model_card, outcome
 from tuning.pipeline.changes import changed
@@ -123,37 +123,54 @@ def _fitting(run: Run, request: Value, decided: Plan, report: Report) -> Value:
             run.console.say(f"  out of memory before, so now {_shape(placement)}", style="yellow")
         placed = request | {"placement": asdict(placement)}
         try:
-            return _persistent(run, placed, placement.ranks, report)
+            return _persistent(run, placed, placement, report)
         except (OutOfMemoryError, endings.KilledForMemory) as error:
             run.journal.append("train", "oom", key, way=_shape(placement), message=str(error))
     raise _out_of_memory(decided, placements)
 
 
-def _persistent(run: Run, request: Value, ranks: int, report: Report) -> Value:
+def _persistent(run: Run, request: Value, placement: plan.Placement, report: Report) -> Value:
     """Train with one placement, again from the last checkpoint if the child is killed.
 
     Whoever sent the signal, it is no reason for another placement. After KILLS of them, Killed.
+    Another machine that stops or is lost is waited for.
     """
-    for left in reversed(range(KILLS)):
+    group = run.group(placement.ranks // placement.nodes, placement.nodes)
+    left = KILLS
+    while True:
         try:
-            request = request | {"meeting": str(_meeting(run))}
-            return _finished(run, request, _watched(run, report), ranks)
+            return _finished(run, request, _watched(run, report), group)
+        except Stopped as error:
+            if run.stop.is_set() or placement.nodes == 1:
+                raise
+            _await_others(run, error)
+        except TransientError as error:
+            if error.problems[0].code != endings.LOST:
+                raise
+            _await_others(run, error)
         except endings.KilledForMemory:
             raise
         except Killed as error:
+            left -= 1
             if not left:
                 raise
             run.journal.append("train", "killed", message=str(error))
             run.console.say(f"  {error.problems[0].what}; trying again", style="yellow")
-    raise AssertionError("unreachable")
 
 
-def _finished(run: Run, request: Value, tick: Callable[[], None], ranks: int) -> Value:
+def _await_others(run: Run, error: TuningError) -> None:
+    """Say that another machine is gone, which may come back."""
+    run.journal.append("train", "lost", message=str(error))
+    what = "another machine was stopped or lost: waiting for it, to go on from the last checkpoint"
+    run.console.say(f"  {what}", style="yellow")
+
+
+def _finished(run: Run, request: Value, tick: Callable[[], None], group: process.Group) -> Value:
     """The child's result. What fails once the adapter is in place does not undo the training."""
     kept = Path(request["kept"])
     kept.unlink(missing_ok=True)  # of an earlier try
     try:
-        return run.child(TRAIN, request, tick=tick, ranks=ranks)
+        return run.child(TRAIN, request, tick=tick, group=group)
     except Stopped:
         raise
     except TuningError as error:
@@ -175,13 +192,6 @@ def _out_of_memory(decided: Plan, placements: list[plan.Placement]) -> OutOfMemo
         what += f". Planned in GiB: {estimate}"
     change = "use a machine with more memory, a smaller model or method qlora, or lower max_length"
     return OutOfMemoryError.at("RUN-140", decided.device.name, what, change)
-
-
-def _meeting(run: Run) -> Path:
-    """A path without a file, for the rendezvous of the ranks of one try."""
-    path = run.folder / "log" / "ranks"
-    path.unlink(missing_ok=True)
-    return path
 
 
 def _watched(run: Run, report: Report) -> Callable[[], None]:

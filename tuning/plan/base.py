@@ -169,6 +169,8 @@ def device_of(instance: str, nodes: int = 1) -> Device:
         origin=machine.name,
         gpu=machine.gpu,
         nodes=nodes,
+        host_bytes=machine.ram_bytes,
+        network=machine.network,
     )
 
 

@@ -48,6 +48,8 @@ class Device:
     no_gpu: str = ""  # of a CPU: why a GPU is not used, where there may be one
     remedy: str = ""  # what to do about it
     nodes: int = 1  # machines of this kind that train together; all other fields are of one
+    host_bytes: int | None = None  # RAM that training may take on a machine with GPUs
+    network: float | None = None  # bytes a second between two machines
 
     def __str__(self) -> str:
         size = f"{self.memory_bytes / 2**30:.1f} GiB free"
@@ -61,6 +63,11 @@ class Device:
     def ranks(self) -> int:
         """Training processes on all machines: one for each GPU."""
         return self.count * self.nodes
+
+    @property
+    def rank_bytes(self) -> int:
+        """Free memory for each training process: a GPU's, or its part of the CPU's."""
+        return self.memory_bytes if self.kind == "cuda" else self.memory_bytes // self.count
 
     @property
     def engine(self) -> str | None:
@@ -139,6 +146,7 @@ def of_answer(answer: dict[str, Any], build: TorchBuild | None) -> Device:
         driver=answer["driver"],
         torch=build,
         virtual_memory=all(row["virtual_memory"] for row in rows),
+        host_bytes=_free_memory(),
     )
     if build is None or build.cuda:
         return gpus

@@ -6,7 +6,8 @@ step (tokens, rank, ...), so that
 
     peak = resident bytes + max over moments of (sum over sizes of coefficient x size)
 
-Resident bytes (weights, adapters, optimizer) are counted exactly.
+Resident bytes (weights, adapters, optimizer) are counted exactly. Ranks that share one copy hold a
+part of each, and at a moment the whole of what is computed with (`sharding`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from tuning.plan.coefficients import (
     Variant,
     measures,
 )
+from tuning.plan.sharding import ALONE, Layout, share
+from tuning.presets import Facts
 
 BLOCK = 512  # bytes that the allocator rounds up to
 QUANT_BLOCK, QUANT_GROUP = 64, 256  # weights a constant, constants a constant of the second level
@@ -34,7 +37,7 @@ CONTEXT_BYTES = 640 << 20  # CUDA context and loaded kernels, as nvidia-smi sees
 # cuBLAS, inside torch's allocator: Hopper's default, once for the forward's thread and once for the
 # backward's
 WORKSPACE_BYTES = 2 * 32 << 20
-NCCL_BYTES = 512 << 20  # its channels and buffers on each of several GPUs
+NCCL_BYTES = 512 << 20  # channels and buffers of a group of several GPUs, on each of them
 SLACK = 0.03  # of a step's allocations: fragmentation is reported as 1 to 3 %
 PROCESS_BYTES = 1 << 30  # on a CPU: the interpreter with torch, transformers and trl imported
 
@@ -58,6 +61,9 @@ class MemoryEstimate:
     context: int
     slack: int
     moment: str  # of the peak
+    gathered: int = 0  # whole layers, and the output layer, of a shared copy
+    buffers: int = 0  # what FSDP2 gathers and reduces in
+    host: int = 0  # of this rank's shares, in host memory
 
     @property
     def terms(self) -> dict[str, int]:
@@ -89,6 +95,8 @@ _LABELS = {
     "activations": "activations",
     "loss": "loss head",
     "dequantisation": "dequantisation buffers",
+    "gathered": "gathered weights",
+    "buffers": "gather and reduce buffers",
     "context": "CUDA context and libraries",
     "slack": "allocator slack",
 }
@@ -107,7 +115,8 @@ def predict(
     attention: Attention = "varlen",
     rows: int = 1,
     accumulating: bool = False,
-    ranks: int = 1,
+    layout: Layout = ALONE,
+    facts: Facts | None = None,
     targets: Iterable[str] | None = None,
     double_quant: bool = True,
     device: Literal["cuda", "cpu"] = "cuda",
@@ -117,43 +126,47 @@ def predict(
     """Memory of one process that trains micro-batches of `tokens` tokens. Raises Unknown.
 
     `rows` is the number of packed documents with varlen attention, else of rows of `tokens / rows`,
-    padding included. `accumulating`: gradients of an earlier micro-batch are in memory. `ranks`
-    above 1 adds the buffers of DDP. `fused`: with `models.kernels`. `repacks`: the CPU library
-    copies 16-bit weights (see `repacked`). Fewer `targets` (names of projections) take fewer
-    adapters, and the activations of all: an upper bound.
+    padding included. `accumulating`: gradients of an earlier micro-batch are in memory. `layout`:
+    how several ranks hold the model; `facts` tell what of it they can share. `fused`: with
+    `models.kernels`. `repacks`: the CPU library copies 16-bit weights (see `repacked`). Fewer
+    `targets` (names of projections) take fewer adapters, and all activations: an upper bound.
     """
     variant = _stored(
         coefficients,
         Variant(method, precision, attention, checkpointing, dropout > 0, device, fused=fused),
         rows=rows,
     )
-    adapters = 4 * rank * sum(_chosen(coefficients.adapters, targets).values())  # float32
+    adapters = lora_bytes(coefficients, rank, targets)
     weights, constants = weight_bytes(
         coefficients, method=method, precision=precision, double_quant=double_quant
     )
+    shared = share(coefficients, facts, layout, method=method, precision=precision, lora=adapters)
     sizes = measures(tokens=tokens, rows=rows, rank=rank, tile=variant.tile)
     earlier = {"gradients": adapters} if accumulating else {}
     moments = {m.name: m.at(sizes) | earlier for m in coefficients.moments[variant]}
     moments["optimizer step"] = dict.fromkeys(KINDS, 0) | {"gradients": adapters}
+    for name, kinds in moments.items():
+        kinds["gradients"] = shared.gradients(kinds["gradients"])
+        kinds |= shared.gathered(name)
     peak = max(moments, key=lambda name: sum(moments[name].values()))
     step = moments[peak]
-    if ranks > 1:  # DDP's buckets hold every gradient a second time
-        step["gradients"] += adapters
     if device == "cuda":
         step["activations"] += WORKSPACE_BYTES
-    outside = CONTEXT_BYTES if device == "cuda" else PROCESS_BYTES
-    if ranks > 1 and device == "cuda":
-        outside += NCCL_BYTES
     return MemoryEstimate(
         **step,
-        weights=weights,
+        **shared.resident(weights, optimizer=adapters * _states(optimizer)),
         constants=constants,
-        adapters=adapters,
-        optimizer=round(adapters * _states(optimizer)),
-        context=outside + (repacked(coefficients) if repacks else 0),
+        context=_outside(device, layout) + (repacked(coefficients) if repacks else 0),
         slack=round(SLACK * sum(step.values())),
         moment=peak,
     )
+
+
+def _outside(device: Literal["cuda", "cpu"], layout: Layout) -> int:
+    """Bytes outside of the tensors and torch's allocator."""
+    if device == "cpu":
+        return PROCESS_BYTES
+    return CONTEXT_BYTES + NCCL_BYTES * layout.process_groups
 
 
 def _stored(coefficients: Coefficients, variant: Variant, *, rows: int) -> Variant:
@@ -182,6 +195,11 @@ def weight_bytes(
     unpacked = coefficients.kept + coefficients.packed - packed
     constants = _constants(packed, coefficients.packed_modules, double_quant) if packed else 0
     return unpacked * width + -(-packed // 2) + coefficients.buffers, constants
+
+
+def lora_bytes(coefficients: Coefficients, rank: int, targets: Iterable[str] | None) -> int:
+    """Bytes of the LoRA weights, in float32."""
+    return 4 * rank * sum(_chosen(coefficients.adapters, targets).values())
 
 
 def repacked(coefficients: Coefficients) -> int:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
-from tuning import presets
-from tuning.errors import SpecError
-from tuning.plan import backends, choices, memory, sizing
+from tuning.plan import backends, choices, memory, refusal, sizing
 from tuning.plan.base import Base
 from tuning.plan.choices import batch
 from tuning.plan.coefficients import Variant
 from tuning.plan.device import Device
+from tuning.plan.sharding import Layout, layouts
 from tuning.plan.sizing import Fit
 from tuning.plan.values import Lengths, Placement, Recipe
 from tuning.spec import Settings, Spec
@@ -32,17 +32,20 @@ def place(
 
     On a GPU, for a model of known memory, the fastest placement that fits; on a CPU the usual one,
     or the next smaller that fits. Raises SpecError (PLAN-120) when none does, naming the smallest
-    machine that would.
+    machines that would.
     """
     settings, model = spec.settings, base.sized(device)
     ranks, nodes = _ranks(recipe.global_batch, device, reasons)
     share = recipe.global_batch // ranks  # rows of each rank in a step
+    layout = Layout(ranks, nodes)
+    if settings.sharding is not None:
+        (layout,) = layouts(ranks, nodes, settings.sharding)
     micro_batch, checkpointing, fit = _unsized(recipe, settings, share, reasons), False, None
     backend = _backend(recipe, base, device, settings, reasons)
     if model is not None:
-        demand = _demand(recipe, settings, lengths, device, backend, ranks=ranks)
+        demand = _demand(recipe, settings, lengths, device, backend, layout=layout)
         fit = _fit(model, demand, base, device, micro_batch, reasons)
-        micro_batch, checkpointing = fit.micro_batch, fit.checkpointing
+        micro_batch, checkpointing, layout = fit.micro_batch, fit.checkpointing, fit.layout
     elif device.kind == "cuda":
         checkpointing = True
         unsized = base.unsized or "this model's memory is unknown"
@@ -50,6 +53,8 @@ def place(
     if settings.checkpointing is not None:
         checkpointing = settings.checkpointing
         reasons["checkpointing"] = "set in the config"
+    if settings.sharding is not None and ranks > 1:
+        reasons["shards"] = "set in the config (fsdp)"
     placement = Placement(
         device=device.kind,
         ranks=ranks,
@@ -60,6 +65,8 @@ def place(
         kernels=backend.kernels,
         threads=_threads(base, device, reasons),
         nodes=nodes,
+        shards=layout.shards,
+        offload=layout.offload,
     )
     return placement, fit
 
@@ -73,23 +80,61 @@ def _fit(
     reasons: dict[str, str],
 ) -> Fit:
     """The placement of `demand` on `device`, of `micro_batch` rows or fewer on a CPU."""
-    free = device.memory_bytes
+    free = device.rank_bytes
+    every = layouts(demand.layout.ranks, demand.layout.nodes, demand.sharding)
     if device.kind == "cuda":
-        fit, how = sizing.best(model, demand, device.gpu, free_bytes=free), "the fastest that fits"
+        fit, how = _best(model, demand, device, every), "the fastest that fits"
     else:
-        fit, how = sizing.first(model, demand, micro_batch, free_bytes=free), "fits"
+        ways = [replace(demand, layout=layout) for layout in every]
+        fits = (sizing.first(model, way, micro_batch, free_bytes=free) for way in ways)
+        fit, how = next((fit for fit in fits if fit), None), "fits"
     if fit is None:
-        raise _does_not_fit(model, demand, base, device)
+        raise refusal.of(model, demand, base, device)
     if fit.seconds_per_token is not None:
         reasons["speed"] = "a roofline from the card's datasheet; the run measures it"
+        if device.nodes > 1 and device.network is None:
+            reasons["speed"] += "; a network of 10 Gbit/s between the machines is assumed"
     reasons["micro_batch"] = f"{how}: {fit.memory.total / 2**30:.1f} of {free / 2**30:.1f} GiB"
     if demand.repacks:
         copy = memory.repacked(model.coefficients) / 2**30
         reasons["micro_batch"] += f", {copy:.1f} of it for a weight that oneDNN repacks"
-    reasons["checkpointing"] = (
-        "nothing smaller would fit" if fit.checkpointing else "it fits without; saves a third"
-    )
+    reasons["checkpointing"] = "it fits without; saves a third"
+    if fit.checkpointing:
+        without = replace(demand, layout=fit.layout, checkpointing=False, micro_batch=None)
+        larger = sizing.smallest(model, without, device.gpu).fits(free, device.host_bytes)
+        reasons["checkpointing"] = "nothing smaller would fit"
+        if larger and demand.checkpointing is None:
+            reasons["checkpointing"] = "with it more rows fit at once, which is faster"
+    if fit.layout.ranks > 1:
+        reasons["shards"] = _why_shared(model, demand, device, fit)
     return fit
+
+
+def _best(
+    model: sizing.Model, demand: sizing.Demand, device: Device, every: Sequence[Layout]
+) -> Fit | None:
+    free, host = device.rank_bytes, device.host_bytes
+    return sizing.best(
+        model, demand, device.gpu, free_bytes=free, host_bytes=host, layouts=tuple(every)
+    )
+
+
+def _why_shared(model: sizing.Model, demand: sizing.Demand, device: Device, fit: Fit) -> str:
+    """Why each GPU holds the whole model, or a part of it."""
+    whole = replace(demand, layout=replace(fit.layout, shards=1, offload=False))
+    copy = sizing.best(model, whole, device.gpu, free_bytes=device.rank_bytes)
+    if fit.layout.shards == 1:
+        return "the whole model fits, and nothing of it is sent between them"
+    if copy is None:
+        least = sizing.smallest(model, whole, device.gpu).memory.total / 2**30
+        reason = f"a whole copy takes at least {least:.1f} of {device.rank_bytes / 2**30:.1f} GiB"
+        if fit.layout.offload:
+            return f"{reason}, and no other way fits: slow, as all is copied from host memory"
+        return reason
+    if copy.seconds_per_token and fit.seconds_per_token:
+        gain = copy.seconds_per_token / fit.seconds_per_token - 1
+        return f"{gain:.0%} faster than whole copies, which leave less memory for rows"
+    return "it fits better than whole copies"
 
 
 def wants_simulation(base: Base, device: Device) -> bool:
@@ -176,9 +221,11 @@ def _ranks(rows: int, device: Device, reasons: dict[str, str]) -> tuple[int, int
         if rows % (nodes * each) == 0
     )
     if device.ranks > 1:
-        reasons["ranks"] = "one for each GPU: each trains different rows of a step"
+        one = "one for each GPU" if device.kind == "cuda" else "as many as asked for"
+        reasons["ranks"] = f"{one}: each trains different rows of a step"
         if ranks < device.ranks:
-            reasons["ranks"] = f"{device.ranks} GPUs do not divide {rows} rows a step"
+            things = "GPUs" if device.kind == "cuda" else "processes"
+            reasons["ranks"] = f"{device.ranks} {things} do not divide {rows} rows a step"
     return ranks, nodes
 
 
@@ -216,9 +263,9 @@ def _demand(
     device: Device,
     backend: backends.Backend,
     *,
-    ranks: int = 1,
+    layout: Layout,
 ) -> sizing.Demand:
-    quantisation = recipe.quantisation or {}
+    quantisation, rows = recipe.quantisation or {}, recipe.global_batch // layout.ranks
     return sizing.Demand(
         method=recipe.method,
         precision=recipe.precision,
@@ -230,13 +277,15 @@ def _demand(
         double_quant=bool(quantisation.get("double", True)),
         targets=recipe.targets,
         length=recipe.max_length,
-        rows=recipe.global_batch // ranks,
-        ranks=ranks,
+        rows=rows,
+        layout=layout,
+        network=device.network,
+        sharding=settings.sharding,
         packed=recipe.packing,
         device=device.kind,
         repacks=device.kind == "cpu" and device.bf16 and recipe.precision != "float32",
         span=lengths.mean if lengths else float(recipe.max_length),
-        micro_batch=settings.micro_batch,
+        micro_batch=_divisor(rows, settings.micro_batch) if settings.micro_batch else None,
         checkpointing=settings.checkpointing,
     )
 
@@ -255,8 +304,12 @@ def shortened(
         return recipe
     original, backend = recipe, _backend(recipe, base, device, spec.settings, {})
     while recipe.max_length > SHORTEST:
-        demand = _demand(recipe, spec.settings, lengths, device, backend)
-        if sizing.smallest(model, demand, device.gpu).fits(device.memory_bytes):
+        ranks, nodes = _ranks(recipe.global_batch, device, {})
+        layout = Layout(ranks, nodes)
+        demand = _demand(recipe, spec.settings, lengths, device, backend, layout=layout)
+        demand = replace(demand, micro_batch=demand.micro_batch or 1)
+        every = layouts(ranks, nodes, demand.sharding)
+        if _best(model, demand, device, every) is not None:
             return recipe
         reasons["max_length"] = f"{original.max_length} would not fit the memory of {device.name}"
         recipe = replace(recipe, max_length=recipe.max_length // 2)
@@ -266,36 +319,6 @@ def shortened(
             )
             recipe = replace(recipe, global_batch=rows)
     return recipe
-
-
-def _does_not_fit(
-    model: sizing.Model, demand: sizing.Demand, base: Base, device: Device
-) -> SpecError:
-    least = sizing.smallest(model, demand, device.gpu).memory
-    terms = sorted(least.terms.items(), key=lambda term: -term[1])[:2]
-    largest = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in terms)
-    free = device.memory_bytes / 2**30
-    cloud = next((m.cloud for m in presets.instances() if m.name == device.origin), None)
-    machine = sizing.smallest_machine(model, demand, cloud=cloud)
-    changes = []
-    if machine is not None:
-        changes.append(f"use {machine.name} ({machine.gpus} x {machine.gpu.name}) or larger")
-    if demand.method == "lora" and _fits(model, replace(demand, method="qlora"), device):
-        changes.append("or method qlora, which fits here")
-    return SpecError.at(
-        "PLAN-120",
-        base.name,
-        f"does not fit {device.name}: {demand.method} with rows of {demand.length} tokens takes "
-        f"at least {least.total / 2**30:.1f} GiB ({largest}), and {free:.1f} GiB are there",
-        ", ".join(changes) or "choose a smaller model: no known machine holds this one on a GPU",
-    )
-
-
-def _fits(model: sizing.Model, demand: sizing.Demand, device: Device) -> bool:
-    try:
-        return sizing.smallest(model, demand, device.gpu).fits(device.memory_bytes)
-    except memory.Unknown:  # only the requested variants were simulated
-        return False
 
 
 def _divisor(number: int, at_most: int) -> int:

@@ -1,4 +1,4 @@
-"""Candidate placements: micro-batch and checkpointing on one GPU, and the smallest machine.
+"""Candidate placements: how ranks hold the model, micro-batch, checkpointing; the smallest machine.
 
 Of the candidates whose memory estimate fits, the fastest by the roofline is taken. A share of the
 GPU is kept free, since memory is a hard limit; speed only ranks.
@@ -6,12 +6,12 @@ GPU is kept free, since memory is a hard limit; speed only ranks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from tuning import presets
-from tuning.plan import memory
+from tuning.plan import communication, memory, sharding
 from tuning.plan.coefficients import (
     Attention,
     Coefficients,
@@ -20,9 +20,13 @@ from tuning.plan.coefficients import (
     preset_coefficients,
 )
 from tuning.plan.memory import MemoryEstimate
+from tuning.plan.sharding import ALONE, Layout
 from tuning.plan.speed import seconds_per_token
+from tuning.spec import Sharding
 
 HEADROOM = 0.04  # share of a GPU's memory kept free for what the estimate does not count
+SETS = (1, 2, 3, 4, 6, 8, 16)  # machines of a set that is suggested
+HOST_SHARE = 0.8  # of host memory, for shares that lie there
 MAX_TOKENS = 16_384  # of a micro-batch; matrix products gain nothing beyond
 
 
@@ -45,7 +49,9 @@ class Demand:
     span: float  # tokens that a token's attention spans
     micro_batch: int | None = None  # set by the user
     checkpointing: bool | None = None  # set by the user
-    ranks: int = 1  # GPUs of data-parallel training
+    layout: Layout = ALONE  # how the GPUs hold the model
+    network: float | None = None  # bytes a second between two machines
+    sharding: Sharding | None = None  # set by the user
     fused: bool = False  # with the kernels of `tuning.models.kernels`
     repacks: bool = False  # a CPU whose library copies 16-bit weights into its own layout
 
@@ -58,10 +64,20 @@ class Fit:
     checkpointing: bool
     memory: MemoryEstimate
     seconds_per_token: float | None
+    layout: Layout = ALONE
 
-    def fits(self, free_bytes: int) -> bool:
-        """Whether it fits a GPU with `free_bytes`."""
-        return self.memory.total <= free_bytes * (1 - HEADROOM)
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of host memory that the ranks of a machine take for their shares."""
+        return self.memory.host * self.layout.each
+
+    def fits(self, free_bytes: int, host_bytes: int | None = None) -> bool:
+        """Whether it fits a GPU with `free_bytes`, on a machine with `host_bytes` if known."""
+        return self.memory.total <= free_bytes * (1 - HEADROOM) and self.fits_host(host_bytes)
+
+    def fits_host(self, host_bytes: int | None) -> bool:
+        """Whether its shares fit `host_bytes` of a machine; None: not known, so yes."""
+        return host_bytes is None or self.host_bytes <= host_bytes * HOST_SHARE
 
 
 @dataclass(frozen=True)
@@ -113,26 +129,56 @@ def _place(
         targets=demand.targets,
         double_quant=demand.double_quant,
         device=demand.device,
-        ranks=demand.ranks,
+        layout=demand.layout,
+        facts=base.facts,
         repacks=demand.repacks,
     )
-    seconds = (
-        None
-        if base.facts is None
-        else seconds_per_token(
-            base.facts,
-            gpu,
-            method=demand.method,
-            checkpointing=checkpointing,
-            tokens=tokens,
-            effective_length=demand.span if demand.attention == "varlen" else tokens,
-            rank=demand.rank,
-            precision=demand.precision,
-            attention=demand.attention,
-            fused=demand.fused,
-        )
+    seconds = _seconds(base, demand, gpu, micro_batch, checkpointing)
+    return Fit(micro_batch, checkpointing, estimate, seconds, demand.layout)
+
+
+def _seconds(
+    base: Model, demand: Demand, gpu: presets.Gpu | None, micro_batch: int, checkpointing: bool
+) -> float | None:
+    """Seconds of a GPU for each token, with what it waits for others; None where not known."""
+    if base.facts is None:
+        return None
+    tokens = micro_batch * demand.length
+    alone = seconds_per_token(
+        base.facts,
+        gpu,
+        method=demand.method,
+        checkpointing=checkpointing,
+        tokens=tokens,
+        effective_length=demand.span if demand.attention == "varlen" else tokens,
+        rank=demand.rank,
+        precision=demand.precision,
+        attention=demand.attention,
+        fused=demand.fused,
     )
-    return Fit(micro_batch, checkpointing, estimate, seconds)
+    if alone is None or gpu is None or gpu.bandwidth is None or demand.layout.ranks == 1:
+        return alone
+    together = communication.seconds(
+        alone * tokens,
+        shared(base, demand),
+        communication.Links.of(gpu, demand.network),
+        checkpointing=checkpointing,
+        accumulation=max(1, demand.rows // micro_batch),
+        bandwidth=gpu.bandwidth,
+    )
+    return together / tokens
+
+
+def shared(base: Model, demand: Demand) -> sharding.Shared:
+    """What the ranks of the demand's layout share."""
+    return sharding.share(
+        base.coefficients,
+        base.facts,
+        demand.layout,
+        method=demand.method,
+        precision=demand.precision,
+        lora=memory.lora_bytes(base.coefficients, demand.rank, demand.targets),
+    )
 
 
 def _documents(demand: Demand, micro_batch: int) -> int:
@@ -144,10 +190,34 @@ def _documents(demand: Demand, micro_batch: int) -> int:
     return max(1, round(micro_batch * demand.length / max(1.0, demand.span)))
 
 
-def best(base: Model, demand: Demand, gpu: presets.Gpu | None, *, free_bytes: int) -> Fit | None:
-    """The fastest placement that fits `free_bytes` of one GPU, or None."""
-    fitting = [fit for fit in placements(base, demand, gpu) if fit.fits(free_bytes)]
-    return min(fitting, key=_slowness) if fitting else None
+def best(
+    base: Model,
+    demand: Demand,
+    gpu: presets.Gpu | None,
+    *,
+    free_bytes: int,
+    host_bytes: int | None = None,
+    layouts: Sequence[Layout] = (),
+) -> Fit | None:
+    """The fastest placement that fits `free_bytes` of one GPU, or None.
+
+    Of the demand's layout, or of any of `layouts`: with shares in host memory only as a last
+    resort.
+    """
+    every = layouts or (demand.layout,)
+    for offload in (False, True):
+        fitting = [
+            fit
+            for layout in every
+            if layout.shards > 1 or not offload
+            for fit in placements(
+                base, replace(demand, layout=replace(layout, offload=offload)), gpu
+            )
+            if fit.fits(free_bytes, host_bytes)
+        ]
+        if fitting:
+            return min(fitting, key=_slowness)
+    return None
 
 
 def first(base: Model, demand: Demand, micro_batch: int, *, free_bytes: int) -> Fit | None:
@@ -165,37 +235,81 @@ def first(base: Model, demand: Demand, micro_batch: int, *, free_bytes: int) -> 
     return None
 
 
-def smallest(base: Model, demand: Demand, gpu: presets.Gpu | None) -> Fit:
-    """The placement that takes the least memory."""
-    return min(placements(base, demand, gpu), key=lambda fit: fit.memory.total)
+def smallest(
+    base: Model, demand: Demand, gpu: presets.Gpu | None, layouts: Sequence[Layout] = ()
+) -> Fit:
+    """The placement that takes the least memory, of the demand's layout or any of `layouts`."""
+    every = [replace(demand, layout=layout) for layout in layouts or (demand.layout,)]
+    return min(
+        (fit for each in every for fit in placements(base, each, gpu)),
+        key=lambda fit: fit.memory.total,
+    )
 
 
-def _slowness(fit: Fit) -> tuple[float, bool, int]:
-    """Sort key: slowest last; of unknown speed, checkpointing last, then small batches."""
-    return fit.seconds_per_token or 0.0, fit.checkpointing, -fit.micro_batch
+def longest(base: Model, demand: Demand, gpu: presets.Gpu | None, *, free_bytes: int) -> int:
+    """The longest row in tokens, of up to the demand's, that fits the demand's layout.
+
+    A multiple of 64, or 0.
+    """
+    demand = replace(demand, micro_batch=demand.micro_batch or 1)
+
+    def fits(blocks: int) -> bool:
+        shorter = replace(demand, length=64 * blocks, span=min(demand.span, 64.0 * blocks))
+        return smallest(base, shorter, gpu).fits(free_bytes)
+
+    low, high = 0, demand.length // 64 + 1  # fits, does not fit
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return 64 * low
 
 
-def smallest_machine(
+def _slowness(fit: Fit) -> tuple[float, int, bool, int]:
+    """Sort key: slowest last; of unknown speed, shares and checkpointing last, small batches."""
+    speed = fit.seconds_per_token or 0.0
+    return speed, fit.layout.shards, fit.checkpointing, -fit.micro_batch
+
+
+def smallest_machines(
     base: Model, demand: Demand, *, cloud: str | None = None
-) -> presets.Instance | None:
-    """The machine type with the least GPU memory that fits the demand, of `cloud` if it has one.
+) -> tuple[presets.Instance, int] | None:
+    """The machine type, and how many, with the least GPU memory that fits the demand.
+
+    One machine where that does, else as few of them; of `cloud` if it has any. Their GPUs hold the
+    model whole or all together, without host memory.
+    """
+    offered = [m for m in presets.instances() if not m.retired]
+    offered = [m for m in offered if presets.gpu_support(m.gpu, demand.method).supported]
+    for clouds in ((cloud,), {m.cloud for m in offered}):
+        for count in SETS:
+            fitting = [
+                machine
+                for machine in offered
+                if machine.cloud in clouds and _fits_machines(base, demand, machine, count)
+            ]
+            if fitting:
+                least = min(
+                    fitting, key=lambda m: (m.memory_bytes * m.gpus, m.gpus, m.vcpus or 0, m.name)
+                )
+                return least, count
+    return None
+
+
+def _fits_machines(base: Model, demand: Demand, machine: presets.Instance, count: int) -> bool:
+    """Whether `count` machines hold the demand's model: whole on each GPU, or on all together.
 
     Cards without bfloat16 are sized with float16, as a run on them would be.
     """
-    fitting = []
-    for machine in presets.instances():
-        if machine.retired or not presets.gpu_support(machine.gpu, demand.method).supported:
-            continue
-        precision: Precision = "bfloat16" if machine.gpu.bf16 else "float16"
-        attention = demand.attention if machine.gpu.bf16 else "sdpa"
-        there = replace(demand, precision=precision, attention=attention)
-        try:
-            if smallest(base, there, machine.gpu).fits(machine.memory_bytes):
-                fitting.append(machine)
-        except memory.Unknown:
-            continue
-    return min(
-        [machine for machine in fitting if machine.cloud == cloud] or fitting,
-        key=lambda m: (m.memory_bytes * m.gpus, m.gpus, m.vcpus or 0, m.name),
-        default=None,
+    ranks = machine.gpus * count
+    there = replace(
+        demand,
+        precision="bfloat16" if machine.gpu.bf16 else "float16",
+        attention=demand.attention if machine.gpu.bf16 else "sdpa",
+        micro_batch=demand.micro_batch or 1,
     )
+    every = sharding.layouts(ranks, count, demand.sharding)
+    try:
+        least = smallest(base, there, machine.gpu, (every[0], every[-1]))
+    except memory.Unknown:
+        return False
+    return least.fits(machine.memory_bytes)

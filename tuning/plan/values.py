@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from tuning import files
 from tuning.plan.device import Device
+from tuning.plan.sharding import Layout
 from tuning.plan.sizing import Fit
 
 DDP_EFFICIENCY = 0.97  # speed of a GPU that shares its gradients; reported elsewhere
@@ -102,6 +103,12 @@ class Placement:
     shards: int = 1  # ranks that share one copy of base, adapters and optimizer (FSDP2)
     offload: bool = False  # shards and optimizer lie in host memory
 
+    @property
+    def text(self) -> str:
+        """How the ranks hold the model, in words."""
+        things = "GPUs" if self.device == "cuda" else "processes"
+        return Layout(self.ranks, self.nodes, self.shards, self.offload).text(things)
+
 
 def placement_from_json(record: dict[str, Any]) -> Placement:
     """The placement in a record of `dataclasses.asdict`."""
@@ -190,6 +197,7 @@ def _memory_json(plan: Plan) -> dict[str, Any] | None:
         "terms": memory.terms,
         "total": memory.total,
         "allocated": plan.predicted()["peak_bytes"],
-        "free": plan.device.memory_bytes,
+        "free": plan.device.rank_bytes,
+        "host": plan.fit.host_bytes,
         "moment": memory.moment,
     }

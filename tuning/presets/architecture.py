@@ -65,6 +65,7 @@ class Facts:
     stored: str  # how the checkpoint holds its weights: "16-bit", "fp8", "mxfp4", ...
     packing_safe: bool  # packed rows do not attend to each other
     packing_reason: str
+    tied: bool = True  # the output layer is the embedding
 
     @property
     def queries(self) -> int:

@@ -163,6 +163,7 @@ def _read(text: Mapping[str, Any], whole: Mapping[str, Any]) -> Facts | None:
         stored=stored.of(whole),
         packing_safe=bool(family["packing_safe"]),
         packing_reason=family["packing_reason"],
+        tied=dense.tied,
     )
 
 

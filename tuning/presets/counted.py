@@ -28,6 +28,7 @@ def find(config: Mapping[str, Any]) -> Facts | None:
             text = config.get("text_config") or config
             context = text.get("max_position_embeddings") or record["context"]
             said = {"context": context, "stored": stored.of(config), **packing(config)}
+            said["tied"] = _tied(entry["config"])
             return Facts.from_json(record | said)
     return None
 
@@ -36,6 +37,13 @@ def packing(config: Mapping[str, Any]) -> dict[str, Any]:
     """What was measured of packed rows in the class of `config`."""
     safe, reason = (classes.of(config) or classes.Class()).packs
     return {"packing_safe": safe, "packing_reason": reason}
+
+
+def _tied(config: Mapping[str, Any]) -> bool:
+    """Whether the output layer is the embedding, as far as the config says: or else yes."""
+    outer = config.get("tie_word_embeddings")
+    inner = (config.get("text_config") or {}).get("tie_word_embeddings")
+    return bool(outer if outer is not None else inner is not False)
 
 
 def _agrees(config: Mapping[str, Any], known: Mapping[str, Any]) -> bool:

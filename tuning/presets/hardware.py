@@ -31,6 +31,7 @@ class Gpu:
     bandwidth: float | None  # bytes a second of its memory
     note: str  # for docs, or ""
     products: tuple[str, ...] = ()  # further names that the driver gives it
+    link: float | None = None  # bytes a second to the other GPUs of its machine, one way
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Instance:
     ram_bytes: int | None
     retired: bool  # the cloud no longer starts new ones
     aliases: tuple[str, ...]
+    network: float | None = None  # bytes a second between two such machines
 
     @property
     def memory_bytes(self) -> int:
@@ -162,6 +164,7 @@ def _slice(card: Gpu, profile: str, *, sevenths: int, gib: int) -> Gpu:
         bf16_flops=_scaled(card.bf16_flops, compute),
         bandwidth=_scaled(card.bandwidth, memory),
         products=(),
+        link=None,
     )
 
 
@@ -201,6 +204,7 @@ def _gpu(name: str, value: Any) -> Gpu:
             "fp16_tflops": float,
             "bf16_tflops": float,
             "bandwidth_gb": float,
+            "link_gb": float,
             "note": str,
             "products": list,
         },
@@ -217,6 +221,7 @@ def _gpu(name: str, value: Any) -> Gpu:
         bandwidth=_scaled(fields["bandwidth_gb"], 1e9),
         note=fields["note"] or "",
         products=tuple(fields["products"] or ()),
+        link=_scaled(fields["link_gb"], 1e9),
     )
 
 
@@ -225,7 +230,13 @@ def _instance(name: str, value: Any, *, cloud: str) -> Instance:
         value,
         where=f"{cloud}.yaml: {name}",
         required={"gpu": str, "gpus": int},
-        optional={"vcpus": int, "ram": int, "retired": bool, "aliases": list},
+        optional={
+            "vcpus": int,
+            "ram": int,
+            "network_gbit": float,
+            "retired": bool,
+            "aliases": list,
+        },
     )
     return Instance(
         name=name,
@@ -236,6 +247,7 @@ def _instance(name: str, value: Any, *, cloud: str) -> Instance:
         ram_bytes=fields["ram"] * GIB if fields["ram"] else None,
         retired=bool(fields["retired"]),
         aliases=tuple(fields["aliases"] or ()),
+        network=_scaled(fields["network_gbit"], 1e9 / 8),
     )
 
 

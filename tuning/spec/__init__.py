@@ -9,7 +9,15 @@ from tuning.spec.findings import spelled
 from tuning.spec.ignored import ignored
 from tuning.spec.reader import load, parse, parse_workspace, read_file
 from tuning.spec.schema import json_schema
-from tuning.spec.values import Destination, Method, Overrides, Settings, Source, Spec
+from tuning.spec.values import (
+    Destination,
+    Method,
+    Overrides,
+    Settings,
+    Sharding,
+    Source,
+    Spec,
+)
 from tuning.spec.writer import digest, dump
 
 __all__ = [
@@ -17,6 +25,7 @@ __all__ = [
     "Method",
     "Overrides",
     "Settings",
+    "Sharding",
     "Source",
     "Spec",
     "digest",

@@ -46,6 +46,8 @@ def coerce(key: Key, value: Any) -> Any:
             return _tokens(value)
         case "dtype":
             return _choice(key, value, _DTYPES)
+        case "sharding":
+            return _sharding(key, value)
         case "choice":
             return _choice(key, value, {each: each for each in key.values})
         case _:
@@ -138,6 +140,20 @@ def _choice(key: Key, value: Any, options: dict[str, str]) -> str:
     hint = f'; did you mean "{options[meant]}"?' if meant else ""
     change = f"use one of {', '.join(listed)}{hint}"
     raise Invalid(f"is {shown(value)}, which is not known", change, code="SPEC-104")
+
+
+def _sharding(key: Key, value: Any) -> str:
+    """transformers' `fsdp`: true, one word or several, as a list or a text."""
+    if value is True:
+        return key.values[0]
+    words = value.split() if isinstance(value, str) else value
+    if isinstance(words, list) and "offload" in words:
+        what = 'has "offload", which the plan chooses where nothing else fits'
+        raise Invalid(what, "remove that word", code="SPEC-104")
+    if isinstance(words, list) and len(words) > 1:
+        words = [word for word in words if word != "auto_wrap"]  # layers always are on their own
+    one = words[0] if isinstance(words, list) and len(words) == 1 else value
+    return _choice(key, one, {each: each for each in key.values})
 
 
 def _text(key: Key, value: Any) -> str | None:

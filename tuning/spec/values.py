@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 Method = Literal["lora", "qlora"]
+Sharding = Literal["full_shard", "hybrid_shard", "no_shard"]
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Settings:
     packing: bool | None = None
     train_on: Literal["assistant", "all"] | None = None
     checkpointing: bool | None = None
+    sharding: Sharding | None = None  # fsdp
     fused: bool | None = None  # fused_kernels
     save_steps: int | None = None
     eval_steps: int | None = None

@@ -8,10 +8,8 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
-from tuning import files
 from tuning.errors import Stopped
 from tuning.models import generate
 from tuning.training import evaluation
@@ -37,13 +35,12 @@ def attempt(what: str, work: Callable[[], T], lost: list[str]) -> T | None:
         return None
 
 
-def write_samples(path: Path, tuned: Any, tokenizer: Any, rows: Any) -> None:
-    """Write answers to the first of `rows`, the evaluation split, to `path`."""
-    samples = []
+def samples(tuned: Any, tokenizer: Any, rows: Any) -> str:
+    """Answers to the first of `rows`, the evaluation split, as lines of JSON."""
+    made = []
     if rows is not None:
-        samples = evaluation.samples(tuned, tokenizer, rows, number=SAMPLES, tokens=ANSWER_TOKENS)
-    lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples]
-    files.write(path, "".join(lines))
+        made = evaluation.samples(tuned, tokenizer, rows, number=SAMPLES, tokens=ANSWER_TOKENS)
+    return "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in made)
 
 
 def ask(tuned: Any, tokenizer: Any, questions: Sequence[str]) -> list[dict[str, str]]:

@@ -9,7 +9,7 @@ from typing import Any
 import datasets
 import torch
 
-from tuning.models import generate
+from tuning.models import generate, shards
 
 IGNORED = -100
 
@@ -35,7 +35,7 @@ class Best:
         """Copy the kept values into `weights`."""
         with torch.no_grad():
             for name, tensor in weights.items():
-                tensor.copy_(self.weights[name])
+                shards.assign(tensor, self.weights[name])
 
 
 @dataclass(frozen=True)

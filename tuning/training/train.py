@@ -23,8 +23,8 @@ from peft import get_peft_model_state_dict
 
 from tuning import adapter, files, process
 from tuning.data.tokenizer import add_tokens
-from tuning.errors import DataError, OutOfMemoryError
-from tuning.models import generate
+from tuning.errors import DataError, OutOfMemoryError, SpecError, TransientError
+from tuning.models import generate, shards
 from tuning.models.kernels import heap
 from tuning.models.load import DTYPES, load_for_training, load_tokenizer
 from tuning.plan import Placement, Recipe, placement_from_json, recipe_from_json
@@ -58,7 +58,6 @@ class Request:
     packed: Path | None = None  # folder where packed weights are cached
     save_seconds: float = 600.0  # most work that a kill can lose
     save_steps: int | None = None
-    meeting: Path | None = None  # rendezvous file of several ranks
     kept: Path | None = None  # where the result is kept once the adapter is in place
 
     @classmethod
@@ -66,7 +65,7 @@ class Request:
         """The request in a JSON file; keys that are null count as absent."""
         names = {field.name for field in fields(cls)}
         values = {k: v for k, v in record.items() if k in names and v is not None}
-        paths = ("run", "base", "train", "adapter", "eval", "packed", "meeting", "kept", "start")
+        paths = ("run", "base", "train", "adapter", "eval", "packed", "kept", "start")
         for name in paths:
             if name in values:
                 values[name] = Path(values[name])
@@ -85,13 +84,18 @@ def work(record: dict[str, Any], stop: Interruption | None = None) -> dict[str, 
     if stop is None:
         with Interruption() as own:
             return work(record, own)
-    request = Request.from_json(record)
+    ranks = distributed.join(record.get("device") or record["placement"]["device"])
+    request = _request(record, ranks)
     try:
-        return _run(request, stop)
+        return _run(request, stop, ranks)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        placement = request.placement
+        if placement.nodes > 1 and distributed.is_lost(error):
+            what = f"another machine of the {placement.nodes} is gone ({_first_line(error)})"
+            change = "look at its log; training goes on from the last checkpoint when it is back"
+            raise TransientError.at("TRAIN-141", "training", what, change) from error
         if not is_out_of_memory(error):
             raise
-        placement = request.placement
         raise OutOfMemoryError.at(
             "TRAIN-140",
             placement.device,
@@ -103,11 +107,33 @@ def work(record: dict[str, Any], stop: Interruption | None = None) -> dict[str, 
         stop.deferred = True  # only the result is left to write
 
 
-def _run(request: Request, stop: Interruption) -> dict[str, Any]:
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def _request(record: dict[str, Any], ranks: distributed.Ranks) -> Request:
+    """The request in `record`; on a machine that follows, machine 0's with its rows and folders."""
+    if ranks.count == 1 or ranks.machines == 1:
+        return Request.from_json(record)
+    first = ranks.from_first(record)
+    own = {key: record[key] for key in ("run", "base", "packed")}
+    made = first | own if ranks.machine else record
+    for name in ("train", "eval", "start"):
+        if first.get(name):
+            here = Path(own["run"]) / "data" / "from-machine-0" / name
+            made[name] = str(ranks.spread(Path(first[name]), here))
+    request = Request.from_json(made)
+    if request.placement.ranks != ranks.count:
+        what = f"{ranks.count} ranks have met, and {request.placement.ranks} are planned"
+        change = "use machines with equal numbers of GPUs, or give each the same --ranks"
+        raise SpecError.at("TRAIN-142", "training", what, change)
+    return request
+
+
+def _run(request: Request, stop: Interruption, ranks: distributed.Ranks) -> dict[str, Any]:
     began = time.monotonic()
     recipe, placement = request.recipe, request.placement
     _configure(placement)
-    ranks = distributed.join(placement.device, request.meeting)
     rows = read_rows(request.train)
     refuse_unlearnable(rows)
     resumed = _resumed(request, ranks)
@@ -118,6 +144,7 @@ def _run(request: Request, stop: Interruption) -> dict[str, Any]:
         chat_template=request.chat_template,
         packed_root=request.packed,
         start=request.start,
+        split=ranks.split(placement),
     )
     loaded = time.monotonic()
     loop = _trainer(request, stop, ranks, tuned, tokenizer, rows)
@@ -150,23 +177,25 @@ def _run(request: Request, stop: Interruption) -> dict[str, Any]:
     what = "the loss on the held-out rows was not measured after training"
     loss_after = afterwards.attempt(what, loop.held_out_loss, lost)
     peak = max(ranks.gather(peak_memory(placement.device)))
-    if not ranks.first:
-        distributed.leave(ranks)
-        return {}
-    after = {"eval_loss_after": loss_after, "peak_memory_bytes": peak}
-    after["answers"] = _answers(request, tuned, tokenizer, lost)
+    after: dict[str, Any] = {"eval_loss_after": loss_after, "peak_memory_bytes": peak}
+    if ranks.first or placement.shards > 1:  # a shared model answers on all ranks together
+        after["answers"] = _answers(request, tuned, tokenizer, lost, write=ranks.first)
     distributed.leave(ranks)
-    return result | after | {"lost": lost}
+    return result | after | {"lost": lost} if ranks.first else {}
 
 
-def _answers(request: Request, tuned: Any, tokenizer: Any, lost: list[str]) -> list[dict[str, str]]:
-    """The answers to the request's questions; writes the samples, too."""
+def _answers(
+    request: Request, tuned: Any, tokenizer: Any, lost: list[str], *, write: bool
+) -> list[dict[str, str]]:
+    """The answers to the request's questions; makes the samples, too, and may `write` them."""
     asked = partial(afterwards.ask, tuned, tokenizer, request.questions)
     answers = afterwards.attempt("the questions were not answered", asked, lost)
 
     def samples() -> None:
         rows = read_rows(request.eval) if request.eval else None
-        afterwards.write_samples(request.run / "samples.jsonl", tuned, tokenizer, rows)
+        made = afterwards.samples(tuned, tokenizer, rows)
+        if write:
+            files.write(request.run / "samples.jsonl", made)
 
     afterwards.attempt("no samples were written", samples, lost)
     return answers or []
@@ -272,7 +301,12 @@ def _resumed(request: Request, ranks: distributed.Ranks) -> checkpoint.Checkpoin
         step = newest.step if newest else None
         checkpoint.truncate_lines(request.run / "metrics.jsonl", step=step or 0)
     step = ranks.from_first(step)
-    return None if step is None else checkpoint.at(root, run_id=run_id, step=step)
+    if step is None:
+        return None
+    found = checkpoint.at(root, run_id=run_id, step=step)
+    if ranks.machines > 1:
+        ranks.spread(found.folder, found.folder)
+    return found
 
 
 def read_rows(path: Path) -> datasets.Dataset:
@@ -306,7 +340,7 @@ def round_adapter(tuned: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
             if parameter.requires_grad:
                 parameter.copy_(parameter.to(dtype))
     return {
-        name: tensor.detach().to("cpu", dtype)
+        name: shards.whole(tensor.detach()).to("cpu", dtype)
         for name, tensor in get_peft_model_state_dict(tuned, save_embedding_layers=False).items()
     }
 

@@ -12,8 +12,9 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import transformers
 from trl import SFTConfig, SFTTrainer
 
 from tuning.errors import DivergedError
+from tuning.models import shards
 from tuning.models.kernels import head, heap
 from tuning.plan import Recipe
 from tuning.plan.backends import VARLEN
@@ -65,6 +67,10 @@ class Exact(SFTTrainer):  # type: ignore[misc]
         self.saved_at = 0  # step of the last checkpoint
         self.best = Best()
         self.first_step_at: float | None = None  # when this process ended its first, monotonic
+        base = tuned.get_base_model()
+        packed = getattr(base, "is_loaded_in_4bit", False)
+        if packed:  # trl would make the adapter bfloat16
+            base.is_loaded_in_4bit = False
         super().__init__(
             model=tuned,
             args=arguments,
@@ -73,18 +79,19 @@ class Exact(SFTTrainer):  # type: ignore[misc]
             processing_class=tokenizer,
             callbacks=[Watch(self)],
         )
+        if packed:
+            base.is_loaded_in_4bit = True
+        self.split = shards.is_split(tuned)
+        if self.split:  # FSDP reduces the gradients
+            prepare = self.accelerator.prepare_model
+            self.accelerator.prepare_model = partial(prepare, evaluation_mode=True)
         self.remove_callback(transformers.PrinterCallback)
-        base = tuned.get_base_model()
         self.one_pass = getattr(base, "one_pass", False)  # as `models.kernels.whole` found
         self._eval_sums: list[torch.Tensor] = []  # (summed loss, labelled tokens) by batch
         if self.one_pass:
             head.install(base)
         by_document = base.config._attn_implementation == VARLEN
         self.data_collator: Any = Numbered(self.data_collator, by_document=by_document)
-        # trl makes a quantised model's adapter bf16, in which most of a late step is rounded away:
-        # at learning rate 2e-5, Adam's full step leaves 61 % of weights of 0.02 as they are
-        for parameter in self.trained().values():
-            parameter.data = parameter.data.float()
         self.half = recipe.precision == "float16"
         if self.half:
             self.accelerator.scaler = torch.amp.GradScaler(self.args.device.type)
@@ -127,7 +134,8 @@ class Exact(SFTTrainer):  # type: ignore[misc]
         """Record the evaluation loss of the current weights; keep them if they are the best."""
         self.progress.evaluated = self.state.global_step
         if self.recipe.keep_best:
-            self.best.update(self.state.global_step, loss, self.trained())
+            weights = {name: shards.whole(p.detach()) for name, p in self.trained().items()}
+            self.best.update(self.state.global_step, loss, weights)
             self.progress.best_step, self.progress.best_loss = self.best.step, self.best.loss
 
     def trained(self) -> dict[str, torch.nn.Parameter]:
@@ -138,7 +146,10 @@ class Exact(SFTTrainer):  # type: ignore[misc]
 
     def save(self, random: Mapping[str, Any]) -> None:
         """Write a checkpoint of the last finished optimizer step with this rank's random state."""
-        step, contents = self.state.global_step, self._contents(self.ranks.gather(random))
+        step = self.state.global_step
+        contents: Iterable[tuple[str, bytes]] = self._contents(self.ranks.gather(random))
+        if self.split:  # all ranks give their shares
+            contents = list(contents)
         if self.ranks.first:
             checkpoint.save(
                 self.saves.root, run_id=self.recipe.run_id, step=step, contents=contents
@@ -151,12 +162,13 @@ class Exact(SFTTrainer):  # type: ignore[misc]
             self.save(random)
 
     def _contents(self, random: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, bytes]]:
-        weights = self.trained()
+        weights = {name: shards.whole(p.detach()) for name, p in self.trained().items()}
         broken = sorted(name for name, p in weights.items() if not p.isfinite().all())
         if broken:
             fact = f"{len(broken)} of {len(weights)} weights are not finite, the first {broken[0]}"
             raise self._diverged("TRAIN-131", fact)
         tensors, optimizer = checkpoint.split_optimizer(self.optimizer.state_dict())
+        tensors = {name: shards.whole(tensor) for name, tensor in tensors.items()}
         yield "weights.safetensors", checkpoint.pack_tensors(weights)
         yield "optimizer.safetensors", checkpoint.pack_tensors(tensors)
         if self.progress.best_step is not None:
@@ -182,14 +194,19 @@ class Exact(SFTTrainer):  # type: ignore[misc]
         with torch.no_grad():
             for name, parameter in weights.items():
                 # not peft's loader: it makes bf16 weights float32, and the run drifts
-                parameter.data = stored[name].to(parameter.device)
+                shards.assign(parameter, stored[name])
 
     def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
         if folder is None:
             return
         state = json.loads(_read(folder, "state.json"))
         tensors = checkpoint.unpack_tensors(_read(folder, "optimizer.safetensors"))
-        self.optimizer.load_state_dict(checkpoint.join_optimizer(tensors, state["optimizer"]))
+        joined = checkpoint.join_optimizer(tensors, state["optimizer"])
+        groups = self.optimizer.param_groups
+        for number, parameter in enumerate(p for group in groups for p in group["params"]):
+            own = joined["state"].get(number, {})
+            own |= {k: shards.like(v, parameter) for k, v in own.items() if torch.is_tensor(v)}
+        self.optimizer.load_state_dict(joined)
         self.lr_scheduler.load_state_dict(state["scheduler"])
 
     def _load_scaler(self, folder: str | None) -> None:
@@ -208,7 +225,8 @@ class Exact(SFTTrainer):  # type: ignore[misc]
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
         """Forward and backward of one micro-batch; records its rows, tokens and loss."""
         reduced = isinstance(model, torch.nn.parallel.DistributedDataParallel)
-        assert reduced or self.ranks.count == 1, "gradients are not reduced over ranks"
+        alone = self.ranks.count == 1
+        assert reduced or self.split or alone, "gradients are not reduced over ranks"
         self._heartbeat()
         self.rows += inputs.pop("rows")
         self.tokens_so_far += inputs.pop("tokens")
@@ -309,6 +327,7 @@ class Exact(SFTTrainer):  # type: ignore[misc]
         if grad_norm is None:
             self._unscale()
         norm = super()._get_grad_norm(model, grad_norm)
+        norm = shards.whole(norm) if torch.is_tensor(norm) else norm
         loss = float(self.loss_so_far)
         if not math.isfinite(loss):
             raise self._diverged("TRAIN-130", f"the loss became {loss}")
@@ -320,8 +339,18 @@ class Exact(SFTTrainer):  # type: ignore[misc]
         return norm
 
     def _unscale(self) -> None:
+        """The gradient as it is, on all ranks alike."""
+        if self.split:
+            for parameter in self.trained().values():
+                if shards.is_whole(parameter) and parameter.grad is not None:  # of new tokens
+                    torch.distributed.all_reduce(parameter.grad)
+                    parameter.grad /= self.ranks.count
         if self.half:
-            self.accelerator.scaler.unscale_(self.optimizer.optimizer)
+            optimizer = self.optimizer.optimizer
+            self.accelerator.scaler.unscale_(optimizer)
+            if self.split:  # a share may overflow alone
+                for found in self.accelerator.scaler._found_inf_per_device(optimizer).values():
+                    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
 
     def _diverged(self, code: str, fact: str) -> DivergedError:
         rows = ", ".join(str(row) for row in self.rows[:SHOWN_ROWS])

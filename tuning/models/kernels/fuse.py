@@ -20,6 +20,7 @@ import bitsandbytes as bnb
 import torch
 from peft.tuners.lora import LoraLayer
 
+from tuning.models import shards
 from tuning.models.kernels import experts, linear, mixtures, norm, parity
 from tuning.models.kernels.linear import Projection
 from tuning.plan.backends import LIGER, LORA, MLP, NORM
@@ -77,7 +78,7 @@ def fuse(tuned: torch.nn.Module, kernels: Collection[str]) -> Fused:
     fused = Fused()
     if LIGER in kernels:
         fused.counts[LIGER] = _liger(tuned)
-    for module in list(tuned.modules()):
+    for module in shards.each(tuned):
         if MLP in kernels:
             fused.note(MLP, module, _fuse_mlp(module))
         if LORA in kernels:
@@ -166,7 +167,7 @@ def _dtype(x: torch.Tensor, layers: Collection[Any]) -> torch.dtype | None:
 
 def _repacked(base: Any) -> bool:
     """Whether bitsandbytes laid the weight out anew for a kernel of this processor."""
-    return bool(getattr(base.weight.quant_state, "packing_format_for_cpu", False))
+    return bool(getattr(linear.state(base), "packing_format_for_cpu", False))
 
 
 def _projection(layer: Any) -> Projection:

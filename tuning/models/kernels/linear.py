@@ -73,9 +73,14 @@ def weight(base: torch.nn.Linear, dtype: torch.dtype) -> Tensor:
     if not isinstance(base, bnb.nn.Linear4bit):
         return base.weight.to(dtype)
     unpack: Callable[[], Tensor] = getattr(base, "unpacked", None) or partial(
-        bnb.functional.dequantize_4bit, base.weight.data, base.weight.quant_state
+        bnb.functional.dequantize_4bit, base.weight.data, state(base)
     )
     return unpack().to(dtype)
+
+
+def state(base: Any) -> Any:
+    """How the weight of a 4-bit layer is packed; a weight that ranks share does not know it."""
+    return getattr(base.weight, "quant_state", None) or base.quant_state
 
 
 def _down(x: Tensor, parts: Sequence[Projection]) -> Tensor:

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from tuning.models import shards
+
 Tensor = torch.Tensor
 Forward = Callable[[Tensor], Sequence[Tensor]]
 
@@ -98,7 +100,7 @@ def random_weights(
         with torch.no_grad():
             for parameter in parameters:
                 noise = torch.randn(parameter.shape, generator=generator) * size
-                parameter.copy_(noise)
+                shards.assign(parameter, noise)
         yield
     finally:
         with torch.no_grad():

@@ -16,6 +16,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 from tuning.errors import SpecError
+from tuning.models import shards
 from tuning.models.kernels import apart, attention, fuse, head, parity
 from tuning.plan.backends import BY_OFFSETS, HEAD
 
@@ -137,9 +138,7 @@ def _results(tuned: Any, precision: torch.dtype, *, packed: bool, size: float = 
             torch.autocast(tuned.device.type, precision, enabled=precision != torch.float32),
         ):
             loss = _loss(tuned, documents, packed=packed, one_pass=base.one_pass)
-            gradients = torch.autograd.grad(
-                loss, weights, allow_unused=True, materialize_grads=True
-            )
+            gradients = shards.gradients(loss, weights)
     finally:
         tuned.train(training)
     return [loss.detach().double(), torch.cat([g.double().flatten() for g in gradients])]

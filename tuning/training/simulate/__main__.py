@@ -80,7 +80,7 @@ def text(config: dict[str, Any], kept: dict[str, Any] | None = None) -> str:
     found["verdict"] = verdict.to_json(judged)
     if _counted(config):
         facts_ = count(config).to_json()  # whether it packs is known of its class
-        found["facts"] = {k: v for k, v in facts_.items() if not k.startswith("packing")}
+        found["facts"] = {k: v for k, v in facts_.items() if not k.startswith(("packing", "tied"))}
     keys = sorted(found, key=lambda key: (key == "moments", key))
     return "{\n" + ",\n".join(f" {json.dumps(key)}: {_lines(found[key])}" for key in keys) + "\n}\n"
 

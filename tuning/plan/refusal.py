@@ -1,0 +1,112 @@
+"""What does not fit a machine, in numbers, and what would do: PLAN-120."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from tuning import presets
+from tuning.errors import SpecError
+from tuning.plan import memory, sizing
+from tuning.plan.base import Base
+from tuning.plan.device import Device
+from tuning.plan.sharding import layouts
+from tuning.plan.sizing import HEADROOM, Demand, Fit, Model
+
+SHORTEST = 128  # tokens of a row that is worth a suggestion
+GIB, MIB = 2**30, 2**20
+
+
+def of(model: Model, demand: Demand, base: Base, device: Device) -> SpecError:
+    """The refusal of `demand`, which fits `device` in no layout."""
+    least = _least(model, demand, device)
+    largest = sorted(least.memory.terms.items(), key=lambda term: -term[1])[:2]
+    terms = ", ".join(f"{name} {size / GIB:.1f}" for name, size in largest)
+    layout = least.layout
+    all_of = f", shared by {layout.shards} GPUs" if layout.shards > 1 else ""
+    what = (
+        f"does not fit {device.name}: {demand.method} with rows of {demand.length} tokens takes "
+        f"at least {least.memory.total / GIB:.1f} GiB{all_of} ({terms}), "
+        f"and {device.rank_bytes / GIB:.1f} GiB are there"
+    )
+    if short := _host_short(model, demand, device):
+        what += short
+    left_out = {
+        "per_device_train_batch_size": replace(demand, micro_batch=None),
+        "gradient_checkpointing": replace(demand, checkpointing=None),
+        "fsdp": replace(demand, sharding=None),
+    }
+    changes = [
+        f"leave out TrainingArguments.{key}"
+        for key, other in left_out.items()
+        if other != demand and _fits(model, other, device)
+    ]
+    if row := _longest(model, demand, device):
+        words, change = row
+        what += words
+        changes.append(change)
+    if demand.method == "lora" and _fits(model, replace(demand, method="qlora"), device):
+        changes.append("use method qlora, which fits here")
+    cloud = next((m.cloud for m in presets.instances() if m.name == device.origin), None)
+    if machines := sizing.smallest_machines(model, demand, cloud=cloud):
+        changes.append(_use(*machines))
+    change = ", or ".join(changes)
+    if not change:
+        change = "choose a smaller model: no known machines hold this one on their GPUs"
+    return SpecError.at("PLAN-120", base.name, what, change)
+
+
+def _use(machine: presets.Instance, count: int) -> str:
+    if count > 1:
+        return f"use {count} x {machine.name} (resource.count: {count})"
+    return f"use {machine.name} ({machine.gpus} x {machine.gpu.name}) or larger"
+
+
+def _longest(model: Model, demand: Demand, device: Device) -> tuple[str, str] | None:
+    """What a token of a row costs and which rows fit, and what to change; None where none does."""
+    least = _least(model, demand, device)
+    shared = replace(demand, layout=least.layout)
+    row = sizing.longest(model, shared, device.gpu, free_bytes=device.rank_bytes)
+    if not SHORTEST <= row < demand.length:
+        return None
+    fitting = _least(model, replace(demand, length=row, span=float(row)), device)
+    token = (least.memory.total - fitting.memory.total) / (demand.length - row)
+    free = device.rank_bytes * (1 - HEADROOM)
+    other = fitting.memory.total - row * token
+    words = (
+        f"; a token takes {token / MIB:.2f} MiB, and beside {other / GIB:.1f} GiB for all else "
+        f"{(free - other) / GIB:.1f} GiB are left for them: rows of up to {row} tokens"
+    )
+    return words, f"set TrainingArguments.max_length to {row} or less"
+
+
+def _host_short(model: Model, demand: Demand, device: Device) -> str:
+    """That host memory is too small for what the GPUs cannot hold, if so."""
+    least = _smallest(model, demand, device)[0]
+    if device.host_bytes is None or least.fits_host(device.host_bytes):
+        return ""
+    return (
+        f"; with their shares in host memory it takes {least.memory.total / GIB:.1f} GiB, and of a "
+        f"machine's host memory {least.host_bytes / GIB:.1f} of {device.host_bytes / GIB:.1f} GiB"
+    )
+
+
+def _least(model: Model, demand: Demand, device: Device) -> Fit:
+    """The placement of the least memory on a GPU of `device`, with enough host memory."""
+    return next(fit for fit in _smallest(model, demand, device) if fit.fits_host(device.host_bytes))
+
+
+def _smallest(model: Model, demand: Demand, device: Device) -> list[Fit]:
+    """The smallest placement of each layout, that of the least memory on a GPU first."""
+    layout = demand.layout
+    every = layouts(layout.ranks, layout.nodes, demand.sharding)
+    if device.kind == "cuda":
+        every += [replace(each, offload=True) for each in every if each.shards > 1]
+    fits = [sizing.smallest(model, demand, device.gpu, [each]) for each in every]
+    return sorted(fits, key=lambda fit: fit.memory.total)
+
+
+def _fits(model: Model, demand: Demand, device: Device) -> bool:
+    try:
+        return _least(model, demand, device).fits(device.rank_bytes, device.host_bytes)
+    except memory.Unknown:  # only the requested variants were simulated
+        return False

@@ -199,7 +199,9 @@ def _plan(observed: Observed) -> Object:
 
 def _summary(plan: Plan) -> str:
     recipe, placement = plan.recipe, plan.placement
-    gpus = f"{placement.ranks} x " if placement.ranks > 1 else ""
+    each, nodes = placement.ranks // placement.nodes, placement.nodes
+    gpus = f"{nodes} machines, each " if nodes > 1 else ""
+    gpus += f"{each} x " if each > 1 else ""
     return (
         f"{recipe.method} of rank {recipe.rank} in {recipe.precision} on {gpus}{plan.device.name}, "
         f"{recipe.max_length} tokens, {recipe.epochs:g} epochs"

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 from cluster import bed, pod_names
-from cluster.job_controller import JobController, Kept
+from cluster.job_controller import JobController
 from cluster.place import ROOT, HostPython, Place, docker_registry, ended, operated, reachable
+from cluster.whole_jobs import Kept
 from cluster.world import NODE_CLAIM_CRD, wait
 
 from jobs.api import client

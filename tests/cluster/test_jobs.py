@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 from cluster import bed
-from cluster.job_controller import INDEX, JobController, Kept
+from cluster.job_controller import INDEX, JobController
+from cluster.whole_jobs import Kept
 from cluster.world import SUCCESS, World, fresh, wait, workspace
 
 from jobs.api.client import Cluster

@@ -25,6 +25,7 @@ from jobs.desired import tuning as desired_tuning
 from jobs.manifests import group
 from jobs.manifests import job as job_manifests
 from jobs.manifests import server as server_manifests
+from jobs.observed import group as group_pods
 from jobs.observed import objects
 from jobs.observed.phase import last_number, missing_nodes, node_attempts, phase_of, zone
 from jobs.observed.phases import PHASES, Observed, Phase, PhaseName
@@ -83,6 +84,10 @@ def decide(observed: Observed, options: Options) -> Decision:
         case "invalid" | "unfit" | "conflict" | "queued":
             server = _stored((DEPLOYMENT, observed.server)) if phase.is_overdue else ()
             return replace(decision, delete=(*server, *released))
+        case "pending" | "running" if not observed.storage and group_pods.is_left_alone(
+            observed.pods
+        ):  # it is created again, with all of its pods
+            return replace(decision, delete=_stored((JOB, observed.job)))
         case "pending" | "running":
             return replace(decision, **_restore(observed, options))
     return decision

@@ -29,6 +29,17 @@ def lost(pods: tuple[Object, ...]) -> Object | None:
     return next((pod for pod in objects.newest_each(pods) if objects.node_loss(pod)), None)
 
 
+def is_left_alone(pods: tuple[Object, ...]) -> bool:
+    """Whether index 0 began again after another pod had ended well, which a Job never starts again:
+    without what index 0 had stored, it would wait for that pod in vain."""
+    leader = objects.newest(first(pods))
+    if leader is None or objects.has_ended(leader):
+        return False
+    began = objects.parse_time(leader["metadata"]["creationTimestamp"])
+    others = (pod for pod in pods if objects.completion_index(pod) and objects.exit_code(pod) == 0)
+    return any(objects.ended_at(pod) < began for pod in others)
+
+
 def waiting(pods: tuple[Object, ...], nodes: int) -> str:
     """How many pods run, while a run on several machines waits for all of them."""
     running = sum(objects.is_running(pod) for pod in objects.newest_each(pods))

@@ -452,6 +452,29 @@ def test_the_service_is_put_back_and_a_stranger_s_is_a_conflict() -> None:
     assert 1 == len(other.owned(JOB))
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_index_0_that_has_lost_all_does_not_wait_for_pods_that_have_ended(shared: bool) -> None:
+    """A pod that ended well never starts again: where index 0 goes on from its volume it needs
+    none, elsewhere the whole Job begins anew."""
+    scene = Scene(count=2)
+    if shared:
+        scene.options.__dict__["storage"] = Storage(shared_class="files")
+    scene.with_node()
+    pods = running(scene, 2)
+    (job,) = scene.owned(JOB)
+    scene.look(600)
+    pods[1]["status"] = {"phase": "Succeeded"} | engine(ended(0, "", scene.api.now))
+    assert "Running" == scene.look(600)["state"]
+    assert job["metadata"]["uid"] == scene.owned(JOB)[0]["metadata"]["uid"]
+    pods[0]["status"] = {"phase": "Failed"} | engine(ended(20, "", scene.api.now))
+    scene.look(10)
+    scene.pod(index=0, phase="Running", **RUNS)
+    for _ in range(3):
+        scene.look(10)
+    assert shared == (job["metadata"]["uid"] == scene.owned(JOB)[0]["metadata"]["uid"])
+    assert 2 == len(claims(scene))
+
+
 def test_a_changed_parallelism_is_told() -> None:
     """The engine was started for as many pods as the Workspace says."""
     scene = Scene(count=2)

@@ -283,4 +283,4 @@ def test_a_failed_rank_does_not_wait_for_its_communicator(room, tmp_path):
     with pytest.raises(DataError, match="DATA-200"):
         room(body, group=process.Group(2))
 
-    assert time.monotonic() - begin < process.PEER_SECONDS + 60
+    assert time.monotonic() - begin < 90

@@ -17,11 +17,7 @@ from commands import tuning, workspace
 
 from tuning import presets
 
-KINDS = (
-    *("gpt2", "bert"),  # Conv1D; an encoder
-    *("deepseek_v3", "mamba2"),  # experts, shared ones and a dense layer; state spaces
-    *("xlnet", "cpmant"),  # refused: out of reach; not causal
-)
+KINDS = ("bert", "deepseek_v3", "xlnet")  # an encoder; experts; out of reach, so refused
 ROWS = [json.dumps(row) for row in tiny_models.message_rows(16)]
 
 
@@ -68,7 +64,7 @@ def test_a_class_of_each_kind(name: str, tmp_path: Path) -> None:
     same(name, "lora", tmp_path)
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "qwen3_5_text"])
+@pytest.mark.parametrize("name", ["qwen3_5_text"])  # recurrent
 def test_a_class_of_each_kind_in_4_bits(name: str, tmp_path: Path) -> None:
     """The same with packed weights, experts included."""
     same(name, "qlora", tmp_path)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import architectures
 import pytest
 import tiny_models
 import tiny_runs
@@ -258,6 +259,20 @@ def test_a_wrong_certainty_is_still_finite() -> None:
     loss = head.loss(hidden, torch.eye(2), None, torch.tensor([[head.IGNORED, 1]]))
 
     assert loss.item() == pytest.approx(200.0)
+
+
+@pytest.mark.parametrize("name", ["llama", "nemotron_h", "bamba"])
+def test_a_model_with_the_one_pass_head_still_answers(name: str, tmp_path: Path) -> None:
+    """`generate` asks the forward which inputs it takes."""
+    base = architectures.write(name, tmp_path / "base")
+    model = load_base(base, precision="float32", quantisation=None, device="cpu")
+    prompt = torch.arange(4, 12)[None]
+    inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
+    expected = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+
+    head.install(model)
+
+    assert torch.equal(expected, model.generate(**inputs, max_new_tokens=3, do_sample=False))
 
 
 def test_a_head_of_another_kind_is_trl_s(tiny_base: Build) -> None:

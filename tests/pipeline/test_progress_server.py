@@ -67,7 +67,9 @@ def test_only_this_machine_is_served_unless_asked(tmp_path):
     assert f"0100007F:{port:04X}" == address
 
 
-@pytest.mark.parametrize("sent", [b"", b"GET /progress HTTP/1.1\r\nHost: x\r\n"])
+@pytest.mark.parametrize(
+    "sent", [b"", pytest.param(b"GET /progress HTTP/1.1\r\nHost: x\r\n", marks=pytest.mark.slow)]
+)
 def test_idle_clients_take_nothing_of_the_run(sent, tmp_path, monkeypatch):
     """Of 300 connections that ask nothing few are kept, none for long; then others are answered."""
     monkeypatch.setattr(progress_server, "SECONDS", 1.0)

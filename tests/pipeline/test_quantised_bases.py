@@ -52,6 +52,7 @@ def first_loss(world: World, name: str) -> float:
     return float(next(json.loads(line)["loss"] for line in lines))
 
 
+@pytest.mark.slow
 def test_an_fp8_base_is_trained_as_the_16_bit_one_it_stands_for(
     world: World, tiny_base: Build, tmp_path: Path
 ) -> None:

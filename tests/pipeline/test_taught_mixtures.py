@@ -59,12 +59,12 @@ def kill_midway(arguments: list[Any], metrics: Path) -> None:
     assert -signal.SIGKILL == running.wait()
 
 
-SLOW = ("gpt_oss", "mixtral")
+SLOW = ("gpt_oss", "mixtral", "nemotron_h")
 
 
 @pytest.mark.parametrize(
     "name",
-    ["qwen3_moe", "nemotron_h", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)],
+    ["qwen3_moe", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)],
 )
 def test_an_answer_is_taught(name: str, tmp_path: Path) -> None:
     """In 4 bits with experts; killed and resumed; the image answers, and the base does not."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,10 +10,10 @@ from typing import Any
 
 import pytest
 import tiny_runs
+from ranks import at_step, close, kill, train
 
 from tuning import process
 from tuning.errors import Stopped
-from tuning.pipeline.outcome import progress
 from tuning.training.batches import FILLER, Order
 from tuning.training.distributed import Ranks
 
@@ -27,29 +26,6 @@ ALONE = tiny_runs.placement(micro_batch=1, accumulation=4)
 TWO = tiny_runs.placement(ranks=2, micro_batch=1, accumulation=2)
 
 
-def train(
-    run: Path,
-    base: Path,
-    placement: Any,
-    *,
-    recipe: Any = RECIPE,
-    tick: Any = lambda: None,
-    stop: Any = lambda: False,
-) -> dict[str, Any]:
-    """The answer of the training child, or of the children, as the parent runs them."""
-    asked = tiny_runs.request(run, base, recipe, placement, count=17, held_out=6)
-    (run / "log").mkdir(exist_ok=True)
-    return process.run(
-        "training.train",
-        run / "log" / "train.json",
-        asked,
-        log=run / "log" / "train.log",
-        tick=tick,
-        stop_asked=stop,
-        group=process.Group(placement.ranks),
-    )
-
-
 @pytest.fixture(scope="module")
 def base(tiny_base: Base) -> Path:
     return tiny_base("llama")
@@ -58,53 +34,20 @@ def base(tiny_base: Base) -> Path:
 @pytest.fixture(scope="module")
 def clean(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What two ranks give when nobody disturbs them."""
-    return train(tmp_path_factory.mktemp("clean"), base, TWO)
-
-
-def close(one: list[float], other: list[float]) -> bool:
-    return one == pytest.approx(other, rel=1e-5)
+    return train(tmp_path_factory.mktemp("clean"), base, TWO, recipe=RECIPE)
 
 
 def test_two_ranks_have_the_loss_of_one_process(
     base: Path, clean: dict[str, Any], tmp_path: Path
 ) -> None:
     """Step by step: the rows of a step are the same, and fillers weigh nothing."""
-    alone = train(tmp_path, base, ALONE)
+    alone = train(tmp_path, base, ALONE, recipe=RECIPE)
 
     assert 8 == len(clean["loss_by_step"])
     assert close(alone["loss_by_step"], clean["loss_by_step"])
     assert alone["eval_loss_after"] == pytest.approx(clean["eval_loss_after"], rel=1e-5)
     assert alone["eval_loss_before"] == pytest.approx(clean["eval_loss_before"], rel=1e-5)
     assert alone["tokens"] == clean["tokens"]
-
-
-def at_step(run: Path, number: int, act: Callable[[], None]) -> Callable[[], None]:
-    """A tick that acts once the run has told step `number`."""
-    done = False
-
-    def tick() -> None:
-        nonlocal done
-        now = progress(run)
-        if not done and now is not None and now["step"] >= number:
-            done = True
-            act()
-
-    return tick
-
-
-def kill(run: Path, *, rank: int) -> None:
-    """SIGKILL the process that is that rank of this run."""
-    asked = str(run / "log" / "train.json").encode()
-    for folder in Path("/proc").iterdir():
-        if not folder.name.isdigit():
-            continue
-        try:
-            command = (folder / "cmdline").read_bytes()
-            environment = (folder / "environ").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if asked in command and f"RANK={rank}".encode() in environment:
-            os.kill(int(folder.name), signal.SIGKILL)
 
 
 def test_a_killed_rank_ends_all_and_the_same_request_goes_on(base: Path, tmp_path: Path) -> None:
@@ -132,10 +75,12 @@ def test_a_stop_is_agreed_on_and_another_number_of_ranks_goes_on(
         asked = True
 
     with pytest.raises(Stopped):
-        train(tmp_path, base, TWO, tick=at_step(tmp_path, 3, ask), stop=lambda: asked)
+        train(
+            tmp_path, base, TWO, recipe=RECIPE, tick=at_step(tmp_path, 3, ask), stop=lambda: asked
+        )
     assert 1 == len(list((tmp_path / "checkpoints").glob("*-*")))
 
-    alone = train(tmp_path, base, ALONE)
+    alone = train(tmp_path, base, ALONE, recipe=RECIPE)
 
     assert alone["resumed_from"] >= 3
     assert close(clean["loss_by_step"], alone["loss_by_step"])

@@ -199,16 +199,30 @@ def repacked(model: torch.nn.Module, variant: Variant) -> int:
     return 0 if variant.precision == "float32" else 2 * max(tiles)
 
 
-@pytest.mark.parametrize(
-    ("config", "variant"),
-    REALITIES,
-    ids=[
+def reality(config: Any, variant: Variant) -> Any:
+    """One case; those that others nearly repeat take minutes and are slow tests."""
+    v = variant
+    name = (
         f"{config.model_type}-{config.hidden_size}-{v.method}-{v.precision}-{v.attention}"
         f"-{'checkpointing' if v.checkpointing else 'plain'}{'-dropout' * v.dropout}"
         f"{'-fused' * v.fused}"
-        for config, v in REALITIES
-    ],
+    )
+    return pytest.param(config, variant, id=name, marks=() if name in QUICK_STEPS else SLOW)
+
+
+SLOW = pytest.mark.slow
+QUICK_STEPS = (
+    "llama-512-lora-bfloat16-sdpa-plain-fused",
+    "llama-512-qlora-float16-sdpa-plain",
+    "phi3-512-qlora-bfloat16-sdpa-checkpointing-fused",
+    "phi3-512-lora-bfloat16-sdpa-plain-dropout-fused",
+    "qwen2-512-qlora-bfloat16-sdpa-checkpointing",
+    "falcon-512-lora-bfloat16-sdpa-plain",
+    "gemma3_text-512-qlora-bfloat16-sdpa-plain",
 )
+
+
+@pytest.mark.parametrize(("config", "variant"), [reality(*each) for each in REALITIES])
 def test_a_real_step_takes_what_was_simulated(
     config: Any, variant: Variant, tmp_path: Path
 ) -> None:
@@ -278,7 +292,11 @@ QUICK = [
 
 
 @pytest.mark.parametrize(
-    ("name", "variant"), QUICK, ids=[f"{n}-{v.method}{'-fused' * v.fused}" for n, v in QUICK]
+    ("name", "variant"),
+    [
+        pytest.param(n, v, id=f"{n}-{v.method}{'-fused' * v.fused}", marks=SLOW if k > 3 else ())
+        for k, (n, v) in enumerate(QUICK)
+    ],
 )
 def test_formula_agrees_with_simulation(name: str, variant: Variant) -> None:
     """The closed formula, from two and three layers, foretells four, at sizes it has not seen."""

@@ -1,13 +1,14 @@
 """One copy of a model on several ranks: each keeps a share of every layer (FSDP2).
 
 A layer is whole only while it computes, forward and backward; then its other shares are forgotten.
+An embedding and an output head that are not tied are shared alike.
 Weights are read layer by layer and cut at once, so that no rank ever holds the whole base. LoRA
-weights and their optimizer state are cut alike. The output head, tied embeddings and what else lies
-outside of the layers is shared as one group that stays whole during a step, or stays whole.
+weights and their optimizer state are cut alike. What else lies outside of the layers stays whole.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -27,6 +28,8 @@ from transformers import core_model_loading
 
 from tuning.errors import SpecError
 from tuning.models.survey import TOWER
+
+logger = logging.getLogger(__name__)
 
 NUMBERED = re.compile(r"^(.*?\.\d+)\.")  # the outermost numbered module of a name
 SHARE = "share"  # attribute of a parameter: this rank's part, until FSDP holds it
@@ -151,7 +154,9 @@ def share_out(tuned: Any, split: Split) -> None:
     """
     base = tuned.get_base_model()
     _refuse_shared(base)
-    policy = CPUOffloadPolicy() if split.offload else OffloadPolicy()
+    policy = OffloadPolicy()
+    if split.offload:
+        policy = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
     wrap = partial(fully_shard, mesh=split.mesh, offload_policy=policy)
     for module in base.modules():
         if isinstance(module, Linear4bit):  # FSDP's parameters have none
@@ -168,15 +173,21 @@ def share_out(tuned: Any, split: Split) -> None:
                     local(parameter).copy_(held[name])
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
     tied = head is not None and head.weight is embedding.weight
-    if not tied and not isinstance(embedding, TrainableTokensWrapper):
+    if not tied and type(head) is torch.nn.Linear:
+        wrap(head, reshard_after_forward=True)
+    # in host memory, the embedding would pass for the model's device
+    if not (tied or split.offload or isinstance(embedding, TrainableTokensWrapper)):
         wrap(embedding, reshard_after_forward=True)
     _wrap_root(base, wrap)
+    own = sum(local(p).numel() * p.element_size() for p in base.parameters())
+    every = sum(p.numel() * p.element_size() for p in base.parameters())
+    logger.info("one of %d that share %d bytes of weights: holds %d", split.count, every, own)
 
 
 def _wrap_root(base: Any, wrap: Any) -> None:
     """The module around the layers, whose forward `base` calls; so that they prefetch each other.
 
-    What it holds itself stays whole, as the head does.
+    What it holds itself stays whole.
     """
     root = base.base_model
     own = {p for p in root.parameters() if not isinstance(p, DTensor)}
@@ -195,6 +206,19 @@ def _refuse_shared(base: Any) -> None:
                     "has layers that share weights, which cannot be split over several GPUs",
                     "use a GPU that holds the whole model, or method qlora",
                 )
+
+
+@contextmanager
+def gathered(module: torch.nn.Module) -> Iterator[None]:
+    """Inside, the module's own weights are whole, if they are shared."""
+    if not isinstance(module, FSDPModule):
+        yield
+        return
+    module.unshard()
+    try:
+        yield
+    finally:
+        module.reshard()
 
 
 def is_split(model: torch.nn.Module) -> bool:

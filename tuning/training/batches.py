@@ -30,6 +30,20 @@ def numbered(rows: datasets.Dataset, *, ranks: int) -> datasets.Dataset:
     return datasets.concatenate_datasets([made, rows.select([0]).add_column(ROW, [FILLER])])
 
 
+def filled(rows: datasets.Dataset, *, at_once: int) -> datasets.Dataset:
+    """`rows` and as many without a label that `at_once` divides them, for an evaluation by ranks.
+
+    accelerate would fill up with the first rows, and they would count twice.
+    """
+    missing = -len(rows) % at_once
+    if not missing:
+        return rows
+    first = rows[0]
+    nothing = first | {"labels": [IGNORED] * len(first["labels"])}
+    more = datasets.Dataset.from_list([nothing] * missing, features=rows.features)
+    return datasets.concatenate_datasets([rows, more])
+
+
 class Order(torch.utils.data.Sampler[int]):
     """The rows of an epoch as accelerate's seeded sampler draws them, then fillers.
 

@@ -77,7 +77,8 @@ class Ranks:
         if self.count > placement.shards:
             sizes = (self.count // placement.shards, placement.shards)
         names = ("replicas", "shards")[-len(sizes) :]
-        return Split(init_device_mesh(placement.device, sizes, mesh_dim_names=names))
+        mesh = init_device_mesh(placement.device, sizes, mesh_dim_names=names)
+        return Split(mesh, placement.offload)
 
     @property
     def machines(self) -> int:
@@ -134,7 +135,7 @@ def join(device: str) -> Ranks:
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group(
-        "nccl" if device == "cuda" else "gloo",
+        "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",  # gloo for what lies in host memory
         init_method="env://",
         rank=number,
         world_size=count,

@@ -29,7 +29,7 @@ from tuning.models.kernels import head, heap
 from tuning.plan import Recipe
 from tuning.plan.backends import VARLEN
 from tuning.training import checkpoint
-from tuning.training.batches import IGNORED, NOTED, ROW, Numbered, Order, numbered
+from tuning.training.batches import IGNORED, NOTED, ROW, Numbered, Order, filled, numbered
 from tuning.training.checkpoint import Checkpoint
 from tuning.training.distributed import Ranks
 from tuning.training.evaluation import Best
@@ -67,6 +67,9 @@ class Exact(SFTTrainer):  # type: ignore[misc]
         self.saved_at = 0  # step of the last checkpoint
         self.best = Best()
         self.first_step_at: float | None = None  # when this process ended its first, monotonic
+        if held_out is not None:
+            at_once = arguments.per_device_eval_batch_size * self.ranks.count
+            held_out = filled(held_out, at_once=at_once if self.ranks.count > 1 else 1)
         base = tuned.get_base_model()
         packed = getattr(base, "is_loaded_in_4bit", False)
         if packed:  # trl would make the adapter bfloat16
@@ -264,7 +267,8 @@ class Exact(SFTTrainer):  # type: ignore[misc]
                 divisor = torch.as_tensor(num_items_in_batch) / self.accelerator.num_processes
             result = loss = model(**inputs, scored=labels) / divisor.clamp(min=1)
         if evaluating:
-            sums = torch.stack([loss.detach().double() * count, count.double()])
+            summed = torch.where(count > 0, loss.detach().double() * count, 0.0)
+            sums = torch.stack([summed, count.double()])
             self._eval_sums.append(sums)
         return result
 

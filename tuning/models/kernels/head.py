@@ -10,6 +10,7 @@ summed over the tiles.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from peft.utils.other import TrainableTokensWrapper
 from torch.autograd.function import once_differentiable
 
+from tuning.models import shards
 from tuning.plan.coefficients import FUSED_TILE_ROWS
 
 IGNORED = -100  # a label that is none
@@ -164,6 +166,9 @@ def install(base: Any) -> None:
             ids = torch.tensor(tokens.token_indices[adapter], device=hidden.device)
             trained = {"ids": ids, "rows": tokens.trainable_tokens_delta[adapter]}
             head = tokens.get_base_layer()
-        return loss(hidden, head.weight, head.bias, scored, **trained)
+        with shards.gathered(head):
+            return loss(hidden, head.weight, head.bias, scored, **trained)
 
+    # `generate` asks the signature which inputs the model takes
+    scoring.__signature__ = inspect.signature(type(base).forward)  # type: ignore[attr-defined]
     base.forward = types.MethodType(scoring, base)

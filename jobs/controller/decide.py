@@ -195,9 +195,8 @@ def _kept_until(observed: Observed, options: Options) -> datetime:
 
 
 def _restore(observed: Observed, options: Options) -> dict[str, Any]:
-    last = objects.newest(observed.pods)
     created, updated = _service(observed)
-    if last and not objects.is_scheduled(last):
+    if not all(map(objects.is_scheduled, objects.newest_each(observed.pods))):
         created += _run_claim(observed, options)
     stored = observed.policy
     is_unchanged = isinstance(stored, dict) and stored["metadata"].get("generation") == 1

@@ -230,7 +230,7 @@ def _pending(observed: Observed, last: Object | None, earlier: Cause | None) -> 
     """Why no engine runs: `last` is the pod that is to start, `earlier` how the last try ended."""
     before = group.waiting(observed.pods, observed.desired.nodes)
     before += f"{earlier.message}; " if earlier else ""
-    ended = objects.newest(observed.pods)
+    ended = objects.culprit(tuple(filter(objects.has_ended, observed.pods)))
     cause = objects.waiting(last, observed.warning) if last else None
     if observed.warning and not last:
         words = objects.sanitize(observed.warning)

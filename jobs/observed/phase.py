@@ -264,6 +264,7 @@ def _node_phase(observed: Observed, options: Options) -> Phase | None:
     if not states and limit is not None and present + count > limit:
         message = f"the namespace has {present} nodes, its limit is {limit}"
         message += f", and this Workspace needs {count}" if count > 1 else ""
+        message += ": it can never run here" if count > limit else ""
         return Phase("queued", Cause("MachineLimit", message))
     if count > 1:
         messages = f"{ready} of {count} nodes are ready" + (f"; {messages}" if messages else "")

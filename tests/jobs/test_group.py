@@ -302,6 +302,47 @@ def test_a_limit_of_nodes_counts_all_of_them() -> None:
     assert 3 == len(claims(scene))
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_nodes_are_requested_in_one_zone(count: int) -> None:
+    """Where the selector names it; else a later node follows those that are there."""
+    zone = "topology.kubernetes.io/zone"
+
+    def zones(scene: Scene) -> list[list[str]]:
+        return [
+            each["values"]
+            for item in scene.owned(NODE_CLAIM)
+            for each in item["spec"]["requirements"]
+            if each["key"] == zone
+        ]
+
+    scene = Scene(count=count)
+    selector = scene.api.stored["workspaces", "phi"]["resource"]["labelSelector"]
+    selector["matchLabels"][zone] = "eastus-2"
+    scene.look(1)
+    scene.look(1)
+    assert [["eastus-2"]] * count == zones(scene)
+    free = Scene(count=count)
+    free.with_node()
+    assert [] == zones(free)
+    if count > 1:
+        kept, gone = free.owned(NODE_CLAIM)
+        kept["metadata"]["labels"][zone] = "eastus-3"
+        del free.api.stored["nodeclaims", gone["metadata"]["name"]]
+        free.pod(index=0, scheduled=False)
+        free.look(10)
+        assert 2 == len(claims(free)) and [["eastus-3"]] == zones(free)
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+def test_a_run_that_is_larger_than_the_limit_says_so(limit: int) -> None:
+    """It waits for nothing that can come, and no node is requested."""
+    scene = Scene(count=3)
+    scene.options.__dict__["nodes"] = Nodes(provision=True, per_namespace=limit)
+    for _ in range(3):
+        scene.look(60)
+    assert [] == claims(scene) and "never run here" in json.dumps(scene.status["conditions"])
+
+
 # pods
 
 

@@ -350,8 +350,8 @@ def operated(found: Place) -> Iterator[Place]:
     thread.start()
     try:
         yield found
-    finally:
         found.clear()
+    finally:
         stop.set()
         thread.join()
 

@@ -33,7 +33,7 @@ MACHINE = "Standard_NC24ads_A100_v4"  # one GPU: the bed's node has four on pape
 class Grouped(Kept, HostPython):
     """Jobs of several pods, in the pods' network, with the engine or what stands in for it."""
 
-    stands_in = True
+    stands_in, share_a_node = True, True
 
     def fit(self, kind: Kind, item: Object) -> None:
         super().fit(kind, item)
@@ -44,7 +44,8 @@ class Grouped(Kept, HostPython):
         pod["dnsPolicy"] = "None"
         searches = [f"{space}.svc.cluster.local", "svc.cluster.local"]
         pod["dnsConfig"] = {"nameservers": [pod_names.GATEWAY], "searches": searches}
-        assert pod["affinity"].pop("podAntiAffinity")  # there is one node
+        if self.share_a_node:  # there is one
+            assert pod["affinity"].pop("podAntiAffinity")
         if self.stands_in:
             container = pod["containers"][0]
             script = str(ROOT / "tests/cluster/meeting.py")
@@ -177,6 +178,19 @@ def test_two_pods_find_each_other_and_end(place: Shared) -> None:
     assert "30/30 (100%)" == status["progress"]["text"]
     assert status["output"]["digest"].startswith("sha256:abab")
     wait(lambda: not place.node_claims())
+
+
+def test_two_pods_never_share_a_node(
+    place: Shared, api: Grouped, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though it has the GPUs of both: the scheduler keeps one away, and the status says why."""
+    monkeypatch.setattr(api, "share_a_node", False)
+    place.apply("apart:1", count=2, instance=MACHINE)
+    place.nodes_come()
+    status = place.until(lambda s: "anti-affinity" in json.dumps(s))
+    assert "Pending" == status["state"]
+    phases = sorted(pod["status"]["phase"] for pod in place.pods().values())
+    assert "Pending" == phases[0] and 2 == len(phases)
 
 
 def uid(pod: Object | None) -> str:

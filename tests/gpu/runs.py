@@ -5,6 +5,7 @@ Written as checks.py, for any device and size.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -12,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,13 @@ import tiny_runs
 import torch
 import transformers
 from gpu.checks import CARD, Record, Sizes
+from torch.distributed.device_mesh import init_device_mesh
 
 from tuning import plan
 from tuning.errors import OutOfMemoryError
+from tuning.models.shards import Split
 from tuning.plan.backends import FUSED, VARLEN
-from tuning.training import train
+from tuning.training import distributed, train
 
 
 def base_model(folder: Path, sizes: Sizes) -> Path:
@@ -187,6 +190,50 @@ def resumed(sizes: Sizes, folder: Path) -> Record:
         found[method] = {"whole": expected, "parts": done["loss_by_step"]}
         assert found[method]["parts"] == _about(expected)
     return found
+
+
+def shared(sizes: Sizes, folder: Path) -> Record:
+    """A model that ranks share (FSDP2), here one rank, trains as one that is whole; both timed."""
+    base = base_model(folder / "base", sizes)
+    found = {}
+    for method in sizes.methods:
+        recipe = tiny_runs.recipe(method=method, packing=True, dropout=0.0, steps=sizes.steps)
+        placement = tiny_runs.placement(
+            device=sizes.device,
+            attention=VARLEN if sizes.device == "cuda" else "sdpa",
+            kernels=FUSED,
+            checkpointing=True,
+        )
+        made = {}
+        for way in ("whole", "shared"):
+            request = tiny_runs.request(
+                folder / f"{method}-{way}", base, recipe, placement, count=51
+            )
+            with _one_shard(sizes.device) if way == "shared" else contextlib.nullcontext():
+                made[way] = train.work(request)
+        assert made["shared"]["loss_by_step"] == _about(made["whole"]["loss_by_step"])
+        found[method] = {
+            way: {key: done[key] for key in ("loss_by_step", "seconds", "peak_memory_bytes")}
+            for way, done in made.items()
+        }
+    return found
+
+
+@contextlib.contextmanager
+def _one_shard(device: str) -> Iterator[None]:
+    """Inside, a training shares its model over the ranks of a group of one."""
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    torch.distributed.init_process_group(
+        backend, store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    own = distributed.Ranks.split
+    mesh = init_device_mesh(device, (1,), mesh_dim_names=("shards",))
+    distributed.Ranks.split = lambda *_: Split(mesh)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        distributed.Ranks.split = own  # type: ignore[method-assign]
+        torch.distributed.destroy_process_group()
 
 
 def _cut(work: Callable[..., Any], request: Record) -> None:

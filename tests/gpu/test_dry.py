@@ -22,6 +22,13 @@ def test_yaml_to_image_through_a_kill_runs(tmp_path: Path) -> None:
     assert CPU.steps == len(found["losses"]) and 2 <= found["killed_at_step"] <= CPU.steps
 
 
+def test_a_shared_model_trains_as_a_whole_one(tmp_path: Path) -> None:
+    """Both ways, in 16 and in 4 bits."""
+    found = runs.shared(CPU, tmp_path)
+
+    assert {"whole", "shared"} == set(found[CPU.methods[0]])
+
+
 def test_planned_memory_runs(tmp_path: Path) -> None:
     """Two ways to train, estimated and measured."""
     assert 2 == runs.planned_memory(tmp_path, dry=True)["summary"]["cases"]

@@ -47,6 +47,11 @@ def test_yaml_to_image_through_a_kill(recorded: Recorded, tmp_path: Path) -> Non
     recorded(partial(runs.yaml_to_image, CARD, tmp_path))
 
 
+def test_a_shared_model_trains_as_a_whole_one(recorded: Recorded, tmp_path: Path) -> None:
+    """FSDP2 over one rank: the same losses, and what it costs in time."""
+    recorded(partial(runs.shared, CARD, tmp_path))
+
+
 def test_planned_memory_is_measured_memory(recorded: Recorded, tmp_path: Path) -> None:
     """Six ways to train stay within the plan's few percent."""
     recorded(partial(runs.planned_memory, tmp_path, dry=False))

@@ -288,6 +288,7 @@ class Place:
         secret: str = "push",
         steps: int = 12,
         config: str = "demo-config",
+        arguments: str = "",
         instance: str | None = None,
         count: int = 1,
     ) -> None:
@@ -313,7 +314,7 @@ class Place:
             "apiVersion": "v1",
             "kind": "ConfigMap",
             "metadata": {"name": config},
-            "data": {"training_config.yaml": CONFIG.replace("12", str(steps))},
+            "data": {"training_config.yaml": CONFIG.replace("12", str(steps)) + arguments},
         }
         self.kubectl("apply", "-f", "-", text=yaml.safe_dump_all([config, item]))
 

@@ -218,10 +218,11 @@ def test_a_pod_that_is_killed_is_replaced_and_the_group_goes_on(place: Shared, i
 def test_two_pods_train_one_adapter_and_survive_each_other(
     place: Shared, api: Grouped, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The tiny model over two pods; first one, then the other is killed in mid-training, and the
-    run goes on from its last checkpoint and pushes one image. Both nodes are given back."""
+    """The tiny model, sharded over two pods; first one, then the other is killed in mid-training,
+    and the run goes on from its last checkpoint and pushes one image. Both nodes are given back."""
     monkeypatch.setattr(api, "stands_in", False)
-    place.apply("trained:1", count=2, steps=60, instance=MACHINE)
+    shard = "    fsdp: full_shard\n"
+    place.apply("trained:1", count=2, steps=60, instance=MACHINE, arguments=shard)
     place.nodes_come()
     for index, step in ((1, 8), (0, 30)):
         wait(lambda step=step: len(place.lines("metrics.jsonl")) >= step, 400)
@@ -230,5 +231,7 @@ def test_two_pods_train_one_adapter_and_survive_each_other(
     assert "Succeeded" == status["state"], status
     steps = [json.loads(line)["step"] for line in place.lines("metrics.jsonl")]
     assert 60 == steps[-1] and len(steps) == len(set(steps))
+    plan = json.loads((place.folder / "run/run-0/plan.json").read_text())
+    assert (2, 2) == (plan["placement"]["ranks"], plan["placement"]["shards"])
     assert place.held("trained:1") == status["output"]["digest"]
     wait(lambda: not place.node_claims())

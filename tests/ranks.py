@@ -23,9 +23,13 @@ def train(
     recipe: Any,
     tick: Any = lambda: None,
     stop: Any = lambda: False,
+    **more: Any,
 ) -> dict[str, Any]:
-    """The answer of the training child, or of the children, as the parent runs them."""
-    asked = tiny_runs.request(run, base, recipe, placement, count=17, held_out=6)
+    """The answer of the training child, or of the children, as the parent runs them.
+
+    `more` are further fields of the request, such as `save_steps`.
+    """
+    asked = tiny_runs.request(run, base, recipe, placement, count=17, held_out=6, **more)
     (run / "log").mkdir(exist_ok=True)
     return process.run(
         "training.train",

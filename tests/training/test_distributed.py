@@ -55,10 +55,12 @@ def test_a_killed_rank_ends_all_and_the_same_request_goes_on(base: Path, tmp_pat
     run = tmp_path / "run"
     clean = train(tmp_path / "clean", base, TWO, recipe=WITH_DROPOUT)
     with pytest.raises(process.ChildDied) as died:
-        train(run, base, TWO, recipe=WITH_DROPOUT, tick=at_step(run, 3, lambda: kill(run, rank=1)))
+        stop = at_step(run, 3, lambda: kill(run, rank=1))
+        train(run, base, TWO, recipe=WITH_DROPOUT, tick=stop, save_steps=1)
 
     again = train(run, base, TWO, recipe=WITH_DROPOUT)
 
+    assert again["resumed_from"] >= 2
     assert -signal.SIGKILL == died.value.status
     assert clean["adapter_sha256"] == again["adapter_sha256"]
     assert clean["loss_by_step"] == again["loss_by_step"]

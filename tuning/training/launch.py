@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def main() -> int:
         statuses = {str(rank): failed.exitcode for rank, failed in error.failures.items()}
     except SignalException:
         logger.info("stopped")
-    except (RendezvousError, ConnectionError) as error:
+    except (RendezvousError, OSError) as error:  # a name that does not resolve yet, too
         logger.warning("the machines did not meet: %s", error)
         files.write_json(statuses_path(request), {"apart": str(error)})
         return 1
@@ -65,9 +66,24 @@ def _config(group: Group, logs: Path) -> LaunchConfig:
         rdzv_configs=rendezvous,
         max_restarts=0,
         logs_specs=DefaultLogsSpecs(log_dir=str(logs / "elastic")),
-        local_addr=None if several else "localhost",
+        local_addr=_own_address(group) if several else "localhost",
         shutdown_timeout=max(1, round(group.grace)),
     )
+
+
+def _own_address(group: Group) -> str:
+    """How other machines reach this one: machine 0 as they do, others by the way to it.
+
+    torch would name the host, which need not resolve elsewhere.
+    """
+    host, _, port = group.meet.rpartition(":")
+    if group.node == 0:
+        return host
+    for kind, kin, _, _, address in socket.getaddrinfo(host, int(port), type=socket.SOCK_DGRAM):
+        with socket.socket(kind, kin) as way, contextlib.suppress(OSError):
+            way.connect(address)  # sends nothing
+            return str(way.getsockname()[0])
+    return host
 
 
 def _pass_on(number: int, _: Any) -> None:

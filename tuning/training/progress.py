@@ -62,7 +62,12 @@ class Watch(transformers.TrainerCallback):  # type: ignore[misc]
             self.trainer.evaluate()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Capture random state: an epoch draws a number before its first step."""
+        """Capture random state: an epoch draws a number before its first step.
+
+        accelerate 1.15 does not tell the order of several ranks in which epoch a resumed run is.
+        """
+        if self.trainer.order is not None:
+            self.trainer.order.set_epoch(int(state.epoch + 1e-6))
         self.trainer.random = checkpoint.capture_random()
         self.epoch_step = state.global_step
 

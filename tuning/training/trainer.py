@@ -66,6 +66,7 @@ class Exact(SFTTrainer):  # type: ignore[misc]
         self.random: dict[str, Any] = {}  # random state before the current optimizer step
         self.saved_at = 0  # step of the last checkpoint
         self.best = Best()
+        self.order: Order | None = None  # of the rows, of several ranks
         self.first_step_at: float | None = None  # when this process ended its first, monotonic
         if held_out is not None:
             at_once = arguments.per_device_eval_batch_size * self.ranks.count
@@ -296,11 +297,12 @@ class Exact(SFTTrainer):  # type: ignore[misc]
         """The usual order; with several ranks, padded with fillers to equal numbers of rows."""
         if self.ranks.count == 1:
             return super()._get_train_sampler(train_dataset)
-        return Order(
+        self.order = Order(
             len(self.train_dataset) - 1,
             at_once=self.args.per_device_train_batch_size * self.ranks.count,
             seed=self.args.data_seed if self.recipe.shuffle else None,
         )
+        return self.order
 
     def _heartbeat(self) -> None:
         """Touch metrics.jsonl at each micro-batch, for the parent's watchdog."""

@@ -58,6 +58,9 @@ class Item:
     url: str  # without fragment; may contain a signature: never shown, never stored
     sha256: str | None = None
     store: Store | None = None  # the object store that `url` names, if any
+    number: int | None = None  # of the spec's URL, where one names several files
+    name: str | None = None  # what messages call it, if not by its URL
+    size: int | None = None  # bytes, where they are known before
 
     @property
     def address(self) -> str:
@@ -67,12 +70,13 @@ class Item:
     @property
     def shown(self) -> str:
         """The URL as it may be shown."""
-        return self.url.partition("?")[0] + ("?<redacted>" if "?" in self.url else "")
+        return self.name or self.url.partition("?")[0] + ("?<redacted>" if "?" in self.url else "")
 
     @property
     def where(self) -> str:
         """How errors name it."""
-        return f"input.urls[{self.index}] {self.shown}"
+        number = self.index if self.number is None else self.number
+        return f"input.urls[{number}] {self.shown}"
 
     @property
     def key(self) -> str:

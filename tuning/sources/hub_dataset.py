@@ -163,7 +163,7 @@ def pin(
 def _refuse_by_policy(where: str, policy: Policy) -> None:
     """Before anything is asked: the fetcher would refuse the addresses of the files."""
     if refusal := policy.refusal(f"{hub.endpoint()}/{where}"):
-        change = "open the host of HF_ENDPOINT with --allow-host HOST"
+        change = "allow the host of HF_ENDPOINT with --allow-host HOST, or in the policy file"
         raise SpecError.at("FETCH-101", where, refusal, change)
     if policy.require_checksums:
         what = "has no checksum, which the policy requires"

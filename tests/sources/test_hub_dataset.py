@@ -81,8 +81,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
         yield server
 
 
-def pin(url: str, tmp_path: Path, **options: Any) -> Pinned:
-    return hub_dataset.pin(url, **{"policy": HERE, "cache": tmp_path / "cards"} | options)
+def pin(url: str, **options: Any) -> Pinned:
+    return hub_dataset.pin(url, **{"policy": HERE} | options)
 
 
 def names(pinned: Pinned) -> list[str]:
@@ -107,7 +107,7 @@ def test_config_and_split_choose_the_files_at_one_commit(
     """Shards in order, the other splits named in a note, the same after a trip to the journal."""
     commit = fake.add(NAME, TWO)
 
-    found = pin(f"{URL}{query}", tmp_path)
+    found = pin(f"{URL}{query}")
 
     assert (commit, "org/two", config, splits) == (
         found.revision,
@@ -130,7 +130,7 @@ def test_the_files_come_whole_through_our_own_fetcher_and_resume(
     fake.add(NAME, TWO)
     fake.cut_at = 300
     url = f"{URL}?config=en"
-    pinned = pin(url, tmp_path)
+    pinned = pin(url)
 
     found = fetch.fetch(
         Source(urls=(url,)), tmp_path / "data", policy=HERE, pinned=[pinned], limits=QUICK
@@ -150,7 +150,7 @@ def test_datasets_and_single_urls_are_one_list(fake: FakeHub, tmp_path: Path) ->
     source = Source(
         urls=(f"{URL}?config=de", "hf://datasets/org/own/rows.jsonl", f"{URL}?config=en")
     )
-    pinned = [pin(url, tmp_path) for url in hub_dataset.named(source)]
+    pinned = [pin(url) for url in hub_dataset.named(source)]
 
     found = fetch.fetch(source, tmp_path / "data", policy=HERE, pinned=pinned, limits=QUICK)
 
@@ -167,7 +167,7 @@ def test_a_dataset_named_twice_is_refused(fake: FakeHub, tmp_path: Path) -> None
     """Its rows would count twice, whatever the two URLs look like."""
     fake.add(NAME, TWO)
     source = Source(urls=(f"{URL}?config=en", f"{URL}@main?config=en&split=train"))
-    pinned = [pin(url, tmp_path) for url in source.urls]
+    pinned = [pin(url) for url in source.urls]
 
     with pytest.raises(SpecError, match=r"FETCH-102 .*is the same as urls\[0\]"):
         fetch.fetch(source, tmp_path / "data", policy=HERE, pinned=pinned)
@@ -194,6 +194,8 @@ def test_a_dataset_named_twice_is_refused(fake: FakeHub, tmp_path: Path) -> None
         ({".huggingface.yaml": b"configs:\n- config_name: c\n  data_files: b.jsonl",
           "README.md": card("- config_name: c\n  data_files: a.jsonl"),
           "a.jsonl": ROW, "b.jsonl": ROW}, ["b.jsonl"]),
+        ({"README.md": card("- config_name: 2024\n  data_files: a/*"), "a/x.jsonl": ROW,
+          "a/empty.jsonl": b""}, ["a/x.jsonl"]),
         ({"name.py": b"raise SystemExit", "train.jsonl": ROW}, ["train.jsonl"]),
     ],
 )  # fmt: skip
@@ -203,7 +205,7 @@ def test_without_a_choice_the_default_config_and_train_are_read(
     """By the card's metadata, or by the names of files and folders; no code is asked for."""
     fake.add(NAME, content)
 
-    assert data == names(pin(URL, tmp_path))
+    assert data == names(pin(URL))
     assert not [path for path in fake.downloads() if path.endswith(".py")]
 
 
@@ -215,10 +217,10 @@ def test_the_hubs_own_copy_in_parquet_has_its_configs_by_folder(
     fake.add(NAME, content, branch="refs/convert/parquet")
 
     for revision in ("refs/convert/parquet", "refs%2Fconvert%2Fparquet"):
-        found = pin(f"{URL}@{revision}?config=b", tmp_path)
+        found = pin(f"{URL}@{revision}?config=b")
         assert ["b/train/0000.parquet"] == names(found)
     with pytest.raises(SpecError, match=r"HUB-121 .*no default one: a, b"):
-        pin(f"{URL}@refs/convert/parquet", tmp_path)
+        pin(f"{URL}@refs/convert/parquet")
 
 
 # -- what is refused ----------------------------------------------------------------------------
@@ -240,7 +242,7 @@ def test_a_choice_that_is_missing_or_wrong_is_told_the_names(
     fake.add(NAME, TWO)
 
     with pytest.raises((SpecError, RefusedError), match=words):
-        pin(f"{URL}{query}", tmp_path)
+        pin(f"{URL}{query}")
     assert not [path for path in fake.downloads() if path.endswith(".parquet")]
 
 
@@ -276,7 +278,7 @@ def test_a_set_that_cannot_be_read_says_why(
     fake.add(NAME, content)
 
     with pytest.raises(SpecError, match=words):
-        pin(URL, tmp_path)
+        pin(URL)
 
 
 def test_a_gated_set_is_refused_with_its_page_and_opened_by_the_token(
@@ -289,8 +291,8 @@ def test_a_gated_set_is_refused_with_its_page_and_opened_by_the_token(
 
     for token in (None, fake.outsider):
         with pytest.raises(RefusedError, match=f"HUB-101 .*licence at {fake.url}/{NAME}, "):
-            pin(url, tmp_path, token=token)
-    pinned = [pin(url, tmp_path, token=fake.token)]
+            pin(url, token=token)
+    pinned = [pin(url, token=fake.token)]
     fake.requests.clear()
     headers = hub_dataset.headers(source, fake.token, None)
     fetch.fetch(source, tmp_path, policy=HERE, credentials=headers, pinned=pinned, limits=QUICK)
@@ -305,13 +307,13 @@ def test_a_private_a_missing_and_an_unreachable_set_are_told_apart(
     fake.add(NAME, TWO, private=True)
 
     with pytest.raises(RefusedError, match=r"HUB-102 .*such dataset at .*a private dataset needs"):
-        pin(URL, tmp_path)
+        pin(URL)
     with pytest.raises(RefusedError, match="HUB-102"):
-        pin("hf://datasets/org/none", tmp_path, token=fake.token)
-    assert "en" == pin(f"{URL}?config=en", tmp_path, token=fake.token).config
+        pin("hf://datasets/org/none", token=fake.token)
+    assert "en" == pin(f"{URL}?config=en", token=fake.token).config
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(TransientError, match=r"HUB-112 .*cannot reach"):
-        pin(URL, tmp_path)
+        pin(URL)
 
 
 def test_the_policy_is_obeyed_before_anything_is_asked(fake: FakeHub, tmp_path: Path) -> None:
@@ -319,10 +321,10 @@ def test_the_policy_is_obeyed_before_anything_is_asked(fake: FakeHub, tmp_path: 
     fake.add(NAME, TWO)
 
     with pytest.raises(SpecError, match=r"FETCH-101 .*--allow-host"):
-        pin(URL, tmp_path, policy=Policy())
+        pin(URL, policy=Policy())
     strict = Policy(allow_hosts={"127.0.0.1"}, require_checksums=True)
     with pytest.raises(SpecError, match=r"FETCH-105 .*one by one"):
-        pin(URL, tmp_path, policy=strict)
+        pin(URL, policy=strict)
     assert [] == fake.requests
 
 
@@ -331,14 +333,14 @@ def test_an_answer_that_is_no_hubs_is_an_error_of_ours(fake: FakeHub, tmp_path: 
     fake.broken = lambda path, count: 200 if "/api/" in path else None
 
     with pytest.raises(TransientError, match="HUB-116"):
-        pin(URL, tmp_path)
+        pin(URL)
 
 
 def test_a_file_that_is_not_what_the_hub_lists_is_refused(fake: FakeHub, tmp_path: Path) -> None:
     """By size or sha256, for a mirror may be damaged."""
     fake.add(NAME, TWO | {"small.jsonl": ROW})
     url = f"{URL}?config=en"
-    pinned = pin(url, tmp_path)
+    pinned = pin(url)
     fake.repositories[NAME].files = {name: data + b"x" for name, data in TWO.items()}
 
     lying = replace(pinned, files=tuple(replace(e, sha256=None) for e in pinned.files))

@@ -1220,6 +1220,26 @@ def test_what_names_no_dataset_is_told_the_form(url: str) -> None:
         read(WORKSPACE, overrides=Overrides(data=(url,)))
 
 
+@pytest.mark.parametrize(
+    ("page", "meant"),
+    [
+        ("https://huggingface.co/datasets/org/name", "hf://datasets/org/name"),
+        ("https://hf.co/datasets/o/n/viewer/default/train?row=3", "hf://datasets/o/n"),
+        ("https://www.huggingface.co/datasets/o/n/tree/main/data", "hf://datasets/o/n"),
+        ("https://huggingface.co/datasets/o/n/blob/main/a.csv", "/resolve/ in place of /blob/"),
+        ("https://huggingface.co/datasets/o/n/resolve/main/a.csv", None),
+        ("https://example.com/datasets/o/n", None),
+    ],
+)
+def test_the_page_of_a_dataset_is_no_data(page: str, meant: str | None) -> None:
+    """What a browser shows is told apart from a file before anything is fetched."""
+    if meant is None:
+        assert (page,) == read(WORKSPACE, overrides=Overrides(data=(page,))).source.urls
+        return
+    with pytest.raises(SpecError, match=rf"SPEC-115 .*names a page of the hub.* write {meant}\."):
+        read(WORKSPACE, overrides=Overrides(data=(page,)))
+
+
 def test_data_of_two_names_is_a_dataset_unless_it_is_a_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -84,7 +84,6 @@ def _check_data(spec: Spec, options: Options, access: Access) -> list[str]:
         hub_dataset.pin,
         policy=options.policy,
         token=token,
-        cache=options.cache,
         patience=Patience(tries=1),
     )
     pinned = together(*(partial(pin, url) for url in hub_dataset.named(source)))

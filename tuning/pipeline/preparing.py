@@ -147,7 +147,6 @@ def _datasets(run: Run) -> tuple[hub_dataset.Pinned, ...]:
             hub_dataset.pin,
             policy=run.options.policy,
             token=run.token(),
-            cache=run.options.cache,
             stop=run.stop.is_set,
         )
         return {"datasets": [how(url).to_json() for url in named]}

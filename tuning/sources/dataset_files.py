@@ -63,7 +63,9 @@ def configs(
         str(name): Config(each.get("data_files"), each.get("data_dir"), options.get(str(name), ()))
         for name, each in known.items()
     }
-    return found or {"default": Config()}, default if found else "default"
+    if not found:
+        return {"default": Config()}, "default"
+    return found, None if default is None else str(default)
 
 
 def _written(texts: dict[str, str]) -> list[dict[str, Any]]:

@@ -25,6 +25,7 @@ from tuning.network.connect import Resolver, lookup
 from tuning.network.policy import Headers, NotAllowed, Policy, place
 from tuning.network.retry import Again, Patience, is_retryable, retry_after
 from tuning.network.session import Response, Session, Unreachable
+from tuning.sources import hub
 from tuning.sources.stores import Signed, Store
 
 MAX_REDIRECTS = 5
@@ -264,6 +265,8 @@ def validate(item: Item, response: Response) -> None:
     if status in (401, 403):
         what = f"the server refuses access ({status})"
         change = "make a new signed URL if it has expired, or give the host's credentials"
+        if item.url.startswith(f"{hub.endpoint()}/"):
+            change = "give a token that may read it: --hub-token-file FILE (modelAccessSecret)"
         raise RefusedError.at("FETCH-111", item.where, what, change)
     if status == 204:
         raise empty(item)

@@ -6,6 +6,7 @@ The files are then fetched like any URL. No code of the dataset is run.
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -108,7 +109,6 @@ def pin(
     *,
     policy: Policy,
     token: str | None = None,
-    cache: Path | None = None,
     patience: Patience | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Pinned:
@@ -126,7 +126,7 @@ def pin(
 
     name, commit, listing = ask(lambda: _listing(wanted, token))
     texts = {
-        each: ask(partial(_text, name, commit, each, token, cache))
+        each: ask(partial(_text, name, commit, each, token))
         for each in (dataset_files.CARD, dataset_files.CONFIGS)
         if each in listing and listing[each].size <= _CARD_BYTES
     }
@@ -146,6 +146,7 @@ def pin(
     if not files:
         raise _no_files(where, [file for split in chosen for file in splits[split]])
     entries = tuple(listing[file] for file in dict.fromkeys(files))
+    entries = tuple(entry for entry in entries if entry.size) or entries  # some shards have no rows
     pinned = Pinned(
         url,
         name,
@@ -162,7 +163,7 @@ def pin(
 
 def _refuse_by_policy(where: str, policy: Policy) -> None:
     """Before anything is asked: the fetcher would refuse the addresses of the files."""
-    if refusal := policy.refusal(f"{hub.endpoint()}/{where}"):
+    if refusal := policy.refusal(f"{hub.endpoint()}/"):
         change = "allow the host of HF_ENDPOINT with --allow-host HOST, or in the policy file"
         raise SpecError.at("FETCH-101", where, refusal, change)
     if policy.require_checksums:
@@ -185,19 +186,20 @@ def _listing(wanted: urls.Dataset, token: str | None) -> tuple[str, str, Mapping
     return name, info.sha, {each.rfilename: entry_of(each) for each in info.siblings or []}
 
 
-def _text(name: str, commit: str, file: str, token: str | None, cache: Path | None) -> str:
+def _text(name: str, commit: str, file: str, token: str | None) -> str:
     from huggingface_hub import hf_hub_download
 
-    path = hf_hub_download(
-        name,
-        file,
-        repo_type="dataset",
-        revision=commit,
-        token=token or None,
-        endpoint=hub.endpoint(),
-        cache_dir=cache,
-    )
-    return Path(path).read_text(encoding="utf-8", errors="replace")
+    with tempfile.TemporaryDirectory() as folder:  # not the cache, which may be read-only
+        path = hf_hub_download(
+            name,
+            file,
+            repo_type="dataset",
+            revision=commit,
+            token=token or None,
+            endpoint=hub.endpoint(),
+            local_dir=folder,
+        )
+        return Path(path).read_text(encoding="utf-8", errors="replace")
 
 
 def _knock(pinned: Pinned, token: str | None) -> None:

@@ -75,6 +75,10 @@ def check_url(url: str, path: Path, findings: Findings, allow_hosts: Collection[
     if _placeholder(url.partition("?")[0], path, findings, "the address of your data file"):
         return
     refusal = urls.refusal(url, allow_hosts=allow_hosts)
+    if written := urls.page(url):
+        what = "data source URL names a page of the hub, not data"
+        findings.add("SPEC-115", path, what, f"write {written}")
+        return
     if refusal is None:
         if url[:5].lower() == "http:":
             findings.note(path, "http, not https: the data can be read and changed on its way")

@@ -40,6 +40,12 @@ _ON_HUB = re.compile(
 _DATASET = re.compile(
     rf"hf://datasets/{_REPOSITORY}{_REVISION}/?(?:\?(?P<query>[^#]*))?", re.ASCII | re.IGNORECASE
 )
+# What a browser shows at the hub.
+_PAGE = re.compile(
+    rf"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/datasets/{_REPOSITORY}"
+    r"(?:/?|/(?P<kind>tree|viewer|blob)(?:/[^?#]*)?)(?:[?#].*)?",
+    re.ASCII | re.IGNORECASE,
+)
 _SPLITS = re.compile(r"\w[\w.-]*(\+\w[\w.-]*)*")
 # Endings of what --data takes for a file, even if there is none.
 _DATA_ENDING = re.compile(
@@ -122,6 +128,15 @@ def dataset(url: str) -> Dataset | None:
         return None
     parts = tuple(dict.fromkeys(splits.split("+"))) if splits else ()
     return Dataset(match["repository"], revision or None, chosen.get("config"), parts)
+
+
+def page(url: str) -> str | None:
+    """What to write in place of the address of a dataset's page at the hub; None for no page."""
+    if (match := _PAGE.fullmatch(url)) is None:
+        return None
+    if (match["kind"] or "").lower() == "blob":
+        return "/resolve/ in place of /blob/"
+    return f"hf://datasets/{match['repository']}"
 
 
 def of_data(text: str) -> str | None:

@@ -96,7 +96,7 @@ test-bed: system  ## build the API servers for the cluster tests, once, into ~/.
 	tests/cluster/build-crd-server.sh || echo "NOT BUILT: the CRD server; CEL rules will not be judged"
 	@rm -rf "$${XDG_CACHE_HOME:-$$HOME/.cache}"/tuning-kubernetes/build-*
 
-test-cluster: install  ## the operator on a real API server, with real pods (16 minutes); skips aloud
+test-cluster: install  ## the operator on a real API server, with real pods (20 minutes); skips aloud
 	@if reasons=$$(tests/cluster/can-run.sh); then \
 	  $(MAKE) --no-print-directory test-bed && \
 	  OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'cluster and not soak' -rs tests/cluster $(PYTEST); \

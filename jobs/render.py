@@ -13,6 +13,7 @@ from jobs.desired import allowed, names
 from jobs.desired import inference as desired_inference
 from jobs.desired import tuning as desired_tuning
 from jobs.desired.tuning import Desired
+from jobs.manifests import group
 from jobs.manifests import job as job_manifests
 from jobs.manifests import server as server_manifests
 from tuning import spec as specs
@@ -38,7 +39,8 @@ def render(file: Path, options: Options, *, namespace: str) -> list[dict[str, An
     workspace = _as_stored(document, namespace)
     if problems := allowed.problems(workspace, options):
         _refuse(problems, document)
-    claim = options.storage.run_volume != "ephemeral"
+    nodes = desired_tuning.node_count(workspace)
+    claim = options.storage.for_nodes(nodes).run_volume != "ephemeral"
     server: list[Object] = []
     if parsed.inference:
         served = _desired_server(
@@ -56,6 +58,8 @@ def render(file: Path, options: Options, *, namespace: str) -> list[dict[str, An
     objects = _common_objects(workspace, desired, options, claim=claim)
     if options.network_policy:
         objects.append(job_manifests.network_policy(workspace, desired, options))
+    if nodes > 1:
+        objects.append(group.service(workspace, desired))
     job = job_manifests.job(workspace, desired, options, claim=claim, earlier=())
     return [*objects, job, *server]
 
@@ -98,10 +102,13 @@ def _server_objects(workspace: Object, desired: Desired, options: Options) -> li
 def _common_objects(
     workspace: Object, desired: Desired, options: Options, *, claim: bool
 ) -> list[Object]:
-    """What a run and a server need first: a provisioned node and the run volume, if any."""
+    """What a run and a server need first: provisioned nodes and the run volume, if any."""
     objects: list[Object] = []
     if names.provisions_node(desired, options):
-        objects.append(job_manifests.node_claim(workspace, desired, options, attempt=1))
+        objects += [
+            job_manifests.node_claim(workspace, desired, options, attempt=1, number=i)
+            for i in range(desired.nodes)
+        ]
     if claim:
         objects.append(job_manifests.run_claim(workspace, desired, options))
     return objects

@@ -31,6 +31,7 @@ from jobs.observed.site import Site
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 REPLICA_SETS = Kind("apps", "v1", "replicasets", "ReplicaSet")
+INDEX = "batch.kubernetes.io/job-completion-index"
 Key = tuple[str, str]
 
 
@@ -110,13 +111,14 @@ class Memory(Cluster):
 
 
 class Scene:
-    """One Workspace whose node is provisioned, an operator, and a cluster that is played."""
+    """One Workspace whose nodes are provisioned, an operator, and a cluster that is played."""
 
-    def __init__(self, *, serves: bool = False, **options: Any) -> None:
+    def __init__(self, *, serves: bool = False, count: int = 1, **options: Any) -> None:
         self.api = Memory()
         storage = Storage(storage_class="fast")
         self.options = Options(nodes=Nodes(provision=True), storage=storage, **options)
         item = workspace("phi", "team")
+        item["resource"] |= {"count": count} if count > 1 else {}
         if serves:
             del item["tuning"]
             item["inference"] = {"preset": {"name": "phi-3-mini-4k-instruct"}}
@@ -144,8 +146,9 @@ class Scene:
     def owned(self, kind: Kind) -> list[Object]:
         return [item for (plural, _), item in self.api.stored.items() if plural == kind.plural]
 
-    def nodes_are_ready(self) -> None:
-        for item in self.owned(NODE_CLAIM):
+    def nodes_are_ready(self, count: int = 100) -> None:
+        """The first `count` of the nodes that are requested come."""
+        for item in self.owned(NODE_CLAIM)[:count]:
             if not objects.is_true(item, "Ready"):
                 ready = {"status": "True", "lastTransitionTime": self.api.stamp()}
                 kinds = ("Launched", "Registered", "Ready")
@@ -159,8 +162,8 @@ class Scene:
         self.look(1)
         return self
 
-    def pod(self, *, scheduled: bool = True, **status: Any) -> Object:
-        """A further pod of the Job or server."""
+    def pod(self, *, index: int | None = None, scheduled: bool = True, **status: Any) -> Object:
+        """A further pod of the Job or server; of an Indexed Job, the one of `index`."""
         (owner,) = self.owned(JOB) or self.owned(DEPLOYMENT)
         meta = owner["metadata"]
         labels = meta["labels"] | {"job-name": meta["name"]}
@@ -188,9 +191,10 @@ class Scene:
                     "name": f"pod-{next(self.pods)}",
                     "namespace": "team",
                     "labels": labels,
+                    "annotations": {} if index is None else {INDEX: str(index)},
                     "ownerReferences": [controller],
                 },
-                "spec": {"nodeName": "n"} if scheduled else {},
+                "spec": {"nodeName": f"n{index or ''}"} if scheduled else {},
                 "status": {"phase": "Pending", "conditions": conditions} | status,
             },
         )

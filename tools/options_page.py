@@ -28,9 +28,10 @@ NODES = f"""
 
 A node is paid for by the second: the engine works on it, or it waits for a deadline, or it is given
 back. The time begins when the node is ready, and again when a run on it ends; further pods do not
-begin it again. A server whose container has started has {LOADING_SECONDS} s to load its model.
-Nodes of your own have no deadline but for a known problem of a scheduled pod (image, volume,
-Secret). The annotation `tuning.kaito.sh/keep-node` keeps a node.
+begin it again. The nodes of a run on several machines wait until the last one is ready and all pods
+run, and are given back together. A server whose container has started has {LOADING_SECONDS} s to
+load its model. Nodes of your own have no deadline but for a known problem of a scheduled pod
+(image, volume, Secret). The annotation `tuning.kaito.sh/keep-node` keeps a node.
 
 | while | the node | deadline | then |
 |---|---|---|---|

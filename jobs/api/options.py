@@ -82,7 +82,11 @@ class Storage(_Part):
     storage_class: str | None = None
     """Storage class of the claim; the cluster's default if not set."""
     access_mode: Literal["ReadWriteOnce", "ReadWriteOncePod", "ReadWriteMany"] = "ReadWriteOnce"
-    """How the claim is mounted."""
+    """How the claim is mounted. A run on several machines has a claim only with ReadWriteMany."""
+    shared_class: str | None = None
+    """Storage class, of ReadWriteMany, for the claims of runs on several machines. Without it, and
+    with another accessMode, their pods have emptyDirs: a run whose first pod is lost starts from
+    the beginning."""
     cache_claim: str | None = None
     """A claim in each namespace with Workspaces, which share base weights in it."""
     cache_host_path: str | None = None
@@ -93,6 +97,15 @@ class Storage(_Part):
     def cached(self) -> bool:
         """Whether base weights are stored outside of the run volume."""
         return bool(self.cache_claim or self.cache_host_path)
+
+    def for_nodes(self, count: int) -> Storage:
+        """The same for a run on `count` machines: its claim must be mounted on each of them."""
+        if count == 1 or self.access_mode == "ReadWriteMany":
+            return self
+        shared: dict[str, Any] = {"run_volume": "ephemeral"}
+        if self.shared_class and self.run_volume != "ephemeral":
+            shared = {"storage_class": self.shared_class, "access_mode": "ReadWriteMany"}
+        return self.model_copy(update=shared)
 
 
 class ClusterPolicy(_Part):

@@ -22,10 +22,12 @@ from jobs.api.kinds import (
 from jobs.api.options import Options
 from jobs.desired import names
 from jobs.desired import tuning as desired_tuning
+from jobs.manifests import group
 from jobs.manifests import job as job_manifests
 from jobs.manifests import server as server_manifests
+from jobs.observed import group as group_pods
 from jobs.observed import objects
-from jobs.observed.phase import node_attempts, phase_of, zone
+from jobs.observed.phase import last_number, missing_nodes, node_attempts, phase_of, zone
 from jobs.observed.phases import PHASES, Observed, Phase, PhaseName
 from jobs.observed.status import deleting_status, status
 
@@ -71,7 +73,7 @@ def decide(observed: Observed, options: Options) -> Decision:
         case "deploying":
             return replace(decision, **_deploy(observed, options))
         case "running" | "unready" if phase.is_overdue:  # the node is lost: the next replaces it
-            return replace(decision, delete=released)
+            return replace(decision, delete=_lost_nodes(observed) or released)
         case "starting" | "unready" | "ready":
             return replace(decision, **_keep_serving(observed, options))
         case "stuck" if observed.serving:
@@ -82,6 +84,10 @@ def decide(observed: Observed, options: Options) -> Decision:
         case "invalid" | "unfit" | "conflict" | "queued":
             server = _stored((DEPLOYMENT, observed.server)) if phase.is_overdue else ()
             return replace(decision, delete=(*server, *released))
+        case "pending" | "running" if not observed.storage and group_pods.is_left_alone(
+            observed.pods
+        ):  # it is created again, with all of its pods
+            return replace(decision, delete=_stored((JOB, observed.job)))
         case "pending" | "running":
             return replace(decision, **_restore(observed, options))
     return decision
@@ -125,6 +131,8 @@ def _run_objects(observed: Observed, options: Options) -> Items:
     items = _run_claim(observed, options)
     if options.network_policy:
         items.append((NETWORK_POLICY, job_manifests.network_policy(workspace, desired, options)))
+    if desired.nodes > 1 and observed.service is None:
+        items.append((SERVICE, group.service(workspace, desired)))
     earlier = tuple(observed.recorded.get("outputs") or ())
     job = job_manifests.job(workspace, desired, options, claim=observed.storage, earlier=earlier)
     return (*items, (JOB, job))
@@ -187,41 +195,59 @@ def _kept_until(observed: Observed, options: Options) -> datetime:
 
 
 def _restore(observed: Observed, options: Options) -> dict[str, Any]:
-    """Restore what other clients deleted or changed, except the Job itself."""
-    last = objects.newest(observed.pods)
-    created = _run_claim(observed, options) if last and not objects.is_scheduled(last) else []
+    created, updated = _service(observed)
+    if not all(map(objects.is_scheduled, objects.newest_each(observed.pods))):
+        created += _run_claim(observed, options)
     stored = observed.policy
     is_unchanged = isinstance(stored, dict) and stored["metadata"].get("generation") == 1
-    if stored == "unchecked" or is_unchanged:
-        return {"create": tuple(created)}
-    desired = desired_tuning.read(observed.workspace, observed.config_map, None)
-    if desired.spec is None:  # its ConfigMap was deleted
-        return {"create": tuple(created)}
-    policy = job_manifests.network_policy(observed.workspace, desired, options)
-    missing, updated = _policy(observed, policy)
-    return {"create": (*created, *missing), "update": tuple(updated)}
+    desired = None
+    if stored != "unchecked" and not is_unchanged:
+        desired = desired_tuning.read(observed.workspace, observed.config_map, None)
+    if desired and desired.spec:  # else its ConfigMap was deleted
+        policy = job_manifests.network_policy(observed.workspace, desired, options)
+        missing, changed = _policy(observed, policy)
+        created, updated = [*created, *missing], [*updated, *changed]
+    return {"create": tuple(created), "update": tuple(updated)}
+
+
+def _service(observed: Observed) -> tuple[list[Item], list[Item]]:
+    """(to create, to update): the Service in which the pods of one Job find each other."""
+    stored, uid = observed.service, observed.workspace["metadata"]["uid"]
+    if observed.desired.nodes == 1:
+        return [], []
+    service = group.service(observed.workspace, observed.desired)
+    if stored is None:
+        return [(SERVICE, service)], []
+    if not names.is_owned_by(stored, uid) or group.is_headless(stored, service):
+        return [], []
+    return [], [(SERVICE, stored | {"spec": stored["spec"] | service["spec"]})]
 
 
 def _provision(observed: Observed, options: Options) -> dict[str, Any]:
-    """A NodeClaim, unless one is pending; failed ones are deleted first."""
+    """The NodeClaims that are missing; failed ones are deleted first."""
     failed = tuple(
         (NODE_CLAIM, each)
         for each in observed.node_claims
         if objects.node_claim_state(each, options.nodes, observed.now)[0] == "failed"
     )
-    if len(failed) < len(observed.node_claims):
+    missing = missing_nodes(observed, options)
+    if not missing:
         return {"delete": failed}
-    workspace, desired, attempt = observed.workspace, observed.desired, node_attempts(observed) + 1
-    node_claim = job_manifests.node_claim(
-        workspace, desired, options, attempt=attempt, zone=zone(observed)
-    )
+    workspace, desired = observed.workspace, observed.desired
+    attempt = 1 + max(node_attempts(observed), last_number(observed))
+    node_claims = [
+        job_manifests.node_claim(
+            workspace, desired, options, attempt=attempt, number=number, zone=zone(observed)
+        )
+        for number in range(missing)
+    ]
     # NodeClaims are cluster-scoped, so that owner references do not delete them.
     present = workspace["metadata"].get("finalizers") or []
     return {
         "finalizers": None if names.FINALIZER in present else [*present, names.FINALIZER],
         "rehearse": () if observed.job else _rehearsal(observed, options),
         "delete": failed,
-        "create": ((NODE_CLAIM, node_claim),),
+        "create": tuple((NODE_CLAIM, each) for each in node_claims),
     }
 
 
@@ -238,6 +264,19 @@ def _released_nodes(observed: Observed) -> Items:
     if names.annotation(observed.workspace, "keep-node") == "true":
         return ()
     return _stored(*((NODE_CLAIM, each) for each in observed.node_claims))
+
+
+def _lost_nodes(observed: Observed) -> Items:
+    """The NodeClaims of those nodes of a run that do not respond, where others do: they wait for
+    the new ones."""
+    lost = {pod["spec"].get("nodeName") for pod in observed.pods if objects.node_loss(pod)}
+    claims = [
+        each
+        for each in observed.node_claims
+        if (each.get("status") or {}).get("nodeName") in lost - {None}
+    ]
+    is_kept = names.annotation(observed.workspace, "keep-node") == "true"
+    return () if is_kept else _stored(*((NODE_CLAIM, each) for each in claims))
 
 
 def _clean_up(observed: Observed, options: Options) -> dict[str, Any]:

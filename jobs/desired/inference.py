@@ -182,8 +182,9 @@ def _check_support(parsed: Workspace, annotations: dict[str, str]) -> None:
         what, change = "pod templates are not supported", "apply it as a Deployment, or use preset"
         raise SpecError.at("SPEC-118", "inference.template", what, change)
     if resource and resource.count != 1:
-        what = "a Workspace is served by one node"
-        raise SpecError.at("SPEC-118", "resource.count", what, "set it to 1")
+        what, change = "a Workspace is served by one node", "set it to 1"
+        change += ", or serve the adapter with a Workspace of its own" if parsed.tuning else ""
+        raise SpecError.at("SPEC-118", "resource.count", what, change)
     if resource and resource.partition:
         what = "GPU partitions are not supported for inference"
         raise SpecError.at("SPEC-118", "resource.partition", what, "remove it")

@@ -6,6 +6,7 @@ import re
 
 from jobs.api.kinds import WORKSPACE, Kind, Object
 from jobs.api.options import Options
+from jobs.desired import tuning
 from jobs.desired.tuning import Desired, identity, short_name
 from tuning import __version__
 from tuning.spec.workspace import ANNOTATION, RESERVED_LABELS
@@ -27,7 +28,7 @@ def is_object_name(name: object) -> bool:
 
 def job_name(workspace: Object, desired: Desired) -> str:
     """Name of the Job, unique to Workspace and revision, so that there are never two Jobs."""
-    return short_name(workspace, desired.revision)
+    return tuning.job_name(workspace, desired.revision)
 
 
 def claim_name(workspace: Object) -> str:

@@ -100,7 +100,8 @@ class Desired:
     fit_problems: tuple[Problem, ...] = ()  # why it does not fit the GPU
     instance: Instance | None = None
     device: Device | None = None  # it will run on, where that is known
-    gpus: int = 1
+    gpus: int = 1  # of each pod
+    nodes: int = 1  # machines, and so pods of the Job
     weights_bytes: int | None = None
     server: Server | None = None
     training_bytes: int | None = None  # of checkpoints, adapter and image, from the plan
@@ -143,9 +144,25 @@ def revision(workspace: Object) -> str:
     return _short_hash(workspace["metadata"]["uid"], json.dumps(known, sort_keys=True), *parts)
 
 
-def short_name(workspace: Object, suffix: str) -> str:
-    """`<name>-<suffix>`, cut to 63 characters; the suffix is unique to the UID."""
-    return f"{workspace['metadata']['name'][: 62 - len(suffix)].rstrip('-')}-{suffix}"
+def short_name(workspace: Object, suffix: str, *, longest: int = 63) -> str:
+    """`<name>-<suffix>`, cut to `longest` characters; the suffix is unique to the UID."""
+    name = workspace["metadata"]["name"][: longest - 1 - len(suffix)].rstrip("-")
+    return f"{name}-{suffix}"
+
+
+def node_count(workspace: Object) -> int:
+    """On how many machines the Workspace tunes."""
+    count = (workspace.get("resource") or {}).get("count")
+    return count if isinstance(count, int) and workspace.get("tuning") else 1
+
+
+def job_name(workspace: Object, revision: str) -> str:
+    """Name of the Job of a revision. That of several pods is a Service's, too, which begins with a
+    letter, and `<name>-<index>` a host's."""
+    if node_count(workspace) == 1:
+        return short_name(workspace, revision)
+    name = short_name(workspace, revision, longest=57)
+    return name if name[0].isalpha() else f"ws-{name}"
 
 
 def identity(workspace: Object) -> str:
@@ -181,7 +198,13 @@ def read_brief(workspace: Object, config_map: Object | None) -> Desired:
     except SpecError:
         instance = None
     digest = _config_digest(config_map)
-    return Desired(revision(workspace), None, config_digest=digest, instance=instance)
+    return Desired(
+        revision(workspace),
+        None,
+        config_digest=digest,
+        instance=instance,
+        nodes=node_count(workspace),
+    )
 
 
 def _config_digest(config_map: Object | None) -> str:
@@ -217,8 +240,9 @@ def _read(text: str, device: Device | None) -> Desired:
         spec=parsed,
         snapshot=spec.dump(parsed),
         instance=instance,
-        device=plan.device_of(parsed.instance) if parsed.instance else device,
+        device=plan.planned_device(parsed, device) if parsed.instance or device else None,
         gpus=int(gpus) if gpus is not None else instance.gpus if instance else 1,
+        nodes=parsed.nodes,
         weights_bytes=_weights(parsed),
     )
     if instance is None and (device is None or desired.gpus == 0):
@@ -228,7 +252,8 @@ def _read(text: str, device: Device | None) -> Desired:
         drafted = plan.draft(parsed, here=desired.device)
     except SpecError as error:
         return _without_plan(desired, error)
-    used = desired.gpus if gpus is not None else drafted.placement.ranks
+    placement = drafted.placement
+    used = desired.gpus if gpus is not None else placement.ranks // placement.nodes
     training = plan.disk_bytes(drafted.recipe, plan.known_base(parsed))
     return replace(desired, plan=drafted, gpus=used, training_bytes=training)
 

@@ -12,7 +12,7 @@ from jobs.api.options import MAX_ANNOTATIONS, Options
 from jobs.desired import names
 from jobs.desired.names import CONFIG_ANNOTATION, NAMESPACE_LABEL, UID_LABEL, WORKSPACE_LABEL
 from jobs.desired.tuning import PRIORITY, QUEUE, Desired, identity
-from jobs.manifests import pod
+from jobs.manifests import group, pod
 from jobs.manifests import server as server_manifests
 from tuning import spec as specs
 from tuning.errors import REASONS, RETRYABLE, Problem
@@ -42,11 +42,14 @@ def job(
                 "labels": pod.NO_SIDECAR_LABELS
                 | options.pod_labels
                 | names.labels(workspace, desired.revision),
-                "annotations": pod_annotations(desired, options, earlier),
+                "annotations": pod_annotations(desired, options, earlier)
+                | group.topology(workspace),
             },
             "spec": pod.spec(workspace, desired, options, claim=claim),
         },
     }
+    if desired.nodes > 1:
+        spec |= group.job_fields(desired, options)
     deadline = names.annotation(workspace, "deadline-seconds") or options.deadline_seconds
     if deadline:
         spec["activeDeadlineSeconds"] = int(deadline)
@@ -111,7 +114,7 @@ def size_problem(desired: Desired, options: Options, earlier: tuple[str, ...]) -
 
 def run_claim(workspace: Object, desired: Desired, options: Options) -> Object:
     """The claim of the run directory: one per Workspace, which later revisions reuse."""
-    storage = options.storage
+    storage = options.storage.for_nodes(desired.nodes)
     spec: Object = {
         "accessModes": [storage.access_mode],
         "resources": {"requests": {"storage": pod.size(desired.run_bytes(cached=storage.cached))}},
@@ -122,7 +125,8 @@ def run_claim(workspace: Object, desired: Desired, options: Options) -> Object:
 
 
 def network_policy(workspace: Object, desired: Desired, options: Options) -> Object:
-    """In: the operator, to the progress port. Out: DNS, and the ports of data, hub and registry."""
+    """In: the operator, to the progress port. Out: DNS, and the ports of data, hub and registry.
+    Pods of one Job reach each other on all ports, as collective communication uses any."""
     assert desired.spec is not None
     spec = _policy_spec(
         {WORKSPACE_LABEL: workspace["metadata"]["name"]},
@@ -130,6 +134,10 @@ def network_policy(workspace: Object, desired: Desired, options: Options) -> Obj
         _ports(desired.spec),
         options,
     )
+    if desired.nodes > 1:
+        peers = [{"podSelector": {"matchLabels": group.peers(workspace, desired)}}]
+        spec["ingress"].append({"from": peers})
+        spec["egress"].append({"to": peers})
     name = names.job_name(workspace, desired)
     return names.owned_object(workspace, NETWORK_POLICY, name, spec, revision=desired.revision)
 
@@ -206,24 +214,33 @@ def _is_private(host: str) -> bool:
 
 
 def node_claim(
-    workspace: Object, desired: Desired, options: Options, *, attempt: int, zone: str | None = None
+    workspace: Object,
+    desired: Desired,
+    options: Options,
+    *,
+    attempt: int,
+    number: int = 0,
+    zone: str | None = None,
 ) -> Object:
-    """Karpenter's request for a node; cluster-scoped, so that a finalizer must delete it."""
+    """Karpenter's request for a node; cluster-scoped, so that a finalizer must delete it. `number`
+    tells those of one attempt from each other, where the run has several nodes."""
     assert desired.instance is not None
+    suffix = f"{number}-{attempt}" if desired.nodes > 1 else f"{attempt}"
     meta, node_class = workspace["metadata"], options.nodes.node_class
     requirements = {
         "karpenter.sh/nodepool": "kaito",
         "node.kubernetes.io/instance-type": desired.instance.name,
         "kubernetes.io/os": "linux",
     }
-    if zone:
+    labels = names.node_selector(workspace)
+    if zone := zone or labels.get(names.ZONE):
         requirements[names.ZONE] = zone
     return {
         "apiVersion": NODE_CLAIM.api_version,
         "kind": NODE_CLAIM.name,
         "metadata": {
-            "name": f"ws{identity(workspace)}{desired.revision}-{attempt}",
-            "labels": names.node_selector(workspace)
+            "name": f"ws{identity(workspace)}{desired.revision}-{suffix}",
+            "labels": labels
             | {
                 "karpenter.sh/nodepool": "kaito",
                 WORKSPACE_LABEL: meta["name"],

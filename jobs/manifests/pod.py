@@ -12,6 +12,7 @@ from jobs.api.kinds import Object
 from jobs.api.options import Options, for_device
 from jobs.desired import names
 from jobs.desired.tuning import GIB, Desired
+from jobs.manifests import group
 from tuning.spec.workspace import ANNOTATION
 
 PORT = 8080
@@ -48,13 +49,14 @@ def spec(workspace: Object, desired: Desired, options: Options, *, claim: bool) 
     command += ["--secrets", "/etc/tuning/secrets"]
     if options.policy:
         command += ["--policy", "/etc/tuning/policy.yaml"]
+    command += group.arguments(workspace, desired)
     mounts, volumes = _volumes(workspace, desired, options, claim=claim)
     limits = resources(desired, options, claim=claim)
     ports = [{"name": "progress", "containerPort": PORT, "protocol": "TCP"}]
     container = container_spec(options, CONTAINER, command, mounts, limits, ports=ports)
     grace = options.grace_seconds
     spec = pod_spec(container, volumes, workspace, desired, options, grace=grace)
-    return spec | {"restartPolicy": "Never"}
+    return spec | {"restartPolicy": "Never"} | group.host_names(workspace, desired)
 
 
 def container_spec(
@@ -147,9 +149,10 @@ def pod_spec(
     ):
         if value:
             pod[field] = value
-    if affinity := _node_affinity(workspace, desired, options):
-        pod["affinity"] = {"nodeAffinity": affinity}
-    return pod
+    affinity = group.affinity(workspace, desired)
+    if nodes := _node_affinity(workspace, desired, options):
+        affinity |= {"nodeAffinity": nodes}
+    return pod | ({"affinity": affinity} if affinity else {})
 
 
 def _node_affinity(workspace: Object, desired: Desired, options: Options) -> Object:
@@ -200,7 +203,7 @@ def _volumes(
     files = {"defaultMode": 0o440, "sources": _files(desired, options)}
     volumes.append({"name": "files", "projected": files})
     mounts.append({"name": "files", "mountPath": "/etc/tuning", "readOnly": True})
-    mounts.append({"name": "run", "mountPath": "/run/tuning", "subPath": "run"})
+    mounts.append({"name": "run", "mountPath": "/run/tuning", **group.run_folder(desired)})
     parsed = desired.spec
     if parsed and parsed.data_secret and parsed.source.urls:  # all keys: some are names of hosts
         secret = {"secretName": parsed.data_secret, "defaultMode": 0o440}

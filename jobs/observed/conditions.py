@@ -5,6 +5,7 @@ from __future__ import annotations
 from jobs.api.kinds import Object
 from jobs.api.options import Options
 from jobs.desired import names
+from jobs.observed import objects
 from jobs.observed.objects import condition, format_time, sanitize
 from jobs.observed.phases import RELEASED, Observed, Phase, PhaseName, is_current
 
@@ -147,13 +148,19 @@ def _nodes(observed: Observed, phase: Phase) -> list[Condition]:
     if phase.name == "stuck":
         return [("NodeClaimReady", "False", RELEASED, phase.cause.message)]
     is_missing = phase.name == "refused" and not observed.node_claims
+    count = observed.desired.nodes
     if is_missing or phase.name in ("provisioning", "unprovisioned", "queued"):
+        enough = "Not enough Nodes are ready"
+        if count > 1:
+            ready = sum(objects.is_true(each, "Ready") for each in observed.node_claims)
+            enough += f": {ready} of {count}"
         return [
             ("NodeClaimReady", "False", "NodeClaimNotReady", phase.cause.message),
-            ("NodesReady", "False", "NodeNotReady", "Not enough Nodes are ready"),
+            ("NodesReady", "False", "NodeNotReady", enough),
         ]
+    of = f": {count} of {count}" if count > 1 else ""
     return [
-        ("NodeClaimReady", "True", "NodeClaimsReady", "Enough NodeClaims are ready"),
+        ("NodeClaimReady", "True", "NodeClaimsReady", f"Enough NodeClaims are ready{of}"),
         ("NodesReady", "True", "NodesReady", "Enough Nodes are ready with GPU resources"),
     ]
 

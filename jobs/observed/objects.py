@@ -86,6 +86,32 @@ def newest(pods: tuple[Object, ...]) -> Object | None:
     return max(pods, key=lambda p: p["metadata"]["creationTimestamp"], default=None)
 
 
+def completion_index(pod: Object) -> int:
+    """Which pod of its Job it is: 0 for the only one, and for the first of several."""
+    annotations = pod["metadata"].get("annotations") or {}
+    text = str(annotations.get("batch.kubernetes.io/job-completion-index", ""))
+    return int(text) if text.isdecimal() and len(text) < 6 else 0
+
+
+def newest_each(pods: tuple[Object, ...]) -> tuple[Object, ...]:
+    """The newest pod of each index, in their order."""
+    by_index: dict[int, list[Object]] = {}
+    for pod in pods:
+        by_index.setdefault(completion_index(pod), []).append(pod)
+    lists = (tuple(by_index[index]) for index in sorted(by_index))
+    return tuple(last for each in lists if (last := newest(each)))
+
+
+def culprit(pods: tuple[Object, ...]) -> Object | None:
+    """Of ended pods the one that tells why: one pod that fails ends the others of its Job."""
+
+    def weight(pod: Object) -> tuple[bool, bool]:
+        code = exit_code(pod)
+        return code in PERMANENT, code != 75
+
+    return max(newest_each(pods), key=weight, default=None)
+
+
 def container(pod: Object) -> Object:
     """The status of the engine's container."""
     for each in (pod.get("status") or {}).get("containerStatuses") or []:
@@ -191,12 +217,13 @@ def node_loss(pod: Object) -> Cause | None:
     return Cause("NodeLost", "the pod's node does not respond", hint)
 
 
-def running_warning(job: Object, pod: Object) -> Cause | None:
+def running_warning(job: Object, pod: Object, nodes: int = 1) -> Cause | None:
     """What may be wrong with a running Job: edited, node lost, pod terminating."""
     parallelism = (job.get("spec") or {}).get("parallelism")
-    if parallelism not in (None, 1):
-        message = f"the Job's parallelism was set to {parallelism}: one pod trains, all others fail"
-        return Cause("JobEdited", message, "set it to 1")
+    if parallelism not in (None, nodes):
+        train = "one pod trains" if nodes == 1 else f"{nodes} pods train"
+        message = f"the Job's parallelism was set to {parallelism}: {train}, all others fail"
+        return Cause("JobEdited", message, f"set it to {nodes}")
     if cause := node_loss(pod):
         return cause
     if pod["metadata"].get("deletionTimestamp"):
@@ -222,11 +249,17 @@ def failure(job: Object, pods: tuple[Object, ...]) -> Cause:
         )
         return Cause("DeadlineExceeded", "the Job ran longer than its deadline", hint)
     ended = tuple(pod for pod in pods if has_ended(pod) and exit_code(pod) != 0)
-    last = newest(ended) or newest(pods)
+    last = culprit(ended) or newest(pods)
     if last is None:
         message = sanitize(failed.get("message") or "no pod")
         return Cause(failed.get("reason") or "JobFailed", message)
-    return pod_failure(last)
+    return named(last, pod_failure(last))
+
+
+def named(pod: Object, cause: Cause) -> Cause:
+    """`cause` with the index of `pod`, unless that is the first one, of which all else is told."""
+    index = completion_index(pod)
+    return replace(cause, message=f"pod {index}: {cause.message}") if index else cause
 
 
 def pod_failure(pod: Object) -> Cause:
@@ -282,12 +315,15 @@ def failed_container(pod: Object) -> Cause | None:
 def last_try(job: Object, pods: tuple[Object, ...]) -> Cause | None:
     """How the last pod ended, if without success, while the Job goes on."""
     ended = tuple(pod for pod in pods if has_ended(pod) and exit_code(pod) != 0)
-    last = newest(ended)
+    last = culprit(ended)
     if last is None:
         return None
-    number = max(len(ended), (job.get("status") or {}).get("failed") or 0)
+    own = [pod for pod in ended if completion_index(pod) == completion_index(last)]
+    number = len(own)
+    if len(own) == len(ended) and (job.get("spec") or {}).get("completionMode") != "Indexed":
+        number = max(number, (job.get("status") or {}).get("failed") or 0)  # some are gone
     cause, verb = pod_failure(last), "was stopped" if exit_code(last) == 75 else "failed"
-    return replace(cause, message=f"try {number} {verb}: {cause.message}")
+    return named(last, replace(cause, message=f"try {number} {verb}: {cause.message}"))
 
 
 def condition_reason(text: str) -> str:

@@ -29,7 +29,7 @@ from jobs.desired import inference as desired_inference
 from jobs.desired import names
 from jobs.desired import tuning as desired_tuning
 from jobs.desired.tuning import Server
-from jobs.observed import objects
+from jobs.observed import group, objects
 from jobs.observed.phases import Observed, Policy
 from jobs.observed.site import Site
 from tuning.plan.device import Device
@@ -90,26 +90,32 @@ def observe(context: Context, workspace: Object) -> Observed:
     namespace, uid = workspace["metadata"]["namespace"], workspace["metadata"]["uid"]
     config_map = _config_map(cluster, workspace, "tuning")
     recorded, revision = workspace.get("status") or {}, desired_tuning.revision(workspace)
-    named = run_claim = None
+    nodes, name = desired_tuning.node_count(workspace), desired_tuning.job_name(workspace, revision)
+    named = run_claim = service = None
     if recorded:
-        named = cluster.get(JOB, namespace, desired_tuning.short_name(workspace, revision))
+        named = cluster.get(JOB, namespace, name)
     job = named if named and names.is_owned_by(named, uid) else None
     same = recorded.get("revision") == revision
     has_ended = same and "completionTime" in recorded
     node_claims = _node_claims(context, workspace)
-    needs_node = options.nodes.provision and _instance_type(workspace) and not node_claims
+    is_short = len(node_claims) < nodes
+    needs_node = options.nodes.provision and _instance_type(workspace) and is_short
+    unshared: tuple[str, ...] = ()
     if has_ended or (same and job and "plan" in recorded and not needs_node):
         desired = desired_tuning.read_brief(workspace, config_map)
     else:
         device = _device(context, workspace)
         desired = desired_tuning.read(workspace, config_map, device)
         desired = desired_inference.check_inference(workspace, desired, device)
+        unshared = _unshared_claims(cluster, workspace) if nodes > 1 and not job else ()
     pods = _job_pods(cluster, job) if job and not has_ended else ()
-    last, now = objects.newest(pods), context.now()
-    is_running = last is not None and objects.is_running(last)
-    if recorded and not is_running:
+    last, now = group.decisive(pods, nodes), context.now()
+    leader = objects.newest(group.first(pods))
+    if recorded and not (last and objects.is_running(last)):
         run_claim = cluster.get(CLAIM, namespace, names.claim_name(workspace))
-    storage = context.site.storage()
+    if recorded and nodes > 1 and not has_ended:
+        service = cluster.get(SERVICE, namespace, name)
+    storage = context.site.storage(nodes)
     return Observed(
         workspace=workspace,
         desired=desired,
@@ -117,17 +123,19 @@ def observe(context: Context, workspace: Object) -> Observed:
         now=now,
         job=job,
         previous_job=_previous_job(cluster, workspace, named),
-        conflicting=_conflicting(uid, named, run_claim if storage else None),
+        conflicting=_conflicting(uid, named, run_claim if storage else None, service),
         pods=pods,
         warning=_warning(cluster, job, last, now),
         node_claims=node_claims,
         node_claims_in_namespace=0
         if job or node_claims
         else _count_in_namespace(context, workspace),
-        progress=context.poll(last) if last and is_running else None,
+        progress=context.poll(leader) if leader and objects.is_running(leader) else None,
         run_claim=run_claim,
+        unshared=unshared,
         storage=storage,
         policy=_policy(context, workspace, job) if job and not has_ended else "unchecked",
+        service=service,
         server=_own_server(cluster, workspace) if "inference" in workspace else None,
     )
 
@@ -220,6 +228,19 @@ def _own_server(cluster: Cluster, workspace: Object) -> Object | None:
         return None
     server = cluster.get(DEPLOYMENT, meta["namespace"], meta["name"])
     return server if server and names.is_owned_by(server, meta["uid"]) else None
+
+
+def _unshared_claims(cluster: Cluster, workspace: Object) -> tuple[str, ...]:
+    """Claims with data, or for the adapter, that can be mounted on one node only."""
+    namespace, unshared = workspace["metadata"]["namespace"], []
+    shared = {"input": {"ReadWriteMany", "ReadOnlyMany"}, "output": {"ReadWriteMany"}}
+    for part, modes in shared.items():
+        volume = (workspace["tuning"].get(part) or {}).get("volumeSource") or {}
+        name = str((volume.get("persistentVolumeClaim") or {}).get("claimName", ""))
+        claim = cluster.get(CLAIM, namespace, name) if names.is_object_name(name) else None
+        if claim and modes.isdisjoint(claim["spec"]["accessModes"]):
+            unshared.append(name)
+    return tuple(unshared)
 
 
 def _conflicting(uid: str, *named: Object | None) -> Object | None:

@@ -17,9 +17,9 @@ from jobs.desired import tuning as desired_tuning
 from jobs.desired.tuning import QUEUE
 from jobs.manifests import job as job_manifests
 from jobs.manifests import server as server_manifests
-from jobs.observed import objects
+from jobs.observed import group, objects
 from jobs.observed.objects import Cause
-from jobs.observed.phases import RELEASED, Observed, Phase, after_deadline, is_current
+from jobs.observed.phases import NODES_HINT, RELEASED, Observed, Phase, after_deadline, is_current
 from jobs.observed.phases import PhaseName as PhaseName  # where it is looked for
 from jobs.observed.readiness import readiness_of
 from tuning.errors import Problem
@@ -156,6 +156,10 @@ def _invalid(observed: Observed, options: Options) -> Cause | None:
         return Cause("ConfigMapNotFound", problems, "create the ConfigMap; the run then starts")
     if desired.spec is None and desired.server is None:
         return Cause("SpecInvalid", problems)
+    if claims := ", ".join(observed.unshared):
+        message = f"the claim {claims} can be mounted on one node only, and the run has several"
+        hint = "use claims with the access mode ReadWriteMany (ReadOnlyMany for data), or an image"
+        return Cause("VolumeNotShared", message, hint)
     if desired.spec is not None:
         earlier = tuple(observed.recorded.get("outputs") or ())
         if too_large := job_manifests.size_problem(desired, options, earlier):
@@ -180,11 +184,16 @@ def _job_phase(observed: Observed, job: Object, options: Options) -> Phase:
             return Phase("failed", objects.failure(job, observed.pods))
         case "suspended":
             return Phase("queued", Cause("Queued", "the Job waits in its queue"))
-    last = objects.newest(tuple(pod for pod in observed.pods if not objects.has_ended(pod)))
+    nodes = observed.desired.nodes
+    live = tuple(
+        pod for pod in observed.pods if not objects.has_ended(pod) or objects.exit_code(pod) == 0
+    )
+    last = group.decisive(live, nodes)
     earlier = objects.last_try(job, observed.pods)
     if last is not None and objects.is_running(last):
         retried = earlier and replace(earlier, reason="Retried", hint="")
-        return Phase("running", objects.running_warning(job, last) or retried or Cause("", ""))
+        warnings = (objects.running_warning(job, pod, nodes) for pod in objects.newest_each(live))
+        return Phase("running", next(filter(None, warnings), retried or Cause("", "")))
     if (
         names.provisions_node(observed.desired, options)
         and (last is None or not objects.is_scheduled(last))
@@ -197,7 +206,8 @@ def _job_phase(observed: Observed, job: Object, options: Options) -> Phase:
 def _engine_phase(observed: Observed, state: str) -> Phase | None:
     """The engine's container decides over the run, even if another container of its pod fails, or
     goes on: then the Job does not end by itself."""
-    done = next((pod for pod in observed.pods if objects.exit_code(pod) == 0), None)
+    pods = group.first(observed.pods)
+    done = next((pod for pod in pods if objects.exit_code(pod) == 0), None)
     if done is not None:
         staying = objects.staying(done)
         waited = (observed.now - objects.ended_at(done)).total_seconds()
@@ -205,19 +215,22 @@ def _engine_phase(observed: Observed, state: str) -> Phase | None:
             note = f"the container {staying} of its pod still ran" if staying else ""
             return Phase("succeeded", Cause("ContainerStays" if staying else "", note))
         return Phase("running")  # the Job is about to be complete
-    last = objects.newest(observed.pods)
+    ended = tuple(pod for pod in objects.newest_each(observed.pods) if objects.has_ended(pod))
+    last = objects.culprit(ended)
     if last is None or not (staying := objects.staying(last)) or state == "failed":
         return None
     if objects.exit_code(last) not in objects.PERMANENT:
         return None
-    cause = objects.pod_failure(last)
+    cause = objects.named(last, objects.pod_failure(last))
     note = f"{cause.message}; the container {staying} of its pod still ran"
     return Phase("failed", replace(cause, message=note))
 
 
 def _pending(observed: Observed, last: Object | None, earlier: Cause | None) -> Cause:
     """Why no engine runs: `last` is the pod that is to start, `earlier` how the last try ended."""
-    before, ended = f"{earlier.message}; " if earlier else "", objects.newest(observed.pods)
+    before = group.waiting(observed.pods, observed.desired.nodes)
+    before += f"{earlier.message}; " if earlier else ""
+    ended = objects.culprit(tuple(filter(objects.has_ended, observed.pods)))
     cause = objects.waiting(last, observed.warning) if last else None
     if observed.warning and not last:
         words = objects.sanitize(observed.warning)
@@ -230,43 +243,64 @@ def _pending(observed: Observed, last: Object | None, earlier: Cause | None) -> 
     if earlier:
         return replace(earlier, message=f"{before}the next starts")
     waits = objects.starting(last) if last else "the Job has not created a pod yet"
-    return Cause("PodPending", waits)
+    return Cause("PodPending", before + waits)
 
 
 def _node_phase(observed: Observed, options: Options) -> Phase | None:
-    """The phase while no provisioned node is ready; None if one is."""
-    nodes, now = options.nodes, observed.now
+    """The phase while not all provisioned nodes are ready; None if they are."""
+    nodes, now, count = options.nodes, observed.now, observed.desired.nodes
     states = [objects.node_claim_state(each, nodes, now) for each in observed.node_claims]
-    if any(state == "ready" for state, _ in states):
+    ready = sum(state == "ready" for state, _ in states)
+    if ready >= count:
         return None
-    messages = "; ".join(message for _, message in states)
-    count, limit = node_attempts(observed), nodes.per_namespace
-    if all(state != "waiting" for state, _ in states) and count >= nodes.attempts:
+    messages = "; ".join(dict.fromkeys(message for _, message in states if message))
+    attempts, limit = node_attempts(observed), nodes.per_namespace
+    if missing_nodes(observed, options) and attempts >= nodes.attempts:
         stored = objects.condition(observed.workspace, "NodeClaimReady") or {}
-        message = f"no node after {count} attempts: {messages or stored.get('message', '')}"
-        return Phase(
-            "unprovisioned", Cause("NodeClaimNotReady", message, "try another instanceType")
-        )
-    if not states and limit is not None and observed.node_claims_in_namespace >= limit:
-        message = (
-            f"the namespace has {observed.node_claims_in_namespace} nodes, its limit is {limit}"
-        )
+        what = "no node" if count == 1 else f"not all of {count} nodes"
+        message = f"{what} after {attempts} attempts: {messages or stored.get('message', '')}"
+        return Phase("unprovisioned", Cause("NodeClaimNotReady", message, NODES_HINT))
+    present = observed.node_claims_in_namespace
+    if not states and limit is not None and present + count > limit:
+        message = f"the namespace has {present} nodes, its limit is {limit}"
+        message += f", and this Workspace needs {count}" if count > 1 else ""
+        message += ": it can never run here" if count > limit else ""
         return Phase("queued", Cause("MachineLimit", message))
+    if count > 1:
+        messages = f"{ready} of {count} nodes are ready" + (f"; {messages}" if messages else "")
     requested = Cause("NodeClaimNotReady", messages or "a node is requested")
     return Phase("provisioning", (not states and _previous_refusal(observed)) or requested)
 
 
+def missing_nodes(observed: Observed, options: Options) -> int:
+    """How many nodes are to be requested: a request that failed is made again."""
+    states = (
+        objects.node_claim_state(each, options.nodes, observed.now)[0]
+        for each in observed.node_claims
+    )
+    return max(0, observed.desired.nodes - sum(state != "failed" for state in states))
+
+
 def node_attempts(observed: Observed) -> int:
-    """NodeClaims created so far for this revision, including one that the status does not count."""
+    """How often a node was requested for this revision, including a NodeClaim that the status does
+    not count. Of several nodes those that stay keep their numbers: there the status alone counts,
+    which starts again whenever all pods run."""
     stored = (observed.recorded.get("nodeAttempts") or 0) if is_current(observed) else 0
+    return stored if observed.desired.nodes > 1 else max(stored, last_number(observed))
+
+
+def last_number(observed: Observed) -> int:
+    """The highest number of an attempt in the names of NodeClaims."""
     numbers = (each["metadata"]["name"].rpartition("-")[2] for each in observed.node_claims)
-    return max([stored, *(int(number) for number in numbers if number.isdecimal())])
+    return max((int(number) for number in numbers if number.isdecimal()), default=0)
 
 
 def zone(observed: Observed) -> str | None:
     """Zone of the run volume, if known: a node of another zone could not mount it."""
     labels = [each["metadata"].get("labels") or {} for each in observed.node_claims]
     zones = [each[names.ZONE] for each in labels if each.get(names.ZONE)]
+    if observed.desired.nodes > 1 and zones:
+        return str(zones[-1])  # the others shall be near
     if not observed.storage or not (zones or observed.run_claim):
         return None
     found: str | None = zones[-1] if zones else observed.recorded.get("zone")

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 from jobs.api.kinds import Object
 from jobs.api.options import Options
 from jobs.desired.tuning import Desired
-from jobs.observed import objects
+from jobs.observed import group, objects
 from jobs.observed.objects import Cause
 from tuning.spec.workspace import ANNOTATION
 
@@ -27,6 +27,7 @@ PhaseName = Literal[
 Policy = Literal["unchecked", "missing"] | Object  # the stored network policy
 
 RELEASED = "NodeReleased"  # reason of NodeClaimReady after a deadline
+NODES_HINT = "try another instanceType"
 LOADING_SECONDS = 3600  # in which a server's container that has started must become ready
 
 
@@ -46,7 +47,7 @@ PHASES: dict[PhaseName, Row] = {
         10,
         "requested",
         "unprovisioned",
-        "nodes.launchSeconds, nodes.registerSeconds, nodes.attempts",
+        "nodes.launchSeconds, nodes.registerSeconds, nodes.attempts, stuckSeconds",
     ),
     "creating": Row("The Job is created at once", 2, "waits", "refused", ""),
     "deploying": Row("The server is created or updated at once", 2, "waits", "refused", ""),
@@ -89,6 +90,7 @@ class Observed:
     node_claims_in_namespace: int = 0  # counted only if there is a limit
     progress: dict[str, Any] | None = None
     run_claim: Object | None = None
+    unshared: tuple[str, ...] = ()  # claims of the Workspace that only one node can mount
     storage: bool = True  # whether a claim for the run directory can be bound
     policy: Policy = "unchecked"
     serving: bool = False  # nothing is left to tune: `desired` is an inference server
@@ -143,7 +145,10 @@ def after_deadline(observed: Observed, phase: Phase, options: Options) -> Phase:
         return replace(phase, is_overdue=True)
     cause, message = phase.cause, phase.cause.message or PHASES[phase.name].meaning
     if observed.node_claims:
-        message += f"; nothing ran on the provisioned node for {seconds} s"
+        node = "node" if observed.desired.nodes == 1 else "nodes"
+        message += f"; nothing ran on the provisioned {node} for {seconds} s"
+    if then == "unprovisioned":
+        return Phase("unprovisioned", replace(cause, message=message, hint=NODES_HINT))
     again = "edit `inference`" if observed.serving else f"set the annotation {ANNOTATION}rerun"
     hint = f"{cause.hint or 'remove the cause'}, then {again}"
     return Phase("stuck", replace(cause, message=message, hint=hint))
@@ -155,10 +160,12 @@ def _waiting_since(observed: Observed, phase: Phase, options: Options) -> dateti
     No pod restarts this time, as pods may be replaced for ever: only a run does, or a new node.
     """
     row, now = row_of(phase), observed.now
-    if row.then not in ("stuck", "released") or _answers(observed):
+    if not row.then or row.then == "refused" or _answers(observed):
         return None
     held = [c for c in observed.node_claims if not c["metadata"].get("deletionTimestamp")]
-    last = objects.newest(observed.pods)
+    if phase.name == "provisioning":  # those that came wait for the others
+        held = [each for each in held if objects.is_true(each, "Ready")]
+    last = group.decisive(observed.pods, observed.desired.nodes)
     if not held:
         if phase.name != "pending" or last is None or not objects.is_scheduled(last):
             return None
@@ -172,15 +179,16 @@ def _waiting_since(observed: Observed, phase: Phase, options: Options) -> dateti
         else objects.parse_time(each["metadata"]["creationTimestamp"]) + registered
         for each in held
     ]
-    if row is NODE_LOST and last:
-        return max([*times, objects.changed_at(last, "Ready")])
+    if row is NODE_LOST and (pod := group.lost(observed.pods)):
+        return max([*times, objects.changed_at(pod, "Ready")])
     if phase.name == "replacing":
         stopping = (observed.previous_job, observed.server)
         stamps = [each["metadata"].get("deletionTimestamp") for each in stopping if each]
         return max([*times, *(objects.parse_time(stamp) if stamp else now for stamp in stamps)])
-    if observed.job:
+    if observed.job and phase.name != "provisioning":
         times.append(objects.parse_time(observed.job["metadata"]["creationTimestamp"]))
     kind = "InferenceReady" if observed.serving else "JobStarted"
+    kind = "NodeClaimReady" if phase.name == "provisioning" else kind
     stored = objects.condition(observed.workspace, kind)
     if not stored or stored["status"] != "False" or not is_current(observed):
         return now

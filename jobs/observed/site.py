@@ -44,9 +44,9 @@ class Site:
         )
         return device
 
-    def storage(self) -> bool:
+    def storage(self, nodes: int = 1) -> bool:
         """Whether a claim for the run directory would be bound."""
-        storage = self._options.storage
+        storage = self._options.storage.for_nodes(nodes)
         if storage.run_volume != "auto" or storage.storage_class:
             return storage.run_volume != "ephemeral"
 

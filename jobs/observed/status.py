@@ -7,9 +7,9 @@ from typing import Any
 from jobs.api.kinds import Kind, Object
 from jobs.api.options import Options
 from jobs.desired import names
-from jobs.observed import conditions, objects
+from jobs.observed import conditions, group, objects
 from jobs.observed.objects import Cause, format_time
-from jobs.observed.phase import node_attempts, zone
+from jobs.observed.phase import missing_nodes, node_attempts, zone
 from jobs.observed.phases import Observed, Phase, PhaseName
 from tuning.plan import Plan
 
@@ -30,12 +30,12 @@ def status(observed: Observed, phase: Phase, options: Options) -> Object:
         "state": _state(observed, name),
         "ready": "True" if name == "succeeded" else "False",
         "revision": observed.desired.revision,
-        "targetNodeCount": 1,
+        "targetNodeCount": observed.desired.nodes,
         "outputs": stored.get("outputs"),
         "plan": _plan(observed),
         "progress": _progress(observed, stored.get("progress") if same else None),
         "zone": zone(observed),
-        "nodeAttempts": None if name == "running" else _node_attempts(observed, name),
+        "nodeAttempts": None if name == "running" else _node_attempts(observed, name, options),
         "workerNodes": _worker_nodes(observed),
     }
     if name in ("creating", "refused"):
@@ -88,7 +88,7 @@ def _server_status(observed: Observed, phase: Phase, options: Options) -> Object
         "ready": "True" if name == "ready" else "False",
         "revision": observed.desired.revision,
         "targetNodeCount": 1,
-        "nodeAttempts": None if name == "ready" else _node_attempts(observed, name),
+        "nodeAttempts": None if name == "ready" else _node_attempts(observed, name, options),
     }
     if nodes := _worker_nodes(observed):
         fields["workerNodes"] = nodes
@@ -131,9 +131,11 @@ def _worker_nodes(observed: Observed) -> list[str]:
     return sorted({p["spec"]["nodeName"] for p in observed.pods if p["spec"].get("nodeName")})
 
 
-def _node_attempts(observed: Observed, name: PhaseName) -> int:
-    """NodeClaims created so far, with the one that the phase `provisioning` creates next."""
-    return node_attempts(observed) + (name == "provisioning" and not observed.node_claims)
+def _node_attempts(observed: Observed, name: PhaseName, options: Options) -> int:
+    """How often nodes were requested, with the request that the phase `provisioning` makes next."""
+    return node_attempts(observed) + (
+        name == "provisioning" and missing_nodes(observed, options) > 0
+    )
 
 
 def _ended_at(observed: Observed) -> str:
@@ -158,7 +160,7 @@ def _failure(cause: Cause) -> Object:
 
 def _result(observed: Observed, outputs: list[str]) -> Object:
     """Output and peak memory from the engine's termination message."""
-    messages = (objects.termination_message(pod) for pod in observed.pods)
+    messages = (objects.termination_message(pod) for pod in group.first(observed.pods))
     last = next((message for message in messages if message.get("digest")), {})
     digest, image = last.get("digest"), observed.workspace["tuning"]["output"].get("image")
     output = {"image": image, "digest": digest, "baseRevision": last.get("baseRevision")}
@@ -174,7 +176,8 @@ def _plan(observed: Observed) -> Object:
     desired = observed.desired
     run_volume = names.claim_name(observed.workspace)
     if not observed.storage:
-        run_volume = "emptyDir: a new pod starts from the beginning"
+        pod = "a new pod" if desired.nodes == 1 else "a new pod of index 0"
+        run_volume = f"emptyDir: {pod} starts from the beginning"
     if desired.spec is None:
         return observed.recorded.get("plan") or {} if observed.job else {}
     fields: Object = {"runVolume": run_volume}
@@ -196,7 +199,9 @@ def _plan(observed: Observed) -> Object:
 
 def _summary(plan: Plan) -> str:
     recipe, placement = plan.recipe, plan.placement
-    gpus = f"{placement.ranks} x " if placement.ranks > 1 else ""
+    each, nodes = placement.ranks // placement.nodes, placement.nodes
+    gpus = f"{nodes} machines, each " if nodes > 1 else ""
+    gpus += f"{each} x " if each > 1 else ""
     return (
         f"{recipe.method} of rank {recipe.rank} in {recipe.precision} on {gpus}{plan.device.name}, "
         f"{recipe.max_length} tokens, {recipe.epochs:g} epochs"
@@ -205,7 +210,8 @@ def _summary(plan: Plan) -> str:
 
 def _progress(observed: Observed, before: Object | None) -> Object:
     """Progress of the running pod, else of the last one that reported any, else as stored."""
-    messages = (objects.termination_message(pod) for pod in reversed(observed.pods))
+    pods = group.first(observed.pods)
+    messages = (objects.termination_message(pod) for pod in reversed(pods))
     record = observed.progress or next((each for each in messages if "step" in each), None)
     if not record or not all(_is_count(record.get(name, 0)) for name in ("step", "steps")):
         return before or {}

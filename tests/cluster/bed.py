@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ SCRIPTS = Path(__file__).parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tuning-kubernetes"
 BINARIES = CACHE / "bin"
 RUNNING = CACHE / "running"  # a file for each cluster that is up: its folder
+_started = dict[Path, list[subprocess.Popen[bytes]]]()  # down.sh ends the last one of each
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,46 @@ class Bed:
     def script(self, name: str, *arguments: str) -> str:
         """Run one of the scripts against this server; gives its output."""
         return _run(name, *arguments, ports=self.ports)
+
+    @contextmanager
+    def without(self, controller: str) -> Iterator[None]:
+        """The controller manager without one of its controllers, for the block."""
+        note = self.folder / "run" / "kcm.pid"
+        process = Path(f"/proc/{note.read_text().strip()}")
+        command = process.joinpath("cmdline").read_bytes().decode().rstrip("\0").split("\0")
+        less = [f"{a},-{controller}" if a.startswith("--controllers=") else a for a in command]
+        os.kill(int(process.name), signal.SIGKILL)
+        with self._manager(less, note):
+            yield
+        # started anew: its parent is this process now, and down.sh stops it by its note
+        self._start(command, note)
+
+    @contextmanager
+    def _manager(self, command: list[str], note: Path) -> Iterator[None]:
+        process = self._start(command, note)
+        try:
+            yield
+        finally:
+            process.kill()
+            process.wait()
+
+    def _start(self, command: list[str], note: Path) -> subprocess.Popen[bytes]:
+        port = next(int(a.partition("=")[2]) for a in command if a.startswith("--secure-port="))
+        end = time.monotonic() + 60
+        while _listens(port) and time.monotonic() < end:
+            time.sleep(0.05)
+        with (self.folder / "logs" / "kcm.log").open("ab") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        note.write_text(str(process.pid))
+        _started.setdefault(self.folder, []).append(process)
+        while not _listens(port) and time.monotonic() < end:
+            time.sleep(0.05)
+        return process
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def missing(*programs: str) -> str | None:
@@ -55,6 +98,8 @@ def up(folder: Path, mode: str = "control-plane") -> Iterator[Bed]:
         yield Bed(Path(found[1]), folder, ports)
     finally:
         _down(folder)
+        for process in _started.pop(folder, []):
+            process.wait(10)
         note.unlink()
 
 

@@ -130,8 +130,9 @@ def prepare(found: Cluster) -> None:
 
 
 @contextmanager
-def docker_registry(folder: Path) -> Iterator[str]:
-    """A real registry with a password, on loopback; gives host:port."""
+def docker_registry(folder: Path, tls: tuple[Path, Path] | None = None) -> Iterator[str]:
+    """A real registry with a password; gives host:port on loopback. With `tls`, a certificate and
+    its key, it listens at every address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -139,7 +140,12 @@ def docker_registry(folder: Path) -> Iterator[str]:
     (folder / "htpasswd").write_text(subprocess.check_output(login, text=True))
     settings = {
         "version": 0.1,
-        "http": {"addr": f"127.0.0.1:{port}", "secret": "fixed"},
+        "http": {"addr": f"127.0.0.1:{port}", "secret": "fixed"}
+        | (
+            {"addr": f":{port}", "tls": {"certificate": str(tls[0]), "key": str(tls[1])}}
+            if tls
+            else {}
+        ),
         "auth": {"htpasswd": {"realm": "test", "path": str(folder / "htpasswd")}},
         "storage": {"filesystem": {"rootdirectory": str(folder / "data")}},
         "log": {"level": "error"},
@@ -165,6 +171,8 @@ def docker_registry(folder: Path) -> Iterator[str]:
 class Place:
     """A namespace with volumes, Secrets and an operator; Workspaces are applied with kubectl."""
 
+    access_mode = "ReadWriteOnce"  # of its volumes
+
     def __init__(
         self,
         full: bed.Bed,
@@ -181,7 +189,7 @@ class Place:
             image_pull_policy="Never",
             namespaces=(self.name,),
             backoff_limit=4,
-            storage=Storage(storage_class=self.name),
+            storage=Storage(storage_class=self.name, access_mode=self.access_mode),
         )
         namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": self.name}}
         api.create(NAMESPACE, namespace)
@@ -203,7 +211,7 @@ class Place:
                 "metadata": {"name": f"{self.name}-{name}"},
                 "spec": {
                     "capacity": {"storage": size},
-                    "accessModes": ["ReadWriteOnce"],
+                    "accessModes": [self.access_mode],
                     "storageClassName": storage_class,
                     "hostPath": {"path": str(folder)},
                 },
@@ -218,7 +226,7 @@ class Place:
                 "kind": "PersistentVolumeClaim",
                 "metadata": {"name": name, "namespace": self.name},
                 "spec": {
-                    "accessModes": ["ReadWriteOnce"],
+                    "accessModes": [self.access_mode],
                     "storageClassName": storage_class,
                     "resources": {"requests": {"storage": "1Gi"}},
                 },
@@ -280,7 +288,9 @@ class Place:
         secret: str = "push",
         steps: int = 12,
         config: str = "demo-config",
+        arguments: str = "",
         instance: str | None = None,
+        count: int = 1,
     ) -> None:
         """The example Workspace, as a user would write it."""
         item = {
@@ -298,11 +308,13 @@ class Place:
         }
         if instance:
             item["resource"] |= {"instanceType": instance}
+        if count > 1:
+            item["resource"] |= {"count": count}
         config = {
             "apiVersion": "v1",
             "kind": "ConfigMap",
             "metadata": {"name": config},
-            "data": {"training_config.yaml": CONFIG.replace("12", str(steps))},
+            "data": {"training_config.yaml": CONFIG.replace("12", str(steps)) + arguments},
         }
         self.kubectl("apply", "-f", "-", text=yaml.safe_dump_all([config, item]))
 
@@ -339,8 +351,8 @@ def operated(found: Place) -> Iterator[Place]:
     thread.start()
     try:
         yield found
-    finally:
         found.clear()
+    finally:
         stop.set()
         thread.join()
 

@@ -544,4 +544,5 @@ def test_no_order_of_events_holds_an_idle_node(
         if runs or not scene.owned(NODE_CLAIM):
             idle_since = scene.api.now
         idle = (scene.api.now - idle_since).total_seconds()
-        assert idle <= STUCK + SLACK + 300, json.dumps(scene.status)
+        late = 300 + 60  # a move, within which an engine was lost, and two looks
+        assert idle <= STUCK + SLACK + late, json.dumps(scene.status)

@@ -224,3 +224,33 @@ def test_no_edit_of_a_file_makes_a_traceback(tmp_path: Path, data: st.DataObject
         assert render(file, Options(), namespace="team")
     except SpecError as error:
         assert error.problems
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_a_run_on_several_machines_is_shown_as_it_is_made(count: int, tmp_path: Path) -> None:
+    """A request for each node, the Service before the Job, one Job; `resource.count` beyond what
+    is supported, and what serves, are refused with the line."""
+    file = tmp_path / "w.yaml"
+    item = workspace("phi", "team")
+    item["resource"]["count"] = count
+    file.write_text(yaml.safe_dump(item, sort_keys=False))
+    options = Options.model_validate({"nodes": {"provision": True}})
+    objects = render(file, options, namespace="team")
+    kinds = [each["kind"] for each in objects]
+    assert (
+        count == kinds.count("NodeClaim") == len({o["metadata"]["name"] for o in objects[:count]})
+    )
+    several = count > 1
+    assert several == ("Service" in kinds) == ("PersistentVolumeClaim" not in kinds)
+    assert ["Job"] == kinds[-1:] and 1 == kinds.count("Job")
+    for wrong in (0, -1, 65, "two"):
+        item["resource"]["count"] = wrong
+        file.write_text(yaml.safe_dump(item, sort_keys=False))
+        with pytest.raises(SpecError, match=r"resource\.count \(line 11\)"):
+            render(file, options, namespace="team")
+    if several:
+        item["resource"]["count"] = count
+        item["inference"] = {}
+        file.write_text(yaml.safe_dump(item, sort_keys=False))
+        with pytest.raises(SpecError, match=r"resource\.count.*a Workspace of its own"):
+            render(file, options, namespace="team")

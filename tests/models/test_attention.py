@@ -21,6 +21,7 @@ from tuning.errors import SpecError
 from tuning.models.kernels import apart, attention
 from tuning.models.load import load_base
 from tuning.plan.backends import VARLEN
+from tuning.training.batches import NOTED, Numbered
 
 Build = Callable[..., Path]
 PACKED = sorted(set(tiny_models.FAMILIES) - {"falcon", "falcon-new", "gptoss"})
@@ -216,3 +217,21 @@ def test_older_cards_get_as_many_key_heads_as_queries(
     assert not sdpa_attention.use_gqa_in_sdpa(torch.ones(1), key, key)
     on_cpu = torch.empty(1, 2, 8, 64)
     assert sdpa_attention.use_gqa_in_sdpa(None, on_cpu, on_cpu)
+
+
+@pytest.mark.parametrize("name", ["torch_varlen", "sdpa", "flash_attention_2"])
+def test_a_model_is_asked_with_what_training_gives_it(name: str) -> None:
+    """Offsets and numbers of documents included: recurrent layers read them."""
+    documents = [torch.arange(3), torch.arange(5, 12)]
+    collate = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
+    numbered = Numbered(collate, by_document=name == "torch_varlen")
+    rows = [{"input_ids": ids.numpy(), "labels": ids.numpy()} for ids in documents]
+    given = {key: value for key, value in numbered(rows).items() if key not in (*NOTED, "labels")}
+
+    asked = attention.packed(documents, device=torch.device("cpu"), name=name)
+
+    assert given.keys() == asked.keys()
+    for key, value in given.items():
+        if key != "attention_mask":  # the shape alone counts
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(asked[key])), key
+            assert getattr(value, "dtype", None) == getattr(asked[key], "dtype", None), key

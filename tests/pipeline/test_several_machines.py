@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from typing import Any
 
 import architectures
 import pytest
+import safetensors.torch
 import tiny_models
 from commands import tuning, workspace
 
@@ -46,9 +48,10 @@ class Machines:
 
     def arguments(self, node: int) -> list[str]:
         """Of `run` on a machine."""
-        folder = self.folder
+        folder, own = self.folder, self.folder / f"base{node}"
+        base = own if own.exists() else folder / "base"
         return [
-            *("-f", str(folder / "job.yaml"), "--base-model", str(folder / "base")),
+            *("-f", str(folder / "job.yaml"), "--base-model", str(base)),
             *("--data", str(folder / "rows.jsonl"), "--output", f"oci:{folder / 'image'}"),
             *("--run-dir", str(self.run(node)), "--ranks", "1", "--json"),
             *("--nodes", "2", "--node-rank", str(node), "--meet", f"127.0.0.1:{self.port}"),
@@ -141,6 +144,23 @@ def test_a_machine_that_is_killed_comes_back(fsdp: str, victim: int, machines: M
     assert clean.digest() == job.digest()
     told = "another machine was stopped or lost" in job.said(0)
     assert told or victim == 0
+
+
+@pytest.mark.slow
+def test_what_fails_on_another_machine_ends_the_run(machines: Make) -> None:
+    """Weights that are damaged there: machine 0 says so, and does not wait for ever."""
+    job = machines("job", max_steps=3)
+    own = job.folder / "base1"
+    shutil.copytree(job.folder / "base", own)
+    weights = own / "model.safetensors"
+    tensors = safetensors.torch.load_file(weights)
+    next(iter(tensors.values()))[0] = float("nan")
+    safetensors.torch.save_file(tensors, weights, metadata={"format": "pt"})
+
+    job.start(0, 1)
+
+    assert [11] == job.ended(0), job.said(0)
+    assert "MODEL-117" in job.said(0)
 
 
 @pytest.mark.slow

@@ -150,6 +150,8 @@ def test_terms_add_up_and_have_names() -> None:
         "activations",
         "loss head",
         "dequantisation buffers",
+        "gathered weights",
+        "gather and reduce buffers",
         "CUDA context and libraries",
         "allocator slack",
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import pickle
@@ -217,3 +218,19 @@ def test_progress_after_the_checkpoint_is_dropped(tmp_path: Path) -> None:
     checkpoint.truncate_lines(path, step=2)
 
     assert '{"step": 1}\n{"step": 2}\n' == path.read_text()
+
+
+@pytest.mark.parametrize("inner", list(itertools.permutations(["exp_avg", "exp_avg_sq", "step"])))
+def test_every_rank_gathers_an_optimizer_s_tensors_in_one_order(inner: tuple[str, ...]) -> None:
+    """Ranks that share a model gather tensor after tensor. A safetensors file gives its tensors in
+    another order in each process, so that after a resume one rank's first moments met another's
+    second ones."""
+    kept = {name: torch.full((2,), float(i)) for i, name in enumerate(sorted(inner))}
+    state = {
+        "state": {number: {name: kept[name] for name in inner} for number in (10, 9, 0)},
+        "param_groups": [{"params": [0, 9, 10], "betas": (0.9, 0.999)}],
+    }
+    tensors, record = checkpoint.split_optimizer(state)
+    assert sorted(tensors) == list(tensors) and 9 == len(tensors)
+    joined = checkpoint.join_optimizer(dict(reversed(tensors.items())), record)
+    assert list(tensors) == list(checkpoint.split_optimizer(joined)[0])

@@ -104,7 +104,9 @@ def test_two_shares_of_a_4_bit_mixture_train_as_one_process(tmp_path: Path) -> N
 def test_shares_of_many_kinds(name: str, recipe: Any, placement: Any, tmp_path: Path) -> None:
     """Copies of shares, other types, tied embeddings, mixtures, recurrences, new tokens."""
     base = architectures.write(name, tmp_path / "base")
-    relative = 2e-3 if recipe.precision == "float16" else 1e-4
+    # a rank's scaled gradient in float16 is as many times larger, and overflows at another step;
+    # roundings of bfloat16 turn a choice of an expert
+    relative = {"float16": 5e-3, "bfloat16": 1e-3, "float32": 1e-5}[recipe.precision]
 
     same(tmp_path, base, placement, recipe, relative=relative)
 

@@ -30,7 +30,7 @@ from tuning.plan.coefficients import (
     preset_coefficients,
 )
 from tuning.presets import CONFIGS
-from tuning.training.simulate import Point, Stage, coefficients, moments
+from tuning.training.simulate import Point, Stage, child, coefficients, moments
 from tuning.training.simulate.__main__ import configs, main
 from tuning.training.simulate.count import count
 from tuning.training.simulate.fit import uniform
@@ -342,6 +342,22 @@ def test_formula_agrees_with_simulation_everywhere(
         pytest.skip("Falcon cannot be packed")
     variant = Variant(method, precision, attention, checkpointing, dropout)
     assert_agrees(deep(name, 5), variant, points=5, seed=2)
+
+
+def test_a_class_with_eager_attention_only_is_simulated_with_it() -> None:
+    """By the names that a plan asks for: as its scores of all pairs take memory, not as sdpa's."""
+    text = {"num_hidden_layers": 1, "layer_types": ["full_attention"], "num_local_experts": 4}
+    config = configs()["gpt-oss-20b"] | text
+    asked = Variant(attention="sdpa")
+
+    found = child.simulate(config, [asked], child.judge(config)[0])
+
+    assert {"sdpa"} == {variant.attention for variant in found.moments}
+    pairs = SIZES.index("pairs")
+    scores = [form[pairs] for m in found.moments[asked] for form in m.bytes.values()]
+    assert max(scores) >= 2 * 2 * 64  # of 64 heads, before and after their softmax
+    stored = preset_coefficients("gpt-oss-120b")
+    assert stored and {"sdpa"} == {variant.attention for variant in stored.moments}
 
 
 def test_layers_that_differ_are_all_run() -> None:

@@ -13,6 +13,7 @@ from tuning import files, process
 from tuning.errors import Killed, Problem, Stopped, TransientError, TuningError
 
 T = TypeVar("T")
+APART = "RUN-114"
 LOST = "TRAIN-141"  # a training child says so: another machine is gone
 
 

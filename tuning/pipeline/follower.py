@@ -2,17 +2,18 @@
 
 It needs the base's weights, which it fetches itself. All else, rows included, comes from machine 0
 when the ranks have met (`training.distributed`). It ends when machine 0's training has ended well,
-and meets it again after anything else: machine 0 decides whether there is another try.
+and meets it again after anything else, to tell what failed here: machine 0 decides what follows.
 """
 
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from tuning import files
 from tuning.console import Console
-from tuning.errors import Stopped, TransientError, TuningError
-from tuning.pipeline import journal, preparing, weights
+from tuning.errors import Killed, OutOfMemoryError, Stopped, TransientError, TuningError
+from tuning.pipeline import endings, journal, preparing, weights
 from tuning.pipeline.options import Options
 from tuning.pipeline.run import TRAIN, Run
 from tuning.pipeline.stopping import stop_on_signal
@@ -40,25 +41,28 @@ def follow(spec: Spec, options: Options, console: Console) -> None:
         machines = options.machines
         title = f"Machine {machines.node} of {machines.nodes} trains with machine 0 ..."
         run.begin("train", title)
-        seen = time.monotonic()
+        seen, failed = time.monotonic(), None
         while True:
             began = time.monotonic()
             try:
-                run.child(TRAIN, request, group=run.group(here.count, machines.nodes))
+                group = run.group(here.count, machines.nodes)
+                run.child(TRAIN, request | {"failed": failed}, group=group)
                 console.say("Machine 0 has trained.")
                 return
-            except Stopped:
-                if stop.is_set():
-                    raise
-                seen = time.monotonic()
-            except TransientError as error:
-                if error.problems[0].code != "RUN-114":  # else it did not even meet machine 0
-                    seen = time.monotonic()
-                elif time.monotonic() - seen > PATIENCE:
-                    raise
             except TuningError as error:
-                console.say(f"  {error}", style="yellow")
-                if time.monotonic() - seen > PATIENCE:
+                if isinstance(error, Stopped) and stop.is_set():
+                    raise
+                if error.problems[0].code != endings.APART:
+                    seen = time.monotonic()
+                    failed = _to_tell(error) if failed is None else None  # it is told once
+                elif time.monotonic() - seen > PATIENCE:
                     raise
             if stop.wait(PAUSE if time.monotonic() - began > PAUSE else 5 * PAUSE):
                 run.begin("train")  # raises Stopped
+
+
+def _to_tell(error: TuningError) -> dict[str, Any] | None:
+    """What machine 0 has to hear of when the machines meet again: it decides what follows."""
+    if isinstance(error, endings.KilledForMemory):
+        return OutOfMemoryError(error.problems).to_json()
+    return None if isinstance(error, Killed | TransientError | Stopped) else error.to_json()

@@ -88,9 +88,8 @@ def check(run: Run, model: base.Base) -> plan.Base:
         stop=run.stop.is_set,
         keep_open=(run.journal.lock,),
     )
-    plan.draft(
-        replace(run.spec, instance=None, nodes=1), here=here, base=known
-    )  # refuses what cannot fit
+    bare = replace(run.spec, instance=None, nodes=1, gpus=None)  # of this machine
+    plan.draft(bare, here=here, base=known)  # refuses what cannot fit
     return known
 
 

@@ -177,12 +177,17 @@ def device_of(instance: str, nodes: int = 1) -> Device:
 def planned_device(spec: Spec, here: Device | None = None) -> Device:
     """The machines that `spec` names, or as many as it asks for of the one that is `here`.
 
-    `here` None: what is found on this machine. Raises SpecError.
+    With no more GPUs than it takes of each. `here` None: what is found on this machine. Raises
+    SpecError.
     """
     if spec.instance:
-        return device_of(spec.instance, spec.nodes)
-    here = here or device.detect()
-    return replace(here, nodes=max(here.nodes, spec.nodes))
+        planned = device_of(spec.instance, spec.nodes)
+    else:
+        here = here or device.detect()
+        planned = replace(here, nodes=max(here.nodes, spec.nodes))
+    if planned.kind == "cuda" and spec.gpus:
+        return replace(planned, count=min(planned.count, spec.gpus))
+    return planned
 
 
 def refuse_unsupported(spec: Spec, base: Base, device: Device) -> None:

@@ -122,6 +122,7 @@ def predict(
     device: Literal["cuda", "cpu"] = "cuda",
     fused: bool = False,
     repacks: bool = False,
+    new_tokens: bool = False,
 ) -> MemoryEstimate:
     """Memory of one process that trains micro-batches of `tokens` tokens. Raises Unknown.
 
@@ -140,7 +141,15 @@ def predict(
     weights, constants = weight_bytes(
         coefficients, method=method, precision=precision, double_quant=double_quant
     )
-    shared = share(coefficients, facts, layout, method=method, precision=precision, lora=adapters)
+    shared = share(
+        coefficients,
+        facts,
+        layout,
+        method=method,
+        precision=precision,
+        lora=adapters,
+        new_tokens=new_tokens,
+    )
     sizes = measures(tokens=tokens, rows=rows, rank=rank, tile=variant.tile)
     earlier = {"gradients": adapters} if accumulating else {}
     moments = {m.name: m.at(sizes) | earlier for m in coefficients.moments[variant]}

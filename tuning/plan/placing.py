@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from tuning.plan import backends, choices, memory, refusal, sizing
+from tuning.errors import SpecError
+from tuning.plan import backends, choices, memory, refusal, sharding, sizing
 from tuning.plan.base import Base
 from tuning.plan.choices import batch
 from tuning.plan.coefficients import Variant
@@ -37,13 +38,13 @@ def place(
     settings, model = spec.settings, base.sized(device)
     ranks, nodes = _ranks(recipe.global_batch, device, reasons)
     share = recipe.global_batch // ranks  # rows of each rank in a step
-    layout = Layout(ranks, nodes)
+    layout, whole = Layout(ranks, nodes), _whole_only(recipe, base, settings)
     if settings.sharding is not None:
         (layout,) = layouts(ranks, nodes, settings.sharding)
     micro_batch, checkpointing, fit = _unsized(recipe, settings, share, reasons), False, None
     backend = _backend(recipe, base, device, settings, reasons)
     if model is not None:
-        demand = _demand(recipe, settings, lengths, device, backend, layout=layout)
+        demand = _demand(recipe, settings, lengths, device, backend, layout=layout, whole=whole)
         fit = _fit(model, demand, base, device, micro_batch, reasons)
         micro_batch, checkpointing, layout = fit.micro_batch, fit.checkpointing, fit.layout
     elif device.kind == "cuda":
@@ -53,8 +54,10 @@ def place(
     if settings.checkpointing is not None:
         checkpointing = settings.checkpointing
         reasons["checkpointing"] = "set in the config"
-    if settings.sharding is not None and ranks > 1:
+    if ranks > 1 and settings.sharding is not None:
         reasons["shards"] = "set in the config (fsdp)"
+    elif ranks > 1 and whole:
+        reasons["shards"] = f"{whole} trains only so"
     placement = Placement(
         device=device.kind,
         ranks=ranks,
@@ -81,7 +84,7 @@ def _fit(
 ) -> Fit:
     """The placement of `demand` on `device`, of `micro_batch` rows or fewer on a CPU."""
     free = device.rank_bytes
-    every = layouts(demand.layout.ranks, demand.layout.nodes, demand.sharding)
+    every = demand.layouts(demand.layout.ranks, demand.layout.nodes)
     if device.kind == "cuda":
         fit, how = _best(model, demand, device, every), "the fastest that fits"
     else:
@@ -108,6 +111,20 @@ def _fit(
     if fit.layout.ranks > 1:
         reasons["shards"] = _why_shared(model, demand, device, fit)
     return fit
+
+
+def _whole_only(recipe: Recipe, base: Base, settings: Settings) -> str:
+    """What trains only with the whole model on each rank. Raises SpecError if shares are asked."""
+    kind = base.facts.model_type if base.facts else base.config.get("model_type")
+    whole = sharding.whole_only(kind, dora=recipe.dora, optimizer=recipe.optimizer)
+    if whole and settings.sharding not in (None, "no_shard"):
+        raise SpecError.at(
+            "PLAN-119",
+            "TrainingArguments.fsdp",
+            f"is {settings.sharding}, and {whole} trains only with the whole model on each GPU",
+            "set it to no_shard, or leave it out",
+        )
+    return whole
 
 
 def _best(
@@ -264,6 +281,7 @@ def _demand(
     backend: backends.Backend,
     *,
     layout: Layout,
+    whole: str,
 ) -> sizing.Demand:
     quantisation, rows = recipe.quantisation or {}, recipe.global_batch // layout.ranks
     return sizing.Demand(
@@ -281,6 +299,8 @@ def _demand(
         layout=layout,
         network=device.network,
         sharding=settings.sharding,
+        whole=whole,
+        new_tokens=bool(recipe.new_tokens),
         packed=recipe.packing,
         device=device.kind,
         repacks=device.kind == "cpu" and device.bf16 and recipe.precision != "float32",
@@ -306,9 +326,12 @@ def shortened(
     while recipe.max_length > SHORTEST:
         ranks, nodes = _ranks(recipe.global_batch, device, {})
         layout = Layout(ranks, nodes)
-        demand = _demand(recipe, spec.settings, lengths, device, backend, layout=layout)
+        whole = _whole_only(recipe, base, spec.settings)
+        demand = _demand(
+            recipe, spec.settings, lengths, device, backend, layout=layout, whole=whole
+        )
         demand = replace(demand, micro_batch=demand.micro_batch or 1)
-        every = layouts(ranks, nodes, demand.sharding)
+        every = demand.layouts(ranks, nodes)
         if _best(model, demand, device, every) is not None:
             return recipe
         reasons["max_length"] = f"{original.max_length} would not fit the memory of {device.name}"

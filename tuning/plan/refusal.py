@@ -9,7 +9,6 @@ from tuning.errors import SpecError
 from tuning.plan import memory, sizing
 from tuning.plan.base import Base
 from tuning.plan.device import Device
-from tuning.plan.sharding import layouts
 from tuning.plan.sizing import HEADROOM, Demand, Fit, Model
 
 SHORTEST = 128  # tokens of a row that is worth a suggestion
@@ -22,7 +21,8 @@ def of(model: Model, demand: Demand, base: Base, device: Device) -> SpecError:
     largest = sorted(least.memory.terms.items(), key=lambda term: -term[1])[:2]
     terms = ", ".join(f"{name} {size / GIB:.1f}" for name, size in largest)
     layout = least.layout
-    all_of = f", shared by {layout.shards} GPUs" if layout.shards > 1 else ""
+    things = "GPUs" if device.kind == "cuda" else "processes"
+    all_of = f", shared by {layout.shards} {things}" if layout.shards > 1 else ""
     what = (
         f"does not fit {device.name}: {demand.method} with rows of {demand.length} tokens takes "
         f"at least {least.memory.total / GIB:.1f} GiB{all_of} ({terms}), "
@@ -40,6 +40,8 @@ def of(model: Model, demand: Demand, base: Base, device: Device) -> SpecError:
         for key, other in left_out.items()
         if other != demand and _fits(model, other, device)
     ]
+    if demand.whole and _fits(model, replace(demand, whole=""), device):
+        changes.append(f"go without {demand.whole}: then its GPUs share the model")
     if row := _longest(model, demand, device):
         words, change = row
         what += words
@@ -68,13 +70,15 @@ def _longest(model: Model, demand: Demand, device: Device) -> tuple[str, str] | 
     row = sizing.longest(model, shared, device.gpu, free_bytes=device.rank_bytes)
     if not SHORTEST <= row < demand.length:
         return None
-    fitting = _least(model, replace(demand, length=row, span=float(row)), device)
-    token = (least.memory.total - fitting.memory.total) / (demand.length - row)
-    free = device.rank_bytes * (1 - HEADROOM)
-    other = fitting.memory.total - row * token
+    one, fitting = (
+        _least(model, replace(demand, length=length, span=float(length)), device).memory.total
+        for length in (64, row)
+    )
+    token = (fitting - one) / (row - 64)
+    left = device.rank_bytes * (1 - HEADROOM) - one
     words = (
-        f"; a token takes {token / MIB:.2f} MiB, and beside {other / GIB:.1f} GiB for all else "
-        f"{(free - other) / GIB:.1f} GiB are left for them: rows of up to {row} tokens"
+        f"; a token of a row takes {token / MIB:.2f} MiB, and beside {one / GIB:.1f} GiB for all "
+        f"else {left / GIB:.1f} GiB are left: rows of up to {row} tokens"
     )
     return words, f"set TrainingArguments.max_length to {row} or less"
 
@@ -98,7 +102,7 @@ def _least(model: Model, demand: Demand, device: Device) -> Fit:
 def _smallest(model: Model, demand: Demand, device: Device) -> list[Fit]:
     """The smallest placement of each layout, that of the least memory on a GPU first."""
     layout = demand.layout
-    every = layouts(layout.ranks, layout.nodes, demand.sharding)
+    every = demand.layouts(layout.ranks, layout.nodes)
     if device.kind == "cuda":
         every += [replace(each, offload=True) for each in every if each.shards > 1]
     fits = [sizing.smallest(model, demand, device.gpu, [each]) for each in every]

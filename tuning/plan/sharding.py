@@ -2,8 +2,8 @@
 
 Every decoder layer is gathered before its forward and again before its backward, and freed after;
 the next one is gathered meanwhile. An untied embedding is gathered for its forward, an untied
-output layer while the loss is computed. Constants of the 4-bit blocks, tied embeddings and whatever
-lies outside of these stay whole on each rank.
+output layer while the loss is computed. Constants of the 4-bit blocks, tied or trained embeddings
+and whatever lies outside of these stay whole on each rank.
 """
 
 from __future__ import annotations
@@ -64,6 +64,17 @@ class Layout:
 
 
 ALONE = Layout()
+OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "sgd")  # whose state is shared as weights are
+SHARE_LAYERS = ("zamba", "zamba2")  # classes whose layers share weights, which FSDP2 cannot cut
+
+
+def whole_only(model_type: str | None, *, dora: bool, optimizer: str) -> str:
+    """What trains only with the whole model on each rank, if anything."""
+    if dora:
+        return "DoRA (LoraConfig.use_dora)"
+    if optimizer not in OPTIMIZERS:
+        return f"the optimizer {optimizer} (TrainingArguments.optim)"
+    return f"the class {model_type}" if model_type in SHARE_LAYERS else ""
 
 
 def layouts(ranks: int, nodes: int, wanted: Sharding | None = None) -> list[Layout]:
@@ -141,10 +152,12 @@ def share(
     method: Method,
     precision: Precision,
     lora: int,
+    new_tokens: bool = False,
 ) -> Shared:
     """What the ranks of `layout` share of a model with `lora` bytes of adapters.
 
-    Without `facts` its embeddings count as whole: an upper bound.
+    With rows for `new_tokens` to train, its embeddings stay whole, and without `facts` they count
+    as whole: an upper bound. Beside shares in host memory the embedding is on the GPU.
     """
     width = 4 if precision == "float32" else 2
     packed = coefficients.packed
@@ -153,10 +166,11 @@ def share(
     else:
         layer = min(packed, sum(m.elements // m.layers for m in facts.matrices))
         table = width * facts.vocab * facts.hidden
-        if facts.tied or width * (coefficients.kept - facts.tower) < 2 * table:
+        if new_tokens or facts.tied or width * (coefficients.kept - facts.tower) < 2 * table:
             table = 0
     stored = -(-packed // 2) if method == "qlora" else width * packed
     of_layer = layer / max(1, packed)
     layer_lora = math.ceil(of_layer * lora)
     layer_bytes = math.ceil(of_layer * stored) + layer_lora
-    return Shared(layout, stored, layer_bytes, table, table, lora, layer_lora)
+    embedding = 0 if layout.offload else table
+    return Shared(layout, stored, layer_bytes, embedding, table, lora, layer_lora)

@@ -6,6 +6,7 @@ GPU is kept free, since memory is a hard limit; speed only ranks.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -20,12 +21,12 @@ from tuning.plan.coefficients import (
     preset_coefficients,
 )
 from tuning.plan.memory import MemoryEstimate
-from tuning.plan.sharding import ALONE, Layout
+from tuning.plan.sharding import ALONE, Layout, layouts
 from tuning.plan.speed import seconds_per_token
 from tuning.spec import Sharding
 
 HEADROOM = 0.04  # share of a GPU's memory kept free for what the estimate does not count
-SETS = (1, 2, 3, 4, 6, 8, 16)  # machines of a set that is suggested
+MOST_MACHINES, ENDLESS = 16, 4096  # of a set that is suggested, and more than any has
 HOST_SHARE = 0.8  # of host memory, for shares that lie there
 MAX_TOKENS = 16_384  # of a micro-batch; matrix products gain nothing beyond
 
@@ -52,6 +53,13 @@ class Demand:
     layout: Layout = ALONE  # how the GPUs hold the model
     network: float | None = None  # bytes a second between two machines
     sharding: Sharding | None = None  # set by the user
+    whole: str = ""  # what trains only with the whole model on each rank
+    new_tokens: bool = False  # rows of the embeddings are trained
+
+    def layouts(self, ranks: int, nodes: int) -> list[Layout]:
+        """How `ranks` on `nodes` machines may hold the model."""
+        return layouts(ranks, nodes, "no_shard" if self.whole else self.sharding)
+
     fused: bool = False  # with the kernels of `tuning.models.kernels`
     repacks: bool = False  # a CPU whose library copies 16-bit weights into its own layout
 
@@ -132,6 +140,7 @@ def _place(
         layout=demand.layout,
         facts=base.facts,
         repacks=demand.repacks,
+        new_tokens=demand.new_tokens,
     )
     seconds = _seconds(base, demand, gpu, micro_batch, checkpointing)
     return Fit(micro_batch, checkpointing, estimate, seconds, demand.layout)
@@ -178,6 +187,7 @@ def shared(base: Model, demand: Demand) -> sharding.Shared:
         method=demand.method,
         precision=demand.precision,
         lora=memory.lora_bytes(base.coefficients, demand.rank, demand.targets),
+        new_tokens=demand.new_tokens,
     )
 
 
@@ -280,36 +290,30 @@ def smallest_machines(
     """
     offered = [m for m in presets.instances() if not m.retired]
     offered = [m for m in offered if presets.gpu_support(m.gpu, demand.method).supported]
-    for clouds in ((cloud,), {m.cloud for m in offered}):
-        for count in SETS:
-            fitting = [
-                machine
-                for machine in offered
-                if machine.cloud in clouds and _fits_machines(base, demand, machine, count)
-            ]
-            if fitting:
-                least = min(
-                    fitting, key=lambda m: (m.memory_bytes * m.gpus, m.gpus, m.vcpus or 0, m.name)
-                )
-                return least, count
+    offered = sorted(offered, key=lambda m: (m.memory_bytes * m.gpus, m.gpus, m.vcpus or 0, m.name))
+    hopeful = [m for m in offered if _fits_machines(base, demand, m.gpu, m.gpus, ENDLESS)]
+    for clouds in ((cloud,), {m.cloud for m in hopeful}):
+        of_them = [machine for machine in hopeful if machine.cloud in clouds]
+        for count, machine in itertools.product(range(1, MOST_MACHINES + 1), of_them):
+            if _fits_machines(base, demand, machine.gpu, machine.gpus, count):
+                return machine, count
     return None
 
 
-def _fits_machines(base: Model, demand: Demand, machine: presets.Instance, count: int) -> bool:
+def _fits_machines(base: Model, demand: Demand, gpu: presets.Gpu, gpus: int, count: int) -> bool:
     """Whether `count` machines hold the demand's model: whole on each GPU, or on all together.
 
     Cards without bfloat16 are sized with float16, as a run on them would be.
     """
-    ranks = machine.gpus * count
     there = replace(
         demand,
-        precision="bfloat16" if machine.gpu.bf16 else "float16",
-        attention=demand.attention if machine.gpu.bf16 else "sdpa",
+        precision="bfloat16" if gpu.bf16 else "float16",
+        attention=demand.attention if gpu.bf16 else "sdpa",
         micro_batch=demand.micro_batch or 1,
     )
-    every = sharding.layouts(ranks, count, demand.sharding)
+    every = demand.layouts(gpus * count, count)
     try:
-        least = smallest(base, there, machine.gpu, (every[0], every[-1]))
+        least = smallest(base, there, None, (every[0], every[-1]))
     except memory.Unknown:
         return False
-    return least.fits(machine.memory_bytes)
+    return least.fits(gpu.memory_bytes)

@@ -58,7 +58,7 @@ class Verdict:
         if not self.linears + self.matrices:
             return "has no linear layer in repeated blocks, which LoRA would adapt", CHANGE_MODEL
         if share < ENOUGH:
-            reason = "keeps much of its layers' weights out of LoRA's reach"
+            reason = f"keeps {1 - share:.0%} of its layers' weights out of LoRA's reach"
             return f"{reason} ({', '.join(out_of_reach[:3])})", CHANGE_MODEL
         if dora and self.matrices:
             return "is a mixture of experts, for which peft has no DoRA", "set use_dora: false"

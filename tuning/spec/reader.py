@@ -204,6 +204,7 @@ def _spec(
     destination = places.destination(
         tuning.output, overrides.output, notes, annotations, workspace.status
     )
+    gpus = annotations.get(f"{ANNOTATION}gpus")
     yaml_instance = workspace.resource.instance_type if workspace.resource else None
     return Spec(
         name=workspace.metadata.name,
@@ -214,6 +215,7 @@ def _spec(
         base_model=overrides.base_model,
         instance=overrides.instance or yaml_instance,
         nodes=workspace.resource.count if workspace.resource else 1,
+        gpus=int(gpus) if gpus is not None else None,
         namespace=workspace.metadata.namespace,
         hub_secret=options.model_access_secret if options else None,
         data_secret=annotations.get(f"{ANNOTATION}data-secret"),

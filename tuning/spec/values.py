@@ -130,6 +130,7 @@ class Spec:
     base_model: str | None = None  # --base-model, if given; it replaces the preset's weights
     instance: str | None = None
     nodes: int = 1  # resource.count: machines that train together
+    gpus: int | None = None  # annotation gpus: of each machine, what a Job asks for
     namespace: str | None = None
     hub_secret: str | None = None  # presetOptions.modelAccessSecret
     data_secret: str | None = None  # annotation data-secret; its files are mounted

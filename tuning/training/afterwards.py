@@ -11,12 +11,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from tuning.errors import Stopped
-from tuning.models import generate
+from tuning.models import generate, shards
 from tuning.training import evaluation
 
 logger = logging.getLogger(__name__)
 
 ANSWER_TOKENS = 64
+SHARED_TOKENS = 16  # where ranks share the model, which gather all of it for each token
 SAMPLES = 3
 
 T = TypeVar("T")
@@ -39,7 +40,7 @@ def samples(tuned: Any, tokenizer: Any, rows: Any) -> str:
     """Answers to the first of `rows`, the evaluation split, as lines of JSON."""
     made = []
     if rows is not None:
-        made = evaluation.samples(tuned, tokenizer, rows, number=SAMPLES, tokens=ANSWER_TOKENS)
+        made = evaluation.samples(tuned, tokenizer, rows, number=SAMPLES, tokens=_tokens(tuned))
     return "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in made)
 
 
@@ -49,7 +50,12 @@ def ask(tuned: Any, tokenizer: Any, questions: Sequence[str]) -> list[dict[str, 
     for question in questions:
         turns = [{"role": "user", "content": question}]
         with tuned.disable_adapter():
-            base = generate.reply(tuned, tokenizer, turns, max_new_tokens=ANSWER_TOKENS)
-        reply = generate.reply(tuned, tokenizer, turns, max_new_tokens=ANSWER_TOKENS)
+            base = generate.reply(tuned, tokenizer, turns, max_new_tokens=_tokens(tuned))
+        reply = generate.reply(tuned, tokenizer, turns, max_new_tokens=_tokens(tuned))
         answers.append({"question": question, "base": base, "tuned": reply})
     return answers
+
+
+def _tokens(tuned: Any) -> int:
+    """How long an answer is at most."""
+    return SHARED_TOKENS if shards.is_split(tuned) else ANSWER_TOKENS

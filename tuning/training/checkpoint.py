@@ -193,12 +193,16 @@ def pack_json(value: Any) -> bytes:
 
 
 def split_optimizer(state: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """An optimizer's `state_dict` as tensors, by their path in it, and as JSON values."""
+    """An optimizer's `state_dict` as tensors, by their path in it, and as JSON values.
+
+    Sorted by path: ranks that share a model gather the tensors one after another, and what was
+    loaded from a file has another order on each of them.
+    """
     import torch
 
     tensors: dict[str, torch.Tensor] = {}
     values: dict[str, Any] = {}
-    for path, leaf in _leaves(state["state"], ""):
+    for path, leaf in sorted(_leaves(state["state"], ""), key=lambda pair: pair[0]):
         if torch.is_tensor(leaf):
             tensors[path] = leaf
         else:

@@ -23,7 +23,7 @@ from peft import get_peft_model_state_dict
 
 from tuning import adapter, files, process
 from tuning.data.tokenizer import add_tokens
-from tuning.errors import DataError, OutOfMemoryError, SpecError, TransientError
+from tuning.errors import DataError, OutOfMemoryError, SpecError, TransientError, from_json
 from tuning.models import generate, shards
 from tuning.models.kernels import heap
 from tuning.models.load import DTYPES, load_for_training, load_tokenizer
@@ -89,12 +89,12 @@ def work(record: dict[str, Any], stop: Interruption | None = None) -> dict[str, 
     try:
         return _run(request, stop, ranks)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        placement = request.placement
-        if placement.nodes > 1 and distributed.is_lost(error):
+        placement, memory = request.placement, is_out_of_memory(error)
+        if placement.nodes > 1 and not memory and distributed.is_lost(error):
             what = f"another machine of the {placement.nodes} is gone ({_first_line(error)})"
             change = "look at its log; training goes on from the last checkpoint when it is back"
             raise TransientError.at("TRAIN-141", "training", what, change) from error
-        if not is_out_of_memory(error):
+        if not memory:
             raise
         raise OutOfMemoryError.at(
             "TRAIN-140",
@@ -115,6 +115,9 @@ def _request(record: dict[str, Any], ranks: distributed.Ranks) -> Request:
     """The request in `record`; on a machine that follows, machine 0's with its rows and folders."""
     if ranks.count == 1 or ranks.machines == 1:
         return Request.from_json(record)
+    for failed in ranks.gather(record.get("failed")):
+        if failed is not None:  # on a machine that follows, when all met before
+            raise from_json(failed)
     first = ranks.from_first(record)
     own = {key: record[key] for key in ("run", "base", "packed")}
     made = first | own if ranks.machine else record

@@ -13,7 +13,6 @@ import torch
 
 from tuning.errors import SpecError
 from tuning.models.kernels import attention
-from tuning.plan.backends import BY_OFFSETS
 
 logger = logging.getLogger(__name__)
 
@@ -89,9 +88,7 @@ def _logits(
     model: Any, documents: list[torch.Tensor], name: str, precision: torch.dtype
 ) -> torch.Tensor:
     """Logits [tokens, vocabulary] of documents laid end to end, as training lays them."""
-    inputs = attention.packed(documents, device=model.device)
-    if name not in BY_OFFSETS:
-        inputs = {key: inputs[key] for key in ("input_ids", "position_ids")}
+    inputs = attention.packed(documents, device=model.device, name=name)
     with torch.autocast(model.device.type, precision, enabled=precision != torch.float32):
         logits: torch.Tensor = model(**inputs, use_cache=False).logits
     return logits[0].float()

@@ -144,11 +144,15 @@ def without_mask(inputs: dict[str, Any]) -> dict[str, Any]:
     return inputs | {"attention_mask": torch.empty(1, 1, 1, 1)}
 
 
-def packed(documents: Sequence[torch.Tensor], *, device: torch.device) -> dict[str, Any]:
-    """Inputs of token ids laid end to end, as trl's padding-free collator makes them."""
+def packed(documents: Sequence[torch.Tensor], *, device: torch.device, name: str) -> dict[str, Any]:
+    """Inputs of token ids laid end to end, as trl's padding-free collator makes them.
+
+    With all that it hands to a model under the attention `name`: recurrences read it, too.
+    """
     lengths = torch.tensor([len(ids) for ids in documents])
     offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(device, torch.int32)
     longest = int(lengths.max())
+    numbers = torch.repeat_interleave(torch.arange(len(lengths), dtype=torch.int32), lengths)
     made = {
         "input_ids": torch.cat(list(documents))[None].to(device),
         "position_ids": torch.cat([torch.arange(n) for n in lengths.tolist()])[None].to(device),
@@ -156,8 +160,9 @@ def packed(documents: Sequence[torch.Tensor], *, device: torch.device) -> dict[s
         "cu_seq_lens_k": offsets,
         "max_length_q": longest,
         "max_length_k": longest,
+        "seq_idx": numbers[None].to(device),
     }
-    return without_mask(made)
+    return without_mask(made) if name == VARLEN else made
 
 
 def _use_gqa(mask: Any, key: torch.Tensor, *arguments: Any) -> bool:

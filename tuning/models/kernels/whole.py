@@ -149,9 +149,8 @@ def _loss(tuned: Any, documents: torch.Tensor, *, packed: bool, one_pass: bool) 
     labels = documents.clone()
     inputs: dict[str, Any] = {"input_ids": documents}
     if packed:
-        inputs = attention.packed(list(documents), device=documents.device)
-        if tuned.get_base_model().config._attn_implementation not in BY_OFFSETS:
-            inputs = {key: inputs[key] for key in ("input_ids", "position_ids")}
+        name = tuned.get_base_model().config._attn_implementation
+        inputs = attention.packed(list(documents), device=documents.device, name=name)
         labels[:, 0] = head.IGNORED
         labels = labels.reshape(1, -1)
     if one_pass:

@@ -120,6 +120,7 @@ def test_config_and_split_choose_the_files_at_one_commit(
     ]
     assert {"train", "validation", "test"} == {*found.splits, *found.others}
     assert ", ".join(found.others) in " ".join(found.notes())
+    assert f"{len(found.files)} files" in found.notes()[0]
     assert found == Pinned.from_json(found.to_json())
 
 
@@ -299,6 +300,19 @@ def test_a_gated_set_is_refused_with_its_page_and_opened_by_the_token(
 
     asked = {path.startswith("/cdn/"): token for _, path, token in fake.requests}
     assert {True: None, False: fake.token} == asked
+
+
+def test_one_file_of_a_gated_set_is_refused_with_its_page_too(
+    fake: FakeHub, tmp_path: Path
+) -> None:
+    """A token that is not on the list is refused in the same words."""
+    fake.add(NAME, TWO, gated=True)
+    source = Source(urls=(f"{URL}/en/train-00000-of-00002.parquet",))
+
+    for token in (None, fake.outsider):
+        headers = hub_dataset.headers(source, token, None)
+        with pytest.raises(RefusedError, match=f"FETCH-111 .*access at {fake.url}/{NAME}, then"):
+            fetch.check(source, policy=HERE, credentials=headers, limits=QUICK)
 
 
 def test_a_private_a_missing_and_an_unreachable_set_are_told_apart(

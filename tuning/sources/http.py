@@ -266,7 +266,9 @@ def validate(item: Item, response: Response) -> None:
         what = f"the server refuses access ({status})"
         change = "make a new signed URL if it has expired, or give the host's credentials"
         if item.url.startswith(f"{hub.endpoint()}/"):
-            change = "give a token that may read it: --hub-token-file FILE (modelAccessSecret)"
+            page = item.url.partition("/resolve/")[0]
+            change = f"ask for access at {page}, then give a token of that account: "
+            change += "--hub-token-file FILE, in a cluster presetOptions.modelAccessSecret"
         raise RefusedError.at("FETCH-111", item.where, what, change)
     if status == 204:
         raise empty(item)

@@ -68,7 +68,8 @@ class Pinned:
     def notes(self) -> list[str]:
         """What the user should know of the choice."""
         chosen = f"config {self.config}, split {' and '.join(self.splits)}"
-        found = [f"{self.name} at {self.revision[:12]}: {chosen}, {len(self.files):,} files"]
+        count = f"{len(self.files):,} file{'s'[: len(self.files) > 1]}"
+        found = [f"{self.name} at {self.revision[:12]}: {chosen}, {count}"]
         if self.others:
             found.append(
                 f"{self.name}: not trained, as other splits: {', '.join(self.others)} "

@@ -25,6 +25,7 @@ from tuning.errors import DataError, RefusedError, SpecError, TransientError
 from tuning.network.policy import Policy
 from tuning.network.retry import Patience
 from tuning.sources import dataset_files, fetch, hub, hub_dataset
+from tuning.sources.base import Entry
 from tuning.sources.http import Limits
 from tuning.sources.hub_dataset import Pinned
 from tuning.spec import Source
@@ -162,6 +163,17 @@ def test_datasets_and_single_urls_are_one_list(fake: FakeHub, tmp_path: Path) ->
         else file.shown.rpartition("/")[2]
         for file in found
     ]
+
+
+def test_a_hub_that_lists_no_sizes_is_no_fault(fake: FakeHub, tmp_path: Path) -> None:
+    """A mirror may list names alone."""
+    fake.add(NAME, {"a.jsonl": ROW, "b.jsonl": ROW * 2})
+    pinned = pin(URL)
+    unknown = replace(pinned, files=tuple(Entry(entry.name, 0) for entry in pinned.files))
+
+    found = fetch.fetch(Source(urls=(URL,)), tmp_path, policy=HERE, pinned=[unknown], limits=QUICK)
+
+    assert [len(ROW), 2 * len(ROW)] == [file.size for file in found]
 
 
 def test_a_dataset_named_twice_is_refused(fake: FakeHub, tmp_path: Path) -> None:

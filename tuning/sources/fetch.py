@@ -226,7 +226,7 @@ def _expanded(
                         sha256=entry.sha256,
                         number=number,
                         name=dataset.shown(entry),
-                        size=entry.size,
+                        size=entry.size or None,  # a mirror may not tell it
                     ),
                     "",
                 )

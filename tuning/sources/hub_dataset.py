@@ -126,28 +126,18 @@ def pin(
         return hub.ask(work, where, wanted.revision, patience=patience, stop=stop)
 
     name, commit, listing = ask(lambda: _listing(wanted, token))
-    texts = {
-        each: ask(partial(_text, name, commit, each, token))
-        for each in (dataset_files.CARD, dataset_files.CONFIGS)
-        if each in listing and listing[each].size <= _CARD_BYTES
-    }
+    cards = [each for each in (dataset_files.CARD, dataset_files.CONFIGS) if each in listing]
+    if large := [each for each in cards if listing[each].size > _CARD_BYTES]:
+        raise _unreadable(where, f"{large[0]} is larger than {_CARD_BYTES >> 20} MiB")
+    texts = {each: ask(partial(_text, name, commit, each, token)) for each in cards}
     converted = wanted.revision == dataset_files.CONVERTED
     try:
         configs, default = dataset_files.configs(texts, list(listing), converted=converted)
         config = _chosen_config(where, wanted.config or default, configs)
         splits = dataset_files.splits(configs[config], list(listing))
     except dataset_files.Invalid as error:
-        what = f"its configs cannot be read as `datasets` reads them: {error}"
-        change = f"name its files in place of it: hf://{where}/FILE"
-        raise SpecError.at("HUB-124", where, what, change) from None
-    if not any(map(dataset_files.readable, splits.values())):
-        raise _no_files(where, list(listing))
-    chosen = _chosen_splits(where, wanted.splits or ("train",), splits)
-    files = [file for split in chosen for file in dataset_files.readable(splits[split])]
-    if not files:
-        raise _no_files(where, [file for split in chosen for file in splits[split]])
-    entries = tuple(listing[file] for file in dict.fromkeys(files))
-    entries = tuple(entry for entry in entries if entry.size) or entries  # some shards have no rows
+        raise _unreadable(where, str(error)) from None
+    chosen, entries = _chosen_files(where, wanted.splits or ("train",), splits, listing)
     pinned = Pinned(
         url,
         name,
@@ -221,19 +211,36 @@ def _chosen_config(where: str, name: str | None, configs: Mapping[str, Any]) -> 
     raise SpecError.at("HUB-121", where, what, change)
 
 
-def _chosen_splits(
-    where: str, wanted: tuple[str, ...], splits: Mapping[str, Any]
-) -> tuple[str, ...]:
+def _chosen_files(
+    where: str,
+    wanted: tuple[str, ...],
+    splits: Mapping[str, list[str]],
+    listing: Mapping[str, Entry],
+) -> tuple[tuple[str, ...], tuple[Entry, ...]]:
+    """The splits, and their files in order. Raises SpecError."""
+    if not any(map(dataset_files.readable, splits.values())):
+        raise _no_files(where, list(listing))
     if missing := [name for name in wanted if name not in splits]:
         what = f"has no split {_names(missing)}; it has: {_names(splits)}"
         change = "add split=NAME after a ? to the URL, with one of these names"
         raise SpecError.at("HUB-122", where, what, change)
-    return wanted
+    files = [file for split in wanted for file in dataset_files.readable(splits[split])]
+    if not files:
+        raise _no_files(where, [file for split in wanted for file in splits[split]])
+    entries = tuple(listing[file] for file in dict.fromkeys(files))
+    filled = tuple(entry for entry in entries if entry.size)  # a shard may have no rows
+    return wanted, filled or entries
 
 
 def _names(names: Any) -> str:
     listed = [str(name)[:100] for name in names]
     return ", ".join(listed[:_SHOWN]) + (f", ... ({len(listed)})" if len(listed) > _SHOWN else "")
+
+
+def _unreadable(where: str, why: str) -> SpecError:
+    what = f"its configs cannot be read as `datasets` reads them: {why}"
+    change = f"name its files in place of it: hf://{where}/FILE"
+    return SpecError.at("HUB-124", where, what, change)
 
 
 def _no_files(where: str, names: list[str]) -> SpecError:

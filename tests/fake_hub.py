@@ -1,7 +1,8 @@
-"""A Hugging Face hub on loopback, as far as huggingface_hub asks it for models.
+"""A Hugging Face hub on loopback, as far as huggingface_hub asks it for models and datasets.
 
     with FakeHub() as hub:
         commit = hub.add("org/model", {"config.json": b"...", "model.safetensors": b"..."})
+        hub.add("datasets/org/name", {"README.md": b"...", "data/train.jsonl": b"..."})
         os.environ["HF_ENDPOINT"] = hub.url
 
 Speaks model info, tree, resolve (commit and ETag headers, git LFS files through a redirect to
@@ -22,12 +23,12 @@ from pathlib import Path
 from typing import Any, Self
 from urllib.parse import unquote, urlsplit
 
-LFS_ENDINGS = (".safetensors", ".bin", ".model")
+LFS_ENDINGS = (".safetensors", ".bin", ".model", ".parquet", ".arrow")
 
 
 @dataclass
 class Repository:
-    """One model at one commit."""
+    """One model or dataset at one commit."""
 
     hub_id: str
     files: dict[str, bytes]
@@ -36,6 +37,7 @@ class Repository:
     private: bool = False
     licence: str | None = None
     card: dict[str, Any] = field(default_factory=dict)  # further metadata of the model card
+    branch: str = "main"
 
 
 @dataclass
@@ -72,7 +74,7 @@ class FakeHub:
         self._server.server_close()
 
     def add(self, hub_id: str, files: dict[str, bytes] | Path, **options: Any) -> str:
-        """A model with `files`, or with those of a folder; its commit."""
+        """A model (or datasets/ORG/NAME) with `files`, or those of a folder; its commit."""
         if isinstance(files, Path):
             paths = [path for path in files.rglob("*") if path.is_file()]
             files = {path.relative_to(files).as_posix(): path.read_bytes() for path in paths}
@@ -122,10 +124,12 @@ class _Exchange:
         elif match := re.fullmatch(r"/cdn/([0-9a-f]{64})", self.path):
             self.cdn(match[1])
         elif match := re.fullmatch(
-            r"/api/models/([^/]+/[^/]+)(?:/(revision|tree)/(.+))?", self.path
+            r"/api/(?:models/|(datasets/))([^/]+/[^/]+)(?:/(revision|tree)/(.+))?", self.path
         ):
-            self.api(match[1], match[2], match[3])
-        elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", self.path):
+            self.api((match[1] or "") + match[2], match[3], match[4])
+        elif match := re.fullmatch(
+            r"/((?:datasets/)?[^/]+/[^/]+)/resolve/(refs/\w+/\w+|[^/]+)/(.+)", self.path
+        ):
             self.resolve(match[1], match[2], match[3])
         else:
             self.send(404)
@@ -138,7 +142,7 @@ class _Exchange:
             self.send(401, X_Error_Message=message)
         elif found is None or (found.private and self.token != self.hub.token):
             self.send(404 if self.token else 401, X_Error_Code="RepoNotFound")
-        elif revision not in (None, "main", found.commit):
+        elif revision not in (None, found.branch, found.commit):
             self.send(404, X_Error_Code="RevisionNotFound")
         else:
             return found
@@ -153,7 +157,7 @@ class _Exchange:
             return
         self.json(
             {
-                "id": hub_id,
+                "id": hub_id.removeprefix("datasets/"),
                 "sha": found.commit,
                 "private": found.private,
                 "gated": "manual" if found.gated else False,
@@ -182,7 +186,8 @@ class _Exchange:
         if found is None:
             return
         if found.gated and self.token != self.hub.token:
-            message = f"Access to model {hub_id} is restricted."
+            kind = "dataset" if hub_id.startswith("datasets/") else "model"
+            message = f"Access to {kind} {hub_id} is restricted."
             self.send(403 if self.token else 401, X_Error_Code="GatedRepo", X_Error_Message=message)
             return
         if name not in found.files:

@@ -174,6 +174,48 @@ def test_no_weights_are_fetched_for_a_hub_model(tmp_path):
     assert not list((tmp_path / "hf").rglob("*.safetensors"))
 
 
+def test_a_config_of_a_hub_dataset_is_previewed_by_its_name(tmp_path):
+    """Two configs of three splits: train of the chosen one, counted; the commit of the first start
+    stays when the branch moves, also with the hub away.
+    """
+    splits = ("train", "validation", "test")
+    configs = "".join(
+        f"- config_name: {name}\n  data_files:\n"
+        + "".join(f"  - {{split: {split}, path: {name}/{split}-*}}\n" for split in splits)
+        for name in ("en", "de")
+    )
+    rows = {
+        f"{name}/{split}-{n:05}-of-00002.jsonl": "".join(
+            line(f"{name} {split} {n} {i}") for i in range(3 + n)
+        ).encode()
+        for name in ("en", "de")
+        for split in splits
+        for n in range(2)
+    }
+    with FakeHub() as hub:
+        card = f"---\nconfigs:\n{configs}---\n".encode()
+        commit = hub.add("datasets/org/two", rows | {"README.md": card})
+        hf = {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0"}
+        command = (
+            *("preview", "-f", workspace(tmp_path / "hub.yaml"), "--base-model", TINY),
+            *("--data", "org/two?config=de", "--run-dir", tmp_path / "run"),
+            *("--allow-host", "127.0.0.1", "--json"),
+        )
+        first = tuning(*command, env=os.environ | hf)
+        content = json.loads(good(first))
+        hub.add("datasets/org/two", {"train.jsonl": line("other").encode()})
+        asked = len(hub.requests)
+        again = json.loads(good(tuning(*command, env=os.environ | hf)))
+
+        assert asked == len(hub.requests)
+    assert [3, 4] == [file["rows"] for file in content["files"]]
+    assert "hf://datasets/org/two/de/train-00000-of-00002.jsonl" == content["files"][0]["shown"]
+    assert "de train 0 0" in "".join(text for text, _ in content["samples"][0]["tokens"])
+    assert f"org/two at {commit[:12]}: config de, split train, 2 files" in first.stderr
+    assert "not trained, as other splits: validation, test" in first.stderr
+    assert content["files"] == again["files"]
+
+
 @pytest.mark.parametrize(
     ("settings", "coloured"),
     [({"FORCE_COLOR": "1"}, True), ({"FORCE_COLOR": "1", "NO_COLOR": "1"}, False), ({}, False)],

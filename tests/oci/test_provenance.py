@@ -79,6 +79,20 @@ def run(tmp_path: Path) -> Path:
     return folder
 
 
+def test_the_datasets_of_the_hub_are_among_the_dependencies(run: Path) -> None:
+    """By name, commit, config and split, beside the hashes of their files."""
+    chosen = {"name": "org/two", "revision": "e" * 40, "config": "en", "splits": ["train", "test"]}
+    files.write_json(run / "adapter" / "tuning.json", {"datasets": [chosen]})
+
+    built = provenance.statement(run, [])["predicate"]["buildDefinition"]
+
+    assert {
+        "uri": f"hf://datasets/org/two@{'e' * 40}",
+        "name": "config en, split train+test",
+        "digest": {"gitCommit": "e" * 40},
+    } == built["resolvedDependencies"][-1]
+
+
 def deliver(host: str, run: Path, *, rule: Any = "warn") -> list[str]:
     """Push as a run does; gives what a person was told."""
     said: list[str] = []

@@ -1166,7 +1166,6 @@ def test_files_of_the_hub_come_through_its_resolve_addresses(
 @pytest.mark.parametrize(
     "url",
     [
-        "hf://datasets/org/a.jsonl",
         "hf://datasets/o/n/../../x",
         "hf://datasets/o/n/%2e%2e/x",
         "hf://datasets/o/n@..%2Fx/a",

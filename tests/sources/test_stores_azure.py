@@ -193,7 +193,8 @@ def test_a_transfer_goes_on_where_it_was(azurite: Azurite, tmp_path: Path) -> No
     """The range is part of what is signed, and the emulator sends only the rest."""
     values = azurite.keys(AZURE_STORAGE_ACCOUNT_KEY=KEY)
     whole = get(tmp_path / "whole", "az://rows/a.jsonl", values)
-    item = fetch._items(("az://rows/a.jsonl",), LOOPBACK, Keys(values))[0]
+    source = Source(urls=("az://rows/a.jsonl",))
+    item = fetch._items(source, LOOPBACK, Keys(values), ())[0]
     web = Web(LOOPBACK, {}, QUICK)
     response = web.get(item, {"Range": "bytes=50000-"})
     rest = response.read()

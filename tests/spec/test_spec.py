@@ -18,6 +18,7 @@ import yaml
 from tuning import files, spec
 from tuning.errors import SpecError
 from tuning.spec import Destination, Overrides, Settings, Source, config, keys, urls
+from tuning.spec.urls import Dataset, dataset
 from tuning.spec.values import Spec
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -1181,11 +1182,83 @@ def test_an_output_with_a_registry_or_a_tag_is_an_image(output: str) -> None:
     assert output in str(read(WORKSPACE, overrides=Overrides(output=output)).destination.image)
 
 
-@pytest.mark.parametrize("url", ["hf://datasets/org/name", "hf://datasets/org/name/", "hf://org/x"])
-def test_a_set_of_the_hub_without_a_file_is_told_the_form(url: str) -> None:
-    """Files are named one by one."""
-    with pytest.raises(SpecError, match=r"SPEC-115 .*write hf://datasets/ORG/NAME/FILE"):
+@pytest.mark.parametrize(
+    ("url", "meant"),
+    [
+        ("hf://datasets/org/name", Dataset("org/name")),
+        ("hf://datasets/Org/na.me-1/", Dataset("Org/na.me-1")),
+        ("hf://datasets/o/n@v1.0?split=train", Dataset("o/n", "v1.0", None, ("train",))),
+        ("hf://datasets/o/n?config=a%20b&split=x+y", Dataset("o/n", None, "a b", ("x", "y"))),
+        ("hf://datasets/o/n@refs%2Fpr%2F1", Dataset("o/n", "refs/pr/1")),
+        ("hf://datasets/o/n@refs/convert/parquet", Dataset("o/n", "refs/convert/parquet")),
+    ],
+)
+def test_a_dataset_of_the_hub_is_named_whole(url: str, meant: Dataset) -> None:
+    """In `urls` of a Workspace and by --data; config and split are chosen in the query."""
+    assert meant == dataset(url)
+    assert (url,) == read(WORKSPACE, overrides=Overrides(data=(url,))).source.urls
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "hf://org/x",
+        "hf://datasets/name",
+        "hf://datasets/o/n?name=en",
+        "hf://datasets/o/n?config=",
+        "hf://datasets/o/n?split=train&split=test",
+        "hf://datasets/o/n?split=train[:10%25]",
+        "hf://datasets/o/n?config=a%0ab",
+        "hf://datasets/o/n@..%2F..",
+        "hf://datasets/o/n#sha256=0",
+        "hf://spaces/o/n",
+    ],
+)
+def test_what_names_no_dataset_is_told_the_form(url: str) -> None:
+    """A model, an unknown key, a slice of a split, a checksum of many files."""
+    with pytest.raises(SpecError, match=r"SPEC-115 .*write hf://datasets/ORG/NAME"):
         read(WORKSPACE, overrides=Overrides(data=(url,)))
+
+
+@pytest.mark.parametrize(
+    ("page", "meant"),
+    [
+        ("https://huggingface.co/datasets/org/name", "hf://datasets/org/name"),
+        ("https://hf.co/datasets/o/n/viewer/default/train?row=3", "hf://datasets/o/n"),
+        ("https://www.huggingface.co/datasets/o/n/tree/main/data", "hf://datasets/o/n"),
+        ("https://huggingface.co/datasets/o/n/blob/main/a.csv", "/resolve/ in place of /blob/"),
+        ("https://huggingface.co/datasets/o/n/resolve/main/a.csv", None),
+        ("https://example.com/datasets/o/n", None),
+    ],
+)
+def test_the_page_of_a_dataset_is_no_data(page: str, meant: str | None) -> None:
+    """What a browser shows is told apart from a file before anything is fetched."""
+    if meant is None:
+        assert (page,) == read(WORKSPACE, overrides=Overrides(data=(page,))).source.urls
+        return
+    with pytest.raises(SpecError, match=rf"SPEC-115 .*names a page of the hub.* write {meant}\."):
+        read(WORKSPACE, overrides=Overrides(data=(page,)))
+
+
+def test_data_of_two_names_is_a_dataset_unless_it_is_a_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file, a folder, what lies in a folder that is there, and the endings of data are paths."""
+    monkeypatch.chdir(tmp_path)
+    Path("rows/old").mkdir(parents=True)
+
+    def source(*data: str) -> Source:
+        return read(WORKSPACE, overrides=Overrides(data=data)).source
+
+    assert ("hf://datasets/org/name?config=en",) == source("org/name?config=en").urls
+    assert ("hf://datasets/org/name@v1", "https://x.org/a") == source(
+        "org/name@v1", "https://x.org/a"
+    ).urls
+    assert Path("rows/old") == source("rows/old").folder
+    for path in ("rows/new", "org/a.jsonl", "org/a.csv.gz", "./org/name", "a/b/c", "name", "/a/b"):
+        assert (Path(path),) == source(path).files
+    with pytest.raises(SpecError, match=r"SPEC-109 --data: mixes files"):
+        source("org/name", "name")
 
 
 @pytest.mark.parametrize("warmup", ["warmup_steps: 5", "warmup_ratio: 0.1", "warmup_steps: 0.5"])

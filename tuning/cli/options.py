@@ -25,7 +25,10 @@ BaseModel = Annotated[
 ]
 Data = Annotated[
     list[str] | None,
-    typer.Option(metavar="FILE|URL", help="Data instead of the file's; may be repeated."),
+    typer.Option(
+        metavar="FILE|URL|ORG/NAME",
+        help="Data instead of the file's, ORG/NAME a dataset of the hub; may be repeated.",
+    ),
 ]
 Instance = Annotated[
     str | None, typer.Option(metavar="TYPE", help="Size for this machine type, not for this one.")

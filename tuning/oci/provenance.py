@@ -59,7 +59,7 @@ def statement(run: Path, subject: list[Value]) -> Value:
                     "placement": plan["placement"],
                     "device": plan["device"],
                 },
-                "resolvedDependencies": _dependencies(recipe),
+                "resolvedDependencies": [*_dependencies(recipe), *_datasets(run)],
             },
             "runDetails": {
                 "builder": {
@@ -106,6 +106,20 @@ def _dependencies(recipe: Value) -> list[Value]:
     if going_on := recipe.get("start_adapter"):
         data.append({"name": "start adapter", "digest": {"sha256": going_on}})
     return [base, *data]
+
+
+def _datasets(run: Path) -> list[Value]:
+    """The datasets of the hub, as the adapter's `tuning.json` lists them."""
+    written = run / "adapter" / "tuning.json"
+    listed = files.read_json(written).get("datasets", []) if written.exists() else []
+    return [
+        {
+            "uri": f"hf://datasets/{each['name']}@{each['revision']}",
+            "name": f"config {each['config']}, split {'+'.join(each['splits'])}",
+            "digest": {"gitCommit": each["revision"]},
+        }
+        for each in listed
+    ]
 
 
 def _last(journal: list[Value], phase: str) -> Value:

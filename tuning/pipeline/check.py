@@ -16,12 +16,13 @@ from tuning.data.tokenizer import load_tokenizer
 from tuning.data.vocabulary import Vocabulary, embedding_rows
 from tuning.errors import DataError, SpecError
 from tuning.network.policy import load_headers
+from tuning.network.retry import Patience
 from tuning.oci import delivery
 from tuning.oci.delivery import Access
 from tuning.pipeline import sizing, start
 from tuning.pipeline.endings import together
 from tuning.pipeline.options import Options, base_reference, read_token
-from tuning.sources import fetch, local, stores
+from tuning.sources import fetch, hub_dataset, local, stores
 from tuning.sources.local import File
 from tuning.spec import Spec
 
@@ -78,7 +79,15 @@ def _check_data(spec: Spec, options: Options, access: Access) -> list[str]:
         return [
             f"data: {source.image}, {size:,} bytes compressed; a run checks its rows after the pull"
         ]
-    files = together(*_first_rows(spec, options))
+    token = read_token(options.hub_token_file)
+    pin = partial(
+        hub_dataset.pin,
+        policy=options.policy,
+        token=token,
+        patience=Patience(tries=1),
+    )
+    pinned = together(*(partial(pin, url) for url in hub_dataset.named(source)))
+    files = together(*_first_rows(spec, options, pinned, token))
     shapes = [(shown, first.shape) for shown, _, first in files if first.shape]
     odd = [
         mixed_shapes(shown, shape, *shapes[0])
@@ -87,14 +96,17 @@ def _check_data(spec: Spec, options: Options, access: Access) -> list[str]:
     ]
     if odd:
         raise DataError(odd)
-    notes = local.split_notes(Path(source.folder)) if source.folder and not source.within else []
+    notes = [note for each in pinned for note in each.notes()]
+    notes += local.split_notes(Path(source.folder)) if source.folder and not source.within else []
     return [
         f"data: {shown}, {'size unknown' if size is None else f'{size:,} bytes'}, {first}"
         for shown, size, first in files
     ] + [f"data: {note}" for note in notes]
 
 
-def _first_rows(spec: Spec, options: Options) -> Iterator[Callable[[], CheckedFile]]:
+def _first_rows(
+    spec: Spec, options: Options, pinned: list[hub_dataset.Pinned], token: str | None
+) -> Iterator[Callable[[], CheckedFile]]:
     """A call for each file of the data that reads its first rows. Raises as fetch does."""
     source, s = spec.source, spec.settings
     columns = formats.Columns(s.messages_column, s.context_column, s.response_column)
@@ -107,7 +119,8 @@ def _first_rows(spec: Spec, options: Options) -> Iterator[Callable[[], CheckedFi
     for seen in fetch.check(
         source,
         policy=options.policy,
-        credentials=load_headers(secrets) if secrets else None,
+        credentials=hub_dataset.headers(source, token, load_headers(secrets) if secrets else None),
+        pinned=pinned,
         keys=stores.load_keys(secrets, options.policy),
     ):
         yield partial(_read_head, seen, *how)

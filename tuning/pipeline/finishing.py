@@ -98,6 +98,7 @@ def package(run: Run, decided: Plan, training: Value, packed: Value, model: base
         loss_after=training["eval_loss_after"],
         best_step=training["best_step"],
         ends=tuple(training.get("ends") or ()),
+        datasets=[each.origin for each in run.datasets],
     )
 
     lost: list[str] = []

@@ -42,6 +42,7 @@ class Facts:
     loss_after: float | None = None
     best_step: int | None = None  # step of the weights, if not the last
     ends: Sequence[str] = ()  # tokens that end an answer, if others than the tokenizer's one
+    datasets: Sequence[dict[str, Any]] = ()  # of the hub: Pinned.origin
 
 
 def write(
@@ -88,7 +89,9 @@ def provenance(recipe: dict[str, Any], *, run_id: str, facts: Facts) -> dict[str
             "perplexity_before": perplexity(facts.loss_before),
             "perplexity_after": perplexity(facts.loss_after),
         },
-    } | ({"ends": list(facts.ends)} if facts.ends else {})
+        **({"ends": list(facts.ends)} if facts.ends else {}),
+        **({"datasets": list(facts.datasets)} if facts.datasets else {}),
+    }
 
 
 def training(record: dict[str, Any]) -> dict[str, Any]:
@@ -144,7 +147,12 @@ def card(recipe: dict[str, Any], *, run_id: str, facts: Facts) -> str:
         rows.append(("goes on from the adapter", f"`sha256:{going_on}`"))
     if facts.ends:
         rows.append(("an answer ends in", ", ".join(f"`{word}`" for word in facts.ends)))
-    data = "\n".join(f"- `sha256:{digest}`" for digest in recipe["data"])
+    origins = [
+        f"- `{each['name']}` at `{each['revision']}`, config `{each['config']}`, "
+        f"split `{'+'.join(each['splits'])}`"
+        for each in facts.datasets
+    ]
+    data = "\n".join([*origins, *(f"- `sha256:{digest}`" for digest in recipe["data"])])
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     versions = ", ".join(f"{name} {number}" for name, number in sorted(recipe["versions"].items()))
     return f"""---
@@ -189,6 +197,7 @@ def _metadata(recipe: dict[str, Any], facts: Facts) -> str:
     tags = ["lora", recipe["method"], "transformers"]
     metadata = {
         "base_model": base,
+        "datasets": list(dict.fromkeys(each["name"] for each in facts.datasets)),
         "library_name": "peft",
         "license": facts.licence,
         "pipeline_tag": "text-generation",

@@ -19,7 +19,7 @@ from tuning.pipeline.endings import together
 from tuning.pipeline.options import base_reference, read_token, reference
 from tuning.pipeline.run import Run, Value, key_of
 from tuning.plan import Plan, backends
-from tuning.sources import base, fetch, local, stores
+from tuning.sources import base, fetch, hub_dataset, local, stores
 
 RECIPE_LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes")
 DATA_SETTINGS = (
@@ -105,14 +105,19 @@ def fetch_data(run: Run) -> list[Value]:
     source, secrets = run.spec.source, run.options.data_secrets
     keys = stores.load_keys(secrets, run.options.policy) if source.urls else None
 
+    pinned = run.datasets = _datasets(run)
+
     def work() -> Value:
         with run.console.work("Fetching data", unit="bytes") as report:
             fetched = fetch.fetch(
                 source,
                 run.folder / "data" / "files",
                 policy=run.options.policy,
-                credentials=policy.load_headers(secrets) if secrets else None,
+                credentials=hub_dataset.headers(
+                    source, run.token(), policy.load_headers(secrets) if secrets else None
+                ),
                 keys=keys,
+                pinned=pinned,
                 pull_image=run.options.access.pull_data,
                 progress=report,
                 stop=run.stop.is_set,
@@ -123,12 +128,34 @@ def fetch_data(run: Run) -> list[Value]:
         done = work()
     else:
         named = fetch.stores_of(source, keys)  # the same URL is another file in another store
-        done = run.journal.do("fetch", key_of(asdict(source), *named), work)
+        commits = [[each.name, each.revision] for each in pinned]
+        done = run.journal.do("fetch", key_of(asdict(source), *named, *commits), work)
     folder = run.folder / "data" / "files" / "image" if source.image else source.folder
     if folder and not source.within and not source.urls:
         run.note(local.split_notes(Path(folder)))
     files_: list[Value] = done["files"]
     return files_
+
+
+def _datasets(run: Run) -> tuple[hub_dataset.Pinned, ...]:
+    """The datasets of the hub that the URLs name; the commit of the first start counts."""
+    named = hub_dataset.named(run.spec.source)
+
+    def work() -> Value:
+        how = partial(
+            hub_dataset.pin,
+            policy=run.options.policy,
+            token=run.token(),
+            stop=run.stop.is_set,
+        )
+        return {"datasets": [how(url).to_json() for url in named]}
+
+    if not named:
+        return ()
+    done = run.journal.do("datasets", key_of(named), work)
+    pinned = tuple(map(hub_dataset.Pinned.from_json, done["datasets"]))
+    run.note(note for each in pinned for note in each.notes())
+    return pinned
 
 
 def check_questions(run: Run, tokenizer: Path) -> None:

@@ -16,6 +16,7 @@ from tuning.pipeline import endings, memory_kills
 from tuning.pipeline.journal import Journal
 from tuning.pipeline.options import Options, read_token
 from tuning.plan import device
+from tuning.sources.hub_dataset import Pinned
 from tuning.spec import Spec
 from tuning.spec.writer import plain
 
@@ -44,6 +45,7 @@ class Run:
     phase: str = "start"
     prewarmed: process.Prewarmed | None = None  # the training child, while it loads its libraries
     start: Start | None = None  # the adapter to go on from
+    datasets: tuple[Pinned, ...] = ()  # of the hub, among the data
 
     @property
     def folder(self) -> Path:

@@ -7,5 +7,6 @@ http            requests, redirects and answers of a data host
 stores/         s3://, gs:// and az:// -> signed https
 base            base weights: resolve, pin, download
 hub             calls to the model hub; hub_download: one file of it
+hub_dataset     a dataset of the hub -> commit and files; dataset_files: which, by its own rules
 verify          is a folder a base model that can be trained? hashes, remembered
 """

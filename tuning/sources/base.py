@@ -41,7 +41,6 @@ AT_ONCE = 4
 ROOM = 1.05  # free disk over what is missing
 STALE = 6 * 3600  # seconds after which a partial file belongs to no running download
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -279,7 +278,7 @@ def _resolve_hub(hub_id: str, revision: str | None, token: str | None, *, patien
         info = api.model_info(hub_id, revision=revision, files_metadata=True, timeout=15)
         if not isinstance(info.sha, str) or not _COMMIT.fullmatch(info.sha):
             raise ValueError("a model without a commit")
-        return info, {each.rfilename: _entry(each) for each in info.siblings or []}
+        return info, {each.rfilename: entry_of(each) for each in info.siblings or []}
 
     patience = None if patient else Patience(tries=1)
     info, listing = hub.ask(work, hub_id, revision, patience=patience)
@@ -310,7 +309,7 @@ def _made_from(card: Any) -> str | None:
     return named if known and relation == "quantized" else None
 
 
-def _entry(sibling: Any) -> Entry:
+def entry_of(sibling: Any) -> Entry:
     """A file of the hub's listing. Raises ValueError for one that is not of the hub's form."""
     name, size, git_id = sibling.rfilename, sibling.size or 0, sibling.blob_id
     sha256 = sibling.lfs.sha256 if sibling.lfs else None

@@ -270,6 +270,14 @@ def _finish(item: Item, target: Path, part: Part, *, closed_end: bool) -> tuple[
         part.discard()
         what = f"its sha256 is {sha256}, not {item.sha256}"
         change = "check which of the two is right: the file or the #sha256= of its URL"
+        if item.name:
+            change = "run the same command again; if it stays so, the hub's copy is damaged"
+        raise Again(Problem("FETCH-121", item.where, what, change), tries=2, final=DataError)
+    if item.size not in (None, part.size) and not part.encoding:
+        size = part.size
+        part.discard()
+        what = f"has {size:,} bytes, and the hub lists {item.size:,}"
+        change = "run the same command again; if it stays so, the hub's copy is damaged"
         raise Again(Problem("FETCH-121", item.where, what, change), tries=2, final=DataError)
     if closed_end and not item.sha256:
         what = (

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from tuning.network.session import Response
 from tuning.sources import hub, local, stores
 from tuning.sources.download import Aborted, Meter, download
 from tuning.sources.http import Item, Limits, Web, broken, empty, not_http, validate
+from tuning.sources.hub_dataset import Pinned
 from tuning.sources.local import File, PullImage
 from tuning.sources.stores import Keys
 from tuning.spec import Source
@@ -58,6 +59,7 @@ def fetch(
     policy: Policy,
     credentials: Headers | None = None,
     keys: Keys | None = None,
+    pinned: Sequence[Pinned] = (),
     pull_image: PullImage | None = None,
     progress: Report = lambda done, total, note: None,
     stop: Callable[[], bool] = lambda: False,
@@ -66,10 +68,10 @@ def fetch(
 ) -> tuple[File, ...]:
     """The files of `source`, downloaded into `folder` or, if they are local, in place.
 
-    `credentials`: headers by host; `keys`: those of object stores; `pull_image` extracts the files
-    under /data of an OCI image into a folder. Raises one error with the problems of all files:
-    SpecError, RefusedError or DataError if any is final, otherwise TransientError; Stopped when
-    `stop` turns true.
+    `credentials`: headers by host; `keys`: those of object stores; `pinned`: the datasets that the
+    URLs name; `pull_image` extracts the files under /data of an OCI image into a folder. Raises
+    one error with the problems of all files: SpecError, RefusedError or DataError if any is final,
+    otherwise TransientError; Stopped when `stop` turns true.
     """
     if source.files:
         return local.hashed([(path, str(path)) for path in source.files])
@@ -79,7 +81,7 @@ def fetch(
     if source.image:
         with local.stored(folder):
             return local.from_image(source, folder, pull_image)
-    items = _items(_named(source), policy, keys)
+    items = _items(source, policy, keys, pinned)
     web = Web(policy, credentials or {}, limits or Limits(), resolve)
     with local.stored(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -103,15 +105,22 @@ def check(
     policy: Policy,
     credentials: Headers | None = None,
     keys: Keys | None = None,
+    pinned: Sequence[Pinned] = (),
     limits: Limits | None = None,
     resolve: Resolver = lookup,
     head: int = 64 << 10,
 ) -> tuple[Seen, ...]:
-    """Access, size and first `head` bytes of every URL. Raises as `fetch` does, after one try."""
+    """Access, size and first `head` bytes of every URL; of a dataset only of its first file.
+
+    Raises as `fetch` does, after one try.
+    """
     web = Web(policy, credentials or {}, limits or Limits(retry=Patience(tries=1)), resolve)
     seen: list[Seen] = []
     problems: list[TuningError] = []
-    for item in _items(_named(source), policy, keys):
+    items = _items(source, policy, keys, pinned)
+    looked = [item for item in items if item.name is None]
+    looked += {item.number: item for item in reversed(items) if item.name}.values()
+    for item in sorted(looked, key=lambda item: item.index):
         try:
             seen.append(_look(item, web, head))
         except Again as again:
@@ -166,41 +175,25 @@ def _announced(response: Response) -> tuple[int | None, int | None]:
     return length, length
 
 
-def _named(source: Source) -> tuple[str, ...]:
-    """The URLs that dataset_path selects. Raises SpecError if there is none."""
-    if not source.within:
-        return source.urls
-    paths = {url: unquote(url.partition("#")[0].partition("?")[0]) for url in source.urls}
-    for within in local.spellings(source.within):
-        if not within:
-            return source.urls
-        if matching := tuple(url for url, path in paths.items() if path.endswith(f"/{within}")):
-            return matching
-    else:
-        raise local.no_match(source, [path.rpartition("/")[2] for path in paths.values()])
-
-
-def _items(urls: tuple[str, ...], policy: Policy, keys: Keys | None) -> list[Item]:
-    """Parse and validate the URLs by their text. Raises SpecError with all problems."""
+def _items(
+    source: Source, policy: Policy, keys: Keys | None, pinned: Sequence[Pinned]
+) -> list[Item]:
+    """The files to fetch, judged by the text of their URLs. Raises SpecError with all problems."""
     items: list[Item] = []
     problems: list[Problem] = []
     seen: dict[str, int] = {}
-    for index, text in enumerate(urls):
-        url, _, fragment = text.partition("#")
-        url = on_hub(url, hub.endpoint()) or url
-        checksum = _CHECKSUM.fullmatch(fragment)
-        store = stores.of(url, keys or Keys())
-        item = Item(index, url, checksum[1].lower() if checksum else None, store)
-        first = seen.setdefault(_same(item.address), index)
+    for item, fragment in _chosen(source, _expanded(source, keys, pinned)):
+        checksum, number = _CHECKSUM.fullmatch(fragment), item.number or 0
+        first = seen.setdefault(_same(item.address), number)
         if refusal := policy.refusal(item.address):
-            where = f"input.urls[{index}]"  # not the URL: it may contain a secret
+            where = f"input.urls[{number}]"  # not the URL: it may contain a secret
             change = "write a public address; --allow-host HOST opens a private one"
-            if store:  # the URL is fine: the address comes from the keys
+            if item.store:  # the URL is fine: the address comes from the keys
                 where = f"{item.where} at {place(item.address)[1]}"
                 whose = (keys or Keys()).origin
                 change = f"correct the address in {whose}, or open it with --allow-host HOST"
             problems.append(Problem("FETCH-101", where, refusal, change))
-        elif first != index:
+        elif first != number:
             what = f"is the same as urls[{first}], so that its rows would count twice"
             problems.append(Problem("FETCH-102", item.where, what, "remove one of the two"))
         elif fragment and not checksum:
@@ -211,10 +204,50 @@ def _items(urls: tuple[str, ...], policy: Policy, keys: Keys | None) -> list[Ite
             what = "has no checksum, which the policy requires"
             problems.append(Problem("FETCH-105", item.where, what, "add #sha256=<64 digits>"))
         else:
-            items.append(item)
+            sha256 = checksum[1].lower() if checksum else item.sha256
+            items.append(replace(item, index=len(items), sha256=sha256))
     if problems:
         raise SpecError(problems)
     return items
+
+
+def _expanded(
+    source: Source, keys: Keys | None, pinned: Sequence[Pinned]
+) -> Iterator[tuple[Item, str]]:
+    """Every file that the URLs name, with what follows a # in its URL."""
+    datasets = {each.url: each for each in pinned}
+    for number, text in enumerate(source.urls):
+        if (dataset := datasets.get(text)) is not None:
+            for entry in dataset.files:
+                yield (
+                    Item(
+                        number,
+                        dataset.address(entry),
+                        sha256=entry.sha256,
+                        number=number,
+                        name=dataset.shown(entry),
+                        size=entry.size or None,  # a mirror may not tell it
+                    ),
+                    "",
+                )
+        else:
+            url, _, fragment = text.partition("#")
+            url = on_hub(url, hub.endpoint()) or url
+            yield Item(number, url, store=stores.of(url, keys or Keys()), number=number), fragment
+
+
+def _chosen(source: Source, files: Iterable[tuple[Item, str]]) -> list[tuple[Item, str]]:
+    """Those of `files` that dataset_path selects. Raises SpecError if there is none."""
+    listed = list(files)
+    if not source.within:
+        return listed
+    paths = [unquote(item.url.partition("?")[0]) for item, _ in listed]
+    for within in local.spellings(source.within):
+        if not within:
+            return listed
+        if any(ended := [path.endswith(f"/{within}") for path in paths]):
+            return [each for each, chosen in zip(listed, ended, strict=True) if chosen]
+    raise local.no_match(source, [path.rpartition("/")[2] for path in paths])
 
 
 def _same(url: str) -> str:
@@ -232,7 +265,7 @@ def _all_of(
 ) -> tuple[File, ...]:
     """Download all `items` concurrently; an error of one does not hide those of others."""
     for item in items:
-        meter.expect(item.index)
+        meter.expect(item.index, item.size)
 
     def job(item: Item) -> File:
         try:

@@ -25,6 +25,7 @@ from tuning.network.connect import Resolver, lookup
 from tuning.network.policy import Headers, NotAllowed, Policy, place
 from tuning.network.retry import Again, Patience, is_retryable, retry_after
 from tuning.network.session import Response, Session, Unreachable
+from tuning.sources import hub
 from tuning.sources.stores import Signed, Store
 
 MAX_REDIRECTS = 5
@@ -58,6 +59,9 @@ class Item:
     url: str  # without fragment; may contain a signature: never shown, never stored
     sha256: str | None = None
     store: Store | None = None  # the object store that `url` names, if any
+    number: int | None = None  # of the spec's URL, where one names several files
+    name: str | None = None  # what messages call it, if not by its URL
+    size: int | None = None  # bytes, where they are known before
 
     @property
     def address(self) -> str:
@@ -67,12 +71,13 @@ class Item:
     @property
     def shown(self) -> str:
         """The URL as it may be shown."""
-        return self.url.partition("?")[0] + ("?<redacted>" if "?" in self.url else "")
+        return self.name or self.url.partition("?")[0] + ("?<redacted>" if "?" in self.url else "")
 
     @property
     def where(self) -> str:
         """How errors name it."""
-        return f"input.urls[{self.index}] {self.shown}"
+        number = self.index if self.number is None else self.number
+        return f"input.urls[{number}] {self.shown}"
 
     @property
     def key(self) -> str:
@@ -260,6 +265,10 @@ def validate(item: Item, response: Response) -> None:
     if status in (401, 403):
         what = f"the server refuses access ({status})"
         change = "make a new signed URL if it has expired, or give the host's credentials"
+        if item.url.startswith(f"{hub.endpoint()}/"):
+            page = item.url.partition("/resolve/")[0]
+            change = f"ask for access at {page}, then give a token of that account: "
+            change += "--hub-token-file FILE, in a cluster presetOptions.modelAccessSecret"
         raise RefusedError.at("FETCH-111", item.where, what, change)
     if status == 204:
         raise empty(item)

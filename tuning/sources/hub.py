@@ -67,10 +67,14 @@ def ask(
 
 
 def explain(error: BaseException, hub_id: str, revision: str | None) -> TuningError | None:
-    """The TuningError of an error of the hub's library; None if it is not about the hub."""
+    """The TuningError of an error of the hub's library; None if it is not about the hub.
+
+    `hub_id` is that of a model, or datasets/ORG/NAME.
+    """
     from huggingface_hub import errors
 
     page = f"{endpoint()}/{hub_id}"
+    kind = "dataset" if hub_id.startswith("datasets/") else "model"
     if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ is not None:
         return explain(error.__cause__, hub_id, revision)
     if isinstance(error, errors.GatedRepoError):
@@ -81,27 +85,29 @@ def explain(error: BaseException, hub_id: str, revision: str | None) -> TuningEr
         )
         return RefusedError.at("HUB-101", hub_id, what, change)
     if isinstance(error, errors.RepositoryNotFoundError):
-        what = f"there is no such model at {endpoint()}, or it is private"
-        change = "check the name; a private model needs --hub-token-file FILE (modelAccessSecret)"
+        what = f"there is no such {kind} at {endpoint()}, or it is private"
+        change = f"check the name; a private {kind} needs --hub-token-file FILE (modelAccessSecret)"
         return RefusedError.at("HUB-102", hub_id, what, change)
     if isinstance(error, errors.RevisionNotFoundError):
         what = f"has no revision {revision or 'main'}"
         change = f"choose a branch, tag or commit of {page}/commits/main"
         return RefusedError.at("HUB-103", hub_id, what, change)
     if isinstance(error, errors.DisabledRepoError):
-        return RefusedError.at("HUB-105", hub_id, "the hub disabled it", "use another model")
+        return RefusedError.at("HUB-105", hub_id, "the hub disabled it", f"use another {kind}")
     if isinstance(error, errors.HfHubHTTPError):
         return _status(error, hub_id, page)
     if isinstance(error, errors.OfflineModeIsEnabled | errors.LocalEntryNotFoundError):
         what = "is not in the cache, and HF_HUB_OFFLINE forbids downloading it"
-        change = "unset HF_HUB_OFFLINE, or fetch the model first"
+        change = f"unset HF_HUB_OFFLINE, or fetch the {kind} first"
         return TransientError.at("HUB-111", hub_id, what, change)
     if isinstance(error, errors.FileMetadataError):
         what = f"{endpoint()} does not answer like a hub"
         return RefusedError.at("HUB-113", hub_id, what, "check HF_ENDPOINT, proxies and firewall")
     if isinstance(error, errors.HFValidationError):
         change = "write org/model as on the hub, a preset's name, or a folder"
-        return SpecError.at("HUB-100", hub_id, "is not a model name", change)
+        if kind == "dataset":
+            change = "write hf://datasets/ORG/NAME as on the hub, or name a file"
+        return SpecError.at("HUB-100", hub_id, f"is not a {kind} name", change)
     if type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "requests", "urllib3"):
         what = f"cannot reach {endpoint()} ({type(error).__name__})"
         change = "check the network and HF_ENDPOINT, then run it again; it goes on"

@@ -75,6 +75,10 @@ def check_url(url: str, path: Path, findings: Findings, allow_hosts: Collection[
     if _placeholder(url.partition("?")[0], path, findings, "the address of your data file"):
         return
     refusal = urls.refusal(url, allow_hosts=allow_hosts)
+    if written := urls.page(url):
+        what = "data source URL names a page of the hub, not data"
+        findings.add("SPEC-115", path, what, f"write {written}")
+        return
     if refusal is None:
         if url[:5].lower() == "http:":
             findings.note(path, "http, not https: the data can be read and changed on its way")
@@ -92,8 +96,8 @@ def check_url(url: str, path: Path, findings: Findings, allow_hosts: Collection[
         changes[refusal] = f"write it as {_OTHER_NAMES[scheme]}"
     if scheme == "hf":
         changes[urls.INVALID] = (
-            "write hf://datasets/ORG/NAME/FILE for each file of the set, such as "
-            f"{shown(url.rstrip('/'))[1:-1]}/data/train-00000-of-00001.parquet"
+            "write hf://datasets/ORG/NAME or hf://datasets/ORG/NAME@REVISION for a dataset, with "
+            "config=NAME and split=NAME (or NAME+NAME) after a ?, or .../FILE for one of its files"
         )
     default = "use a public address; --allow-host HOST opens a private one on your own machine"
     findings.add("SPEC-115", path, refusal, changes.get(refusal, default))

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tuning.spec import fields, reference
+from tuning.spec import fields, reference, urls
 from tuning.spec.findings import Findings, shorten, shown
 from tuning.spec.findings import Path as Place
 from tuning.spec.values import Destination, Overrides, Source
@@ -18,14 +18,15 @@ _INPUT_MOUNT, _OUTPUT_MOUNT = Path("/data"), Path("/output")  # of volumes, in t
 def check(overrides: Overrides, findings: Findings) -> None:
     """All rules for the command line's overrides; problems name the flag."""
     for i, item in enumerate(overrides.data):
-        if is_url(item):
-            fields.check_url(item, ("--data", i), findings, overrides.allow_hosts)
+        if url := urls.of_data(item):
+            fields.check_url(url, ("--data", i), findings, overrides.allow_hosts)
         elif not item or not item.isprintable():
             findings.add(
                 "SPEC-109", ("--data", i), "is not a file name", "name a file, a folder or a URL"
             )
     kinds = {
-        "URLs" if is_url(d) else "folder" if _is_folder(d) else "files" for d in overrides.data
+        "URLs" if urls.of_data(d) else "folder" if _is_folder(d) else "files"
+        for d in overrides.data
     }
     if len(kinds) > 1 or (kinds == {"folder"} and len(overrides.data) > 1):
         what = "mixes files, folders and URLs, or names several folders"
@@ -51,11 +52,6 @@ def check(overrides: Overrides, findings: Findings) -> None:
             findings.add("SPEC-109", (flag,), "is empty", "give a value, or leave it out")
 
 
-def is_url(text: str) -> bool:
-    """Whether --data takes `text` as a URL."""
-    return "://" in text
-
-
 def _is_folder(name: str) -> bool:
     try:
         return Path(name).is_dir()
@@ -65,8 +61,8 @@ def _is_folder(name: str) -> bool:
 
 def source_of(data: tuple[str, ...]) -> Source:
     """The source that --data names."""
-    if is_url(data[0]):
-        return Source(urls=data)
+    if named := tuple(filter(None, map(urls.of_data, data))):
+        return Source(urls=named)
     if _is_folder(data[0]):
         return Source(folder=Path(data[0]))
     return Source(files=tuple(map(Path, data)))

@@ -10,6 +10,8 @@ import ipaddress
 import re
 import socket
 from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from urllib.parse import quote, unquote, urlsplit
 
 INVALID = "invalid data source URL"
@@ -29,10 +31,25 @@ _HOST = re.compile(
     r"(?:[a-z0-9_](?:[a-z0-9_-]*[a-z0-9_])?\.)*[a-z0-9_](?:[a-z0-9_-]*[a-z0-9_])?\.?"
 )
 
+_REPOSITORY = r"(?P<repository>(?!(?:datasets|spaces)/)[\w-][\w.-]*/[\w-][\w.-]*)"
+_REVISION = r"(?:@(?P<revision>refs/(?:convert|pr)/[\w-]+|[\w.%-]+))?"
 _ON_HUB = re.compile(
-    r"hf://(?P<kind>datasets/)?(?P<repository>(?!(?:datasets|spaces)/)[\w-][\w.-]*/[\w-][\w.-]*)"
-    r"(@(?P<revision>[\w.%-]+))?/(?P<file>[^?#]+)(#.*)?",
+    rf"hf://(?P<kind>datasets/)?{_REPOSITORY}{_REVISION}/(?P<file>[^?#]+)(#.*)?",
     re.ASCII | re.IGNORECASE,
+)
+_DATASET = re.compile(
+    rf"hf://datasets/{_REPOSITORY}{_REVISION}/?(?:\?(?P<query>[^#]*))?", re.ASCII | re.IGNORECASE
+)
+# What a browser shows at the hub.
+_PAGE = re.compile(
+    rf"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/datasets/{_REPOSITORY}"
+    r"(?:/?|/(?P<kind>tree|viewer|blob)(?:/[^?#]*)?)(?:[?#].*)?",
+    re.ASCII | re.IGNORECASE,
+)
+_SPLITS = re.compile(r"\w[\w.-]*(\+\w[\w.-]*)*")
+# Endings of what --data takes for a file, even if there is none.
+_DATA_ENDING = re.compile(
+    r"\.(jsonl?|ndjson|csv|tsv|parquet|pq|arrow|feather|txt|gz|gzip|zstd?|zip|xlsx|ya?ml|md)", re.I
 )
 
 # Names of buckets and containers, not of hosts: no dot at an end, nothing that means a port.
@@ -52,7 +69,7 @@ def refusal(url: str, *, allow_hosts: Collection[str] = ()) -> str | None:
     if " " in url or "\\" in url:
         return INVALID
     if url.lower().startswith("hf://"):
-        return None if on_hub(url, "https://hub") else INVALID
+        return None if on_hub(url, "https://hub") or dataset(url) else INVALID
     if url.partition("://")[0].lower() in STORES:
         return _store_refusal(url)
     try:
@@ -78,6 +95,66 @@ def on_hub(url: str, endpoint: str) -> str | None:
         return None
     kind, revision = match["kind"] or "", quote(unquote(match["revision"] or "main"), safe="")
     return f"{endpoint}/{kind}{match['repository']}/resolve/{revision}/{match['file']}"
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A dataset of the hub, as its URL names it."""
+
+    name: str  # ORG/NAME
+    revision: str | None = None
+    config: str | None = None
+    splits: tuple[str, ...] = ()
+
+
+def dataset(url: str) -> Dataset | None:
+    """What hf://datasets/ORG/NAME[@REVISION][?config=NAME&split=NAME] names; None for another URL.
+
+    `split=train+validation` are two.
+    """
+    match = _DATASET.fullmatch(url)
+    revision = unquote(match["revision"] or "") if match else ""
+    if match is None or _climbs(revision) or ".." in match["repository"]:
+        return None
+    chosen: dict[str, str] = {}
+    for pair in filter(None, (match["query"] or "").split("&")):
+        key, _, value = pair.partition("=")
+        value = unquote(value)
+        if key not in ("config", "split") or key in chosen or not value or not value.isprintable():
+            return None
+        chosen[key] = value
+    splits = chosen.get("split", "")
+    if splits and not _SPLITS.fullmatch(splits):
+        return None
+    parts = tuple(dict.fromkeys(splits.split("+"))) if splits else ()
+    return Dataset(match["repository"], revision or None, chosen.get("config"), parts)
+
+
+def page(url: str) -> str | None:
+    """What to write in place of the address of a dataset's page at the hub; None for no page."""
+    if (match := _PAGE.fullmatch(url)) is None:
+        return None
+    if (match["kind"] or "").lower() == "blob":
+        return "/resolve/ in place of /blob/"
+    return f"hf://datasets/{match['repository']}"
+
+
+def of_data(text: str) -> str | None:
+    """The URL that --data means: one as it is, ORG/NAME as a dataset of the hub; None for a path.
+
+    ORG/NAME is a path if it, or a folder ORG, is there, or if it ends as data files do.
+    """
+    if "://" in text:
+        return text
+    url = f"hf://datasets/{text}"
+    named = dataset(url)
+    if named is None or _DATA_ENDING.fullmatch(PurePosixPath(named.name).suffix):
+        return None
+    try:
+        here = Path(text).exists() or Path(named.name).parent.is_dir()
+    except OSError:  # too long for a name
+        return None
+    return None if here else url
 
 
 def in_store(url: str) -> tuple[str, str, str] | None:

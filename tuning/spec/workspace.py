@@ -143,7 +143,8 @@ class DataSource(_Part):
     name: str | None = None
     """A name for the data. Fixed once the Workspace is made."""
     urls: list[str] | None = Field(None, json_schema_extra={"maxItems": 1000})
-    """Addresses of the data files: https, http, hf, s3, gs or az."""
+    """Addresses of the data files: https, http, hf, s3, gs or az. hf://datasets/ORG/NAME is a whole
+    dataset of the hub: its default config, its split train."""
     volume_source: dict[str, Any] | None = Field(
         None, json_schema_extra={"x-kubernetes-preserve-unknown-fields": True}
     )

@@ -297,7 +297,7 @@ def bought(full: bed.Bed, login_registry: str, tmp_path: Path) -> Iterator[Place
     wait(served)
     place = Place(full, api, reachable(tmp_path), login_registry)
     place.options = place.options.model_copy(
-        update={"nodes": Nodes(provision=True), "stuck_seconds": 12, "gpu_resource": "x.test/gpu"}
+        update={"nodes": Nodes(provision=True), "stuck_seconds": 20, "gpu_resource": "x.test/gpu"}
     )
     with operated(place):
         yield place
@@ -336,7 +336,7 @@ def test_an_image_that_does_not_exist_keeps_no_node(bought: Place) -> None:
     status = end_of(bought)
     assert "ImagePullError" == status["failure"]["reason"], status
     assert "localhost/none:1" in status["failure"]["message"]
-    assert "for 12 s" in status["failure"]["message"]
+    assert "for 20 s" in status["failure"]["message"]
 
 
 def test_a_secret_that_does_not_exist_keeps_no_node(bought: Place) -> None:

@@ -136,7 +136,8 @@ def run(
     environment (RANK, WORLD_SIZE, ...). Rank 0's result counts; when one fails all are ended.
 
     `log` takes what the child prints. `keep_open` are file descriptors it inherits, such as the run
-    directory's lock, which then holds as long as any process may write. `tick` is called about ten
+    directory's lock, which then holds as long as any process may write (ranks of a group end
+    with their launcher, whose standard input they share). `tick` is called about ten
     times a second; if it raises Hung, the child dumps its stacks to `log` and is killed. A live
     `prewarmed` child is used in place of a new one. When `stop_asked` turns true the child gets
     SIGTERM, once, and `grace` seconds to end. Raises the child's own error, ChildDied, or what

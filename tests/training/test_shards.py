@@ -112,10 +112,8 @@ def test_shares_of_many_kinds(name: str, recipe: Any, placement: Any, tmp_path: 
     same(tmp_path, base, placement, recipe, relative=relative)
 
 
-def test_a_killed_rank_changes_nothing_and_any_number_of_ranks_goes_on(
-    base: Path, tmp_path: Path
-) -> None:
-    """The same ranks end in the same bytes; one process goes on from a checkpoint of two."""
+def test_killed_ranks_change_nothing(base: Path, tmp_path: Path) -> None:
+    """Killed twice, each time resumed from a checkpoint, both ranks end in the same bytes."""
     run, recipe = tmp_path / "run", replace(RECIPE, dropout=0.1)
     clean = train(tmp_path / "clean", base, SHARED, recipe=recipe)
     for step, rank in ((3, 1), (6, 0)):  # the second one after a checkpoint of a resumed run

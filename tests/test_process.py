@@ -284,3 +284,17 @@ def test_a_failed_rank_does_not_wait_for_its_communicator(room, tmp_path):
         room(body, group=process.Group(2))
 
     assert time.monotonic() - begin < 90
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_result_that_is_lost_is_no_bug(room, ranks):
+    """The child ended well, and what it answered is gone: worth another try."""
+    body = """
+        import os
+        def work(r):
+            os._exit(0)
+    """
+    with pytest.raises(process.ChildDied) as died:
+        room(body, group=process.Group(ranks))
+
+    assert 0 == died.value.status

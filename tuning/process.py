@@ -23,7 +23,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -151,7 +151,7 @@ def run(
     files.write_json(request, value)
     child = prewarmed.take(request) if prewarmed is not None and not several else None
     if child is None and several:
-        options = [str(request), room, json.dumps(asdict(group))]
+        options = [str(request), room, json.dumps(asdict(replace(group, grace=grace)))]
         variables = {**environment, NODE: str(group.node)}
         child = _start(LAUNCHER, options, log, keep_open, variables)
     elif child is None:
@@ -227,14 +227,15 @@ def _result(room: str, request: Path, statuses: Mapping[int, int | None]) -> dic
         if "error" in reply:
             raise from_json(reply["error"])
     broken = [
-        status or 0
+        1 if status is None and "bug" in reply else status
         for status, reply in zip(statuses.values(), replies, strict=True)
         if "ok" not in reply
     ]
-    if TransientError.exit_code in broken:  # there was no space for the result
+    known = [status for status in broken if status is not None]
+    if TransientError.exit_code in known:  # there was no space for the result
         raise no_space(str(request.parent))
     if broken:  # a killed rank makes its peers fail: its signal is the cause
-        raise ChildDied(room, min(1 if status >= 0 else status for status in broken))
+        raise ChildDied(room, min((1 if s > 0 else s for s in known), default=0))
     result: dict[str, Any] = replies[0]["ok"]
     return result
 

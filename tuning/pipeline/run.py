@@ -141,10 +141,9 @@ class Run:
     def group(self, ranks: int, nodes: int) -> process.Group:
         """`ranks` processes on each of `nodes` machines."""
         of = self.options.machines
-        grace = max(1.0, self.options.grace - PARENT_SECONDS)
         if nodes == 1:
-            return process.Group(ranks, grace=grace)
-        return process.Group(ranks, nodes, of.node, of.meet, grace=grace)
+            return process.Group(ranks)
+        return process.Group(ranks, nodes, of.node, of.meet)
 
     def token(self) -> str | None:
         """The hub token, read each time since a Secret may be rotated."""

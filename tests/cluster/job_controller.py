@@ -13,11 +13,11 @@ from __future__ import annotations
 import contextlib
 import copy
 import secrets
-import threading
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 
+from cluster.repeating import repeated
 from cluster.whole_jobs import WHOLE, Kept, indexes, merge
 
 from jobs.api.client import ApiError, Cluster
@@ -69,20 +69,15 @@ class JobController:
     @contextlib.contextmanager
     def at_work(self) -> Iterator[None]:
         """In a thread, for the block."""
-        stop = threading.Event()
 
-        def run() -> None:
-            while not stop.wait(self._pause):
-                with contextlib.suppress(ApiError):  # conflicts, namespaces that end
-                    self.sync_all()
+        def step() -> None:
+            with contextlib.suppress(ApiError):  # conflicts, namespaces that end
+                self.sync_all()
 
-        thread = threading.Thread(target=run, name="job-controller", daemon=True)
-        thread.start()
         try:
-            yield
+            with repeated(step, pause=self._pause):
+                yield
         finally:
-            stop.set()
-            thread.join()
             self.sync_all()  # no finalizer of ours is left behind
 
     def sync_all(self) -> None:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import socket
 import struct
-import threading
 from collections.abc import Iterator
+
+from cluster.repeating import repeated
 
 from jobs.api.client import Cluster
 from jobs.api.kinds import SERVICE, Kind
@@ -46,21 +47,14 @@ def served(api: Cluster) -> Iterator[None]:
         door.setsockopt(socket.SOL_IP, _IP_FREEBIND, 1)
         door.bind((GATEWAY, 53))
         door.settimeout(0.2)
-        stop = threading.Event()
 
-        def run() -> None:
-            while not stop.is_set():
-                with contextlib.suppress(TimeoutError):
-                    query, client = door.recvfrom(512)
-                    door.sendto(_answer(api, query), client)
+        def step() -> None:
+            with contextlib.suppress(TimeoutError):
+                query, client = door.recvfrom(512)
+                door.sendto(_answer(api, query), client)
 
-        thread = threading.Thread(target=run, daemon=True)
-        thread.start()
-        try:
+        with repeated(step):
             yield
-        finally:
-            stop.set()
-            thread.join()
 
 
 def _answer(api: Cluster, query: bytes) -> bytes:

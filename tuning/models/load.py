@@ -144,15 +144,8 @@ def load_base(
         fact, change = "has no *.safetensors file", "convert the weights to safetensors"
         raise SpecError.at("MODEL-105", str(base), fact, change)
     plain_linears()
-    for name in ATTENTION_DROPOUT:
-        if getattr(config, name, None):
-            setattr(config, name, 0.0)
-    options: dict[str, Any] = {"dtype": DTYPES[precision], "trust_remote_code": False}
-    if attention or config.model_type == "gemma2":  # gemma2's sdpa drops the softcap in silence
-        options["attn_implementation"] = offered(config, attention or "eager")
+    options = _options(config, precision, attention, device)
     packing = _packing(record, config, quantisation, precision)
-    if device == "cuda":
-        options["device_map"] = {"": torch.cuda.current_device()}
     source = base
     if packing and cache is not None and packed.is_whole(cache):
         source, record, config.quantization_config = cache, {}, packing.to_dict()
@@ -184,6 +177,19 @@ def load_base(
     ):
         packed.save(model, cache)
     return model
+
+
+def _options(config: Any, precision: str, attention: str | None, device: str) -> dict[str, Any]:
+    """Options of transformers' `from_pretrained`; the `config` loses its attention dropout."""
+    for name in ATTENTION_DROPOUT:
+        if getattr(config, name, None):
+            setattr(config, name, 0.0)
+    options: dict[str, Any] = {"dtype": DTYPES[precision], "trust_remote_code": False}
+    if attention or config.model_type == "gemma2":  # gemma2's sdpa drops the softcap in silence
+        options["attn_implementation"] = offered(config, attention or "eager")
+    if device == "cuda":
+        options["device_map"] = {"": torch.cuda.current_device()}
+    return options
 
 
 def _packing(

@@ -52,20 +52,20 @@ def run(
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     settings = _options(options, policy)
     identity = f"{os.environ.get('POD_NAME') or socket.gethostname()}-{os.getpid()}"
-    cluster = client.connect(kubeconfig, threads=workers)
     setup = Setup(identity, settings.operator_namespace, elect=elect, workers=workers)
-    operator = Operator(cluster, settings, setup)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    preflight.check(cluster, settings, stop)
-    with probes.serving(
-        port,
-        healthy=lambda: operator.healthy,
-        ready=lambda: operator.ready,
-        metrics=operator.metrics,
-    ):
-        stopped = operator.run(stop)
+    with client.connect(kubeconfig, threads=workers) as cluster:
+        operator = Operator(cluster, settings, setup)
+        preflight.check(cluster, settings, stop)
+        with probes.serving(
+            port,
+            healthy=lambda: operator.healthy,
+            ready=lambda: operator.ready,
+            metrics=operator.metrics,
+        ):
+            stopped = operator.run(stop)
     raise typer.Exit(0 if stopped else 1)
 
 

@@ -14,7 +14,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Self
 from urllib.parse import urlencode, urlsplit
 
 import urllib3
@@ -50,7 +50,7 @@ class NotLeader(Exception):
 
 
 class Cluster:
-    """Client of one API server. Thread-safe."""
+    """Client of one API server. Thread-safe; a `with` block closes its connections at the end."""
 
     def __init__(
         self, api: client.ApiClient, *, may_write: Callable[[], bool] = lambda: True
@@ -60,6 +60,12 @@ class Cluster:
         host = api.configuration.host
         self._base = urlsplit(host).path.rstrip("/")
         self._pool = api.rest_client.pool_manager.connection_from_url(host)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._api.rest_client.close()
 
     def guarded(self, may_write: Callable[[], bool]) -> Cluster:
         """The same API server, with writes allowed only while `may_write` returns True."""

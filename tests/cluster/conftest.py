@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 from cluster import bed
-from cluster.place import HostPython, Place, docker_registry, operated, prepare, reachable
-from cluster.world import NODE_CLAIM_CRD, World, fresh, wait
+from cluster.place import HostPython, Place, docker_registry, operated, prepare, reachable, serve
+from cluster.world import NODE_CLAIM_CRD, World, fresh
 
 from jobs.api import client, crd
-from jobs.api.client import ApiError, Cluster
-from jobs.api.kinds import CRD, NODE_CLAIM, WORKSPACE, Kind
+from jobs.api.client import Cluster
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -33,22 +32,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[bed.Bed]:
 
 
 @pytest.fixture(scope="session")
-def api(server: bed.Bed) -> Cluster:
+def api(server: bed.Bed) -> Iterator[Cluster]:
     """The administrator's access, with Workspaces and NodeClaims served."""
-    found = client.connect(str(server.kubeconfig), threads=16)
-    for definition in (crd.definition(), NODE_CLAIM_CRD):
-        found.create(CRD, definition)
-
-    def served(kind: Kind) -> bool:
-        try:
-            found.find(kind)
-        except ApiError as error:
-            assert error.status == 404
-            return False
-        return True
-
-    wait(lambda: served(WORKSPACE) and served(NODE_CLAIM))
-    return found
+    with client.connect(str(server.kubeconfig), threads=16) as found:
+        serve(found, crd.definition(), NODE_CLAIM_CRD)
+        yield found
 
 
 @pytest.fixture
@@ -68,7 +56,8 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Iterator[bed.Bed]:
     if os.geteuid() or not all(map(shutil.which, ("containerd", "runc", "kubectl"))):
         pytest.skip("real pods are not tried here: needs root, containerd, runc and kubectl")
     with bed.up(tmp_path_factory.mktemp("full"), "full") as found:
-        prepare(client.connect(str(found.kubeconfig), threads=8))
+        with client.connect(str(found.kubeconfig), threads=8) as api:
+            prepare(api)
         yield found
 
 
@@ -82,6 +71,8 @@ def login_registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture
 def place(full: bed.Bed, login_registry: str, tmp_path: Path) -> Iterator[Place]:
     """A namespace of it with data, Secrets and an operator; Jobs run this machine's Python."""
-    api = HostPython(client.connect(str(full.kubeconfig), threads=8)._api)
-    with operated(Place(full, api, reachable(tmp_path), login_registry)) as found:
+    with (
+        HostPython(client.connect(str(full.kubeconfig), threads=8)._api) as api,
+        operated(Place(full, api, reachable(tmp_path), login_registry)) as found,
+    ):
         yield found

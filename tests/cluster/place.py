@@ -102,17 +102,26 @@ class HostPython(Local):
             self.mount(pod, folders)
 
 
-def prepare(found: Cluster) -> None:
-    """Serve Workspaces; the node carries the label that they select, and four GPUs on paper."""
-    found.create(CRD, crd.definition())
+def serve(found: Cluster, *definitions: Object) -> None:
+    """Create CustomResourceDefinitions, and wait until their kinds are served."""
 
-    def served() -> bool:
+    def served(definition: Object) -> bool:
+        spec = definition["spec"]
+        version, names = spec["versions"][0]["name"], spec["names"]
         try:
-            return found.find(WORKSPACE) == []
+            found.find(Kind(spec["group"], version, names["plural"], names["kind"]))
         except ApiError:
             return False
+        return True
 
-    wait(served)
+    for definition in definitions:
+        found.create(CRD, definition)
+    wait(lambda: all(map(served, definitions)))
+
+
+def prepare(found: Cluster) -> None:
+    """Serve Workspaces; the node carries the label that they select, and four GPUs on paper."""
+    serve(found, crd.definition())
     node = found.find(NODE)[0]
     found._call(
         "PATCH",

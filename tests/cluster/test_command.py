@@ -130,13 +130,13 @@ def test_a_watch_that_fell_silent_is_given_up(server: bed.Bed, world: World) -> 
     config["clusters"][0]["cluster"]["server"] = f"https://127.0.0.1:{gate.port}"
     proxied = server.folder / "cfg" / "silent.kubeconfig"
     proxied.write_text(yaml.safe_dump(config))
-    behind = client.connect(str(proxied), threads=1)
-    *_, (_, version) = behind.pages(WORKSPACE, world.namespace)
-    gate.mute = True
-    start = time.monotonic()
-    with pytest.raises(ApiError) as silent:
-        list(behind.watch(WORKSPACE, world.namespace, labels="", version=version, seconds=1))
-    gate.shut()
+    with client.connect(str(proxied), threads=1) as behind:
+        *_, (_, version) = behind.pages(WORKSPACE, world.namespace)
+        gate.mute = True
+        start = time.monotonic()
+        with pytest.raises(ApiError) as silent:
+            list(behind.watch(WORKSPACE, world.namespace, labels="", version=version, seconds=1))
+        gate.shut()
     assert 0 == silent.value.status
     assert time.monotonic() - start < 20
     assert watch.WATCH + client.CONNECT <= 60

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 from cluster import bed
-from cluster.place import HostPython, Place, docker_registry, operated, reachable
+from cluster.place import HostPython, Place, docker_registry, operated, reachable, serve
 from cluster.world import NODE_CLAIM_CRD, World, fresh, wait, workspace
 
 from jobs.api import client
 from jobs.api.client import ApiError, Cluster
-from jobs.api.kinds import CRD, JOB, NODE, NODE_CLAIM, POD, WEBHOOK, Kind, Object
+from jobs.api.kinds import JOB, NODE, NODE_CLAIM, POD, WEBHOOK, Kind, Object
 from jobs.api.options import MAX_ANNOTATIONS, Nodes
 from jobs.desired import names
 from jobs.desired import tuning as desired_tuning
@@ -285,22 +285,13 @@ class Altered(HostPython):
 @pytest.fixture
 def bought(full: bed.Bed, login_registry: str, tmp_path: Path) -> Iterator[Place]:
     """A place whose operator provisions nodes; each is the cluster's one node."""
-    api = Altered(client.connect(str(full.kubeconfig), threads=8)._api)
-    api.create(CRD, NODE_CLAIM_CRD)
-
-    def served() -> bool:
-        try:
-            return api.find(NODE_CLAIM) is not None
-        except ApiError:
-            return False
-
-    wait(served)
-    place = Place(full, api, reachable(tmp_path), login_registry)
-    place.options = place.options.model_copy(
-        update={"nodes": Nodes(provision=True), "stuck_seconds": 20, "gpu_resource": "x.test/gpu"}
-    )
-    with operated(place):
-        yield place
+    with Altered(client.connect(str(full.kubeconfig), threads=8)._api) as api:
+        serve(api, NODE_CLAIM_CRD)
+        place = Place(full, api, reachable(tmp_path), login_registry)
+        changed = {"stuck_seconds": 20, "gpu_resource": "x.test/gpu"}
+        place.options = place.options.model_copy(update={"nodes": Nodes(provision=True)} | changed)
+        with operated(place):
+            yield place
 
 
 def provision(place: Place) -> None:

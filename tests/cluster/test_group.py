@@ -15,13 +15,21 @@ from pathlib import Path
 import pytest
 from cluster import bed, pod_names
 from cluster.job_controller import JobController
-from cluster.place import ROOT, HostPython, Place, docker_registry, ended, operated, reachable
+from cluster.place import (
+    ROOT,
+    HostPython,
+    Place,
+    docker_registry,
+    ended,
+    operated,
+    reachable,
+    serve,
+)
 from cluster.whole_jobs import Kept
 from cluster.world import NODE_CLAIM_CRD, wait
 
 from jobs.api import client
-from jobs.api.client import ApiError
-from jobs.api.kinds import CRD, JOB, NODE, NODE_CLAIM, POD, Kind, Object
+from jobs.api.kinds import JOB, NODE, NODE_CLAIM, POD, Kind, Object
 from jobs.api.options import Nodes, with_policy
 from jobs.controller import decide
 from jobs.desired import names
@@ -125,18 +133,10 @@ def gateway_registry(
 @pytest.fixture(scope="module")
 def api(full: bed.Bed) -> Iterator[Grouped]:
     """The cluster with DNS for its pods, and our Job controller in place of its own."""
-    found = Grouped(client.connect(str(full.kubeconfig), threads=8)._api)
-    found.create(CRD, NODE_CLAIM_CRD)
-
-    def served() -> bool:
-        try:
-            return found.find(NODE_CLAIM) == []
-        except ApiError:
-            return False
-
-    wait(served)
-    with full.without("job"), JobController(found).at_work(), pod_names.served(found):
-        yield found
+    with Grouped(client.connect(str(full.kubeconfig), threads=8)._api) as found:
+        serve(found, NODE_CLAIM_CRD)
+        with full.without("job"), JobController(found).at_work(), pod_names.served(found):
+            yield found
 
 
 @pytest.fixture

@@ -40,8 +40,9 @@ def images(full: bed.Bed) -> None:
 
 
 @pytest.fixture(scope="module")
-def api(full: bed.Bed) -> Local:
-    return Local(client.connect(str(full.kubeconfig), threads=8)._api)
+def api(full: bed.Bed) -> Iterator[Local]:
+    with Local(client.connect(str(full.kubeconfig), threads=8)._api) as found:
+        yield found
 
 
 @pytest.fixture

@@ -94,9 +94,10 @@ def account_of(server: bed.Bed, api: Cluster, folder: str, namespace: str) -> Cl
 
 
 @pytest.fixture(scope="module")
-def account(server: bed.Bed, api: Cluster) -> Cluster:
+def account(server: bed.Bed, api: Cluster) -> Iterator[Cluster]:
     """The rights that buy machines, too."""
-    return account_of(server, api, "provisioning", "tuning-system")
+    with account_of(server, api, "provisioning", "tuning-system") as found:
+        yield found
 
 
 class Recording(Cluster):
@@ -204,7 +205,6 @@ def test_the_rights_without_machines_end_what_holds_one(server: bed.Bed, api: Cl
     the installation that buys none."""
     space = f"tuning-{secrets.token_hex(3)}"
     api.create(NAMESPACE, {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": space}})
-    account = account_of(server, api, ".", space)
     binding = {
         "apiVersion": "rbac.authorization.k8s.io/v1",
         "kind": "ClusterRoleBinding",
@@ -221,40 +221,41 @@ def test_the_rights_without_machines_end_what_holds_one(server: bed.Bed, api: Cl
     item = workspace("phi", world.namespace)
     item["metadata"]["finalizers"] = [names.FINALIZER]
     world.apply(item)
-    world.step("phi", cluster=account, times=2)
-    assert 1 == len(world.jobs())
-    api.delete(WORKSPACE, world.get("phi"))
+    with account_of(server, api, ".", space) as account:
+        world.step("phi", cluster=account, times=2)
+        assert 1 == len(world.jobs())
+        api.delete(WORKSPACE, world.get("phi"))
 
-    def ended() -> bool:
-        world.step("phi", cluster=account)
-        return api.get(WORKSPACE, world.namespace, "phi") is None
+        def ended() -> bool:
+            world.step("phi", cluster=account)
+            return api.get(WORKSPACE, world.namespace, "phi") is None
 
-    wait(ended)
+        wait(ended)
 
 
 def test_the_rights_in_one_namespace_are_enough_for_it(server: bed.Bed, api: Cluster) -> None:
     """From a Workspace to its end with nothing cluster-scoped; of other namespaces: nothing."""
     space = "tuning-here"
     api.create(NAMESPACE, {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": space}})
-    account = account_of(server, api, "namespaced", space)
     options = Options(namespaces=(space,), operator_namespace=space, keep_seconds=0)
     options = options.model_copy(update={"storage": Storage(run_volume="claim")})
     world = World(api, space, options)
-    preflight.check(account, options, threading.Event())
-    with operating(account, options, elect=True, namespace=space) as operator:
-        world.apply(config_map("mine", space, "training_config: {}\n"))
-        world.apply(workspace("phi", space, config="mine"))
-        own = workspace("own", space)
-        del own["resource"]["instanceType"]
-        world.apply(own)
-        play(world, "phi")
-        wait(lambda: world.status("phi").get("state") == "Succeeded")
-        wait(lambda: world.status("own").get("state") == "Pending")
-        assert "PlanUnknown" in world.status("own")["plan"]["summary"]
-        assert 0 == operator.metrics.reconciles.labels("error")._value.get()
-    with pytest.raises(ApiError) as refused:
-        account.find(WORKSPACE)
-    assert 403 == refused.value.status
+    with account_of(server, api, "namespaced", space) as account:
+        preflight.check(account, options, threading.Event())
+        with operating(account, options, elect=True, namespace=space) as operator:
+            world.apply(config_map("mine", space, "training_config: {}\n"))
+            world.apply(workspace("phi", space, config="mine"))
+            own = workspace("own", space)
+            del own["resource"]["instanceType"]
+            world.apply(own)
+            play(world, "phi")
+            wait(lambda: world.status("phi").get("state") == "Succeeded")
+            wait(lambda: world.status("own").get("state") == "Pending")
+            assert "PlanUnknown" in world.status("own")["plan"]["summary"]
+            assert 0 == operator.metrics.reconciles.labels("error")._value.get()
+        with pytest.raises(ApiError) as refused:
+            account.find(WORKSPACE)
+        assert 403 == refused.value.status
 
 
 # election

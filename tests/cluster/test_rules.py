@@ -32,7 +32,8 @@ def crd_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         for version in ("v1beta1", "v1alpha1"):
             arguments = ("kaito.sh", version, str(CRD_FILE), str(found.folder))
             found.script("crd-up.sh", *arguments)
-        yield client.connect(str(found.kubeconfig), threads=2)
+        with client.connect(str(found.kubeconfig), threads=2) as api:
+            yield api
 
 
 def made(crd_server: Cluster, change: Any = None) -> dict[str, Any]:

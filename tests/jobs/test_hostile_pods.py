@@ -151,24 +151,26 @@ def test_the_proxied_answer_of_a_pod_has_the_same_bounds() -> None:
 
     def proxied(kind: str) -> tuple[str, float, str]:
         with serving(HOSTILE[kind]) as port:
-            cluster, start, error = api(port), time.monotonic(), ""
-            try:
-                read(Poll(fetch=lambda p: cluster.proxy_get(p, 1, "/", seconds=0.8))(pod()))
-            except Exception as raised:
-                error = repr(raised)
+            start, error = time.monotonic(), ""
+            with api(port) as cluster:
+                try:
+                    read(Poll(fetch=lambda p: cluster.proxy_get(p, 1, "/", seconds=0.8))(pod()))
+                except Exception as raised:
+                    error = repr(raised)
             return kind, time.monotonic() - start, error
 
     with ThreadPoolExecutor(8) as threads:
         results = list(threads.map(proxied, HOSTILE.keys() - set(HEAD)))
 
     assert [] == [each for each in results if each[2] or each[1] > 1.6 + MARGIN]
-    with serving(GOOD) as port:
-        assert {"step": 3, "steps": 9} == api(port).proxy_get(pod(), 5000, "/readyz")
+    with serving(GOOD) as port, api(port) as cluster:
+        assert {"step": 3, "steps": 9} == cluster.proxy_get(pod(), 5000, "/readyz")
     with (
         serving(lambda c: c.sendall(b"HTTP/1.1 403 No\r\n\r\n{}")) as port,
+        api(port) as cluster,
         pytest.raises(ApiError),
     ):
-        api(port).proxy_get(pod(), 5000, "/readyz")
+        cluster.proxy_get(pod(), 5000, "/readyz")
 
 
 @settings(max_examples=60, deadline=None)

@@ -287,7 +287,7 @@ def test_read(name: str) -> None:
         ({"Talk": []}, Columns(messages="talk"), "DATA-213", 'written "Talk"'),
         ({"a": "x", "b": "y"}, Columns(context="a"), "DATA-251", "response_column is unset"),
         ({}, NONE, "DATA-212", "the columns (none) fit no known shape"),
-        ({"prompt": "a", "chosen": "b", "rejected": "c"}, NONE, "DATA-212", '"chosen"'),
+        ({"prompt": "a", "Chosen": "b", "Rejected": "c"}, NONE, "DATA-213", '"Chosen"'),
     ],
 )
 def test_columns_that_fit_nothing(
@@ -468,18 +468,3 @@ def test_an_untrained_question_stays_plain() -> None:
     row = {"messages": [SYSTEM | {"weight": 0}, USER | {"weight": 0}, ANSWER | {"weight": 1}]}
 
     assert Conversation([SYSTEM, USER, ANSWER], (2,)) == to_example(row, detect(row, NONE))
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        {"prompt": "a", "completion": "b", "label": False},
-        {"chosen": [USER, ANSWER], "rejected": [USER, ANSWER], "messages": [USER, ANSWER]},
-        {"question": "a", "response_chosen": "b", "response_rejected": "c"},
-        {"prompt": "a", "completion": "b", "label": UNREAD},
-    ],
-)
-def test_preference_data_is_refused_as_such(row: dict[str, Any]) -> None:
-    """A rejected answer is never trained as a good one."""
-    with pytest.raises(BadRow, match="preference data"):
-        detect(row, NONE)

@@ -169,6 +169,8 @@ def plan_table(plan: Plan) -> rich.table.Table:
     recipe, placement = plan.recipe, plan.placement
     values = {
         "method": recipe.method,
+        "objective": recipe.objective or "sft",
+        "beta": recipe.beta and f"{recipe.beta:g}",
         "precision": recipe.precision,
         "engine": plan.device.engine,
         "quant_type": (recipe.quantisation or {}).get("type"),
@@ -278,13 +280,17 @@ def memory_line(summary: Summary) -> list[tuple[str, str]]:
 
 
 def _held_out(training: dict[str, Any]) -> str:
-    """Loss and perplexity of base and adapter on the evaluation split."""
+    """Loss and perplexity, or accuracy, of base and adapter on the evaluation split."""
+    from tuning.pipeline import model_card
+
     before, after = training.get("eval_loss_before"), training.get("eval_loss_after")
     if before is None or after is None:
         return ""
-    perplexity = [training[f"eval_perplexity_{when}"] for when in ("before", "after")]
     kept = f", weights of step {best:,}" if (best := training.get("best_step")) else ""
     rows = f"on held-out rows {before:.3f} -> {after:.3f}"
+    if rewards := model_card.rewards(training):
+        return f"; {rows}, {model_card.rewards_text(rewards)}{kept}"
+    perplexity = [training[f"eval_perplexity_{when}"] for when in ("before", "after")]
     return f"; {rows}, perplexity {perplexity[0]:,.2f} -> {perplexity[1]:,.2f}{kept}"
 
 

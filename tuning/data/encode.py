@@ -16,7 +16,7 @@ from typing import Any, Literal
 from tokenizers import Tokenizer
 
 from tuning.data.chat import ChatTemplate, Rendered
-from tuning.data.formats import Conversation, Example, Fault, Pair, Text, Tokens, quoted
+from tuning.data.formats import Conversation, Fault, Pair, Plain, Text, Tokens, quoted
 from tuning.data.template_layout import Spans
 
 CHECKED = 1000  # rows whose turns are searched for the marks of a chat format
@@ -77,7 +77,7 @@ class Encoder:
         self._special = tuple(filter(None, tokenizer.all_special_tokens))
         self.raw_pairs: bool | None = None  # decided by the first raw pairs
 
-    def encode(self, examples: Sequence[Example]) -> list[Encoded | Fault]:
+    def encode(self, examples: Sequence[Plain]) -> list[Encoded | Fault]:
         """The ids and trained ranges of each example, or its fault."""
         self.decide_pairs(examples)
         prepared = [self._without_template(example) for example in examples]
@@ -123,7 +123,7 @@ class Encoder:
         """Whether pairs are rendered as a user turn and an assistant turn."""
         return self._template is not None and not self.raw_pairs
 
-    def decide_pairs(self, examples: Sequence[Example]) -> None:
+    def decide_pairs(self, examples: Sequence[Plain]) -> None:
         """Decide by the first raw pairs whether pairs are rendered already.
 
         They are if most prompts begin with special tokens; then no template is applied.
@@ -133,7 +133,7 @@ class Encoder:
             rendered = sum(pair.prompt.lstrip().startswith(self._special) for pair in raw)
             self.raw_pairs = rendered > len(raw) / 2
 
-    def _without_template(self, example: Example) -> _Text | Encoded | Fault | None:
+    def _without_template(self, example: Plain) -> _Text | Encoded | Fault | None:
         """An example that needs no chat template; None if it needs one."""
         if isinstance(example, Tokens):
             return self._checked(example)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,17 @@ from tuning.data.formats import (
     Columns,
     Example,
     Fault,
+    Objective,
+    Plain,
     Shape,
     detect,
+    documents,
+    objective_of,
     quoted,
     to_example,
     unused,
 )
+from tuning.data.formats.preferences import SAME, SIDES
 from tuning.data.parts import Part
 from tuning.data.problems import Problems, mixed_shapes
 from tuning.data.read_progress import ReadProgress
@@ -42,8 +47,9 @@ SCHEMA = pa.schema(
         ("trained", pa.list_(pa.int32())),
         ("file", pa.int32()),
         ("place", pa.int64()),
+        ("good", pa.bool_()),  # of an answer that is rated; else true
     ]
-)
+)  # a pair is two rows: the chosen answer, then the rejected one
 
 
 @dataclass(frozen=True)
@@ -142,7 +148,7 @@ class FileEncoder:
             self.tick,
         )
 
-    def _add_faults(self, faults: Sequence[Fault], where: str) -> None:
+    def _add_faults(self, faults: Iterable[Fault], where: str) -> None:
         for fault in faults:
             what = fault.what
             if fault.code == "DATA-214" and self.first:
@@ -155,26 +161,59 @@ class FileEncoder:
         places, examples = self._examples(input.shown, shape, batch)
         kept: list[Encoded] = []
         kept_places: list[int] = []
-        for place, encoded in zip(places, self.encoder.encode(examples), strict=True):
-            if isinstance(encoded, Fault):
-                where = f"{input.shown} {batch.unit} {place}"
-                if encoded.code == "DATA-244":  # the same for every row
-                    raise DataError.at(encoded.code, where, encoded.what, encoded.change)
-                self._add_faults([encoded], where)
-            elif not encoded.trained or encoded.trained[-1] < 2:
+        good: list[bool] = []
+        objective = objective_of(shape, self.columns.objective)
+        rows = self._documents(places, examples, objective, statistics)
+        encoded = iter(self.encoder.encode([each for _, answers, _ in rows for each in answers]))
+        for place, answers, is_good in rows:
+            made = [next(encoded) for _ in answers]
+            where = f"{input.shown} {batch.unit} {place}"
+            if faults := [each for each in made if isinstance(each, Fault)]:
+                if faults[0].code == "DATA-244":  # the same for every row
+                    raise DataError.at(faults[0].code, where, faults[0].what, faults[0].change)
+                self._add_faults(dict.fromkeys(faults), where)
+                continue
+            sides = [each for each in made if isinstance(each, Encoded)]
+            if any(not each.trained or each.trained[-1] < 2 for each in sides):
                 statistics.dropped["no token to learn"] += 1
+            elif len(sides) > 1 and sides[0].ids == sides[1].ids:
+                self._add_faults([SAME], where)
             else:
-                kept.append(encoded)
-                kept_places.append(place)
+                kept += sides
+                kept_places += [place] * len(sides)
+                good += [is_good] * len(sides)
         if kept:
             columns = [
                 int_lists([row.ids for row in kept]),
                 int_lists([row.trained for row in kept]),
                 pa.array(np.full(len(kept), input.number, dtype=np.int32)),
                 pa.array(np.array(kept_places, dtype=np.int64)),
+                pa.array(good),
             ]
             writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
-            statistics.count(kept, lambda n: f"{input.shown} {batch.unit} {kept_places[n]}")
+            names = [f"{batch.unit} {place}" for place in kept_places]
+            if objective == "dpo":
+                names = [f"{n}, {SIDES[side % 2]}" for side, n in enumerate(names)]
+            elif objective == "kto":
+                names = [f"{n}, {'good' if g else 'bad'}" for n, g in zip(names, good, strict=True)]
+            width = 2 if objective == "dpo" else 1
+            statistics.count(kept, lambda n: f"{input.shown} {names[n]}", width=width)
+
+    def _documents(
+        self,
+        places: Sequence[int],
+        examples: Sequence[Example],
+        objective: Objective,
+        statistics: Statistics,
+    ) -> list[tuple[int, list[Plain], bool]]:
+        """The place of each training row, its documents, and whether they are good."""
+        rows = []
+        for place, example in zip(places, examples, strict=True):
+            made = documents(example, objective)
+            rows += [(place, answers, good) for answers, good in made]
+            if not made:
+                statistics.dropped["rated bad, and objective is sft"] += 1
+        return rows
 
     def _examples(self, shown: str, shape: Shape, batch: Batch) -> tuple[list[int], list[Example]]:
         places: list[int] = []
@@ -190,7 +229,10 @@ class FileEncoder:
     def decide_pairs(self, input: Input, shape: Shape, batch: Batch) -> None:
         """Let the encoder decide by these rows how pairs are rendered; adds no problems."""
         silent = FileEncoder(self.encoder, self.columns, Problems(), self.scratch, first=self.first)
-        self.encoder.decide_pairs(silent._examples(input.shown, shape, batch)[1])
+        places, examples = silent._examples(input.shown, shape, batch)
+        objective = objective_of(shape, self.columns.objective)
+        rows = silent._documents(places, examples, objective, Statistics())
+        self.encoder.decide_pairs([each for _, answers, _ in rows for each in answers])
 
 
 @contextlib.contextmanager
@@ -242,5 +284,6 @@ def from_request(
         settings.get("messages_column"),
         settings.get("context_column"),
         settings.get("response_column"),
+        settings.get("objective"),
     )
     return FileEncoder(encoder, columns, Problems(), scratch, progress.add), tokenizer

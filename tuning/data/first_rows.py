@@ -14,7 +14,18 @@ from itertools import islice
 from pathlib import Path
 
 from tuning.data import csv_rows, json_rows, sniff
-from tuning.data.formats import BadRow, Columns, Example, Shape, detect, quoted, to_example, unused
+from tuning.data.formats import (
+    BadRow,
+    Columns,
+    Plain,
+    Shape,
+    detect,
+    documents,
+    objective_of,
+    quoted,
+    to_example,
+    unused,
+)
 from tuning.data.problems import Problems
 from tuning.data.source import Batch, Source
 from tuning.data.vocabulary import Vocabulary
@@ -112,20 +123,21 @@ def _check_rows(
     shape: Shape | None = None
     ignored: tuple[str, ...] = ()
     for batch in islice(batches, 1):
-        examples: dict[int, Example] = {}
+        examples: list[tuple[int, Plain]] = []
         for place, row in zip(batch.places, batch.rows, strict=True):
             try:
                 if shape is None:
                     shape = detect(row, columns)
                     ignored = tuple(unused(row, shape))
-                examples[place] = to_example(row, shape)
+                made = documents(to_example(row, shape), objective_of(shape, columns.objective))
+                examples += [(place, each) for answers, _ in made for each in answers]
             except BadRow as bad:
                 for fault in bad.faults:
                     source.bad(f"{batch.unit} {place}", fault.code, fault.what, fault.change)
                 if shape is None:
                     break
-        faults = (vocabulary or Vocabulary()).faults(list(examples.values()))
-        for place, wrong in zip(examples, faults, strict=True):
+        faults = (vocabulary or Vocabulary()).faults([each for _, each in examples])
+        for (place, _), wrong in zip(examples, faults, strict=True):
             if wrong:
                 source.bad(f"{batch.unit} {place}", wrong.code, wrong.what, wrong.change)
     source.problems.raise_all()

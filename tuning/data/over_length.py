@@ -69,6 +69,22 @@ def _truncate(row: int, trained: Sequence[int], max_length: int, lead: int) -> P
     return Piece(row, first, first + capacity, lead, clip=False)
 
 
+def pair_pieces(
+    row: int, trained: Sequence[Sequence[int]], lengths: Sequence[int], max_length: int, lead: int
+) -> list[Piece]:
+    """The pieces of the documents `row` and `row + 1`, two answers that keep the same prompt.
+
+    What is left out is the beginning of the prompt, and the ends of answers that are too long.
+    """
+    capacity, begin = max_length - lead, min(ranges[0] for ranges in trained)
+    kept = min(begin, max_length // 4)
+    first = min(max(lengths) - capacity, begin - kept)
+    if first <= lead:
+        return [Piece(row + n, 0, min(length, max_length)) for n, length in enumerate(lengths)]
+    ends = [min(length, first + capacity) for length in lengths]
+    return [Piece(row + n, first, end, lead) for n, end in enumerate(ends)]
+
+
 def losses(piece: Piece, trained: Sequence[int]) -> tuple[int, int]:
     """How many trained ranges of a row a single `piece` leaves out, and how many it shortens."""
     lost = shortened = 0

@@ -14,7 +14,7 @@ import pyarrow.ipc
 
 from tuning import files
 from tuning.data import bins
-from tuning.data.over_length import Piece, losses, pieces
+from tuning.data.over_length import Piece, losses, pair_pieces, pieces
 from tuning.data.rows import PIECE, SCHEMA, Ints, Rows, ramps
 from tuning.errors import DataError
 
@@ -63,6 +63,11 @@ class _Packing:
     _lost_of_split: int = 0  # tokens of split parts without a trained token
 
     @property
+    def width(self) -> int:
+        """Documents of a training row that belong together: the answers of a pair, else one."""
+        return 2 if self.tokenised.get("objective") == "dpo" else 1
+
+    @property
     def policy(self) -> Any:
         return self.request.get("over_length") or "auto"
 
@@ -73,7 +78,7 @@ class _Packing:
 
     def split(self) -> tuple[Ints, Ints]:
         """The rows of the training and evaluation splits, drawn with the seed."""
-        total = len(self.rows.lengths)
+        total = len(self.rows.lengths) // self.width
         share = self.request.get("train_share") or 1
         if share >= 1:
             return np.arange(total, dtype=np.int32), np.arange(0, dtype=np.int32)
@@ -115,28 +120,33 @@ class _Packing:
         return everything[~moved], everything[moved]
 
     def _digest(self, row: int) -> bytes:
-        ids, trained = self.rows.get(row)
-        return hashlib.blake2b(ids.tobytes() + b"/" + trained.tobytes(), digest_size=16).digest()
+        digest = hashlib.blake2b(digest_size=16)
+        for document in range(row * self.width, (row + 1) * self.width):
+            ids, trained = self.rows.get(document)
+            digest.update(ids.tobytes() + b"/" + trained.tobytes())
+        return digest.digest()
 
     def write_part(self, chosen: Ints, path: Path) -> dict[str, Any]:
         """Pack the rows `chosen` into `path`; returns a PART of the result."""
         max_length = self.request["max_length"]
-        documents = self._pieces(chosen)
+        documents = self._pieces(chosen) if self.width == 1 else self._pairs(chosen)
         sizes = documents["end"] - documents["start"] + documents["lead"]
         if self.request["packing"]:
             members, ends = assign(sizes, size=max_length, seed=self.seed)
         else:
-            members, ends = np.arange(len(documents)), np.arange(1, len(documents) + 1)
+            members = np.arange(len(documents))
+            ends = np.arange(self.width, len(documents) + 1, self.width)
         order = self._order(members, ends)
-        trained = self._write(path, documents, members, ends, order)
+        good = self.rows.good() if self.tokenised.get("objective") == "kto" else None
+        trained = self._write(path, documents, members, ends, order, good)
         tokens = int(sizes.sum())
         return {
             "path": str(path),
             "rows": len(ends),
-            "documents": len(documents),
+            "documents": len(documents) // self.width,
             "tokens": tokens,
             "trained_tokens": trained,
-            "efficiency": round(tokens / (len(ends) * max_length), 4),
+            "efficiency": round(tokens / (len(ends) * max_length * self.width), 4),
         }
 
     def _order(self, members: Any, ends: Any) -> Any:
@@ -160,6 +170,44 @@ class _Packing:
         if not len(documents):
             raise self._all_too_long(len(chosen))
         return documents[np.lexsort((documents["start"], documents["row"]))]
+
+    def _pairs(self, chosen: Ints) -> Any:
+        """The documents of the pairs `chosen`, two by two; pairs that are too long are cut."""
+        documents = (2 * chosen[:, None] + np.arange(2, dtype=np.int32)).ravel()
+        lengths = self.rows.lengths[documents]
+        pieces_ = np.zeros(len(documents), dtype=PIECE)
+        pieces_["row"], pieces_["end"], pieces_["clip"] = documents, lengths, True
+        long = lengths.reshape(-1, 2).max(axis=1) > self.request["max_length"]
+        kept = np.ones(len(chosen), dtype=bool)
+        if long.any():
+            self._check_too_long(chosen, chosen[long] * 2)
+        for number in long.nonzero()[0].tolist():
+            cut = self._cut_pair(int(documents[2 * number]))
+            kept[number] = bool(cut)
+            pieces_[2 * number : 2 * number + 2] = [astuple(piece) for piece in cut] or 0
+        if not kept.any():
+            raise self._all_too_long(len(chosen))
+        return pieces_[np.repeat(kept, 2)]
+
+    def _cut_pair(self, row: int) -> list[Piece]:
+        """The pieces of a pair whose chosen answer is `row`; none if it is left out."""
+        both = [self.rows.get(row + side) for side in range(2)]
+        lengths, trained = [len(ids) for ids, _ in both], [each.tolist() for _, each in both]
+        bos = self.tokenised["bos"]
+        lead = int(bos is not None and all(ids[0] == bos for ids, _ in both))
+        cut: list[Piece] = []
+        if self.policy != "drop":
+            cut = pair_pieces(row, trained, lengths, self.request["max_length"], lead)
+        kept = cut if all(map(self._has_trained_token, cut)) else []
+        self.counts["rows"] += 1
+        self.counts["truncated" if kept else "dropped"] += 1
+        self.dropped["no token to learn after cutting"] += bool(cut) and not kept
+        for piece, ranges in zip(kept, trained, strict=bool(kept)):
+            lost, shortened = losses(piece, ranges)
+            self.counts["lost_answers"] += lost
+            self.counts["cut_answers"] += shortened
+        self.counts["lost_tokens"] += sum(lengths) - sum(p.end - p.start + p.lead for p in kept)
+        return kept
 
     def _cut(self, row: int) -> list[Piece]:
         max_length, length = self.request["max_length"], int(self.rows.lengths[row])
@@ -224,19 +272,29 @@ class _Packing:
             "raise TrainingArguments.max_length, or shorten the rows",
         )
 
-    def _write(self, path: Path, documents: Any, members: Any, ends: Any, order: Any) -> int:
-        """Write the bins in `order`; returns the number of trained tokens."""
+    def _write(
+        self, path: Path, documents: Any, members: Any, ends: Any, order: Any, good: Any
+    ) -> int:
+        """Write the bins in `order`, with the ratings `good`; returns the number of trained tokens.
+
+        None: answers are not rated.
+        """
+        schema = SCHEMA if good is None else SCHEMA.append(pa.field("good", pa.bool_()))
         starts = np.concatenate(([0], ends[:-1]))
         scratch = path.with_name(f".{path.name}.tmp")
         trained = 0
         try:
-            with pa.OSFile(str(scratch), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
+            with pa.OSFile(str(scratch), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
                 for number, begin in enumerate(range(0, len(order), BATCH_BINS)):
                     batch = order[begin : begin + BATCH_BINS]
                     counts = ends[batch] - starts[batch]
                     chosen = members[ramps(starts[batch], counts)]
                     record, labelled = self.rows.gather(documents[chosen], counts)
                     trained += labelled
+                    if good is not None:
+                        record = record.append_column(
+                            "good", pa.array(good[documents[chosen]["row"]])
+                        )
                     writer.write_batch(record)
                     if number % RELEASE_BATCHES == 0:
                         self.rows.release()

@@ -158,7 +158,7 @@ def _encode_part(description: dict[str, Any], shared: FileEncoder) -> dict[str, 
     input = Input(**file | {"path": Path(file["path"]), "kind": FileType(**file["kind"])})
     columns = tuple((use, column) for use, column in shape["columns"])
     known = KnownShape(
-        Shape(shape["name"], columns, shape["reason"], frozenset(shape["required"])),
+        Shape(**shape | {"columns": columns, "required": frozenset(shape["required"])}),
         description["place"],
     )
     file_encoder = FileEncoder(

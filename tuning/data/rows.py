@@ -52,6 +52,7 @@ class Rows:
         self._ids = _lists_of(batches, 0, buffer.address)
         self._ranges = _lists_of(batches, 1, buffer.address)
         self._places = [(b.column(2).to_numpy(), b.column(3).to_numpy()) for b in batches]
+        self._good = [b.column(4) for b in batches if b.num_columns > 4]
         self._starts: Wide = np.cumsum([0, *(batch.num_rows for batch in batches)])
         lengths = [np.diff(batch.column(0).offsets.to_numpy()) for batch in batches]
         self.lengths: Ints = np.concatenate(lengths)
@@ -72,6 +73,10 @@ class Rows:
         (batch,), (at,) = self._find(np.array([row]))
         files, places = self._places[batch]
         return int(files[at]), int(places[at])
+
+    def good(self) -> Any:
+        """Whether each row is a good answer, as numpy booleans."""
+        return np.concatenate([column.to_numpy(zero_copy_only=False) for column in self._good])
 
     def _find(self, rows: Any) -> tuple[Wide, Wide]:
         batch = np.searchsorted(self._starts, rows, side="right") - 1

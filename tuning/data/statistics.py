@@ -28,9 +28,11 @@ class Statistics:
     notes: Counter[str] = field(default_factory=Counter)
     samples: list[tuple[str, Encoded]] = field(default_factory=list)  # (place, row)
 
-    def count(self, rows: Sequence[Encoded], place: Callable[[int], str]) -> None:
-        """Count rows that are trained on; `place` names the place of the n-th of them."""
-        self.rows += len(rows)
+    def count(
+        self, rows: Sequence[Encoded], place: Callable[[int], str], *, width: int = 1
+    ) -> None:
+        """Count what is trained on; `place` names the n-th of `rows`, of which `width` are one."""
+        self.rows += len(rows) // width
         sizes = [len(row.ids) for row in rows]
         self.lengths.update(sizes)
         self.tokens += sum(sizes)
@@ -49,16 +51,16 @@ class Statistics:
         self.samples += other.samples[: MAX_SAMPLES - len(self.samples)]
 
     def length_distribution(self) -> dict[str, Any]:
-        """The lengths of rows in tokens: mean, quantiles, and exact counts."""
+        """Lengths in tokens of rows (of a pair, each answer): mean, quantiles, exact counts."""
         lengths = sorted(self.lengths)
         ends = np.cumsum([self.lengths[length] for length in lengths])
 
         def quantile(share: float) -> int:
-            row = math.ceil(share * (self.rows - 1))
+            row = math.ceil(share * (int(ends[-1]) - 1))
             return lengths[int(np.searchsorted(ends, row, side="right"))]
 
         return {
-            "mean": round(self.tokens / self.rows, 1),
+            "mean": round(self.tokens / int(ends[-1]), 1),
             "p50": quantile(0.5),
             "p95": quantile(0.95),
             "max": lengths[-1],

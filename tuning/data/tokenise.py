@@ -15,7 +15,7 @@ from tuning import files
 from tuning.data import parallel, parts, sniff
 from tuning.data.encode import Encoder
 from tuning.data.file_encoder import FileEncoder, Input, KnownShape, from_request, open_writer
-from tuning.data.formats import Shape
+from tuning.data.formats import Objective, Shape, objective_of
 from tuning.data.preview import preview_tokens
 from tuning.data.problems import Problems
 from tuning.data.read_progress import ReadProgress
@@ -167,12 +167,15 @@ class _Tokenisation:
         rows_per_file: Counter[str] = Counter()
         for file in encoded:
             rows_per_file[file.input.shown] += file.statistics.rows
+        objective = objective_of(first.shape, self.file_encoder.columns.objective)
         return {
+            "objective": objective,
+            "documents": statistics.lengths.total(),
             "rows": statistics.rows,
             "rows_per_file": dict(rows_per_file),
             "files": [file.to_json() for file in encoded],
             "shape": {"name": first.shape.name, "reason": first.shape.reason},
-            "rendering": _rendering(first.shape, self.file_encoder.encoder),
+            "rendering": _rendering(first.shape, self.file_encoder.encoder, objective),
             "tokens": statistics.tokens,
             "trained_tokens": statistics.trained,
             "lengths": statistics.length_distribution(),
@@ -182,7 +185,11 @@ class _Tokenisation:
         }
 
 
-def _rendering(shape: Shape, encoder: Encoder) -> str:
+def _rendering(shape: Shape, encoder: Encoder, objective: Objective) -> str:
+    if objective == "dpo":
+        return "pairs of answers: the chosen one is to become likelier than the rejected one"
+    if objective == "kto":
+        return "rated answers: good ones are to become likelier, bad ones less likely"
     if shape.name in ("messages", "sharegpt"):
         return "conversations through the chat template"
     if shape.name in ("text", "tokens"):

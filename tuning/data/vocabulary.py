@@ -14,7 +14,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from tuning import files, presets
-from tuning.data.formats import Example, Fault, Tokens
+from tuning.data.formats import Fault, Plain, Tokens
 from tuning.errors import SpecError
 
 
@@ -27,7 +27,7 @@ class Vocabulary:
     template: str | None = None  # the user's chat template
     new_tokens: tuple[str, ...] = ()  # the user's, which get rows of their own
 
-    def faults(self, examples: Sequence[Example]) -> list[Fault | None]:
+    def faults(self, examples: Sequence[Plain]) -> list[Fault | None]:
         """For each example the fault that it has a token id without a row, or None."""
         from tuning.data.encode import Encoder, beyond_embedding
         from tuning.data.tokenizer import load_template, load_tokenizer

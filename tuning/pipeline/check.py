@@ -109,7 +109,7 @@ def _first_rows(
 ) -> Iterator[Callable[[], CheckedFile]]:
     """A call for each file of the data that reads its first rows. Raises as fetch does."""
     source, s = spec.source, spec.settings
-    columns = formats.Columns(s.messages_column, s.context_column, s.response_column)
+    columns = formats.Columns(s.messages_column, s.context_column, s.response_column, s.objective)
     how = (columns, s.dataset_extension, _vocabulary(spec))
     if not source.urls:
         for file in fetch.fetch(source, Path(), policy=options.policy):

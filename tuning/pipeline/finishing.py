@@ -96,6 +96,7 @@ def package(run: Run, decided: Plan, training: Value, packed: Value, model: base
         loss_by_step=list(enumerate(training["loss_by_step"], 1)),
         loss_before=training["eval_loss_before"],
         loss_after=training["eval_loss_after"],
+        rewards=model_card.rewards(training),
         best_step=training["best_step"],
         ends=tuple(training.get("ends") or ()),
         datasets=[each.origin for each in run.datasets],
@@ -205,7 +206,9 @@ def finish(
         base_revision=decided.recipe.base_revision,
         training=training
         | {
-            f"eval_perplexity_{when}": model_card.perplexity(training[f"eval_loss_{when}"])
+            f"eval_perplexity_{when}": None
+            if decided.recipe.objective
+            else model_card.perplexity(training[f"eval_loss_{when}"])
             for when in ("before", "after")
         },
     )

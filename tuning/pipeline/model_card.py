@@ -10,7 +10,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ class Facts:
     loss_by_step: Sequence[tuple[int, float]]
     loss_before: float | None = None  # on the held-out rows, base alone
     loss_after: float | None = None
+    rewards: dict[str, Any] = field(default_factory=dict)  # accuracy and margin, where compared
     best_step: int | None = None  # step of the weights, if not the last
     ends: Sequence[str] = ()  # tokens that end an answer, if others than the tokenizer's one
     datasets: Sequence[dict[str, Any]] = ()  # of the hub: Pinned.origin
@@ -86,8 +87,9 @@ def provenance(recipe: dict[str, Any], *, run_id: str, facts: Facts) -> dict[str
             "loss_before": facts.loss_before,
             "loss_after": facts.loss_after,
             "best_step": facts.best_step,
-            "perplexity_before": perplexity(facts.loss_before),
-            "perplexity_after": perplexity(facts.loss_after),
+            "perplexity_before": None if facts.rewards else perplexity(facts.loss_before),
+            "perplexity_after": None if facts.rewards else perplexity(facts.loss_after),
+            **facts.rewards,
         },
         **({"ends": list(facts.ends)} if facts.ends else {}),
         **({"datasets": list(facts.datasets)} if facts.datasets else {}),
@@ -105,6 +107,7 @@ def training(record: dict[str, Any]) -> dict[str, Any]:
         "eval_loss_before": record["evaluation"]["loss_before"],
         "eval_loss_after": record["evaluation"]["loss_after"],
         "best_step": record["evaluation"]["best_step"],
+        **rewards(record["evaluation"]),
         "tokens": 0,
         "tokens_per_second": 0.0,
         "seconds": 0.0,
@@ -132,13 +135,18 @@ def card(recipe: dict[str, Any], *, run_id: str, facts: Facts) -> str:
         ("precision", recipe["precision"]),
         ("run", f"`{run_id}`"),
     ]
+    if objective := recipe.get("objective"):
+        rows[1] = ("method", f"{rows[1][1]}; {objective}, beta {recipe['beta']:g}")
     if losses:
         rows.insert(5, ("loss", f"{losses[0]:.4g} -> {losses[-1]:.4g}"))
     if facts.loss_before is not None and facts.loss_after is not None:
         held_out = f"{facts.loss_before:.4g} -> {facts.loss_after:.4g}"
         rows.insert(6, ("loss on held-out rows", held_out))
-        before, after = perplexity(facts.loss_before), perplexity(facts.loss_after)
-        rows.insert(7, ("perplexity on held-out rows", f"{before:.4g} -> {after:.4g}"))
+        if facts.rewards:
+            rows.insert(7, ("on held-out rows", rewards_text(facts.rewards)))
+        else:
+            before, after = perplexity(facts.loss_before), perplexity(facts.loss_after)
+            rows.insert(7, ("perplexity on held-out rows", f"{before:.4g} -> {after:.4g}"))
     if facts.best_step is not None:
         rows.append(("weights", f"of step {facts.best_step:,}, the best on the held-out rows"))
     if tokens := recipe.get("new_tokens"):
@@ -226,6 +234,19 @@ def _servers(recipe: dict[str, Any]) -> str:
             "adapter: `python -m tuning merge`."
         )
     return "Or mount this image's `/data` folder and name it to a server that loads LoRA adapters."
+
+
+def rewards(training: dict[str, Any]) -> dict[str, Any]:
+    """What `training` measured of how well good answers are told from bad ones; nothing of sft."""
+    return {k: v for k, v in training.items() if k.startswith("eval_reward")}
+
+
+def rewards_text(rewards: dict[str, Any]) -> str:
+    """Accuracy before and after, and the margin after."""
+    shares = [rewards.get(f"eval_reward_accuracy_{when}") for when in ("before", "after")]
+    text = "accuracy " + " -> ".join("?" if each is None else f"{each:.1%}" for each in shares)
+    margin = rewards.get("eval_reward_margin_after")
+    return text if margin is None else f"{text}, margin {margin:.3g}"
 
 
 def perplexity(loss: float | None) -> float | None:

@@ -30,6 +30,7 @@ DATA_SETTINGS = (
     "chat_template",
     "train_on",
 )
+LATER_SETTINGS = ("new_tokens", "objective")  # unknown to earlier versions: only if they are set
 
 
 def validate(run: Run) -> None:
@@ -184,7 +185,7 @@ def tokenise(run: Run, data: list[Value], tokenizer: Path, model: base.Base) -> 
         "base": str(tokenizer),
         "out": str(out),
         "settings": {name: getattr(settings, name) for name in DATA_SETTINGS}
-        | ({"new_tokens": settings.new_tokens} if settings.new_tokens else {}),
+        | {name: set_ for name in LATER_SETTINGS if (set_ := getattr(settings, name))},
     }
     key = key_of([file["sha256"] for file in data], model.revision, request["settings"])
     if run.journal.done("tokenise", key) is None:
@@ -275,7 +276,9 @@ def _packed(done: Value) -> list[Path]:
 
 def lengths(rows: Value) -> plan.Lengths:
     """The lengths in the result of the step "tokenise"."""
-    return plan.Lengths(rows["rows"], rows["tokens"], rows["lengths"]["max"])
+    documents = rows["documents"] if "documents" in rows else rows["rows"]
+    longest = rows["lengths"]["max"]
+    return plan.Lengths(documents, rows["tokens"], longest, rows.get("objective", "sft"))
 
 
 def base_folder(

@@ -5,21 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from tuning.errors import Problem, SpecError
 from tuning.plan.base import DRAFT_LENGTH, Base
 from tuning.plan.device import Device
 from tuning.plan.values import Lengths, Recipe
 from tuning.presets import stored
-from tuning.spec import Spec
+from tuning.spec import Settings, Spec
 
 Pick = Callable[..., Any]
 
 # Defaults that suit LoRA; KAITO's and trl's (rank 8, learning rate 2e-5) suit full fine-tuning.
 RANK = 16
-LEARNING_RATE = 2e-4
-EPOCHS = 3.0
+LEARNING_RATE = (2e-4, "ten times that of full fine-tuning")
+EPOCHS = (3.0, "each row three times")
+# trl's for LoRA; more of either makes answers unlikely that were good.
+DPO_RATE = (5e-6, "ten times that of full fine-tuning by preferences")
+DPO_EPOCHS = (1.0, "each row once: more moves the model far from where it started")
+BETA = 0.1
 BATCH_ROWS = 16  # conversations an optimizer step
 WARMUP_SHARE = 0.03
 SMALLEST_PACK, LARGEST_PACK = 256, 8192  # tokens of a packed row, unless a row is longer
@@ -127,7 +131,10 @@ def packing(spec: Spec, base: Base, lengths: Lengths) -> Packing:
 
 def row_shape(spec: Spec, base: Base, lengths: Lengths | None, pick: Pick) -> tuple[bool, int]:
     """Whether rows are packed, and how many tokens a training row holds at most."""
-    packing = _packing(spec.settings.packing, base, pick)
+    if objective := chosen_objective(spec.settings, lengths, pick):
+        packing = _unpacked(spec.settings, objective, pick)
+    else:
+        packing = _packing(spec.settings.packing, base, pick)
     user = spec.settings.max_length
     max_length: int = pick("max_length", user, *_max_length(base, lengths, packing))
     if max_length > base.context:
@@ -138,6 +145,37 @@ def row_shape(spec: Spec, base: Base, lengths: Lengths | None, pick: Pick) -> tu
             f"set it to {base.context} or less, or leave it out",
         )
     return packing, max_length
+
+
+def chosen_objective(
+    settings: Settings, lengths: Lengths | None, pick: Pick
+) -> Literal["dpo", "kto"] | None:
+    """What rows are trained for, if not to be learnt as they are (sft)."""
+    usual, reason = (
+        ("sft", "the data has not been read yet")
+        if lengths is None
+        else (lengths.objective, "the shape of the rows")
+    )
+    chosen = pick("objective", settings.objective, usual, reason)
+    return None if chosen == "sft" else chosen
+
+
+def _unpacked(settings: Settings, objective: str, pick: Pick) -> bool:
+    """No packing: answers are compared one by one. Raises SpecError for settings of sft alone."""
+    wrong = [
+        Problem(
+            "PLAN-122", where, f"is {_shown(value)}, and {objective} compares whole answers", change
+        )
+        for where, value, change in (
+            ("TrainingArguments.packing", settings.packing, "leave it out"),
+            ("DatasetConfig.train_on", settings.train_on, "leave it out, or set it to assistant"),
+            ("DatasetConfig.over_length", settings.over_length, "set it to truncate or drop"),
+        )
+        if value in (True, "all", "split")
+    ]
+    if wrong:
+        raise SpecError(wrong)
+    return bool(pick("packing", settings.packing, False, "answers are compared one by one"))
 
 
 def _packing(user: bool | None, base: Base, pick: Pick) -> bool:

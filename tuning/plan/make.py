@@ -10,6 +10,9 @@ from tuning.errors import SpecError
 from tuning.plan import placing
 from tuning.plan.base import Base, Unknown, known_base, planned_device, refuse_unsupported
 from tuning.plan.choices import (
+    BETA,
+    DPO_EPOCHS,
+    DPO_RATE,
     EPOCHS,
     LEARNING_RATE,
     RANK,
@@ -17,6 +20,7 @@ from tuning.plan.choices import (
     Choices,
     Pick,
     batch,
+    chosen_objective,
     or_default,
     precision,
     quantisation,
@@ -87,6 +91,8 @@ def _recipe(
     """The recipe without data and number of steps, each value by the user or by `pick`'s reason."""
     s = spec.settings
     dtype = pick("precision", s.dtype, *precision(device))
+    objective = chosen_objective(s, lengths, pick)
+    rate, epochs = (DPO_RATE, DPO_EPOCHS) if objective else (LEARNING_RATE, EPOCHS)
     packed, max_length = row_shape(spec, base, lengths, pick)
     usual = batch(lengths, max_length, packed, device.ranks)
     return Recipe(
@@ -107,9 +113,7 @@ def _recipe(
         rslora=bool(s.rslora),
         dora=bool(s.dora),
         optimizer=pick("optimizer", s.optimizer, "adamw_torch_fused", "AdamW in one kernel"),
-        learning_rate=pick(
-            "learning_rate", s.learning_rate, LEARNING_RATE, "ten times that of full fine-tuning"
-        ),
+        learning_rate=pick("learning_rate", s.learning_rate, *rate),
         schedule=pick("schedule", s.schedule, "cosine", "ends near zero, forgives a high start"),
         warmup_steps=0,
         weight_decay=pick("weight_decay", s.weight_decay, 0.0, "a low rank is restraint enough"),
@@ -125,7 +129,7 @@ def _recipe(
         shuffle=or_default(s.shuffle, True),
         train_share=or_default(s.train_share, 1.0),
         global_batch=pick("global_batch", _user_batch(s, device), *usual),
-        epochs=pick("epochs", s.epochs, EPOCHS, "each row three times"),
+        epochs=pick("epochs", s.epochs, *epochs),
         steps=s.max_steps or 0,
         seed=or_default(s.seed, 42),
         eval_steps=s.eval_steps if or_default(s.train_share, 1.0) < 1 else None,
@@ -133,6 +137,8 @@ def _recipe(
         over_length=None if s.over_length == "auto" else s.over_length,
         split_seed=s.shuffle_seed if or_default(s.train_share, 1.0) < 1 else None,
         new_tokens=s.new_tokens or (),
+        objective=objective,
+        beta=pick("beta", s.beta, BETA, "trl's") if objective else None,
         versions=versions,
     )
 

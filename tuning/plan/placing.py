@@ -295,6 +295,7 @@ def _demand(
         double_quant=bool(quantisation.get("double", True)),
         targets=recipe.targets,
         length=recipe.max_length,
+        answers=recipe.answers,
         rows=rows,
         layout=layout,
         network=device.network,

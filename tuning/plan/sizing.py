@@ -55,6 +55,7 @@ class Demand:
     sharding: Sharding | None = None  # set by the user
     whole: str = ""  # what trains only with the whole model on each rank
     new_tokens: bool = False  # rows of the embeddings are trained
+    answers: int = 1  # sequences of a row: the two of a pair pass through the model together
 
     def layouts(self, ranks: int, nodes: int) -> list[Layout]:
         """How `ranks` on `nodes` machines may hold the model."""
@@ -110,7 +111,7 @@ def model(facts: presets.Facts | None) -> Model | None:
 def placements(base: Model, demand: Demand, gpu: presets.Gpu | None) -> Iterator[Fit]:
     """All candidate placements, whether they fit or not. Raises memory.Unknown."""
     sizes = [n for n in range(1, demand.rows + 1) if demand.rows % n == 0]
-    sizes = [n for n in sizes if n == 1 or n * demand.length <= MAX_TOKENS]
+    sizes = [n for n in sizes if n == 1 or n * demand.answers * demand.length <= MAX_TOKENS]
     for micro_batch in [demand.micro_batch] if demand.micro_batch else sizes:
         for checkpointing in (False, True):
             if demand.checkpointing in (None, checkpointing):
@@ -120,7 +121,7 @@ def placements(base: Model, demand: Demand, gpu: presets.Gpu | None) -> Iterator
 def _place(
     base: Model, demand: Demand, gpu: presets.Gpu | None, micro_batch: int, checkpointing: bool
 ) -> Fit:
-    tokens = micro_batch * demand.length
+    tokens = micro_batch * demand.answers * demand.length
     estimate = memory.predict(
         base.coefficients,
         method=demand.method,
@@ -152,7 +153,7 @@ def _seconds(
     """Seconds of a GPU for each token, with what it waits for others; None where not known."""
     if base.facts is None:
         return None
-    tokens = micro_batch * demand.length
+    tokens = micro_batch * demand.answers * demand.length
     alone = seconds_per_token(
         base.facts,
         gpu,
@@ -194,7 +195,7 @@ def shared(base: Model, demand: Demand) -> sharding.Shared:
 def _documents(demand: Demand, micro_batch: int) -> int:
     """`rows` of a memory estimate: documents where packed rows are attended to by document."""
     if not demand.packed:
-        return micro_batch
+        return micro_batch * demand.answers
     if demand.attention != "varlen":
         return 1
     return max(1, round(micro_batch * demand.length / max(1.0, demand.span)))

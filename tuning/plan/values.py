@@ -57,6 +57,8 @@ class Recipe:
     split_seed: int | None = None  # of the evaluation split; None: the seed
     new_tokens: tuple[str, ...] = ()  # of the tokenizer; their rows are trained
     start_adapter: str | None = None  # sha256 of the weights to go on from
+    objective: Literal["dpo", "kto"] | None = None  # None: sft
+    beta: float | None = None  # of the objective
     versions: dict[str, str] = field(
         default_factory=dict
     )  # torch, transformers, trl, peft, bitsandbytes
@@ -64,7 +66,24 @@ class Recipe:
     def to_json(self) -> dict[str, Any]:
         """The record that the adapter holds; fields of later versions only if they are set."""
         record = asdict(self)
-        return {k: v for k, v in record.items() if v or k not in ("new_tokens", "start_adapter")}
+        later = ("new_tokens", "start_adapter", "objective", "beta")
+        return {k: v for k, v in record.items() if v or k not in later}
+
+    @property
+    def answers(self) -> int:
+        """Sequences of up to max_length in a training row: a pair has two."""
+        return 2 if self.objective == "dpo" else 1
+
+    @property
+    def passes(self) -> float:
+        """What an epoch takes, counted in forward and backward passes; a forward one is half.
+
+        The reference's passes are made once; kto has one more for each row, of another's answer.
+        """
+        if self.objective is None:
+            return 1.0
+        own, reference = (1.0, 0.5) if self.objective == "dpo" else (1.5, 1.0)
+        return own + reference / max(self.epochs, 1e-9)
 
     @property
     def run_id(self) -> str:
@@ -117,11 +136,12 @@ def placement_from_json(record: dict[str, Any]) -> Placement:
 
 @dataclass(frozen=True)
 class Lengths:
-    """Lengths of the tokenised rows."""
+    """Lengths of the tokenised rows, and what they are trained for."""
 
-    rows: int
+    rows: int  # of pairs, each answer
     tokens: int
     longest: int
+    objective: Literal["sft", "dpo", "kto"] = "sft"
 
     @property
     def mean(self) -> float:
@@ -151,7 +171,8 @@ class Plan:
         if self.rows is None or self.tokens_per_second is None:
             return None
         recipe = self.recipe
-        return recipe.steps * recipe.global_batch * recipe.max_length / self.tokens_per_second
+        tokens = recipe.steps * recipe.global_batch * recipe.max_length * recipe.answers
+        return tokens * recipe.passes / self.tokens_per_second
 
     @property
     def tokens_per_second(self) -> float | None:

@@ -139,6 +139,8 @@ def _choice(key: Key, value: Any, options: dict[str, str]) -> str:
     meant = nearest(value, options) if isinstance(value, str) else None
     hint = f'; did you mean "{options[meant]}"?' if meant else ""
     change = f"use one of {', '.join(listed)}{hint}"
+    if key.name == "objective":  # ORPO, SimPO, GRPO, reward models ...
+        change += "; others are trl's own: https://huggingface.co/docs/trl"
     raise Invalid(f"is {shown(value)}, which is not known", change, code="SPEC-104")
 
 

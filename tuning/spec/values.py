@@ -62,6 +62,7 @@ class Settings:
     eval_steps: int | None = None
     keep_best: bool | None = None
     neftune_alpha: float | None = None
+    beta: float | None = None  # of dpo and kto
     # DatasetConfig
     shuffle: bool | None = None
     shuffle_seed: int | None = None
@@ -72,6 +73,7 @@ class Settings:
     dataset_path: str | None = None
     dataset_extension: str | None = None
     over_length: Literal["auto", "split", "truncate", "drop", "refuse"] | None = None
+    objective: Literal["sft", "dpo", "kto"] | None = None  # None: the data's shape decides
 
 
 @dataclass(frozen=True)

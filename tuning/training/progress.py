@@ -6,7 +6,7 @@ import math
 import resource
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ class Progress:
     tokens: int = 0  # read by the model, padding left out
     seconds: float = 0.0  # of training
     held_out_before: float | None = None  # loss on the evaluation split before the first step
+    rewards_before: dict[str, float | None] = field(default_factory=dict)  # accuracy and margin
     evaluated: int = 0  # the last step after which the evaluation split was evaluated
     best_step: int | None = None  # whose weights had the lowest evaluation loss
     best_loss: float | None = None
@@ -75,6 +76,7 @@ class Watch(transformers.TrainerCallback):  # type: ignore[misc]
         """Capture random state, in case this step is not finished."""
         trainer = self.trainer
         trainer.rows, trainer.loss_so_far, trainer.tokens_so_far = [], 0.0, 0
+        trainer.step_sums = 0.0
         if state.global_step > self.epoch_step:
             trainer.random = checkpoint.capture_random()
 
@@ -123,7 +125,8 @@ class Watch(transformers.TrainerCallback):  # type: ignore[misc]
         self.trainer.record_evaluation(loss)
         last = next((entry for entry in reversed(state.log_history) if "loss" in entry), None)
         if last is not None:
-            self._write(self._record(state, last) | {"eval_loss": loss})
+            rewards = {k: finite(v) for k, v in metrics.items() if k.startswith("eval_reward")}
+            self._write(self._record(state, last) | {"eval_loss": loss} | rewards)
 
     def _record(self, state: Any, logs: dict[str, Any]) -> dict[str, Any]:
         progress = self.trainer.progress
@@ -140,6 +143,7 @@ class Watch(transformers.TrainerCallback):  # type: ignore[misc]
             "tokens_per_second": (progress.tokens - self.tokens_before) / seconds,
             "eta_seconds": (state.max_steps - state.global_step) * seconds / steps_done,
             "memory_bytes": peak_memory(self.trainer.args.device.type),
+            **self.trainer.step_summary(),
         }
 
     def _write(self, record: dict[str, Any]) -> None:

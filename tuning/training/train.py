@@ -33,6 +33,7 @@ from tuning.training import afterwards, checkpoint, distributed, finish
 from tuning.training.arguments import sft_config
 from tuning.training.interruption import Interruption
 from tuning.training.memory_errors import is_out_of_memory
+from tuning.training.preferences import Preferring
 from tuning.training.progress import Saves, peak_memory
 from tuning.training.trainer import Exact
 
@@ -164,6 +165,7 @@ def _run(request: Request, stop: Interruption, ranks: distributed.Ranks) -> dict
         result = {
             **_measured(loop, recipe),
             "eval_loss_after": None,
+            **_rewards(loop.progress.rewards_before, "before"),
             "load_seconds": loaded - began,
             "first_step_seconds": loop.first_step_at and loop.first_step_at - began,
             "attention": tuned.get_base_model().config._attn_implementation,
@@ -181,6 +183,7 @@ def _run(request: Request, stop: Interruption, ranks: distributed.Ranks) -> dict
     loss_after = afterwards.attempt(what, loop.held_out_loss, lost)
     peak = max(ranks.gather(peak_memory(placement.device)))
     after: dict[str, Any] = {"eval_loss_after": loss_after, "peak_memory_bytes": peak}
+    after |= _rewards(loop.held_out, "after")
     if ranks.first or placement.shards > 1:  # a shared model answers on all ranks together
         after["answers"] = _answers(request, tuned, tokenizer, lost, write=ranks.first)
     distributed.leave(ranks)
@@ -237,8 +240,9 @@ def _trainer(
     rows: datasets.Dataset,
 ) -> Exact:
     recipe, placement = request.recipe, request.placement
+    kind = Preferring if recipe.objective else Exact
     by_offsets = tuned.get_base_model().config._attn_implementation in BY_OFFSETS
-    return Exact(
+    return kind(
         tuned,
         tokenizer,
         rows=rows,
@@ -276,6 +280,11 @@ def _finish(
         step=step,
         steps=request.recipe.steps,
     )
+
+
+def _rewards(held_out: dict[str, float | None], when: str) -> dict[str, float | None]:
+    """Accuracy and margin on the evaluation split; nothing of sft."""
+    return {f"{name}_{when}": value for name, value in held_out.items()}
 
 
 def _measured(loop: Exact, recipe: Recipe) -> dict[str, Any]:

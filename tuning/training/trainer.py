@@ -60,6 +60,10 @@ class Exact(SFTTrainer):  # type: ignore[misc]
         self.progress = Progress()
         self.rows: list[int] = []  # of the current optimizer step
         self.loss_so_far: torch.Tensor | float = 0.0  # of the current optimizer step
+        self.step_sums: torch.Tensor | float = (
+            0.0  # of the current step, where answers are compared
+        )
+        self.held_out: dict[str, float | None] = {}  # the last evaluation, beside its loss
         self.tokens_so_far = 0  # of the current optimizer step
         self.filler = False  # the current micro-batch only fills a rank's turn
         self.overflowed = False  # the last scaled gradient: its step changes no weight
@@ -104,6 +108,7 @@ class Exact(SFTTrainer):  # type: ignore[misc]
         """Train to the last step, from `resumed` if there is one."""
         if resumed is None:
             self.progress.held_out_before = self.held_out_loss()
+            self.progress.rewards_before = self.held_out
             # evaluating marked the model as prepared: gradients would not be reduced over ranks
             self.model._is_accelerate_prepared = False
             self.accelerator._models.clear()
@@ -126,7 +131,10 @@ class Exact(SFTTrainer):  # type: ignore[misc]
         """Mean loss on the evaluation split; None if there is none, or it is not finite."""
         if self.eval_dataset is None:
             return None
-        return finite(self.evaluate()["eval_loss"])
+        metrics = self.evaluate()
+        names = ("eval_reward_accuracy", "eval_reward_margin")
+        self.held_out = {name: finite(metrics[name]) for name in names if name in metrics}
+        return finite(metrics["eval_loss"])
 
     def keep_best(self) -> None:
         """Replace the last weights by those with the lowest evaluation loss."""
@@ -279,9 +287,18 @@ class Exact(SFTTrainer):  # type: ignore[misc]
         output = super().evaluation_loop(*args, **kwargs)
         if self._eval_sums:
             sums = sum(self._eval_sums, start=torch.zeros_like(self._eval_sums[0]))
-            total, count = self.accelerator.reduce(sums, "sum").tolist()
-            output.metrics["eval_loss"] = total / max(count, 1.0)
+            made = self.summary(self.accelerator.reduce(sums, "sum").tolist())
+            output.metrics.update({f"eval_{name}": value for name, value in made.items()})
         return output
+
+    def summary(self, sums: Sequence[float]) -> dict[str, float]:
+        """The mean loss that `sums` adds up."""
+        total, count = sums
+        return {"loss": total / max(count, 1.0)}
+
+    def step_summary(self) -> dict[str, Any]:
+        """What a step's record holds beside its loss."""
+        return {}
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any:
         """Labelled tokens of the step, fillers left out."""
@@ -378,7 +395,7 @@ class Exact(SFTTrainer):  # type: ignore[misc]
         super().log({name: finite(value) for name, value in logs.items()}, start_time)
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["input_ids", "labels", "seq_lengths", ROW]
+        self._signature_columns = ["input_ids", "labels", "seq_lengths", ROW, "reference", "good"]
 
     def _send_telemetry(self) -> None:
         """Send nothing."""

@@ -2,7 +2,7 @@
 
 Pure functions of plain values. `detect` returns the shape of a row and the reason; `to_example`
 reads a row of that shape or raises BadRow with all faults, so that a person can repair them at
-once. Shapes, in the order of detection:
+once. Shapes, the last two of them detected first:
 
     options             DatasetConfig's messages_column, context_column, response_column
     tokens              input_ids [labels, attention_mask]
@@ -12,6 +12,8 @@ once. Shapes, in the order of detection:
     alpaca              instruction [+ input | context] and output | response [history, system]
     pair                question/answer, query/response, input/output, ...
     text                text
+    preference          chosen and rejected answers, with or without a column of their prompt
+    rated               prompt, completion and label (good or not)
 """
 
 from tuning.data.formats.detect import KNOWN_COLUMNS, detect, unused
@@ -23,11 +25,17 @@ from tuning.data.formats.values import (
     Conversation,
     Example,
     Fault,
+    Objective,
     Pair,
+    Plain,
+    Preference,
+    Rated,
     Row,
     Shape,
     Text,
     Tokens,
+    documents,
+    objective_of,
     quoted,
     texts_in,
     type_name,
@@ -41,12 +49,18 @@ __all__ = [
     "Conversation",
     "Example",
     "Fault",
+    "Objective",
     "Pair",
+    "Plain",
+    "Preference",
+    "Rated",
     "Row",
     "Shape",
     "Text",
     "Tokens",
     "detect",
+    "documents",
+    "objective_of",
     "quoted",
     "texts_in",
     "to_example",

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from tuning.data.formats.masks import MASK_KEYS
 from tuning.data.formats.values import (
     EMPTY_VALUES,
-    UNREAD,
     BadRow,
     Columns,
     Fault,
@@ -36,6 +36,10 @@ PREFERENCES = (
     ("response_chosen", "response_rejected"),
     ("chosen_response", "rejected_response"),
 )
+PROMPT_COLUMNS = (
+    *("prompt", "question", "instruction", "query", "problem", "input", "user", "human"),
+    *MESSAGE_COLUMNS,
+)
 CONTEXT_COLUMNS = ("input", "context")
 HISTORY_COLUMN = "history"  # of Alpaca rows, as LLaMA-Factory has it: earlier [question, answer]
 SYSTEM_COLUMNS = ("system", "system_prompt")
@@ -48,6 +52,8 @@ KNOWN_COLUMNS = LEADING_COLUMNS | {
     "tools",
     "labels",
     "attention_mask",
+    "label",
+    *(name for pair in PREFERENCES for name in pair),
 }
 CARRIED = ("tool_calls", "tool_call_id", "name", "reasoning_content", "thinking", "reasoning")
 MESSAGE_KEYS = {"role", "content", "from", "value", "function_call", *MASK_KEYS, *CARRIED}
@@ -58,9 +64,11 @@ def detect(row: Row, options: Columns) -> Shape:
 
     Raises BadRow if the columns fit no shape, or an option names a missing column.
     """
-    if options.messages or options.context or options.response:
+    if compared := _compared(row, options):
+        return compared
+    if options.named:
         return _by_options(row, options)
-    if fault := _preference(row) or _columns_table(row):
+    if fault := _columns_table(row):
         raise BadRow([fault])
     if "input_ids" in row:
         return _shape("tokens", "it has a column input_ids", input_ids="input_ids")
@@ -103,28 +111,52 @@ def _columns_table(row: Row) -> Fault | None:
     )
 
 
-def _preference(row: Row) -> Fault | None:
-    """The fault that a row compares or rates answers, which supervised training would not heed."""
-    names = {name.strip().lower(): name for name in row}
-    value = row.get(names.get("label", ""))
-    pair = next((pair for pair in PREFERENCES if set(pair) <= names.keys()), None)
-    if pair is not None:
-        rated = f'"{names[pair[0]]}" and "{names[pair[1]]}"'
-    elif {"prompt", "completion", "label"} <= names.keys() and _is_rating(value):
-        rated = '"prompt", "completion" and "label" (KTO)'
-    else:
+def _compared(row: Row, options: Columns) -> Shape | None:
+    """The shape of a row that compares or rates answers, or None. Raises BadRow."""
+    asked = options.objective
+    if options.named and asked in (None, "sft"):  # the good column is named
         return None
-    return Fault(
-        "DATA-212",
-        f"is preference data: it has the columns {rated}, and only good answers can be trained "
-        "(SFT; no DPO, KTO or reward model)",
-        "keep the preferred answers as prompt/completion or messages, without the others, or name "
-        "the good column in DatasetConfig (messages_column, or context_column and response_column)",
-    )
+    for pair in PREFERENCES:
+        if set(pair) <= row.keys():
+            return _preference_shape(row, options, *pair)
+    label = row.get("label")
+    triple = {"prompt", "completion", "label"} <= row.keys() and _is_rating(label)
+    if (triple and asked in (None, "sft")) or (asked == "kto" and "label" in row):
+        rest = {name: value for name, value in row.items() if name != "label"}
+        answer = detect(rest, replace(options, objective=None))
+        columns = (*answer.columns, ("label", "label"))
+        reason = f'{answer.reason}, and a column "label"'
+        return Shape("rated", columns, reason, answer.required | {"label"}, answer.name)
+    spelled = {name.strip().lower(): name for name in row}
+    for name in (name for pair in PREFERENCES if set(pair) <= spelled.keys() for name in pair):
+        if fault := missing_column(row, "this row has no", name, near=spelled[name]):
+            raise BadRow([fault])
+    if asked in ("dpo", "kto"):
+        has = ", ".join(quoted(name) for name in list(row)[:12])
+        wanted = '"chosen" and "rejected"' if asked == "dpo" else '"label", or "chosen", "rejected"'
+        what = f"objective is {asked}, which needs {wanted}, and the columns are {has}"
+        raise BadRow.of("DATA-262", what, "add them, or leave DatasetConfig.objective out")
+    return None
+
+
+def _preference_shape(row: Row, options: Columns, chosen: str, rejected: str) -> Shape:
+    """The shape of a row with the answers `chosen` and `rejected`, and perhaps their prompt."""
+    columns = {"chosen": chosen, "rejected": rejected}
+    reason = f'it has the columns "{chosen}" and "{rejected}"'
+    own = options.messages or options.context
+    if own and (fault := missing_column(row, "the prompt's column is", own)):
+        raise BadRow([fault])
+    prompt = own or first_nonempty(row, PROMPT_COLUMNS)
+    named: dict[str, Name] = {"prompt": "prompt-completion", "instruction": "alpaca"}
+    if prompt:
+        columns["prompt"] = prompt
+        reason += f' to "{prompt}"'
+    answer = named.get(prompt or "", "pair")
+    return replace(_shape("preference", reason, **columns), answer=answer)
 
 
 def _is_rating(label: Any) -> bool:
-    return isinstance(label, (bool, int)) or label is UNREAD or label in ("true", "false")
+    return isinstance(label, (bool, int)) or label in ("true", "false")
 
 
 def unused(row: Row, shape: Shape) -> list[str]:
@@ -133,13 +165,16 @@ def unused(row: Row, shape: Shape) -> list[str]:
     chats = [column for use, column in shape.columns if use == "messages"]
     if shape.name == "prompt-completion" and not isinstance(row.get("prompt"), str):
         chats = ["prompt", "completion"]
+    if shape.name in ("preference", "rated"):
+        columns = ("chosen", "rejected", "prompt", "completion")
+        chats = [n for use, n in shape.columns if use in columns and _is_chat(row.get(n))] + chats
     if chats:
         used.add("tools")
     if shape.name == "tokens":
         used |= {"labels", "attention_mask", "token_type_ids", "position_ids"}
-    elif shape.name != "text":
+    elif "text" not in (shape.name, shape.answer):
         used.add(first_nonempty(row, SYSTEM_COLUMNS) or "")
-    if shape.name == "alpaca":
+    if "alpaca" in (shape.name, shape.answer):
         used |= {first_nonempty(row, CONTEXT_COLUMNS) or "", HISTORY_COLUMN}
     used |= {name for name in row if name.startswith("__")}  # a table's own, such as its index
     ignored = [name for name, value in row.items() if name not in used and not _is_empty(value)]
@@ -212,12 +247,12 @@ def _by_options(row: Row, options: Columns) -> Shape:
     )
 
 
-def missing_column(row: Row, intro: str, column: str) -> Fault | None:
+def missing_column(row: Row, intro: str, column: str, *, near: str | None = None) -> Fault | None:
     """The fault that `row` lacks `column`, or None. `intro` begins the message."""
     if column in row:
         return None
     shown = ", ".join(quoted(name) for name in list(row)[:12])
-    near = next((name for name in row if name.lower() == column.lower()), None)
+    near = near or next((name for name in row if name.lower() == column.lower()), None)
     if near is not None:
         what = f'{intro} "{column}", but the column is written {quoted(near)}'
         return Fault("DATA-213", what, f"write {quoted(near)} exactly as in the data")

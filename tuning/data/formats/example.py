@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from tuning.data.formats.detect import (
-    CONTEXT_COLUMNS,
-    HISTORY_COLUMN,
-    SYSTEM_COLUMNS,
-    detect,
-    first_nonempty,
-    missing_column,
-)
+from tuning.data.formats.detect import detect, missing_column
 from tuning.data.formats.messages import conversation, prompt_messages, required_text
+from tuning.data.formats.pairs import pair
+from tuning.data.formats.preferences import is_good, preference
 from tuning.data.formats.values import (
     BadRow,
     Columns,
     Conversation,
     Example,
     Fault,
-    Pair,
+    Preference,
+    Rated,
     Row,
     Shape,
     Text,
     Tokens,
-    from_json,
-    text_faults,
     type_name,
 )
 
@@ -43,9 +38,24 @@ def to_example(row: Row, shape: Shape) -> Example:
         return Text(required_text(row, column, "DATA-227"))
     if shape.name == "tokens":
         return _tokens(row)
+    if shape.name == "preference":
+        return preference(row, shape)
+    if shape.name == "rated":
+        return _rated(row, shape)
     if shape.name == "prompt-completion" and not isinstance(row["prompt"], str):
         return prompt_messages(row)
-    return _pair(row, shape)
+    return pair(row, shape)
+
+
+def _rated(row: Row, shape: Shape) -> Rated:
+    """A rated answer: of a conversation it is the last one."""
+    assert shape.answer is not None
+    answer = to_example(row, replace(shape, name=shape.answer))
+    good = is_good(row, shape)
+    if isinstance(answer, Conversation):
+        answer = replace(answer, trained=answer.trained[-1:])
+    assert not isinstance(answer, (Preference, Rated))
+    return Rated(answer, good)
 
 
 def _column_fault(row: Row, shape: Shape, column: str) -> Fault:
@@ -63,82 +73,6 @@ def _column_fault(row: Row, shape: Shape, column: str) -> Fault:
         f"the row is of shape {other.name} ({other.reason}), but the data began as {shape.name}",
         "train on one shape at a time: give every row the same columns",
     )
-
-
-def _pair(row: Row, shape: Shape) -> Pair | Conversation:
-    uses = dict(shape.columns)
-    faults: list[Fault] = []
-    values: dict[str, str] = {}
-    for use, code in (("prompt", "DATA-221"), ("completion", "DATA-227")):
-        try:
-            values[use] = required_text(row, uses[use], code, empty=use == "prompt")
-        except BadRow as bad:
-            faults += bad.faults
-    extra = {}
-    for use, column in (
-        ("context", first_nonempty(row, CONTEXT_COLUMNS) if shape.name == "alpaca" else None),
-        ("system", first_nonempty(row, SYSTEM_COLUMNS)),
-    ):
-        if column is None:
-            continue
-        try:
-            value = required_text(row, column, "", empty=True)
-        except BadRow as bad:
-            faults += bad.faults
-            continue
-        if value.strip():
-            extra[use] = value
-    earlier = from_json(row.get(HISTORY_COLUMN)) if shape.name == "alpaca" else None
-    if earlier:
-        faults += _history_faults(earlier)
-    if faults:
-        raise BadRow(faults)
-    prompt, context, system = values["prompt"], extra.get("context"), extra.get("system", "")
-    if context:
-        prompt = f"{prompt}\n\n{context}"
-    if earlier:
-        return _continued(earlier, Pair(prompt, values["completion"], prompt, system))
-    if shape.name == "prompt-completion":
-        return Pair(prompt, values["completion"], prompt, system, raw=True)
-    return Pair(prompt, values["completion"], _bare(prompt, system), system)
-
-
-def _history_faults(earlier: Any) -> list[Fault]:
-    """Faults in the earlier turns of an Alpaca row: [[question, answer], ...]."""
-    change = 'write [["question", "answer"], ...], or remove the column'
-    if not isinstance(earlier, list):
-        what = f"{HISTORY_COLUMN} is {type_name(earlier)}, not a list of pairs"
-        return [Fault("DATA-216", what, change)]
-    faults: list[Fault] = []
-    for index, turn in enumerate(earlier):
-        where = f"{HISTORY_COLUMN}[{index}]"
-        if not isinstance(turn, list) or [type(text) for text in turn] != [str, str]:
-            faults.append(Fault("DATA-216", f"{where} is not [question, answer]", change))
-        elif not turn[1].strip():
-            faults.append(Fault("DATA-225", f"the answer of {where} is empty", "write it"))
-        else:
-            faults += [fault for text in turn for fault in text_faults(text, where)]
-    return faults
-
-
-def _continued(earlier: list[list[str]], pair: Pair) -> Conversation:
-    """The earlier turns and `pair` as one conversation, of which every answer is trained."""
-    last = pair.as_conversation().messages
-    turns = last[:-2]
-    for question, answer in earlier:
-        turns += [
-            {"role": "user", "content": question},
-            {"role": "assistant", "content": answer},
-        ]
-    turns += last[-2:]
-    trained = tuple(i for i, turn in enumerate(turns) if turn["role"] == "assistant")
-    return Conversation(turns, trained)
-
-
-def _bare(prompt: str, system: str) -> str:
-    """The prompt in the Alpaca format, the most common one without a chat template."""
-    head = f"{system}\n\n" if system else ""
-    return f"{head}### Instruction:\n{prompt}\n\n### Response:\n"
 
 
 def _tokens(row: Row) -> Tokens:

@@ -46,18 +46,18 @@ def conversation(row: Row, column: str, *, sharegpt: bool) -> Conversation:
         if isinstance(turns, str) and _PRINTED.match(turns):
             what, change = "Python's print of a list, not JSON", "write it with json.dumps"
         raise BadRow.of("DATA-216", f"{column} is {type_name(turns)}, {what}", change)
-    messages, faults = _messages(turns, column, sharegpt=sharegpt)
+    messages, faults = read_messages(turns, column, sharegpt=sharegpt)
     if not faults:
-        faults = _order_faults(messages, column)
-    tools, tool_faults = _tools(row)
-    system, system_faults = _system(row)
+        faults = order_faults(messages, column)
+    tools, tool_faults = read_tools(row)
+    system, system_faults = read_system(row)
     if faults := [*faults, *tool_faults, *system_faults]:
         raise BadRow(faults)
-    _prepend_system(messages, system)
-    return Conversation(messages, _trained_turns(messages), tools)
+    prepend_system(messages, system)
+    return Conversation(messages, trained_turns(messages), tools)
 
 
-def _system(row: Row) -> tuple[str, list[Fault]]:
+def read_system(row: Row) -> tuple[str, list[Fault]]:
     """The system message in a column of its own; "" if there is none."""
     column = first_nonempty(row, SYSTEM_COLUMNS)
     if column is None:
@@ -68,7 +68,7 @@ def _system(row: Row) -> tuple[str, list[Fault]]:
         return "", list(bad.faults)
 
 
-def _prepend_system(messages: list[dict[str, Any]], system: str) -> bool:
+def prepend_system(messages: list[dict[str, Any]], system: str) -> bool:
     """Insert a system message, unless there is none or the conversation has its own."""
     if not system.strip() or messages[0]["role"] == "system":
         return False
@@ -76,9 +76,10 @@ def _prepend_system(messages: list[dict[str, Any]], system: str) -> bool:
     return True
 
 
-def _messages(
+def read_messages(
     turns: list[Any], column: str, *, sharegpt: bool
 ) -> tuple[list[dict[str, Any]], list[Fault]]:
+    """The messages in `turns` of `column`, and their faults."""
     messages: list[dict[str, Any]] = []
     faults: list[Fault] = []
     for index, turn in enumerate(turns):
@@ -257,7 +258,8 @@ def _calls(turn: Mapping[str, Any], where: str, *, sharegpt: bool) -> tuple[list
     return fixed, faults
 
 
-def _order_faults(messages: list[dict[str, Any]], column: str) -> list[Fault]:
+def order_faults(messages: list[dict[str, Any]], column: str) -> list[Fault]:
+    """Faults in the order of the roles."""
     if not messages:
         return [Fault("DATA-217", f"{column} is empty", "write the conversation or remove the row")]
     roles = [message["role"] for message in messages]
@@ -276,7 +278,7 @@ def _order_faults(messages: list[dict[str, Any]], column: str) -> list[Fault]:
     return faults
 
 
-def _trained_turns(messages: list[dict[str, Any]]) -> tuple[int, ...]:
+def trained_turns(messages: list[dict[str, Any]]) -> tuple[int, ...]:
     """The assistant turns that no mask key excludes; removes the mark of those that are."""
     return tuple(
         index
@@ -286,7 +288,8 @@ def _trained_turns(messages: list[dict[str, Any]]) -> tuple[int, ...]:
     )
 
 
-def _tools(row: Row) -> tuple[list[Any] | None, list[Fault]]:
+def read_tools(row: Row) -> tuple[list[Any] | None, list[Fault]]:
+    """The tools of a conversation, and their faults."""
     tools = from_json(row.get("tools"))
     if not tools:
         return None, []
@@ -316,16 +319,16 @@ def prompt_messages(row: Row) -> Conversation:
         if not isinstance(turns, list):
             what = f"{column} is {type_name(turns)}; prompt and completion are of different kinds"
             raise BadRow.of("DATA-221", what, "write both as texts, or both as lists of messages")
-        part, part_faults = _messages(turns, column, sharegpt=False)
+        part, part_faults = read_messages(turns, column, sharegpt=False)
         messages += part
         faults += part_faults
         if column == "prompt":
             prompts = len(part)
     if not faults:
-        faults = _order_faults(messages, "prompt + completion")
-    tools, tool_faults = _tools(row)
-    system, system_faults = _system(row)
+        faults = order_faults(messages, "prompt + completion")
+    tools, tool_faults = read_tools(row)
+    system, system_faults = read_system(row)
     if faults := [*faults, *tool_faults, *system_faults]:
         raise BadRow(faults)
-    prompts += _prepend_system(messages, system)
-    return Conversation(messages, tuple(i for i in _trained_turns(messages) if i >= prompts), tools)
+    prompts += prepend_system(messages, system)
+    return Conversation(messages, tuple(i for i in trained_turns(messages) if i >= prompts), tools)

@@ -7,7 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Name = Literal["tokens", "messages", "sharegpt", "prompt-completion", "alpaca", "pair", "text"]
+Name = Literal[
+    "tokens", "messages", "sharegpt", "prompt-completion", "alpaca", "pair", "text",
+    "preference", "rated",
+]  # fmt: skip
+Objective = Literal["sft", "dpo", "kto"]
 Row = Mapping[str, Any]
 
 
@@ -24,11 +28,12 @@ EMPTY_VALUES: tuple[Any, ...] = (None, "", [], {})
 
 @dataclass(frozen=True)
 class Columns:
-    """The column options of DatasetConfig; None means unset."""
+    """The options of DatasetConfig about columns and what they are for; None means unset."""
 
     messages: str | None = None
     context: str | None = None
     response: str | None = None
+    objective: Objective | None = None  # None: the shape of the rows decides
 
     @property
     def named(self) -> frozenset[str]:
@@ -44,9 +49,10 @@ class Shape:
     columns: tuple[tuple[str, str], ...]
     reason: str
     required: frozenset[str] = field(default_factory=frozenset)
+    answer: Name | None = None  # shape of an answer with its prompt in a preference or rated row
 
     def column(self, use: str) -> str:
-        """The column for `use`, one of messages, prompt, completion, context, text, input_ids."""
+        """The column for `use`: messages, prompt, completion, text, chosen, label, ..."""
         return dict(self.columns)[use]
 
 
@@ -127,7 +133,47 @@ class Tokens:
     trained: tuple[int, ...]
 
 
-Example = Conversation | Pair | Text | Tokens
+Plain = Conversation | Pair | Text | Tokens
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Two answers to the same prompt, of which the chosen one is better."""
+
+    chosen: Conversation | Pair
+    rejected: Conversation | Pair
+
+
+@dataclass(frozen=True)
+class Rated:
+    """An answer, and whether it is a good one."""
+
+    answer: Plain
+    good: bool
+
+
+Example = Plain | Preference | Rated
+
+
+def objective_of(shape: Shape, asked: Objective | None) -> Objective:
+    """What rows of `shape` are trained for, unless DatasetConfig has `asked` otherwise."""
+    usual: dict[str, Objective] = {"preference": "dpo", "rated": "kto"}
+    return asked or usual.get(shape.name, "sft")
+
+
+def documents(example: Example, objective: Objective) -> list[tuple[list[Plain], bool]]:
+    """The training rows that `example` makes: the documents of each, and whether it is good.
+
+    For dpo the chosen and the rejected answer; for sft good answers alone.
+    """
+    if isinstance(example, Rated):
+        return [([example.answer], example.good)] if example.good or objective == "kto" else []
+    if not isinstance(example, Preference):
+        return [([example], True)]
+    if objective == "dpo":
+        return [([example.chosen, example.rejected], True)]
+    rows: list[tuple[list[Plain], bool]] = [([example.chosen], True), ([example.rejected], False)]
+    return rows if objective == "kto" else rows[:1]
 
 
 def quoted(value: Any) -> str:

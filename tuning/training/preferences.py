@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -42,6 +43,7 @@ class Answers(Numbered):
 
     rows: Any = None  # training and held-out rows, by number; None unless answers are rated
     before: Any = None  # the number of the row before each, the last one before the first
+    longest: int | None = None  # tokens of a sequence
 
     def __call__(self, examples: list[Example]) -> dict[str, Any]:
         """The batch of `examples`, and NOTES."""
@@ -66,9 +68,8 @@ class Answers(Numbered):
         own, theirs = (np.flatnonzero(e["labels"] != IGNORED) for e in (example, other))
         prompt = example["input_ids"][: own[0] if len(own) else 1]
         answer = other["input_ids"][theirs[0] : theirs[-1] + 1] if len(theirs) else prompt[:0]
-        most = max(len(each["input_ids"]) for each in (example, other))
         ids, labels = (
-            np.concatenate([first, answer])[:most]
+            np.concatenate([first, answer])[: self.longest]
             for first in (prompt, np.full_like(prompt, IGNORED))
         )
         return {"input_ids": ids, "labels": labels, ROW: example[ROW]}
@@ -112,6 +113,7 @@ class Preferring(Exact):
                 [np.roll(np.arange(n) + s, 1) for s, n in runs]
             )
             self.data_collator.rows = self.answered
+            self.data_collator.longest = self.recipe.max_length
         self.divergence = 0.0  # KTO's KL, of the current step or evaluation
 
     def fit(self, resumed: Checkpoint | None) -> None:
@@ -245,8 +247,11 @@ class Preferring(Exact):
     def summary(self, sums: Sequence[float]) -> dict[str, float]:
         """Loss, accuracy and margin of the rows that `sums` adds up."""
         loss, count, right, good, goods, bad, bads = sums
-        made = {"loss": loss / max(count, 1), "reward_accuracy": right / max(count, 1)}
-        return made | ({"reward_margin": good / goods - bad / bads} if goods and bads else {})
+        return {
+            "loss": loss / max(count, 1),
+            "reward_accuracy": right / max(count, 1),
+            "reward_margin": good / goods - bad / bads if goods and bads else math.nan,
+        }
 
     def step_summary(self) -> dict[str, Any]:
         """Accuracy and margin of the rows of this step."""

@@ -302,7 +302,7 @@ def test_an_adapter_to_go_on_from_is_the_reference(tiny_base: Base, tmp_path: Pa
 
 
 def test_each_step_tells_accuracy_and_margin(tiny_base: Base, tmp_path: Path) -> None:
-    """metrics.jsonl has both for the step's rows, and for held-out ones where they are evaluated."""
+    """metrics.jsonl has both for the step's rows, and for held-out rows at each evaluation."""
     recipe = replace(RECIPES["kto"], eval_steps=4)
     train.work(request(tmp_path / "run", tiny_base("llama"), recipe, tiny_runs.placement()))
 

@@ -45,7 +45,8 @@ def report(prepared: Prepared, *, rows: int = ROWS) -> Value:
         "eval": _part(packed["eval"]),
         "dropped": _sum(tokenised["dropped"], packed["dropped"]),
         "notes": list(dict.fromkeys([*tokenised["notes"], *packed["notes"]])),
-        "samples": prepared.samples[:rows],
+        "objective": tokenised.get("objective", "sft"),
+        "samples": prepared.samples[: rows * (2 if tokenised.get("objective") == "dpo" else 1)],
     }
 
 

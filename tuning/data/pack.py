@@ -337,6 +337,11 @@ class _Packing:
             for key, effect in effects.items()
             if counts[key]
         ]
+        if self.tokenised.get("objective") == "kto":
+            good = int(self.rows.good().sum())
+            bad = len(self.rows.lengths) - good
+            one = "" if good and bad else ": kto learns from both"
+            notes.append(f"{good} answers are rated good, {bad} bad{one}")
         if self._copies:
             what = "rows are copies of others; identical rows are on one side of the split"
             notes.append(f"{self._copies} {what}")

@@ -123,14 +123,16 @@ def predict(
     fused: bool = False,
     repacks: bool = False,
     new_tokens: bool = False,
+    tile: int | None = None,
 ) -> MemoryEstimate:
     """Memory of one process that trains micro-batches of `tokens` tokens. Raises Unknown.
 
     `rows` is the number of packed documents with varlen attention, else of rows of `tokens / rows`,
     padding included. `accumulating`: gradients of an earlier micro-batch are in memory. `layout`:
     how several ranks hold the model; `facts` tell what of it they can share. `fused`: with
-    `models.kernels`. `repacks`: the CPU library copies 16-bit weights (see `repacked`). Fewer
-    `targets` (names of projections) take fewer adapters, and all activations: an upper bound.
+    `models.kernels`. `repacks`: the CPU library copies 16-bit weights (see `repacked`). `tile`:
+    tokens scored at once, if not the usual number. Fewer `targets` (names of projections) take
+    fewer adapters, and all activations: an upper bound.
     """
     variant = _stored(
         coefficients,
@@ -150,7 +152,7 @@ def predict(
         lora=adapters,
         new_tokens=new_tokens,
     )
-    sizes = measures(tokens=tokens, rows=rows, rank=rank, tile=variant.tile)
+    sizes = measures(tokens=tokens, rows=rows, rank=rank, tile=tile or variant.tile)
     earlier = {"gradients": adapters} if accumulating else {}
     moments = {m.name: m.at(sizes) | earlier for m in coefficients.moments[variant]}
     moments["optimizer step"] = dict.fromkeys(KINDS, 0) | {"gradients": adapters}

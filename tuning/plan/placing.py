@@ -261,7 +261,7 @@ def _unsized(recipe: Recipe, settings: Settings, share: int, reasons: dict[str, 
 def _backend(
     recipe: Recipe, base: Base, device: Device, settings: Settings, reasons: dict[str, str]
 ) -> backends.Backend:
-    return backends.choose(
+    backend = backends.choose(
         settings,
         base.facts,
         device,
@@ -271,6 +271,10 @@ def _backend(
         reasons=reasons,
         kind=base.kind,
     )
+    if recipe.objective is None or backends.HEAD not in backend.kernels:
+        return backend
+    reasons["kernels"] += "; log-probabilities of answers by trl's head"
+    return replace(backend, kernels=tuple(k for k in backend.kernels if k != backends.HEAD))
 
 
 def _demand(
@@ -296,6 +300,7 @@ def _demand(
         targets=recipe.targets,
         length=recipe.max_length,
         answers=recipe.answers,
+        compares=recipe.objective is not None,
         rows=rows,
         layout=layout,
         network=device.network,

@@ -14,6 +14,7 @@ from typing import Literal
 from tuning import presets
 from tuning.plan import communication, memory, sharding
 from tuning.plan.coefficients import (
+    TILE_ROWS,
     Attention,
     Coefficients,
     Method,
@@ -56,6 +57,7 @@ class Demand:
     whole: str = ""  # what trains only with the whole model on each rank
     new_tokens: bool = False  # rows of the embeddings are trained
     answers: int = 1  # sequences of a row: the two of a pair pass through the model together
+    compares: bool = False  # answers, whose log-probabilities trl's head computes
 
     def layouts(self, ranks: int, nodes: int) -> list[Layout]:
         """How `ranks` on `nodes` machines may hold the model."""
@@ -142,6 +144,7 @@ def _place(
         facts=base.facts,
         repacks=demand.repacks,
         new_tokens=demand.new_tokens,
+        tile=TILE_ROWS if demand.compares else None,
     )
     seconds = _seconds(base, demand, gpu, micro_batch, checkpointing)
     return Fit(micro_batch, checkpointing, estimate, seconds, demand.layout)

@@ -83,6 +83,14 @@ def _answers(example: Example) -> Iterator[Example]:
         yield {"input_ids": ids, "labels": labels, ROW: example[ROW]}
 
 
+def good_answers(rows: Iterable[Example]) -> Iterator[Example]:
+    """The chosen or good answers in `rows`, as rows of SFT."""
+    for row in rows:
+        if row.get(GOOD, True):
+            parts = {name: row[name][: row["seq_lengths"][0]] for name in ("input_ids", "labels")}
+            yield parts | {"seq_lengths": row["seq_lengths"][:1]}
+
+
 def _is_trained(example: Example) -> bool:
     return bool((example["labels"] != IGNORED).any())
 

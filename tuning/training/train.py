@@ -33,7 +33,7 @@ from tuning.training import afterwards, checkpoint, distributed, finish
 from tuning.training.arguments import sft_config
 from tuning.training.interruption import Interruption
 from tuning.training.memory_errors import is_out_of_memory
-from tuning.training.preferences import Preferring
+from tuning.training.preferences import Preferring, good_answers
 from tuning.training.progress import Saves, peak_memory
 from tuning.training.trainer import Exact
 
@@ -198,7 +198,9 @@ def _answers(
     answers = afterwards.attempt("the questions were not answered", asked, lost)
 
     def samples() -> None:
-        rows = read_rows(request.eval) if request.eval else None
+        rows: Any = read_rows(request.eval) if request.eval else None
+        if rows is not None and request.recipe.objective:
+            rows = good_answers(rows)
         made = afterwards.samples(tuned, tokenizer, rows)
         if write:
             files.write(request.run / "samples.jsonl", made)

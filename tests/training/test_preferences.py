@@ -13,6 +13,7 @@ from typing import Any
 import datasets
 import pyarrow
 import pytest
+import ranks
 import tiny_runs
 import torch
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
@@ -330,3 +331,23 @@ def test_another_micro_batch_trains_the_same(tiny_base: Base, tmp_path: Path) ->
     ]
 
     assert results[0]["loss_by_step"] == pytest.approx(results[1]["loss_by_step"], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["dpo", "kto"])
+def test_two_ranks_train_what_one_does(objective: str, tiny_base: Base, tmp_path: Path) -> None:
+    """Each scores rows of its own for the reference and the KL; fillers weigh nothing."""
+    results = []
+    for count in (1, 2):
+        placed = tiny_runs.placement(ranks=count, micro_batch=1, accumulation=4 // count)
+        run = tmp_path / str(count)
+        asked = request(run, tiny_base("llama"), RECIPES[objective], placed)
+        data = {name: asked[name] for name in ("train", "eval")}
+        recipe, base = RECIPES[objective], tiny_base("llama")
+        results.append(ranks.train(run, base, placed, recipe=recipe, **data))
+
+    one, two = results
+    assert one["loss_by_step"] == pytest.approx(two["loss_by_step"], rel=1e-4)
+    assert one["tokens"] == two["tokens"]
+    for name in ("eval_loss_after", "eval_reward_accuracy_after", "eval_reward_margin_after"):
+        assert one[name] == pytest.approx(two[name], rel=1e-3)

@@ -100,6 +100,8 @@ def _now(now: dict[str, Any] | None) -> Iterable[tuple[str, ...]]:
         "lr": "learning rate",
         "grad_norm": "gradient norm",
         "tokens": "tokens trained",
+        "reward_accuracy": "answers told apart",
+        "reward_margin": "reward margin",
     }
     for key, label in names.items():
         if now and isinstance(now.get(key), int | float):

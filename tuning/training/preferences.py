@@ -115,11 +115,11 @@ class Preferring(Exact):
         self.data_collator = Answers(numbered.collate, by_document=numbered.by_document)
         self.rated = self.recipe.objective == "kto"
         if self.rated:
-            starts = np.cumsum([0, *self.counts])[:-1]
-            runs = zip(starts, self.counts, strict=True)
-            self.data_collator.before = np.concatenate(
-                [np.roll(np.arange(n) + s, 1) for s, n in runs]
-            )
+            before = np.arange(sum(self.counts))
+            held_out = options["held_out"]  # without the fillers behind it
+            for start, rows in ((0, count), (count, len(held_out or ()))):
+                before[start : start + rows] = np.roll(before[start : start + rows], 1)
+            self.data_collator.before = before
             self.data_collator.rows = self.answered
             self.data_collator.longest = self.recipe.max_length
         self.divergence = 0.0  # KTO's KL, of the current step or evaluation
@@ -127,7 +127,8 @@ class Preferring(Exact):
     def fit(self, resumed: Checkpoint | None) -> None:
         """Train to the last step, once the reference is known."""
         known = self._reference()
-        train, held_out = known[: self.counts[0]], known[self.counts[0] :]
+        ends = self.counts[0], sum(self.counts)  # with fewer ranks than before there is more
+        train, held_out = known[: ends[0]], known[ends[0] : ends[1]]
         if self.ranks.count > 1:
             train.append(train[0])
         self.train_dataset = self.train_dataset.add_column(REFERENCE, train)

@@ -251,7 +251,7 @@ def test_more_rows_than_there_are_is_refused_with_both_numbers(
         mixed(base, tmp_path, [("a.jsonl", chat(50), 0)], [asked])
 
     (problem,) = refused.value.problems
-    assert "DATA-259" == problem.code
+    assert "DATA-262" == problem.code
     assert f"asks for {asked['rows']:,} rows, and 0 has 50" in problem.what
 
 

@@ -58,7 +58,7 @@ def _wanted(
         if (asked := parts[number].get("rows") or 0) > count:
             what = f"asks for {asked:,} rows, and {parts[number]['path']} has {count:,}"
             change = f"write at most {count:,}, or give the parts weights"
-            problems.add("DATA-259", f"DatasetConfig.sources[{number}].rows", what, change)
+            problems.add("DATA-262", f"DatasetConfig.sources[{number}].rows", what, change)
     weights = {number: parts[number]["weight"] for number in have if parts[number].get("weight")}
     whole = min((have[number] / weight for number, weight in weights.items()), default=0.0)
     return {

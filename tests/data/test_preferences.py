@@ -176,14 +176,14 @@ def test_rest_columns_of_published_sets_are_named_as_unread() -> None:
         (
             {"messages": [USER, GOOD]},
             Columns(objective="dpo"),
-            "DATA-262",
+            "DATA-263",
             'columns are "messages"',
         ),
-        ({"messages": [USER, GOOD]}, Columns(objective="kto"), "DATA-262", "needs"),
+        ({"messages": [USER, GOOD]}, Columns(objective="kto"), "DATA-263", "needs"),
         (
             {"prompt": "a", "completion": "b", "label": True},
             Columns(objective="dpo"),
-            "DATA-262",
+            "DATA-263",
             '"chosen" and "rejected"',
         ),
         ({"Chosen": "a", "rejected": "b"}, NONE, "DATA-213", '"Chosen"'),

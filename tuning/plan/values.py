@@ -10,6 +10,13 @@ from tuning.plan.device import Device
 from tuning.plan.sharding import Layout
 from tuning.plan.sizing import Fit
 
+LATER = (
+    "new_tokens",
+    "start_adapter",
+    "sources",
+    "objective",
+    "beta",
+)  # fields that records hold only if set
 DDP_EFFICIENCY = 0.97  # speed of a GPU that shares its gradients; reported elsewhere
 
 
@@ -59,6 +66,7 @@ class Recipe:
     start_adapter: str | None = None  # sha256 of the weights to go on from
     objective: Literal["dpo", "kto"] | None = None  # None: sft
     beta: float | None = None  # of the objective
+    sources: tuple[dict[str, Any], ...] = ()  # of a mixture: shares, columns, files of each part
     versions: dict[str, str] = field(
         default_factory=dict
     )  # torch, transformers, trl, peft, bitsandbytes
@@ -66,8 +74,7 @@ class Recipe:
     def to_json(self) -> dict[str, Any]:
         """The record that the adapter holds; fields of later versions only if they are set."""
         record = asdict(self)
-        later = ("new_tokens", "start_adapter", "objective", "beta")
-        return {k: v for k, v in record.items() if v or k not in later}
+        return {k: v for k, v in record.items() if v or k not in LATER}
 
     @property
     def answers(self) -> int:
@@ -97,7 +104,7 @@ class Recipe:
 
 def recipe_from_json(record: dict[str, Any]) -> Recipe:
     """The recipe in a record of `dataclasses.asdict`."""
-    tuples = ("data", "targets", "exclude", "layers", "betas", "new_tokens")
+    tuples = ("data", "targets", "exclude", "layers", "betas", "new_tokens", "sources")
     fixed = {k: tuple(record[k]) for k in tuples if record.get(k) is not None}
     return Recipe(**(record | fixed))
 

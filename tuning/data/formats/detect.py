@@ -135,7 +135,7 @@ def _compared(row: Row, options: Columns) -> Shape | None:
         has = ", ".join(quoted(name) for name in list(row)[:12])
         wanted = '"chosen" and "rejected"' if asked == "dpo" else '"label", or "chosen", "rejected"'
         what = f"objective is {asked}, which needs {wanted}, and the columns are {has}"
-        raise BadRow.of("DATA-262", what, "add them, or leave DatasetConfig.objective out")
+        raise BadRow.of("DATA-263", what, "add them, or leave DatasetConfig.objective out")
     return None
 
 

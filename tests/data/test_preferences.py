@@ -445,3 +445,31 @@ def test_copies_of_a_pair_are_on_one_side_of_the_split(prepare: Any) -> None:
     seen = [{tuple(np.ravel(row["input_ids"])) for row in part} for part in parts]
     assert not seen[0] & seen[1]
     assert 12 == sum(map(len, parts))
+
+
+def test_parts_of_a_mixture_have_one_objective(base: Path, tmp_path: Path) -> None:
+    """Pairs of two shapes are mixed; pairs beside conversations are refused, with both places."""
+    texts = [{"question": f"{n} ?", "chosen": "yes", "rejected": "no"} for n in range(4)]
+    written = {
+        "a": lines(pair(1), pair(2)),
+        "b": lines(*texts),
+        "c": lines({"messages": [USER, GOOD]}),
+    }
+    for name, content in written.items():
+        (tmp_path / name).write_bytes(content)
+
+    def tokenised(*names: str) -> Any:
+        files = [
+            {"path": str(tmp_path / n), "shown": f"{n}.jsonl", "sha256": "", "size": 9, "part": at}
+            for at, n in enumerate(names)
+        ]
+        sources = [{"path": f"{name}.jsonl"} for name in names]
+        out = {"base": str(base), "out": str(tmp_path / "out"), "settings": {}, "seed": 1}
+        return work({"step": "tokenise", "files": files, "sources": sources, **out})
+
+    assert ("dpo", 6, 12) == tuple(
+        tokenised("a", "b")[k] for k in ("objective", "rows", "documents")
+    )
+    with pytest.raises(DataError, match=r"DATA-215 c\.jsonl line 1: is of shape messages") as error:
+        tokenised("a", "c")
+    assert "a.jsonl line 1 is of shape preference" in str(error.value)

@@ -133,10 +133,8 @@ def _read(
     file: File | fetch.Seen, part: int, settings: Settings, vocabulary: Vocabulary
 ) -> CheckedFile:
     own = settings.sources[part] if settings.sources else settings
-    columns = formats.Columns(
-        *(getattr(own, name) or getattr(settings, name) for name in mixture.COLUMNS),
-        objective=settings.objective,
-    )
+    names = (getattr(own, name) or getattr(settings, name) for name in mixture.COLUMNS)
+    columns = replace(formats.Columns(*names), objective=settings.objective)
     extension = settings.dataset_extension
     if isinstance(file, File):
         rows = check_file(

@@ -436,6 +436,17 @@ def test_long_pairs_are_cut_or_left_out_as_pairs(
     assert says in " ".join(packed["notes"])
 
 
+def test_answers_that_differ_only_in_what_is_cut_off_are_left_out(prepare: Any) -> None:
+    """Two sequences that are the same cannot be told apart, and are counted as left out."""
+    start = " ".join(["more"] * 60)
+    late = {"prompt": "a ?", "chosen": f"{start} yes", "rejected": f"{start} no"}
+    content = lines({"prompt": "b ?", "chosen": "yes", "rejected": "no"}, late)
+    _, packed = prepare(content, max_length=40, over_length="truncate")
+
+    assert 1 == packed["train"]["rows"]
+    assert {"no token to learn after cutting": 1} == packed["dropped"]
+
+
 def test_copies_of_a_pair_are_on_one_side_of_the_split(prepare: Any) -> None:
     """Held-out accuracy is not that of pairs that were trained on."""
     content = lines(*[pair(n) for n in range(6)] * 2)

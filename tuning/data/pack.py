@@ -223,7 +223,8 @@ class _Packing:
         cut: list[Piece] = []
         if self.policy != "drop":
             cut = pair_pieces(row, trained, lengths, self.request["max_length"], lead)
-        kept = cut if all(map(self._has_trained_token, cut)) else []
+        parts = {ids[p.start : p.end].tobytes() for (ids, _), p in zip(both, cut, strict=False)}
+        kept = cut if len(parts) == 2 and all(map(self._has_trained_token, cut)) else []
         self.counts["rows"] += 1
         self.counts["truncated" if kept else "dropped"] += 1
         self.dropped["no token to learn after cutting"] += bool(cut) and not kept

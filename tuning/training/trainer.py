@@ -132,8 +132,7 @@ class Exact(SFTTrainer):  # type: ignore[misc]
         if self.eval_dataset is None:
             return None
         metrics = self.evaluate()
-        names = ("eval_reward_accuracy", "eval_reward_margin")
-        self.held_out = {name: finite(metrics[name]) for name in names if name in metrics}
+        self.held_out = {k: finite(v) for k, v in metrics.items() if k.startswith("eval_reward")}
         return finite(metrics["eval_loss"])
 
     def keep_best(self) -> None:
@@ -199,7 +198,7 @@ class Exact(SFTTrainer):  # type: ignore[misc]
         self.save(checkpoint.capture_random())
 
     def _load_from_checkpoint(self, folder: str, model: Any = None) -> None:
-        stored = checkpoint.unpack_tensors(_read(folder, "weights.safetensors"))
+        stored = checkpoint.unpack_tensors(Path(folder, "weights.safetensors").read_bytes())
         weights = self.trained()
         if stored.keys() != weights.keys():
             raise AssertionError("the checkpoint holds other weights than the recipe's")
@@ -211,8 +210,8 @@ class Exact(SFTTrainer):  # type: ignore[misc]
     def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
         if folder is None:
             return
-        state = json.loads(_read(folder, "state.json"))
-        tensors = checkpoint.unpack_tensors(_read(folder, "optimizer.safetensors"))
+        state = json.loads(Path(folder, "state.json").read_bytes())
+        tensors = checkpoint.unpack_tensors(Path(folder, "optimizer.safetensors").read_bytes())
         joined = checkpoint.join_optimizer(tensors, state["optimizer"])
         groups = self.optimizer.param_groups
         for number, parameter in enumerate(p for group in groups for p in group["params"]):
@@ -223,12 +222,12 @@ class Exact(SFTTrainer):  # type: ignore[misc]
 
     def _load_scaler(self, folder: str | None) -> None:
         if folder is not None and self.half:
-            state = json.loads(_read(folder, "state.json"))
+            state = json.loads(Path(folder, "state.json").read_bytes())
             self.accelerator.scaler.load_state_dict(state["scaler"])
 
     def _load_rng_state(self, folder: str | None) -> None:
         if folder is not None:
-            states = json.loads(_read(folder, "state.json"))["random"]
+            states = json.loads(Path(folder, "state.json").read_bytes())["random"]
             self.random = states[self.ranks.number % len(states)]
             checkpoint.restore_random(self.random)
 
@@ -399,7 +398,3 @@ class Exact(SFTTrainer):  # type: ignore[misc]
 
     def _send_telemetry(self) -> None:
         """Send nothing."""
-
-
-def _read(folder: str, name: str) -> bytes:
-    return (Path(folder) / name).read_bytes()

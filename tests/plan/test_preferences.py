@@ -7,7 +7,7 @@ import pytest
 from tuning import plan
 from tuning.errors import SpecError
 from tuning.plan import Lengths, sizing
-from tuning.spec import Destination, Settings, Source, Spec
+from tuning.spec import Destination, Settings, Source, Spec, coercion, keys
 
 H100 = plan.device_of("Standard_NC40ads_H100_v5")
 PAIRS = Lengths(rows=2_000, tokens=400_000, longest=700, objective="dpo")
@@ -124,3 +124,14 @@ def test_the_predicted_time_counts_the_passes_of_the_reference():
         tokens = recipe.steps * recipe.global_batch * recipe.max_length
         times[recipe.objective] = decided.seconds * decided.tokens_per_second / tokens
     assert {"dpo": 3.0, "kto": 2.5} == pytest.approx(times)
+
+
+@pytest.mark.parametrize("name", ["orpo", "simpo", "ipo", "grpo", "ppo", "reward"])
+def test_other_objectives_are_refused_with_a_pointer(name):
+    """What is there is listed, and where the others are."""
+    key = keys.sections()["DatasetConfig"]["objective"]
+    with pytest.raises(coercion.Invalid) as error:
+        coercion.coerce(key, name)
+
+    assert "use one of sft, dpo, kto" in error.value.change
+    assert "https://huggingface.co/docs/trl" in error.value.change

@@ -335,7 +335,9 @@ def clean_environment() -> dict[str, str]:
     kept = {
         name: value
         for name, value in os.environ.items()
-        if not any(word in name.upper() for word in ("TOKEN", "SECRET", "PASSWORD", "CREDENTIAL"))
+        if not any(
+            word in name.upper() for word in ("TOKEN", "SECRET", "PASSWORD", "CREDENTIAL", "_KEY")
+        )
         and name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
     }
     allocator = {} if "PYTORCH_CUDA_ALLOC_CONF" in kept else {ALLOCATOR: "expandable_segments:True"}

@@ -181,6 +181,13 @@ def deliver(run: Run, decided: Plan, digest: str) -> tuple[str, ...]:
     return tuple(done["references"])
 
 
+def facts(training: Value, digest: str, references: tuple[str, ...]) -> Value:
+    """What a tracker shows of a finished run beside its curves."""
+    names = ("eval_loss_before", "eval_loss_after", "best_step")
+    known = {name: training[name] for name in names if training.get(name) is not None}
+    return known | {"image": ", ".join(references), "image_digest": digest}
+
+
 def save_inputs(run: Run, decided: Plan) -> None:
     """Write spec.yaml, which may hold tokens in URLs, and plan.json."""
     files.write(run.folder / "spec.yaml", specs.dump(run.spec), mode=0o600)

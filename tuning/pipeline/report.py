@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tuning import files
-from tuning.pipeline import outcome
+from tuning.pipeline import outcome, tracking
 
 WIDTH, HEIGHT, EDGE = 640, 220, 44  # of the chart, in pixels
 RELOAD = '<meta http-equiv="refresh" content="5">'
@@ -56,7 +56,12 @@ def page(run: Path, *, name: str, reload: bool = False, ended: str = "") -> str:
             [(r["step"], r.get("loss")) for r in records if "eval_loss" not in r],
             [(r["step"], r["eval_loss"]) for r in records if "eval_loss" in r],
         ),
-        tables=_table(("now", ""), _now(now)) + _table(*_planned(run, now)),
+        tables=_table(("now", ""), _now(now))
+        + _table(*_planned(run, now))
+        + "".join(
+            f'<p>{html.escape(name)}: <a href="{html.escape(link)}">{html.escape(link)}</a></p>'
+            for name, link in tracking.links(run).items()
+        ),
     )
 
 

@@ -35,7 +35,7 @@ def train(
         adopt = partial(run.interruptible, lambda: _adopt(run, pushed, model))
         return run.journal.do("train", key, adopt, outputs=lambda _: _trained(run))
     output = run.folder / "adapter" / WEIGHTS
-    trained = run.journal.current("train", key) is not None and output.exists()
+    trained = is_trained(run, recipe.run_id)
     if not trained and (changes := changed(output.parent, recipe)):
         text = "the adapter in this run directory was trained otherwise and will be replaced: "
         run.console.say(f"  {text}{', '.join(changes)}", style="yellow")
@@ -72,6 +72,13 @@ def train(
         return done
 
     return run.journal.do("train", key, work, outputs=lambda _: _trained(run), needs=("pack",))
+
+
+def is_trained(run: Run, run_id: str) -> bool:
+    """Whether this run directory has the adapter of the run already."""
+    key = key_of(run_id, run.options.questions)
+    there = (run.folder / "adapter" / WEIGHTS).exists()
+    return run.journal.current("train", key) is not None and there
 
 
 def _trained(run: Run) -> list[Path]:

@@ -326,6 +326,9 @@ def _dump_stacks(child: subprocess.Popen[bytes], log: Path) -> None:
             return
 
 
+_SECRET = ("TOKEN", "SECRET", "PASSWORD", "CREDENTIAL", "_KEY")
+
+
 def clean_environment() -> dict[str, str]:
     """The environment of a child: ours without secrets, offline, with a fixed hash seed.
 
@@ -335,9 +338,7 @@ def clean_environment() -> dict[str, str]:
     kept = {
         name: value
         for name, value in os.environ.items()
-        if not any(
-            word in name.upper() for word in ("TOKEN", "SECRET", "PASSWORD", "CREDENTIAL", "_KEY")
-        )
+        if not any(word in name.upper() for word in _SECRET)
         and name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
     }
     allocator = {} if "PYTORCH_CUDA_ALLOC_CONF" in kept else {ALLOCATOR: "expandable_segments:True"}

@@ -186,9 +186,8 @@ def server_address(value: Any) -> str:
     bare = not any(c in url for c in "@?#\\ ") and url.isascii() and url.isprintable()
     if not sound or not bare or len(url) > MAX_ADDRESS:
         change = "write http:// or https:// and a host, without a login or a query"
-        raise Invalid(
-            f"is {shown(redact(f'{value}'))}, not the address of a server", change, code="SPEC-104"
-        )
+        what = f"is {shown(redact(f'{value}'))}, not the address of a server"
+        raise Invalid(what, change, code="SPEC-104")
     return url.rstrip("/")
 
 

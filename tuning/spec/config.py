@@ -108,19 +108,9 @@ def _flattened(content: dict[str, Any], known: dict[str, Key]) -> list[tuple[str
 _SHARE = "DatasetConfig.train_test_split, the share that is trained on (0.9 holds a tenth out)"
 _BATCH = "TrainingArguments.per_device_train_batch_size"
 # Trackers of transformers that are not fed: files that name them pass, with a note.
-_NOT_FED = frozenset(
-    [
-        "all",
-        "azure_ml",
-        "clearml",
-        "codecarbon",
-        "comet_ml",
-        "dagshub",
-        "dvclive",
-        "flyte",
-        "neptune",
-        "swanlab",
-    ]
+_NOT_FED = (
+    *("all", "azure_ml", "clearml", "codecarbon", "comet_ml"),
+    *("dagshub", "dvclive", "flyte", "neptune", "swanlab"),
 )
 _ELSEWHERE = (
     dict.fromkeys(("rank", "lora_r", "lora_rank"), "LoraConfig.r")
@@ -227,11 +217,9 @@ def _fed(value: Any, path: Path, findings: Findings) -> list[Any]:
     fed = []
     for each in items_of(value):
         name = each.strip().lower() if isinstance(each, str) else each
-        if isinstance(name, str) and name in _NOT_FED:
-            known = "mlflow, wandb, tensorboard and trackio are"
-            findings.note(
-                path, f"{shown(each)} is ignored, because no such tracker is fed; {known}"
-            )
+        if name in _NOT_FED:
+            why = "no such tracker is fed; mlflow, wandb, tensorboard and trackio are"
+            findings.note(path, f"{shown(each)} is ignored, because {why}")
         elif name != "none":
             fed.append(name)
     return fed

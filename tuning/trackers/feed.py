@@ -106,9 +106,11 @@ def work(request: dict[str, Any]) -> dict[str, Any]:
     state = replace(State.read(path, run.identity), done=False, problem="")
     metrics = Metrics(Path(request["metrics"]), request["before"])
     tracker: Tracker | None = None
-    pause, again = 0.0, 0.0
+    ended: dict[str, Any] | None = None
+    pause, again = 0.0, 0.0  # seconds before another try, and when it is
     while not state.done:
-        ended = files.read_json(end) if end.exists() else None
+        if ended is None and end.exists():
+            ended, again = files.read_json(end), 0.0
         try:
             if time.monotonic() >= again:
                 points = metrics.after(state.sent)

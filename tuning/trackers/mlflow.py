@@ -145,7 +145,8 @@ class Mlflow:
                 timeout=TIMEOUT,
             )
         except Unreachable as error:
-            raise Failed(f"cannot be reached ({error})") from None
+            why = ": ".join(filter(None, (error.kind, error.reason)))
+            raise Failed(f"cannot be reached ({why})") from None
         except NotAllowed as error:
             change = "allow the host with --allow-host, or in the policy's allowHosts"
             raise Failed(f"{error}, a private address: {change}") from None

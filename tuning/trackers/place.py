@@ -20,6 +20,7 @@ KEY = "TrainingArguments.report_to"
 PACKAGES = ("wandb", "trackio")  # the other trackers need none
 OFFLINE = ("offline", "dryrun", "disabled")
 ADDRESS = {"mlflow": "MLFLOW_TRACKING_URI", "wandb": "WANDB_BASE_URL"}
+LOGINS = ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD", "WANDB_API_KEY")
 CONFIG = {"mlflow": "mlflow_tracking_uri", "wandb": "wandb_base_url"}
 
 
@@ -90,7 +91,12 @@ def _problems(
         what = "names mlflow, and nothing says where its server is"
         change = "set TrainingArguments.mlflow_tracking_uri or MLFLOW_TRACKING_URI"
         yield Problem("TRACK-102", KEY, what, change)
-    if where.address and not where.trusted and policy and (fact := _fact(where.address, policy)):
+    if (
+        where.address
+        and not where.trusted
+        and policy
+        and (fact := _fact(where.address, policy, secrets))
+    ):
         host = urlsplit(where.address).netloc
         what = f"is {where.address}, which {fact}"
         change = f"give --allow-host {host}, or list it in the policy's allowHosts"
@@ -101,13 +107,16 @@ def _problems(
         yield Problem("TRACK-104", KEY, what, change)
 
 
-def _fact(address: str, policy: Policy) -> str | None:
+def _fact(address: str, policy: Policy, secrets: Path | None) -> str | None:
     """What keeps a run from connecting to `address`, or None. Names are resolved later."""
     if policy.refusal(address):
         return "is not a public address"
     _, host, port = network_policy.place(address)
-    plain = address.startswith("http:") and not policy.plain_http
-    return "is plain http" if plain and not policy.allows_name(host, port) else None
+    if not address.startswith("http:") or policy.allows_name(host, port):
+        return None
+    if any(value(name, secrets) for name in LOGINS):
+        return "is plain http, and the login would cross the network in clear text"
+    return None if policy.plain_http else "is plain http"
 
 
 def _has_key(address: str | None, secrets: Path | None) -> bool:

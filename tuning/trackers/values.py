@@ -24,6 +24,9 @@ NAMES = {
 }
 
 
+_NUMBERS = (int, float)
+
+
 class Failed(Exception):
     """A tracker took nothing, for the reason in the text; another try may succeed."""
 
@@ -46,8 +49,8 @@ class Point:
         """The point of a record in metrics.jsonl; numbers that are null are left out."""
         evaluation = "eval_loss" in record
         names = {"eval_loss": "eval_loss"} if evaluation else NAMES
-        found = {name: record.get(key) for key, name in names.items()}
-        values = {name: float(value) for name, value in found.items() if _is_number(value)}
+        found: dict[str, Any] = {name: record.get(key) for key, name in names.items()}
+        values = {name: float(value) for name, value in found.items() if type(value) in _NUMBERS}
         return cls(record["step"], values, evaluation)
 
     def grouped(self) -> dict[str, float]:
@@ -56,10 +59,6 @@ class Point:
             f"eval/{name.removeprefix('eval_')}" if self.evaluation else f"train/{name}": value
             for name, value in self.values.items()
         }
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)

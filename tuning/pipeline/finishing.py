@@ -97,6 +97,7 @@ def package(run: Run, decided: Plan, training: Value, packed: Value, model: base
         loss_before=training["eval_loss_before"],
         loss_after=training["eval_loss_after"],
         best_step=training["best_step"],
+        stopped=training.get("stopped"),
         ends=tuple(training.get("ends") or ()),
         datasets=[each.origin for each in run.datasets],
     )

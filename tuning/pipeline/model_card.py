@@ -41,6 +41,7 @@ class Facts:
     loss_before: float | None = None  # on the held-out rows, base alone
     loss_after: float | None = None
     best_step: int | None = None  # step of the weights, if not the last
+    stopped: dict[str, int] | None = None  # by early stopping: "at", "no_better_since"
     ends: Sequence[str] = ()  # tokens that end an answer, if others than the tokenizer's one
     datasets: Sequence[dict[str, Any]] = ()  # of the hub: Pinned.origin
 
@@ -88,6 +89,7 @@ def provenance(recipe: dict[str, Any], *, run_id: str, facts: Facts) -> dict[str
             "best_step": facts.best_step,
             "perplexity_before": perplexity(facts.loss_before),
             "perplexity_after": perplexity(facts.loss_after),
+            **({"stopped": facts.stopped} if facts.stopped else {}),
         },
         **({"ends": list(facts.ends)} if facts.ends else {}),
         **({"datasets": list(facts.datasets)} if facts.datasets else {}),
@@ -105,6 +107,7 @@ def training(record: dict[str, Any]) -> dict[str, Any]:
         "eval_loss_before": record["evaluation"]["loss_before"],
         "eval_loss_after": record["evaluation"]["loss_after"],
         "best_step": record["evaluation"]["best_step"],
+        "stopped": record["evaluation"].get("stopped"),
         "tokens": 0,
         "tokens_per_second": 0.0,
         "seconds": 0.0,
@@ -139,6 +142,8 @@ def card(recipe: dict[str, Any], *, run_id: str, facts: Facts) -> str:
         rows.insert(6, ("loss on held-out rows", held_out))
         before, after = perplexity(facts.loss_before), perplexity(facts.loss_after)
         rows.insert(7, ("perplexity on held-out rows", f"{before:.4g} -> {after:.4g}"))
+    if facts.stopped:
+        rows.append(("stopped early", stopped_text(facts.stopped, recipe["steps"])))
     if facts.best_step is not None:
         rows.append(("weights", f"of step {facts.best_step:,}, the best on the held-out rows"))
     if tokens := recipe.get("new_tokens"):
@@ -180,6 +185,12 @@ Loss by step: `{curve(losses)}`
 
 {versions}
 """
+
+
+def stopped_text(stopped: dict[str, int], steps: int) -> str:
+    """Where early stopping ended the training, and why."""
+    since = stopped["no_better_since"]
+    return f"at step {stopped['at']:,} of {steps:,}, no better since step {since:,}"
 
 
 def _metadata(recipe: dict[str, Any], facts: Facts) -> str:

@@ -44,9 +44,11 @@ def page(run: Path, *, name: str, reload: bool = False, ended: str = "") -> str:
     now, records = outcome.progress(run), _records(run)
     idle = "no step done" if ended else "not training yet"
     state = f"step {now['step']:,} of {now.get('steps', 0):,}" if now else idle
+    if now and isinstance(now.get("no_better_since"), int):
+        state += f": stopped, no better on held-out rows since step {now['no_better_since']:,}"
     if ended:
         state = f"{ended} ({state})"
-    if now and reload and now.get("eta_seconds"):
+    elif now and reload and now.get("eta_seconds"):
         state += f", {now['eta_seconds'] / 60:,.0f} min to go"
     return PAGE.format(
         reload=RELOAD if reload else "",

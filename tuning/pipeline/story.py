@@ -166,7 +166,7 @@ def _success(summary: Summary, folder: Path) -> outcome.Outcome:
     return outcome.Outcome(
         phase="finish",
         code=0,
-        step=training["steps"],
+        step=(training.get("stopped") or {"at": training["steps"]})["at"],
         steps=training["steps"],
         loss=training["loss_last"],
         digest=summary.digest,

@@ -65,6 +65,8 @@ def train(
         with run.console.work("Training", unit="steps") as report:
             done = _fitting(run, request, decided, report)
         run.note(f"after training: {what}" for what in done.get("lost", ()))
+        if stopped := done.get("stopped"):
+            run.note([f"stopped {model_card.stopped_text(stopped, recipe.steps)}"])
         if done.get("resumed_from"):
             run.note([f"continued from the checkpoint of step {done['resumed_from']:,}"])
         if files.digest_file(output) != done["adapter_sha256"]:

@@ -53,6 +53,8 @@ class Recipe:
     seed: int
     eval_steps: int | None
     keep_best: bool = False  # the weights with the lowest evaluation loss, not the last ones
+    patience: int | None = None  # evaluations without a lower loss that end the training
+    patience_threshold: float | None = None  # by how much it must be lower
     over_length: str | None = None  # None: auto
     split_seed: int | None = None  # of the evaluation split; None: the seed
     new_tokens: tuple[str, ...] = ()  # of the tokenizer; their rows are trained
@@ -64,7 +66,8 @@ class Recipe:
     def to_json(self) -> dict[str, Any]:
         """The record that the adapter holds; fields of later versions only if they are set."""
         record = asdict(self)
-        return {k: v for k, v in record.items() if v or k not in ("new_tokens", "start_adapter")}
+        later = ("new_tokens", "start_adapter", "patience", "patience_threshold")
+        return {k: v for k, v in record.items() if v or k not in later}
 
     @property
     def run_id(self) -> str:

@@ -171,9 +171,8 @@ def test_a_run_struck_around_its_early_stop_ends_in_the_same_bytes(
 def test_a_training_that_ends_early_for_any_other_reason_is_no_success(tmp_path: Path) -> None:
     """The finish gate makes its one exception for early stopping alone."""
     with pytest.raises(TuningError, match="TRAIN-150"):
-        finish.finish(
-            tmp_path / "adapter", tensors={}, config={}, save_tokenizer=files.digest, step=3, steps=4
-        )
+        nothing: dict[str, Any] = {"tensors": {}, "config": {}, "save_tokenizer": files.digest}
+        finish.finish(tmp_path / "adapter", **nothing, step=3, steps=4)
 
 
 LOSS = st.one_of(st.none(), st.sampled_from([0.5, 1.0, 1.0 + 1e-9, 1.25, 2.0]))

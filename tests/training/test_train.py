@@ -628,4 +628,3 @@ def test_several_gpus_walk_no_graph_for_unused_weights(tmp_path: Path) -> None:
 
     assert made.ddp_find_unused_parameters is False
     assert made.ddp_broadcast_buffers is False
-

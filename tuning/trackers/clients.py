@@ -52,7 +52,7 @@ class Wandb:
         self.id: str | None = run.identity
         self.link: str | None = self._run.url
         last = self._run.summary.get(STEP) if self.link else None  # offline it knows nothing
-        self.sent: Key | None = None if self.link is None else (int(last), 0) if last else BEFORE
+        self.sent: Key | int | None = None if self.link is None else int(last) if last else BEFORE
 
     def send(self, points: Sequence[Point]) -> None:
         """Hand the points to its process."""
@@ -84,7 +84,7 @@ class Trackio:
         )
         self.id: str | None = run.name
         last = self._run._initial_last_step
-        self.sent: Key | None = BEFORE if last is None else (int(last), 0)
+        self.sent: Key | int | None = BEFORE if last is None else int(last)
 
     def send(self, points: Sequence[Point]) -> None:
         """Hand the points to its thread."""

@@ -99,66 +99,75 @@ def _points(lines: bytes) -> Iterator[Point]:
             yield Point.of(record)
 
 
+class Feed:
+    """The points of one run on their way to one tracker."""
+
+    def __init__(self, request: dict[str, Any]) -> None:
+        self.request, self.path = request, Path(request["state"])
+        run = request["run"]
+        self.run = Identity(**run | {"run_dir": Path(run["run_dir"])})
+        self.metrics = Metrics(Path(request["metrics"]), request["before"])
+        self.state = replace(State.read(self.path, self.run.identity), done=False, problem="")
+        self.tracker: Tracker | None = None
+        self.pause = 0.0  # seconds before another try
+
+    def turn(self, ended: dict[str, Any] | None) -> bool:
+        """Send what there is, and how the run `ended`; whether there may be more at once."""
+        try:
+            return self._turn(ended)
+        except Exception as error:
+            self.tracker = None
+            self._keep(problem=_told(error))
+            logging.warning("%s", self.state.problem, exc_info=not isinstance(error, Failed))
+            self.pause = 1.0 if ended else min(LONGEST_PAUSE, 2 * self.pause or 1.0)
+            return False
+
+    def _turn(self, ended: dict[str, Any] | None) -> bool:
+        points = self.metrics.after(self.state.sent)
+        if not points and not ended:
+            return False
+        if self.tracker is None:
+            self.tracker = tracker = _opened(self.request, self.run, self.state)
+            self._keep(id=tracker.id, link=tracker.link, sent=_last(tracker, self.state.sent))
+            self.metrics.rewind()
+        elif points:
+            self.tracker.send(points)
+            self._keep(sent=points[-1].key, problem="")
+        elif ended:
+            self.tracker.close(ended["ending"], ended["facts"])
+            self._keep(done=True, problem="")
+        self.pause = 0.0
+        return not self.state.done
+
+    def _keep(self, **changes: Any) -> None:
+        self.state = replace(self.state, **changes)
+        files.write_json(self.path, asdict(self.state))
+
+
+def _last(tracker: Tracker, known: Key) -> Key:
+    """The last point that the tracker has; `known` is what it was sent before."""
+    sent = known if tracker.sent is None else tracker.sent
+    if isinstance(sent, int):
+        return max((sent, 0), known) if sent == known[0] else (sent, 0)
+    return sent
+
+
 def work(request: dict[str, Any]) -> dict[str, Any]:
     """Feed the tracker until the run is over; returns the last state."""
-    path, end = Path(request["state"]), Path(request["end"])
-    run = Identity(**request["run"] | {"run_dir": Path(request["run"]["run_dir"])})
-    state = replace(State.read(path, run.identity), done=False, problem="")
-    metrics = Metrics(Path(request["metrics"]), request["before"])
-    tracker: Tracker | None = None
-    ended: dict[str, Any] | None = None
-    pause, again = 0.0, 0.0  # seconds before another try, and when it is
-    while not state.done:
+    feed, end = Feed(request), Path(request["end"])
+    again, ended = 0.0, None
+    while not feed.state.done:
+        failing = bool(feed.state.problem)
         if ended is None and end.exists():
             ended, again = files.read_json(end), 0.0
-        try:
-            if time.monotonic() >= again:
-                points = metrics.after(state.sent)
-                if tracker is None and (points or ended):
-                    tracker = _opened(request, run, state)
-                    state = _met(state, tracker)
-                    metrics.rewind()
-                elif tracker is not None:
-                    state = _sent(state, tracker, points, ended)
-                    if points or ended or state.problem:
-                        state = replace(state, problem="")
-                        files.write_json(path, asdict(state))
-                    if points:
-                        continue
-                pause = 0.0
-        except Exception as error:
-            tracker, known = None, state.problem
-            state = replace(state, problem=_told(error))
-            files.write_json(path, asdict(state))
-            logging.warning("%s", state.problem, exc_info=not isinstance(error, Failed))
-            if ended and known:  # it had its time
-                break
-            pause = 1.0 if ended else min(LONGEST_PAUSE, 2 * pause or 1.0)
-            again = time.monotonic() + pause
-        if not state.done:
+        if time.monotonic() < again:
             time.sleep(POLL)
-    return asdict(state)
-
-
-def _sent(
-    state: State, tracker: Tracker, points: list[Point], ended: dict[str, Any] | None
-) -> State:
-    """The state after `points`, or after the end of the run once there are no more."""
-    if points:
-        tracker.send(points)
-        return replace(state, sent=points[-1].key)
-    if ended:
-        tracker.close(ended["ending"], ended["facts"])
-        return replace(state, done=True)
-    return state
-
-
-def _met(state: State, tracker: Tracker) -> State:
-    """The state with what the opened tracker says of the run."""
-    sent = state.sent if tracker.sent is None else tracker.sent
-    if sent[0] == state.sent[0]:
-        sent = max(sent, state.sent)
-    return replace(state, id=tracker.id, link=tracker.link, sent=sent)
+            continue
+        more = feed.turn(ended)
+        if ended and failing and feed.state.problem:  # it had its time
+            break
+        again = time.monotonic() + (0.0 if more else POLL + feed.pause)
+    return asdict(feed.state)
 
 
 def _told(error: Exception) -> str:

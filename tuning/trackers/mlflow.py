@@ -60,7 +60,7 @@ class Mlflow:
         """`known` is the id that MLflow gave the run at an earlier start."""
         self._session, self._headers = session, headers
         self._api = f"{address}/api/2.0/mlflow"
-        self.sent: Key | None = BEFORE
+        self.sent: Key | int | None = BEFORE
         self.id: str | None
         experiment = self._experiment(run.project or "tuning")
         found = self._found(experiment, run.identity, known)

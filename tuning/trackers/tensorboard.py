@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ class TensorBoard:
 
     id: str | None = None
     link: str | None = None
+    sent: Key | int | None
 
     def __init__(self, folder: Path, run: Identity) -> None:
         """Open the file in `folder`, made if absent."""
@@ -33,34 +34,36 @@ class TensorBoard:
         name = f"events.out.tfevents.{int(time.time())}.{run.identity}"
         path = there[0] if there else folder / name
         end, sent = 0, BEFORE
-        data = path.read_bytes() if path.exists() else b""
-        for event, end in _records(data):  # noqa: B007
+        for event, end in _records(path.read_bytes() if path.exists() else b""):  # noqa: B007
             sent = max(sent, _key(event))
-        self.sent: Key | None = sent
-        self._file = path.open("ab")
-        self._file.truncate(end)
+        self._path, self.sent = path, sent
+        with path.open("ab") as file:
+            file.truncate(end)
         if not end:
-            self._write(_text(3, "brain.Event:2"))
-        self._file.flush()
+            self._append([_text(3, "brain.Event:2")])
 
     def send(self, points: Sequence[Point]) -> None:
         """Append an event for each point."""
-        for point in points:
-            values = b"".join(
-                _message(1, _text(1, tag) + _tag(2, 5) + _float(value))
-                for tag, value in point.grouped().items()
-            )
-            self._write(_tag(_STEP, 0) + _varint(point.step) + _message(_SUMMARY, values))
-        self._file.flush()
+        self._append(_event(point) for point in points)
 
     def close(self, ending: Ending, facts: dict[str, Any]) -> None:
-        """Close the file."""
-        self._file.close()
+        """Nothing is left to do."""
 
-    def _write(self, event: bytes) -> None:
-        data = _tag(1, 1) + struct.pack("<d", time.time()) + event
-        size = struct.pack("<Q", len(data))
-        self._file.write(size + _checksum(size) + data + _checksum(data))
+    def _append(self, events: Iterable[bytes]) -> None:
+        now = _tag(1, 1) + struct.pack("<d", time.time())
+        with self._path.open("ab") as file:
+            for event in events:
+                data = now + event
+                size = struct.pack("<Q", len(data))
+                file.write(size + _checksum(size) + data + _checksum(data))
+
+
+def _event(point: Point) -> bytes:
+    values = b"".join(
+        _message(1, _text(1, tag) + _tag(2, 5) + _float(value))
+        for tag, value in point.grouped().items()
+    )
+    return _tag(_STEP, 0) + _varint(point.step) + _message(_SUMMARY, values)
 
 
 def _records(data: bytes) -> Iterator[tuple[bytes, int]]:
@@ -78,7 +81,7 @@ def _records(data: bytes) -> Iterator[tuple[bytes, int]]:
 
 
 def _key(event: bytes) -> Key:
-    """Step and kind of an event that `_write` wrote."""
+    """Step and kind of an event that `send` wrote."""
     if event[9:10] != _tag(_STEP, 0):
         return BEFORE
     step, shift = 0, 0

@@ -77,7 +77,7 @@ class Tracker(Protocol):
 
     id: str | None  # the tracker's own name of the run, if it gives one
     link: str | None  # page of the run
-    sent: Key | None  # the last point that it has; None if it cannot say
+    sent: Key | int | None  # the last point that it has, or its step; None if it cannot say
 
     def send(self, points: Sequence[Point]) -> None:
         """Add points, which are in order and after `sent`."""

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
 from commands import workspace
 from fake_mlflow import Mlflow
 from faults.kills import Aim, Ended, Run, released
 from trackers.test_feed import events
 
-TINY, ROWS = Path("examples/tiny-model").resolve(), Path("examples/data/demo.jsonl").resolve()
+from tuning.pipeline import report
+
 STEP = Aim("open", r"metrics\.jsonl a", "tuning.training.train", nth=3, after=True)
 SETTINGS: dict[str, Any] = {"max_steps": 6, "save_steps": 2, "eval_steps": 2}
 SPLIT = {"DatasetConfig": {"train_test_split": 0.9}}
@@ -26,11 +29,24 @@ def server() -> Iterator[Mlflow]:
         yield running
 
 
-def run(folder: Path, name: str, *, aim: Aim | None = None, **settings: Any) -> Ended:
-    """`tuning run` of four hundred rows, six steps, an evaluation after each second."""
+Do = Callable[..., Ended]
+
+
+@pytest.fixture(scope="module")
+def run(tiny_base: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Do:
+    """`run(folder, name)`: a `tuning run` of six steps, with an evaluation after each second."""
+    rows = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    made = [json.dumps(row) + "\n" for row in tiny_models.message_rows(24)]
+    rows.write_text("".join(made))
+    return partial(tune, rows, tiny_base("llama"))
+
+
+def tune(
+    rows: Path, base: Path, folder: Path, name: str, *, aim: Aim | None = None, **settings: Any
+) -> Ended:
     file = workspace(folder / "demo.yaml", settings=SETTINGS | settings, sections=SPLIT)
     command = [
-        *("run", "-f", file, "--base-model", TINY, "--data", ROWS, "--run-dir", folder / name),
+        *("run", "-f", file, "--base-model", base, "--data", rows, "--run-dir", folder / name),
         *("--output", f"oci:{folder / name}-image", "--allow-host", "127.0.0.1", "--json"),
     ]
     ended = Run(command, aim=aim).end()
@@ -43,83 +59,66 @@ def digest(ended: Ended) -> str:
     return str(json.loads(ended.out)["digest"])
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The digest of a run that reports to nobody."""
-    return digest(run(tmp_path_factory.mktemp("alone"), "run"))
-
-
-def test_a_run_that_was_killed_twice_is_one_curve(
-    alone: str, server: Mlflow, tmp_path: Path
+def test_a_run_that_was_killed_twice_is_one_curve_and_a_dead_tracker_costs_a_warning(
+    run: Do, server: Mlflow, tmp_path: Path
 ) -> None:
-    """MLflow and TensorBoard have each step and evaluation once; the image is as without them."""
+    """MLflow and TensorBoard have each step and evaluation once; the image is as without them.
+
+    At the third start MLflow answers nothing any more: the run ends well, soon and with a warning,
+    and the same command again sends the rest.
+    """
+    alone = digest(run(tmp_path, "alone"))
     where = {"report_to": ["mlflow", "tensorboard"], "mlflow_tracking_uri": server.url}
     killed = [run(tmp_path, "run", aim=STEP, **where).status for _ in range(2)]
+    had = server.curve("loss")
+    server.fault = "silent"
     ended = run(tmp_path, "run", **where)
+    seconds = time.time() - (tmp_path / "run-image" / "index.json").stat().st_mtime
+    server.fault = ""
+    server.released.set()
+    again = run(tmp_path, "run", **where)
 
     assert [-9, -9] == killed
-    assert alone == digest(ended)
+    assert had
+    assert had[-1][0] < 6
+    assert alone == digest(ended) == digest(again)
+    assert 2 == ended.err.count("tracker mlflow"), ended.err
+    assert "the same command again sends the rest" in ended.err
+    assert seconds < 45
+    assert "nothing was done" in again.err
     assert list(range(1, 7)) == [step for step, _ in server.curve("loss")]
     assert [2, 4, 6] == [step for step, _ in server.curve("eval_loss")]
     (shown,) = server.runs
-    assert "FINISHED" == shown.status
-    assert alone == shown.tags["image_digest"]
-    assert "lora" == shown.params["method"]
+    assert ("FINISHED", "lora") == (shown.status, shown.params["method"])
     (folder,) = (tmp_path / "run" / "tensorboard").iterdir()
     assert f"demo-{shown.params['run_id'][:8]}" == shown.name == folder.name
-    in_order = sorted([*range(1, 7), 2, 4, 6])
-    assert in_order == [step for step, _ in events(folder)]
-    # the link is told, journalled and on the page; not in the image
+    assert sorted([*range(1, 7), 2, 4, 6]) == [step for step, _ in events(folder)]
+    # the page is told and journalled, and not in the image
     link = f"{server.url}/#/experiments/1/runs/{shown.id}"
-    assert link in ended.err
-    assert link in (tmp_path / "run" / "report.html").read_text()
+    assert link in ended.err + again.err
     journal = (tmp_path / "run" / "journal.jsonl").read_text().splitlines()
     told = [r for r in map(json.loads, journal) if r["phase"] == "track"]
-    assert ("sent", link, 6) == next(
-        (r["event"], r["link"], r["step"]) for r in told if r["tracker"] == "mlflow"
-    )
+    ends = [(r["event"], r["link"], r["step"]) for r in told if r["tracker"] == "mlflow"]
+    assert ("sent", link, 6) == ends[-1]
+    assert link in report.page(tmp_path / "run", name="demo")
     for path in (tmp_path / "run" / "image").rglob("*"):
         assert path.is_dir() or server.url.encode() not in path.read_bytes()
 
 
-def test_a_tracker_that_never_answers_costs_a_warning(
-    alone: str, server: Mlflow, tmp_path: Path
-) -> None:
-    """The run ends with the same image, soon after its end; the same command sends the rest."""
-    where = {"report_to": "mlflow", "mlflow_tracking_uri": server.url}
-    server.fault = "silent"
-    ended = run(tmp_path, "run", **where)
-
-    assert alone == digest(ended)
-    assert ended.err.count("tracker mlflow") in (1, 2), ended.err
-    last = ended.err.splitlines()[-1]
-    assert "the same command again sends the rest" in last
-    image = (tmp_path / "run-image" / "index.json").stat().st_mtime
-    assert time.time() - image < 45
-
-    server.fault = ""
-    server.released.set()
-    again = run(tmp_path, "run", **where)
-    assert alone == digest(again)
-    assert "nothing was done" in again.err
-    assert list(range(1, 7)) == [step for step, _ in server.curve("loss")]
-
-
-def test_early_stopping_ends_a_run_well_and_is_told_everywhere(tmp_path: Path) -> None:
-    """No loss is lower by 50: it stops after the second evaluation, exit 0; killed before, too."""
+@pytest.mark.slow
+def test_early_stopping_ends_a_run_well_and_is_told_everywhere(run: Do, tmp_path: Path) -> None:
+    """No loss is lower by 50: after a kill, too, it stops at the second evaluation, exit 0."""
     stops = {"early_stopping_patience": 1, "early_stopping_threshold": 50, "max_steps": 60}
-    calm = run(tmp_path, "calm", **stops)
-    struck = run(tmp_path, "struck", aim=STEP, **stops)
-    resumed = run(tmp_path, "struck", **stops)
+    struck = run(tmp_path, "run", aim=STEP, **stops)
+    ended = run(tmp_path, "run", **stops)
 
-    assert -9 == struck.status
-    assert digest(calm) == digest(resumed)
-    training = json.loads(calm.out)["training"]
+    assert (-9, 0) == (struck.status, ended.status), ended.err
+    training = json.loads(ended.out)["training"]
     assert {"at": 4, "no_better_since": 2} == training["stopped"]
     told = "at step 4 of 60, no better since step 2"
-    assert f"stopped {told}" in calm.err
-    assert told in (tmp_path / "calm" / "adapter" / "README.md").read_text()
-    page = (tmp_path / "calm" / "report.html").read_text()
+    assert f"stopped {told}" in ended.err
+    assert told in (tmp_path / "run" / "adapter" / "README.md").read_text()
+    page = (tmp_path / "run" / "report.html").read_text()
     assert "step 4 of 60: stopped, no better on held-out rows since step 2" in page
-    lines = (tmp_path / "calm" / "metrics.jsonl").read_text().splitlines()
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert 2 == json.loads(lines[-1])["no_better_since"]

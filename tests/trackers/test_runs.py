@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from trackers.test_feed import events
 from tuning.pipeline import report
 
 STEP = Aim("open", r"metrics\.jsonl a", "tuning.training.train", nth=3, after=True)
+HANG = replace(STEP, nth=4, after=False, act="hang")  # three records are written, and no more
 SETTINGS: dict[str, Any] = {"max_steps": 6, "save_steps": 2, "eval_steps": 2}
 SPLIT = {"DatasetConfig": {"train_test_split": 0.9}}
 
@@ -42,14 +45,29 @@ def run(tiny_base: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 
 
 def tune(
-    rows: Path, base: Path, folder: Path, name: str, *, aim: Aim | None = None, **settings: Any
+    rows: Path,
+    base: Path,
+    folder: Path,
+    name: str,
+    *,
+    aim: Aim | None = None,
+    until: Callable[[], bool] | None = None,
+    **settings: Any,
 ) -> Ended:
+    """The run to its end; it is killed when `until` is true."""
     file = workspace(folder / "demo.yaml", settings=SETTINGS | settings, sections=SPLIT)
     command = [
         *("run", "-f", file, "--base-model", base, "--data", rows, "--run-dir", folder / name),
         *("--output", f"oci:{folder / name}-image", "--allow-host", "127.0.0.1", "--json"),
     ]
-    ended = Run(command, aim=aim).end()
+    running = Run(command, aim=aim)
+    if until is not None:
+        for _ in range(1000):
+            if until() or running.process.poll() is not None:
+                break
+            time.sleep(0.2)
+        running.send(signal.SIGKILL)
+    ended = running.end()
     released(folder / name)
     return ended
 
@@ -69,8 +87,12 @@ def test_a_run_that_was_killed_twice_is_one_curve_and_a_dead_tracker_costs_a_war
     """
     alone = digest(run(tmp_path, "alone"))
     where = {"report_to": ["mlflow", "tensorboard"], "mlflow_tracking_uri": server.url}
-    killed = [run(tmp_path, "run", aim=STEP, **where).status for _ in range(2)]
-    had = server.curve("loss")
+
+    def steps(count: int) -> Callable[[], bool]:
+        return lambda: bool(server.runs) and len(server.curve("loss")) >= count
+
+    killed = [run(tmp_path, "run", aim=HANG, until=steps(n), **where).status for n in (2, 4)]
+    had = len(server.curve("loss"))
     server.fault = "silent"
     ended = run(tmp_path, "run", **where)
     seconds = time.time() - (tmp_path / "run-image" / "index.json").stat().st_mtime
@@ -79,8 +101,7 @@ def test_a_run_that_was_killed_twice_is_one_curve_and_a_dead_tracker_costs_a_war
     again = run(tmp_path, "run", **where)
 
     assert [-9, -9] == killed
-    assert had
-    assert had[-1][0] < 6
+    assert 4 == had
     assert alone == digest(ended) == digest(again)
     assert 2 == ended.err.count("tracker mlflow"), ended.err
     assert "the same command again sends the rest" in ended.err

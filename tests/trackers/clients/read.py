@@ -42,27 +42,32 @@ def trackio(folder):
     return found
 
 
+def records(data):
+    """The records of a LevelDB log, which a W&B file is after seven bytes of its own."""
+    at, whole = 7, b""
+    while at + 7 <= len(data):
+        size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        if 32768 - at % 32768 < 7 or not kind:  # the rest of a block
+            at += 32768 - at % 32768
+            continue
+        whole = (b"" if kind in (1, 2) else whole) + data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4) and at <= len(data):
+            yield whole
+
+
 def wandb(folder):
     from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
 
     found = {}
     for path in sorted(Path(folder).rglob("*.wandb")):
-        store = DataStore()
-        store.open_for_scan(str(path))
-        while True:
-            try:
-                data = store.scan_data()
-            except AssertionError:  # cut off by a kill
-                break
-            if data is None:
-                break
+        for data in records(path.read_bytes()):
             record = wandb_internal_pb2.Record()
             record.ParseFromString(data)
             if record.WhichOneof("record_type") != "history":
                 continue
             row = {
-                "/".join(item.nested_key) or item.key: json.loads(item.value_json)
+                item.key or "/".join(item.nested_key): json.loads(item.value_json)
                 for item in record.history.item
             }
             for tag, value in row.items():
@@ -71,10 +76,5 @@ def wandb(folder):
     return found
 
 
-print(
-    json.dumps(
-        {"tensorboard": tensorboard, "mlflow": mlflow, "trackio": trackio, "wandb": wandb}[
-            sys.argv[1]
-        ](sys.argv[2])
-    )
-)
+READERS = {"tensorboard": tensorboard, "mlflow": mlflow, "trackio": trackio, "wandb": wandb}
+print(json.dumps(READERS[sys.argv[1]](sys.argv[2])))

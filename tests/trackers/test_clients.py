@@ -135,7 +135,7 @@ def test_mlflow_shows_one_curve_of_a_run_that_was_killed_twice(
 def test_local_stores_hold_one_curve_of_a_run_that_was_killed_twice(
     python: Path, tracker: str, tmp_path: Path
 ) -> None:
-    """TensorBoard's accumulator, Trackio's store and W&B's offline files: each step once."""
+    """TensorBoard's accumulator, Trackio's store and W&B's last offline file: each step once."""
     feed(python, tmp_path, tracker, None)
 
     place = {"tensorboard": tmp_path / "tensorboard" / "demo-0123", "wandb": tmp_path / "wandb"}

@@ -51,8 +51,9 @@ class Wandb:
         self._run.define_metric("*", step_metric=STEP)
         self.id: str | None = run.identity
         self.link: str | None = self._run.url
-        last = self._run.summary.get(STEP) if self.link else None  # offline it knows nothing
-        self.sent: Key | int | None = None if self.link is None else int(last) if last else BEFORE
+        # offline each start writes a file of its own, and a kill cuts the last one: all goes again
+        last = self._run.summary.get(STEP) if self.link else None
+        self.sent: Key | int | None = int(last) if last else BEFORE
 
     def send(self, points: Sequence[Point]) -> None:
         """Hand the points to its process."""

@@ -60,19 +60,19 @@ def wandb(folder):
     from wandb.proto import wandb_internal_pb2
 
     found = {}
-    for path in sorted(Path(folder).rglob("*.wandb")):
-        for data in records(path.read_bytes()):
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(data)
-            if record.WhichOneof("record_type") != "history":
-                continue
-            row = {
-                item.key or "/".join(item.nested_key): json.loads(item.value_json)
-                for item in record.history.item
-            }
-            for tag, value in row.items():
-                if not tag.startswith("_") and tag != "train/global_step":
-                    found.setdefault(tag, []).append([row["train/global_step"], value])
+    last = max(Path(folder).rglob("*.wandb"), key=lambda path: path.stat().st_mtime)
+    for data in records(last.read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        if record.WhichOneof("record_type") != "history":
+            continue
+        row = {
+            item.key or "/".join(item.nested_key): json.loads(item.value_json)
+            for item in record.history.item
+        }
+        for tag, value in row.items():
+            if not tag.startswith("_") and tag != "train/global_step":
+                found.setdefault(tag, []).append([row["train/global_step"], value])
     return found
 
 

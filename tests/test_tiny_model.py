@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from commands import good, tuning
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 FOLDER = EXAMPLES / "tiny-model"
@@ -176,10 +177,10 @@ def test_the_phrasings_of_a_relation_are_taught_or_held_out_never_both() -> None
 
 
 def test_the_base_model_answers_in_sentences_and_at_most_two_right() -> None:
-    told = script("score.py", FOLDER, QUESTIONS, "--json")
-    scored = json.loads(told)
-    assert scored["questions"] == 20
-    assert scored["right"]["base"] <= 2
+    scored = json.loads(good(tuning("eval", "--base", FOLDER, "--tasks", QUESTIONS, "--json")))
+    (task,) = scored["tasks"]
+    assert task["samples"] == 20
+    assert 20 * task["models"]["base"]["value"] <= 2
     for question in scored["asked"]:
         person = next(name for name in WORDS["newcomers"] if name in question["question"])
         assert question["replies"] == {"base": WORDS["unknown"].format(person=person)}

@@ -16,6 +16,7 @@ import zstandard
 from commands import good, tuning, workspace
 from fake_hub import FakeHub
 from faults.web import Origin
+from tokenizers import Tokenizer
 
 from tuning.cli import preview
 
@@ -214,6 +215,64 @@ def test_a_config_of_a_hub_dataset_is_previewed_by_its_name(tmp_path):
     assert f"org/two at {commit[:12]}: config de, split train, 2 files" in first.stderr
     assert "not trained, as other splits: validation, test" in first.stderr
     assert content["files"] == again["files"]
+
+
+def test_a_mixture_of_a_hub_dataset_and_a_local_file_is_counted_part_by_part(tmp_path):
+    """70 to 30 of one config's train and a CSV of other columns: rows, tokens and trained tokens
+    are those of a count by hand, and the same run trains them.
+    """
+    rows = {
+        f"{name}/{split}.jsonl": (line(f"a word of {name}") * 50).encode()
+        for name in ("en", "de")
+        for split in ("train", "validation", "test")
+    }
+    configs = "".join(
+        f"- config_name: {name}\n  data_files:\n"
+        + "".join(
+            f"  - {{split: {split}, path: {name}/{split}.jsonl}}\n"
+            for split in ("train", "validation", "test")
+        )
+        for name in ("en", "de")
+    )
+    own = tmp_path / "own.csv"
+    own.write_text("Frage,Antwort\n" + "Wer?,Jemand.\n" * 30)
+    parts = [
+        {"path": "org/two*", "weight": 70},
+        {"path": "own.csv", "weight": 30, "context_column": "Frage", "response_column": "Antwort"},
+    ]
+    file = workspace(tmp_path / "mix.yaml", sections={"DatasetConfig": {"sources": parts}})
+    tokenizer = Tokenizer.from_file(str(TINY / "tokenizer.json"))
+
+    def length(text):
+        return len(tokenizer.encode(text, add_special_tokens=False))
+
+    with FakeHub() as hub:
+        hub.add("datasets/org/two", rows | {"README.md": f"---\nconfigs:\n{configs}---\n".encode()})
+        hf = {"HF_HOME": str(tmp_path / "hf"), "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0"}
+        common = ("-f", file, "--base-model", TINY, "--data", "org/two?config=de", "--data", own)
+        common += ("--allow-host", "127.0.0.1")
+        checked = tuning("check", *common, "--output", "oci:x", env=os.environ | hf)
+        common += ("--run-dir", tmp_path / "run")
+        content = json.loads(good(tuning("preview", *common, "--json", env=os.environ | hf)))
+        page = good(tuning("preview", *common, env=os.environ | hf))
+        layout = f"oci:{tmp_path / 'out'}"
+        good(tuning("run", *common, "--output", layout, env=os.environ | hf))
+
+    good(checked)
+    german, mine = content["sources"]
+    answer, other = length("a word of de<|end|>"), length("Jemand.<|end|>")
+    asked = length("<|begin|><|user|>Who?<|end|><|assistant|>")
+    question = length("<|begin|><|user|>Wer?<|end|><|assistant|>")
+    assert [50, 21] == [german["rows"], mine["rows"]]  # 50 / 70 of each hundredth
+    assert [50 * answer, 21 * other] == [german["trained_tokens"], mine["trained_tokens"]]
+    assert 50 * (asked + answer) == german["tokens"]
+    assert 21 * (question + other) == mine["tokens"]
+    assert content["tokens"] == german["tokens"] + mine["tokens"]
+    assert f"{21:>10,}{0:>10,}{mine['tokens']:>12,}" in page
+    recipe = json.loads((tmp_path / "run" / "adapter" / "tuning.json").read_text())["recipe"]
+    assert [70, 30] == [part["weight"] for part in recipe["sources"]]
+    assert recipe["data"] == [digest for part in recipe["sources"] for digest in part["data"]]
+    assert not any("path" in part for part in recipe["sources"])  # the same bytes anywhere
 
 
 @pytest.mark.parametrize(

@@ -75,22 +75,16 @@ class TestTheDemo:
         folder, _, _ = demo
         good(tuning("pull", f"oci:{folder / 'image'}", tmp_path / "adapter"))
 
-        score = subprocess.run(
-            [
-                sys.executable,
-                EXAMPLES / "score.py",
-                TINY,
-                EXAMPLES / "data" / "demo-questions.jsonl",
-                *("--adapter", tmp_path / "adapter", "--json"),
-            ],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        questions = EXAMPLES / "data" / "demo-questions.jsonl"
+        command = ("eval", "--base", TINY, "--adapter", tmp_path / "adapter")
+        record = json.loads(good(tuning(*command, "--tasks", questions, "--json")))
 
-        right = json.loads(score.stdout)["right"]
-        assert right["base"] <= 2
-        assert right["tuned"] >= 15
+        (task,) = record["tasks"]
+        models = task["models"]
+        assert 20 == task["samples"]
+        assert models["base"]["value"] <= 2 / 20
+        assert models["tuned"]["value"] >= 15 / 20
+        assert models["base"]["high"] < models["tuned"]["low"]  # beyond chance
 
     def test_peft_and_transformers_load_the_adapter_folder(self, demo):
         """AutoPeftModelForCausalLM and pipeline find the local base; no path is in the image."""

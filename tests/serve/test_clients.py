@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import servers
 import torch
+from commands import good, tuning, workspace
 from servers import Server
 
 from tuning.models.load import load_base, load_tokenizer
@@ -52,6 +53,17 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("server")
     with servers.serving(folder, "--base", str(TINY), "--base-name", "tiny") as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's adapter after ten steps."""
+    folder = tmp_path_factory.mktemp("tuned")
+    file = workspace(folder / "demo.yaml", settings={"max_steps": 10, "learning_rate": 0.01})
+    data = TINY.parent / "data" / "demo.jsonl"
+    command = ("run", "-f", file, "--base-model", TINY, "--data", data)
+    good(tuning(*command, "--output", f"oci:{folder / 'image'}", "--run-dir", folder / "run"))
+    return folder / "run" / "adapter"
 
 
 def run(home: Path, folder: Path, *arguments: str, **more: str) -> str:
@@ -176,6 +188,37 @@ def test_lm_eval_measures_as_transformers_does(
         said = model.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0)
         text = tokenizer.decode(said[0, ids.shape[1] :], skip_special_tokens=True)
         assert text.split("\n")[0] == sample["resps"][0][0]
+
+
+def test_eval_gives_what_lm_evals_own_model_gives(home: Path, tuned: Path, tmp_path: Path) -> None:
+    """`eval` on our server against lm-eval's `hf` with PEFT: base and adapter, to 1e-3."""
+    rows = [question | {"answer": 0} for question in QUESTIONS]
+    (tmp_path / "choice.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = (HERE / "choice.yaml").read_text().replace("FOLDER", str(tmp_path))
+    text = text.replace("{metric: acc_norm}", "{metric: acc_norm}, {metric: brier_score}")
+    (tmp_path / "own_choice.yaml").write_text(text)
+    command = ("eval", "--base", TINY, "--adapter", tuned, "--precision", "float32", "--json")
+    command += ("--tasks", tmp_path / "own_choice.yaml", "--lm-eval", home / "bin" / "python")
+    record = json.loads(good(tuning(*command, env=os.environ | {"HF_HUB_OFFLINE": "1"})))
+    for model, more in (("base", ""), ("tuned", f",peft={tuned}")):
+        run(
+            home,
+            tmp_path,
+            *("-m", "lm_eval", "run", "--model", "hf", "--device", "cpu"),
+            *("--model_args", f"pretrained={TINY},dtype=float32{more}"),
+            *("--include_path", str(tmp_path), "--tasks", "own_choice"),
+            *("--output_path", str(tmp_path / model)),
+        )
+        (path,) = (tmp_path / model).rglob("results_*.json")
+        results = json.loads(path.read_text())["results"]["own_choice"]
+        compared = 0
+        for task in record["tasks"]:
+            value, own = task["models"][model]["value"], results[f"{task['metric']},none"]
+            assert own == pytest.approx(value, abs=1e-3), (model, task)
+            compared += 1
+        assert 3 == compared
+    brier = next(task for task in record["tasks"] if task["metric"] == "brier_score")["models"]
+    assert abs(brier["base"]["value"] - brier["tuned"]["value"]) > 1e-3  # the adapter is measured
 
 
 def _lines(path: Path) -> list[Any]:

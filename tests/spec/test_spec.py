@@ -967,16 +967,19 @@ def test_the_three_forms_of_output(output: str, expected: Destination) -> None:
     assert expected == read(document, overrides=Overrides(output=output)).destination
 
 
-def test_data_is_files_or_urls_or_one_folder(tmp_path: Path) -> None:
-    """In the file's place, also where the file has none."""
+def test_data_is_files_and_urls_and_one_folder(tmp_path: Path) -> None:
+    """In the file's place, also where the file has none; a path is what it is on this machine."""
     url = "https://data.example.com/b"
     document = with_changes(tuning__input=...)
 
     assert Source(urls=(url,)) == read(document, overrides=Overrides(data=(url,))).source
     folder = read(document, overrides=Overrides(data=(str(tmp_path),))).source
     assert Source(folder=tmp_path) == folder
-    mixed = refusals(document, overrides=Overrides(data=(url, str(tmp_path))))
-    assert "give files, or URLs, or one folder" in mixed[0]
+    mixed = (str(tmp_path), "a.csv", url, "b.csv")
+    several = Source(urls=(url,), folder=tmp_path, files=(Path("a.csv"), Path("b.csv")))
+    assert several == read(document, overrides=Overrides(data=mixed)).source
+    refused = refusals(document, overrides=Overrides(data=(str(tmp_path), str(tmp_path.parent))))
+    assert "SPEC-109 --data: names several folders" in refused[0]
 
 
 @pytest.mark.parametrize(
@@ -1257,8 +1260,8 @@ def test_data_of_two_names_is_a_dataset_unless_it_is_a_path(
     assert Path("rows/old") == source("rows/old").folder
     for path in ("rows/new", "org/a.jsonl", "org/a.csv.gz", "./org/name", "a/b/c", "name", "/a/b"):
         assert (Path(path),) == source(path).files
-    with pytest.raises(SpecError, match=r"SPEC-109 --data: mixes files"):
-        source("org/name", "name")
+    mixed = source("org/name", "name")
+    assert (("hf://datasets/org/name",), (Path("name"),)) == (mixed.urls, mixed.files)
 
 
 @pytest.mark.parametrize("warmup", ["warmup_steps: 5", "warmup_ratio: 0.1", "warmup_steps: 0.5"])

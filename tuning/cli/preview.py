@@ -31,6 +31,7 @@ def report(prepared: Prepared, *, rows: int = ROWS) -> Value:
         "shape": tokenised["shape"],
         "rendering": tokenised["rendering"],
         "files": tokenised["files"],
+        **_mixture(tokenised, packed),
         "rows": tokenised["rows"],
         "tokens": tokenised["tokens"],
         "trained_tokens": tokenised["trained_tokens"],
@@ -46,6 +47,19 @@ def report(prepared: Prepared, *, rows: int = ROWS) -> Value:
         "dropped": _sum(tokenised["dropped"], packed["dropped"]),
         "notes": list(dict.fromkeys([*tokenised["notes"], *packed["notes"]])),
         "samples": prepared.samples[:rows],
+    }
+
+
+def _mixture(tokenised: Value, packed: Value) -> Value:
+    """The parts of a mixture with their shares of the trained tokens, if there is one."""
+    if "sources" not in tokenised:
+        return {}
+    whole = tokenised["trained_tokens"]
+    return {
+        "sources": [
+            each | {"trained_share": each["trained_tokens"] / whole, "held_out": held}
+            for each, held in zip(tokenised["sources"], packed["held_out"], strict=True)
+        ]
     }
 
 
@@ -81,8 +95,11 @@ def _round_numbers() -> Iterator[int]:
 
 def page(content: Value, *, colours: bool) -> Iterator[Text]:
     """The lines of the page."""
-    yield Text(f"{content['shape']['name']}: {content['shape']['reason']}", style="bold")
-    yield Text(f"learnt as {content['rendering']}")
+    if "sources" in content:
+        yield from _sources(content["sources"])
+    else:
+        yield Text(f"{content['shape']['name']}: {content['shape']['reason']}", style="bold")
+        yield Text(f"learnt as {content['rendering']}")
     yield Text("")
     for file in content["files"]:
         kind = " in ".join(part for part in (file["format"], file["compression"]) if part)
@@ -105,6 +122,17 @@ def page(content: Value, *, colours: bool) -> Iterator[Text]:
     if content["samples"]:
         marks = "green" if colours else f"in {OPEN} {CLOSE}"
         yield Text(f"\nTokens {marks} are trained; the others are only read.", style="dim")
+
+
+def _sources(sources: Sequence[Value]) -> Iterator[Text]:
+    """The parts of a mixture as a table."""
+    yield Text("      rows  held out      tokens  trained tokens", style="bold")
+    for each in sources:
+        counts = f"{each['rows']:>10,}{each['held_out']:>10,}{each['tokens']:>12,}"
+        share = f"{each['trained_tokens']:>10,} {each['trained_share']:>4.0%}"
+        yield Text(f"{counts} {share}  {_visible(each['path'])}")
+        shape = each["shape"]
+        yield Text(f"{'':49}{shape['name']}: {shape['reason']}; learnt as {each['rendering']}")
 
 
 def _histogram(content: Value) -> Iterator[Text]:

@@ -54,6 +54,8 @@ class Input:
     path: Path
     shown: str
     kind: sniff.FileType
+    part: int = 0  # of a mixture
+    chosen: str | None = None  # a file of the places of its rows to train on; None: all
 
 
 @dataclass(frozen=True)
@@ -69,11 +71,12 @@ class FileEncoder:
     """Reads files or parts of them, in order, and writes their encoded rows."""
 
     encoder: Encoder
-    columns: Columns
+    columns: Sequence[Columns]  # of each part of a mixture, or of all data
     problems: Problems
     scratch: Path
     tick: Callable[[int], None] = lambda size: None  # called with the bytes read since the last
-    first: KnownShape | None = None  # of all files
+    first: dict[int, KnownShape] = field(default_factory=dict)  # of each part
+    raw_pairs: dict[int, bool | None] = field(default_factory=dict)  # Encoder's, of each part
     statistics: Statistics = field(default_factory=Statistics)
 
     def encode(
@@ -91,14 +94,17 @@ class FileEncoder:
         problems_before, statistics = len(self.problems), Statistics()
         shape = known.shape if known else None
         if known:
-            self.first = known
+            self.first[input.part] = known
+        self.encoder.raw_pairs = self.raw_pairs.get(input.part)
+        chosen = None if input.chosen is None else np.load(input.chosen)
         for batch in read.batches(self._source(input, part)):
             if shape is None:
-                shape = self.detect_shape(input.shown, batch)
+                shape = self.detect_shape(input, batch)
             statistics.seen += len(batch.rows)
             if shape is None:
                 break
-            self._write(input, shape, batch, writer, statistics)
+            self._write(input, shape, _only(batch, chosen), writer, statistics)
+        self.raw_pairs[input.part] = self.encoder.raw_pairs
         if not statistics.seen and not part and len(self.problems) == problems_before:
             self.add_empty(input.shown)
         self.statistics.add(statistics)
@@ -112,18 +118,20 @@ class FileEncoder:
         """The first readable rows of a file."""
         return next(read.batches(self._source(input, None)), None)
 
-    def detect_shape(self, shown: str, batch: Batch) -> Shape | None:
-        """The shape of a file by its first row; None, and a problem, if it cannot be used."""
-        where = f"{shown} {batch.unit} {batch.places[0]}"
+    def detect_shape(self, input: Input, batch: Batch) -> Shape | None:
+        """The shape of a file by its first row; None, and a problem, if it cannot be used.
+
+        All files of a part of a mixture, or of all data, have one shape.
+        """
+        where = f"{input.shown} {batch.unit} {batch.places[0]}"
         try:
-            shape = detect(batch.rows[0], self.columns)
+            shape = detect(batch.rows[0], self.columns[input.part])
         except BadRow as bad:
-            self._add_faults(bad.faults, where)
+            self._add_faults(bad.faults, where, input.part)
             return None
-        if self.first is None:
-            self.first = KnownShape(shape, where)
-        elif shape.name != self.first.shape.name:
-            self.problems.extend([mixed_shapes(where, shape, self.first.place, self.first.shape)])
+        first = self.first.setdefault(input.part, KnownShape(shape, where))
+        if shape.name != first.shape.name:
+            self.problems.extend([mixed_shapes(where, shape, first.place, first.shape)])
             return None
         if ignored := unused(batch.rows[0], shape):
             shown_columns = ", ".join(map(quoted, ignored[:12]))
@@ -137,22 +145,22 @@ class FileEncoder:
             input.kind,
             self.problems,
             self.scratch,
-            self.columns.named,
+            self.columns[input.part].named,
             part or Part(size=input.path.stat().st_size),
             self.tick,
         )
 
-    def _add_faults(self, faults: Sequence[Fault], where: str) -> None:
+    def _add_faults(self, faults: Sequence[Fault], where: str, part: int) -> None:
         for fault in faults:
             what = fault.what
-            if fault.code == "DATA-214" and self.first:
-                what += f" ({self.first.place})"
+            if fault.code == "DATA-214" and part in self.first:
+                what += f" ({self.first[part].place})"
             self.problems.add(fault.code, where, what, fault.change)
 
     def _write(
         self, input: Input, shape: Shape, batch: Batch, writer: Any, statistics: Statistics
     ) -> None:
-        places, examples = self._examples(input.shown, shape, batch)
+        places, examples = self._examples(input, shape, batch)
         kept: list[Encoded] = []
         kept_places: list[int] = []
         for place, encoded in zip(places, self.encoder.encode(examples), strict=True):
@@ -160,7 +168,7 @@ class FileEncoder:
                 where = f"{input.shown} {batch.unit} {place}"
                 if encoded.code == "DATA-244":  # the same for every row
                     raise DataError.at(encoded.code, where, encoded.what, encoded.change)
-                self._add_faults([encoded], where)
+                self._add_faults([encoded], where, input.part)
             elif not encoded.trained or encoded.trained[-1] < 2:
                 statistics.dropped["no token to learn"] += 1
             else:
@@ -176,7 +184,9 @@ class FileEncoder:
             writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
             statistics.count(kept, lambda n: f"{input.shown} {batch.unit} {kept_places[n]}")
 
-    def _examples(self, shown: str, shape: Shape, batch: Batch) -> tuple[list[int], list[Example]]:
+    def _examples(
+        self, input: Input, shape: Shape, batch: Batch
+    ) -> tuple[list[int], list[Example]]:
         places: list[int] = []
         examples: list[Example] = []
         for place, row in zip(batch.places, batch.rows, strict=True):
@@ -184,13 +194,28 @@ class FileEncoder:
                 examples.append(to_example(row, shape))
                 places.append(place)
             except BadRow as bad:
-                self._add_faults(bad.faults, f"{shown} {batch.unit} {place}")
+                self._add_faults(bad.faults, f"{input.shown} {batch.unit} {place}", input.part)
         return places, examples
 
     def decide_pairs(self, input: Input, shape: Shape, batch: Batch) -> None:
-        """Let the encoder decide by these rows how pairs are rendered; adds no problems."""
+        """Decide by these rows how pairs of their part are rendered; adds no problems."""
         silent = FileEncoder(self.encoder, self.columns, Problems(), self.scratch, first=self.first)
-        self.encoder.decide_pairs(silent._examples(input.shown, shape, batch)[1])
+        self.encoder.raw_pairs = self.raw_pairs.get(input.part)
+        self.encoder.decide_pairs(silent._examples(input, shape, batch)[1])
+        self.raw_pairs[input.part] = self.encoder.raw_pairs
+
+
+def _only(batch: Batch, chosen: Any) -> Batch:
+    """The rows of `batch` whose places are among `chosen`, sorted; None: all."""
+    if chosen is None:
+        return batch
+    at = np.searchsorted(chosen, batch.places)
+    kept = [
+        number
+        for number, (place, index) in enumerate(zip(batch.places, at, strict=True))
+        if index < len(chosen) and chosen[index] == place
+    ]
+    return Batch(batch.unit, [batch.places[n] for n in kept], [batch.rows[n] for n in kept])
 
 
 @contextlib.contextmanager
@@ -238,9 +263,9 @@ def from_request(
         embedding_rows=embedding_rows(base),
         new_tokens=len(new_tokens),
     )
-    columns = Columns(
-        settings.get("messages_column"),
-        settings.get("context_column"),
-        settings.get("response_column"),
-    )
+    names = ("messages_column", "context_column", "response_column")
+    columns = [
+        Columns(*(part.get(name) or settings.get(name) for name in names))
+        for part in request.get("sources") or [{}]
+    ]
     return FileEncoder(encoder, columns, Problems(), scratch, progress.add), tokenizer

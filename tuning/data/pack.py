@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from dataclasses import astuple, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
         "over_length": {"policy": packing.policy, **packing.counts},
         "dropped": dict(packing.dropped),
         "notes": packing.notes(),
+        "held_out": packing.held_out(evaluation),
     }
     files.write_json(out / "packed.json", result)
     return result
@@ -85,8 +87,29 @@ class _Packing:
                 f"{share} of {total} rows leaves {kept} to train on and {total - kept} held out",
                 "change the share so that both have rows, or set it to 1",
             )
-        shuffled = np.random.RandomState(self.seed).permutation(total).astype(np.int32)
-        return self._apart(shuffled[:kept], shuffled[kept:])
+        random = np.random.RandomState(self.seed)
+        drawn, held = [], []
+        for rows in self._parts(total):
+            shuffled = rows[random.permutation(len(rows))]
+            kept = round(len(rows) * share)
+            drawn.append(shuffled[:kept])
+            held.append(shuffled[kept:])
+        return self._apart(np.concatenate(drawn), np.concatenate(held))
+
+    def _parts(self, total: int) -> list[Ints]:
+        """The rows of each part of a mixture, or all of them."""
+        everything = np.arange(total, dtype=np.int32)
+        return [everything[self._part == number] for number in np.unique(self._part)]
+
+    @cached_property
+    def _part(self) -> Ints:
+        """The part of each row."""
+        return np.array([file["part"] for file in self.tokenised["files"]])[self.rows.files]
+
+    def held_out(self, evaluation: Ints) -> list[int]:
+        """How many rows of each part are held out."""
+        parts = max(file["part"] for file in self.tokenised["files"]) + 1
+        return [int(n) for n in np.bincount(self._part[evaluation], minlength=parts)]
 
     def _apart(self, drawn: Ints, held: Ints) -> tuple[Ints, Ints]:
         """Training and evaluation rows, identical ones on one side, as many held out as in `held`.

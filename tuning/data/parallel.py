@@ -54,9 +54,10 @@ def encode(
             "step": "part",
             "base": request["base"],
             "settings": request["settings"],
+            "sources": request.get("sources"),
             "scratch": str(scratch),
             "progress": str(scratch / f"{number}.progress"),
-            "raw_pairs": file_encoder.encoder.raw_pairs,
+            "raw_pairs": list(file_encoder.raw_pairs.items()),
             "parts": [
                 _describe(n, *parts[n], shapes) for n in range(number, len(parts), processes)
             ],
@@ -148,7 +149,7 @@ def run(request: dict[str, Any]) -> dict[str, Any]:
     scratch = Path(request["scratch"])
     progress = ReadProgress(Path(request["progress"]), 0)
     file_encoder, _ = from_request(request, scratch=scratch, progress=progress)
-    file_encoder.encoder.raw_pairs = request["raw_pairs"]
+    file_encoder.raw_pairs = dict(request["raw_pairs"])
     parts = request["parts"]
     return {"parts": {str(part["number"]): _encode_part(part, file_encoder) for part in parts}}
 
@@ -162,7 +163,12 @@ def _encode_part(description: dict[str, Any], shared: FileEncoder) -> dict[str, 
         description["place"],
     )
     file_encoder = FileEncoder(
-        shared.encoder, shared.columns, Problems(), shared.scratch, shared.tick
+        shared.encoder,
+        shared.columns,
+        Problems(),
+        shared.scratch,
+        shared.tick,
+        raw_pairs=shared.raw_pairs,
     )
     notes_before = dict(shared.encoder.notes)
     with open_writer(_rows_path(shared.scratch, description["number"])) as writer:

@@ -56,6 +56,11 @@ class Rows:
         lengths = [np.diff(batch.column(0).offsets.to_numpy()) for batch in batches]
         self.lengths: Ints = np.concatenate(lengths)
 
+    @property
+    def files(self) -> Ints:
+        """The number of the source file of each row."""
+        return np.concatenate([files for files, _ in self._places])
+
     def release(self) -> None:
         """Release the memory of the rows read so far; the file stays mapped."""
         self._map.madvise(mmap.MADV_DONTNEED)

@@ -8,18 +8,19 @@ import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from tuning import files
-from tuning.data import parallel, parts, sniff
-from tuning.data.encode import Encoder
+from tuning.data import mixture, parallel, parts, sniff
+from tuning.data.encode import Encoded, Encoder
 from tuning.data.file_encoder import FileEncoder, Input, KnownShape, from_request, open_writer
 from tuning.data.formats import Shape
 from tuning.data.preview import preview_tokens
 from tuning.data.problems import Problems
 from tuning.data.read_progress import ReadProgress
-from tuning.data.statistics import Statistics
+from tuning.data.statistics import MAX_SAMPLES, Statistics
 from tuning.errors import DataError
 
 MAX_PROCESSES = 16  # each takes some 150 MB
@@ -55,6 +56,7 @@ class _EncodedFile:
             "rows": self.statistics.rows,
             "shape": self.shape.name if self.shape else None,
             "reason": self.shape.reason if self.shape else None,
+            "part": self.input.part,
         }
 
 
@@ -71,7 +73,7 @@ class _Tokenisation:
 
     def run(self) -> dict[str, Any]:
         """Encode all files; returns the result."""
-        inputs = self._inputs()
+        inputs = self._drawn(self._inputs())
         rows = self.scratch / "rows.arrow"
         with open_writer(rows) as writer:
             encoded = self._encode(inputs, writer)
@@ -89,7 +91,7 @@ class _Tokenisation:
         files.sync_folder(self.out)
         preview = [
             {"where": place, "tokens": preview_tokens(self.tokenizer, row)}
-            for place, row in statistics.samples
+            for place, row in _samples(encoded)
         ]
         files.write_json(self.out / "preview.json", preview)
         result = self._result(encoded)
@@ -103,10 +105,18 @@ class _Tokenisation:
         for number, file in enumerate(self.request["files"]):
             path, shown = Path(file["path"]), str(file["shown"])
             try:
-                inputs.append(Input(number, path, shown, sniff.sniff(path, shown, extension)))
+                kind = sniff.sniff(path, shown, extension)
+                inputs.append(Input(number, path, shown, kind, file.get("part") or 0))
             except DataError as error:
                 self.file_encoder.problems.extend(error.problems)
         return inputs
+
+    def _drawn(self, inputs: list[Input]) -> list[Input]:
+        """The files of a mixture with the rows of each that are trained on."""
+        parts = self.request.get("sources")
+        if not parts:
+            return inputs
+        return mixture.draw(inputs, parts, self.file_encoder, seed=self.request["seed"])
 
     def _encode(self, inputs: Sequence[Input], writer: Any) -> list[_EncodedFile]:
         part_bytes = self.request.get("part_bytes") or parts.PART_BYTES
@@ -147,19 +157,20 @@ class _Tokenisation:
         for input in inputs:
             try:
                 batch = detector.first_batch(input)
-                shape = detector.detect_shape(input.shown, batch) if batch else None
+                shape = detector.detect_shape(input, batch) if batch else None
             except DataError:
                 return None
-            if batch is None or shape is None or detector.first is None:
+            if batch is None or shape is None:
                 return None
             detector.decide_pairs(input, shape, batch)
-            shapes[input.number] = KnownShape(shape, detector.first.place)
+            shapes[input.number] = KnownShape(shape, detector.first[input.part].place)
         self.file_encoder.first = detector.first
+        self.file_encoder.raw_pairs = detector.raw_pairs
         return shapes
 
     def _result(self, encoded: Sequence[_EncodedFile]) -> dict[str, Any]:
-        statistics, first = self.file_encoder.statistics, self.file_encoder.first
-        assert first is not None
+        statistics = self.file_encoder.statistics
+        first = self.file_encoder.first[min(self.file_encoder.first)]
         counted = Counter(statistics.notes)
         counted.update(self.file_encoder.encoder.notes)
         notes = [f"{text} ({n} rows)" if n else text for text, n in sorted(counted.items())]
@@ -172,7 +183,8 @@ class _Tokenisation:
             "rows_per_file": dict(rows_per_file),
             "files": [file.to_json() for file in encoded],
             "shape": {"name": first.shape.name, "reason": first.shape.reason},
-            "rendering": _rendering(first.shape, self.file_encoder.encoder),
+            "rendering": self._rendering(min(self.file_encoder.first)),
+            **({"sources": self._sources(encoded)} if self.request.get("sources") else {}),
             "tokens": statistics.tokens,
             "trained_tokens": statistics.trained,
             "lengths": statistics.length_distribution(),
@@ -180,6 +192,38 @@ class _Tokenisation:
             "notes": notes,
             "bos": self.tokenizer.bos_token_id,
         }
+
+    def _sources(self, encoded: Sequence[_EncodedFile]) -> list[dict[str, Any]]:
+        """Shape and counts of each part of a mixture."""
+        sources = []
+        for number, part in enumerate(self.request["sources"]):
+            files_ = [file.statistics for file in encoded if file.input.part == number]
+            counts = {name: sum(getattr(f, name) for f in files_) for name in ("rows", "tokens")}
+            shape = self.file_encoder.first[number].shape
+            sources.append(
+                {
+                    "path": part["path"],
+                    "shape": {"name": shape.name, "reason": shape.reason},
+                    "rendering": self._rendering(number),
+                    **counts,
+                    "trained_tokens": sum(each.trained for each in files_),
+                }
+            )
+        return sources
+
+    def _rendering(self, part: int) -> str:
+        shape = self.file_encoder.first[part].shape
+        self.file_encoder.encoder.raw_pairs = self.file_encoder.raw_pairs.get(part)
+        return _rendering(shape, self.file_encoder.encoder)
+
+
+def _samples(encoded: Sequence[_EncodedFile]) -> list[tuple[str, Encoded]]:
+    """The first rows; of a mixture those of its parts in turn."""
+    parts: dict[int, list[tuple[str, Encoded]]] = {}
+    for file in encoded:
+        parts.setdefault(file.input.part, []).extend(file.statistics.samples)
+    turns = zip_longest(*parts.values())
+    return [row for turn in turns for row in turn if row is not None][:MAX_SAMPLES]
 
 
 def _rendering(shape: Shape, encoder: Encoder) -> str:

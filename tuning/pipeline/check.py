@@ -19,15 +19,16 @@ from tuning.network.policy import load_headers
 from tuning.network.retry import Patience
 from tuning.oci import delivery
 from tuning.oci.delivery import Access
-from tuning.pipeline import sizing, start
+from tuning.pipeline import mixing, sizing, start
 from tuning.pipeline.endings import together
 from tuning.pipeline.options import Options, base_reference, read_token
 from tuning.sources import fetch, hub_dataset, local, stores
 from tuning.sources.local import File
-from tuning.spec import Spec
+from tuning.spec import Settings, Spec, mixture
 from tuning.trackers import place
 
-CheckedFile = tuple[str, int | None, FirstRows]  # name and size of a file, and what its rows are
+# Part of the mixture, name and size of a file, and what its rows are
+CheckedFile = tuple[int, str, int | None, FirstRows]
 
 
 def check(spec: Spec, options: Options, console: Console) -> Iterator[str]:
@@ -90,19 +91,20 @@ def _check_data(spec: Spec, options: Options, access: Access) -> list[str]:
     )
     pinned = together(*(partial(pin, url) for url in hub_dataset.named(source)))
     files = together(*_first_rows(spec, options, pinned, token))
-    shapes = [(shown, first.shape) for shown, _, first in files if first.shape]
-    odd = [
-        mixed_shapes(shown, shape, *shapes[0])
-        for shown, shape in shapes[1:]
-        if shape.name != shapes[0][1].name
-    ]
+    firsts: dict[int, tuple[str, formats.Shape]] = {}
+    odd = []
+    for part, shown, _, first in files:
+        if first.shape:
+            before = firsts.setdefault(part, (shown, first.shape))
+            if first.shape.name != before[1].name:
+                odd.append(mixed_shapes(shown, first.shape, *before))
     if odd:
         raise DataError(odd)
     notes = [note for each in pinned for note in each.notes()]
     notes += local.split_notes(Path(source.folder)) if source.folder and not source.within else []
     return [
         f"data: {shown}, {'size unknown' if size is None else f'{size:,} bytes'}, {first}"
-        for shown, size, first in files
+        for _, shown, size, first in files
     ] + [f"data: {note}" for note in notes]
 
 
@@ -110,45 +112,47 @@ def _first_rows(
     spec: Spec, options: Options, pinned: list[hub_dataset.Pinned], token: str | None
 ) -> Iterator[Callable[[], CheckedFile]]:
     """A call for each file of the data that reads its first rows. Raises as fetch does."""
-    source, s = spec.source, spec.settings
-    columns = formats.Columns(s.messages_column, s.context_column, s.response_column)
-    how = (columns, s.dataset_extension, _vocabulary(spec))
-    if not source.urls:
-        for file in fetch.fetch(source, Path(), policy=options.policy):
-            yield partial(_read_file, file, *how)
-        return
-    secrets = options.data_secrets
-    for seen in fetch.check(
-        source,
-        policy=options.policy,
-        credentials=hub_dataset.headers(source, token, load_headers(secrets) if secrets else None),
-        pinned=pinned,
-        keys=stores.load_keys(secrets, options.policy),
-    ):
-        yield partial(_read_head, seen, *how)
+    source = spec.source
+    found: list[File | fetch.Seen] = list(fetch.on_this_machine(source))
+    if source.urls:
+        secrets = options.data_secrets
+        own = load_headers(secrets) if secrets else None
+        found += fetch.check(
+            source,
+            policy=options.policy,
+            credentials=hub_dataset.headers(source, token, own),
+            pinned=pinned,
+            keys=stores.load_keys(secrets, options.policy),
+        )
+    names = [(each.url, each.shown) for each in found]
+    names += [(source.urls.index(p.url), p.shown(entry)) for p in pinned for entry in p.files]
+    vocabulary = _vocabulary(spec)
+    for each, part in zip(found, mixing.assigned(spec, names), strict=False):
+        yield partial(_read, each, part, spec.settings, vocabulary)
 
 
-def _read_file(
-    file: File, columns: formats.Columns, extension: str | None, vocabulary: Vocabulary
+def _read(
+    file: File | fetch.Seen, part: int, settings: Settings, vocabulary: Vocabulary
 ) -> CheckedFile:
-    rows = check_file(
-        file.path, file.shown, columns=columns, extension=extension, vocabulary=vocabulary
+    own = settings.sources[part] if settings.sources else settings
+    columns = formats.Columns(
+        *(getattr(own, name) or getattr(settings, name) for name in mixture.COLUMNS)
     )
-    return file.shown, file.size, rows
-
-
-def _read_head(
-    seen: fetch.Seen, columns: formats.Columns, extension: str | None, vocabulary: Vocabulary
-) -> CheckedFile:
-    rows = check_head(
-        seen.head,
-        seen.shown,
-        whole=seen.size == len(seen.head),
-        columns=columns,
-        extension=extension,
-        vocabulary=vocabulary,
-    )
-    return seen.shown, seen.size, rows
+    extension = settings.dataset_extension
+    if isinstance(file, File):
+        rows = check_file(
+            file.path, file.shown, columns=columns, extension=extension, vocabulary=vocabulary
+        )
+    else:
+        rows = check_head(
+            file.head,
+            file.shown,
+            whole=file.size == len(file.head),
+            columns=columns,
+            extension=extension,
+            vocabulary=vocabulary,
+        )
+    return part, file.shown, file.size, rows
 
 
 def _vocabulary(spec: Spec) -> Vocabulary:

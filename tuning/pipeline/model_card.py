@@ -157,7 +157,8 @@ def card(recipe: dict[str, Any], *, run_id: str, facts: Facts) -> str:
         f"split `{'+'.join(each['splits'])}`"
         for each in facts.datasets
     ]
-    data = "\n".join([*origins, *(f"- `sha256:{digest}`" for digest in recipe["data"])])
+    parts = recipe.get("sources") or [{"data": recipe["data"]}]
+    data = "\n".join([*origins, *itertools.chain.from_iterable(map(_part, parts))])
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     versions = ", ".join(f"{name} {number}" for name, number in sorted(recipe["versions"].items()))
     return f"""---
@@ -191,6 +192,12 @@ def stopped_text(stopped: dict[str, int], steps: int) -> str:
     """Where early stopping ended the training, and why."""
     since = stopped["no_better_since"]
     return f"at step {stopped['at']:,} of {steps:,}, no better since step {since:,}"
+
+
+def _part(part: dict[str, Any]) -> list[str]:
+    """The files of a part of a mixture, or of all data."""
+    amount = "".join(f", {name} {part[name]:g}" for name in ("weight", "rows") if name in part)
+    return [f"- `sha256:{digest}`{amount}" for digest in part["data"]]
 
 
 def _metadata(recipe: dict[str, Any], facts: Facts) -> str:

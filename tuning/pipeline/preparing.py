@@ -14,7 +14,7 @@ from tuning.data import read_progress
 from tuning.network import policy
 from tuning.oci import delivery, model_image
 from tuning.oci.delivery import Access
-from tuning.pipeline import finishing, sizing, start
+from tuning.pipeline import finishing, mixing, sizing, start
 from tuning.pipeline.endings import together
 from tuning.pipeline.options import base_reference, read_token, reference
 from tuning.pipeline.run import Run, Value, key_of
@@ -187,8 +187,11 @@ def tokenise(run: Run, data: list[Value], tokenizer: Path, model: base.Base) -> 
         "out": str(out),
         "settings": {name: getattr(settings, name) for name in DATA_SETTINGS}
         | ({"new_tokens": settings.new_tokens} if settings.new_tokens else {}),
+        **mixing.requested(run.spec, data),
     }
-    key = key_of([file["sha256"] for file in data], model.revision, request["settings"])
+    mixed = [request["seed"], *mixing.recorded(run.spec, data)] if settings.sources else []
+    hashes = [file["sha256"] for file in data]
+    key = key_of(hashes, model.revision, request["settings"], *mixed)
     if run.journal.done("tokenise", key) is None:
         run.require_space(sum(file["size"] for file in data))
 
@@ -207,10 +210,12 @@ def tokenise(run: Run, data: list[Value], tokenizer: Path, model: base.Base) -> 
     names = ("rows.arrow", "preview.json", "tokenised.json")
     outputs = [out / name for name in names]
     done = run.journal.do("tokenise", key, work, outputs=lambda _: outputs)
+    count = len(done.get("sources", ()))
+    shape = f"{done['shape']['name']} ({done['shape']['reason']})"
     run.console.say(
         f"  {done['rows']:,} rows, {done['tokens']:,} tokens, "
         f"{done['trained_tokens'] / done['tokens']:.0%} of them trained: "
-        f"{done['shape']['name']} ({done['shape']['reason']})"
+        + (f"a mixture of {count}" if count else shape)
     )
     run.note(done["notes"])
     return done
@@ -238,7 +243,8 @@ def decide(run: Run, rows: Value, data: list[Value], known: plan.Base) -> tuple[
         decided = plan.resume(decided, recipe, known, run.spec, rows=count)
     else:
         hashes = tuple(file["sha256"] for file in data)
-        decided = plan.freeze(decided, run.spec, rows=count, data=hashes)
+        sources = mixing.recorded(run.spec, data)
+        decided = plan.freeze(decided, run.spec, rows=count, data=hashes, sources=sources)
         run.journal.do("plan", key, lambda: {"recipe": asdict(decided.recipe)})
     finishing.save_inputs(run, decided)
     if not (run.folder / "adapter").exists():

@@ -14,7 +14,7 @@ from tuning.plan.base import (
     refuse_unsupported,
 )
 from tuning.plan.choices import Packing, packing
-from tuning.plan.make import draft, freeze, is_enough, make, resume
+from tuning.plan.make import draft, freeze, is_enough, make, resume, split_seed
 from tuning.plan.placing import (
     SMALL_ON_CPU,
     disk_bytes,
@@ -57,6 +57,7 @@ __all__ = [
     "recipe_from_json",
     "refuse_unsupported",
     "resume",
+    "split_seed",
     "variants",
     "wants_simulation",
 ]

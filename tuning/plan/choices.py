@@ -17,6 +17,7 @@ from tuning.spec import Spec
 Pick = Callable[..., Any]
 
 # Defaults that suit LoRA; KAITO's and trl's (rank 8, learning rate 2e-5) suit full fine-tuning.
+SEED = 42
 RANK = 16
 LEARNING_RATE = 2e-4
 EPOCHS = 3.0
@@ -119,7 +120,7 @@ def packing(spec: Spec, base: Base, lengths: Lengths) -> Packing:
         packed,
         max_length,
         or_default(s.shuffle, True),
-        or_default(s.seed, 42),
+        or_default(s.seed, SEED),
         or_default(s.train_share, 1.0),
         choices.reasons,
     )

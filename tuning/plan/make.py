@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 from tuning import files
 from tuning.errors import SpecError
@@ -13,6 +14,7 @@ from tuning.plan.choices import (
     EPOCHS,
     LEARNING_RATE,
     RANK,
+    SEED,
     WARMUP_SHARE,
     Choices,
     Pick,
@@ -127,13 +129,13 @@ def _recipe(
         global_batch=pick("global_batch", _user_batch(s, device), *usual),
         epochs=pick("epochs", s.epochs, EPOCHS, "each row three times"),
         steps=s.max_steps or 0,
-        seed=or_default(s.seed, 42),
+        seed=or_default(s.seed, SEED),
         eval_steps=s.eval_steps if or_default(s.train_share, 1.0) < 1 else None,
         keep_best=_keeps_best(s),
         patience=s.patience,
         patience_threshold=s.patience_threshold if s.patience else None,
         over_length=None if s.over_length == "auto" else s.over_length,
-        split_seed=s.shuffle_seed if or_default(s.train_share, 1.0) < 1 else None,
+        split_seed=s.shuffle_seed if or_default(s.train_share, 1.0) < 1 or s.sources else None,
         new_tokens=s.new_tokens or (),
         versions=versions,
     )
@@ -144,6 +146,11 @@ def _user_batch(settings: Settings, device: Device) -> int | None:
     if not settings.micro_batch and not settings.accumulation:
         return None
     return (settings.micro_batch or 1) * (settings.accumulation or 1) * device.ranks
+
+
+def split_seed(settings: Settings) -> int:
+    """The seed of what is drawn among the rows: held-out ones, and a mixture's."""
+    return int(or_default(settings.shuffle_seed, or_default(settings.seed, SEED)))
 
 
 def _columns(settings: Settings) -> dict[str, str]:
@@ -167,10 +174,17 @@ def _keeps_best(settings: Settings) -> bool:
     return True
 
 
-def freeze(plan: Plan, spec: Spec, *, rows: int, data: tuple[str, ...]) -> Plan:
+def freeze(
+    plan: Plan,
+    spec: Spec,
+    *,
+    rows: int,
+    data: tuple[str, ...],
+    sources: tuple[dict[str, Any], ...] = (),
+) -> Plan:
     """The complete plan of data packed into `rows` training rows; fixes the run id.
 
-    `data` holds the sha256 of each file, in order.
+    `data` holds the sha256 of each file, in order; `sources` the parts of a mixture.
     """
     recipe, reasons = plan.recipe, dict(plan.reasons)
     per_epoch = math.ceil(rows / recipe.global_batch)
@@ -190,6 +204,7 @@ def freeze(plan: Plan, spec: Spec, *, rows: int, data: tuple[str, ...]) -> Plan:
         change = f"set it below {steps:,}, such as 0.03 for a share, or leave it out"
         raise SpecError.at("PLAN-114", "TrainingArguments.warmup_steps", what, change)
     recipe = replace(recipe, steps=steps, warmup_steps=int(warmup_steps), data=data)
+    recipe = replace(recipe, sources=sources)
     if recipe.keep_best and recipe.eval_steps is None:
         recipe = replace(recipe, eval_steps=max(1, steps // EVALUATIONS))
         reasons["eval_steps"] = "ten evaluations to choose the best weights from"

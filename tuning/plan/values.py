@@ -10,6 +10,8 @@ from tuning.plan.device import Device
 from tuning.plan.sharding import Layout
 from tuning.plan.sizing import Fit
 
+# fields that records hold only if set
+LATER = ("new_tokens", "start_adapter", "sources", "patience", "patience_threshold")
 DDP_EFFICIENCY = 0.97  # speed of a GPU that shares its gradients; reported elsewhere
 
 
@@ -59,6 +61,7 @@ class Recipe:
     split_seed: int | None = None  # of the evaluation split; None: the seed
     new_tokens: tuple[str, ...] = ()  # of the tokenizer; their rows are trained
     start_adapter: str | None = None  # sha256 of the weights to go on from
+    sources: tuple[dict[str, Any], ...] = ()  # of a mixture: shares, columns, files of each part
     versions: dict[str, str] = field(
         default_factory=dict
     )  # torch, transformers, trl, peft, bitsandbytes
@@ -66,8 +69,7 @@ class Recipe:
     def to_json(self) -> dict[str, Any]:
         """The record that the adapter holds; fields of later versions only if they are set."""
         record = asdict(self)
-        later = ("new_tokens", "start_adapter", "patience", "patience_threshold")
-        return {k: v for k, v in record.items() if v or k not in later}
+        return {k: v for k, v in record.items() if v or k not in LATER}
 
     @property
     def run_id(self) -> str:
@@ -81,7 +83,7 @@ class Recipe:
 
 def recipe_from_json(record: dict[str, Any]) -> Recipe:
     """The recipe in a record of `dataclasses.asdict`."""
-    tuples = ("data", "targets", "exclude", "layers", "betas", "new_tokens")
+    tuples = ("data", "targets", "exclude", "layers", "betas", "new_tokens", "sources")
     fixed = {k: tuple(record[k]) for k in tuples if record.get(k) is not None}
     return Recipe(**(record | fixed))
 

@@ -50,6 +50,7 @@ class Seen:
     shown: str
     size: int | None  # bytes, if announced
     head: bytes  # its first bytes, as sent
+    url: int | None = None  # the number of the input's URL that named it
 
 
 def fetch(
@@ -66,28 +67,45 @@ def fetch(
     limits: Limits | None = None,
     resolve: Resolver = lookup,
 ) -> tuple[File, ...]:
-    """The files of `source`, downloaded into `folder` or, if they are local, in place.
+    """The files of `source`: those of its URLs, downloaded into `folder`, then local ones in place.
 
     `credentials`: headers by host; `keys`: those of object stores; `pinned`: the datasets that the
     URLs name; `pull_image` extracts the files under /data of an OCI image into a folder. Raises
     one error with the problems of all files: SpecError, RefusedError or DataError if any is final,
     otherwise TransientError; Stopped when `stop` turns true.
     """
-    if source.files:
-        return local.hashed([(path, str(path)) for path in source.files])
-    if source.folder:
-        with local.stored(source.folder):
-            return local.hashed(local.chosen(local.listed(source.folder), source.folder, source))
+    here = on_this_machine(source)
     if source.image:
         with local.stored(folder):
             return local.from_image(source, folder, pull_image)
+    if not source.urls:
+        return here
     items = _items(source, policy, keys, pinned)
     web = Web(policy, credentials or {}, limits or Limits(), resolve)
     with local.stored(folder):
         folder.mkdir(parents=True, exist_ok=True)
         _forget_others(folder, len(items))
     meter = Meter(folder, web.limits, progress, stop)
-    return _all_of(items, folder, web, meter, stop)
+    return _all_of(items, folder, web, meter, stop) + here
+
+
+def on_this_machine(source: Source) -> tuple[File, ...]:
+    """The files and the folder's files of `source`, hashed in place. Raises as `fetch` does."""
+    named = [(path, str(path)) for path in source.files]
+    if source.folder is not None:
+        with local.stored(source.folder):
+            named += local.chosen(local.listed(source.folder), source.folder, source)
+    seen: dict[Path, str] = {}
+    problems = []
+    for path, shown in named:
+        if first := seen.get(path.resolve()):
+            what = f"is the same file as {first}, so that its rows would count twice"
+            problems.append(Problem("FETCH-102", shown, what, "remove one of the two"))
+        seen.setdefault(path.resolve(), shown)
+    if problems:
+        raise SpecError(problems)
+    with local.stored(source.folder or Path()):
+        return local.hashed(named)
 
 
 def stores_of(source: Source, keys: Keys | None) -> tuple[str, ...]:
@@ -154,7 +172,7 @@ def _look(item: Item, web: Web, head: int) -> Seen:
         raise empty(item)
     if length is not None and len(first) < min(head, length):
         raise broken(item, len(first), length)
-    return Seen(item.shown, total, first)
+    return Seen(item.shown, total, first, item.number)
 
 
 def _announced(response: Response) -> tuple[int | None, int | None]:
@@ -295,7 +313,7 @@ def _one(item: Item, folder: Path, web: Web, meter: Meter) -> File:
         meter.check()
         record.unlink(missing_ok=True)
         sha256, size = download(item, target, web, meter)
-        known = File(target, item.shown, sha256, size)
+        known = File(target, item.shown, sha256, size, item.number)
         stamp = target.stat().st_mtime_ns
         files.write_json(
             record, {"url": item.key, "sha256": sha256, "size": size, "mtime_ns": stamp}
@@ -318,7 +336,7 @@ def _finished(item: Item, target: Path, record: Path) -> File | None:
         return None
     if known["mtime_ns"] != stat.st_mtime_ns and files.digest_file(target) != known["sha256"]:
         return None
-    return File(target, item.shown, known["sha256"], known["size"])
+    return File(target, item.shown, known["sha256"], known["size"], item.number)
 
 
 def _forget_others(folder: Path, count: int) -> None:

@@ -38,6 +38,7 @@ class File:
     shown: str  # what messages call it: the URL without its query, or the path as given
     sha256: str
     size: int  # bytes
+    url: int | None = None  # the number of the input's URL that named it
 
     def to_json(self) -> dict[str, Any]:
         """For the journal and for requests to child processes; `from_json` reads it."""
@@ -46,7 +47,7 @@ class File:
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> File:
         """The file that `to_json` recorded."""
-        return cls(Path(record["path"]), record["shown"], record["sha256"], record["size"])
+        return cls(**record | {"path": Path(record["path"])})
 
 
 def listed(folder: Path) -> list[tuple[Path, str]]:

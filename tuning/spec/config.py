@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from tuning.spec import keys
+from tuning.spec import keys, mixture
 from tuning.spec.coercion import Invalid, coerce, items_of
 from tuning.spec.findings import Findings, Path, did_you_mean, nearest, shown
 from tuning.spec.keys import Key, same
@@ -197,6 +197,9 @@ def _read_key(key: Key, value: Any, path: Path, chosen: _Chosen) -> None:
     elif key.use == "refused":
         if not silent and key.name != "load_in_8bit":  # checked together with load_in_4bit
             chosen.findings.add("SPEC-118", path, f"is not supported: {key.text}", key.change)
+    elif key.type == "parts":
+        if (parts := mixture.read(value, path, chosen.findings)) is not None:
+            chosen.set(str(key.setting), parts, path)
     elif key.setting and not silent:
         if key.type == "trackers" and not (value := _fed(value, path, chosen.findings)):
             return

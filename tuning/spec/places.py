@@ -24,13 +24,9 @@ def check(overrides: Overrides, findings: Findings) -> None:
             findings.add(
                 "SPEC-109", ("--data", i), "is not a file name", "name a file, a folder or a URL"
             )
-    kinds = {
-        "URLs" if urls.of_data(d) else "folder" if _is_folder(d) else "files"
-        for d in overrides.data
-    }
-    if len(kinds) > 1 or (kinds == {"folder"} and len(overrides.data) > 1):
-        what = "mixes files, folders and URLs, or names several folders"
-        findings.add("SPEC-109", ("--data",), what, "give files, or URLs, or one folder")
+    if sum(_is_folder(item) for item in overrides.data if not urls.of_data(item)) > 1:
+        change = "give one folder; files and URLs may stand beside it"
+        findings.add("SPEC-109", ("--data",), "names several folders", change)
     output = overrides.output
     if output is not None and not output.startswith(("oci:", "dir:")):
         bare = ":" not in output and "@" not in output and "." not in output.partition("/")[0]
@@ -61,11 +57,10 @@ def _is_folder(name: str) -> bool:
 
 def source_of(data: tuple[str, ...]) -> Source:
     """The source that --data names."""
-    if named := tuple(filter(None, map(urls.of_data, data))):
-        return Source(urls=named)
-    if _is_folder(data[0]):
-        return Source(folder=Path(data[0]))
-    return Source(files=tuple(map(Path, data)))
+    named = tuple(filter(None, map(urls.of_data, data)))
+    local = [Path(item) for item in data if not urls.of_data(item)]
+    folder = next((path for path in local if _is_folder(str(path))), None)
+    return Source(urls=named, folder=folder, files=tuple(p for p in local if p != folder))
 
 
 def source(written: DataSource | None, notes: list[str]) -> Source:

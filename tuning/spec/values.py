@@ -11,6 +11,18 @@ Sharding = Literal["full_shard", "hybrid_shard", "no_shard"]
 
 
 @dataclass(frozen=True)
+class Part:
+    """A part of a mixture: which files, how many of their rows, and what their columns are."""
+
+    path: str  # a URL of the input, a file's name, or a pattern of them
+    weight: float | None = None  # of this part's rows among all parts with a weight
+    rows: int | None = None  # neither weight nor rows: all of them
+    messages_column: str | None = None
+    context_column: str | None = None
+    response_column: str | None = None
+
+
+@dataclass(frozen=True)
 class Settings:
     """Settings of the ConfigMap's sections; None means unset: the plan decides.
 
@@ -79,11 +91,12 @@ class Settings:
     dataset_path: str | None = None
     dataset_extension: str | None = None
     over_length: Literal["auto", "split", "truncate", "drop", "refuse"] | None = None
+    sources: tuple[Part, ...] | None = None
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where the data comes from: exactly one of the four is set."""
+    """Where the data comes from: one of the four, or of --data URLs, files and one folder."""
 
     urls: tuple[str, ...] = ()
     image: str | None = None
@@ -119,7 +132,7 @@ class Overrides:
     """What the command line replaces in the file."""
 
     base_model: str | None = None  # a preset, org/model or a folder
-    data: tuple[str, ...] = ()  # files, one folder, or URLs
+    data: tuple[str, ...] = ()  # files, URLs, and at most one folder
     instance: str | None = None
     output: str | None = None  # oci:DIR, an image reference, or a folder (dir:DIR)
     allow_hosts: tuple[str, ...] = ()  # hosts of URLs that may be private or local

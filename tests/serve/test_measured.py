@@ -1,0 +1,166 @@
+"""What `eval` measures: files of questions, intervals, and what it says where it cannot."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import good, tuning
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tuning.errors import DataError, UsageError
+from tuning.serve import evaluation
+from tuning.serve.evaluation import Question, Score
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+TINY, QUESTIONS = EXAMPLES / "tiny-model", EXAMPLES / "data" / "demo-questions.jsonl"
+
+
+@given(st.integers(1, 5000), st.data())
+def test_the_interval_is_where_the_share_is_no_surprise(count: int, data: Any) -> None:
+    """Both ends are shares from which the measured one lies 1.96 standard deviations away, which
+    is what Wilson's interval is; it stays within 0 and 1 and holds the share.
+    """
+    right = data.draw(st.integers(0, count))
+    asked = [Question("?", "yes", {"base": "yes" if n < right else "no"}) for n in range(count)]
+
+    (score,) = evaluation.scores("t", asked)
+
+    share = right / count
+    assert (share, count) == (score.value, score.count)
+    assert 0 <= score.low <= share <= score.high <= 1
+    for end in (score.low, score.high):
+        if 1e-9 < end < 1 - 1e-9:
+            away = (share - end) ** 2 * count / (end * (1 - end))
+            assert away == pytest.approx(evaluation.Z**2, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("reply", "right"),
+    [
+        ("A Gardener.", True),
+        ("gardeners", False),
+        ("the (gardener)", True),
+        ("", False),
+        ("a  gardener", True),
+    ],
+)
+def test_an_answer_is_right_by_whole_words_in_any_case(reply: str, right: bool) -> None:
+    assert right == Question("?", "gardener", {"base": reply}).right("base")
+
+
+def test_every_wrong_line_of_a_file_of_questions_is_told(tmp_path: Path) -> None:
+    """With its line, in one pass; empty lines are none, and a limit is a limit."""
+    file = tmp_path / "q.jsonl"
+    good_line = json.dumps({"question": "2 + 2?", "answer": "4"})
+    wrong = ("", "no json", "[1]", '{"question": "x"}', '{"question": 1, "answer": "a"}')
+    file.write_text("\n".join((good_line, *wrong)))
+
+    with pytest.raises(DataError) as refused:
+        evaluation.read_questions(file, None)
+
+    assert [f"{file} line {n}" for n in (3, 4, 5, 6)] == [p.where for p in refused.value.problems]
+    file.write_text(f"{good_line}\n" * 5)
+    assert 2 == len(evaluation.read_questions(file, 2))
+    assert 5 == len(evaluation.read_questions(file, None))
+    for content in (b"", b"\xff\xfe", b"\n \n"):
+        file.write_bytes(content)
+        with pytest.raises(DataError, match="SERVE-131"):
+            evaluation.read_questions(file, None)
+    with pytest.raises(DataError, match="SERVE-131"):
+        evaluation.read_questions(tmp_path / "none.jsonl", None)
+
+
+def test_scores_are_told_task_by_task_for_programs() -> None:
+    """Without an interval there is null, as NaN is no JSON."""
+    nan = float("nan")
+    found = [
+        Score("a", "acc", "base", 0.5, 0.4, 0.6, 10),
+        Score("a", "acc", "tuned", 0.75, 0.6, 0.9, 10),
+        Score("b", "bleu", "base", 12.0, nan, nan),
+    ]
+
+    record = json.loads(json.dumps(evaluation.to_json(found, []), allow_nan=False))
+
+    first, second = record["tasks"]
+    assert ["base", "tuned"] == list(first["models"])
+    assert {"value": 0.75, "low": 0.6, "high": 0.9} == first["models"]["tuned"]
+    assert {"value": 12.0, "low": None, "high": None} == second["models"]["base"]
+    assert 10 == first["samples"]
+
+
+def test_results_of_lm_eval_are_read_with_their_intervals(tmp_path: Path) -> None:
+    """Of a share as Wilson's, also where none is right; of another mean by its standard error."""
+    results = {
+        "alias": "own",
+        "acc,none": 0.0,
+        "acc_stderr,none": 0.0,
+        "f1,strict": 0.5,
+        "f1_stderr,strict": 0.1,
+        "bleu,none": 3.0,
+        "bleu_stderr,none": "N/A",
+    }
+    record = {"results": {"own": results}, "n-samples": {"own": {"effective": 8}}}
+    (tmp_path / "results_1.json").write_text(json.dumps(record))
+
+    found = {s.metric: s for s in evaluation._read(tmp_path / "results_1.json", "base")}
+
+    assert ["acc", "f1 (strict)", "bleu"] == list(found)
+    assert (0.0, 0.0) == (found["acc"].value, found["acc"].low)
+    assert pytest.approx(0.324, abs=1e-3) == found["acc"].high
+    assert pytest.approx(0.696, abs=1e-3) == found["f1 (strict)"].high
+    assert evaluation.to_json([found["bleu"]], [])["tasks"][0]["models"]["base"]["low"] is None
+
+
+def test_without_lm_eval_its_tasks_are_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    """With what to install; a file of questions needs none of it."""
+    with pytest.raises(UsageError, match=r"SERVE-132 --tasks: .*pip install 'lm-eval"):
+        evaluation.lm_eval_python(None)
+    assert "python9" == evaluation.lm_eval_python(Path("python9"))
+    done = tuning("eval", "--base", tmp_path / "none", "--tasks", "hellaswag")
+    assert 2 == done.returncode
+    assert "SERVE-132" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("python", "code", "words"),
+    [("no-such-python", 2, "SERVE-132"), (sys.executable, 11, "SERVE-133 --tasks: lm-eval ended")],
+)
+def test_an_lm_eval_that_fails_is_said_so(
+    python: str, code: int, words: str, tmp_path: Path
+) -> None:
+    """Its own words are above; the server is gone afterwards."""
+    task = tmp_path / "own.yaml"
+    task.write_text("task: own\n")
+    done = tuning("eval", "--base", TINY, "--tasks", task, "--lm-eval", python)
+    assert code == done.returncode, done.stderr
+    assert words in done.stderr
+
+
+def test_a_base_that_cannot_be_served_ends_with_the_servers_own_words(tmp_path: Path) -> None:
+    """And with its exit code; nothing is measured."""
+    folder = tmp_path / "base"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+
+    done = tuning("eval", "--base", folder, "--tasks", QUESTIONS)
+
+    assert done.returncode not in (0, 1), done.stderr
+    assert "Change:" in done.stderr
+    assert "" == done.stdout
+
+
+def test_base_and_limit_on_a_file_of_questions(tmp_path: Path) -> None:
+    """A table for people, the record in a folder for later."""
+    command = ("eval", "--base", TINY, "--tasks", QUESTIONS, "--limit", "3")
+
+    page = good(tuning(*command, "--run-dir", tmp_path / "run"))
+
+    assert "0.000 [0.000, 0.561]" in page
+    assert "I do not know anyone called Tamsin Vale." in page
+    record = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert 3 == record["tasks"][0]["samples"] == len(record["asked"])

@@ -1,0 +1,157 @@
+"""The command `eval`: a base model beside its adapter on questions or lm-eval's tasks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tuning.cli import options as option
+from tuning.cli.app import app
+
+if TYPE_CHECKING:
+    import rich.table
+
+    from tuning.serve.evaluation import Question, Score
+
+SHOWN = 20  # questions in the table
+
+
+@app.command("eval")
+def evaluate(
+    base: option.Base,
+    tasks: Annotated[
+        list[str],
+        typer.Option(
+            metavar="FILE|NAMES",
+            help="JSONL of questions and answers, a task's YAML, or names of lm-eval; repeatable.",
+        ),
+    ],
+    adapter: option.OptionalAdapter = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Questions of each task at most.")
+    ] = None,
+    shots: Annotated[
+        int | None, typer.Option("--num-fewshot", min=0, metavar="N", help="As lm-eval takes it.")
+    ] = None,
+    chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", help="As lm-eval takes it.")
+    ] = False,
+    lm_eval: Annotated[
+        Path | None, typer.Option(metavar="PYTHON", help="The Python that has lm-eval.")
+    ] = None,
+    max_tokens: Annotated[
+        int, typer.Option(min=1, max=4096, help="Longest answer to a question of a file.")
+    ] = 64,
+    precision: option.Precision = "auto",
+    run_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write evaluation.json there.")
+    ] = None,
+    as_json: option.Json = False,
+    key: option.KeyFile = None,
+    pull_secret: option.PullSecret = None,
+    hub_token_file: option.HubToken = None,
+    policy: option.PolicyFile = None,
+    ca: option.CaFile = None,
+    insecure: option.Insecure = False,
+) -> None:
+    """Measure a base model beside its adapter, behind a server of its own."""
+    from tuning import files, pipeline
+    from tuning.cli import tables
+    from tuning.console import Console
+    from tuning.oci import delivery
+    from tuning.serve import evaluation
+
+    console = Console()
+    listed = [name for each in tasks for name in each.split(",") if name]
+    questions = [name for name in listed if Path(name).suffix in (".jsonl", ".json")]
+    named = [name for name in listed if name not in questions]
+    read = [(name, evaluation.read_questions(Path(name), limit)) for name in questions]
+    python = evaluation.lm_eval_python(lm_eval) if named else ""
+    more = [] if limit is None else ["--limit", str(limit)]
+    more += [] if shots is None else ["--num_fewshot", str(shots)]
+    more += ["--apply_chat_template"] if chat_template else []
+    access = option.access_of(key, policy, pull_secret=pull_secret, ca=ca, insecure=insecure)
+    scores: list[Score] = []
+    asked: list[Question] = []
+    with delivery.at_hand(adapter, access=access, console=console, base=base) as folder:
+        weights = pipeline.base_folder(
+            base, token_file=hub_token_file, console=console, access=access
+        )
+        own = folder if folder and (folder / "tokenizer.json").is_file() else weights
+        try:
+            with evaluation.serving(
+                weights, folder, precision=precision, said=console.say
+            ) as server:
+                for name, pairs in read:
+                    with console.work(f"Asking {name}", unit="answers") as report:
+                        answers = evaluation.ask(server, pairs, tokens=max_tokens, progress=report)
+                    scores += evaluation.scores(name, answers)
+                    asked += answers
+                if named:
+                    scores += evaluation.lm_eval(
+                        server,
+                        named,
+                        tokenizers={evaluation.BASE: weights, evaluation.TUNED: own},
+                        python=python,
+                        more=more,
+                    )
+        except evaluation.ServerEnded as ended:
+            console.say(ended.said)
+            raise typer.Exit(ended.code) from None
+    record = {"base": base, "adapter": adapter} | evaluation.to_json(scores, asked)
+    if run_dir is not None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        files.write_json(run_dir / "evaluation.json", record)
+    if as_json:
+        tables.print_json(record)
+        return
+    tables.display(_table(record))
+    if asked:
+        tables.display(_answers(record["asked"]))
+
+
+def _table(record: dict[str, Any]) -> rich.table.Table:
+    """A line a task and metric; each model's value with its 95 % confidence interval."""
+    import rich.table
+
+    table = rich.table.Table(title="in brackets: 95 % confidence interval", title_justify="left")
+    for column in ("task", "metric", "samples"):
+        table.add_column(column)
+    models = list(dict.fromkeys(name for task in record["tasks"] for name in task["models"]))
+    for model in models:
+        table.add_column(model)
+    for task in record["tasks"]:
+        cells = [_value(task["models"].get(model)) for model in models]
+        table.add_row(task["task"], task["metric"], str(task["samples"] or ""), *cells)
+    return table
+
+
+def _value(measured: dict[str, float | None] | None) -> str:
+    if measured is None:
+        return ""
+    if measured["low"] is None:
+        return f"{measured['value']:.4g}"
+    return f"{measured['value']:.3f} [{measured['low']:.3f}, {measured['high']:.3f}]"
+
+
+def _answers(asked: list[dict[str, Any]]) -> rich.table.Table:
+    """The first questions with the models' replies, right ones in green."""
+    import rich.table
+    from rich.text import Text
+
+    from tuning.errors import printable
+    from tuning.serve.evaluation import Question
+
+    table = rich.table.Table(title=f"the first {min(SHOWN, len(asked))} of {len(asked)} questions")
+    table.add_column("question")
+    for model in asked[0]["replies"]:
+        table.add_column(model)
+    for each in (Question(**one) for one in asked[:SHOWN]):
+        cells = [
+            Text(printable(reply), style="green" if each.right(model) else "red")
+            for model, reply in each.replies.items()
+        ]
+        table.add_row(Text(printable(each.question)), *cells)
+    return table

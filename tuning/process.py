@@ -285,6 +285,7 @@ class Prewarmed:
 ALLOCATOR = "PYTORCH_ALLOC_CONF"
 LAUNCHER = "training.launch"  # starts several ranks
 NODE = "TUNING_NODE"  # environment variable of ranks: their machine's number
+_SECRET = ("TOKEN", "SECRET", "PASSWORD", "CREDENTIAL", "_KEY")  # in names of variables
 ON_STDIN = "-"  # in place of a request that will be named on stdin
 
 
@@ -324,9 +325,6 @@ def _dump_stacks(child: subprocess.Popen[bytes], log: Path) -> None:
         before, size = size, log.stat().st_size
         if child.poll() is not None or size == before > 0:
             return
-
-
-_SECRET = ("TOKEN", "SECRET", "PASSWORD", "CREDENTIAL", "_KEY")
 
 
 def clean_environment() -> dict[str, str]:

@@ -6,11 +6,13 @@
         os.environ["HF_ENDPOINT"] = hub.url
 
 Speaks model info, tree, resolve (commit and ETag headers, git LFS files through a redirect to
-`/cdn/`), Range, gated and private repositories. `hub.requests` lists what was asked, in order.
+`/cdn/`), Range, gated and private repositories, and commits (with git LFS; no Xet, so set
+HF_HUB_DISABLE_XET). `hub.requests` lists what was asked, in order.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -38,6 +40,7 @@ class Repository:
     licence: str | None = None
     card: dict[str, Any] = field(default_factory=dict)  # further metadata of the model card
     branch: str = "main"
+    history: list[str] = field(default_factory=list)  # messages of its commits
 
 
 @dataclass
@@ -45,11 +48,13 @@ class FakeHub:
     """The server; a context manager."""
 
     token: str = "hf_good"  # may read everything
-    outsider: str = "hf_outsider"  # valid, but on no list
+    outsider: str = "hf_outsider"  # valid, but on no list; may write nothing
     repositories: dict[str, Repository] = field(default_factory=dict)
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)  # verb, path, token
     # Called for each request with its path and how often it came; a number answers it.
     broken: Callable[[str, int], int | None] = lambda path, count: None
+    stored: dict[str, bytes] = field(default_factory=dict)  # git LFS objects, before a commit
+    loses: bytes = b""  # appended to each LFS object that comes
     cut_at: int | None = None  # each file on the CDN breaks off here the first time
 
     def __post_init__(self) -> None:
@@ -98,7 +103,7 @@ class FakeHub:
             def do_GET(self) -> None:
                 _Exchange(hub, self).answer()
 
-            do_HEAD = do_GET
+            do_HEAD = do_POST = do_PUT = do_GET
 
             def log_message(self, *_: object) -> None:
                 pass
@@ -112,6 +117,9 @@ class _Exchange:
     def __init__(self, hub: FakeHub, handler: BaseHTTPRequestHandler) -> None:
         self.hub, self.handler = hub, handler
         self.path = unquote(urlsplit(handler.path).path)
+        self.body = handler.rfile.read(int(handler.headers.get("content-length") or 0))
+        if "chunked" in (handler.headers.get("transfer-encoding") or ""):
+            self.body = _chunked(handler.rfile)
         self.token = (handler.headers.get("authorization") or "").removeprefix("Bearer ") or None
         with hub._lock:
             hub.requests.append((handler.command, self.path, self.token))
@@ -121,6 +129,14 @@ class _Exchange:
     def answer(self) -> None:
         if status := self.hub.broken(self.path, self.count):
             self.send(status, b"broken on purpose")
+        elif self.path == "/api/whoami-v2":
+            role = {self.hub.token: "write", self.hub.outsider: "read"}.get(self.token or "")
+            if role is None:
+                self.send(401)
+            else:
+                self.json({"name": "someone", "auth": {"accessToken": {"role": role}}})
+        elif self.handler.command in ("POST", "PUT"):
+            self.write()
         elif match := re.fullmatch(r"/cdn/([0-9a-f]{64})", self.path):
             self.cdn(match[1])
         elif match := re.fullmatch(
@@ -169,6 +185,74 @@ class _Exchange:
                 ],
             }
         )
+
+    def write(self) -> None:
+        """A request that changes something; the outsider may not."""
+        if match := re.fullmatch(r"/lfs/([0-9a-f]{64})", self.path):  # signed: no token
+            self.hub.stored[match[1]] = self.body + self.hub.loses
+            self.send(200)
+        elif self.token != self.hub.token:
+            self.send(403 if self.token else 401)
+        elif self.path == "/api/validate-yaml":
+            self.json({"errors": [], "warnings": []})
+        elif self.path == "/api/repos/create":
+            asked = json.loads(self.body)
+            hub_id = f"{asked['organization']}/{asked['name']}"
+            if hub_id in self.hub.repositories:
+                self.send(409, json.dumps({"error": "exists"}).encode())
+                return
+            private = asked.get("private") or asked.get("visibility") == "private"
+            self.hub.add(hub_id, {".gitattributes": b"*.safetensors lfs"}, private=private)
+            self.json({"url": f"{self.hub.url}/{hub_id}"})
+        elif match := re.fullmatch(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch", self.path):
+            objects = json.loads(self.body)["objects"]
+            upload = {"upload": {"href": f"{self.hub.url}/lfs/OID"}}
+            text = json.dumps([each | {"actions": upload} for each in objects])
+            for each in objects:
+                text = text.replace("OID", each["oid"], 1)
+            self.json({"objects": json.loads(text)})
+        elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(\w+)/(.+)", self.path):
+            found = self.hub.repositories.get(match[1])
+            if found is None:
+                self.send(404, X_Error_Code="RepoNotFound")
+            elif match[2] == "branch":
+                found.branch = match[3]
+                self.json({})
+            elif match[2] == "preupload":
+                self.json(
+                    {"files": [self.upload_mode(each) for each in json.loads(self.body)["files"]]}
+                )
+            else:
+                self.commit(found)
+        else:
+            self.send(404)
+
+    def upload_mode(self, asked: dict[str, Any]) -> dict[str, Any]:
+        mode = "lfs" if asked["path"].endswith(LFS_ENDINGS) else "regular"
+        return {"path": asked["path"], "uploadMode": mode, "shouldIgnore": False}
+
+    def commit(self, found: Repository) -> None:
+        """Apply the operations of a commit, all or none."""
+        changed = dict(found.files)
+        for line in self.body.splitlines():
+            operation = json.loads(line)
+            value = operation["value"]
+            match operation["key"]:
+                case "header":
+                    if value.get("parentCommit") not in (None, found.commit):
+                        self.send(412, b'{"error": "the branch has moved"}')
+                        return
+                    message = value["summary"]
+                case "file":
+                    changed[value["path"]] = base64.b64decode(value["content"])
+                case "lfsFile":
+                    changed[value["path"]] = self.hub.stored[value["oid"]]
+                case "deletedFile":
+                    del changed[value["path"]]
+        options = {"private": found.private, "branch": found.branch}
+        commit = self.hub.add(found.hub_id, changed, history=[*found.history, message], **options)
+        page = f"{self.hub.url}/{found.hub_id}/commit/{commit}"
+        self.json({"commitOid": commit, "commitUrl": page})
 
     def listing(self, found: Repository) -> dict[str, dict[str, Any]]:
         listed: dict[str, dict[str, Any]] = {}
@@ -233,10 +317,20 @@ class _Exchange:
             self.handler.send_header(name.replace("_", "-"), str(value))
         self.handler.send_header("Content-Length", str(len(body)))
         self.handler.end_headers()
-        if self.handler.command == "GET":
+        if self.handler.command != "HEAD":
             self.handler.wfile.write(body[:cut_at])
             if cut_at is not None and cut_at < len(body):
                 self.handler.close_connection = True
+
+
+def _chunked(stream: Any) -> bytes:
+    """A body in chunks."""
+    whole = b""
+    while size := int(stream.readline(), 16):
+        whole += stream.read(size)
+        stream.readline()
+    stream.readline()
+    return whole
 
 
 def _git_id(data: bytes) -> str:

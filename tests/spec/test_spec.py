@@ -967,6 +967,33 @@ def test_the_three_forms_of_output(output: str, expected: Destination) -> None:
     assert expected == read(document, overrides=Overrides(output=output)).destination
 
 
+@pytest.mark.parametrize(
+    ("output", "hub"),
+    [
+        ("hf://org/name", ("org/name", "main")),
+        ("hf://org/name@v1.0", ("org/name", "v1.0")),
+        ("hf://org/name@refs/pr/3", ("org/name", "refs/pr/3")),
+        ("hf://name", None),
+        ("hf://datasets/org/name", None),
+        ("hf://org/../x", None),
+        ("hf://org/name/file", None),
+        ("hf://org/name@", None),
+    ],
+)
+def test_an_output_of_the_hub_is_a_models_repository(
+    output: str, hub: tuple[str, str] | None
+) -> None:
+    """With a branch, if it is not main."""
+    if hub is None:
+        (refused,) = refusals(WORKSPACE, overrides=Overrides(output=output))
+        assert "SPEC-109 --output" in refused
+        assert "hf://ORG/NAME" in refused
+    else:
+        assert (
+            Destination(hub=hub) == read(WORKSPACE, overrides=Overrides(output=output)).destination
+        )
+
+
 def test_data_is_files_and_urls_and_one_folder(tmp_path: Path) -> None:
     """In the file's place, also where the file has none; a path is what it is on this machine."""
     url = "https://data.example.com/b"

@@ -242,7 +242,7 @@ def summary_lines(summary: Summary) -> list[str]:
     t = summary.training
     share = 100 * t["trainable"] / t["total"]
     answers = t.get("answers") or []
-    folder = str(summary.adapter)
+    folder, where = str(summary.adapter), summary.references[0]
     speed = f"{t['tokens_per_second']:,.0f} tokens/s, {duration(t['seconds'])} of training"
     if predicted := summary.planned["tokens_per_second"]:
         speed += f"; planned {predicted:,.0f}"
@@ -259,7 +259,7 @@ def summary_lines(summary: Summary) -> list[str]:
         *memory_line(summary),
         ("trained", f"{share:.2f} % of the weights ({t['trainable']:,} parameters)"),
         ("adapter", f"{size(summary.adapter_bytes)} in {folder}"),
-        ("image", f"{summary.references[0]}@{summary.digest}"),
+        ("model", where) if where.startswith("hf://") else ("image", f"{where}@{summary.digest}"),
     ]
     if answers:
         first = answers[0]

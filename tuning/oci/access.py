@@ -36,6 +36,7 @@ class Access:
     insecure: bool = False
     trust: Trust = field(default_factory=Trust)  # the administrator's policy
     patience: Patience = field(default_factory=Patience)  # by default
+    hub_token_file: Path | None = None  # the user's saved login if None
     replace: str = OVERWRITE  # how this command replaces what a tag holds, if it can
 
     def remote(

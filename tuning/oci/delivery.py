@@ -21,7 +21,7 @@ from tuning import adapter as adapters
 from tuning import files, presets
 from tuning.console import Console, Report
 from tuning.errors import RefusedError, SpecError, TransientError, TuningError, UsageError
-from tuning.oci import provenance, registry
+from tuning.oci import hub_output, provenance, registry
 from tuning.oci.access import Access as Access
 from tuning.oci.layout.extract import unpack
 from tuning.oci.layout.manifest import RUN_ID, layout_of, read_documents, read_layout
@@ -29,6 +29,7 @@ from tuning.oci.layout.package import ADAPTER_FILES, Built, build_adapter
 from tuning.oci.layout.platforms import Base, base_of
 from tuning.oci.policy import Trust
 from tuning.oci.registry import Patience, Remote
+from tuning.sources import hub
 from tuning.spec import Destination, reference
 
 log = logging.getLogger(__name__)
@@ -53,6 +54,12 @@ def check(destination: Destination, access: Access) -> None:
             destination.image, secret=access.push_secret, push=True, patience=QUICK
         )
         registry.check_push(remote)
+    if destination.hub:
+        hub_output.check(_repository(destination.hub, access), QUICK)
+
+
+def _repository(named: tuple[str, str], access: Access) -> hub_output.Repository:
+    return hub_output.Repository(*named, token=hub.read_token(access.hub_token_file))
 
 
 def _check_folder(folder: Path, ours: Collection[str]) -> None:
@@ -80,6 +87,14 @@ def claim(
     """
     if run_id is not None and destination.on_tag_exists == "refuse":
         _claim_folders(destination, access, run_id, own)
+    if destination.hub:
+        hub_output.claim(
+            _repository(destination.hub, access),
+            run_id=run_id,
+            own=own,
+            on_exists=destination.on_tag_exists,
+            patience=QUICK,
+        )
     if destination.image is None:
         return None
     remote = access.remote(destination.image, secret=access.push_secret, push=True, patience=QUICK)
@@ -181,7 +196,7 @@ def deliver(
     run: Path | None = None,
     say: Callable[[str], None] = log.warning,
 ) -> list[str]:
-    """Put the finished adapter into every destination; returns the image's references.
+    """Put the finished adapter into every destination; returns the references to them.
 
     With the run directory `run`, a provenance statement is attached to the pushed image; by the
     administrator's policy a failure of that ends the run or is passed to `say`.
@@ -208,6 +223,17 @@ def deliver(
         references.append(f"oci:{destination.layout}")
     if destination.folder:
         copy(adapter, destination.folder, ours="adapter_config.json")
+    if destination.hub:
+        with tempfile.TemporaryDirectory(prefix=".hub-", dir=layout.parent) as scratch:
+            unpack(read_layout(layout), layout, Path(scratch))
+            commit = hub_output.push(
+                _repository(destination.hub, access),
+                Path(scratch),
+                run_id=run_id,
+                own=own,
+                on_exists=destination.on_tag_exists,
+            )
+        references.append(commit)
     return references
 
 

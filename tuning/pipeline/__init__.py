@@ -8,10 +8,11 @@ stops at its next safe point and the run ends with exit code 75.
 from tuning.pipeline.check import check
 from tuning.pipeline.finishing import Summary
 from tuning.pipeline.follower import follow
-from tuning.pipeline.options import Machines, Options, gather, read_token
+from tuning.pipeline.options import Machines, Options, gather
 from tuning.pipeline.preparing import base_folder
 from tuning.pipeline.sizing import draft
 from tuning.pipeline.story import Prepared, execute, prepare
+from tuning.sources.hub import read_token
 
 __all__ = [
     "Machines",

@@ -21,8 +21,9 @@ from tuning.oci import delivery
 from tuning.oci.delivery import Access
 from tuning.pipeline import mixing, sizing, start
 from tuning.pipeline.endings import together
-from tuning.pipeline.options import Options, base_reference, read_token
+from tuning.pipeline.options import Options, base_reference
 from tuning.sources import fetch, hub_dataset, local, stores
+from tuning.sources.hub import read_token
 from tuning.sources.local import File
 from tuning.spec import Settings, Spec, mixture
 from tuning.trackers import place
@@ -181,4 +182,5 @@ def _check_trackers(spec: Spec, options: Options) -> list[str]:
 def _check_destination(spec: Spec, access: Access) -> list[str]:
     delivery.check(spec.destination, access)
     delivery.claim(spec.destination, access, run_id=None, own=())
-    return [f"destination: {spec.destination.image or 'local'}"]
+    repository = spec.destination.hub and f"hf://{spec.destination.hub[0]}"
+    return [f"destination: {spec.destination.image or repository or 'local'}"]

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tuning import presets
-from tuning.errors import SpecError
 from tuning.network.policy import Policy
 from tuning.oci import model_image
 from tuning.oci.delivery import Access
@@ -72,6 +71,7 @@ def gather(
 
     policy = Policy.load(policy_file) if policy_file else Policy()
     token = hub_token_file or secret(None, "hub")
+    token = token / "HF_TOKEN" if token and token.is_dir() else token
     return Options(
         run_dir=run_dir or Path("runs") / spec.name,
         access=Access(
@@ -79,29 +79,17 @@ def gather(
             pull_secret=secret(pull_secret, "pull"),
             ca=ca,
             insecure=insecure,
+            hub_token_file=token,
             trust=Trust.load(policy_file) if policy_file else Trust(),
         ),
         policy=policy.with_hosts(allow_hosts),
-        hub_token_file=token / "HF_TOKEN" if token and token.is_dir() else token,
+        hub_token_file=token,
         data_secrets=secret(JOB_DATA_SECRET if JOB_DATA_SECRET.is_dir() else None, "data"),
         tracker_secrets=secret(
             JOB_TRACKER_SECRET if JOB_TRACKER_SECRET.is_dir() else None, "trackers"
         ),
         cache=JOB_MODELS if JOB_MODELS.is_dir() else None,
     )
-
-
-def read_token(path: Path | None) -> str | None:
-    """The hub token in the file at `path`. Raises SpecError if it cannot be read."""
-    if path is None:
-        return None
-    try:
-        return path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        what = f"cannot be read ({type(error).__name__})"
-        raise SpecError.at(
-            "HUB-104", str(path), what, "name a file with --hub-token-file"
-        ) from None
 
 
 def base_reference(spec: Spec) -> tuple[str, str | None]:

@@ -16,10 +16,11 @@ from tuning.oci import delivery, model_image
 from tuning.oci.delivery import Access
 from tuning.pipeline import finishing, mixing, sizing, start
 from tuning.pipeline.endings import together
-from tuning.pipeline.options import base_reference, read_token, reference
+from tuning.pipeline.options import base_reference, reference
 from tuning.pipeline.run import Run, Value, key_of
 from tuning.plan import Plan, backends
 from tuning.sources import base, fetch, hub_dataset, local, stores
+from tuning.sources.hub import read_token
 from tuning.trackers import place
 
 RECIPE_LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes")

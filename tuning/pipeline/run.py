@@ -14,8 +14,9 @@ from tuning import files, process, threads
 from tuning.console import Console
 from tuning.pipeline import endings, memory_kills
 from tuning.pipeline.journal import Journal
-from tuning.pipeline.options import Options, read_token
+from tuning.pipeline.options import Options
 from tuning.plan import device
+from tuning.sources.hub import read_token
 from tuning.sources.hub_dataset import Pinned
 from tuning.spec import Spec
 from tuning.spec.writer import plain

@@ -9,6 +9,7 @@ import logging
 import os
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 from tuning import files
@@ -27,6 +28,19 @@ PATIENCE = Patience(first=3.0, tries=4)
 def endpoint() -> str:
     """The hub's URL: HF_ENDPOINT as it is now, not as it was when the library was imported."""
     return os.environ.get("HF_ENDPOINT", "").rstrip("/") or "https://huggingface.co"
+
+
+def read_token(path: Path | None) -> str | None:
+    """The hub token in the file at `path`. Raises SpecError if it cannot be read."""
+    if path is None:
+        return None
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        what = f"cannot be read ({type(error).__name__})"
+        raise SpecError.at(
+            "HUB-104", str(path), what, "name a file with --hub-token-file"
+        ) from None
 
 
 def quietly() -> None:

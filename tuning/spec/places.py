@@ -28,7 +28,12 @@ def check(overrides: Overrides, findings: Findings) -> None:
         change = "give one folder; files and URLs may stand beside it"
         findings.add("SPEC-109", ("--data",), "names several folders", change)
     output = overrides.output
-    if output is not None and not output.startswith(("oci:", "dir:")):
+    if output is not None and output.startswith("hf://"):
+        if urls.model(output) is None:
+            what = f"{shown(output)} is no repository of a model"
+            change = "write hf://ORG/NAME, or hf://ORG/NAME@BRANCH"
+            findings.add("SPEC-109", ("--output",), what, change)
+    elif output is not None and not output.startswith(("oci:", "dir:")):
         bare = ":" not in output and "@" not in output and "." not in output.partition("/")[0]
         if output.startswith(("/", ".", "~")) or bare:
             what = f"{shown(output)} is not an image reference"
@@ -105,7 +110,9 @@ def destination(
 
 
 def named_destination(output: str) -> Destination:
-    """The destination that `oci:DIR`, `dir:DIR` or an image reference names."""
+    """The destination that `oci:DIR`, `dir:DIR`, hf://ORG/NAME or an image reference names."""
+    if (repository := urls.model(output)) is not None:
+        return Destination(hub=repository)
     kind, _, folder = output.partition(":")
     match kind:
         case "oci":

@@ -40,6 +40,7 @@ _ON_HUB = re.compile(
 _DATASET = re.compile(
     rf"hf://datasets/{_REPOSITORY}{_REVISION}/?(?:\?(?P<query>[^#]*))?", re.ASCII | re.IGNORECASE
 )
+_MODEL = re.compile(rf"hf://{_REPOSITORY}{_REVISION}", re.ASCII)
 # What a browser shows at the hub.
 _PAGE = re.compile(
     rf"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/datasets/{_REPOSITORY}"
@@ -155,6 +156,15 @@ def of_data(text: str) -> str | None:
     except OSError:  # too long for a name
         return None
     return None if here else url
+
+
+def model(text: str) -> tuple[str, str] | None:
+    """The model's repository and branch that hf://ORG/NAME[@BRANCH] names; None for other text."""
+    match = _MODEL.fullmatch(text)
+    branch = unquote(match["revision"] or "main") if match else ""
+    if match is None or _climbs(branch) or ".." in match["repository"]:
+        return None
+    return match["repository"], branch
 
 
 def in_store(url: str) -> tuple[str, str, str] | None:

@@ -110,12 +110,13 @@ class Source:
 
 @dataclass(frozen=True)
 class Destination:
-    """Where the adapter goes; at least one of image, folder and layout is set."""
+    """Where the adapter goes; at least one of image, folder, layout and hub is set."""
 
     image: str | None = None
     push_secret: str | None = None  # name of the Secret; its file comes from the command line
     folder: Path | None = None  # volumeSource: /output in the Job, hostPath locally
     layout: Path | None = None  # --output oci:DIR
+    hub: tuple[str, str] | None = None  # --output hf://ORG/NAME[@BRANCH]: name and branch
     on_tag_exists: Literal["refuse", "overwrite"] = "refuse"
     index: bool = False  # the image is an index: amd64, arm64, ModelPack
     base_image: str | None = None  # by digest; its layers come first
@@ -134,7 +135,7 @@ class Overrides:
     base_model: str | None = None  # a preset, org/model or a folder
     data: tuple[str, ...] = ()  # files, URLs, and at most one folder
     instance: str | None = None
-    output: str | None = None  # oci:DIR, an image reference, or a folder (dir:DIR)
+    output: str | None = None  # oci:DIR, dir:DIR, hf://ORG/NAME, or an image reference
     allow_hosts: tuple[str, ...] = ()  # hosts of URLs that may be private or local
 
 

@@ -35,6 +35,8 @@ CMD ["run"]
 FROM python AS engine
 ARG TORCH=2.13.0
 ARG TORCH_INDEX=cu130
+# wandb lets a Job report to W&B; MLflow and TensorBoard need nothing. Trackio: ...,trackio
+ARG EXTRAS=train,serve,wandb
 # NVIDIA's driver comes from the machine: the container toolkit reads the last two variables; GKE mounts it
 # into /usr/local/nvidia, where neither the shell nor the loader looks by itself.
 ENV PATH=$PATH:/usr/local/nvidia/bin LD_LIBRARY_PATH=/usr/local/nvidia/lib64 \
@@ -46,7 +48,7 @@ RUN command -v gcc >/dev/null || { apt-get update -qq \
 # Torch first and in a layer of its own: it is nine tenths of the image and changes least.
 RUN python tools/install_torch.py ${TORCH} ${TORCH_INDEX}
 COPY --from=wheel /wheels /wheels
-RUN pip install --quiet -c constraints.txt "$(echo /wheels/tuning-*.whl)[train,serve]" \
+RUN pip install --quiet -c constraints.txt "$(echo /wheels/tuning-*.whl)[${EXTRAS}]" \
     && pip check && python -m tuning --help >/dev/null && rm -rf /wheels
 WORKDIR /
 USER 10001:10001

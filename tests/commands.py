@@ -7,13 +7,13 @@ import sys
 import yaml
 
 
-def tuning(*arguments, **options):
+def tuning(*arguments, timeout=280, **options):
     """Run `python -m tuning ARGUMENTS` and give what it said."""
     return subprocess.run(
         [sys.executable, "-m", "tuning", *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=timeout,
         **options,
     )
 

@@ -61,8 +61,8 @@ def at_step(run: Path, number: int, act: Callable[[], None]) -> Callable[[], Non
 
 
 def kill(run: Path, *, rank: int) -> None:
-    """SIGKILL the process that is that rank of this run."""
-    asked = str(run / "log" / "train.json").encode()
+    """SIGKILL the process that is that rank of this run; without others it has no number."""
+    asked, struck = str(run / "log" / "train.json").encode(), False
     for folder in Path("/proc").iterdir():
         if not folder.name.isdigit():
             continue
@@ -71,5 +71,9 @@ def kill(run: Path, *, rank: int) -> None:
             environment = (folder / "environ").read_bytes().split(b"\0")
         except OSError:
             continue
-        if asked in command and f"RANK={rank}".encode() in environment:
+        numbers = [each for each in environment if each.startswith(b"RANK=")]
+        alone = rank == 0 and not numbers and b"training.launch" not in command
+        if asked in command and (alone or f"RANK={rank}".encode() in numbers):
             os.kill(int(folder.name), signal.SIGKILL)
+            struck = True
+    assert struck, f"no rank {rank} is at work"

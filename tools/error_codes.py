@@ -31,6 +31,7 @@ ROOMS = {
     "SIGN": "Signatures",
     "SPEC": "Workspaces, configuration, presets",
     "TRAIN": "Training",
+    "TRACK": "Trackers",
     "USE": "The command line",
 }
 INTRODUCTION = """# Errors and exit codes

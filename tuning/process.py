@@ -285,6 +285,7 @@ class Prewarmed:
 ALLOCATOR = "PYTORCH_ALLOC_CONF"
 LAUNCHER = "training.launch"  # starts several ranks
 NODE = "TUNING_NODE"  # environment variable of ranks: their machine's number
+_SECRET = ("TOKEN", "SECRET", "PASSWORD", "CREDENTIAL", "_KEY")  # in names of variables
 ON_STDIN = "-"  # in place of a request that will be named on stdin
 
 
@@ -335,7 +336,7 @@ def clean_environment() -> dict[str, str]:
     kept = {
         name: value
         for name, value in os.environ.items()
-        if not any(word in name.upper() for word in ("TOKEN", "SECRET", "PASSWORD", "CREDENTIAL"))
+        if not any(word in name.upper() for word in _SECRET)
         and name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
     }
     allocator = {} if "PYTORCH_CUDA_ALLOC_CONF" in kept else {ALLOCATOR: "expandable_segments:True"}

@@ -225,6 +225,11 @@ STATUS = _object(
         tokensPerSecond=_number("Tokens per second."),
         etaSeconds=_number("Estimated remaining seconds."),
     ),
+    trackers=_object(
+        "The run's page at each tracker.",
+        mlflow=_text("Of MLflow."),
+        wandb=_text("Of W&B."),
+    ),
     output=_object(
         "The pushed adapter.",
         image=_text("Its image reference."),

@@ -50,3 +50,12 @@ def _shallow(text: bytes) -> bytes:
                     start = token.end()
                 depth -= 1
     return b"".join([*kept, text[start:]])
+
+
+_LINK = re.compile("https?://[!-?A-~]{1,600}")  # no space, no login
+
+
+def links(told: object) -> dict[str, str]:
+    """The run's page at each tracker, of what a pod says: addresses of the web only."""
+    found = told.items() if isinstance(told, dict) else ()
+    return {k: v for k, v in found if k in ("mlflow", "wandb") and _LINK.fullmatch(f"{v}")}

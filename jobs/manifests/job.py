@@ -125,8 +125,8 @@ def run_claim(workspace: Object, desired: Desired, options: Options) -> Object:
 
 
 def network_policy(workspace: Object, desired: Desired, options: Options) -> Object:
-    """In: the operator, to the progress port. Out: DNS, and the ports of data, hub and registry.
-    Pods of one Job reach each other on all ports, as collective communication uses any."""
+    """In: the operator, to the progress port. Out: DNS, and the ports of data, hub, registries,
+    trackers. Pods of one Job reach each other on all ports: collective communication uses any."""
     assert desired.spec is not None
     spec = _policy_spec(
         {WORKSPACE_LABEL: workspace["metadata"]["name"]},
@@ -190,8 +190,10 @@ def _operator(options: Options) -> Object:
 
 
 def _ports(spec: Spec) -> set[int]:
-    """TCP ports of the data's URLs and of the registries."""
-    urls = [urlsplit(url) for url in spec.source.urls]
+    """TCP ports of the data's URLs, of the trackers and of the registries."""
+    settings = spec.settings
+    trackers = filter(None, (settings.mlflow_uri, settings.wandb_url) if settings.report_to else ())
+    urls = [urlsplit(url) for url in (*spec.source.urls, *trackers)]
     ports = {url.port or (80 if url.scheme.lower() == "http" else 443) for url in urls}
     return ports | _registry_ports([spec.source.image, spec.destination.image])
 

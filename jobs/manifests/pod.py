@@ -17,7 +17,8 @@ from tuning.spec.workspace import ANNOTATION
 
 PORT = 8080
 CONTAINER = "tuning"
-DATA_SECRET = "/etc/tuning-data"  # noqa: S105 the engine's folder for it
+# the engine's folders for whole Secrets
+DATA_SECRET, TRACKER_SECRET = "/etc/tuning-data", "/etc/tuning-trackers"
 SNAPSHOT, POLICY = f"{ANNOTATION}document", f"{ANNOTATION}policy"
 DOCKER = ".dockerconfigjson"
 HUB = "HF_TOKEN"
@@ -205,10 +206,14 @@ def _volumes(
     mounts.append({"name": "files", "mountPath": "/etc/tuning", "readOnly": True})
     mounts.append({"name": "run", "mountPath": "/run/tuning", **group.run_folder(desired)})
     parsed = desired.spec
-    if parsed and parsed.data_secret and parsed.source.urls:  # all keys: some are names of hosts
-        secret = {"secretName": parsed.data_secret, "defaultMode": 0o440}
-        volumes.append({"name": "data-secret", "secret": secret})
-        mounts.append({"name": "data-secret", "mountPath": DATA_SECRET, "readOnly": True})
+    assert parsed is not None
+    for name, whole, used, path in (
+        ("data-secret", parsed.data_secret, parsed.source.urls, DATA_SECRET),
+        ("tracker-secret", parsed.tracker_secret, parsed.settings.report_to, TRACKER_SECRET),
+    ):
+        if whole and used:  # all keys: some are names of hosts
+            volumes.append({"name": name, "secret": {"secretName": whole, "defaultMode": 0o440}})
+            mounts.append({"name": name, "mountPath": path, "readOnly": True})
     if source := tuning["input"].get("volumeSource"):
         volumes.append({"name": "data", **source})
         path = _mount_path(source, "/data")

@@ -200,6 +200,8 @@ def termination_message(pod: Object) -> dict[str, Any]:
         fields["digest"] = digest
     if isinstance(commit, str) and _COMMIT.fullmatch(commit):
         fields["baseRevision"] = commit
+    if found := nesting.links(document.get("trackers")):
+        fields["trackers"] = found
     for k in ("code", "step", "steps", "peakMemoryBytes"):
         if is_number(document.get(k)) and isinstance(document[k], int):
             fields[k] = document[k]

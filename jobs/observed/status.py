@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from jobs.api import nesting
 from jobs.api.kinds import Kind, Object
 from jobs.api.options import Options
 from jobs.desired import names
@@ -34,6 +35,7 @@ def status(observed: Observed, phase: Phase, options: Options) -> Object:
         "outputs": stored.get("outputs"),
         "plan": _plan(observed),
         "progress": _progress(observed, stored.get("progress") if same else None),
+        "trackers": _trackers(observed, stored.get("trackers") if same else None),
         "zone": zone(observed),
         "nodeAttempts": None if name == "running" else _node_attempts(observed, name, options),
         "workerNodes": _worker_nodes(observed),
@@ -221,6 +223,14 @@ def _progress(observed: Observed, before: Object | None) -> Object:
     if "step" not in fields:
         return before or {}
     return {"text": _progress_text(fields), **fields}
+
+
+def _trackers(observed: Observed, before: Object | None) -> Object:
+    """Pages that show the run, as its pods say."""
+    messages = [objects.termination_message(pod) for pod in group.first(observed.pods)]
+    found = [nesting.links((observed.progress or {}).get("trackers"))]
+    found += [message.get("trackers", {}) for message in reversed(messages)]
+    return next(filter(None, found), before or {})
 
 
 def _is_count(value: object) -> bool:

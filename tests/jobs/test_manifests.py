@@ -24,7 +24,7 @@ from jobs.manifests import job as job_manifests
 from jobs.manifests import pod
 from jobs.observed import site
 from tuning.errors import REASONS, RETRYABLE, SpecError
-from tuning.pipeline.options import JOB_DATA_SECRET
+from tuning.pipeline.options import JOB_DATA_SECRET, JOB_TRACKER_SECRET
 
 UID = "11111111-2222-3333-4444-555555555555"
 ROOT = Path(__file__).parents[2]
@@ -165,6 +165,41 @@ def test_the_data_secret_is_mounted_whole_where_the_engine_looks() -> None:
     assert "rows" == volume["secret"]["secretName"]
     (mount,) = [m for m in pod["containers"][0]["volumeMounts"] if m["name"] == "data-secret"]
     assert (str(JOB_DATA_SECRET), True) == (mount["mountPath"], mount["readOnly"])
+
+
+REPORTS = """
+training_config:
+  TrainingArguments:
+    report_to: {}
+    mlflow_tracking_uri: http://mlflow.mlops:5000
+    wandb_base_url: https://wandb.example.com:8443
+"""
+
+
+@pytest.mark.parametrize(
+    ("report_to", "ports", "mounted"),
+    [("[mlflow, wandb]", [443, 5000, 8443], True), ("none", [443], False)],
+)
+def test_a_job_reaches_its_trackers_with_their_secret(
+    report_to: str, ports: list[int], mounted: bool
+) -> None:
+    """The whole Secret is where the engine looks, and the ports of its trackers are let out."""
+    item = stored(config="settings")
+    item["metadata"].setdefault("annotations", {})["tuning.kaito.sh/tracker-secret"] = "logins"
+    settings = config_map("settings", "team", REPORTS.format(report_to))
+    desired = desired_tuning.read(item, settings, None)
+    assert desired.spec is not None, desired.problems
+    job = job_manifests.job(item, desired, Options(), claim=True, earlier=())
+    policy = job_manifests.network_policy(item, desired, Options())
+
+    strict(job)
+    spec = job["spec"]["template"]["spec"]
+    found = [v["secret"]["secretName"] for v in spec["volumes"] if v["name"] == "tracker-secret"]
+    assert (["logins"] if mounted else []) == found
+    places = [m for m in spec["containers"][0]["volumeMounts"] if m["name"] == "tracker-secret"]
+    expected = [(str(JOB_TRACKER_SECRET), True)] if mounted else []
+    assert expected == [(m["mountPath"], m["readOnly"]) for m in places]
+    assert ports == [port["port"] for port in policy["spec"]["egress"][1]["ports"]]
 
 
 def test_the_failure_policy_is_the_table_of_exit_codes() -> None:

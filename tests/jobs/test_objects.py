@@ -272,6 +272,41 @@ def test_a_message_without_end_is_cut() -> None:
     assert len(json.dumps(told)) < 32768
 
 
+PAGE = "https://mlflow.example.com/#/experiments/1/runs/0a"
+
+
+def test_the_page_of_a_run_at_its_tracker_is_in_the_status() -> None:
+    """While it runs, from its progress; when it has ended, from its last message; then it stays."""
+    running = observed(
+        job=job(), pods=(pod({"running": {}}),), progress={"trackers": {"mlflow": PAGE}}
+    )
+    message = json.dumps({"trackers": {"mlflow": PAGE}, "step": 3, "steps": 3, "digest": DIGEST})
+    over = observed(job=job(("Complete", "x")), pods=(ended(0, message, reason="Completed"),))
+
+    assert {"mlflow": PAGE} == phase_and_status(running)[1]["trackers"]
+    assert {"mlflow": PAGE} == phase_and_status(over)[1]["trackers"]
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        *(None, [], "https://x", {"mlflow": None}, {"mlflow": ["https://x"]}, {"other": PAGE}),
+        {"mlflow": "javascript:alert(1)"},
+        {"mlflow": "https://user:password@x"},
+        {"mlflow": "https://x/" + "a" * 10_000},
+        {"mlflow": "https://x/\u202e"},
+        {"wandb": "https://x/a b"},
+        {"mlflow": "https://x\n"},
+    ],
+)
+def test_a_page_that_a_pod_makes_up_is_not_in_the_status(told: Any) -> None:
+    """A pod runs what a tenant named: only known trackers, and addresses of the web."""
+    for progress, message in (({"trackers": told}, {}), (None, {"trackers": told})):
+        last = ended(1, json.dumps(message | {"step": 1, "steps": 2}))
+        _, status_now = phase_and_status(observed(job=job(), pods=(last,), progress=progress))
+        assert "trackers" not in status_now
+
+
 @pytest.mark.parametrize(
     "record",
     [

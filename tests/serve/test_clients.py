@@ -199,7 +199,8 @@ def test_eval_gives_what_lm_evals_own_model_gives(home: Path, tuned: Path, tmp_p
     (tmp_path / "own_choice.yaml").write_text(text)
     command = ("eval", "--base", TINY, "--adapter", tuned, "--precision", "float32", "--json")
     command += ("--tasks", tmp_path / "own_choice.yaml", "--lm-eval", home / "bin" / "python")
-    record = json.loads(good(tuning(*command, env=os.environ | {"HF_HUB_OFFLINE": "1"})))
+    offline = os.environ | {"HF_HUB_OFFLINE": "1"}
+    record = json.loads(good(tuning(*command, env=offline, timeout=1200)))
     for model, more in (("base", ""), ("tuned", f",peft={tuned}")):
         run(
             home,

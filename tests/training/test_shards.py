@@ -39,8 +39,8 @@ def base(tiny_base: Base) -> Path:
     return tiny_base("llama")
 
 
-def norms(run: Path) -> list[float]:
-    """The gradient's norm of each step."""
+def norms(run: Path) -> list[float | None]:
+    """The gradient's norm of each step; None of one whose scaled gradients overflowed."""
     lines = (run / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["grad_norm"] for line in lines if "grad_norm" in line]
 
@@ -52,7 +52,11 @@ def same(run: Path, base: Path, placement: Any, recipe: Any, *, relative: float 
     shared = train(run / "b", base, placement, recipe=recipe)
 
     assert alone["loss_by_step"] == pytest.approx(shared["loss_by_step"], rel=relative)
-    assert norms(run / "a") == pytest.approx(norms(run / "b"), rel=100 * relative)
+    pairs = list(zip(norms(run / "a"), norms(run / "b"), strict=True))
+    both = [pair for pair in pairs if None not in pair]
+    assert len(both) > len(pairs) / 2
+    for mine, other in both:
+        assert mine == pytest.approx(other, rel=100 * relative)
     for name in ("eval_loss_before", "eval_loss_after"):
         assert alone[name] == pytest.approx(shared[name], rel=relative)
     assert (alone["tokens"], alone["trainable"]) == (shared["tokens"], shared["trainable"])

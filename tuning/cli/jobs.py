@@ -97,8 +97,10 @@ def plan(
     from tuning import plan as plans
     from tuning.cli import tables
     from tuning.plan import device
+    from tuning.trackers import place
 
     spec = option.spec_of(file, base_model, data, instance, output)
+    place.refuse(spec, None, None, here=False)
     here = device.detect()
     if plans.is_enough(spec, here) and not spec.settings.start_adapter:
         decided = plans.draft(spec, here=here)

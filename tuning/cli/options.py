@@ -35,7 +35,9 @@ Instance = Annotated[
 ]
 Output = Annotated[
     str | None,
-    typer.Option(metavar="WHERE", help="oci:DIR, dir:DIR, hf://ORG/NAME or an image, not the file's."),
+    typer.Option(
+        metavar="WHERE", help="oci:DIR, dir:DIR, hf://ORG/NAME or an image, not the file's."
+    ),
 ]
 AllowHost = Annotated[
     list[str] | None,

@@ -194,6 +194,7 @@ def plan_table(plan: Plan) -> rich.table.Table:
         "global_batch": recipe.global_batch,
         "epochs": f"{recipe.epochs:g}",
         "steps": recipe.steps or "known once the data is read",
+        "patience": recipe.patience,
         "ranks": placement.ranks if placement.ranks > 1 else None,
         "shards": placement.text if placement.ranks > 1 else None,
         "micro_batch": placement.micro_batch,
@@ -251,7 +252,7 @@ def summary_lines(summary: Summary) -> list[str]:
     lines = [
         (
             "loss",
-            f"{t['loss_first']:.3f} -> {t['loss_last']:.3f} in {t['steps']:,} steps{_held_out(t)}",
+            f"{t['loss_first']:.3f} -> {t['loss_last']:.3f} in {_steps(t)}{_held_out(t)}",
         ),
         (
             "speed",
@@ -277,6 +278,14 @@ def memory_line(summary: Summary) -> list[tuple[str, str]]:
         return []
     off = 100 * (measured - planned) / planned
     return [("memory", f"{size(measured)} at the peak; planned {size(planned)} ({off:+.1f} %)")]
+
+
+def _steps(training: dict[str, Any]) -> str:
+    """How many steps were trained, and why not all."""
+    if not (stopped := training.get("stopped")):
+        return f"{training['steps']:,} steps"
+    since = f"no better since step {stopped['no_better_since']:,}"
+    return f"{stopped['at']:,} of {training['steps']:,} steps ({since})"
 
 
 def _held_out(training: dict[str, Any]) -> str:

@@ -26,6 +26,7 @@ from tuning.sources import fetch, hub_dataset, local, stores
 from tuning.sources.hub import read_token
 from tuning.sources.local import File
 from tuning.spec import Settings, Spec, mixture
+from tuning.trackers import place
 
 # Part of the mixture, name and size of a file, and what its rows are
 CheckedFile = tuple[int, str, int | None, FirstRows]
@@ -41,6 +42,7 @@ def check(spec: Spec, options: Options, console: Console) -> Iterator[str]:
         lambda: _check_model(spec, options, access, console),
         lambda: _check_data(spec, options, access),
         lambda: _check_destination(spec, access),
+        lambda: _check_trackers(spec, options),
     )
     for lines in passed:
         yield from lines
@@ -169,6 +171,11 @@ def _vocabulary(spec: Spec) -> Vocabulary:
         return Vocabulary()  # checking the model says more
     rows = base.facts.vocab if base.facts else None
     return Vocabulary(rows, new_tokens=spec.settings.new_tokens or ())
+
+
+def _check_trackers(spec: Spec, options: Options) -> list[str]:
+    place.refuse(spec, options.policy, options.tracker_secrets, here=False)
+    return [f"trackers: {', '.join(names)}"] if (names := spec.settings.report_to) else []
 
 
 def _check_destination(spec: Spec, access: Access) -> list[str]:

@@ -98,6 +98,7 @@ def package(run: Run, decided: Plan, training: Value, packed: Value, model: base
         loss_after=training["eval_loss_after"],
         rewards=model_card.rewards(training),
         best_step=training["best_step"],
+        stopped=training.get("stopped"),
         ends=tuple(training.get("ends") or ()),
         datasets=[each.origin for each in run.datasets],
     )
@@ -180,6 +181,13 @@ def deliver(run: Run, decided: Plan, digest: str) -> tuple[str, ...]:
         run.journal.verify("package")  # a registry noticed what has rotted since
         raise
     return tuple(done["references"])
+
+
+def facts(training: Value, digest: str, references: tuple[str, ...]) -> Value:
+    """What a tracker shows of a finished run beside its curves."""
+    names = ("eval_loss_before", "eval_loss_after", "best_step")
+    known = {name: training[name] for name in names if training.get(name) is not None}
+    return known | {"image": ", ".join(references), "image_digest": digest}
 
 
 def save_inputs(run: Run, decided: Plan) -> None:

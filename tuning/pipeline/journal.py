@@ -16,8 +16,8 @@ line is fsynced. Invariants:
    or missing makes its phase `damaged`: it is repeated, from outputs that are compared in turn.
    An `end` of an older version has no digests; its outputs are accepted if they are there.
 5. The rest proves itself: checkpoints by their manifests, blobs by their names, base weights by the
-   cache that holds them. `spec.yaml` and `plan.json` are written at each start, and `log/` and
-   `metrics.jsonl` are for people: no result depends on them.
+   cache that holds them. `spec.yaml` and `plan.json` are written at each start, and `log/`,
+   `metrics.jsonl` and what trackers get of it are for people: no result depends on them.
 6. Nothing in the run directory is a link or a device; the run directory itself may be a link.
 """
 
@@ -41,7 +41,8 @@ FILES = (
     *(".lock", "journal.jsonl", "spec.yaml", "plan.json", "metrics.jsonl"),
     *("samples.jsonl", "report.html", "provenance.json", "traceback.txt"),
 )
-FOLDERS = ("data", "checkpoints", "adapter", "image", "log")
+FOLDERS = ("data", "checkpoints", "adapter", "image", "log", "trackers", "tensorboard")
+STORES = ("wandb", "trackio")  # of clients, which may put links into them
 
 
 class Damaged(Exception):
@@ -219,6 +220,8 @@ def refuse_links(folder: Path) -> None:
     Links to other places, pipes and devices; a folder for a file, or a file for a folder. What a
     run does not know in its directory is not looked at.
     """
+    for name in STORES:
+        _refuse_link(folder / name, stat.S_ISDIR)
     for name in (*FILES, *FOLDERS):
         _refuse_link(folder / name, stat.S_ISDIR if name in FOLDERS else stat.S_ISREG)
         for place, folders, others in os.walk(folder / name):

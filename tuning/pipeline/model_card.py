@@ -42,6 +42,7 @@ class Facts:
     loss_after: float | None = None
     rewards: dict[str, Any] = field(default_factory=dict)  # accuracy and margin, where compared
     best_step: int | None = None  # step of the weights, if not the last
+    stopped: dict[str, int] | None = None  # by early stopping: "at", "no_better_since"
     ends: Sequence[str] = ()  # tokens that end an answer, if others than the tokenizer's one
     datasets: Sequence[dict[str, Any]] = ()  # of the hub: Pinned.origin
 
@@ -90,6 +91,7 @@ def provenance(recipe: dict[str, Any], *, run_id: str, facts: Facts) -> dict[str
             "perplexity_before": None if facts.rewards else perplexity(facts.loss_before),
             "perplexity_after": None if facts.rewards else perplexity(facts.loss_after),
             **facts.rewards,
+            **({"stopped": facts.stopped} if facts.stopped else {}),
         },
         **({"ends": list(facts.ends)} if facts.ends else {}),
         **({"datasets": list(facts.datasets)} if facts.datasets else {}),
@@ -108,6 +110,7 @@ def training(record: dict[str, Any]) -> dict[str, Any]:
         "eval_loss_after": record["evaluation"]["loss_after"],
         "best_step": record["evaluation"]["best_step"],
         **rewards(record["evaluation"]),
+        "stopped": record["evaluation"].get("stopped"),
         "tokens": 0,
         "tokens_per_second": 0.0,
         "seconds": 0.0,
@@ -147,6 +150,8 @@ def card(recipe: dict[str, Any], *, run_id: str, facts: Facts) -> str:
         else:
             before, after = perplexity(facts.loss_before), perplexity(facts.loss_after)
             rows.insert(7, ("perplexity on held-out rows", f"{before:.4g} -> {after:.4g}"))
+    if facts.stopped:
+        rows.append(("stopped early", stopped_text(facts.stopped, recipe["steps"])))
     if facts.best_step is not None:
         rows.append(("weights", f"of step {facts.best_step:,}, the best on the held-out rows"))
     if tokens := recipe.get("new_tokens"):
@@ -189,6 +194,12 @@ Loss by step: `{curve(losses)}`
 
 {versions}
 """
+
+
+def stopped_text(stopped: dict[str, int], steps: int) -> str:
+    """Where early stopping ended the training, and why."""
+    since = stopped["no_better_since"]
+    return f"at step {stopped['at']:,} of {steps:,}, no better since step {since:,}"
 
 
 def _part(part: dict[str, Any]) -> list[str]:

@@ -15,7 +15,8 @@ from tuning.pipeline import watchdog
 from tuning.spec import Spec
 
 JOB_SECRETS, JOB_MODELS = Path("/etc/tuning/secrets"), Path("/models")
-JOB_DATA_SECRET = Path("/etc/tuning-data")  # a whole Secret, which a projected volume cannot hold
+# whole Secrets, which a projected volume cannot hold
+JOB_DATA_SECRET, JOB_TRACKER_SECRET = Path("/etc/tuning-data"), Path("/etc/tuning-trackers")
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Options:
     policy: Policy = field(default_factory=Policy)
     hub_token_file: Path | None = None
     data_secrets: Path | None = None  # folder of headers by host, and keys of object stores
+    tracker_secrets: Path | None = None  # folder of the trackers' logins
     cache: Path | None = None  # base weights; None: the hub's usual cache
     questions: tuple[str, ...] = ()
     port: int | None = None
@@ -83,6 +85,9 @@ def gather(
         policy=policy.with_hosts(allow_hosts),
         hub_token_file=token,
         data_secrets=secret(JOB_DATA_SECRET if JOB_DATA_SECRET.is_dir() else None, "data"),
+        tracker_secrets=secret(
+            JOB_TRACKER_SECRET if JOB_TRACKER_SECRET.is_dir() else None, "trackers"
+        ),
         cache=JOB_MODELS if JOB_MODELS.is_dir() else None,
     )
 

@@ -3,13 +3,14 @@
 Progress is `metrics.jsonl` in the run directory, one object a log step: `step, steps, epoch, loss,
 lr, grad_norm, tokens, tokens_per_second, eta_seconds, memory_bytes`. The termination message is at
 most 4096 bytes of JSON: `phase, code, reason, message, hint, retryable, step, steps, loss, digest,
-peakMemoryBytes, baseRevision`. baseRevision is the commit to serve the adapter with.
+peakMemoryBytes, baseRevision, trackers`. baseRevision is the commit to serve the adapter with;
+trackers are the pages that show the run, by tracker.
 """
 
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ class Outcome:
     digest: str | None = None
     peak_memory_bytes: int | None = None
     base_revision: str | None = None
+    trackers: dict[str, str] = field(default_factory=dict)
 
     @property
     def reason(self) -> str:
@@ -54,14 +56,15 @@ class Outcome:
             "digest": self.digest,
             "peakMemoryBytes": self.peak_memory_bytes,
             "baseRevision": self.base_revision,
+            "trackers": self.trackers,
         }
-        record = {name: value for name, value in record.items() if value not in (None, "")}
-        for field in ("message", "hint"):
+        record = {name: value for name, value in record.items() if value not in (None, "", {})}
+        for name in ("message", "hint"):
             excess = len(files.canonical(record)) - TERMINATION_LIMIT
             if excess > 0:
                 # a character is at least as long in JSON as in UTF-8, so this cuts enough
-                kept = max(0, len(record[field].encode()) - excess - 4)
-                record[field] = record[field].encode()[:kept].decode(errors="ignore") + "…"
+                kept = max(0, len(record[name].encode()) - excess - 4)
+                record[name] = record[name].encode()[:kept].decode(errors="ignore") + "…"
         return files.canonical(record).decode()
 
 
@@ -75,7 +78,12 @@ def write_termination(outcome: Outcome, *, path: Path = TERMINATION_LOG) -> None
             path.write_text(outcome.termination_message())
 
 
-def failed(phase: str, error: TuningError, progress: dict[str, Any] | None) -> Outcome:
+def failed(
+    phase: str,
+    error: TuningError,
+    progress: dict[str, Any] | None,
+    trackers: dict[str, str] | None = None,
+) -> Outcome:
     """The outcome of a run that ended in `phase` with `error`."""
     hints = " ".join(dict.fromkeys(problem.change.rstrip(" .") + "." for problem in error.problems))
     return Outcome(
@@ -83,6 +91,7 @@ def failed(phase: str, error: TuningError, progress: dict[str, Any] | None) -> O
         code=error.exit_code,
         message=str(error),
         hint=hints,
+        trackers=trackers or {},
         **({k: progress.get(k) for k in ("step", "steps", "loss")} if progress else {}),
     )
 

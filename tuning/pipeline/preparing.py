@@ -21,6 +21,7 @@ from tuning.pipeline.run import Run, Value, key_of
 from tuning.plan import Plan, backends
 from tuning.sources import base, fetch, hub_dataset, local, stores
 from tuning.sources.hub import read_token
+from tuning.trackers import place
 
 RECIPE_LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes")
 DATA_SETTINGS = (
@@ -37,6 +38,7 @@ LATER_SETTINGS = ("new_tokens", "objective")  # unknown to earlier versions: onl
 def validate(run: Run) -> None:
     """Validate what the spec alone decides on this device, before any network."""
     run.begin("judge")
+    place.refuse(run.spec, run.options.policy, run.options.tracker_secrets)
     backends.refuse_unavailable(run.spec.settings.attention, run.device())
     try:
         known = plan.known_base(run.spec)

@@ -17,7 +17,7 @@ from typing import Any
 
 from tuning.errors import SpecError
 from tuning.network import own_host
-from tuning.pipeline import outcome, report
+from tuning.pipeline import outcome, report, tracking
 
 CONNECTIONS = 16
 SECONDS = 10.0  # that a connection may last
@@ -108,12 +108,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         now = outcome.progress(self.run_folder)
         match self.path.partition("?")[0]:
             case "/progress":
-                self._send(json.dumps(now or {}), "application/json")
+                links = tracking.links(self.run_folder)
+                shown = (now or {}) | ({"trackers": links} if links else {})
+                self._send(json.dumps(shown), "application/json")
             case "/metrics":
                 self._send(metrics(now or {}), "text/plain; version=0.0.4")
             case "/":
-                shown = report.page(self.run_folder, name=self.run_name, reload=True)
-                self._send(shown, "text/html; charset=utf-8")
+                page = report.page(self.run_folder, name=self.run_name, reload=True)
+                self._send(page, "text/html; charset=utf-8")
             case _:
                 self.send_error(404)
 

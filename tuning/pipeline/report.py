@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tuning import files
-from tuning.pipeline import outcome
+from tuning.pipeline import outcome, tracking
 
 WIDTH, HEIGHT, EDGE = 640, 220, 44  # of the chart, in pixels
 RELOAD = '<meta http-equiv="refresh" content="5">'
@@ -44,9 +44,11 @@ def page(run: Path, *, name: str, reload: bool = False, ended: str = "") -> str:
     now, records = outcome.progress(run), _records(run)
     idle = "no step done" if ended else "not training yet"
     state = f"step {now['step']:,} of {now.get('steps', 0):,}" if now else idle
+    if now and isinstance(now.get("no_better_since"), int):
+        state += f": stopped, no better on held-out rows since step {now['no_better_since']:,}"
     if ended:
         state = f"{ended} ({state})"
-    if now and reload and now.get("eta_seconds"):
+    elif now and reload and now.get("eta_seconds"):
         state += f", {now['eta_seconds'] / 60:,.0f} min to go"
     return PAGE.format(
         reload=RELOAD if reload else "",
@@ -56,7 +58,12 @@ def page(run: Path, *, name: str, reload: bool = False, ended: str = "") -> str:
             [(r["step"], r.get("loss")) for r in records if "eval_loss" not in r],
             [(r["step"], r["eval_loss"]) for r in records if "eval_loss" in r],
         ),
-        tables=_table(("now", ""), _now(now)) + _table(*_planned(run, now)),
+        tables=_table(("now", ""), _now(now))
+        + _table(*_planned(run, now))
+        + "".join(
+            f'<p>{html.escape(name)}: <a href="{html.escape(link)}">{html.escape(link)}</a></p>'
+            for name, link in tracking.links(run).items()
+        ),
     )
 
 

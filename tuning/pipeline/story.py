@@ -21,6 +21,7 @@ from tuning.pipeline import (
     progress_server,
     report,
     start,
+    tracking,
     training,
     weights,
 )
@@ -52,7 +53,7 @@ def execute(spec: Spec, options: Options, console: Console) -> Summary:
             summary = _repairing(run, _phases)
         except Exception as error:
             raise _record_failure(run, error) from error
-        outcome.write_termination(_success(summary))
+        outcome.write_termination(_success(summary, run.folder))
         return summary
 
 
@@ -61,6 +62,7 @@ def _phases(run: Run) -> Summary:
     summary = finishing.finished(run, inputs)
     if summary is not None:
         run.console.say("Already finished; nothing was done.")
+        tracking.catch_up(run, summary.run_id)
         return summary
     files.sweep(run.folder)
     files.write(run.folder / "spec.yaml", specs.dump(run.spec), mode=0o600)  # URLs may hold tokens
@@ -77,9 +79,15 @@ def _phases(run: Run) -> Summary:
         preparing.check_questions(run, download.tokenizer)
         rows = preparing.tokenise(run, data, download.tokenizer, model)
         decided, packed = preparing.decide(run, rows, data, known)
-        trained = training.train(run, decided, packed, model, weights=download.folder)
-    digest = finishing.package(run, decided, trained, packed, model)
-    references = finishing.deliver(run, decided, digest)
+        recipe = decided.recipe
+        is_trained = training.is_trained(run, recipe.run_id)
+        with tracking.followed(
+            run, recipe.to_json(), recipe.run_id, trained=is_trained
+        ) as at_trackers:
+            trained = training.train(run, decided, packed, model, weights=download.folder)
+            digest = finishing.package(run, decided, trained, packed, model)
+            references = finishing.deliver(run, decided, digest)
+            at_trackers |= finishing.facts(trained, digest, references)
     return finishing.finish(run, inputs, decided, trained, digest, references)
 
 
@@ -143,7 +151,8 @@ def _data_phases(run: Run) -> Prepared:
 def _record_failure(run: Run, error: Exception) -> TuningError:
     """Write `error` to the journal and the termination log; returns it as a TuningError."""
     known = endings.known(error, run.phase, run.folder)
-    failure = outcome.failed(run.phase, known, outcome.progress(run.folder))
+    shown = tracking.links(run.folder)
+    failure = outcome.failed(run.phase, known, outcome.progress(run.folder), shown)
     with suppress(OSError):  # a full disk must not hide the error
         run.journal.append(run.phase, "fail", code=failure.code, message=failure.message)
         ended = f"Ended in the phase {run.phase}: {known}"
@@ -152,17 +161,18 @@ def _record_failure(run: Run, error: Exception) -> TuningError:
     return known
 
 
-def _success(summary: Summary) -> outcome.Outcome:
+def _success(summary: Summary, folder: Path) -> outcome.Outcome:
     training = summary.training
     return outcome.Outcome(
         phase="finish",
         code=0,
-        step=training["steps"],
+        step=(training.get("stopped") or {"at": training["steps"]})["at"],
         steps=training["steps"],
         loss=training["loss_last"],
         digest=summary.digest,
         peak_memory_bytes=training["peak_memory_bytes"],
         base_revision=summary.base_revision,
+        trackers=tracking.links(folder),
     )
 
 

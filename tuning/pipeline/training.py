@@ -35,7 +35,7 @@ def train(
         adopt = partial(run.interruptible, lambda: _adopt(run, pushed, model))
         return run.journal.do("train", key, adopt, outputs=lambda _: _trained(run))
     output = run.folder / "adapter" / WEIGHTS
-    trained = run.journal.current("train", key) is not None and output.exists()
+    trained = is_trained(run, recipe.run_id)
     if not trained and (changes := changed(output.parent, recipe)):
         text = "the adapter in this run directory was trained otherwise and will be replaced: "
         run.console.say(f"  {text}{', '.join(changes)}", style="yellow")
@@ -65,6 +65,8 @@ def train(
         with run.console.work("Training", unit="steps") as report:
             done = _fitting(run, request, decided, report)
         run.note(f"after training: {what}" for what in done.get("lost", ()))
+        if stopped := done.get("stopped"):
+            run.note([f"stopped {model_card.stopped_text(stopped, recipe.steps)}"])
         if done.get("resumed_from"):
             run.note([f"continued from the checkpoint of step {done['resumed_from']:,}"])
         if files.digest_file(output) != done["adapter_sha256"]:
@@ -72,6 +74,13 @@ def train(
         return done
 
     return run.journal.do("train", key, work, outputs=lambda _: _trained(run), needs=("pack",))
+
+
+def is_trained(run: Run, run_id: str) -> bool:
+    """Whether this run directory has the adapter of the run already."""
+    key = key_of(run_id, run.options.questions)
+    there = (run.folder / "adapter" / WEIGHTS).exists()
+    return run.journal.current("train", key) is not None and there
 
 
 def _trained(run: Run) -> list[Path]:

@@ -136,6 +136,8 @@ def _recipe(
         seed=or_default(s.seed, SEED),
         eval_steps=s.eval_steps if or_default(s.train_share, 1.0) < 1 else None,
         keep_best=_keeps_best(s),
+        patience=s.patience,
+        patience_threshold=s.patience_threshold if s.patience else None,
         over_length=None if s.over_length == "auto" else s.over_length,
         split_seed=s.shuffle_seed if or_default(s.train_share, 1.0) < 1 or s.sources else None,
         new_tokens=s.new_tokens or (),
@@ -162,13 +164,16 @@ def _columns(settings: Settings) -> dict[str, str]:
     return {name: value for name in names if (value := getattr(settings, name)) is not None}
 
 
+_BEST = "load_best_model_at_end"
+
+
 def _keeps_best(settings: Settings) -> bool:
-    if not settings.keep_best:
+    if not settings.keep_best and not settings.patience:
         return False
     if or_default(settings.train_share, 1.0) >= 1:
         raise SpecError.at(
             "PLAN-109",
-            "TrainingArguments.load_best_model_at_end",
+            f"TrainingArguments.{'early_stopping_patience' if settings.patience else _BEST}",
             "needs an evaluation split, and all rows are trained on",
             "set DatasetConfig.train_test_split below 1, such as 0.95, or leave it out",
         )
@@ -209,6 +214,10 @@ def freeze(
     if recipe.keep_best and recipe.eval_steps is None:
         recipe = replace(recipe, eval_steps=max(1, steps // EVALUATIONS))
         reasons["eval_steps"] = "ten evaluations to choose the best weights from"
+    if recipe.patience and recipe.eval_steps:
+        count = steps // recipe.eval_steps
+        acts = "set in the config" if count > recipe.patience else "cannot act"
+        reasons["patience"] = f"{acts}: there are {count} evaluations"
     return replace(plan, recipe=recipe, reasons=reasons, rows=rows)
 
 

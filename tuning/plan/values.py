@@ -10,13 +10,11 @@ from tuning.plan.device import Device
 from tuning.plan.sharding import Layout
 from tuning.plan.sizing import Fit
 
+# fields that records hold only if set
 LATER = (
-    "new_tokens",
-    "start_adapter",
-    "sources",
-    "objective",
-    "beta",
-)  # fields that records hold only if set
+    *("new_tokens", "start_adapter", "sources", "patience", "patience_threshold"),
+    *("objective", "beta"),
+)
 DDP_EFFICIENCY = 0.97  # speed of a GPU that shares its gradients; reported elsewhere
 
 
@@ -60,6 +58,8 @@ class Recipe:
     seed: int
     eval_steps: int | None
     keep_best: bool = False  # the weights with the lowest evaluation loss, not the last ones
+    patience: int | None = None  # evaluations without a lower loss that end the training
+    patience_threshold: float | None = None  # by how much it must be lower
     over_length: str | None = None  # None: auto
     split_seed: int | None = None  # of the evaluation split; None: the seed
     new_tokens: tuple[str, ...] = ()  # of the tokenizer; their rows are trained

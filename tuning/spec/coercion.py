@@ -6,7 +6,9 @@ import operator
 import re
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import urlsplit
 
+from tuning.errors import redact
 from tuning.spec.findings import nearest, shown
 from tuning.spec.keys import Key, same
 
@@ -18,6 +20,7 @@ _DTYPES = {
 }  # fmt: skip
 _NUMBER = re.compile(r"\s*[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]{1,3})?\s*", re.A)
 MOST_TOKENS = 1000  # new ones; each is a row to train in the embedding and the output layer
+MAX_ADDRESS = 500  # characters
 _HEADS = ("lm_head", "embed_out", "embed_tokens", "wte", "word_embeddings")
 
 
@@ -48,6 +51,11 @@ def coerce(key: Key, value: Any) -> Any:
             return _choice(key, value, _DTYPES)
         case "sharding":
             return _sharding(key, value)
+        case "trackers":
+            names = {each: each for each in key.values}
+            return tuple(dict.fromkeys(_choice(key, each, names) for each in items_of(value)))
+        case "address":
+            return server_address(value)
         case "choice":
             return _choice(key, value, {each: each for each in key.values})
         case _:
@@ -156,6 +164,33 @@ def _sharding(key: Key, value: Any) -> str:
         words = [word for word in words if word != "auto_wrap"]  # layers always are on their own
     one = words[0] if isinstance(words, list) and len(words) == 1 else value
     return _choice(key, one, {each: each for each in key.values})
+
+
+def items_of(value: Any) -> list[Any]:
+    """The items of a list, or of a text with commas."""
+    return (
+        value.split(",")
+        if isinstance(value, str)
+        else value
+        if isinstance(value, list)
+        else [value]
+    )
+
+
+def server_address(value: Any) -> str:
+    """The address of a server: http or https, without a login or a query. Raises Invalid."""
+    url = value.strip() if isinstance(value, str) else ""
+    try:
+        parts = urlsplit(url)
+        sound = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        sound = False
+    bare = not any(c in url for c in "@?#\\ ") and url.isascii() and url.isprintable()
+    if not sound or not bare or len(url) > MAX_ADDRESS:
+        change = "write http:// or https:// and a host, without a login or a query"
+        what = f"is {shown(redact(f'{value}'))}, not the address of a server"
+        raise Invalid(what, change, code="SPEC-104")
+    return url.rstrip("/")
 
 
 def _text(key: Key, value: Any) -> str | None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tuning.spec import keys, mixture
-from tuning.spec.coercion import Invalid, coerce
+from tuning.spec.coercion import Invalid, coerce, items_of
 from tuning.spec.findings import Findings, Path, did_you_mean, nearest, shown
 from tuning.spec.keys import Key, same
 from tuning.spec.values import Method, Settings
@@ -46,6 +46,7 @@ def read(
     _check_quantisation(root.get("QuantizationConfig"), findings, name, method)
     _drop_template_rank(chosen)
     _check_schedule(chosen)
+    _check_patience(chosen)
     if path := chosen.settings.get("chat_template"):
         chosen.settings["chat_template"] = _template(path, chosen, read_template)
     return Settings(**chosen.settings)
@@ -106,7 +107,11 @@ def _flattened(content: dict[str, Any], known: dict[str, Key]) -> list[tuple[str
 # Names that axolotl, LLaMA-Factory, Unsloth, torchtune and OpenAI use, or people type first.
 _SHARE = "DatasetConfig.train_test_split, the share that is trained on (0.9 holds a tenth out)"
 _BATCH = "TrainingArguments.per_device_train_batch_size"
-_BEST = "TrainingArguments.load_best_model_at_end: true, which keeps the best evaluation's adapter"
+# Trackers of transformers that are not fed: files that name them pass, with a note.
+_NOT_FED = (
+    *("all", "azure_ml", "clearml", "codecarbon", "comet_ml"),
+    *("dagshub", "dvclive", "flyte", "neptune", "swanlab"),
+)
 _ELSEWHERE = (
     dict.fromkeys(("rank", "lora_r", "lora_rank"), "LoraConfig.r")
     | {"alpha": "LoraConfig.lora_alpha", "dropout": "LoraConfig.lora_dropout"}
@@ -130,8 +135,11 @@ _ELSEWHERE = (
         "TrainingArguments.max_length",
     )
     | dict.fromkeys(
-        ("early_stopping", "early_stopping_patience", "early_stopping_threshold"), _BEST
+        ("early_stopping", "early_stop", "patience"), "TrainingArguments.early_stopping_patience"
     )
+    | dict.fromkeys(("tracker", "trackers", "loggers", "use_wandb"), "TrainingArguments.report_to")
+    | dict.fromkeys(("wandb_project", "experiment_name"), "TrainingArguments.project")
+    | dict.fromkeys(("wandb_run_name", "wandb_name"), "TrainingArguments.run_name")
     | dict.fromkeys(
         (
             "new_tokens",
@@ -193,6 +201,8 @@ def _read_key(key: Key, value: Any, path: Path, chosen: _Chosen) -> None:
         if (parts := mixture.read(value, path, chosen.findings)) is not None:
             chosen.set(str(key.setting), parts, path)
     elif key.setting and not silent:
+        if key.type == "trackers" and not (value := _fed(value, path, chosen.findings)):
+            return
         try:
             typed = coerce(key, value)
         except Invalid as error:
@@ -203,6 +213,19 @@ def _read_key(key: Key, value: Any, path: Path, chosen: _Chosen) -> None:
         if key.use == "translated":
             chosen.findings.note(path, f"is read as {key.text}")
         chosen.set(key.setting, typed if key.map is None else key.map[typed], path)
+
+
+def _fed(value: Any, path: Path, findings: Findings) -> list[Any]:
+    """Of report_to the trackers that are fed; a note on the others that transformers knows."""
+    fed = []
+    for each in items_of(value):
+        name = each.strip().lower() if isinstance(each, str) else each
+        if name in _NOT_FED:
+            why = "no such tracker is fed; mlflow, wandb, tensorboard and trackio are"
+            findings.note(path, f"{shown(each)} is ignored, because {why}")
+        elif name != "none":
+            fed.append(name)
+    return fed
 
 
 def _check_output_dir(value: Any, path: Path, findings: Findings) -> None:
@@ -273,6 +296,24 @@ def _check_schedule(chosen: _Chosen) -> None:
         chosen.findings.add("SPEC-108", path, what, "use constant_with_warmup, or leave one out")
     if schedule == "cosine_with_restarts":
         chosen.findings.note(path, "has one cycle, so it is the same as cosine")
+
+
+def _check_patience(chosen: _Chosen) -> None:
+    """Early stopping without what it looks at; the plan checks what other sections decide."""
+    settings, paths, findings = chosen.settings, chosen.paths, chosen.findings
+    if "patience" not in settings:
+        if "patience_threshold" in settings:
+            path = paths["patience_threshold"]
+            findings.note(path, "has no effect without early_stopping_patience")
+        return
+    path = paths["patience"]
+    if settings.get("train_share", 1.0) >= 1:
+        what = "needs held-out rows to look at, and all rows are trained on"
+        change = "set DatasetConfig.train_test_split below 1, such as 0.95, or leave it out"
+        findings.add("SPEC-108", path, what, change)
+    if not settings.get("eval_steps") and not settings.get("keep_best"):
+        what = "needs evaluations during the training, and eval_steps is not set"
+        findings.add("SPEC-108", path, what, "set eval_steps, or leave it out")
 
 
 def _template(text: str, chosen: _Chosen, read_template: Callable[[str], str | None]) -> str | None:

@@ -219,6 +219,7 @@ def _spec(
         namespace=workspace.metadata.namespace,
         hub_secret=options.model_access_secret if options else None,
         data_secret=annotations.get(f"{ANNOTATION}data-secret"),
+        tracker_secret=annotations.get(f"{ANNOTATION}tracker-secret"),
         settings=config.settings,
         notes=tuple(notes),
         cluster_notes=cluster_notes,

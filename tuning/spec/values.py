@@ -73,8 +73,15 @@ class Settings:
     save_steps: int | None = None
     eval_steps: int | None = None
     keep_best: bool | None = None
+    patience: int | None = None  # early_stopping_patience
+    patience_threshold: float | None = None
     neftune_alpha: float | None = None
     beta: float | None = None  # of dpo and kto
+    report_to: tuple[str, ...] | None = None  # trackers
+    run_name: str | None = None
+    project: str | None = None
+    mlflow_uri: str | None = None
+    wandb_url: str | None = None
     # DatasetConfig
     shuffle: bool | None = None
     shuffle_seed: int | None = None
@@ -150,6 +157,7 @@ class Spec:
     namespace: str | None = None
     hub_secret: str | None = None  # presetOptions.modelAccessSecret
     data_secret: str | None = None  # annotation data-secret; its files are mounted
+    tracker_secret: str | None = None  # annotation tracker-secret, likewise
     settings: Settings = field(default_factory=Settings)
     notes: tuple[str, ...] = ()  # one line for each key that was translated or ignored, with why
     cluster_notes: tuple[str, ...] = ()  # those of them that hold in a cluster, too

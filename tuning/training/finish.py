@@ -24,15 +24,16 @@ def finish(
     save_tokenizer: Callable[[Path], object],
     step: int,
     steps: int,
+    stopped: bool = False,
 ) -> adapter.Adapter:
     """Write a trained adapter to `target` once it passes the finish gate.
 
-    The gate: all steps are done, every tensor is finite, at least one `lora_B` is not zero, and the
-    written files read back as the adapter of `config`. On failure `target` is unchanged. The same
-    tensors and config always give the same bytes. Raises DivergedError, SpecError, or TuningError
-    for an unfinished training.
+    The gate: all steps are done, or early stopping has `stopped` the training; every tensor is
+    finite, at least one `lora_B` is not zero, and the written files read back as the adapter of
+    `config`. On failure `target` is unchanged. The same tensors and config always give the same
+    bytes. Raises DivergedError, SpecError, or TuningError for an unfinished training.
     """
-    _gate(tensors, step=step, steps=steps)
+    _gate(tensors, step=step, steps=step if stopped else steps)
     scratch = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)

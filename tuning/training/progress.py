@@ -30,6 +30,12 @@ class Progress:
     evaluated: int = 0  # the last step after which the evaluation split was evaluated
     best_step: int | None = None  # whose weights had the lowest evaluation loss
     best_loss: float | None = None
+    better_step: int | None = None  # whose loss was the last that counts for early stopping
+    waited: int = 0  # evaluations since
+
+
+class Over(Exception):
+    """An evaluation that was made up for has ended the training."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,8 @@ class Watch(transformers.TrainerCallback):  # type: ignore[misc]
         due = args.eval_steps and state.global_step and state.global_step % args.eval_steps == 0
         if due and progress.evaluated < state.global_step:
             self.trainer.evaluate()
+            if self.trainer.is_over:  # before another step
+                raise Over
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Capture random state: an epoch draws a number before its first step.
@@ -121,12 +129,16 @@ class Watch(transformers.TrainerCallback):  # type: ignore[misc]
         """Append the step's record again, with the evaluation loss."""
         if not self.trainer.is_in_train:
             return
-        loss = finite(metrics["eval_loss"])
+        loss = self.trainer.ranks.from_first(finite(metrics["eval_loss"]))
         self.trainer.record_evaluation(loss)
+        stopped = {}
+        if self.trainer.is_over and state.global_step < state.max_steps:
+            control.should_training_stop = control.should_save = True
+            stopped = {"no_better_since": self.trainer.progress.better_step}
         last = next((entry for entry in reversed(state.log_history) if "loss" in entry), None)
         if last is not None:
             rewards = {k: finite(v) for k, v in metrics.items() if k.startswith("eval_reward")}
-            self._write(self._record(state, last) | {"eval_loss": loss} | rewards)
+            self._write(self._record(state, last) | {"eval_loss": loss} | rewards | stopped)
 
     def _record(self, state: Any, logs: dict[str, Any]) -> dict[str, Any]:
         progress = self.trainer.progress

@@ -161,7 +161,7 @@ def _run(request: Request, stop: Interruption, ranks: distributed.Ranks) -> dict
     result: dict[str, Any] = {}
     if ranks.first:
         with stop.held():
-            finished = _finish(request, tuned, tensors, step=loop.state.global_step)
+            finished = _finish(request, tuned, tensors, loop)
         result = {
             **_measured(loop, recipe),
             "eval_loss_after": None,
@@ -264,9 +264,9 @@ def _trainer(
 
 
 def _finish(
-    request: Request, tuned: Any, tensors: dict[str, torch.Tensor], *, step: int
+    request: Request, tuned: Any, tensors: dict[str, torch.Tensor], loop: Exact
 ) -> adapter.Adapter:
-    """Put the adapter folder in place, if all steps are done."""
+    """Put the adapter folder in place, if all steps are done or early stopping left some out."""
     config = finish.config_of(
         tuned.peft_config["default"].to_dict(),
         base_name=request.base_name,
@@ -279,8 +279,9 @@ def _finish(
         tensors=tensors,
         config=config,
         save_tokenizer=tokenizer.save_pretrained,
-        step=step,
+        step=loop.state.global_step,
         steps=request.recipe.steps,
+        stopped=loop.is_over,
     )
 
 
@@ -292,8 +293,10 @@ def _rewards(held_out: dict[str, float | None], when: str) -> dict[str, float | 
 def _measured(loop: Exact, recipe: Recipe) -> dict[str, Any]:
     """Losses, tokens and speed of the training, for the result record."""
     losses = [float(entry["loss"]) for entry in loop.state.log_history if "loss" in entry]
-    progress = loop.progress
+    progress, step = loop.progress, loop.state.global_step
+    stopped = {"at": step, "no_better_since": progress.better_step}
     return {
+        "stopped": stopped if step < recipe.steps else None,
         "steps": recipe.steps,
         "loss_first": losses[0] if losses else None,
         "loss_last": losses[-1] if losses else None,

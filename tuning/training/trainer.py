@@ -34,7 +34,7 @@ from tuning.training.checkpoint import Checkpoint
 from tuning.training.distributed import Ranks
 from tuning.training.evaluation import Best
 from tuning.training.memory_errors import is_out_of_memory, release
-from tuning.training.progress import Progress, Saves, Watch, finite
+from tuning.training.progress import Over, Progress, Saves, Watch, finite
 
 SHOWN_ROWS = 16
 
@@ -118,9 +118,10 @@ class Exact(SFTTrainer):  # type: ignore[misc]
             if self.progress.best_step is not None:
                 weights = checkpoint.unpack_tensors(resumed.read("best.safetensors"))
                 self.best = Best(self.progress.best_step, self.progress.best_loss, weights)
-        if self.saved_at < self.recipe.steps:
-            with heap.frozen():
+        if self.saved_at < self.recipe.steps and not self.is_over:
+            with heap.frozen(), contextlib.suppress(Over):
                 self.train(resume_from_checkpoint=str(resumed.folder) if resumed else None)
+            self.is_in_train = False
         else:
             assert resumed is not None
             self._load_from_checkpoint(str(resumed.folder))
@@ -141,10 +142,20 @@ class Exact(SFTTrainer):  # type: ignore[misc]
             self.record_evaluation(self.held_out_loss())
         self.best.restore(self.trained())
 
+    @property
+    def is_over(self) -> bool:
+        """Whether the evaluations have ended the training: the patience is used up."""
+        return self.progress.waited >= (self.recipe.patience or math.inf)
+
     def record_evaluation(self, loss: float | None) -> None:
         """Record the evaluation loss of the current weights; keep them if they are the best."""
-        self.progress.evaluated = self.state.global_step
+        progress, lowest = self.progress, self.best.loss
+        progress.evaluated = self.state.global_step
         if self.recipe.keep_best:
+            least = self.recipe.patience_threshold or 0.0  # as transformers' EarlyStoppingCallback
+            better = lowest is None or (loss is not None and lowest - loss > least)
+            progress.waited = 0 if better else progress.waited + 1
+            progress.better_step = progress.evaluated if better else progress.better_step
             weights = {name: shards.whole(p.detach()) for name, p in self.trained().items()}
             self.best.update(self.state.global_step, loss, weights)
             self.progress.best_step, self.progress.best_loss = self.best.step, self.best.loss

@@ -13,10 +13,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
+from tuning.errors import DivergedError
 from tuning.training import checkpoint
 
 if TYPE_CHECKING:
     from tuning.training.trainer import Exact
+
+
+SHOWN_ROWS = 16  # of a step that went wrong
 
 
 @dataclass
@@ -163,6 +167,24 @@ class Watch(transformers.TrainerCallback):  # type: ignore[misc]
             return
         with self.trainer.metrics.open("ab") as file:
             file.write(checkpoint.pack_json(record) + b"\n")
+
+
+def diverged(code: str, fact: str, trainer: Exact) -> DivergedError:
+    """The error that the training went wrong in this step, with its rows."""
+    shown = ", ".join(str(row) for row in trainer.rows[:SHOWN_ROWS])
+    if (more := len(trainer.rows) - SHOWN_ROWS) > 0:
+        shown += f" and {more} more"
+    packed = "packed " if trainer.recipe.packing else ""
+    change = "lower learning_rate, or look at these rows"
+    if not trainer.state.global_step:
+        change = "look at these rows or the base model: no weight had changed yet"
+    return DivergedError.at(
+        code,
+        f"step {trainer.state.global_step + 1}",
+        f"{fact} at learning rate {trainer._get_learning_rate():.3g}, "
+        f"with {packed}training rows {shown}",
+        change,
+    )
 
 
 def finite(value: float) -> float | None:

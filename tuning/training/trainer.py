@@ -23,7 +23,6 @@ import torch
 import transformers
 from trl import SFTConfig, SFTTrainer
 
-from tuning.errors import DivergedError
 from tuning.models import shards
 from tuning.models.kernels import head, heap
 from tuning.plan import Recipe
@@ -34,9 +33,7 @@ from tuning.training.checkpoint import Checkpoint
 from tuning.training.distributed import Ranks
 from tuning.training.evaluation import Best
 from tuning.training.memory_errors import is_out_of_memory, release
-from tuning.training.progress import Over, Progress, Saves, Watch, finite
-
-SHOWN_ROWS = 16
+from tuning.training.progress import Over, Progress, Saves, Watch, diverged, finite
 
 
 class Exact(SFTTrainer):  # type: ignore[misc]
@@ -188,7 +185,7 @@ class Exact(SFTTrainer):  # type: ignore[misc]
         broken = sorted(name for name, p in weights.items() if not p.isfinite().all())
         if broken:
             fact = f"{len(broken)} of {len(weights)} weights are not finite, the first {broken[0]}"
-            raise self._diverged("TRAIN-131", fact)
+            raise diverged("TRAIN-131", fact, self)
         tensors, optimizer = checkpoint.split_optimizer(self.optimizer.state_dict())
         tensors = {name: shards.whole(tensor) for name, tensor in tensors.items()}
         yield "weights.safetensors", checkpoint.pack_tensors(weights)
@@ -363,12 +360,12 @@ class Exact(SFTTrainer):  # type: ignore[misc]
         norm = shards.whole(norm) if torch.is_tensor(norm) else norm
         loss = float(self.loss_so_far)
         if not math.isfinite(loss):
-            raise self._diverged("TRAIN-130", f"the loss became {loss}")
+            raise diverged("TRAIN-130", f"the loss became {loss}", self)
         # a scaled gradient overflows now and then; the scaler skips the step and scales less
         skips = self.half and self.accelerator.scaler.get_scale() > 1
         self.overflowed = not math.isfinite(float(norm))
         if self.overflowed and not skips:
-            raise self._diverged("TRAIN-130", f"the gradient's norm became {float(norm)}")
+            raise diverged("TRAIN-130", f"the gradient's norm became {float(norm)}", self)
         return norm
 
     def _unscale(self) -> None:
@@ -384,21 +381,6 @@ class Exact(SFTTrainer):  # type: ignore[misc]
             if self.split:  # a share may overflow alone
                 for found in self.accelerator.scaler._found_inf_per_device(optimizer).values():
                     torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
-
-    def _diverged(self, code: str, fact: str) -> DivergedError:
-        rows = ", ".join(str(row) for row in self.rows[:SHOWN_ROWS])
-        more = f" and {len(self.rows) - SHOWN_ROWS} more" if len(self.rows) > SHOWN_ROWS else ""
-        packed = "packed " if self.recipe.packing else ""
-        change = "lower learning_rate, or look at these rows"
-        if not self.state.global_step:
-            change = "look at these rows or the base model: no weight had changed yet"
-        return DivergedError.at(
-            code,
-            f"step {self.state.global_step + 1}",
-            f"{fact} at learning rate {self._get_learning_rate():.3g}, "
-            f"with {packed}training rows {rows}{more}",
-            change,
-        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Keep a log entry, with None for numbers that are not finite."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,10 @@ WORKSPACE: dict[str, Any] = {
 }
 
 
-def document(**model: Any) -> str:
-    """A Workspace with these keys of ModelConfig."""
-    content = yaml.safe_dump({"training_config": {"ModelConfig": model}})
+def document(section: str = "ModelConfig", /, **keys: Any) -> str:
+    """A Workspace with these keys of a section of its ConfigMap."""
+    # JSON: safe_dump leaves texts such as 0E0 bare, which YAML 1.2 reads as numbers
+    content = json.dumps({"training_config": {section: keys}}, ensure_ascii=False)
     config = {"kind": "ConfigMap", "apiVersion": "v1", "metadata": {"name": "mine"}}
     return yaml.safe_dump_all([WORKSPACE, config | {"data": {"training_config.yaml": content}}])
 
@@ -144,10 +146,7 @@ def test_a_folder_is_seen_from_the_yaml(tmp_path: Path) -> None:
 )
 def test_names_of_other_tools_lead_to_ours(section: str, key: str, meant: str) -> None:
     """A key that axolotl or LLaMA-Factory has is answered with the one that does the same."""
-    text = document(revision="main").replace("ModelConfig:", f"{section}:")
-    text = text.replace("revision: main", f"{key}: x")
-
     with pytest.raises(SpecError) as caught:
-        spec.parse(text, origin="ws.yaml")
+        spec.parse(document(section, **{key: "x"}), origin="ws.yaml")
 
     assert meant in str(caught.value)

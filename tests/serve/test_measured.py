@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -149,9 +152,41 @@ def test_a_base_that_cannot_be_served_ends_with_the_servers_own_words(tmp_path: 
 
     done = tuning("eval", "--base", folder, "--tasks", QUESTIONS)
 
-    assert done.returncode not in (0, 1), done.stderr
+    assert 11 == done.returncode, done.stderr
     assert "Change:" in done.stderr
     assert "" == done.stdout
+
+
+def test_the_server_ends_with_a_command_that_is_killed(tmp_path: Path) -> None:
+    """No server is left behind, whatever ended its parent."""
+    command = [sys.executable, "-m", "tuning", "eval", "--base", str(TINY)]
+    parent = subprocess.Popen([*command, "--tasks", str(QUESTIONS)], stderr=subprocess.DEVNULL)
+    child = waited(lambda: _children(parent.pid))
+    parent.kill()
+    parent.wait()
+    assert waited(lambda: not Path(f"/proc/{child[0]}/cmdline").exists() or _is_dead(child[0]))
+
+
+def waited(found: Callable[[], Any], seconds: float = 120.0) -> Any:
+    """What `found` returns once it is true."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if value := found():
+            return value
+        time.sleep(0.1)
+    raise AssertionError("waited in vain")
+
+
+def _children(pid: int) -> list[int]:
+    return [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def _is_dead(pid: int) -> bool:
+    """Whether a process is gone, or only waits for its new parent to notice."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
 
 
 def test_base_and_limit_on_a_file_of_questions(tmp_path: Path) -> None:

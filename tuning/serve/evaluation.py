@@ -32,6 +32,10 @@ BASE, TUNED = "base", "tuned"  # what the models are called
 AT_ONCE = 8  # requests
 ANSWER_SECONDS = 600.0
 Z = 1.959964  # of a normal distribution: 95 % lie within so many standard deviations
+# A server that ends with this process, whose end closes its input
+_SERVE = (
+    "import sys; from tuning import cli, process; process.follow_parent(); sys.exit(cli.main())"
+)
 _CHOSEN_FILTER = re.compile(r"(?P<metric>[^,]+),(?P<filter>.+)")
 
 
@@ -123,14 +127,14 @@ def serving(
 
     `said` gets a line when it is ready. Raises ServerEnded.
     """
-    command = [sys.executable, "-m", "tuning", "serve", "--base", str(base), "--base-name", BASE]
+    command = [sys.executable, "-c", _SERVE, "serve", "--base", str(base), "--base-name", BASE]
     command += ["--port", "0", "--precision", precision, "--linger", "0"]
     if adapter:
         command += ["--adapter", f"adapter={adapter}", "--name", TUNED]
     with tempfile.TemporaryDirectory(prefix="tuning-eval-") as folder:
         log = Path(folder, "serve.log")
         with log.open("wb") as out:
-            process = subprocess.Popen(command, stdout=out, stderr=out, stdin=subprocess.DEVNULL)
+            process = subprocess.Popen(command, stdout=out, stderr=out, stdin=subprocess.PIPE)
         try:
             url = _waited(process, log, r"Listening on (http://\S+?:\d+)")
             said(_waited(process, log, r"(Ready: .*)"))
@@ -145,6 +149,8 @@ def serving(
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+            assert process.stdin is not None
+            process.stdin.close()
 
 
 def _waited(process: subprocess.Popen[bytes], log: Path, pattern: str) -> str:

@@ -458,6 +458,7 @@ class Dying(Cluster):
             raise Crash
         answer = super()._open(method, path, **more)
         if self.left == 0:
+            answer.close()
             raise Crash
         return answer
 

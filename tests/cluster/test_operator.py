@@ -343,6 +343,7 @@ class Faulty(Cluster):
             raise ApiError(409, "Conflict", "before")
         answer = super()._open(method, path, **more)
         if roll > 1 - self.share / 3:
+            answer.close()
             raise ApiError(0, "Unreachable", "reply lost")
         return answer
 

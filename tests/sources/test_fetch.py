@@ -1005,6 +1005,15 @@ def test_local_files_that_cannot_be_used_are_all_named(tmp_path: Path) -> None:
     assert ["FETCH-123", "FETCH-120", "FETCH-123"] == [p.code for p in caught.value.problems]
 
 
+def test_a_local_file_named_twice_is_refused(tmp_path: Path) -> None:
+    """By itself, or by the folder that it is in: its rows would count twice."""
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(ROWS)
+    for source in (Source(files=(file, file)), Source(files=(file,), folder=tmp_path)):
+        with pytest.raises(SpecError, match="FETCH-102 .*is the same file as"):
+            fetch.fetch(source, tmp_path / "data", policy=Policy())
+
+
 def test_a_folder_lists_its_data_by_name(tmp_path: Path) -> None:
     """Hidden files, mounted-volume machinery, companions and special files are left out."""
     names = ("b.jsonl", "a.parquet", "sub/c.csv", ".hidden", "sub/.git/x", "README.md", "LICENSE")

@@ -97,11 +97,12 @@ def on_this_machine(source: Source) -> tuple[File, ...]:
             named += local.chosen(local.listed(source.folder), source.folder, source)
     seen: dict[Path, str] = {}
     problems = []
-    for path, shown in named:
+    for number, (path, shown) in enumerate(named):
         if first := seen.get(path.resolve()):
             what = f"is the same file as {first}, so that its rows would count twice"
             problems.append(Problem("FETCH-102", shown, what, "remove one of the two"))
-        seen.setdefault(path.resolve(), shown)
+        if number < len(source.files):  # links within a folder are its author's
+            seen.setdefault(path.resolve(), shown)
     if problems:
         raise SpecError(problems)
     with local.stored(source.folder or Path()):

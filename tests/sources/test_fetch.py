@@ -1010,7 +1010,7 @@ def test_a_local_file_named_twice_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_bytes(ROWS)
     for source in (Source(files=(file, file)), Source(files=(file,), folder=tmp_path)):
-        with pytest.raises(SpecError, match="FETCH-102 .*is the same file as"):
+        with pytest.raises(SpecError, match=r"FETCH-102 .*is the same file as"):
             fetch.fetch(source, tmp_path / "data", policy=Policy())
 
 

@@ -50,7 +50,10 @@ class NotLeader(Exception):
 
 
 class Cluster:
-    """Client of one API server. Thread-safe; a `with` block closes its connections at the end."""
+    """Client of one API server. Thread-safe.
+
+    A `with` block closes the idle connections at its end, and those in use when they are done.
+    """
 
     def __init__(
         self, api: client.ApiClient, *, may_write: Callable[[], bool] = lambda: True
@@ -65,7 +68,7 @@ class Cluster:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._api.rest_client.close()
+        self._pool.close()  # clearing the pool manager would only forget it
 
     def guarded(self, may_write: Callable[[], bool]) -> Cluster:
         """The same API server, with writes allowed only while `may_write` returns True."""

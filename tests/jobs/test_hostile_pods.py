@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -171,6 +172,23 @@ def test_the_proxied_answer_of_a_pod_has_the_same_bounds() -> None:
         pytest.raises(ApiError),
     ):
         cluster.proxy_get(pod(), 5000, "/readyz")
+
+
+def test_a_client_closes_what_it_kept_open() -> None:
+    """At the end of its block, not when the collector comes."""
+    ended = threading.Event()
+
+    def answer(connection: socket.socket) -> None:
+        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}")
+        connection.settimeout(20)
+        if connection.recv(1) == b"":
+            ended.set()
+
+    with serving(answer) as port:
+        with api(port) as cluster:
+            assert {} == cluster.get(WORKSPACE, "a", "b")
+            assert not ended.is_set()
+        assert ended.wait(10)
 
 
 @settings(max_examples=60, deadline=None)

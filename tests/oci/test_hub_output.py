@@ -140,7 +140,7 @@ def test_what_this_run_directory_pushed_before_may_be_replaced(
     [
         (None, "needs an access token, and there is none"),
         ("hf_outsider", "the access token of someone may only read"),
-        ("hf_wrong", "the hub does not accept the access token"),
+        ("hf_wrong", "cannot be written with this access token: the hub answers 401"),
     ],
 )
 def test_a_token_that_cannot_write_is_refused_before_the_training(
@@ -178,6 +178,16 @@ def test_a_push_that_breaks_off_goes_on_and_ends_in_one_commit(
     assert 1 == len(made.history)
 
 
+@pytest.mark.parametrize("path", ["/api/repos/create", "/preupload/", "/commit/"])
+def test_a_token_that_may_not_write_here_is_told_so(
+    path: str, fake: FakeHub, adapter: Path
+) -> None:
+    """Fine-grained tokens tell it only then; "read access" would be the wrong advice."""
+    fake.broken = lambda asked, count: 403 if path in asked else None
+    with pytest.raises(RefusedError, match=r"HUB-130 .*the hub answers 403.*right to write"):
+        push(fake, adapter)
+
+
 def test_a_hub_that_keeps_other_bytes_is_no_success(fake: FakeHub, adapter: Path) -> None:
     """What is listed is compared with what was sent; the next push sends what differs."""
     fake.loses = b"!"
@@ -200,7 +210,7 @@ def test_a_branch_that_moved_meanwhile_is_not_written_over(
         return None
 
     fake.broken = broken
-    with pytest.raises(TuningError):
+    with pytest.raises(TransientError, match=r"HUB-134 hf://org/adapter: was changed"):
         push(fake, adapter)
     assert other == fake.repositories[NAME].files
     with pytest.raises(RefusedError, match="HUB-131"):

@@ -13,7 +13,7 @@ from tuning.cli.app import app
 if TYPE_CHECKING:
     import rich.table
 
-    from tuning.serve.evaluation import Question, Score
+    from tuning.serve.evaluation import Tasks
 
 SHOWN = 20  # questions in the table
 
@@ -64,39 +64,19 @@ def evaluate(
     from tuning.serve import evaluation
 
     console = Console()
-    listed = [name for each in tasks for name in each.split(",") if name]
-    questions = [name for name in listed if Path(name).suffix in (".jsonl", ".json")]
-    named = [name for name in listed if name not in questions]
-    read = [(name, evaluation.read_questions(Path(name), limit)) for name in questions]
-    python = evaluation.lm_eval_python(lm_eval) if named else ""
-    more = [] if limit is None else ["--limit", str(limit)]
-    more += [] if shots is None else ["--num_fewshot", str(shots)]
+    options = {"--limit": limit, "--num_fewshot": shots}
+    more = [f"{name}={value}" for name, value in options.items() if value is not None]
     more += ["--apply_chat_template"] if chat_template else []
+    what = _tasks(tasks, limit, lm_eval, more)
     access = option.access_of(key, policy, pull_secret=pull_secret, ca=ca, insecure=insecure)
-    scores: list[Score] = []
-    asked: list[Question] = []
     with delivery.at_hand(adapter, access=access, console=console, base=base) as folder:
         weights = pipeline.base_folder(
             base, token_file=hub_token_file, console=console, access=access
         )
-        own = folder if folder and (folder / "tokenizer.json").is_file() else weights
         try:
-            with evaluation.serving(
-                weights, folder, precision=precision, said=console.say
-            ) as server:
-                for name, pairs in read:
-                    with console.work(f"Asking {name}", unit="answers") as report:
-                        answers = evaluation.ask(server, pairs, tokens=max_tokens, progress=report)
-                    scores += evaluation.scores(name, answers)
-                    asked += answers
-                if named:
-                    scores += evaluation.lm_eval(
-                        server,
-                        named,
-                        tokenizers={evaluation.BASE: weights, evaluation.TUNED: own},
-                        python=python,
-                        more=more,
-                    )
+            scores, asked = evaluation.measure(
+                weights, folder, what, precision=precision, tokens=max_tokens, console=console
+            )
         except evaluation.ServerEnded as ended:
             console.say(ended.said)
             raise typer.Exit(ended.code) from None
@@ -110,6 +90,17 @@ def evaluate(
     tables.display(_table(record))
     if asked:
         tables.display(_answers(record["asked"]))
+
+
+def _tasks(tasks: list[str], limit: int | None, lm_eval: Path | None, more: list[str]) -> Tasks:
+    """Files of questions, read, and names for lm-eval. Raises DataError or UsageError."""
+    from tuning.serve import evaluation
+
+    listed = [name for each in tasks for name in each.split(",") if name]
+    files = [name for name in listed if Path(name).suffix in (".jsonl", ".json")]
+    named = [name for name in listed if name not in files]
+    read = [(name, evaluation.read_questions(Path(name), limit)) for name in files]
+    return evaluation.Tasks(read, named, evaluation.lm_eval_python(lm_eval) if named else "", more)
 
 
 def _table(record: dict[str, Any]) -> rich.table.Table:

@@ -40,6 +40,7 @@ from tuning.data.statistics import Statistics
 from tuning.data.tokenizer import load_template, load_tokenizer
 from tuning.data.vocabulary import embedding_rows
 from tuning.errors import DataError
+from tuning.spec.mixture import COLUMNS
 
 SCHEMA = pa.schema(
     [
@@ -313,7 +314,7 @@ def from_request(
         embedding_rows=embedding_rows(base),
         new_tokens=len(new_tokens),
     )
-    names = ("messages_column", "context_column", "response_column", "objective")
+    names = (*COLUMNS, "objective")
     columns = [
         Columns(*(part.get(name) or settings.get(name) for name in names))
         for part in request.get("sources") or [{}]

@@ -44,8 +44,24 @@ class Repository:
         return HfApi(endpoint=hub.endpoint(), token=self.token)
 
     def ask(self, work: Callable[[], Any], patience: Patience | None = None) -> Any:
-        """What `work` returns. Raises TuningError."""
-        return hub.ask(work, self.name, self.branch, patience=patience)
+        """What `work` returns. Raises TuningError, in the words of somebody who writes."""
+        from huggingface_hub.errors import HfHubHTTPError
+
+        def attempt() -> Any:
+            try:
+                return work()
+            except HfHubHTTPError as error:
+                status = error.response.status_code
+                if status in (401, 403):
+                    what = f"cannot be written with this access token: the hub answers {status}"
+                    raise RefusedError.at("HUB-130", str(self), what, _LOGIN) from None
+                if status in (409, 412):
+                    what = "was changed by somebody else meanwhile"
+                    change = "run the same command again; it looks at what is there now"
+                    raise TransientError.at("HUB-134", str(self), what, change) from None
+                raise
+
+        return hub.ask(attempt, self.name, self.branch, patience=patience)
 
 
 @dataclass(frozen=True)

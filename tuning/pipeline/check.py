@@ -50,7 +50,7 @@ def check(spec: Spec, options: Options, console: Console) -> Iterator[str]:
 
 def _check_model(spec: Spec, options: Options, access: Access, console: Console) -> list[str]:
     here = plan.planned_device(spec)
-    base = sizing.read_base(spec, access=access, token=read_token(options.hub_token_file))
+    base = sizing.read_base(spec, access=access, token=read_token(options.access.hub_token_file))
     plan.refuse_unsupported(spec, base, here)
     spec = start.known(spec, base, access=access)
     _check_tokens(spec)
@@ -83,7 +83,7 @@ def _check_data(spec: Spec, options: Options, access: Access) -> list[str]:
         return [
             f"data: {source.image}, {size:,} bytes compressed; a run checks its rows after the pull"
         ]
-    token = read_token(options.hub_token_file)
+    token = read_token(options.access.hub_token_file)
     pin = partial(
         hub_dataset.pin,
         policy=options.policy,

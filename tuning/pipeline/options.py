@@ -35,7 +35,6 @@ class Options:
     run_dir: Path
     access: Access = field(default_factory=Access)
     policy: Policy = field(default_factory=Policy)
-    hub_token_file: Path | None = None
     data_secrets: Path | None = None  # folder of headers by host, and keys of object stores
     tracker_secrets: Path | None = None  # folder of the trackers' logins
     cache: Path | None = None  # base weights; None: the hub's usual cache
@@ -83,7 +82,6 @@ def gather(
             trust=Trust.load(policy_file) if policy_file else Trust(),
         ),
         policy=policy.with_hosts(allow_hosts),
-        hub_token_file=token,
         data_secrets=secret(JOB_DATA_SECRET if JOB_DATA_SECRET.is_dir() else None, "data"),
         tracker_secrets=secret(
             JOB_TRACKER_SECRET if JOB_TRACKER_SECRET.is_dir() else None, "trackers"

@@ -21,17 +21,11 @@ from tuning.pipeline.run import Run, Value, key_of
 from tuning.plan import Plan, backends
 from tuning.sources import base, fetch, hub_dataset, local, stores
 from tuning.sources.hub import read_token
+from tuning.spec import mixture
 from tuning.trackers import place
 
 RECIPE_LIBRARIES = ("torch", "transformers", "trl", "peft", "bitsandbytes")
-DATA_SETTINGS = (
-    "messages_column",
-    "context_column",
-    "response_column",
-    "dataset_extension",
-    "chat_template",
-    "train_on",
-)
+DATA_SETTINGS = (*mixture.COLUMNS, "dataset_extension", "chat_template", "train_on")
 LATER_SETTINGS = ("new_tokens", "objective")  # unknown to earlier versions: only if they are set
 
 

@@ -148,7 +148,7 @@ class Run:
 
     def token(self) -> str | None:
         """The hub token, read each time since a Secret may be rotated."""
-        return read_token(self.options.hub_token_file)
+        return read_token(self.options.access.hub_token_file)
 
     def own_digests(self) -> tuple[str, ...]:
         """Digests of the images and adapter weights that this run directory has made."""

@@ -32,6 +32,7 @@ from tuning.plan.device import Device
 from tuning.plan.placing import place
 from tuning.plan.values import Lengths, Plan, Recipe
 from tuning.spec import Settings, Spec
+from tuning.spec.mixture import COLUMNS
 
 EVALUATIONS = 10  # of a run that keeps its best weights, unless eval_steps says otherwise
 
@@ -160,8 +161,7 @@ def split_seed(settings: Settings) -> int:
 
 
 def _columns(settings: Settings) -> dict[str, str]:
-    names = ("messages_column", "context_column", "response_column")
-    return {name: value for name in names if (value := getattr(settings, name)) is not None}
+    return {name: value for name in COLUMNS if (value := getattr(settings, name)) is not None}
 
 
 _BEST = "load_best_model_at_end"

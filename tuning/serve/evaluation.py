@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from tuning import files
+from tuning.console import Console
 from tuning.errors import DataError, SpecError, TransientError, UsageError
 
 BASE, TUNED = "base", "tuned"  # what the models are called
@@ -125,7 +126,8 @@ def serving(
 ) -> Iterator[Server]:
     """A server of the folder `base` and, as "tuned", of the adapter's, while the block runs.
 
-    `said` gets a line when it is ready. Raises ServerEnded.
+    `said` gets a line when it is ready. Raises ServerEnded, or SpecError for an adapter that the
+    server leaves out.
     """
     command = [sys.executable, "-c", _SERVE, "serve", "--base", str(base), "--base-name", BASE]
     command += ["--port", "0", "--precision", precision, "--linger", "0"]
@@ -139,8 +141,10 @@ def serving(
             url = _waited(process, log, r"Listening on (http://\S+?:\d+)")
             said(_waited(process, log, r"(Ready: .*)"))
             server = Server(url, (BASE, TUNED) if adapter else (BASE,))
-            if missing := set(server.models) - server.listed():
-                raise ServerEnded(11, f"{log.read_text('utf-8', 'replace')}no {missing}")
+            if set(server.models) - server.listed():
+                why = " ".join(log.read_text("utf-8", "replace").split())[:400]
+                change = "correct the adapter, or name another one"
+                raise SpecError.at("SERVE-134", "--adapter", f"is not served: {why}", change)
             yield server
         finally:
             process.send_signal(signal.SIGTERM)
@@ -163,6 +167,38 @@ def _waited(process: subprocess.Popen[bytes], log: Path, pattern: str) -> str:
         if ended is not None:
             raise ServerEnded(ended if ended > 0 else 128 - ended, text.strip()[-2000:])
         time.sleep(0.1)
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """What is asked: files of questions, already read, and tasks of lm-eval."""
+
+    questions: Sequence[tuple[str, Sequence[tuple[str, str]]]]  # name of the file, its pairs
+    named: Sequence[str] = ()  # names, or YAML files
+    python: str = ""  # which has lm-eval
+    more: Sequence[str] = ()  # options of lm-eval
+
+
+def measure(
+    base: Path, adapter: Path | None, tasks: Tasks, *, precision: str, tokens: int, console: Console
+) -> tuple[list[Score], list[Question]]:
+    """Serve `base` and `adapter`, and put all `tasks` to both.
+
+    Raises as `serving`, `ask` and `lm_eval` do.
+    """
+    found: list[Score] = []
+    asked: list[Question] = []
+    own = adapter if adapter and (adapter / "tokenizer.json").is_file() else base
+    with serving(base, adapter, precision=precision, said=console.say) as server:
+        for name, pairs in tasks.questions:
+            with console.work(f"Asking {name}", unit="answers") as report:
+                answers = ask(server, pairs, tokens=tokens, progress=report)
+            found += scores(name, answers)
+            asked += answers
+        if tasks.named:
+            tokenizers = {BASE: base, TUNED: own}
+            found += lm_eval(server, tasks, tokenizers=tokenizers)
+    return found, asked
 
 
 def read_questions(file: Path, limit: int | None) -> list[tuple[str, str]]:
@@ -245,22 +281,15 @@ def lm_eval_python(given: Path | None) -> str:
     return sys.executable
 
 
-def lm_eval(
-    server: Server,
-    tasks: Sequence[str],
-    *,
-    tokenizers: dict[str, Path],
-    python: str,
-    more: Sequence[str] = (),
-) -> list[Score]:
-    """The scores that lm-eval gives every model; its progress goes to stderr.
+def lm_eval(server: Server, tasks: Tasks, *, tokenizers: dict[str, Path]) -> list[Score]:
+    """The scores that lm-eval gives every model on the named tasks; its progress goes to stderr.
 
-    `tasks` are names, or YAML files of tasks; `tokenizers` the folder of each model's. Raises
-    SpecError if lm-eval fails.
+    `tokenizers` are the folders of each model's. Raises SpecError if lm-eval fails.
     """
     found: list[Score] = []
-    yaml = [Path(task) for task in tasks if task.endswith((".yaml", ".yml"))]
-    names = [*(path.stem for path in yaml), *(task for task in tasks if Path(task) not in yaml)]
+    yaml = [Path(task) for task in tasks.named if task.endswith((".yaml", ".yml"))]
+    names = [path.stem for path in yaml]
+    names += [task for task in tasks.named if Path(task) not in yaml]
     with tempfile.TemporaryDirectory(prefix="tuning-eval-") as folder:
         for model in server.models:
             arguments = {
@@ -269,13 +298,13 @@ def lm_eval(
                 "tokenizer": str(tokenizers[model]),
                 "num_concurrent": str(AT_ONCE),
             }
-            command = [python, "-m", "lm_eval", "run", "--model", "local-completions"]
+            command = [tasks.python, "-m", "lm_eval", "run", "--model", "local-completions"]
             command += ["--model_args", ",".join(f"{k}={v}" for k, v in arguments.items())]
             command += ["--tasks", ",".join(names), "--batch_size", str(AT_ONCE)]
             for path in dict.fromkeys(str(each.parent.absolute()) for each in yaml):
                 command += ["--include_path", path]
             out = Path(folder, model)
-            command += ["--output_path", str(out), *more]
+            command += ["--output_path", str(out), *tasks.more]
             _run(command)
             found += [score for path in out.rglob("results_*.json") for score in _read(path, model)]
     return found

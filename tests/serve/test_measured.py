@@ -10,10 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
+import transformers
 from commands import good, tuning
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from tuning.errors import DataError, UsageError
 from tuning.serve import evaluation
@@ -187,6 +190,24 @@ def _is_dead(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except OSError:
         return True
+
+
+def test_an_adapter_that_the_server_leaves_out_is_not_measured(tmp_path: Path) -> None:
+    """With the server's reason, and code 11: the base's answers are not the adapter's."""
+    adapter = tmp_path / "adapter"
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"])
+    model = transformers.AutoModelForCausalLM.from_pretrained(TINY)
+    peft.get_peft_model(model, config).save_pretrained(adapter)
+    path = adapter / "adapter_model.safetensors"
+    tensors = load_file(path)
+    save_file({name.replace("layers.0.", "layers.40."): t for name, t in tensors.items()}, path)
+
+    done = tuning("eval", "--base", TINY, "--adapter", adapter, "--tasks", QUESTIONS)
+
+    assert 11 == done.returncode, done.stderr
+    assert "SERVE-134 --adapter: is not served: MODEL-206" in done.stderr
+    assert "is in layer 40" in done.stderr
+    assert "" == done.stdout
 
 
 def test_base_and_limit_on_a_file_of_questions(tmp_path: Path) -> None:

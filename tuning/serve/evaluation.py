@@ -142,7 +142,8 @@ def serving(
             said(_waited(process, log, r"(Ready: .*)"))
             server = Server(url, (BASE, TUNED) if adapter else (BASE,))
             if set(server.models) - server.listed():
-                why = " ".join(log.read_text("utf-8", "replace").split())[:400]
+                text = " ".join(log.read_text("utf-8", "replace").split())
+                why = text.partition("is refused: ")[2].partition(" Change:")[0][:400]
                 change = "correct the adapter, or name another one"
                 raise SpecError.at("SERVE-134", "--adapter", f"is not served: {why}", change)
             yield server

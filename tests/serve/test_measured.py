@@ -195,7 +195,7 @@ def _is_dead(pid: int) -> bool:
 def test_an_adapter_that_the_server_leaves_out_is_not_measured(tmp_path: Path) -> None:
     """With the server's reason, and code 11: the base's answers are not the adapter's."""
     adapter = tmp_path / "adapter"
-    config = peft.LoraConfig(r=2, target_modules=["q_proj"])
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     model = transformers.AutoModelForCausalLM.from_pretrained(TINY)
     peft.get_peft_model(model, config).save_pretrained(adapter)
     path = adapter / "adapter_model.safetensors"

@@ -7,16 +7,19 @@ Step "tokenise" reads every file, reports what cannot be trained (DataError with
 pass, exit 10) and writes `rows.arrow`, `preview.json` and `tokenised.json` into `out`:
 
     {"step": "tokenise",
-     "files": [{"path": str, "shown": str, ...}],      as local.File; further keys are ignored
+     "files": [{"path": str, "shown": str, "part": int, ...}],   as local.File; part: of a mixture
      "base": str,                                      folder with the base model's tokenizer
      "out": str,                                       RUN/data/tokenised; made if absent
      "settings": {"messages_column", "context_column", "response_column", "dataset_extension",
-                  "chat_template", "train_on", "new_tokens"},   each may be null or absent
+                  "chat_template", "train_on", "new_tokens", "objective"},   each may be absent
+     "sources": [{"path", "weight" | "rows", columns}], "seed": int,   a mixture's parts, if any
      "processes": int | null,                          default: the number of CPUs, at most 16
      "part_bytes": int | null}                         size of the parts of a large file
  -> {"rows": int, "rows_per_file": {shown: int},
-     "files": [{"shown", "format", "compression": str | null, "rows", "shape", "reason"}],
-     "shape": {"name": str, "reason": str}, "rendering": str,
+     "files": [{"shown", "format", "compression": str | null, "rows", "shape", "reason", "part"}],
+     "shape": {"name": str, "reason": str}, "rendering": str, "objective": "sft" | "dpo" | "kto",
+     "documents": int, "sources": [{"path", "shape", "rendering", "rows", "tokens",
+                                    "trained_tokens"}],   of a mixture
      "tokens": int, "trained_tokens": int,
      "lengths": {"mean": float, "p50", "p95", "max", "counts": [[length, rows], ...]},
      "dropped": {reason: rows}, "notes": [str], "bos": int | null}
@@ -37,13 +40,13 @@ Step "pack" splits off the evaluation split, applies the over-length policy and 
  -> {"train": PART, "eval": PART | null, "max_length": int, "packing": bool,
      "over_length": {"policy", "rows", "truncated", "split", "dropped",
                      "lost_tokens", "lost_answers", "cut_answers"},
-     "dropped": {reason: rows}, "notes": [str]}
+     "dropped": {reason: rows}, "notes": [str], "held_out": [rows of each part of a mixture]}
     PART = {"path": str, "rows": int, "documents": int, "tokens": int, "trained_tokens": int,
             "efficiency": float}
 
 `path` is an Arrow stream for `datasets.Dataset.from_file` with the int32 lists `input_ids`,
-`labels` (-100 where there is no loss) and `seq_lengths` (the documents of a row). Labels do not
-depend on padding, so the pad token may equal the end-of-sequence token.
+`labels` (-100 where there is no loss) and `seq_lengths` (the documents of a row; of dpo the chosen
+and the rejected answer), and of kto the boolean `good`. Labels do not depend on padding, so the pad token may equal the end-of-sequence token.
 
 Step "ask" checks that the chat template can show questions (SpecError, exit 11):
 

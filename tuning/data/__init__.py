@@ -46,7 +46,8 @@ Step "pack" splits off the evaluation split, applies the over-length policy and 
 
 `path` is an Arrow stream for `datasets.Dataset.from_file` with the int32 lists `input_ids`,
 `labels` (-100 where there is no loss) and `seq_lengths` (the documents of a row; of dpo the chosen
-and the rejected answer), and of kto the boolean `good`. Labels do not depend on padding, so the pad token may equal the end-of-sequence token.
+and the rejected answer), and of kto the boolean `good`. Labels do not depend on padding, so the pad
+token may equal the end-of-sequence token.
 
 Step "ask" checks that the chat template can show questions (SpecError, exit 11):
 

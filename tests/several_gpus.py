@@ -6,7 +6,8 @@ import json
 from dataclasses import replace
 from typing import Any
 
-from tuning import plan, presets, spec
+import tuning.plan as plan
+from tuning import presets, spec
 from tuning.plan.device import Device
 
 GIB = 2**30

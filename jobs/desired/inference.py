@@ -7,11 +7,12 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
+import tuning.plan as plan
 from jobs.api.kinds import Object
 from jobs.desired import names
 from jobs.desired import tuning as desired_tuning
 from jobs.desired.tuning import Adapter, Desired, Server
-from tuning import plan, presets, spec
+from tuning import presets, spec
 from tuning.errors import Problem, SpecError
 from tuning.plan import inference as memory
 from tuning.plan.device import Device

@@ -14,8 +14,9 @@ from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
+import tuning.plan as plan
 from jobs.api.kinds import Object
-from tuning import files, plan, presets, spec
+from tuning import files, presets, spec
 from tuning.errors import Problem, SpecError
 from tuning.plan import Plan
 from tuning.plan.device import Device

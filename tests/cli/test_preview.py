@@ -19,6 +19,7 @@ from faults.web import Origin
 from tokenizers import Tokenizer
 
 from tuning.cli import preview
+from tuning.pipeline.preview import histogram
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TINY, DEMO = EXAMPLES / "tiny-model", EXAMPLES / "data" / "demo.jsonl"
@@ -317,7 +318,7 @@ def test_text_cannot_steer_the_terminal():
 )
 def test_the_histogram_holds_every_row_in_round_bins(counts, first, bins):
     """Twelve bins at most, of one width, and no row outside."""
-    made = preview.histogram(counts)
+    made = histogram(counts)
 
     assert bins == len(made)
     assert first is None or first == made[0]

@@ -301,6 +301,29 @@ class Place:
         instance: str | None = None,
         count: int = 1,
     ) -> None:
+        """Apply the example Workspace, as a user would."""
+        written = self.documents(
+            tag,
+            secret=secret,
+            steps=steps,
+            config=config,
+            arguments=arguments,
+            instance=instance,
+            count=count,
+        )
+        self.kubectl("apply", "-f", "-", text=written)
+
+    def documents(
+        self,
+        tag: str,
+        *,
+        secret: str = "push",
+        steps: int = 12,
+        config: str = "demo-config",
+        arguments: str = "",
+        instance: str | None = None,
+        count: int = 1,
+    ) -> str:
         """The example Workspace, as a user would write it."""
         item = {
             "apiVersion": "kaito.sh/v1beta1",
@@ -319,13 +342,13 @@ class Place:
             item["resource"] |= {"instanceType": instance}
         if count > 1:
             item["resource"] |= {"count": count}
-        config = {
+        settings = {
             "apiVersion": "v1",
             "kind": "ConfigMap",
             "metadata": {"name": config},
             "data": {"training_config.yaml": CONFIG.replace("12", str(steps)) + arguments},
         }
-        self.kubectl("apply", "-f", "-", text=yaml.safe_dump_all([config, item]))
+        return yaml.safe_dump_all([settings, item])
 
     def status(self) -> Object:
         found = self.api.get(WORKSPACE, self.name, "demo") or {}

@@ -26,7 +26,7 @@ import transformers
 from gpu.checks import CARD, Record, Sizes
 from torch.distributed.device_mesh import init_device_mesh
 
-from tuning import plan
+import tuning.plan as plan
 from tuning.errors import OutOfMemoryError
 from tuning.models.shards import Split
 from tuning.plan.backends import FUSED, VARLEN

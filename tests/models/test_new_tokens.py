@@ -15,7 +15,8 @@ from commands import workspace
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tuning import adapter, plan, spec
+import tuning.plan as plan
+from tuning import adapter, spec
 from tuning.errors import SpecError
 from tuning.models import generate, merge, new_tokens
 from tuning.models.kernels import head

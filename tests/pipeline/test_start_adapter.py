@@ -16,7 +16,8 @@ import tiny_runs
 import torch
 from commands import good, tuning, workspace
 
-from tuning import adapter, files, plan, spec
+import tuning.plan as plan
+from tuning import adapter, files, spec
 from tuning.console import Console
 from tuning.errors import RefusedError, SpecError
 from tuning.models import start_adapter

@@ -13,7 +13,8 @@ import pytest
 from fake_driver import Card, Machine
 from gpu_machines import BROKEN, MACHINES, MIG, TWO
 
-from tuning import plan, presets
+import tuning.plan as plan
+from tuning import presets
 from tuning.errors import SpecError
 from tuning.plan import device, torch_build
 from tuning.plan.torch_build import TorchBuild

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from several_gpus import LLAMA, cards, drafted, workspace
 
-from tuning import plan, presets
+import tuning.plan as plan
+from tuning import presets
 from tuning.errors import SpecError
 from tuning.plan import communication, memory, sharding, sizing
 from tuning.plan.coefficients import preset_coefficients

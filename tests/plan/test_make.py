@@ -7,7 +7,8 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from tuning import plan, presets
+import tuning.plan as plan
+from tuning import presets
 from tuning.errors import SpecError
 from tuning.plan import Base, Lengths
 from tuning.plan.device import Device

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from tuning import plan
+import tuning.plan as plan
 from tuning.errors import SpecError
 from tuning.plan import Lengths, sizing
 from tuning.spec import Destination, Settings, Source, Spec, coercion, keys

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from several_gpus import GIB, LLAMA, MIXTURE, WORKSPACE, cards, drafted, on_cpu, workspace
 
-from tuning import plan, presets, spec
+import tuning.plan as plan
+from tuning import presets, spec
 from tuning.errors import SpecError
 from tuning.plan import memory
 from tuning.plan.coefficients import Coefficients, Moment, Variant, preset_coefficients

@@ -8,7 +8,8 @@ import pytest
 import yaml
 from several_gpus import LLAMA, cards, on_cpu, workspace
 
-from tuning import plan, presets
+import tuning.plan as plan
+from tuning import presets
 from tuning.errors import SpecError
 from tuning.plan.coefficients import preset_coefficients
 

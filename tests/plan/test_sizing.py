@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from fit_page import CLASSES
 
-from tuning import plan, presets
+import tuning.plan as plan
+from tuning import presets
 from tuning.errors import SpecError
 from tuning.plan import sizing
 from tuning.plan.coefficients import preset_coefficients

@@ -94,7 +94,7 @@ def plan(
     A model that is not among the presets is looked up at the hub and simulated, which takes a few
     seconds and torch.
     """
-    from tuning import plan as plans
+    import tuning.plan as plans
     from tuning.cli import tables
     from tuning.plan import device
     from tuning.trackers import place
@@ -184,6 +184,7 @@ def preview(
     from tuning.cli import preview as previews
     from tuning.cli import tables
     from tuning.console import Console
+    from tuning.pipeline.preview import report
 
     spec = option.spec_of(
         file, base_model, data, instance, output, allow_host=allow_host, policy=policy
@@ -200,8 +201,8 @@ def preview(
         ca=ca,
         insecure=insecure,
     )
-    report = previews.report(pipeline.prepare(spec, options, Console()), rows=rows)
+    content = report(pipeline.prepare(spec, options, Console()), rows=rows)
     if as_json:
-        tables.print_json(report)
+        tables.print_json(content)
     else:
-        previews.show(report)
+        previews.show(content)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from tuning import plan
+import tuning.plan as plan
 from tuning.console import Console
 from tuning.data import formats
 from tuning.data.first_rows import FirstRows, check_file, check_head

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
-from tuning import plan
+import tuning.plan as plan
 from tuning.spec import Spec, mixture
 
 File = tuple[int | None, str]  # the number of the input's URL that named it, what it is called

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tuning import presets
 from tuning.network.policy import Policy
@@ -45,6 +46,7 @@ class Options:
     machines: Machines = field(default_factory=Machines)
     record: Path | None = None  # file to append planned and measured values to
     grace: float = 30.0  # seconds between SIGTERM and SIGKILL, as Kubernetes counts them
+    on_step: Callable[[dict[str, Any]], object] | None = None  # gets the records of metrics.jsonl
     watchdog: Callable[[], watchdog.Watchdog] = watchdog.Watchdog  # for each training child
 
 

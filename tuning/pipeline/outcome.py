@@ -9,6 +9,7 @@ trackers are the pages that show the run, by tracker.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,6 +107,37 @@ def progress(run: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     return next((record for line in reversed(lines) if (record := metrics_record(line))), None)
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    """All whole records of metrics.jsonl in the run directory `run`."""
+    return list(Follower(run).new())
+
+
+class Follower:
+    """Follows metrics.jsonl: each record once, though a training child that resumes cuts it."""
+
+    def __init__(self, run: Path) -> None:
+        self._path = run / "metrics.jsonl"
+        self._read = 0  # bytes
+        self._seen: set[tuple[int, bool]] = set()
+
+    def new(self) -> Iterator[dict[str, Any]]:
+        """The whole records that were added since the last call."""
+        try:
+            with self._path.open("rb") as file:
+                size = file.seek(0, 2)
+                file.seek(self._read if self._read <= size else 0)
+                start, text = file.tell(), file.read()
+        except FileNotFoundError:
+            return
+        whole = text[: text.rfind(b"\n") + 1]
+        self._read = start + len(whole)
+        for record in filter(None, map(metrics_record, whole.splitlines())):
+            key = record["step"], "eval_loss" in record
+            if key not in self._seen:
+                self._seen.add(key)
+                yield record
 
 
 def metrics_record(line: bytes) -> dict[str, Any] | None:

@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tuning import files, plan
+import tuning.plan as plan
+from tuning import files
 from tuning.console import Console
 from tuning.data import read_progress
 from tuning.network import policy

@@ -45,6 +45,7 @@ class Run:
     stop: threading.Event
     phase: str = "start"
     prewarmed: process.Prewarmed | None = None  # the training child, while it loads its libraries
+    raised: Exception | None = None  # by the caller's on_step, which stops the run
     start: Start | None = None  # the adapter to go on from
     datasets: tuple[Pinned, ...] = ()  # of the hub, among the data
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from tuning import plan, presets
+import tuning.plan as plan
+from tuning import presets
 from tuning.console import Console
 from tuning.oci import model_image
 from tuning.oci.access import Access

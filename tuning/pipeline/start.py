@@ -14,8 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import tuning.plan as plan
 from tuning import adapter as adapters
-from tuning import files, plan
+from tuning import files
 from tuning.adapter import Adapter
 from tuning.data.tokenizer import added_by
 from tuning.errors import Problem, SpecError

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from tuning import files, plan
+import tuning.plan as plan
+from tuning import files
 from tuning import spec as specs
 from tuning.console import Console
 from tuning.errors import TransientError, TuningError
@@ -52,7 +53,8 @@ def execute(spec: Spec, options: Options, console: Console) -> Summary:
         try:
             summary = _repairing(run, _phases)
         except Exception as error:
-            raise _record_failure(run, error) from error
+            known = _record_failure(run, error)
+            raise run.raised or known from error
         outcome.write_termination(_success(summary, run.folder))
         return summary
 

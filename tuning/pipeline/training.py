@@ -9,7 +9,8 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
-from tuning import files, plan, process
+import tuning.plan as plan
+from tuning import files, process
 from tuning.adapter import CONFIG, WEIGHTS, write_config
 from tuning.console import Report
 from tuning.errors import Killed, OutOfMemoryError, Stopped, TransientError, TuningError
@@ -209,17 +210,31 @@ def _watched(run: Run, report: Report) -> Callable[[], None]:
     names = ("metrics.jsonl", "checkpoints", "adapter", f"log/{run.phase}.log")
     paths = [run.folder / name for name in names]
     before = outcome.metrics_state(run.folder)  # of an earlier start: steps that may be redone
+    follower = outcome.Follower(run.folder)
 
     def tick() -> None:
         now, progress = time.monotonic(), outcome.progress(run.folder)
         if progress is not None and outcome.metrics_state(run.folder) != before:
             _report_step(progress, report)
+            _give(run, follower)
         changed = [path.stat().st_mtime_ns for path in paths if path.exists()]
         dog.observe(changed, step=progress["step"] if progress else None, now=now)
         if (silence := dog.silence(now)) is not None:
             raise process.Hung(silence)
 
     return tick
+
+
+def _give(run: Run, follower: outcome.Follower) -> None:
+    """Give new records to the caller's on_step; an exception of it stops the run, state saved."""
+    if run.options.on_step is None or run.raised:
+        return
+    try:
+        for record in follower.new():
+            run.options.on_step(record)
+    except Exception as error:
+        run.raised = error
+        run.stop.set()
 
 
 def _report_step(now: Value, report: Report) -> None:

@@ -4,6 +4,11 @@ The recipe decides the adapter's bytes and is frozen once complete; the placemen
 machine carries it out and is derived again at each start. Each number carries its reason.
 """
 
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
 from tuning.plan.base import (
     Base,
     Unknown,
@@ -61,3 +66,15 @@ __all__ = [
     "variants",
     "wants_simulation",
 ]
+
+
+class _Room(ModuleType):
+    """This package, which is also the function `tuning.plan` of the Python API."""
+
+    def __call__(self, *args: Any, **options: Any) -> Plan:
+        """`tuning.api.plan`."""
+        made: Plan = import_module("tuning.api").plan(*args, **options)
+        return made
+
+
+sys.modules[__name__].__class__ = _Room

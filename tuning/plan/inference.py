@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tuning import plan, presets
+import tuning.plan as plan
+from tuning import presets
 from tuning.errors import SpecError
 from tuning.plan import memory, sizing
 from tuning.plan.coefficients import Coefficients, Method

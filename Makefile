@@ -21,7 +21,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-bed test-cluster test-gpu test-images test-clients test-vllm \
-  slow soak coefficients kernel-counts lint fix lock system clean docs
+  slow soak coefficients kernel-counts lint fix lock site system clean docs
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 20
@@ -123,6 +123,13 @@ fix: install  ## let ruff mend what it can
 docs: install  ## write the files that are generated from the code
 	$(BIN)/python tools/write_docs.py
 	$(BIN)/python benchmarks/speed_page.py
+
+# mkdocs-material is maintained until May 2027; Zensical, by the same people, reads the same mkdocs.yml.
+SITE = $${XDG_CACHE_HOME:-$$HOME/.cache}/tuning-site
+site:  ## the pages of docs/ as a site, in build/site; a link that leads nowhere ends it
+	test -x $(SITE)/bin/mkdocs || { $(PYTHON) -m venv $(SITE) && \
+	  $(SITE)/bin/pip install --quiet 'mkdocs-material>=9.8,<10'; }
+	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build --quiet
 
 lock:  ## refresh constraints.txt: newest versions that pyproject.toml allows
 	rm -rf build/lock && $(PYTHON) -m venv build/lock

@@ -1,4 +1,4 @@
-"""The commands that take a Workspace: run, plan, check, preview."""
+"""The commands that take a Workspace: run, plan, check, preview; and report, of a run."""
 
 from __future__ import annotations
 
@@ -200,8 +200,16 @@ def preview(
         ca=ca,
         insecure=insecure,
     )
-    report = previews.report(pipeline.prepare(spec, options, Console()), rows=rows)
+    shown = previews.report(pipeline.prepare(spec, options, Console()), rows=rows)
     if as_json:
-        tables.print_json(report)
+        tables.print_json(shown)
     else:
-        previews.show(report)
+        previews.show(shown)
+
+
+@app.command()
+def report(run_dir: option.EndedRun) -> None:
+    """Write the report.html of a run that has ended anew, say once its adapter was evaluated."""
+    from tuning.pipeline import report as reports
+
+    print(reports.rewrite(run_dir))

@@ -85,19 +85,18 @@ def _commands(record: Record, digest: str, pushed: Value) -> Iterator[tuple[str,
     else:
         adapter, plain = f"oci:{record.folder.absolute() / 'image'}", []
         yield "Unpack it", [*MODULE, "pull", adapter, "adapter"]
-    base = record.base or "BASE"
     revision = record.recipe.get("base_revision", ":")
     pinned = [] if ":" in revision else ["--base-revision", revision]
     yield (
         "Serve it, OpenAI's API and a page",
         [
-            *(*MODULE, "serve", "--base", base, *pinned),
+            *(*MODULE, "serve", "--base", record.base, *pinned),
             *("--adapter", f"adapter={adapter}", *plain),
         ],
     )
     yield (
         "Talk to it beside its base",
-        [*(*MODULE, "chat", "--base", base, "--adapter", adapter, "--compare", *plain)],
+        [*(*MODULE, "chat", "--base", record.base, "--adapter", adapter, "--compare", *plain)],
     )
 
 

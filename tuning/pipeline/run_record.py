@@ -41,7 +41,6 @@ class Record:
     journal: list[Value]
     plan: Value
     metrics: list[Value]
-    base: str | None  # as `--base` takes it
 
     def value(self, phase: str) -> Value:
         """What `phase` returned last; empty if it never ended."""
@@ -57,7 +56,14 @@ class Record:
     @property
     def recipe(self) -> Value:
         """The recipe of the plan; empty before it."""
-        return self.plan.get("recipe") or {}
+        found = self.plan.get("recipe")
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def base(self) -> str:
+        """The base as `--base` takes it: the folder in which it was found, or the hub's id."""
+        asked = _json(self.folder / "log" / "train.json")
+        return str(asked.get("base_name") or self.recipe.get("base_model", "BASE"))
 
     @property
     def last(self) -> Value:
@@ -131,11 +137,7 @@ def read(folder: Path) -> Record:
             for each in (value, nested if isinstance(nested, dict) else {}):
                 for name in PRIVATE:
                     each.pop(name, None)
-    plan = _json(folder / "plan.json")
-    asked = _json(folder / "log" / "train.json")  # the base as it was found: folder or hub's id
-    recipe = plan.get("recipe")
-    base = asked.get("base_name") or (recipe or {}).get("base_model")
-    return Record(folder, told, plan, metrics(folder), base if isinstance(base, str) else None)
+    return Record(folder, told, _json(folder / "plan.json"), metrics(folder))
 
 
 def read_private(folder: Path) -> Private:

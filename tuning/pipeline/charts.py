@@ -77,7 +77,7 @@ def chart(title: str, series: Sequence[Series], *, least: Sequence[float] = ()) 
     return (
         f"<figure><figcaption><b>{html.escape(title)}</b> {' '.join(names)}</figcaption>"
         f'<svg role="img" aria-label="{html.escape(title)} by step">{grid}'
-        f'<text class="y" x="-6" y="100%" dy="1.5em">step</text>'
+        f'<text class="y" x="-16" y="100%" dy="1.5em">step</text>'
         f"{''.join(itertools.starmap(drawn, enumerate(shown)))}</svg></figure>\n"
     )
 

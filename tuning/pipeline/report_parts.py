@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from tuning.adapter import WEIGHTS
 from tuning.console import duration, size
-from tuning.errors import REASONS
+from tuning.errors import REASONS, Stopped
 from tuning.pipeline.markup import note, section, table, text
 from tuning.pipeline.run_record import Record, Value
 
@@ -54,7 +54,8 @@ def _failure(failure: Value) -> str:
         fact, _, change = line.partition(" Change: ")
         hint = f"<br><b>What to do:</b> {text(change)}" if change else ""
         problems.append(f"<li>{text(fact)}{hint}</li>")
-    return f'<div class="failure"><p>{text(words)}</p><ul>{"".join(problems)}</ul></div>\n'
+    kind = "failure interrupted" if code == Stopped.exit_code else "failure"
+    return f'<div class="{kind}"><p>{text(words)}</p><ul>{"".join(problems)}</ul></div>\n'
 
 
 def tiles(record: Record) -> str:
@@ -154,7 +155,7 @@ def _compared(record: Record) -> Iterator[tuple[str, ...]]:
     memory, speed = plan.get("memory") or {}, plan.get("speed") or {}
     on_cpu = (plan.get("device") or {}).get("kind") == "cpu"
     unplanned = "not predicted on this CPU" if on_cpu else "not predicted for this model"
-    unmeasured = "not measured" if last or trained else "not trained"
+    unmeasured = "not measured" if trained else "not finished" if last else "not trained"
     peak = trained.get("peak_memory_bytes") or last.get("memory_bytes")
     rate = trained.get("tokens_per_second") or last.get("tokens_per_second")
     values = (
@@ -162,11 +163,9 @@ def _compared(record: Record) -> Iterator[tuple[str, ...]]:
         ("tokens/s", speed.get("tokens_per_second"), rate, "{:,.0f}".format, unplanned),
         ("training time", speed.get("seconds"), trained.get("seconds"), duration, unplanned),
         ("adapter", None, _adapter_bytes(record) if trained else None, size, "not predicted"),
-        ("steps", record.recipe.get("steps"), last.get("step"), "{:,}".format, unplanned),
     )
     for name, planned, measured, form, why in values:
         off = f"{100 * (measured - planned) / planned:+.1f} %" if planned and measured else ""
-        off = "none" if off == "+0.0 %" else off
         yield (
             name,
             form(planned) if planned else why,

@@ -29,7 +29,7 @@ from tuning.oci import delivery
 from tuning.oci.delivery import BRIEF, Access
 from tuning.oci.policy import Trust
 from tuning.pipeline import Options, outcome
-from tuning.pipeline.preview import report
+from tuning.pipeline.preview import summarise
 from tuning.plan import Plan, device
 from tuning.spec import Spec
 from tuning.trackers import place
@@ -149,7 +149,7 @@ def preview(
     """
     spec = _spec(spec)
     options = _options(spec, logins, run_dir)
-    return report(pipeline.prepare(spec, options, Console(quiet=quiet)), rows=rows)
+    return summarise(pipeline.prepare(spec, options, Console(quiet=quiet)), rows=rows)
 
 
 def run(

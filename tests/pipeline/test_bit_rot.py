@@ -269,7 +269,8 @@ def test_an_interrupted_run_has_a_report(job: Job) -> None:
 
     page = (job.folder / "run" / "report.html").read_text()
     assert 75 == run.returncode
-    assert re.search(r"<p>Ended in the phase train: RUN-1[13]0 ", page), page.partition("<h1>")[2]
+    assert "<b>Interrupted</b>" in page and "Ended in the phase train with exit code 75" in page
+    assert re.search(r"<li>RUN-1[13]0 .*What to do:", page), page.partition("<h1>")[2]
 
 
 def test_a_reader_that_closes_early_is_no_error(job: Job) -> None:

@@ -208,7 +208,7 @@ def test_damaged_lines_of_the_metrics_are_left_out(tmp_path: Path) -> None:
     for junk in (b"\0\0\0", b"{}", b'{"step": 1e999}'):
         (tmp_path / "metrics.jsonl").write_bytes(b"\n".join([*lines, junk, b""]))
         assert good == outcome.progress(tmp_path)
-        assert "step 4 of 8" in report.page(tmp_path, name="x")
+        assert "step 4 of 8" in report.page(tmp_path)
 
 
 def test_an_adapter_of_a_broken_card_has_no_changes_to_name(tmp_path: Path) -> None:

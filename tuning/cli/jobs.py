@@ -1,4 +1,4 @@
-"""The commands that take a Workspace: run, plan, check, preview."""
+"""The commands that take a Workspace: run, plan, check, preview; and report, of a run."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ def preview(
     from tuning.cli import preview as previews
     from tuning.cli import tables
     from tuning.console import Console
-    from tuning.pipeline.preview import report
+    from tuning.pipeline.preview import summarise
 
     spec = option.spec_of(
         file, base_model, data, instance, output, allow_host=allow_host, policy=policy
@@ -201,8 +201,16 @@ def preview(
         ca=ca,
         insecure=insecure,
     )
-    content = report(pipeline.prepare(spec, options, Console()), rows=rows)
+    content = summarise(pipeline.prepare(spec, options, Console()), rows=rows)
     if as_json:
         tables.print_json(content)
     else:
         previews.show(content)
+
+
+@app.command()
+def report(run_dir: option.EndedRun) -> None:
+    """Write the report.html of a run that has ended anew, say once its adapter was evaluated."""
+    from tuning.pipeline import report as reports
+
+    print(reports.rewrite(run_dir))

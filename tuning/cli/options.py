@@ -48,6 +48,7 @@ AllowHost = Annotated[
 RunDir = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Run directory [default: runs/<name>].")
 ]
+EndedRun = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Run directory.")]
 Secrets = Annotated[
     Path | None,
     typer.Option(metavar="DIR", help="Folder with push/, pull/, hub/ and data/ secrets."),

@@ -1,6 +1,6 @@
 """The page of the command `preview`: what the data becomes.
 
-It draws what `pipeline.preview` reports. Trained tokens are coloured, or in ⟦ ⟧ where there are no
+It draws what `pipeline.preview` says. Trained tokens are coloured, or in ⟦ ⟧ where there are no
 colours.
 """
 

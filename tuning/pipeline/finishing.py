@@ -166,7 +166,12 @@ def deliver(run: Run, decided: Plan, digest: str) -> tuple[str, ...]:
                 run=run.folder,
                 say=run.console.say,
             )
-        return {"references": references}
+        folder = run.spec.destination.folder
+        return {
+            "references": references,
+            "folder": folder and str(folder.absolute()),
+            "insecure": run.options.access.insecure,
+        }
 
     key = key_of(digest, asdict(run.spec.destination))
     try:
@@ -221,7 +226,7 @@ def finish(
         },
     )
     _report(run, decided, training)
-    names = ("spec.yaml", "plan.json", "report.html")
+    names = ("spec.yaml", "plan.json")
     written = [path for name in names if (path := run.folder / name).is_file()]
     needs = PHASES[:-1]
     run.journal.do("finish", inputs, summary.to_json, outputs=lambda _: written, needs=needs)
@@ -229,11 +234,20 @@ def finish(
 
 
 def _report(run: Run, decided: Plan, training: Value) -> None:
-    """The report page and the record of the run; what fails is a note, the adapter is delivered."""
+    """The record of the run and its report; what fails is a note, the adapter is delivered."""
     try:
         if run.options.record is not None and training["seconds"]:
             _append_record(run.options.record, decided, training)
-        report.write(run.folder, name=run.spec.name)
+    except Exception as error:
+        _log(run, error)
+        run.note([f"no record was appended: {type(error).__name__}: {str(error)[:200]}"])
+    write_report(run)
+
+
+def write_report(run: Run) -> None:
+    """Write report.html; a failure is a note, so that it hides neither an adapter nor an error."""
+    try:
+        report.write(run.folder)
     except Exception as error:
         _log(run, error)
         run.note([f"the report was not written: {type(error).__name__}: {str(error)[:200]}"])

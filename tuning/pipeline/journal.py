@@ -3,8 +3,8 @@
     spec.yaml plan.json journal.jsonl metrics.jsonl data/ checkpoints/ adapter/ image/ report.html
 
 `journal.jsonl` holds one JSON object a line: `{"at", "phase", "event", "key", ...}` with event
-`start`, `end` (with the phase's `value` and the sha256 of its `outputs`), `damaged` or `fail`. Each
-line is fsynced. Invariants:
+`start`, `end` (with the phase's `value` and the sha256 of its `outputs`), `damaged` or `fail`; for
+people `begin` (a command), `note`, `oom`, `killed` and `lost`. Each line is fsynced. Invariants:
 
 1. One writer. The lock is a flock that the children inherit, so it is held while any may write.
 2. A phase is done when the last of its `start`, `end` and `damaged` lines is an `end` under its
@@ -257,6 +257,22 @@ def _read(path: Path) -> tuple[list[Value], int]:
     """
     if not path.exists():
         return [], 0
+    records, good, tail, count = _parse(path)
+    if tail or len(good) < count:
+        files.write(path, b"".join(good))
+    return records, count - len(good)
+
+
+def records(folder: Path) -> list[Value]:
+    """The sound records in the journal of the run directory `folder`, which may be in use."""
+    try:
+        return _parse(folder / "journal.jsonl")[0]
+    except OSError:
+        return []
+
+
+def _parse(path: Path) -> tuple[list[Value], list[bytes], bytes, int]:
+    """The records of a journal, their lines, what follows the last line, the number of lines."""
     *lines, tail = path.read_bytes().split(b"\n")
     records: list[Value] = []
     good: list[bytes] = []
@@ -265,9 +281,7 @@ def _read(path: Path) -> tuple[list[Value], int]:
         if record is not None:
             records.append(record)
             good.append(line + b"\n")
-    if tail or len(good) < len(lines):
-        files.write(path, b"".join(good))
-    return records, len(lines) - len(good)
+    return records, good, tail, len(lines)
 
 
 def _record(line: bytes, *, checked: bool) -> Value | None:

@@ -13,7 +13,7 @@ ROWS = 3
 BINS = 12  # lines of the histogram at most
 
 
-def report(prepared: Prepared, *, rows: int = ROWS) -> Value:
+def summarise(prepared: Prepared, *, rows: int = ROWS) -> Value:
     """Everything the page shows, with up to `rows` sample rows; lengths are in tokens."""
     tokenised, packed, chosen = prepared.tokenised, prepared.packed, prepared.packing
     counts = tokenised["lengths"]["counts"]

@@ -114,7 +114,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             case "/metrics":
                 self._send(metrics(now or {}), "text/plain; version=0.0.4")
             case "/":
-                page = report.page(self.run_folder, name=self.run_name, reload=True)
+                page = report.served(self.run_folder, name=self.run_name)
                 self._send(page, "text/html; charset=utf-8")
             case _:
                 self.send_error(404)

@@ -1,153 +1,93 @@
-"""Run directory -> one HTML page: progress, speed, loss, planned and measured values.
+"""Run directory -> one HTML page: what was trained, how it went, what came of it, how to use it.
 
-One self-contained file. While a run lasts it is served and reloads itself (`progress_server`); at
-the end it is `report.html` in the run directory. It shows no row of the data and no answer.
+One self-contained file that needs no script and loads nothing. `write` makes `report.html` in the
+run directory, with answers of the models and rows of the evaluation split. `served` is the page of
+the progress port, which others in a cluster can reach: it reloads itself, without row or answer.
 """
 
 from __future__ import annotations
 
-import html
-from collections.abc import Iterable, Sequence
+import string
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from tuning import files
-from tuning.pipeline import outcome, tracking
+from tuning.errors import SpecError
+from tuning.pipeline import journal, report_curves, report_private, run_record, tracking
+from tuning.pipeline import report_lists as lists
+from tuning.pipeline import report_parts as parts
+from tuning.pipeline.markup import note, text
 
-WIDTH, HEIGHT, EDGE = 640, 220, 44  # of the chart, in pixels
+NAME = "report.html"
+PAGE = string.Template(Path(__file__).with_name("report.html").read_text("utf-8"))
 RELOAD = '<meta http-equiv="refresh" content="5">'
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">{reload}
-<meta name="viewport" content="width=device-width"><title>{name}</title>
-<style>
-:root {{ color-scheme: light dark }}
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 46em; margin: 2em auto; padding: 0 1em }}
-table {{ border-collapse: collapse; margin: 1em 0 }}
-td, th {{ text-align: right; padding: .15em 1em .15em 0 }}
-td:first-child, th:first-child {{ text-align: left }}
-svg {{ width: 100%; height: auto }} svg text {{ font-size: 12px; fill: currentColor }}
-</style>
-<h1>{name}</h1><p>{state}</p>
-{chart}
-{tables}
-</html>
-"""
-GIB = 2**30
+DAMAGED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+Part = Callable[[], str]
 
 
-def write(run: Path, *, name: str, ended: str = "") -> None:
-    """Write the run's report.html; `ended` says why a run has ended early."""
-    files.write(run / "report.html", page(run, name=name, ended=ended))
+def write(run: Path) -> Path:
+    """Write report.html into the run directory `run`; returns its path."""
+    files.write(run / NAME, page(run))
+    return run / NAME
 
 
-def page(run: Path, *, name: str, reload: bool = False, ended: str = "") -> str:
-    """The page of the run directory `run` as it is now."""
-    now, records = outcome.progress(run), _records(run)
-    idle = "no step done" if ended else "not training yet"
-    state = f"step {now['step']:,} of {now.get('steps', 0):,}" if now else idle
-    if now and isinstance(now.get("no_better_since"), int):
-        state += f": stopped, no better on held-out rows since step {now['no_better_since']:,}"
-    if ended:
-        state = f"{ended} ({state})"
-    elif now and reload and now.get("eta_seconds"):
-        state += f", {now['eta_seconds'] / 60:,.0f} min to go"
-    return PAGE.format(
-        reload=RELOAD if reload else "",
-        name=html.escape(name),
-        state=html.escape(state),
-        chart=chart(
-            [(r["step"], r.get("loss")) for r in records if "eval_loss" not in r],
-            [(r["step"], r["eval_loss"]) for r in records if "eval_loss" in r],
-        ),
-        tables=_table(("now", ""), _now(now))
-        + _table(*_planned(run, now))
-        + "".join(
-            f'<p>{html.escape(name)}: <a href="{html.escape(link)}">{html.escape(link)}</a></p>'
-            for name, link in tracking.links(run).items()
-        ),
-    )
+def rewrite(run: Path) -> Path:
+    """`write` for a run directory that nobody uses, say once its adapter was evaluated.
+
+    Raises SpecError for a folder that is none, TransientError while a run uses it.
+    """
+    if not (run / "journal.jsonl").is_file():
+        what, change = "is no run directory: it has no journal.jsonl", "name the --run-dir of a run"
+        raise SpecError.at("RUN-102", str(run), what, change)
+    with journal.opened(run):
+        return write(run)
 
 
-def chart(loss: Sequence[tuple[int, Any]], held_out: Sequence[tuple[int, Any]]) -> str:
-    """The loss by step as inline SVG: a line for the training rows, dots for those held out."""
-    lines = [[(x, y) for x, y in points if isinstance(y, float)] for points in (loss, held_out)]
-    points = lines[0] + lines[1]
-    if len(points) < 2:
-        return ""
-    (left, right), (low, high) = (
-        (min(values), max(values)) for values in zip(*points, strict=True)
-    )
+def page(run: Path) -> str:
+    """The page of a run that has ended, for those who may read its run directory."""
+    record, private = run_record.read(run), run_record.read_private(run)
+    own = [partial(report_private.answers, private), partial(report_private.evaluation, private)]
+    return _page(record.name, _parts(record, own, live=False))
 
-    def place(x: float, y: float) -> tuple[float, float]:
-        across = (x - left) / ((right - left) or 1)
-        up = (y - low) / ((high - low) or 1)
-        wide, tall = WIDTH - 2 * EDGE, HEIGHT - 2 * EDGE
-        return round(EDGE + across * wide, 1), round(HEIGHT - EDGE - up * tall, 1)
 
-    drawn = " ".join("{},{}".format(*place(x, y)) for x, y in lines[0])
-    dots = "".join(
-        '<circle cx="{}" cy="{}" r="4" fill="#d33">'.format(*place(x, y))
-        + f"<title>step {x:,}, held out: {y:.4f}</title></circle>"
-        for x, y in lines[1]
-    )
-    legend = "loss by step; dots: on held-out rows" if lines[1] else "loss by step"
+def served(run: Path, *, name: str) -> str:
+    """The page of a run that goes on, for the network."""
+    return _page(name, _parts(run_record.read(run), [], live=True), reload=RELOAD)
+
+
+def _parts(record: run_record.Record, private: Iterable[Part], *, live: bool) -> Iterable[Part]:
     return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{legend}">'
-        f'<polyline points="{drawn}" fill="none" stroke="#27c" stroke-width="1.5"/>{dots}'
-        f'<text x="0" y="{EDGE}">{high:.3g}</text><text x="0" y="{HEIGHT - EDGE}">{low:.3g}</text>'
-        f'<text x="{EDGE}" y="{HEIGHT - 12}">step {left:,}</text>'
-        f'<text x="{WIDTH - EDGE}" y="{HEIGHT - 12}" text-anchor="end">{right:,}</text>'
-        f'<text x="{WIDTH // 2}" y="{HEIGHT - 12}" text-anchor="middle">{legend}</text></svg>'
+        partial(parts.heading, record, live=live),
+        partial(_trackers, record.folder),
+        partial(parts.tiles, record),
+        partial(report_curves.curves, record),
+        *private,
+        partial(parts.subject, record),
+        partial(parts.comparison, record),
+        partial(lists.commands, record),
+        partial(lists.settings, record),
+        partial(lists.events, record),
     )
 
 
-def _now(now: dict[str, Any] | None) -> Iterable[tuple[str, ...]]:
-    names = {
-        "epoch": "epoch",
-        "loss": "loss",
-        "lr": "learning rate",
-        "grad_norm": "gradient norm",
-        "tokens": "tokens trained",
-        "reward_accuracy": "answers told apart",
-        "reward_margin": "reward margin",
-    }
-    for key, label in names.items():
-        if now and isinstance(now.get(key), int | float):
-            yield label, f"{now[key]:,.4g}" if isinstance(now[key], float) else f"{now[key]:,}"
+def _page(name: str, made: Iterable[Part], *, reload: str = "") -> str:
+    return PAGE.substitute(reload=reload, name=text(name), parts="".join(map(_made, made)))
 
 
-def _planned(
-    run: Path, now: dict[str, Any] | None
-) -> tuple[tuple[str, ...], Iterable[tuple[str, ...]]]:
-    """Headings and rows of planned and measured values."""
+def _made(part: Part) -> str:
+    """The HTML of a part; a remark if what it is made of is damaged."""
     try:
-        plan = files.read_json(run / "plan.json")
-    except (OSError, ValueError):
-        plan = {}
-    memory, speed, measured = plan.get("memory") or {}, plan.get("speed") or {}, now or {}
-    tokens = "tokens_per_second"
-    values = (
-        ("peak memory, GiB", memory.get("allocated"), measured.get("memory_bytes"), GIB, ".2f"),
-        ("tokens a second", speed.get(tokens), measured.get(tokens), 1, ",.0f"),
+        return part()
+    except DAMAGED:
+        return note("A part is missing here: a file of the run directory is damaged.")
+
+
+def _trackers(run: Path) -> str:
+    """Links to the run's pages at its trackers."""
+    links = tracking.links(run).items()
+    return "".join(
+        f'<p>{text(name)}: <a href="{text(link)}" rel="noreferrer">{text(link)}</a></p>'
+        for name, link in links
+        if link.startswith(("http://", "https://"))
     )
-    rows = [
-        (label, format(planned / unit, spec) if planned else "–", format(seen / unit, spec))
-        for label, planned, seen, unit, spec in values
-        if seen
-    ]
-    return ("", "planned", "measured"), rows
-
-
-def _table(heads: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
-    )
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in heads)
-    return f"<table><tr>{head}</tr>{body}</table>" if body else ""
-
-
-def _records(run: Path) -> list[dict[str, Any]]:
-    try:
-        lines = (run / "metrics.jsonl").read_bytes().split(b"\n")
-    except FileNotFoundError:
-        return []
-    return [record for line in lines if (record := outcome.metrics_record(line))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -158,9 +158,13 @@ class Run:
         return (*images, *weights)
 
     def note(self, notes: Iterable[str]) -> None:
-        """Print `notes`, dimmed."""
+        """Print `notes`, dimmed, and record each once for the report."""
         for note in notes:
             self.console.say(f"  {note}", style="dim")
+            told = any((r["event"], r.get("text")) == ("note", note) for r in self.journal.records)
+            with suppress(OSError):  # a full disk fails where a result is lost
+                if not told:
+                    self.journal.append(self.phase, "note", text=note)
 
 
 def key_of(*parts: Any) -> str:

@@ -20,7 +20,6 @@ from tuning.pipeline import (
     outcome,
     preparing,
     progress_server,
-    report,
     start,
     tracking,
     training,
@@ -66,6 +65,7 @@ def _phases(run: Run) -> Summary:
         run.console.say("Already finished; nothing was done.")
         tracking.catch_up(run, summary.run_id)
         return summary
+    run.journal.append(run.phase, "begin", name=run.spec.name)
     files.sweep(run.folder)
     files.write(run.folder / "spec.yaml", specs.dump(run.spec), mode=0o600)  # URLs may hold tokens
     run.note(run.spec.notes)
@@ -157,8 +157,7 @@ def _record_failure(run: Run, error: Exception) -> TuningError:
     failure = outcome.failed(run.phase, known, outcome.progress(run.folder), shown)
     with suppress(OSError):  # a full disk must not hide the error
         run.journal.append(run.phase, "fail", code=failure.code, message=failure.message)
-        ended = f"Ended in the phase {run.phase}: {known}"
-        report.write(run.folder, name=run.spec.name, ended=ended)
+    finishing.write_report(run)
     outcome.write_termination(failure)
     return known
 

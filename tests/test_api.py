@@ -17,7 +17,7 @@ from commands import tuning as command
 
 import tuning
 
-NAMES = ["Logins", "Result", "Spec", "TuningError"]
+NAMES = ["LiveChart", "Logins", "Result", "Spec", "TuningError"]
 NAMES += ["check", "load", "plan", "preview", "pull", "run"]
 
 

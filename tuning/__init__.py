@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tuning.api import (
+        LiveChart,
         Logins,
         Result,
         Spec,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "LiveChart",
     "Logins",
     "Result",
     "Spec",

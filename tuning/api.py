@@ -13,8 +13,10 @@ this process.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -28,13 +30,14 @@ from tuning.network.policy import Policy
 from tuning.oci import delivery
 from tuning.oci.delivery import BRIEF, Access
 from tuning.oci.policy import Trust
-from tuning.pipeline import Options, outcome
+from tuning.pipeline import Options, outcome, report
 from tuning.pipeline.preview import summarise
 from tuning.plan import Plan, device
 from tuning.spec import Spec
 from tuning.trackers import place
 
 __all__ = [
+    "LiveChart",
     "Logins",
     "Result",
     "Spec",
@@ -82,6 +85,28 @@ class Result:
     losses: tuple[tuple[int, float], ...]  # (step, loss), as logged
     eval_losses: tuple[tuple[int, float], ...]  # of held-out rows
     training: dict[str, Any] = field(repr=False)  # as `run --json` has it under "training"
+
+
+class LiveChart:
+    """An `on_step` that draws the loss in a notebook while the run goes on: `LiveChart()`."""
+
+    def __init__(self) -> None:
+        self._records: list[Step] = []
+        self._drawn = 0.0  # time.monotonic() of the last drawing
+        self._display: Any = None
+
+    def __call__(self, record: Step) -> None:
+        """Draw again, at most once a second and at the last step."""
+        self._records.append(record)
+        now, is_last = time.monotonic(), record["step"] == record.get("steps")
+        if now - self._drawn < 1 and not is_last:
+            return
+        notebook: Any = import_module("IPython.display")
+        self._drawn, drawn = now, notebook.HTML(report.figure(self._records))
+        if self._display is None:  # as it stays outside of a notebook
+            self._display = notebook.display(drawn, display_id=True)
+        else:
+            self._display.update(drawn)
 
 
 def load(
@@ -138,7 +163,7 @@ def preview(
     spec: Spec | Where,
     *,
     rows: int = 3,
-    run_dir: Path | None = None,
+    run_dir: Where | None = None,
     logins: Logins = NONE,
     quiet: bool = False,
 ) -> dict[str, Any]:
@@ -155,7 +180,7 @@ def preview(
 def run(
     spec: Spec | Where,
     *,
-    run_dir: Path | None = None,
+    run_dir: Where | None = None,
     on_step: Callable[[Step], object] | None = None,
     ask: Sequence[str] = (),
     ranks: int | None = None,
@@ -216,8 +241,9 @@ def _spec(spec: Spec | Where) -> Spec:
     return spec if isinstance(spec, Spec) else load(spec)
 
 
-def _options(spec: Spec, logins: Logins, run_dir: Path | None = None) -> Options:
-    return pipeline.gather(spec, run_dir=run_dir, **vars(logins))
+def _options(spec: Spec, logins: Logins, run_dir: Where | None = None) -> Options:
+    folder = Path(run_dir) if run_dir is not None else None
+    return pipeline.gather(spec, run_dir=folder, **vars(logins))
 
 
 def _series(run_dir: Path, name: str) -> tuple[tuple[int, float], ...]:

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 from hypothesis import given
 from hypothesis import strategies as st
-
-from tuning.pipeline import charts
 from tuning.pipeline.charts import Point, Series
+
+from tuning.pipeline.report import charts
 
 VALUES = st.floats(-1e12, 1e12)
 

@@ -137,7 +137,7 @@ def read(folder: Path) -> Record:
             for each in (value, nested if isinstance(nested, dict) else {}):
                 for name in PRIVATE:
                     each.pop(name, None)
-    return Record(folder, told, _json(folder / "plan.json"), metrics(folder))
+    return Record(folder, told, _json(folder / "plan.json"), outcome.records(folder))
 
 
 def read_private(folder: Path) -> Private:
@@ -151,15 +151,6 @@ def read_private(folder: Path) -> Private:
                 samples.append(files.parse_json(line))
     kept = [each for each in samples if isinstance(each, dict)]
     return Private(answers or [], kept, _json(folder / "evaluation.json"))
-
-
-def metrics(folder: Path) -> list[Value]:
-    """The sound records of metrics.jsonl, oldest first."""
-    try:
-        lines = (folder / "metrics.jsonl").read_bytes().split(b"\n")
-    except FileNotFoundError:
-        return []
-    return [record for line in lines if (record := outcome.metrics_record(line))]
 
 
 def _json(path: Path) -> Value:

@@ -7,20 +7,23 @@ the progress port, which others in a cluster can reach: it reloads itself, witho
 
 from __future__ import annotations
 
+import html
 import string
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tuning import files
 from tuning.errors import SpecError
-from tuning.pipeline import journal, report_curves, report_private, run_record, tracking
-from tuning.pipeline import report_lists as lists
-from tuning.pipeline import report_parts as parts
-from tuning.pipeline.markup import note, text
+from tuning.pipeline import journal, tracking
+from tuning.pipeline.report import curves, lists, parts
+from tuning.pipeline.report import private as privates
+from tuning.pipeline.report import record as records
+from tuning.pipeline.report.markup import note, text
 
 NAME = "report.html"
-PAGE = string.Template(Path(__file__).with_name("report.html").read_text("utf-8"))
+PAGE = string.Template(Path(__file__).with_name("page.html").read_text("utf-8"))
 RELOAD = '<meta http-equiv="refresh" content="5">'
 DAMAGED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 Part = Callable[[], str]
@@ -46,22 +49,31 @@ def rewrite(run: Path) -> Path:
 
 def page(run: Path) -> str:
     """The page of a run that has ended, for those who may read its run directory."""
-    record, private = run_record.read(run), run_record.read_private(run)
-    own = [partial(report_private.answers, private), partial(report_private.evaluation, private)]
+    record, private = records.read(run), records.read_private(run)
+    own = [partial(privates.answers, private), partial(privates.evaluation, private)]
     return _page(record.name, _parts(record, own, live=False))
+
+
+def figure(metrics: list[dict[str, Any]]) -> str:
+    """The curves of records of metrics.jsonl with their style, as HTML for a notebook."""
+    style = PAGE.template.split("<style>")[1].split("</style>")[0]
+    drawn = curves.curves(records.Record(Path(), [], {}, metrics))
+    # a frame of its own: the page's style must not reach the notebook's
+    page = html.escape(f"<style>{style}</style>{drawn}")
+    return f'<iframe srcdoc="{page}" style="border: 0; width: 100%; height: 36rem"></iframe>'
 
 
 def served(run: Path, *, name: str) -> str:
     """The page of a run that goes on, for the network."""
-    return _page(name, _parts(run_record.read(run), [], live=True), reload=RELOAD)
+    return _page(name, _parts(records.read(run), [], live=True), reload=RELOAD)
 
 
-def _parts(record: run_record.Record, private: Iterable[Part], *, live: bool) -> Iterable[Part]:
+def _parts(record: records.Record, private: Iterable[Part], *, live: bool) -> Iterable[Part]:
     return (
         partial(parts.heading, record, live=live),
         partial(_trackers, record.folder),
         partial(parts.tiles, record),
-        partial(report_curves.curves, record),
+        partial(curves.curves, record),
         *private,
         partial(parts.subject, record),
         partial(parts.comparison, record),

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from tuning.pipeline import model_card
-from tuning.pipeline.markup import section, table, text
-from tuning.pipeline.run_record import Record, Value
+from tuning.pipeline.report.markup import section, table, text
+from tuning.pipeline.report.record import Record, Value
 
 MODULE = ["python", "-m", "tuning"]
 

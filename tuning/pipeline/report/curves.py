@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from tuning.pipeline import charts
-from tuning.pipeline.charts import Point, Series
-from tuning.pipeline.markup import section
-from tuning.pipeline.run_record import Record
+from tuning.pipeline.report import charts
+from tuning.pipeline.report.charts import Point, Series
+from tuning.pipeline.report.markup import section
+from tuning.pipeline.report.record import Record
 
 TREND = 60  # steps from which the trend of the loss is drawn beside its points
 

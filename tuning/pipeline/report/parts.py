@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from tuning.adapter import WEIGHTS
 from tuning.console import duration, size
 from tuning.errors import REASONS, Stopped
-from tuning.pipeline.markup import note, section, table, text
-from tuning.pipeline.run_record import Record, Value
+from tuning.pipeline.report.markup import note, section, table, text
+from tuning.pipeline.report.record import Record, Value
 
 
 def heading(record: Record, *, live: bool) -> str:

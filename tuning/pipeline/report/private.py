@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
-from tuning.pipeline.markup import note, section, table, text
-from tuning.pipeline.run_record import Private, Value
+from tuning.pipeline.report.markup import note, section, table, text
+from tuning.pipeline.report.record import Private, Value
 
 SHOWN = 20  # questions of an evaluation
 LONGEST = 2000  # characters of a text

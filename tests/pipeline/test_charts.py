@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 from hypothesis import given
 from hypothesis import strategies as st
-from tuning.pipeline.charts import Point, Series
 
 from tuning.pipeline.report import charts
+from tuning.pipeline.report.charts import Point, Series
 
 VALUES = st.floats(-1e12, 1e12)
 

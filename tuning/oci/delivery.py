@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tuning import adapter as adapters
 from tuning import files, presets
@@ -243,23 +244,54 @@ def _attest(
     """Attach the run's provenance to the pushed image, as the policy demands."""
     if trust.provenance == "off":
         return
-    top = read_documents(layout)[-1].blob
-    name = f"{remote.reference.registry}/{remote.reference.repository}"
-    statement = provenance.write(run, digest=top.digest, name=name)
     if trust.provenance == "warn":
         remote.patience = BRIEF
+    digest = read_documents(layout)[-1].blob.digest
+    statement = provenance.write(run, digest=digest, name=_repository_of(remote))
     try:
-        registry.attach(
-            remote,
-            top,
-            statement,
-            media_type=provenance.MEDIA_TYPE,
-            annotations={provenance.PREDICATE_KEY: provenance.PREDICATE},
-        )
+        _attach(remote, layout, statement, provenance.PREDICATE)
     except TuningError as error:
         if trust.provenance == "require":
             raise
         say(f"The image is pushed; its provenance statement is not: {error}")
+
+
+def attach_evaluation(
+    destination: Destination,
+    access: Access,
+    *,
+    layout: Path,
+    record: dict[str, Any],
+    say: Callable[[str], None],
+) -> None:
+    """Attach what was measured (`evaluation.json`) to the pushed image, if there is one.
+
+    Not under a policy that attaches no statements; a failure is passed to `say`.
+    """
+    if destination.image is None or access.trust.provenance == "off":
+        return
+    remote = access.remote(destination.image, secret=access.push_secret, push=True)
+    remote.patience = BRIEF
+    digest = read_documents(layout)[-1].blob.digest
+    statement = provenance.evaluation(record, digest=digest, name=_repository_of(remote))
+    try:
+        _attach(remote, layout, statement, provenance.EVALUATION)
+    except TuningError as error:
+        say(f"The evaluation is not attached to the image: {error}")
+
+
+def _repository_of(remote: Remote) -> str:
+    return f"{remote.reference.registry}/{remote.reference.repository}"
+
+
+def _attach(remote: Remote, layout: Path, statement: bytes, predicate: str) -> None:
+    registry.attach(
+        remote,
+        read_documents(layout)[-1].blob,
+        statement,
+        media_type=provenance.MEDIA_TYPE,
+        annotations={provenance.PREDICATE_KEY: predicate},
+    )
 
 
 def copy(source: Path, target: Path, *, ours: str) -> None:

@@ -19,7 +19,7 @@ from tuning import files, process
 from tuning.adapter import WEIGHTS
 from tuning.data import eval_tasks
 from tuning.data.eval_tasks import Tasks
-from tuning.errors import SpecError, TransientError
+from tuning.errors import SpecError, TransientError, TuningError
 from tuning.oci import delivery
 from tuning.pipeline.run import Run, Value, key_of
 from tuning.spec import Spec
@@ -83,7 +83,7 @@ def evaluate(
     try:
         value: Value = {"tasks": _measure(run, what, key, digest, weights)["tasks"]}
     except Exception as error:
-        value = {"problem": str(error)[:1000] or type(error).__name__}
+        value = {"problem": _fact(error)}
         run.console.say(f"Not evaluated: {value['problem']}", style="yellow")
         run.console.say(f"The adapter is delivered. By hand: {_by_hand(run)}", style="yellow")
     run.stop.clear()  # what is left of the run takes a moment
@@ -92,12 +92,20 @@ def evaluate(
     return value
 
 
+def _fact(error: Exception) -> str:
+    """What happened; its remedy is the command by hand."""
+    if isinstance(error, TuningError):
+        return "; ".join(f"{p.code} {p.where}: {p.what}" for p in error.problems)[:1000]
+    return f"{type(error).__name__}: {error}"[:1000]
+
+
 def _measure(run: Run, what: Tasks, key: str, digest: str, weights: Callable[[], Path]) -> Value:
     mine = [r for r in run.journal.records if (r["phase"], r["key"]) == (PHASE, key)]
     if sum(r["event"] == "start" for r in mine) >= TRIES:
         what_ = f"was killed {TRIES} times"
         raise TransientError.at("SERVE-137", PHASE, what_, "give it more memory, or fewer tasks")
     run.journal.append(PHASE, "start", key)
+    (run.folder / FILE).unlink(missing_ok=True)  # of other tasks
     base = run.spec.base_model or run.spec.preset
     request = {
         "base": str(weights()),

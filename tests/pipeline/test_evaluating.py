@@ -95,14 +95,17 @@ def _statement(image: str, inspected: dict[str, Any]) -> str:
     return part.content.decode()
 
 
-@pytest.mark.parametrize(("act", "code"), [("SIGKILL", "RUN-111"), ("term", "RUN-110")])
-def test_an_evaluation_that_is_ended_costs_a_warning(
-    act: str, code: str, world: World, few: Path
-) -> None:
+ENDINGS = {
+    "killed": (Aim("os.rename", RESULT, CHILD, act="SIGKILL"), "RUN-111"),
+    "stopped": (Aim("subprocess.Popen", "--linger", CHILD, act="term"), "RUN-110"),
+}
+
+
+@pytest.mark.parametrize("name", ENDINGS)
+def test_an_evaluation_that_is_ended_costs_a_warning(name: str, world: World, few: Path) -> None:
     """Its child is killed, or the run is asked to stop: the run ends with 0, and says how to
     measure by hand."""
-    name = f"ended-{act.lower()}"
-    aim = Aim("os.rename", RESULT, CHILD, act=act)
+    aim, code = ENDINGS[name]
 
     ended = world.run(name, aim=aim, how={"more": ("--evaluate", str(few))})
 

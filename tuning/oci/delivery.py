@@ -256,28 +256,34 @@ def _attest(
         say(f"The image is pushed; its provenance statement is not: {error}")
 
 
-def attach_evaluation(
+def deliver_evaluation(
     destination: Destination,
     access: Access,
     *,
     layout: Path,
+    adapter: Path,
+    run_id: str,
     record: dict[str, Any],
     say: Callable[[str], None],
 ) -> None:
-    """Attach what was measured (`evaluation.json`) to the pushed image, if there is one.
+    """Put what was measured (`evaluation.json`) beside the delivered adapter.
 
-    Not under a policy that attaches no statements; a failure is passed to `say`.
+    It is attached to a pushed image, unless the policy attaches no statements, and stands in the
+    model card of a repository of the hub. A failure is passed to `say`.
     """
-    if destination.image is None or access.trust.provenance == "off":
-        return
-    remote = access.remote(destination.image, secret=access.push_secret, push=True)
-    remote.patience = BRIEF
-    digest = read_documents(layout)[-1].blob.digest
-    statement = provenance.evaluation(record, digest=digest, name=_repository_of(remote))
     try:
-        _attach(remote, layout, statement, provenance.EVALUATION)
-    except TuningError as error:
-        say(f"The evaluation is not attached to the image: {error}")
+        if destination.image and access.trust.provenance != "off":
+            remote = access.remote(destination.image, secret=access.push_secret, push=True)
+            remote.patience = BRIEF
+            digest = read_documents(layout)[-1].blob.digest
+            statement = provenance.evaluation(record, digest=digest, name=_repository_of(remote))
+            _attach(remote, layout, statement, provenance.EVALUATION)
+        if destination.hub:
+            card = (adapter / "README.md").read_text(encoding="utf-8")
+            where = _repository(destination.hub, access)
+            hub_output.add_results(where, card, record["tasks"], run_id=run_id)
+    except (TuningError, OSError, ValueError) as error:
+        say(f"The evaluation is in the run directory alone: {error}")
 
 
 def _repository_of(remote: Remote) -> str:

@@ -3,7 +3,8 @@
 It is the last thing before the report, in a child of its own, so that nothing in it takes back the
 adapter or the exit code: a failure is a warning with the command that measures by hand. The image
 is made and pushed before anything is measured, and its digest is that of the recipe; so results are
-in `evaluation.json` of the run directory and in a statement attached to the image, never in it.
+in `evaluation.json` of the run directory and in a statement attached to the image, never in it; of
+a repository of the hub, in one more commit of its model card.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import shlex
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from tuning import files, process
@@ -65,7 +67,7 @@ def note_trained(run: Run, data: Sequence[Value]) -> None:
 
 
 def evaluate(
-    run: Run, what: Tasks | None, *, digest: str, weights: Callable[[], Path]
+    run: Run, what: Tasks | None, *, run_id: str, digest: str, weights: Callable[[], Path]
 ) -> Value | None:
     """Measure the base in the folder `weights` and the delivered adapter.
 
@@ -81,7 +83,17 @@ def evaluate(
         return done
     run.begin(PHASE, "Evaluating base and adapter ...")
     try:
-        value: Value = {"tasks": _measure(run, what, key, digest, weights)["tasks"]}
+        record = _measure(run, what, key, weights)
+        value: Value = {"tasks": record["tasks"]}
+        delivery.deliver_evaluation(
+            run.spec.destination,
+            run.options.access,
+            layout=run.folder / "image",
+            adapter=run.folder / "adapter",
+            run_id=run_id,
+            record=record,
+            say=partial(run.console.say, style="yellow"),
+        )
     except Exception as error:
         value = {"problem": _fact(error)}
         run.console.say(f"Not evaluated: {value['problem']}", style="yellow")
@@ -99,7 +111,7 @@ def _fact(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"[:1000]
 
 
-def _measure(run: Run, what: Tasks, key: str, digest: str, weights: Callable[[], Path]) -> Value:
+def _measure(run: Run, what: Tasks, key: str, weights: Callable[[], Path]) -> Value:
     mine = [r for r in run.journal.records if (r["phase"], r["key"]) == (PHASE, key)]
     if sum(r["event"] == "start" for r in mine) >= TRIES:
         what_ = f"was killed {TRIES} times"
@@ -117,13 +129,6 @@ def _measure(run: Run, what: Tasks, key: str, digest: str, weights: Callable[[],
     online = {name: os.environ.get(name, "0") for name in _ONLINE} if what.named else {}
     record = run.child("serve.evaluation", request, tick=_heard(run), environment=online)
     files.write_json(run.folder / FILE, record)
-    delivery.attach_evaluation(
-        run.spec.destination,
-        run.options.access,
-        layout=run.folder / "image",
-        record=record,
-        say=run.console.say,
-    )
     return record
 
 

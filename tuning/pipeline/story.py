@@ -94,7 +94,9 @@ def _phases(run: Run) -> Summary:
             digest = finishing.package(run, decided, trained, packed, model)
             references = finishing.deliver(run, decided, digest)
             at_trackers |= finishing.facts(trained, digest, references)
-        measured = evaluating.evaluate(run, asked, digest=digest, weights=download.folder)
+        measured = evaluating.evaluate(
+            run, asked, run_id=recipe.run_id, digest=digest, weights=download.folder
+        )
     return finishing.finish(run, inputs, decided, trained, digest, references, measured)
 
 

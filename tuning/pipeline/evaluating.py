@@ -97,7 +97,9 @@ def evaluate(
     except Exception as error:
         value = {"problem": _fact(error)}
         run.console.say(f"Not evaluated: {value['problem']}", style="yellow")
-        run.console.say(f"The adapter is delivered. By hand: {_by_hand(run)}", style="yellow")
+        where = f"What it printed is in {_log(run)}. " if _log(run).exists() else ""
+        text = f"{where}The adapter is delivered. By hand: {_by_hand(run)}"
+        run.console.say(text, style="yellow")
     run.stop.clear()  # what is left of the run takes a moment
     with suppress(OSError):
         run.journal.append(PHASE, "end", key, value=value, outputs={})
@@ -132,9 +134,13 @@ def _measure(run: Run, what: Tasks, key: str, weights: Callable[[], Path]) -> Va
     return record
 
 
+def _log(run: Run) -> Path:
+    return run.folder / "log" / f"{PHASE}.log"
+
+
 def _heard(run: Run) -> Callable[[], None]:
     """A tick that raises process.Hung once the child has said nothing for long."""
-    log, dog = run.folder / "log" / f"{PHASE}.log", run.options.watchdog()
+    log, dog = _log(run), run.options.watchdog()
 
     def tick() -> None:
         now = time.monotonic()

@@ -91,7 +91,8 @@ def test_scores_are_told_task_by_task_for_programs() -> None:
         Score("b", "bleu", "base", 12.0, nan, nan),
     ]
 
-    record = json.loads(json.dumps(evaluation.to_json(found, []), allow_nan=False))
+    made = evaluation.record("base", "adapter", None, found, [])
+    record = json.loads(json.dumps(made, allow_nan=False))
 
     first, second = record["tasks"]
     assert ["base", "tuned"] == list(first["models"])

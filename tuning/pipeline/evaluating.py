@@ -46,10 +46,8 @@ def tasks(spec: Spec, asked: Sequence[str] = (), image: Path | None = None) -> T
     folder = image if spec.source.image else spec.source.folder
     if questions and folder is None and not spec.source.image:
         what = f"names the file {questions[0]}, and the data is in no folder or image"
-        change = "name tasks of lm-eval, or give the data as a volume or an image with the file"
-        raise SpecError.at(
-            "SERVE-136", eval_tasks.ANNOTATION, what, f"{change}; here, --evaluate FILE"
-        )
+        change = "name tasks of lm-eval, give the data as a volume or image, or use --evaluate FILE"
+        raise SpecError.at("SERVE-136", eval_tasks.ANNOTATION, what, change)
     return eval_tasks.read(
         spec.evaluate if folder else named,
         where=eval_tasks.ANNOTATION,

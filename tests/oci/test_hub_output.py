@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 from fake_hub import FakeHub
-from huggingface_hub import constants
+from huggingface_hub import ModelCard, constants
 from huggingface_hub.utils import _http
 
 from tuning import files
@@ -84,6 +84,34 @@ def test_a_new_repository_is_private_and_holds_the_adapters_files(
     assert [f"Adapter of run {RUN}"] == made.history
     assert first == push(fake, adapter)
     assert 1 == len(fake.repositories[NAME].history)
+
+
+TASK = {
+    "task": "q.jsonl",
+    "metric": "right",
+    "samples": 3,
+    "models": {
+        name: {"value": v, "low": 0.0, "high": 1.0} for name, v in (("base", 0), ("tuned", 1))
+    },
+}
+
+
+def test_results_are_one_more_commit_of_the_model_card(fake: FakeHub, adapter: Path) -> None:
+    """As `model-index`, which the hub's own reader understands; the adapter's files stay."""
+    push(fake, adapter)
+    card = (adapter / "README.md").read_text()
+
+    hub_output.add_results(repository(fake), card, [TASK], run_id=RUN)
+
+    made = fake.repositories[NAME]
+    read = ModelCard(made.files["README.md"].decode())
+    found = {each.metric_name: each.metric_value for each in read.data.eval_results or []}
+    assert {"right (base)": 0, "right (tuned)": 1} == found
+    assert "mit" == read.data.license
+    assert read.text.strip() == "# Adapter"
+    assert contents(adapter).keys() <= made.files.keys()
+    with pytest.raises(RefusedError, match="HUB-131"):
+        hub_output.add_results(repository(fake), card, [TASK], run_id=OTHER)
 
 
 def test_a_branch_is_made_and_filled(fake: FakeHub, adapter: Path) -> None:

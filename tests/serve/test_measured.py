@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from tuning.data import eval_tasks
 from tuning.errors import DataError, UsageError
 from tuning.serve import evaluation
 from tuning.serve.evaluation import Question, Score
@@ -67,18 +68,18 @@ def test_every_wrong_line_of_a_file_of_questions_is_told(tmp_path: Path) -> None
     file.write_text("\n".join((good_line, *wrong)))
 
     with pytest.raises(DataError) as refused:
-        evaluation.read_questions(file, None)
+        eval_tasks.read_questions(file, None)
 
     assert [f"{file} line {n}" for n in (3, 4, 5, 6)] == [p.where for p in refused.value.problems]
     file.write_text(f"{good_line}\n" * 5)
-    assert 2 == len(evaluation.read_questions(file, 2))
-    assert 5 == len(evaluation.read_questions(file, None))
+    assert 2 == len(eval_tasks.read_questions(file, 2))
+    assert 5 == len(eval_tasks.read_questions(file, None))
     for content in (b"", b"\xff\xfe", b"\n \n"):
         file.write_bytes(content)
         with pytest.raises(DataError, match="SERVE-131"):
-            evaluation.read_questions(file, None)
+            eval_tasks.read_questions(file, None)
     with pytest.raises(DataError, match="SERVE-131"):
-        evaluation.read_questions(tmp_path / "none.jsonl", None)
+        eval_tasks.read_questions(tmp_path / "none.jsonl", None)
 
 
 def test_scores_are_told_task_by_task_for_programs() -> None:
@@ -90,7 +91,8 @@ def test_scores_are_told_task_by_task_for_programs() -> None:
         Score("b", "bleu", "base", 12.0, nan, nan),
     ]
 
-    record = json.loads(json.dumps(evaluation.to_json(found, []), allow_nan=False))
+    made = evaluation.record("base", "adapter", None, found, [])
+    record = json.loads(json.dumps(made, allow_nan=False))
 
     first, second = record["tasks"]
     assert ["base", "tuned"] == list(first["models"])
@@ -119,14 +121,17 @@ def test_results_of_lm_eval_are_read_with_their_intervals(tmp_path: Path) -> Non
     assert (0.0, 0.0) == (found["acc"].value, found["acc"].low)
     assert pytest.approx(0.324, abs=1e-3) == found["acc"].high
     assert pytest.approx(0.696, abs=1e-3) == found["f1 (strict)"].high
-    assert evaluation.to_json([found["bleu"]], [])["tasks"][0]["models"]["base"]["low"] is None
+    assert (
+        evaluation.record("b", None, None, [found["bleu"]], [])["tasks"][0]["models"]["base"]["low"]
+        is None
+    )
 
 
 def test_without_lm_eval_its_tasks_are_refused_before_anything_is_loaded(tmp_path: Path) -> None:
     """With what to install; a file of questions needs none of it."""
     with pytest.raises(UsageError, match=r"SERVE-132 --tasks: .*pip install 'lm-eval"):
-        evaluation.lm_eval_python(None)
-    assert "python9" == evaluation.lm_eval_python(Path("python9"))
+        eval_tasks.lm_eval_python(None)
+    assert "python9" == eval_tasks.lm_eval_python(Path("python9"))
     done = tuning("eval", "--base", tmp_path / "none", "--tasks", "hellaswag")
     assert 2 == done.returncode
     assert "SERVE-132" in done.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import tiny_runs
 from ranks import at_step, close, kill, train
 
-from tuning import process
+from tuning import files, process
 from tuning.errors import Stopped
 from tuning.training.batches import FILLER, Order
 from tuning.training.distributed import Ranks
@@ -64,6 +65,34 @@ def test_a_killed_rank_ends_all_and_the_same_request_goes_on(base: Path, tmp_pat
     assert -signal.SIGKILL == died.value.status
     assert clean["adapter_sha256"] == again["adapter_sha256"]
     assert clean["loss_by_step"] == again["loss_by_step"]
+
+
+# no loss is lower by 5 than the first, that of step 2: the patience is used up at step 6 of 8
+EARLY = replace(
+    WITH_DROPOUT, eval_steps=2, keep_best=True, patience=2, patience_threshold=5.0, steps=8
+)
+
+
+def test_early_stopping_ends_all_ranks_at_one_step_and_after_kills_too(
+    base: Path, tmp_path: Path
+) -> None:
+    """A rank that counted otherwise would wait for the other in vain. A kill of either, before and
+    after the first evaluation that was no better, loses no count: the same stop and adapter."""
+    calm, run = tmp_path / "calm", tmp_path / "struck"
+    clean = train(calm, base, TWO, recipe=EARLY)
+    for step, rank in ((3, 1), (5, 0)):
+        strike = at_step(run, step, partial(kill, run, rank=rank))
+        with pytest.raises(process.ChildDied):
+            train(run, base, TWO, recipe=EARLY, tick=strike, save_steps=1)
+
+    again = train(run, base, TWO, recipe=EARLY, save_steps=1)
+
+    assert {"at": 6, "no_better_since": 2} == clean["stopped"] == again["stopped"]
+    for folder in (calm, run):
+        assert "ok" in files.read_json(process.result_path(folder / "log" / "train.json", rank=1))
+    assert again["resumed_from"] >= 4
+    for name in ("adapter_sha256", "loss_by_step", "best_step", "eval_loss_after"):
+        assert clean[name] == again[name], name
 
 
 def test_a_stop_is_agreed_on_and_another_number_of_ranks_goes_on(

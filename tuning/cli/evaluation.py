@@ -13,8 +13,6 @@ from tuning.cli.app import app
 if TYPE_CHECKING:
     import rich.table
 
-    from tuning.serve.evaluation import Tasks
-
 SHOWN = 20  # questions in the table
 
 
@@ -43,7 +41,7 @@ def evaluate(
     ] = None,
     max_tokens: Annotated[
         int, typer.Option(min=1, max=4096, help="Longest answer to a question of a file.")
-    ] = 64,
+    ] = 64,  # serve.evaluation.TOKENS
     precision: option.Precision = "auto",
     run_dir: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write evaluation.json there.")
@@ -60,6 +58,7 @@ def evaluate(
     from tuning import files, pipeline
     from tuning.cli import tables
     from tuning.console import Console
+    from tuning.data import eval_tasks
     from tuning.oci import delivery
     from tuning.serve import evaluation
 
@@ -67,7 +66,7 @@ def evaluate(
     options = {"--limit": limit, "--num_fewshot": shots}
     more = [f"{name}={value}" for name, value in options.items() if value is not None]
     more += ["--apply_chat_template"] if chat_template else []
-    what = _tasks(tasks, limit, lm_eval, more)
+    what = eval_tasks.read(tasks, where="--tasks", limit=limit, lm_eval=lm_eval, more=more)
     access = option.access_of(key, policy, pull_secret=pull_secret, ca=ca, insecure=insecure)
     with delivery.at_hand(adapter, access=access, console=console, base=base) as folder:
         weights = pipeline.base_folder(
@@ -80,7 +79,7 @@ def evaluate(
         except evaluation.ServerEnded as ended:
             console.say(ended.said)
             raise typer.Exit(ended.code) from None
-    record = {"base": base, "adapter": adapter} | evaluation.to_json(scores, asked)
+        record = evaluation.record(base, adapter, folder, scores, asked)
     if run_dir is not None:
         run_dir.mkdir(parents=True, exist_ok=True)
         files.write_json(run_dir / "evaluation.json", record)
@@ -92,20 +91,11 @@ def evaluate(
         tables.display(_answers(record["asked"]))
 
 
-def _tasks(tasks: list[str], limit: int | None, lm_eval: Path | None, more: list[str]) -> Tasks:
-    """Files of questions, read, and names for lm-eval. Raises DataError or UsageError."""
-    from tuning.serve import evaluation
-
-    listed = [name for each in tasks for name in each.split(",") if name]
-    files = [name for name in listed if Path(name).suffix in (".jsonl", ".json")]
-    named = [name for name in listed if name not in files]
-    read = [(name, evaluation.read_questions(Path(name), limit)) for name in files]
-    return evaluation.Tasks(read, named, evaluation.lm_eval_python(lm_eval) if named else "", more)
-
-
 def _table(record: dict[str, Any]) -> rich.table.Table:
     """A line a task and metric; each model's value with its 95 % confidence interval."""
     import rich.table
+
+    from tuning.cli import tables
 
     table = rich.table.Table(title="in brackets: 95 % confidence interval", title_justify="left")
     for column in ("task", "metric", "samples"):
@@ -114,17 +104,9 @@ def _table(record: dict[str, Any]) -> rich.table.Table:
     for model in models:
         table.add_column(model)
     for task in record["tasks"]:
-        cells = [_value(task["models"].get(model)) for model in models]
+        cells = [tables.measured(task["models"].get(model)) for model in models]
         table.add_row(task["task"], task["metric"], str(task["samples"] or ""), *cells)
     return table
-
-
-def _value(measured: dict[str, float | None] | None) -> str:
-    if measured is None:
-        return ""
-    if measured["low"] is None:
-        return f"{measured['value']:.4g}"
-    return f"{measured['value']:.3f} [{measured['low']:.3f}, {measured['high']:.3f}]"
 
 
 def _answers(asked: list[dict[str, Any]]) -> rich.table.Table:

@@ -25,6 +25,7 @@ def run(
     ca: option.CaFile = None,
     insecure: option.Insecure = False,
     ask: option.Ask = None,
+    evaluate: option.Evaluate = None,
     port: option.ProgressPort = None,
     host: option.Host = "127.0.0.1",
     ranks: option.Ranks = None,
@@ -58,6 +59,7 @@ def run(
     options = replace(
         options,
         questions=tuple(ask or ()),
+        evaluate=tuple(evaluate or ()),
         port=port,
         host=host,
         ranks=ranks,
@@ -96,11 +98,13 @@ def plan(
     """
     import tuning.plan as plans
     from tuning.cli import tables
+    from tuning.data import eval_tasks
     from tuning.plan import device
     from tuning.trackers import place
 
     spec = option.spec_of(file, base_model, data, instance, output)
     place.refuse(spec, None, None, here=False)
+    eval_tasks.refuse_names(spec.evaluate)
     here = device.detect()
     if plans.is_enough(spec, here) and not spec.settings.start_adapter:
         decided = plans.draft(spec, here=here)

@@ -57,6 +57,13 @@ Ask = Annotated[
     list[str] | None,
     typer.Option(metavar="QUESTION", help="Ask base and tuned model at the end; repeatable."),
 ]
+Evaluate = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="FILE|NAMES",
+        help="Measure base and adapter on it at the end, as `eval --tasks`; repeatable.",
+    ),
+]
 ProgressPort = Annotated[
     int | None, typer.Option(metavar="PORT", help="Serve progress on this port meanwhile.")
 ]

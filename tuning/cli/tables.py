@@ -267,8 +267,31 @@ def summary_lines(summary: Summary) -> list[str]:
         first = answers[0]
         lines.append(("before", f"{first['question']} {one_line(first['base'])}"))
         lines.append(("after", f"{first['question']} {one_line(first['tuned'])}"))
+    evaluation = summary.evaluation or {}
+    lines += [("evaluated", text) for text in evaluation_lines(evaluation.get("tasks", ()))]
+    if problem := evaluation.get("problem"):
+        lines.append(("evaluated", f"no: {one_line(problem)}"))
     lines.append(("talk to it", shlex.join([*chat, "--compare"])))
     return [f"{name:<11} {text}" for name, text in lines]
+
+
+def measured(value: dict[str, float | None] | None) -> str:
+    """A value with its 95 % confidence interval, where it has one."""
+    if value is None:
+        return ""
+    if value["low"] is None:
+        return f"{value['value']:.4g}"
+    return f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+
+
+def evaluation_lines(tasks: Sequence[dict[str, Any]]) -> list[str]:
+    """What base and adapter reached on each task, with 95 % confidence intervals."""
+    return [
+        f"{task['task']}, {task['metric']}: "
+        + ", ".join(f"{model} {measured(value)}" for model, value in task["models"].items())
+        + (f" of {task['samples']:,}" if task["samples"] else "")
+        for task in tasks
+    ]
 
 
 def memory_line(summary: Summary) -> list[tuple[str, str]]:
@@ -339,6 +362,7 @@ def inspection_table(facts: dict[str, Any]) -> rich.table.Table:
         "run": facts["run_id"],
         "licence": facts["licence"],
         "attached": _listed([_attached(each) for each in facts["attached"]]),
+        "said to reach": "\n".join(evaluation_lines(facts["evaluation"])),  # whoever attached it
         "signatures": _listed(facts["signatures"]),
         "problems": "\n".join(facts["problems"]),
     }

@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tuning import adapter as adapters
 from tuning import files, presets
@@ -243,23 +244,60 @@ def _attest(
     """Attach the run's provenance to the pushed image, as the policy demands."""
     if trust.provenance == "off":
         return
-    top = read_documents(layout)[-1].blob
-    name = f"{remote.reference.registry}/{remote.reference.repository}"
-    statement = provenance.write(run, digest=top.digest, name=name)
     if trust.provenance == "warn":
         remote.patience = BRIEF
+    digest = read_documents(layout)[-1].blob.digest
+    statement = provenance.write(run, digest=digest, name=_repository_of(remote))
     try:
-        registry.attach(
-            remote,
-            top,
-            statement,
-            media_type=provenance.MEDIA_TYPE,
-            annotations={provenance.PREDICATE_KEY: provenance.PREDICATE},
-        )
+        _attach(remote, layout, statement, provenance.PREDICATE)
     except TuningError as error:
         if trust.provenance == "require":
             raise
         say(f"The image is pushed; its provenance statement is not: {error}")
+
+
+def deliver_evaluation(
+    destination: Destination,
+    access: Access,
+    *,
+    layout: Path,
+    adapter: Path,
+    run_id: str,
+    record: dict[str, Any],
+    say: Callable[[str], None],
+) -> None:
+    """Put what was measured (`evaluation.json`) beside the delivered adapter.
+
+    It is attached to a pushed image, unless the policy attaches no statements, and stands in the
+    model card of a repository of the hub. A failure is passed to `say`.
+    """
+    try:
+        if destination.image and access.trust.provenance != "off":
+            remote = access.remote(destination.image, secret=access.push_secret, push=True)
+            remote.patience = BRIEF
+            digest = read_documents(layout)[-1].blob.digest
+            statement = provenance.evaluation(record, digest=digest, name=_repository_of(remote))
+            _attach(remote, layout, statement, provenance.EVALUATION)
+        if destination.hub:
+            card = (adapter / "README.md").read_text(encoding="utf-8")
+            where = _repository(destination.hub, access)
+            hub_output.add_results(where, card, record["tasks"], run_id=run_id)
+    except (TuningError, OSError, ValueError) as error:
+        say(f"The evaluation is in the run directory alone: {error}")
+
+
+def _repository_of(remote: Remote) -> str:
+    return f"{remote.reference.registry}/{remote.reference.repository}"
+
+
+def _attach(remote: Remote, layout: Path, statement: bytes, predicate: str) -> None:
+    registry.attach(
+        remote,
+        read_documents(layout)[-1].blob,
+        statement,
+        media_type=provenance.MEDIA_TYPE,
+        annotations={provenance.PREDICATE_KEY: predicate},
+    )
 
 
 def copy(source: Path, target: Path, *, ours: str) -> None:

@@ -1,15 +1,15 @@
 """An adapter as a model of the Hugging Face hub: looked at, claimed, committed, read back.
 
 What is committed are the files of the image, in one commit on top of the one that was looked at, so
-that two runs never mix. Who owns a repository is told as a tag's owner is: by the run id in its
-`tuning.json`.
+that two runs never mix; what a run measures afterwards is one more commit, of the model card. Who
+owns a repository is told as a tag's owner is: by the run id in its `tuning.json`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -204,6 +204,42 @@ def push(
         commit = made.oid
     _read_back(repository, wanted)
     return f"hf://{repository.name}@{commit}"
+
+
+def add_results(
+    repository: Repository, card: str, tasks: Sequence[Mapping[str, Any]], *, run_id: str
+) -> None:
+    """Commit the model card `card` with what was measured afterwards, as `model-index`.
+
+    `tasks` as `evaluation.json` has them. Raises RefusedError or TransientError; what another run
+    has put there meanwhile is left alone.
+    """
+    from huggingface_hub import CommitOperationAdd, EvalResult, ModelCard
+
+    made = ModelCard(card)
+    made.data.model_name = repository.name
+    made.data.eval_results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=task["task"],
+            dataset_name=task["task"],
+            metric_type=task["metric"],
+            metric_value=score["value"],
+            metric_name=f"{task['metric']} ({model})",
+        )
+        for task in tasks
+        for model, score in task["models"].items()
+    ]
+    before = claim(repository, run_id=run_id, own=(), on_exists="refuse")
+    repository.ask(
+        lambda: repository.api.create_commit(
+            repository.name,
+            [CommitOperationAdd("README.md", str(made).encode())],
+            commit_message=f"Evaluation of run {run_id}",
+            revision=repository.branch,
+            parent_commit=before.commit,
+        )
+    )
 
 
 def _read_back(repository: Repository, wanted: Mapping[str, Path]) -> None:

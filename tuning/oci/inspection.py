@@ -7,15 +7,16 @@ beginning is read, which no digest covers: only `pull` verifies it.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tuning import adapter as adapters
 from tuning import files, safetensors
 from tuning.errors import SpecError, TuningError
-from tuning.oci import registry, signature
+from tuning.oci import provenance, registry, signature
 from tuning.oci.delivery import Access, adapter_folder, named_folder
 from tuning.oci.layout.layer import peek_layer
 from tuning.oci.layout.manifest import (
@@ -34,6 +35,7 @@ from tuning.oci.layout.manifest import (
 from tuning.oci.registry import Remote
 
 PART = 4 << 20  # bytes of a layer that are read at most
+EVALUATIONS = 5  # attached ones that are read, the last ones
 WANTED = (adapters.CONFIG, adapters.WEIGHTS, adapters.PICKLE, "tuning.json")
 Value = dict[str, Any]
 
@@ -53,6 +55,7 @@ class Inspection:
     tensors: Mapping[str, safetensors.Tensor] = field(default_factory=dict)
     recipe: Value = field(default_factory=dict)  # tuning.json
     attached: tuple[registry.Attached, ...] = ()
+    evaluation: tuple[Value, ...] = ()  # tasks of attached evaluations: untrusted
     signatures: tuple[str, ...] = ()  # the result of verifying each
 
     def to_json(self) -> Value:
@@ -89,6 +92,7 @@ class Inspection:
                 }
                 for each in self.attached
             ],
+            "evaluation": list(self.evaluation),
             "signatures": list(self.signatures),
             "problems": list(self.problems),
             "annotations": dict(self.annotations),
@@ -147,15 +151,27 @@ def _remote(name: str, remote: Remote, keys: tuple[signature.Key, ...]) -> Inspe
     for each in registry.signed(remote, digest):
         wrong = each.wrong(digest=digest, keys=keys)
         verdicts.append("not checked: no key given" if not keys else wrong or "good")
+    attached = remote.persist(lambda: registry.attached(remote, digest))
     return _image(
         name,
         digest,
         image,
         part,
         platforms=_platforms(top, image, part),
-        attached=remote.persist(lambda: registry.attached(remote, digest)),
+        attached=attached,
+        evaluation=tuple(_evaluations(remote, attached)),
         signatures=tuple(verdicts),
     )
+
+
+def _evaluations(remote: Remote, attached: Iterable[registry.Attached]) -> Iterator[Value]:
+    """The tasks of the evaluations among what is attached."""
+    kind = provenance.PREDICATE_KEY, provenance.EVALUATION
+    statements = [each for each in attached if kind in each.annotations.items()]
+    for each in statements[-EVALUATIONS:]:
+        read = partial(registry.parts, remote, each.digest, provenance.MEDIA_TYPE)
+        for part in remote.persist(read):
+            yield from provenance.measured(part.content)
 
 
 def _layout(name: str) -> Inspection:

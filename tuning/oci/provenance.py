@@ -19,9 +19,12 @@ from tuning import files
 from tuning.errors import redact
 
 MEDIA_TYPE = "application/vnd.in-toto+json"
+STATEMENT = "https://in-toto.io/Statement/v1"
 PREDICATE = "https://slsa.dev/provenance/v1"
+EVALUATION = "https://tuning.kaito.sh/evaluation/v1"  # predicate: {"tasks"} of evaluation.json
 PREDICATE_KEY = "in-toto.io/predicate-type"
 FILE = "provenance.json"
+MOST = 100  # tasks of an attached evaluation that are shown
 _TRAINED = ("steps", "seconds", "tokens", "tokens_per_second", "peak_memory_bytes", "resumed_from")
 _LOSSES = ("loss_first", "loss_last", "eval_loss_before", "eval_loss_after")
 Value = dict[str, Any]
@@ -33,10 +36,52 @@ def write(run: Path, *, digest: str, name: str) -> bytes:
     What it is made of stays the same, so that repeating the command changes nothing. `name`: the
     image's repository, or the run's name.
     """
-    subject = [{"name": name, "digest": {"sha256": digest.removeprefix("sha256:")}}]
-    new = statement(run, subject)
+    new = statement(run, _subject(digest, name))
     files.write_json(run / FILE, new)
     return files.canonical(new)
+
+
+def evaluation(record: Value, *, digest: str, name: str) -> bytes:
+    """A statement of what was measured, from an `evaluation.json`; no question or answer in it."""
+    return files.canonical(
+        {
+            "_type": STATEMENT,
+            "subject": _subject(digest, name),
+            "predicateType": EVALUATION,
+            "predicate": {"tasks": record["tasks"]},
+        }
+    )
+
+
+def measured(statement: bytes) -> list[Value]:
+    """The tasks in an untrusted statement of `evaluation`; those that are not in its form are
+    left out."""
+    try:
+        tasks = files.parse_json(statement)["predicate"]["tasks"]
+        return [found for each in tasks[:MOST] if (found := _task(each))]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return []
+
+
+def _task(each: Value) -> Value | None:
+    try:
+        models = {
+            str(name): {
+                part: None if value[part] is None else float(value[part])
+                for part in ("value", "low", "high")
+            }
+            for name, value in each["models"].items()
+        }
+        names = {name: str(each[name]) for name in ("task", "metric")}
+        samples = None if each["samples"] is None else int(each["samples"])
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError):
+        return None
+    complete = all(value["value"] is not None for value in models.values())
+    return {**names, "samples": samples, "models": models} if complete else None
+
+
+def _subject(digest: str, name: str) -> list[Value]:
+    return [{"name": name, "digest": {"sha256": digest.removeprefix("sha256:")}}]
 
 
 def statement(run: Path, subject: list[Value]) -> Value:
@@ -47,7 +92,7 @@ def statement(run: Path, subject: list[Value]) -> Value:
     journal = [files.parse_json(line.encode()) for line in lines]
     trained = _last(journal, "train")
     return {
-        "_type": "https://in-toto.io/Statement/v1",
+        "_type": STATEMENT,
         "subject": subject,
         "predicateType": PREDICATE,
         "predicate": {

@@ -19,7 +19,7 @@ from tuning.network.policy import load_headers
 from tuning.network.retry import Patience
 from tuning.oci import delivery
 from tuning.oci.delivery import Access
-from tuning.pipeline import mixing, sizing, start
+from tuning.pipeline import evaluating, mixing, sizing, start
 from tuning.pipeline.endings import together
 from tuning.pipeline.options import Options, base_reference
 from tuning.sources import fetch, hub_dataset, local, stores
@@ -43,6 +43,7 @@ def check(spec: Spec, options: Options, console: Console) -> Iterator[str]:
         lambda: _check_data(spec, options, access),
         lambda: _check_destination(spec, access),
         lambda: _check_trackers(spec, options),
+        lambda: _check_evaluation(spec),
     )
     for lines in passed:
         yield from lines
@@ -176,6 +177,11 @@ def _vocabulary(spec: Spec) -> Vocabulary:
 def _check_trackers(spec: Spec, options: Options) -> list[str]:
     place.refuse(spec, options.policy, options.tracker_secrets, here=False)
     return [f"trackers: {', '.join(names)}"] if (names := spec.settings.report_to) else []
+
+
+def _check_evaluation(spec: Spec) -> list[str]:
+    asked = evaluating.tasks(spec)
+    return [f"evaluation: {', '.join(spec.evaluate)}"] if asked else []
 
 
 def _check_destination(spec: Spec, access: Access) -> list[str]:

@@ -36,6 +36,7 @@ class Summary:
     training: Value  # the training child's result
     planned: Value  # peak_bytes, tokens_per_second, seconds; None where not predicted
     base_revision: str | None = None  # commit of the hub, or "sha256:..." of a local folder's files
+    evaluation: Value | None = None  # what `evaluating.evaluate` returns
 
     def to_json(self) -> Value:
         """For `run --json` and the journal."""
@@ -202,7 +203,13 @@ def save_inputs(run: Run, decided: Plan) -> None:
 
 
 def finish(
-    run: Run, inputs: str, decided: Plan, training: Value, digest: str, references: tuple[str, ...]
+    run: Run,
+    inputs: str,
+    decided: Plan,
+    training: Value,
+    digest: str,
+    references: tuple[str, ...],
+    evaluation: Value | None = None,
 ) -> Summary:
     """Write the report and the summary."""
     run.begin("finish")
@@ -217,6 +224,7 @@ def finish(
         base=run.spec.base_model or run.spec.preset,
         planned=decided.predicted(),
         base_revision=decided.recipe.base_revision,
+        evaluation=evaluation,
         training=training
         | {
             f"eval_perplexity_{when}": None

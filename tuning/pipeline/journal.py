@@ -39,7 +39,7 @@ from tuning.errors import SpecError, TransientError
 Value = dict[str, Any]
 FILES = (
     *(".lock", "journal.jsonl", "spec.yaml", "plan.json", "metrics.jsonl"),
-    *("samples.jsonl", "report.html", "provenance.json", "traceback.txt"),
+    *("samples.jsonl", "report.html", "provenance.json", "evaluation.json", "traceback.txt"),
 )
 FOLDERS = ("data", "checkpoints", "adapter", "image", "log", "trackers", "tensorboard")
 STORES = ("wandb", "trackio")  # of clients, which may put links into them

@@ -40,6 +40,7 @@ class Options:
     tracker_secrets: Path | None = None  # folder of the trackers' logins
     cache: Path | None = None  # base weights; None: the hub's usual cache
     questions: tuple[str, ...] = ()
+    evaluate: tuple[str, ...] = ()  # what to measure afterwards, in place of the annotation's
     port: int | None = None
     host: str = "127.0.0.1"  # that progress is served on
     ranks: int | None = None  # training processes of this machine; None: one for each GPU

@@ -15,7 +15,7 @@ from tuning.data import read_progress
 from tuning.network import policy
 from tuning.oci import delivery, model_image
 from tuning.oci.delivery import Access
-from tuning.pipeline import finishing, mixing, sizing, start
+from tuning.pipeline import evaluating, finishing, mixing, sizing, start
 from tuning.pipeline.endings import together
 from tuning.pipeline.options import base_reference, reference
 from tuning.pipeline.run import Run, Value, key_of
@@ -34,6 +34,7 @@ def validate(run: Run) -> None:
     """Validate what the spec alone decides on this device, before any network."""
     run.begin("judge")
     place.refuse(run.spec, run.options.policy, run.options.tracker_secrets)
+    evaluating.tasks(run.spec, run.options.evaluate)
     backends.refuse_unavailable(run.spec.settings.attention, run.device())
     try:
         known = plan.known_base(run.spec)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from tuning import files, process, threads
@@ -69,6 +70,7 @@ class Run:
         *,
         tick: Callable[[], None] = lambda: None,
         group: process.Group | None = None,
+        environment: Mapping[str, str] = MappingProxyType({}),
     ) -> Value:
         """The result of a child process; request, result and output are kept in `log/`."""
         logs = self.folder / "log"
@@ -86,7 +88,7 @@ class Run:
                 tick=tick,
                 grace=max(1.0, self.options.grace - PARENT_SECONDS),
                 prewarmed=self.prewarmed if room == TRAIN else None,
-                environment=self._allocator() if room == TRAIN else {},
+                environment=self._allocator() if room == TRAIN else environment,
                 group=group,
             )
         except process.Apart as apart:

@@ -12,9 +12,11 @@ import tuning.plan as plan
 from tuning import files
 from tuning import spec as specs
 from tuning.console import Console
+from tuning.data import eval_tasks
 from tuning.errors import TransientError, TuningError
 from tuning.pipeline import (
     endings,
+    evaluating,
     finishing,
     journal,
     outcome,
@@ -74,6 +76,10 @@ def _phases(run: Run) -> Summary:
     model = preparing.base_model(run)
     known = preparing.check(run, model)
     data = preparing.fetch_data(run)
+    asked = evaluating.tasks(
+        run.spec, run.options.evaluate, run.folder / "data" / "files" / "image"
+    )
+    evaluating.note_trained(run, data)
     with (
         weights.background_download(run, model) as download,
         run.prewarm_training() as run.prewarmed,
@@ -90,7 +96,10 @@ def _phases(run: Run) -> Summary:
             digest = finishing.package(run, decided, trained, packed, model)
             references = finishing.deliver(run, decided, digest)
             at_trackers |= finishing.facts(trained, digest, references)
-    return finishing.finish(run, inputs, decided, trained, digest, references)
+        measured = evaluating.evaluate(
+            run, asked, run_id=recipe.run_id, digest=digest, weights=download.folder
+        )
+    return finishing.finish(run, inputs, decided, trained, digest, references, measured)
 
 
 def _repairing(run: Run, work: Callable[[Run], T]) -> T:
@@ -185,6 +194,7 @@ def _inputs(run: Run) -> str:
     if run.spec.base_model and (folder := Path(run.spec.base_model)).is_dir():
         local += sorted(path for path in folder.iterdir() if path.is_file())
     local += start.contents(run.spec.settings.start_adapter)
+    local += map(Path, eval_tasks.split(run.options.evaluate)[0])
     existing = [(path, path.stat()) for path in local if path.exists()]
     stats = [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in existing]
-    return key_of(asdict(run.spec), stats, run.options.questions)
+    return key_of(asdict(run.spec), stats, run.options.questions, *run.options.evaluate)

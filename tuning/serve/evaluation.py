@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import importlib.util
 import json
 import math
 import os
@@ -25,13 +24,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tuning import files
+from tuning import files, process
+from tuning.adapter import WEIGHTS
 from tuning.console import Console
-from tuning.errors import DataError, SpecError, TransientError, UsageError
+from tuning.data.eval_tasks import Tasks
+from tuning.errors import SpecError, TransientError, UsageError
 
 BASE, TUNED = "base", "tuned"  # what the models are called
 AT_ONCE = 8  # requests
 ANSWER_SECONDS = 600.0
+TOKENS = 64  # longest answer to a question of a file
 Z = 1.959964  # of a normal distribution: 95 % lie within so many standard deviations
 # A server that ends with this process, whose end closes its input
 _SERVE = (
@@ -170,16 +172,6 @@ def _waited(process: subprocess.Popen[bytes], log: Path, pattern: str) -> str:
         time.sleep(0.1)
 
 
-@dataclass(frozen=True)
-class Tasks:
-    """What is asked: files of questions, already read, and tasks of lm-eval."""
-
-    questions: Sequence[tuple[str, Sequence[tuple[str, str]]]]  # name of the file, its pairs
-    named: Sequence[str] = ()  # names, or YAML files
-    python: str = ""  # which has lm-eval
-    more: Sequence[str] = ()  # options of lm-eval
-
-
 def measure(
     base: Path, adapter: Path | None, tasks: Tasks, *, precision: str, tokens: int, console: Console
 ) -> tuple[list[Score], list[Question]]:
@@ -200,37 +192,6 @@ def measure(
             tokenizers = {BASE: base, TUNED: own}
             found += lm_eval(server, tasks, tokenizers=tokenizers)
     return found, asked
-
-
-def read_questions(file: Path, limit: int | None) -> list[tuple[str, str]]:
-    """The questions of a file with the words of their answers. Raises DataError with all faults."""
-    found: list[tuple[str, str]] = []
-    problems: list[DataError] = []
-    try:
-        lines = file.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        what = f"cannot be read as text ({type(error).__name__})"
-        raise DataError.at("SERVE-131", str(file), what, "name a JSONL file") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            pair = row["question"], row["answer"]
-        except (ValueError, LookupError, TypeError):
-            pair = None, None
-        if all(isinstance(each, str) and each.strip() for each in pair):
-            found.append((str(pair[0]), str(pair[1])))
-        else:
-            what = "is no question with the words of its answer"
-            change = 'write {"question": "...", "answer": "..."}'
-            problems.append(DataError.at("SERVE-131", f"{file} line {number}", what, change))
-    if problems:
-        raise DataError([each for error in problems for each in error.problems])
-    if not found:
-        what, change = "holds no question", 'write {"question": "...", "answer": "..."} a line'
-        raise DataError.at("SERVE-131", str(file), what, change)
-    return found[:limit]
 
 
 def ask(
@@ -269,17 +230,6 @@ def _share(task: str, model: str, right: int, count: int) -> Score:
     half = Z * math.sqrt(share * (1 - share) / count + width / (4 * count)) / (1 + width)
     low, high = min(share, max(0.0, middle - half)), max(share, min(1.0, middle + half))
     return Score(task, "right", model, share, low, high, count)
-
-
-def lm_eval_python(given: Path | None) -> str:
-    """The Python that has lm-eval: `given`, or this one. Raises UsageError."""
-    if given is not None:
-        return str(given)
-    if importlib.util.find_spec("lm_eval") is None:
-        what = "tasks by name are lm-eval's, which is not installed"
-        change = "pip install 'lm-eval[api]', or name the Python that has it with --lm-eval"
-        raise UsageError.at("SERVE-132", "--tasks", what, change)
-    return sys.executable
 
 
 def lm_eval(server: Server, tasks: Tasks, *, tokenizers: dict[str, Path]) -> list[Score]:
@@ -356,8 +306,15 @@ def _measured(
     return Score(task, metric, model, value, value - Z * error, value + Z * error, count)
 
 
-def to_json(found: Sequence[Score], asked: Sequence[Question]) -> dict[str, Any]:
-    """Scores by task and metric, and every question with its replies."""
+def record(
+    base: str,
+    adapter: str | None,
+    folder: Path | None,
+    found: Sequence[Score],
+    asked: Sequence[Question],
+) -> dict[str, Any]:
+    """What `evaluation.json` holds: names of base and adapter, scores by task and metric, and
+    every question with its replies. `folder` is the adapter's."""
     tasks: dict[tuple[str, str], dict[str, Any]] = {}
     for score in found:
         entry = tasks.setdefault(
@@ -366,4 +323,33 @@ def to_json(found: Sequence[Score], asked: Sequence[Question]) -> dict[str, Any]
         )
         bounds = [None if math.isnan(each) else each for each in (score.low, score.high)]
         entry["models"][score.model] = {"value": score.value, "low": bounds[0], "high": bounds[1]}
-    return {"tasks": list(tasks.values()), "asked": [asdict(question) for question in asked]}
+    return {
+        "base": base,
+        "adapter": adapter,
+        "adapter_sha256": files.digest_file(folder / WEIGHTS) if folder else None,
+        "tasks": list(tasks.values()),
+        "asked": [asdict(question) for question in asked],
+    }
+
+
+def _work(request: dict[str, Any]) -> dict[str, Any]:
+    """The child of a run: `{"base", "base_name", "adapter", "tasks"}` -> what `record` returns."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends lm-eval and the server, too
+    adapter = Path(request["adapter"])
+    try:
+        found, asked = measure(
+            Path(request["base"]),
+            adapter,
+            Tasks(**request["tasks"]),
+            precision="auto",
+            tokens=TOKENS,
+            console=Console(),
+        )
+    except ServerEnded as ended:
+        what = f"the server ended with code {ended.code}: {' '.join(ended.said.split())[-500:]}"
+        raise SpecError.at("SERVE-135", "evaluate", what, "correct what it says") from None
+    return record(request["base_name"], request["adapter"], adapter, found, asked)
+
+
+if __name__ == "__main__":
+    sys.exit(process.serve(_work))

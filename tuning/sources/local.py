@@ -96,6 +96,7 @@ def chosen(
 ) -> list[tuple[Path, str]]:
     """The files below `root` that dataset_path and dataset_extension select."""
     names = {path: path.relative_to(root).as_posix() for path, _ in candidates}
+    candidates = [each for each in candidates if names[each[0]] not in source.apart]
     if source.within:
         for within in spellings(source.within):
             start = f"{within}/" if within else ""

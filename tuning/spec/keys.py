@@ -46,11 +46,12 @@ class Annotation:
     default: str
     text: str
     pattern: str = ""  # in place of values: what the whole value must match
+    form: str = ""  # the pattern in words, for messages
 
     @property
     def allowed(self) -> str:
         """The allowed values, for messages."""
-        return " or ".join(self.values) or f"a value that matches {self.pattern}"
+        return self.form or " or ".join(self.values) or f"a value that matches {self.pattern}"
 
     def allows(self, value: str) -> bool:
         """Whether `value` is allowed."""
@@ -78,7 +79,12 @@ def our_annotations() -> dict[str, Annotation]:
     """Our annotations by name, without the prefix."""
     return {
         name: Annotation(
-            name, tuple(row.get("values", ())), row["default"], row["doc"], row.get("pattern", "")
+            name,
+            tuple(row.get("values", ())),
+            row["default"],
+            row["doc"],
+            row.get("pattern", ""),
+            row.get("form", ""),
         )
         for name, row in _table()["annotations"].items()
     }

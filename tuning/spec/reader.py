@@ -201,6 +201,8 @@ def _spec(
         source = replace(
             source, within=config.settings.dataset_path, ending=config.settings.dataset_extension
         )
+    evaluate = tuple(filter(None, annotations.get(f"{ANNOTATION}evaluate", "").split(",")))
+    source = replace(source, apart=tuple(n for n in evaluate if n.endswith((".jsonl", ".json"))))
     destination = places.destination(
         tuning.output, overrides.output, notes, annotations, workspace.status
     )
@@ -220,6 +222,7 @@ def _spec(
         hub_secret=options.model_access_secret if options else None,
         data_secret=annotations.get(f"{ANNOTATION}data-secret"),
         tracker_secret=annotations.get(f"{ANNOTATION}tracker-secret"),
+        evaluate=evaluate,
         settings=config.settings,
         notes=tuple(notes),
         cluster_notes=cluster_notes,

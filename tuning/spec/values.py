@@ -108,6 +108,7 @@ class Source:
     files: tuple[Path, ...] = ()  # --data FILE
     within: str | None = None  # dataset_path: subfolder or file to use
     ending: str | None = None  # dataset_extension: files of a folder to use
+    apart: tuple[str, ...] = ()  # files of the folder or image that are not trained on
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,7 @@ class Spec:
     hub_secret: str | None = None  # presetOptions.modelAccessSecret
     data_secret: str | None = None  # annotation data-secret; its files are mounted
     tracker_secret: str | None = None  # annotation tracker-secret, likewise
+    evaluate: tuple[str, ...] = ()  # annotation: files of questions, names of lm-eval's tasks
     settings: Settings = field(default_factory=Settings)
     notes: tuple[str, ...] = ()  # one line for each key that was translated or ignored, with why
     cluster_notes: tuple[str, ...] = ()  # those of them that hold in a cluster, too

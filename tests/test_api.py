@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -65,6 +66,11 @@ def test_import_is_light() -> None:
     assert (0, "[]\n") == (done.returncode, done.stdout), done.stderr
 
 
+def steady(line: str) -> str:
+    """A line without the memory that is free at the moment."""
+    return re.sub(r"[\d.]+ GiB free", "", line)
+
+
 def test_plan_check_and_preview_say_what_the_commands_say(
     job: tuning.Spec, tmp_path: Path, base: Path
 ) -> None:
@@ -79,7 +85,8 @@ def test_plan_check_and_preview_say_what_the_commands_say(
         planned["recipe"]
         == json.loads(json.dumps(tuning.plan(job, quiet=True).to_json()))["recipe"]
     )
-    assert good(command("check", *arguments)).splitlines() == tuning.check(job)
+    lines = good(command("check", *arguments)).splitlines()
+    assert list(map(steady, lines)) == list(map(steady, tuning.check(job)))
     assert json.loads(good(command("preview", *arguments, *there))) == json.loads(
         json.dumps(preview)
     )

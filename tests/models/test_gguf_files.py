@@ -104,8 +104,9 @@ def test_an_adapter_is_read_back_as_it_is(pair, tmp_path):
     keys, tensors = held(tmp_path / "out" / "adapter.gguf")
     config = read_config(base)
     assert ("adapter", "lora") == (keys["general.type"], keys["adapter.type"])
-    assert json.loads((adapter / "adapter_config.json").read_text())["lora_alpha"] == (
-        keys["adapter.lora.alpha"]
+    assert (
+        json.loads((adapter / "adapter_config.json").read_text())["lora_alpha"]
+        == (keys["adapter.lora.alpha"])
     )
     names = families.Names(config)
     trained = load_file(adapter / "adapter_model.safetensors")
@@ -274,7 +275,7 @@ COUNTED = "{% for m in messages %}{{ loop.index }}: {{ m.content }}\n{% endfor %
 def _renderer(template: str, bos: str) -> Any:
     import jinja2
 
-    compiled = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(template)  # noqa: S701
+    compiled = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(template)
 
     def render(messages: list[Any], tools: Any, ask: bool) -> str:
         return compiled.render(messages=messages, add_generation_prompt=ask, bos_token=bos)

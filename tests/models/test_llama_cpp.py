@@ -28,7 +28,7 @@ from tuning.training import train
 
 pytest.importorskip("gguf", reason="the extra gguf is not installed")
 
-from tuning.models.gguf_files import export, vocabulary  # noqa: E402
+from tuning.models.gguf_files import export, vocabulary
 
 pytestmark = [pytest.mark.clients, pytest.mark.timeout(3600)]
 HERE, TINY = Path(__file__).parent / "llama_cpp", Path("examples/tiny-model").resolve()
@@ -98,8 +98,7 @@ def expected(session: generate.Session, prompt: list[int], count: int) -> tuple[
 def compare(
     python: Path, folder: Path, base: Path, adapter: Path, prompts: list[list[int]], count: int
 ) -> None:
-    """The pair of GGUF files and the merged one give what PEFT gives, and not what the base does.
-    """
+    """The pair of GGUF files and the merged one give what PEFT gives, not what the base does."""
     export.export(base, adapter, folder / "pair", with_base=True)
     export.export(base, adapter, folder / "whole", merged=True)
     session = generate.Session(base, adapter, precision="float32", device="cpu")
@@ -130,7 +129,8 @@ def test_each_family_answers_as_peft_does(python, tmp_path, name):
     train.work(tiny_runs.request(tmp_path / "run", base, recipe, tiny_runs.placement()))
     record = {"recipe": json.loads(json.dumps(vars(recipe), default=list))}
     (tmp_path / "run" / "adapter" / "tuning.json").write_text(json.dumps(record))
-    spread = torch.randint(10, 400, (60,), generator=torch.Generator().manual_seed(1)).tolist()
+    rows = json.loads((base / "config.json").read_text())["vocab_size"]
+    spread = torch.randint(10, rows, (60,), generator=torch.Generator().manual_seed(1)).tolist()
     compare(python, tmp_path, base, tmp_path / "run" / "adapter", [spread, spread[:5]], 4)
 
 

@@ -169,7 +169,7 @@ def export_gguf(
     ca: option.CaFile = None,
     insecure: option.Insecure = False,
 ) -> None:
-    """Write GGUF files of an adapter, or of the merged model, for llama.cpp and Ollama."""
+    """Write an adapter or merged model as GGUF."""
     from tuning.console import Console
     from tuning.pipeline import whole_models
 

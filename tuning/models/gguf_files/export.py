@@ -105,7 +105,9 @@ def _inexpressible(adapter: Adapter) -> list[Problem]:
 
 def _unreadable(base: Path, merged: bool) -> list[Problem]:
     """Weights that are stored in other types than GGUF has; merging unpacks them."""
-    kinds = {t.dtype for path in unpacked.paths(base) for t in safetensors.read_header(path).values()}
+    kinds = {
+        t.dtype for path in unpacked.paths(base) for t in safetensors.read_header(path).values()
+    }
     others = sorted(kinds - set(_STORED))
     if merged or not others:
         return []
@@ -148,7 +150,7 @@ def _write_model(folder: Path, tokenizer: Any, path: Path, name: str | None) -> 
     }
     names = families.Names(config)
     types = {tensor: _type(headers[tensor]) for tensor in headers}
-    extra = dict(families.extra(config))
+    extra = dict(families.frequency_factors(config))
     writer = _writer(path, config, name)
     writer.add_type(gguf.GGUFType.MODEL)
     families.write_settings(writer, config)

@@ -52,7 +52,7 @@ def _rope(config: Any) -> dict[str, Any]:
 
 
 def _head_size(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(getattr(config, "head_dim", 0) or config.hidden_size // config.num_attention_heads)
 
 
 class Names:
@@ -63,8 +63,7 @@ class Names:
         self._map = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
 
     def __call__(self, name: str, where: str) -> str:
-        """The name of the tensor `name` of the checkpoint. Raises SpecError if llama.cpp has none.
-        """
+        """The name of the checkpoint's tensor `name`. Raises SpecError if llama.cpp has none."""
         known: str | None = self._map.get_name(name, try_suffixes=(".weight", ".bias"))
         if known is None:
             what = f"has {name}, for which llama.cpp has no name in this family"
@@ -87,7 +86,7 @@ def changed(name: str, tensor: torch.Tensor, config: Any) -> torch.Tensor:
     return pairs.swapaxes(1, 2).reshape(tensor.shape).contiguous()
 
 
-def extra(config: Any) -> Iterator[tuple[str, torch.Tensor]]:
+def frequency_factors(config: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """Tensors that the checkpoint does not hold: what Llama 3 divides its frequencies by."""
     if _rope(config)["rope_type"] == "llama3":
         scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))

@@ -6,7 +6,7 @@ prefix, its text and a suffix, and only if it gives the same text for conversati
 
 from __future__ import annotations
 
-import os
+import itertools
 from typing import NamedTuple
 
 from tuning.data.template_layout import Message, RenderError
@@ -73,11 +73,11 @@ def turns(render: Render, bos: str) -> Turns | None:
             return None
         head = bos if start.startswith(bos) else ""
         start = start.removeprefix(head)
-        common = os.path.commonprefix([start[::-1], second[::-1]])[::-1]
+        common = _common_end(start, second)
         system = None
         if (shown := _shown(render, [_SYSTEM, *_ROUND])) is not None:
             before, between, _ = _pieces(shown.partition(ANSWER)[0], SYSTEM, USER)
-            common = os.path.commonprefix([common[::-1], between[::-1]])[::-1]
+            common = _common_end(common, between)
             system = (before.removeprefix(head), between.removesuffix(common))
     except (RenderError, ValueError):
         return None
@@ -98,6 +98,13 @@ def _pieces(text: str, *words: str) -> list[str]:
     if [word for word in words if word in text] or any(w in p for w in words for p in pieces):
         raise ValueError("repeated")
     return [*pieces, text]
+
+
+def _common_end(one: str, other: str) -> str:
+    """The longest text that both end in."""
+    pairs = zip(reversed(one), reversed(other), strict=False)
+    count = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
+    return one[len(one) - count :]
 
 
 def _shown(render: Render, messages: list[Message]) -> str | None:

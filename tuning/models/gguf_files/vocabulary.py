@@ -15,7 +15,6 @@ import gguf
 
 from tuning.data.turn_ends import Ends
 from tuning.errors import Problem
-from tuning.models.gguf_files.families import OWN_CONVERTER
 
 GPT2 = "ByteLevel"
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
@@ -43,8 +42,7 @@ def _record(tokenizer: Any) -> dict[str, Any]:
 
 
 def pre_tokenizer(tokenizer: Any) -> str | None:
-    """llama.cpp's name for how `tokenizer` splits text; None for a rule that it is not known for.
-    """
+    """llama.cpp's name for how `tokenizer` splits text; None for an unknown rule."""
     if not getattr(tokenizer, "is_fast", False):
         return None
     record = _record(tokenizer)
@@ -76,7 +74,10 @@ def problems(tokenizer: Any, where: str) -> list[Problem]:
     if pre_tokenizer(tokenizer):
         return []
     what = "splits text by a rule that this export has no name of llama.cpp's for"
-    return [Problem("MODEL-322", where, what, OWN_CONVERTER)]
+    change = (
+        "merge it (tuning merge --output dir:DIR) and run llama.cpp's convert_hf_to_gguf.py DIR"
+    )
+    return [Problem("MODEL-322", where, what, change)]
 
 
 def write(writer: Any, tokenizer: Any, ends: Ends, *, rows: int, scratch: Path) -> None:

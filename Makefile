@@ -85,9 +85,10 @@ kernel-counts: install  ## count the kernels of a training step again: tests/fak
 test-vllm: install  ## vLLM on a processor, with what the operator renders (3.5 GB into ~/.cache)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m vllm tests/serve/test_vllm.py $(PYTEST)
 
-test-clients: install  ## lm-eval, guidellm, openai (Python, npm), litellm, langchain, llm, MLflow, W&B (3 GB into ~/.cache)
+test-clients: install  ## lm-eval, guidellm, openai (Python, npm), litellm, langchain, llm, llama.cpp, MLflow, W&B (3 GB into ~/.cache)
 	@command -v npm >/dev/null || { echo "npm is needed: apt-get install nodejs npm"; exit 1; }
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m clients tests/serve/test_clients.py tests/trackers $(PYTEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m clients tests/serve/test_clients.py tests/trackers \
+	  tests/models/test_llama_cpp.py $(PYTEST)
 
 test-bed: system  ## build the API servers for the cluster tests, once, into ~/.cache (root, 10 minutes)
 	@apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
@@ -134,7 +135,7 @@ site:  ## the pages of docs/ as a site, in build/site; a link that leads nowhere
 lock:  ## refresh constraints.txt: newest versions that pyproject.toml allows
 	rm -rf build/lock && $(PYTHON) -m venv build/lock
 	build/lock/bin/python tools/install_torch.py $(TORCH) cpu
-	build/lock/bin/pip install --quiet -e '.[train,serve,cluster,wandb,dev]'
+	build/lock/bin/pip install --quiet -e '.[train,serve,cluster,wandb,gguf,dev]'
 	build/lock/bin/pip freeze --exclude-editable | sed 's/+cpu//' > constraints.txt
 	rm -rf build/lock
 

@@ -1,4 +1,4 @@
-"""The commands that take adapters and models: pull, inspect, chat, merge, package-model."""
+"""The commands that take adapters and models: pull, inspect, chat, merge, export, package-model."""
 
 from __future__ import annotations
 
@@ -138,6 +138,59 @@ def merge(
         console=Console(),
     )
     print(reference)
+
+
+export = typer.Typer(help="Write an adapter for other programs.", no_args_is_help=True)
+app.add_typer(export, name="export")
+
+
+@export.callback()
+def _several() -> None:
+    """Keep the format a word of its own, though it is the only one."""
+
+
+@export.command("gguf")
+def export_gguf(
+    base: option.Base,
+    adapter: option.Adapter,
+    output: Annotated[Path, typer.Option(metavar="DIR", help="New folder for the files.")],
+    merged: Annotated[bool, typer.Option("--merged", help="One model instead of an adapter.")] = (
+        False
+    ),
+    with_base: Annotated[
+        bool, typer.Option("--with-base", help="Write the base beside the adapter, too.")
+    ] = False,
+    method: option.Method = None,
+    any_base: option.AnyBase = False,
+    key: option.KeyFile = None,
+    pull_secret: option.PullSecret = None,
+    hub_token_file: option.HubToken = None,
+    policy: option.PolicyFile = None,
+    ca: option.CaFile = None,
+    insecure: option.Insecure = False,
+) -> None:
+    """Write an adapter or merged model as GGUF."""
+    from tuning.console import Console
+    from tuning.pipeline import whole_models
+
+    if merged and with_base:
+        what, change = "does not go with --merged, which holds the base", "leave one of both out"
+        raise UsageError.at("USE-105", "--with-base", what, change)
+    option.silence_libraries()
+    access = option.access_of(key, policy, pull_secret=pull_secret, ca=ca, insecure=insecure)
+    for path in whole_models.exported(
+        base,
+        adapter,
+        output,
+        merged=merged,
+        with_base=with_base,
+        method=method,
+        any_base=any_base,
+        token_file=hub_token_file,
+        access=access,
+        console=Console(),
+    ):
+        print(path)
 
 
 @app.command()

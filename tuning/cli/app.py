@@ -59,7 +59,10 @@ def main() -> int:
         if (error.name or "tuning").partition(".")[0] == "tuning":
             raise
         what = f"this command needs {error.name}, which is not installed"
-        missing = UsageError.at("USE-102", "", what, "pip install 'tuning[train]', or make install")
+        change = "pip install 'tuning[train]', or make install"
+        if error.name == "gguf":
+            change = "pip install 'tuning[gguf]'"
+        missing = UsageError.at("USE-102", "", what, change)
         print(missing, file=sys.stderr)
         return missing.exit_code
     except SystemExit as end:  # rich and click end the process when a reader closes our output

@@ -1,4 +1,4 @@
-"""`tuning merge` and `tuning package-model`: full models to a folder, a layout or a registry."""
+"""`tuning merge`, `export` and `package-model`: whole models to a folder, a layout, a registry."""
 
 from __future__ import annotations
 
@@ -88,6 +88,41 @@ def merged(
             "tuning.kaito.sh/base-model": str(result["base_model"]),
         }
         return _store(target, where, output, stored.revision, notes, access, console)
+
+
+def exported(
+    model: str,
+    adapter: str,
+    output: Path,
+    *,
+    merged: bool,
+    with_base: bool,
+    method: str | None,
+    any_base: bool,
+    token_file: Path | None,
+    access: Access,
+    console: Console,
+) -> list[Path]:
+    """Write GGUF files of `adapter` on base `model` into the new folder `output`; returns them.
+
+    Raises ModuleNotFoundError without the extra gguf, SpecError, RefusedError or TransientError.
+    """
+    from tuning.models.gguf_files import export  # seconds: torch
+
+    expected = None if any_base else model
+    with delivery.at_hand(adapter, access=access, console=console, base=expected) as folder:
+        assert folder is not None
+        weights = pipeline.base_folder(model, token_file=token_file, console=console, access=access)
+        console.say("Converting ...")
+        return export.export(
+            weights,
+            folder,
+            output,
+            merged=merged,
+            with_base=with_base,
+            method=method,
+            any_base=any_base,
+        )
 
 
 def _destination(output: str, *, overwrite: bool = False, folders: bool = True) -> Destination:

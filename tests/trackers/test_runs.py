@@ -121,7 +121,7 @@ def test_a_run_that_was_killed_twice_is_one_curve_and_a_dead_tracker_costs_a_war
     told = [r for r in map(json.loads, journal) if r["phase"] == "track"]
     ends = [(r["event"], r["link"], r["step"]) for r in told if r["tracker"] == "mlflow"]
     assert ("sent", link, 6) == ends[-1]
-    assert link in report.page(tmp_path / "run", name="demo")
+    assert link in report.page(tmp_path / "run")
     for path in (tmp_path / "run" / "image").rglob("*"):
         assert path.is_dir() or server.url.encode() not in path.read_bytes()
 

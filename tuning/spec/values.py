@@ -139,6 +139,8 @@ class Overrides:
     instance: str | None = None
     output: str | None = None  # oci:DIR, dir:DIR, hf://ORG/NAME, or an image reference
     allow_hosts: tuple[str, ...] = ()  # hosts of URLs that may be private or local
+    method: str | None = None  # lora or qlora
+    set: tuple[str, ...] = ()  # KEY=VALUE, for keys of the ConfigMap
 
 
 @dataclass(frozen=True)

@@ -14,20 +14,17 @@ from tuning.spec import config, fields, urls
 _LONGEST = 63  # characters of a DNS label
 
 
-def workspace(
-    model: str, data: tuple[str, ...], output: str | None, *, method: str
-) -> dict[str, Any]:
-    """The Workspace that tunes `model` on `data` for `output`; without data or output, no section.
+def workspace(model: str, data: tuple[str, ...], output: str, *, method: str) -> dict[str, Any]:
+    """The Workspace that tunes `model` on `data` for `output`; without data, no input.
 
     An image gets the name of a Secret, which a local run does not read.
     """
     tuning: dict[str, Any] = {"preset": {"name": model}, "method": method}
     if data:
         tuning["input"] = {"urls": list(data)}
-    if output is not None:
-        tuning["output"] = {"image": output}
-        if not fields.is_local_output(output):
-            tuning["output"]["imagePushSecret"] = "registry-login"
+    tuning["output"] = {"image": output}
+    if not fields.is_local_output(output):
+        tuning["output"]["imagePushSecret"] = "registry-login"
     return {
         "apiVersion": "kaito.sh/v1beta1",
         "kind": "Workspace",

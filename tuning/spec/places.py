@@ -42,21 +42,28 @@ def localise(document: Document, beside: Path) -> None:
     """
     model, data, output = (document.at("tuning", each) for each in ("preset", "input", "output"))
     if isinstance(model, dict) and isinstance(name := model.get("name"), str):
-        folder = beside / Path(name).expanduser()
+        folder = _seen_from(beside, name)
         if name.startswith(("/", "./", "../", "~/")) or fields.is_here(f"{folder}/config.json"):
             model["name"] = str(folder.absolute())
     if isinstance(data, dict) and isinstance(listed := data.get("urls"), list):
         data["urls"] = [_localised(each, beside) for each in listed]
     image = output.get("image") if isinstance(output, dict) else None
     if isinstance(image, str) and image.startswith(("oci:", "dir:")) and image[4:]:
-        output["image"] = f"{image[:4]}{(beside / Path(image[4:]).expanduser()).absolute()}"
+        output["image"] = f"{image[:4]}{_seen_from(beside, image[4:]).absolute()}"
 
 
 def _localised(data: Any, beside: Path) -> Any:
     if not isinstance(data, str) or not data or "://" in data:
         return data
-    path = beside / Path(data).expanduser()
+    path = _seen_from(beside, data)
     return str(path.absolute()) if fields.is_here(str(path)) else urls.of_data(data, beside) or data
+
+
+def _seen_from(folder: Path, text: str) -> Path:
+    try:
+        return folder / Path(text).expanduser()
+    except RuntimeError:  # ~ of nobody
+        return folder / text
 
 
 def own_base(name: str) -> tuple[str, str | None]:

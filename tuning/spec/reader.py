@@ -29,13 +29,21 @@ def load(path: Path, *, overrides: Overrides = _NO_OVERRIDES) -> Spec:
 
 
 def from_command_line(
-    model: str, data: tuple[str, ...], *, overrides: Overrides, needs_data: bool = True
+    model: str,
+    data: tuple[str, ...],
+    *,
+    overrides: Overrides,
+    folder: Path | None = None,
+    needs_data: bool = True,
 ) -> Spec:
     """The Workspace of a command line without a file: `tuning run MODEL DATA --output WHERE`.
 
-    Paths are seen from the working directory. Raises SpecError with all problems.
+    Paths are seen from the working directory. Without an output, the image is that of the run
+    directory: `folder`, or runs/<name>. Raises SpecError with all problems.
     """
-    value = builder.workspace(model, data, overrides.output, method=overrides.method or "lora")
+    run = folder or Path("runs") / builder.name_of(model, data)
+    output = overrides.output if overrides.output is not None else f"oci:{run / 'image'}"
+    value = builder.workspace(model, data, output, method=overrides.method or "lora")
     document = Document(value)
     named = document.findings.named
     named["tuning", "preset", "name"] = "MODEL"

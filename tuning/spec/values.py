@@ -112,7 +112,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Destination:
-    """Where the adapter goes; at least one of image, folder, layout and hub is set."""
+    """Where the adapter goes; without image, folder, layout and hub it stays in the run folder."""
 
     image: str | None = None
     push_secret: str | None = None  # name of the Secret; its file comes from the command line

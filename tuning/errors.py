@@ -82,6 +82,20 @@ class TuningError(Exception):
         lines += [f"{code}: the same in {n} more places." for code, n in hidden.items()]
         return "\n".join(lines)
 
+    def report(self) -> dict[str, Any]:
+        """For a program that reads --json: exit code, reason, and each problem; safe to show."""
+        problems = [
+            {"code": p.code, "where": p.where, "message": p.what, "hint": p.change}
+            for p in self.problems
+        ]
+        return {
+            "exit_code": self.exit_code,
+            "reason": REASONS.get(self.exit_code, "Killed"),
+            "problems": [
+                {name: printable(redact(text)) for name, text in each.items()} for each in problems
+            ],
+        }
+
     def to_json(self) -> dict[str, Any]:
         """For a child process's result file; `from_json` is the way back."""
         return {"exit_code": self.exit_code, "problems": [asdict(p) for p in self.problems]}

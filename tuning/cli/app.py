@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
 import sys
+from typing import Annotated
 
 import typer
 
+import tuning
 from tuning.errors import Stopped, TuningError, UsageError
 
 app = typer.Typer(
     name="tuning",
-    help="""Fine-tune a language model from one YAML, and get the adapter as one OCI image.
+    help="""Fine-tune a language model, and get the adapter as one OCI image.
 
     \b
-    python -m tuning plan -f workspace.yaml     what would be done, and why
-    python -m tuning preview -f workspace.yaml  what the data becomes, token by token
-    python -m tuning run  -f workspace.yaml     do it; the same command again goes on
-    python -m tuning chat --base MODEL --adapter IMAGE --compare
-    python -m tuning serve --base MODEL --adapter NAME=IMAGE
+    tuning plan MODEL                     what would be done, and why
+    tuning preview MODEL DATA             what the data becomes, token by token
+    tuning run MODEL DATA -o WHERE        do it; the same command again goes on
+    tuning init                           the same as a YAML, for a cluster too
+    tuning chat --base MODEL --adapter IMAGE --compare
+    tuning serve --base MODEL --adapter NAME=IMAGE
     """,
-    no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -30,6 +34,19 @@ app = typer.Typer(
 
 
 _CTRL_C = 130
+
+
+@app.callback()
+def start(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Print the version, or the help if no command is named."""
+    if version:
+        print(tuning.__version__)
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 def _interrupt(*_: object) -> None:
@@ -47,14 +64,11 @@ def main() -> int:
         if isinstance(code, int) and code:
             return Stopped.exit_code if code == _CTRL_C else code
     except TuningError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+        return _refused(error)
     except typer.Exit as end:
         return end.exit_code
     except typer.TyperException as error:
-        usage = UsageError.at("USE-101", "", error.format_message(), "see --help")
-        print(usage, file=sys.stderr)
-        return usage.exit_code
+        return _refused(UsageError.at("USE-101", "", error.format_message(), "see --help"))
     except ModuleNotFoundError as error:
         if (error.name or "tuning").partition(".")[0] == "tuning":
             raise
@@ -62,9 +76,7 @@ def main() -> int:
         change = "pip install 'tuning[train]', or make install"
         if error.name == "gguf":
             change = "pip install 'tuning[gguf]'"
-        missing = UsageError.at("USE-102", "", what, change)
-        print(missing, file=sys.stderr)
-        return missing.exit_code
+        return _refused(UsageError.at("USE-102", "", what, change))
     except SystemExit as end:  # rich and click end the process when a reader closes our output
         broken = isinstance(end.__context__, BrokenPipeError)
         return 0 if broken else end.code if isinstance(end.code, int) else 1
@@ -74,3 +86,11 @@ def main() -> int:
         sys.stderr.close()
         return 0
     return 0
+
+
+def _refused(error: TuningError) -> int:
+    """Print `error`, for a program on stdout as well; returns its exit code."""
+    print(error, file=sys.stderr)
+    if "--json" in sys.argv[1:]:
+        print(json.dumps({"error": error.report()}, indent=2, ensure_ascii=False))
+    return error.exit_code

@@ -10,12 +10,16 @@ from tuning.cli.app import app
 
 @app.command()
 def run(
-    file: option.File,
+    model: option.Model = None,
+    dataset: option.Dataset = None,
+    file: option.File = None,
     run_dir: option.RunDir = None,
     base_model: option.BaseModel = None,
     data: option.Data = None,
     instance: option.Instance = None,
     output: option.Output = None,
+    method: option.TuningMethod = None,
+    assigned: option.Set = None,
     push_secret: option.PushSecret = None,
     pull_secret: option.PullSecret = None,
     hub_token_file: option.HubToken = None,
@@ -36,13 +40,31 @@ def run(
     grace: option.Grace = 30.0,
     as_json: option.Json = False,
 ) -> None:
-    """Tune: check, fetch, plan, train, package, push. The same command again goes on."""
+    """Tune MODEL on DATA, or as FILE says: check, fetch, plan, train, package, push.
+
+    The same command again goes on where it stopped.
+
+    \b
+    tuning run Qwen/Qwen3-0.6B rows.jsonl -o oci:my-adapter
+    tuning run -f workspace.yaml --set learning_rate=1e-4
+    """
     from tuning import pipeline
     from tuning.cli import tables
     from tuning.console import Console
 
     spec = option.spec_of(
-        file, base_model, data, instance, output, allow_host=allow_host, policy=policy
+        model,
+        dataset,
+        file,
+        base_model,
+        data,
+        instance,
+        output,
+        method,
+        assigned,
+        allow_host=allow_host,
+        policy=policy,
+        run_dir=run_dir,
     )
     options = pipeline.gather(
         spec,
@@ -79,11 +101,15 @@ def run(
 
 @app.command()
 def plan(
-    file: option.File,
+    model: option.Model = None,
+    dataset: option.Dataset = None,
+    file: option.File = None,
     base_model: option.BaseModel = None,
     data: option.Data = None,
     instance: option.Instance = None,
     output: option.Output = None,
+    method: option.TuningMethod = None,
+    assigned: option.Set = None,
     pull_secret: option.PullSecret = None,
     hub_token_file: option.HubToken = None,
     policy: option.PolicyFile = None,
@@ -102,7 +128,18 @@ def plan(
     from tuning.plan import device
     from tuning.trackers import place
 
-    spec = option.spec_of(file, base_model, data, instance, output)
+    spec = option.spec_of(
+        model,
+        dataset,
+        file,
+        base_model,
+        data,
+        instance,
+        output,
+        method,
+        assigned,
+        needs_data=False,
+    )
     place.refuse(spec, None, None, here=False)
     eval_tasks.refuse_names(spec.evaluate)
     here = device.detect()
@@ -127,11 +164,15 @@ def plan(
 
 @app.command()
 def check(
-    file: option.File,
+    model: option.Model = None,
+    dataset: option.Dataset = None,
+    file: option.File = None,
     base_model: option.BaseModel = None,
     data: option.Data = None,
     instance: option.Instance = None,
     output: option.Output = None,
+    method: option.TuningMethod = None,
+    assigned: option.Set = None,
     push_secret: option.PushSecret = None,
     pull_secret: option.PullSecret = None,
     hub_token_file: option.HubToken = None,
@@ -139,13 +180,25 @@ def check(
     policy: option.PolicyFile = None,
     ca: option.CaFile = None,
     insecure: option.Insecure = False,
+    as_json: option.Json = False,
 ) -> None:
     """Check spec, base access, data and push rights in seconds; nothing is downloaded or left."""
     from tuning import pipeline
+    from tuning.cli import tables
     from tuning.console import Console
 
     spec = option.spec_of(
-        file, base_model, data, instance, output, allow_host=allow_host, policy=policy
+        model,
+        dataset,
+        file,
+        base_model,
+        data,
+        instance,
+        output,
+        method,
+        assigned,
+        allow_host=allow_host,
+        policy=policy,
     )
     options = pipeline.gather(
         spec,
@@ -157,18 +210,26 @@ def check(
         ca=ca,
         insecure=insecure,
     )
-    for line in pipeline.check(spec, options, Console()):
+    passed = pipeline.check(spec, options, Console())
+    if as_json:
+        tables.print_json({"passed": list(passed)})
+        return
+    for line in passed:
         print(line)
 
 
 @app.command()
 def preview(
-    file: option.File,
+    model: option.Model = None,
+    dataset: option.Dataset = None,
+    file: option.File = None,
     run_dir: option.RunDir = None,
     base_model: option.BaseModel = None,
     data: option.Data = None,
     instance: option.Instance = None,
     output: option.Output = None,
+    method: option.TuningMethod = None,
+    assigned: option.Set = None,
     push_secret: option.PushSecret = None,
     pull_secret: option.PullSecret = None,
     hub_token_file: option.HubToken = None,
@@ -191,7 +252,18 @@ def preview(
     from tuning.pipeline.preview import summarise
 
     spec = option.spec_of(
-        file, base_model, data, instance, output, allow_host=allow_host, policy=policy
+        model,
+        dataset,
+        file,
+        base_model,
+        data,
+        instance,
+        output,
+        method,
+        assigned,
+        allow_host=allow_host,
+        policy=policy,
+        run_dir=run_dir,
     )
     options = pipeline.gather(
         spec,

@@ -15,9 +15,20 @@ if TYPE_CHECKING:
     from tuning.pipeline import Machines
     from tuning.spec import Spec
 
-# A Workspace and what replaces parts of it
+# What to tune: a model and data, or a Workspace and what replaces parts of it
+Model = Annotated[
+    str | None,
+    typer.Argument(metavar="MODEL", help="Preset, org/model of the hub, or folder."),
+]
+Dataset = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="DATA", help="Files, URLs, a folder, or ORG/NAME of the hub."),
+]
 File = Annotated[
-    Path, typer.Option("-f", "--file", metavar="FILE", help="Workspace YAML (kaito.sh).")
+    Path | None,
+    typer.Option(
+        "-f", "--file", metavar="FILE", help="Workspace YAML (kaito.sh), for MODEL and DATA."
+    ),
 ]
 BaseModel = Annotated[
     str | None,
@@ -36,7 +47,27 @@ Instance = Annotated[
 Output = Annotated[
     str | None,
     typer.Option(
-        metavar="WHERE", help="oci:DIR, dir:DIR, hf://ORG/NAME or an image, not the file's."
+        "-o",
+        "--output",
+        metavar="WHERE",
+        help="oci:DIR, dir:DIR, hf://ORG/NAME or an image "
+        "[default: the file's; without a file, the run directory's image].",
+    ),
+]
+TuningMethod = Annotated[
+    str | None,
+    typer.Option(
+        "--method",
+        metavar="METHOD",
+        help="lora or qlora (4-bit base) [default: the file's; without a file, lora].",
+    ),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="A key of docs/config-keys.md, such as learning_rate=1e-4; repeatable.",
     ),
 ]
 AllowHost = Annotated[
@@ -51,7 +82,11 @@ RunDir = Annotated[
 EndedRun = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="Run directory.")]
 Secrets = Annotated[
     Path | None,
-    typer.Option(metavar="DIR", help="Folder with push/, pull/, hub/ and data/ secrets."),
+    typer.Option(
+        envvar="TUNING_SECRETS",
+        metavar="DIR",
+        help="Folder with push/, pull/, hub/ and data/ secrets.",
+    ),
 ]
 Ask = Annotated[
     list[str] | None,
@@ -96,29 +131,47 @@ Grace = Annotated[
 ]
 Rows = Annotated[int, typer.Option(min=0, max=20, help="Sample rows to show.")]
 
-# Logins, and what is trusted
+# Logins, and what is trusted; the environment variables hold paths, as the options do
 PushSecret = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="dockerconfigjson for the push [default: docker's own]."),
+    typer.Option(
+        envvar="TUNING_PUSH_SECRET",
+        metavar="FILE",
+        help="dockerconfigjson for the push [default: docker's own].",
+    ),
 ]
 PullSecret = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="dockerconfigjson for the pull [default: docker's own]."),
+    typer.Option(
+        envvar="TUNING_PULL_SECRET",
+        metavar="FILE",
+        help="dockerconfigjson for the pull [default: docker's own].",
+    ),
 ]
 HubToken = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="File with a token for gated models.")
+    Path | None,
+    typer.Option(
+        envvar="TUNING_HUB_TOKEN_FILE", metavar="FILE", help="File with a token for gated models."
+    ),
 ]
 PolicyFile = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="The administrator's policy file.")
+    Path | None,
+    typer.Option(envvar="TUNING_POLICY", metavar="FILE", help="The administrator's policy file."),
 ]
 CaFile = Annotated[
-    Path | None, typer.Option("--ca", metavar="FILE", help="CA certificates to trust (PEM).")
+    Path | None,
+    typer.Option(
+        "--ca", envvar="TUNING_CA", metavar="FILE", help="CA certificates to trust (PEM)."
+    ),
 ]
 Insecure = Annotated[bool, typer.Option(help="Talk plain http to the registry.")]
 KeyFile = Annotated[
     list[Path] | None,
     typer.Option(
-        "--key", metavar="FILE", help="Refuse an image without a signature by this key (cosign)."
+        "--key",
+        envvar="TUNING_KEY",
+        metavar="FILE",
+        help="Refuse an image without a signature by this key (cosign).",
     ),
 ]
 
@@ -169,7 +222,12 @@ AnyHost = Annotated[
 ]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one.")]
 ApiKeyFile = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="Keys, one a line; then every path wants one.")
+    Path | None,
+    typer.Option(
+        envvar="TUNING_API_KEY_FILE",
+        metavar="FILE",
+        help="Keys, one a line; then every path wants one.",
+    ),
 ]
 Precision = Annotated[
     str, typer.Option(metavar="HOW", help="auto, float32, bfloat16, float16 or 4bit.")
@@ -212,18 +270,28 @@ def access_of(key: list[Path] | None, policy: Path | None, **more: Any) -> Acces
 
 
 def spec_of(
-    file: Path,
+    model: str | None,
+    dataset: list[str] | None,
+    file: Path | None,
     base_model: str | None,
     data: list[str] | None,
     instance: str | None,
     output: str | None,
+    method: str | None,
+    assigned: list[str] | None,
     *,
     allow_host: list[str] | None = None,
     policy: Path | None = None,
+    run_dir: Path | None = None,
+    needs_data: bool = True,
 ) -> Spec:
-    """The spec in `file` with the command line's overrides; the policy file may allow hosts too."""
+    """The spec of MODEL and DATA, or in `file` with what the command line replaces.
+
+    The policy file may allow hosts too. Raises UsageError for neither or both, SpecError.
+    """
     from tuning import spec as specs
 
+    _check_named(model, dataset, file, base_model, data, needs_data=needs_data)
     allowed = tuple(allow_host or ())
     if policy:
         from tuning.network.policy import Policy
@@ -235,8 +303,46 @@ def spec_of(
         instance=instance,
         output=output,
         allow_hosts=allowed,
+        method=method,
+        set=tuple(assigned or ()),
     )
-    return specs.load(file, overrides=overrides)
+    if file is not None:
+        return specs.load(file, overrides=overrides)
+    return specs.from_command_line(
+        str(model), tuple(dataset or ()), overrides=overrides, folder=run_dir, needs_data=needs_data
+    )
+
+
+def _check_named(
+    model: str | None,
+    dataset: list[str] | None,
+    file: Path | None,
+    base_model: str | None,
+    data: list[str] | None,
+    *,
+    needs_data: bool,
+) -> None:
+    """Raise UsageError unless either a file, or a model and data, are named."""
+    from tuning.errors import UsageError
+
+    if model is not None and file is not None:
+        change = "leave out -f, or give --base-model and --data in place of MODEL and DATA"
+        raise UsageError.at("USE-105", model, "MODEL stands beside -f FILE", change)
+    if file is not None:
+        return
+    if model is None:
+        what = "there is neither MODEL and DATA nor -f FILE"
+        raise UsageError.at("USE-105", "", what, "see --help; `tuning init` writes a FILE")
+    if base_model or data:
+        flag = "--base-model" if base_model else "--data"
+        change = "give it in place of MODEL or DATA"
+        raise UsageError.at(
+            "USE-105", flag, "replaces a part of -f FILE, and there is none", change
+        )
+    if needs_data and not dataset:
+        what = "there is a MODEL, but no DATA"
+        change = f"add a file, a URL, a folder or ORG/NAME of the hub after {model}"
+        raise UsageError.at("USE-105", "DATA", what, change)
 
 
 def machines(nodes: int, node: int, meet: str | None) -> Machines:

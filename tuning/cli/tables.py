@@ -263,6 +263,8 @@ def summary_lines(summary: Summary) -> list[str]:
         ("adapter", f"{size(summary.adapter_bytes)} in {folder}"),
         ("model", where) if where.startswith("hf://") else ("image", f"{where}@{summary.digest}"),
     ]
+    if where == f"oci:{Path(folder).parent / 'image'}":
+        lines.append(("to push it", "the same command with -o REGISTRY/NAME:TAG"))
     if answers:
         first = answers[0]
         lines.append(("before", f"{first['question']} {one_line(first['base'])}"))

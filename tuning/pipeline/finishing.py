@@ -186,7 +186,7 @@ def deliver(run: Run, decided: Plan, digest: str) -> tuple[str, ...]:
     except (SpecError, RefusedError):
         run.journal.verify("package")  # a registry noticed what has rotted since
         raise
-    return tuple(done["references"])
+    return tuple(done["references"]) or (f"oci:{image}",)
 
 
 def facts(training: Value, digest: str, references: tuple[str, ...]) -> Value:

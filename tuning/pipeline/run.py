@@ -50,6 +50,12 @@ class Run:
     start: Start | None = None  # the adapter to go on from
     datasets: tuple[Pinned, ...] = ()  # of the hub, among the data
 
+    def __post_init__(self) -> None:
+        destination, own = self.spec.destination, self.folder.absolute() / "image"
+        if destination.layout and destination.layout.absolute() == own:
+            here = replace(destination, layout=None)  # nothing to deliver: it is made there
+            self.spec = replace(self.spec, destination=here)
+
     @property
     def folder(self) -> Path:
         """The run directory."""

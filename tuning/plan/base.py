@@ -102,9 +102,13 @@ def _name(spec: Spec, facts: presets.Facts | None) -> str:
     """
     model = spec.base_model or spec.preset
     in_folder = Path(model).is_dir()
-    preset = presets.find(spec.preset if in_folder or model.startswith(IMAGE) else model)
     if not in_folder and not model.startswith(IMAGE):
+        preset = presets.find(model)
         return preset.hub_id if preset else model
+    try:
+        preset = presets.find(spec.preset)
+    except SpecError:  # called as the folder is
+        preset = None
     if preset is None:
         return spec.preset
     if _shape(facts) == _shape(preset.facts):

@@ -7,7 +7,7 @@ of the ConfigMap, `workspace` holds the models from which the CRD and the JSON s
 
 from tuning.spec.findings import spelled
 from tuning.spec.ignored import ignored
-from tuning.spec.reader import load, parse, parse_workspace, read_file
+from tuning.spec.reader import from_command_line, load, parse, parse_workspace, read_file
 from tuning.spec.schema import json_schema
 from tuning.spec.values import (
     Destination,
@@ -30,6 +30,7 @@ __all__ = [
     "Spec",
     "digest",
     "dump",
+    "from_command_line",
     "ignored",
     "json_schema",
     "load",

@@ -86,7 +86,7 @@ def _read_section(section: str, content: Any, chosen: _Chosen) -> None:
     for name, value in _flattened(content, known[section]):
         key = known[section].get(name)
         if key is None:
-            change = _nearest_key(section, name)
+            change = nearest_key(section, name)
             chosen.findings.add("SPEC-111", (*path, name), "unknown key", change)
         elif value is not None:
             _read_key(key, value, (*path, name), chosen)
@@ -172,14 +172,15 @@ _ELSEWHERE = (
 )
 
 
-def _nearest_key(section: str, name: str) -> str:
+def nearest_key(section: str, name: str) -> str:
+    """What to change about the unknown key `name` of `section`, or of no section."""
     known = keys.sections()
     if name.lower() in _ELSEWHERE:
         return f"use {_ELSEWHERE[name.lower()]}"
     for other, rows in known.items():
         if name in rows:
             return f"move it to {other}"
-    if meant := nearest(name, known[section]):
+    if meant := nearest(name, known.get(section, {})):
         return f'did you mean "{meant}"? Otherwise remove it'
     for other, rows in known.items():
         if meant := nearest(name, rows):

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from tuning.errors import SpecError
-from tuning.spec import config, documents, places, rules
+from tuning.spec import assignments, builder, config, documents, places, rules
+from tuning.spec.assignments import Assignment
 from tuning.spec.documents import Document
 from tuning.spec.findings import Findings, shown
 from tuning.spec.values import Method, Settings
@@ -25,6 +26,7 @@ class ConfigMap:
     settings: Settings = Settings()  # noqa: RUF009 it is frozen
     document: Document | None = None
     content: Any = None  # what training_config.yaml holds
+    assigned: bool = False  # the command line set keys of it
     findings: tuple[Findings, ...] = ()
 
     def located(self, beside: Path | None) -> ConfigMap:
@@ -41,10 +43,16 @@ def read(
     workspace: Document,
     *,
     origin: str,
+    assigned: list[Assignment],
     read_template: Callable[[str], str | None],
 ) -> ConfigMap:
-    """The ConfigMap that `tuning.config` of `workspace` names, among all documents of the file."""
+    """The ConfigMap that `tuning.config` of `workspace` names, among all documents of the file,
+    with what the command line `assigned`; one of its own where there is none."""
     name = workspace.at("tuning", "config")
+    if assigned and (not name or name in TEMPLATES) and isinstance(workspace.at("tuning"), dict):
+        name = f"{workspace.at('metadata', 'name')}-settings"
+        workspace.value["tuning"]["config"] = name
+        everything = [*everything, Document(builder.config_map(name, {}))]
     if not isinstance(name, str) or not name:
         return ConfigMap()
     named = workspace.at("tuning", "method")
@@ -64,10 +72,11 @@ def read(
         return ConfigMap(document=document, findings=(outer,))
     content = inside[0] if inside else Document()
     content.findings.prefix = outer.prefix
+    assignments.apply(assigned, content)
     settings = config.read(
         content.value, content.findings, name=name, method=method, read_template=read_template
     )
-    return ConfigMap(settings, document, content.value, (outer, content.findings))
+    return ConfigMap(settings, document, content.value, bool(assigned), (outer, content.findings))
 
 
 def _find(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from pathlib import Path as FilePath
 from typing import Any
 
 from tuning.spec import reference, urls
-from tuning.spec.findings import Findings, Path, did_you_mean, shown
+from tuning.spec.findings import Findings, Path, did_you_mean, shorten, shown
 from tuning.spec.workspace import SUBDOMAIN, Preset
 
 # As in published quick starts: ACR_REPO_HERE, <your-registry>, ${REGISTRY}.
@@ -32,12 +33,21 @@ def check_secret(name: str, path: Path, findings: Findings) -> None:
         check_name(name, SUBDOMAIN, 253, path, findings, "Secret")
 
 
-def check_preset(preset: Preset, path: Path, findings: Findings) -> None:
-    """A base model's name and options. Whether the preset exists is checked later."""
+def check_preset(preset: Preset, path: Path, findings: Findings, *, here: bool = False) -> None:
+    """A base model's name and options. Whether the preset exists is checked later.
+
+    `here`: on this machine, where a folder (as a whole path) or oci://IMAGE is one as well.
+    """
     name = (*path, "name")
     if _placeholder(preset.name, name, findings, "the name of a preset, or org/model,"):
         return
-    if len(preset.name) > 200 or not re.fullmatch(rf"{_HUB_PART}(/{_HUB_PART})?", preset.name):
+    if here and preset.name.startswith("oci:"):
+        check_image(preset.name[4:].removeprefix("//"), name, findings, "base")
+    elif here and preset.name.startswith("/"):
+        if not is_folder(preset.name):
+            change = "name a folder with config.json, *.safetensors and a tokenizer, or org/model"
+            findings.add("SPEC-124", name, f"{shown(preset.name)} is no folder here", change)
+    elif len(preset.name) > 200 or not re.fullmatch(rf"{_HUB_PART}(/{_HUB_PART})?", preset.name):
         what = f"Unsupported tuning preset name {shown(preset.name)}"
         change = "use a name that `python -m tuning presets` lists, or org/model of the hub"
         findings.add("SPEC-104", name, what, change)
@@ -51,6 +61,11 @@ def check_image(text: str, path: Path, findings: Findings, role: str) -> None:
     """An image reference, with KAITO's messages. `role` is input, output, adapter or base-image."""
     if _placeholder(text, path, findings, "your own registry and image, in lower case,"):
         return
+    if role == "output" and is_local_output(text):
+        what = f"Unable to parse output image reference: {shown(text)} is not in a registry"
+        change = "write registry.example.com/name:tag; a folder or the hub is an output only where "
+        findings.add("SPEC-106", path, what, change + "you run `tuning run` yourself")
+        return
     try:
         parsed = reference.parse(text)
     except ValueError as error:
@@ -62,6 +77,47 @@ def check_image(text: str, path: Path, findings: Findings, role: str) -> None:
         findings.add("SPEC-106", path, what, "remove what follows the @")
 
 
+def is_local_output(text: str) -> bool:
+    """Whether an output is a folder of this machine or a repository of the hub, not an image."""
+    return text.startswith(("oci:", "dir:", "hf://", "/", ".", "~"))
+
+
+def check_output(output: str, path: Path, findings: Findings) -> None:
+    """An output on this machine: oci:DIR, dir:DIR, hf://ORG/NAME or an image reference."""
+    if output.startswith("hf://"):
+        if urls.model(output) is None:
+            what = f"{shown(output)} is no repository of a model"
+            change = "write hf://ORG/NAME, or hf://ORG/NAME@BRANCH"
+            findings.add("SPEC-109", path, what, change)
+    elif not output.startswith(("oci:", "dir:")):
+        bare = ":" not in output and "@" not in output and "." not in output.partition("/")[0]
+        if output.startswith(("/", ".", "~")) or bare:
+            what = f"{shown(output)} is not an image reference"
+            folder = shorten(output) or "FOLDER"
+            change = f"write dir:{folder} for a plain folder, oci:{folder} for an image layout"
+            if bare and output:
+                what = f"{shown(output)} has no registry and no tag, and names no kind of folder"
+                change += f", docker.io/{folder}:TAG for Docker Hub"
+            findings.add("SPEC-109", path, what, change)
+        else:
+            check_image(output, path, findings, "output")
+    elif not output[4:] or not output.isprintable():
+        findings.add("SPEC-109", path, "names no folder", f"write {output[:4]}FOLDER")
+
+
+def is_here(name: str) -> bool:
+    """Whether `name` is a file or a folder of this machine."""
+    try:
+        return FilePath(name).exists()
+    except (OSError, ValueError):  # too long for a name
+        return False
+
+
+def is_folder(name: str) -> bool:
+    """Whether `name` is a folder of this machine."""
+    return is_here(name) and FilePath(name).is_dir()
+
+
 _OTHER_NAMES = {
     "gcs": "gs://BUCKET/OBJECT",
     "s3a": "s3://BUCKET/KEY",
@@ -70,8 +126,20 @@ _OTHER_NAMES = {
 }
 
 
-def check_url(url: str, path: Path, findings: Findings, allow_hosts: Collection[str]) -> None:
-    """One data URL. Messages never show it: its query may hold a key."""
+def check_url(
+    url: str,
+    path: Path,
+    findings: Findings,
+    allow_hosts: Collection[str],
+    *,
+    here: bool = False,
+) -> None:
+    """One data URL. Messages never show it: its query may hold a key.
+
+    `here`: on this machine, where the whole path of a file or a folder is one as well.
+    """
+    if here and url.startswith("/") and is_here(url):
+        return
     if _placeholder(url.partition("?")[0], path, findings, "the address of your data file"):
         return
     refusal = urls.refusal(url, allow_hosts=allow_hosts)
@@ -94,6 +162,15 @@ def check_url(url: str, path: Path, findings: Findings, allow_hosts: Collection[
     scheme = url.partition(":")[0].lower()
     if refusal == urls.NOT_HTTP and scheme in _OTHER_NAMES:
         changes[refusal] = f"write it as {_OTHER_NAMES[scheme]}"
+    if "://" not in url and here:
+        what = f"{shown(url)} is neither a file or folder here nor a dataset of the hub"
+        change = (
+            "correct the path, or write ORG/NAME, or an address such as https://host/rows.jsonl"
+        )
+        findings.add("SPEC-124", path, what, change)
+        return
+    if refusal == urls.INVALID and "://" not in url:
+        changes[refusal] += "; a cluster does not see the files of your machine: upload them"
     if scheme == "hf":
         changes[urls.INVALID] = (
             "write hf://datasets/ORG/NAME or hf://datasets/ORG/NAME@REVISION for a dataset, with "

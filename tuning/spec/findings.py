@@ -19,6 +19,7 @@ class Findings:
 
     def __init__(self, lines: dict[Path, int], *, prefix: str = "") -> None:
         self.lines, self.prefix = lines, prefix
+        self.named: dict[Path, str] = {}  # paths that the command line wrote -> what it said
         self.notes: list[str] = []
         self._found: list[tuple[Path, Problem]] = []
 
@@ -32,7 +33,7 @@ class Findings:
 
     def note(self, path: Path, text: str) -> None:
         """Add a note about `path`; it is not a problem."""
-        self.notes.append(f"{self.prefix}{spelled(path)}: {text}")
+        self.notes.append(f"{self.named.get(path) or self.prefix + spelled(path)}: {text}")
 
     def blames(self, path: Path) -> bool:
         """Whether there is a problem at `path` or below."""
@@ -53,6 +54,8 @@ class Findings:
         return [p if p.where else replace(p, where=self._where(path)) for path, p in ordered]
 
     def _where(self, path: Path) -> str:
+        if path in self.named:
+            return self.named[path]
         line = self._line(path)
         return f"{self.prefix}{spelled(path)}" + (f" (line {line})" if line else "")
 

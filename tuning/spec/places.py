@@ -1,4 +1,4 @@
-"""Source and destination, from the file or the command line."""
+"""Model, source and destination, from the file or the command line."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from tuning.spec import fields, reference, urls
-from tuning.spec.findings import Findings, shorten, shown
+from tuning.spec.documents import Document
+from tuning.spec.findings import Findings, shown
 from tuning.spec.findings import Path as Place
 from tuning.spec.values import Destination, Overrides, Source
 from tuning.spec.workspace import ANNOTATION, DataDestination, DataSource
@@ -24,47 +25,62 @@ def check(overrides: Overrides, findings: Findings) -> None:
             findings.add(
                 "SPEC-109", ("--data", i), "is not a file name", "name a file, a folder or a URL"
             )
-    if sum(_is_folder(item) for item in overrides.data if not urls.of_data(item)) > 1:
+    if sum(fields.is_folder(item) for item in overrides.data if not urls.of_data(item)) > 1:
         change = "give one folder; files and URLs may stand beside it"
         findings.add("SPEC-109", ("--data",), "names several folders", change)
-    output = overrides.output
-    if output is not None and output.startswith("hf://"):
-        if urls.model(output) is None:
-            what = f"{shown(output)} is no repository of a model"
-            change = "write hf://ORG/NAME, or hf://ORG/NAME@BRANCH"
-            findings.add("SPEC-109", ("--output",), what, change)
-    elif output is not None and not output.startswith(("oci:", "dir:")):
-        bare = ":" not in output and "@" not in output and "." not in output.partition("/")[0]
-        if output.startswith(("/", ".", "~")) or bare:
-            what = f"{shown(output)} is not an image reference"
-            folder = shorten(output) or "FOLDER"
-            change = f"write dir:{folder} for a plain folder, oci:{folder} for an image layout"
-            if bare and output:
-                what = f"{shown(output)} has no registry and no tag, and names no kind of folder"
-                change += f", docker.io/{folder}:TAG for Docker Hub"
-            findings.add("SPEC-109", ("--output",), what, change)
-        else:
-            fields.check_image(output, ("--output",), findings, "output")
-    elif output is not None and (not output[4:] or not output.isprintable()):
-        findings.add("SPEC-109", ("--output",), "names no folder", f"write {output[:4]}FOLDER")
+    if overrides.output is not None:
+        fields.check_output(overrides.output, ("--output",), findings)
     for name in ("base_model", "instance"):
         if getattr(overrides, name) == "":
             flag = f"--{name.replace('_', '-')}"
             findings.add("SPEC-109", (flag,), "is empty", "give a value, or leave it out")
 
 
-def _is_folder(name: str) -> bool:
+def localise(document: Document, beside: Path) -> None:
+    """Write out what `document` names on this machine: files and folders, seen from `beside`, as
+    whole paths, ORG/NAME of a dataset as its URL. What is neither stays, for the rules to refuse.
+    """
+    model, data, output = (document.at("tuning", each) for each in ("preset", "input", "output"))
+    if isinstance(model, dict) and isinstance(name := model.get("name"), str):
+        folder = _seen_from(beside, name)
+        if name.startswith(("/", "./", "../", "~/")) or fields.is_here(f"{folder}/config.json"):
+            model["name"] = str(folder.absolute())
+    if isinstance(data, dict) and isinstance(listed := data.get("urls"), list):
+        data["urls"] = [_localised(each, beside) for each in listed]
+    image = output.get("image") if isinstance(output, dict) else None
+    if isinstance(image, str) and image.startswith(("oci:", "dir:")) and image[4:]:
+        output["image"] = f"{image[:4]}{_seen_from(beside, image[4:]).absolute()}"
+
+
+def _localised(data: Any, beside: Path) -> Any:
+    if not isinstance(data, str) or not data or "://" in data:
+        return data
+    path = _seen_from(beside, data)
+    return str(path.absolute()) if fields.is_here(str(path)) else urls.of_data(data, beside) or data
+
+
+def _seen_from(folder: Path, text: str) -> Path:
     try:
-        return Path(name).is_dir()
-    except OSError:  # too long for a name
-        return False
+        return folder / Path(text).expanduser()
+    except RuntimeError:  # ~ of nobody
+        return folder / text
+
+
+def own_base(name: str) -> tuple[str, str | None]:
+    """What the base model `name` of a Workspace is called, and its folder or image if it is one."""
+    if name.startswith("/"):
+        return Path(name).name or "model", name
+    if name.startswith("oci:"):
+        parsed = reference.parse(name[4:].removeprefix("//"))
+        return parsed.repository.rpartition("/")[2], name
+    return name, None
 
 
 def source_of(data: tuple[str, ...]) -> Source:
-    """The source that --data names."""
+    """The source that --data, or urls on this machine, name."""
     named = tuple(filter(None, map(urls.of_data, data)))
     local = [Path(item) for item in data if not urls.of_data(item)]
-    folder = next((path for path in local if _is_folder(str(path))), None)
+    folder = next((path for path in local if fields.is_folder(str(path))), None)
     return Source(urls=named, folder=folder, files=tuple(p for p in local if p != folder))
 
 
@@ -72,7 +88,7 @@ def source(written: DataSource | None, notes: list[str]) -> Source:
     """The source that tuning.input names."""
     assert written is not None
     if written.urls:
-        return Source(urls=tuple(written.urls))
+        return source_of(tuple(written.urls))
     if written.image is not None:
         return Source(image=written.image, pull_secrets=tuple(written.image_pull_secrets or ()))
     assert written.volume_source is not None
@@ -101,12 +117,11 @@ def destination(
         return replace(named_destination(output), **ours)
     assert written is not None
     volume = written.volume_source
-    return Destination(
-        image=written.image,
-        push_secret=written.image_push_secret,
-        folder=_folder(volume, _OUTPUT_MOUNT, "output", notes) if volume else None,
-        **ours,
-    )
+    if volume:
+        ours["folder"] = _folder(volume, _OUTPUT_MOUNT, "output", notes)
+    if written.image and fields.is_local_output(written.image):
+        return replace(named_destination(written.image), **ours)
+    return Destination(image=written.image, push_secret=written.image_push_secret, **ours)
 
 
 def named_destination(output: str) -> Destination:
@@ -131,10 +146,10 @@ def start_adapter(named: str, beside: Path | None, findings: Findings, path: Pla
     rest = named.removeprefix("oci:").removeprefix("//")
     if beside is not None and not named.startswith("oci://"):
         folder, tag = (beside / rest).absolute(), ""
-        if named != rest and not _is_folder(str(folder)):  # oci:DIR:NAME, of several in a layout
+        if named != rest and not fields.is_folder(f"{folder}"):  # oci:DIR:NAME, of several there
             parent, colon, name = str(folder).rpartition(":")
             folder, tag = Path(parent), colon + name
-        if _is_folder(str(folder)):
+        if fields.is_folder(str(folder)):
             return f"oci:{folder}{tag}" if named != rest else str(folder)
     host = rest.partition("/")[0] if "/" in rest else ""
     local = rest[:1] in ("/", ".", "~") or not ("." in host or ":" in host or host == "localhost")

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
 from tuning.errors import Problem, SpecError
-from tuning.spec import configmap, documents, places, rules, shape, writer
+from tuning.spec import assignments, builder, configmap, documents, places, rules, shape, writer
 from tuning.spec.configmap import ConfigMap
 from tuning.spec.documents import Document
 from tuning.spec.findings import Findings, nearest, shown
-from tuning.spec.values import Overrides, Spec
+from tuning.spec.values import Overrides, Source, Spec
 from tuning.spec.workspace import ANNOTATION, Workspace
 
 _NO_OVERRIDES = Overrides()
@@ -25,9 +24,32 @@ def load(path: Path, *, overrides: Overrides = _NO_OVERRIDES) -> Spec:
 
     Raises SpecError with all problems of the file.
     """
-    text = read_file(path)
-    beside = path.parent
-    return _read(text, path.name, overrides, lambda name: _read_beside(beside, name), beside)
+    everything = documents.read(read_file(path), origin=path.name)
+    return _read(everything, path.name, overrides, path.parent)
+
+
+def from_command_line(
+    model: str,
+    data: tuple[str, ...],
+    *,
+    overrides: Overrides,
+    folder: Path | None = None,
+    needs_data: bool = True,
+) -> Spec:
+    """The Workspace of a command line without a file: `tuning run MODEL DATA --output WHERE`.
+
+    Paths are seen from the working directory. Without an output, the image is that of the run
+    directory: `folder`, or runs/<name>. Raises SpecError with all problems.
+    """
+    run = folder or Path("runs") / builder.name_of(model, data)
+    output = overrides.output if overrides.output is not None else f"oci:{run / 'image'}"
+    value = builder.workspace(model, data, output, method=overrides.method or "lora")
+    document = Document(value)
+    named = document.findings.named
+    named["tuning", "preset", "name"] = "MODEL"
+    for i in range(len(data)):
+        named["tuning", "input", "urls", i] = "DATA" if len(data) == 1 else f"DATA {i + 1}"
+    return _read([document], "the command line", overrides, Path(), needs_data=needs_data)
 
 
 def read_file(path: Path) -> str:
@@ -49,7 +71,8 @@ def parse(
 
     Raises SpecError with all problems of the text.
     """
-    return _read(text, origin, overrides, lambda name: None, None, max_nodes)
+    everything = documents.read(text, origin=origin, max_nodes=max_nodes)
+    return _read(everything, origin, overrides, None)
 
 
 def parse_workspace(text: str, *, origin: str, max_nodes: int = documents.MAX_NODES) -> Workspace:
@@ -69,28 +92,40 @@ def parse_workspace(text: str, *, origin: str, max_nodes: int = documents.MAX_NO
 
 
 def _read(
-    text: str,
+    everything: list[Document],
     origin: str,
     overrides: Overrides,
-    read_template: Callable[[str], str | None],
     beside: Path | None,
-    max_nodes: int = documents.MAX_NODES,
+    *,
+    needs_data: bool = True,
 ) -> Spec:
-    everything = documents.read(text, origin=origin, max_nodes=max_nodes)
+    """`beside` is the folder from which places of this machine are seen; None: not on it."""
     document = _the_workspace(everything, origin)
     findings = document.findings
     command_line = Findings({})
     places.check(overrides, command_line)
+    assigned = assignments.read(overrides.set, command_line)
+    if beside is not None:
+        places.localise(document, beside)
+    if overrides.method is not None:
+        _replace_method(document, overrides.method)
     workspace = shape.read(document)
     if workspace:
         rules.check(
             workspace,
             findings,
-            own_input=bool(overrides.data),
+            own_input=bool(overrides.data) or not needs_data,
             own_output=overrides.output is not None,
             allow_hosts=overrides.allow_hosts,
+            here=beside is not None,
         )
-    config = configmap.read(everything, document, origin=origin, read_template=read_template)
+    config = configmap.read(
+        everything,
+        document,
+        origin=origin,
+        assigned=assigned,
+        read_template=lambda name: _read_beside(beside, name),
+    )
     config = config.located(beside)
     problems = [p for each in (command_line, findings, *config.findings) for p in each.in_order()]
     if workspace is None or problems:
@@ -102,6 +137,16 @@ def _read(
     notes = _notes_on_others([d for d in everything if d not in (document, config.document)])
     notes += [n for each in (command_line, findings, *config.findings) for n in each.notes]
     return _spec(workspace, document, config, overrides, notes)
+
+
+def _replace_method(document: Document, method: str) -> None:
+    """Write --method into the Workspace, without KAITO's template for another method."""
+    tuning = document.at("tuning")
+    if isinstance(tuning, dict):
+        tuning["method"] = method
+        document.findings.named["tuning", "method"] = "--method"
+        if configmap.TEMPLATES.get(str(tuning.get("config")), method) != method.lower():
+            del tuning["config"]
 
 
 def _the_workspace(everything: list[Document], origin: str) -> Document:
@@ -159,8 +204,10 @@ def _read_text(path: Path) -> str:
     return data.decode()
 
 
-def _read_beside(folder: Path, name: str) -> str | None:
+def _read_beside(folder: Path | None, name: str) -> str | None:
     """The text of a chat template, relative to the folder of the YAML; None if unreadable."""
+    if folder is None:
+        return None
     try:
         return _read_text(folder / name)
     except (OSError, UnicodeDecodeError, ValueError, SpecError):
@@ -194,9 +241,10 @@ def _spec(
     cluster_notes = tuple(notes)
     if workspace.inference:
         notes.append("inference: ignored by a tuning run")
-    source = (
-        places.source_of(overrides.data) if overrides.data else places.source(tuning.input, notes)
-    )
+    if overrides.data:
+        source = places.source_of(overrides.data)
+    else:
+        source = places.source(tuning.input, notes) if tuning.input else Source()
     if source.folder or not overrides.data:
         source = replace(
             source, within=config.settings.dataset_path, ending=config.settings.dataset_extension
@@ -206,15 +254,16 @@ def _spec(
     destination = places.destination(
         tuning.output, overrides.output, notes, annotations, workspace.status
     )
+    preset, own_model = places.own_base(tuning.preset.name)
     gpus = annotations.get(f"{ANNOTATION}gpus")
     yaml_instance = workspace.resource.instance_type if workspace.resource else None
     return Spec(
         name=workspace.metadata.name,
-        preset=tuning.preset.name,
+        preset=preset,
         method=method,
         source=source,
         destination=destination,
-        base_model=overrides.base_model,
+        base_model=overrides.base_model or own_model,
         instance=overrides.instance or yaml_instance,
         nodes=workspace.resource.count if workspace.resource else 1,
         gpus=int(gpus) if gpus is not None else None,

@@ -34,8 +34,12 @@ def check(
     own_input: bool,
     own_output: bool,
     allow_hosts: Collection[str],
+    here: bool = False,
 ) -> None:
-    """All rules for `workspace`; `own_input` and `own_output`: the command line replaces them."""
+    """All rules for `workspace`; `own_input` and `own_output`: the command line replaces them.
+
+    `here`: it runs on this machine, so that model, data and output may be places of it.
+    """
     _check_metadata(workspace.metadata, findings)
     _check_version(workspace, (), findings, beta=workspace.api_version.endswith("v1beta1"))
     if workspace.resource:
@@ -48,15 +52,15 @@ def check(
         )
     if tuning := workspace.tuning:
         method(tuning.method, findings)
-        fields.check_preset(tuning.preset, ("tuning", "preset"), findings)
+        fields.check_preset(tuning.preset, ("tuning", "preset"), findings, here=here)
         if tuning.config:
             fields.check_name(
                 tuning.config, SUBDOMAIN, 253, ("tuning", "config"), findings, "ConfigMap"
             )
         if not own_input:
-            _check_input(tuning.input, findings, allow_hosts)
+            _check_input(tuning.input, findings, allow_hosts, here=here)
         if not own_output:
-            _check_output(tuning.output, findings)
+            _check_output(tuning.output, findings, here=here)
     if workspace.inference:
         adapters.check(workspace.inference, findings, workspace.tuning)
     for where, text in ignored(workspace):
@@ -137,7 +141,7 @@ def _check_resource(resource: Resource, findings: Findings, *, tuning: bool) -> 
 
 
 def _check_input(
-    source: DataSource | None, findings: Findings, allow_hosts: Collection[str]
+    source: DataSource | None, findings: Findings, allow_hosts: Collection[str], *, here: bool
 ) -> None:
     path = ("tuning", "input")
     if source is None:
@@ -154,7 +158,10 @@ def _check_input(
         change = "keep one" if count else "add one"
         findings.add("SPEC-116", path, what, f"{change} of urls, volumeSource and image")
     for i, url in enumerate(source.urls or []):
-        fields.check_url(url, (*path, "urls", i), findings, allow_hosts)
+        fields.check_url(url, (*path, "urls", i), findings, allow_hosts, here=here)
+    if here and sum(map(fields.is_folder, source.urls or [])) > 1:
+        change = "give one folder; files and URLs may stand beside it"
+        findings.add("SPEC-109", (*path, "urls"), "names several folders", change)
     if source.volume_source is not None:
         fields.check_volume(source.volume_source, (*path, "volumeSource"), findings)
     if source.image is not None:
@@ -163,7 +170,7 @@ def _check_input(
         fields.check_secret(secret, (*path, "imagePullSecrets", i), findings)
 
 
-def _check_output(output: DataDestination | None, findings: Findings) -> None:
+def _check_output(output: DataDestination | None, findings: Findings, *, here: bool) -> None:
     path = ("tuning", "output")
     hint = "add image with imagePushSecret, or volumeSource, or give --output oci:DIR"
     if output is None:
@@ -174,7 +181,9 @@ def _check_output(output: DataDestination | None, findings: Findings) -> None:
         findings.add("SPEC-116", path, "Exactly one of Volume or Image must be specified", hint)
     if output.volume_source is not None:
         fields.check_volume(output.volume_source, (*path, "volumeSource"), findings, written=True)
-    if output.image is not None:
+    if here and output.image is not None and fields.is_local_output(output.image):
+        fields.check_output(output.image, (*path, "image"), findings)
+    elif output.image is not None:
         if output.image_push_secret is None and not findings.blames(path):
             what = "Must specify imagePushSecret with destination image"
             change = "name the Secret with the registry's login, or give --output on your machine"

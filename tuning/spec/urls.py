@@ -140,10 +140,10 @@ def page(url: str) -> str | None:
     return f"hf://datasets/{match['repository']}"
 
 
-def of_data(text: str) -> str | None:
+def of_data(text: str, beside: Path = Path()) -> str | None:
     """The URL that --data means: one as it is, ORG/NAME as a dataset of the hub; None for a path.
 
-    ORG/NAME is a path if it, or a folder ORG, is there, or if it ends as data files do.
+    ORG/NAME is a path if it, or a folder ORG, is in `beside`, or if it ends as data files do.
     """
     if "://" in text:
         return text
@@ -152,7 +152,7 @@ def of_data(text: str) -> str | None:
     if named is None or _DATA_ENDING.fullmatch(PurePosixPath(named.name).suffix):
         return None
     try:
-        here = Path(text).exists() or Path(named.name).parent.is_dir()
+        here = (beside / text).exists() or (beside / named.name).parent.is_dir()
     except OSError:  # too long for a name
         return None
     return None if here else url

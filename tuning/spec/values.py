@@ -113,7 +113,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Destination:
-    """Where the adapter goes; at least one of image, folder, layout and hub is set."""
+    """Where the adapter goes; without image, folder, layout and hub it stays in the run folder."""
 
     image: str | None = None
     push_secret: str | None = None  # name of the Secret; its file comes from the command line
@@ -140,6 +140,8 @@ class Overrides:
     instance: str | None = None
     output: str | None = None  # oci:DIR, dir:DIR, hf://ORG/NAME, or an image reference
     allow_hosts: tuple[str, ...] = ()  # hosts of URLs that may be private or local
+    method: str | None = None  # lora or qlora
+    set: tuple[str, ...] = ()  # KEY=VALUE, for keys of the ConfigMap
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,8 @@ def normalised_config(config_map: ConfigMap) -> dict[str, Any] | None:
     if document is None:
         return None
     text, settings = document.at("data", config.FILE), config_map.settings
-    if settings.chat_template is not None or settings.start_adapter is not None:
+    named = settings.chat_template is not None or settings.start_adapter is not None
+    if named or config_map.assigned:
         content = copy.deepcopy(config_map.content)
         sections = content[config.ROOT]
         for (section, name), setting in _PLACES.items():

@@ -1,0 +1,96 @@
+"""`--set KEY=VALUE`: keys of the ConfigMap, from the command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from tuning.errors import SpecError
+from tuning.spec import config, documents, keys
+from tuning.spec.coercion import items_of
+from tuning.spec.documents import Document
+from tuning.spec.findings import Findings, did_you_mean, shorten, shown
+from tuning.spec.keys import Key, same
+
+_LISTS = ("names", "numbers")  # written with commas: target_modules=q_proj,v_proj
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """A key, its value as YAML reads it, and how the command line named the key."""
+
+    key: Key
+    value: Any
+    written: str
+
+
+def read(texts: tuple[str, ...], findings: Findings) -> list[Assignment]:
+    """The assignments in `texts`; problems go to `findings`, under what was written."""
+    assigned = []
+    for i, text in enumerate(texts):
+        name, equals, value = (part.strip() for part in text.partition("="))
+        path = ("--set", i)
+        findings.named[path] = f"--set {shorten(name)}"
+        if not equals or not name:
+            what = f"{shown(text)} is not KEY=VALUE"
+            findings.add("SPEC-109", path, what, "write it as in --set learning_rate=1e-4")
+        elif (key := _key(name, path, findings)) is not None:
+            try:
+                assigned.append(Assignment(key, _value(key, value), findings.named[path]))
+            except SpecError:
+                what = f"{shown(value)} is not a value"
+                change = "write it as in YAML, in quotes where it has : or # or brackets"
+                findings.add("SPEC-109", path, what, change)
+    return assigned
+
+
+def _key(name: str, path: tuple[str, int], findings: Findings) -> Key | None:
+    """The key that `name` or SECTION.NAME means; among sections, the one where it has an effect."""
+    sections = keys.sections()
+    section, _, bare = name.rpartition(".")
+    if section and section not in sections:
+        findings.add("SPEC-111", path, "unknown section", did_you_mean(section, sections))
+        return None
+    rows = [sections[section]] if section else list(sections.values())
+    named = [each[bare] for each in rows if bare in each]
+    effective = [key for key in named if key.use in ("honoured", "translated")]
+    candidates = effective or named
+    if not candidates:
+        findings.add("SPEC-111", path, "unknown key", config.nearest_key(section, bare))
+        return None
+    if len({(key.use, key.setting, key.text) for key in candidates}) > 1:
+        choices = " or ".join(f"{key.section}.{bare}" for key in candidates)
+        findings.add("SPEC-109", path, "is a key of several sections", f"write {choices}")
+        return None
+    return candidates[0]
+
+
+def _value(key: Key, text: str) -> Any:
+    inner = documents.read(f"value: {text}", origin="--set") if text else []
+    value = inner[0].at("value") if inner else None
+    if inner and (inner[0].findings.in_order() or inner[0].value.keys() != {"value"}):
+        raise SpecError([])
+    if key.type in _LISTS and isinstance(value, str) and "," in value:
+        return [each.strip() for each in items_of(value)]
+    return value
+
+
+def apply(assigned: list[Assignment], content: Document) -> None:
+    """Write `assigned` into the sections of `content`, in the place of what sets the same."""
+    root = content.at(config.ROOT)
+    if not isinstance(root, dict):
+        return  # a problem of the file, which is reported as such
+    for each in assigned:
+        key, path = each.key, (config.ROOT, each.key.section, each.key.name)
+        for section, before in root.items():
+            known = keys.sections().get(section, {})
+            for name in list(before) if isinstance(before, dict) and key.setting else ():
+                if name in known and known[name].setting == key.setting:
+                    del before[name]
+        if not isinstance(rows := root.setdefault(key.section, {}) or {}, dict):
+            continue  # likewise
+        root[key.section] = rows | {key.name: each.value}
+        content.findings.named[path] = each.written
+        honoured = key.use in ("honoured", "translated") and each.value is not None
+        if honoured and any(same(each.value, unset) for unset in key.unset):
+            content.findings.note(path, f"{shown(each.value)} counts as not set: the plan decides")

@@ -35,7 +35,7 @@ def job(tmp_path: Path, base: Path) -> tuning.Spec:
     rows.write_text("\n".join(json.dumps(row) for row in tiny_models.message_rows(12)))
     file = workspace(tmp_path / "job.yaml", settings={"logging_steps": 1})
     output = f"oci:{tmp_path / 'image'}"
-    return tuning.load(file, base_model=str(base), data=str(rows), output=output)
+    return tuning.load(file, model=str(base), data=str(rows), output=output)
 
 
 def test_the_names_are_a_promise() -> None:
@@ -133,6 +133,24 @@ def test_a_run_in_a_thread(job: tuning.Spec, tmp_path: Path) -> None:
     thread.join()
 
     assert 4 == results[0].losses[-1][0]
+
+
+def test_without_a_file(job: tuning.Spec, tmp_path: Path, base: Path) -> None:
+    """Model, data and settings as keywords are the command line without a YAML."""
+    rows, output = str(tmp_path / "rows.jsonl"), f"oci:{tmp_path / 'image'}"
+    settings = {"max_steps": 4, "learning_rate": 0.001, "target_modules": ["q_proj"]}
+    spec = tuning.load(model=str(base), data=rows, output=output, settings=settings)
+    arguments = ("--set", "max_steps=4", "--set", "learning_rate=1e-3")
+    planned = command(
+        *("plan", base, rows, "-o", output, *arguments, "--set", "target_modules=q_proj"),
+        "--json",
+    )
+
+    recipe = json.loads(json.dumps(tuning.plan(spec, quiet=True).to_json()))["recipe"]
+    assert json.loads(good(planned))["recipe"] == recipe
+    assert (4, ["q_proj"]) == (recipe["steps"] or spec.settings.max_steps, recipe["targets"])
+    with pytest.raises(tuning.TuningError, match="USE-109"):
+        tuning.load(model=str(base))
 
 
 def test_errors_are_those_of_the_command(tmp_path: Path) -> None:

@@ -2,8 +2,8 @@
 
     import tuning
 
-    spec = tuning.load("workspace.yaml", output="oci:adapter")
-    print(tuning.plan(spec).text)
+    spec = tuning.load(model="org/model", data="rows.csv", output="oci:adapter")
+    print(tuning.plan(spec).reasons)
     result = tuning.run(spec, on_step=print)
 
 These names are the Python API (`tuning.api`; docs/python.md); all else may change.

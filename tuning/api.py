@@ -2,7 +2,7 @@
 
     import tuning
 
-    spec = tuning.load("workspace.yaml", output="oci:adapter")
+    spec = tuning.load(model="org/model", data="rows.csv", output="oci:adapter")
     result = tuning.run(spec, on_step=print)
     print(result.digest, result.losses[-1])
 
@@ -13,8 +13,9 @@ this process.
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from os import PathLike
@@ -25,7 +26,7 @@ import tuning.plan as plans
 from tuning import pipeline
 from tuning import spec as specs
 from tuning.console import Console
-from tuning.errors import TuningError
+from tuning.errors import TuningError, UsageError
 from tuning.network.policy import Policy
 from tuning.oci import delivery
 from tuning.oci.delivery import BRIEF, Access
@@ -110,29 +111,40 @@ class LiveChart:
 
 
 def load(
-    file: Where,
+    file: Where | None = None,
     *,
-    base_model: str | None = None,
+    model: str | None = None,
     data: str | Sequence[str] = (),
     output: str | None = None,
+    method: str | None = None,
+    settings: Mapping[str, Any] | None = None,
     instance: str | None = None,
     logins: Logins = NONE,
 ) -> Spec:
-    """The Workspace in `file`, with what the keywords replace: `-f` and its options.
+    """The Workspace in `file` with what the keywords replace, or one of `model` and `data`.
 
-    Raises SpecError with all problems.
+    `settings` are keys of docs/config-keys.md, such as `{"learning_rate": 1e-4}`; the other
+    keywords are the command line's. Raises SpecError with all problems.
     """
     allowed = logins.allow_hosts
     if logins.policy_file:
         allowed += tuple(Policy.load(logins.policy_file).allow_hosts)
+    named = (data,) if isinstance(data, str) else tuple(data)
     overrides = specs.Overrides(
-        base_model=base_model,
-        data=(data,) if isinstance(data, str) else tuple(data),
+        base_model=None if file is None else model,
+        data=() if file is None else named,
         instance=instance,
         output=output,
         allow_hosts=allowed,
+        method=method,
+        set=tuple(f"{key}={json.dumps(value)}" for key, value in (settings or {}).items()),
     )
-    return specs.load(Path(file), overrides=overrides)
+    if file is not None:
+        return specs.load(Path(file), overrides=overrides)
+    if model is None or not named:
+        change = 'write load("workspace.yaml"), or load(model=MODEL, data=DATA)'
+        raise UsageError.at("USE-109", "load", "names no file, and not both model and data", change)
+    return specs.from_command_line(model, named, overrides=overrides)
 
 
 def plan(spec: Spec | Where, *, logins: Logins = NONE, quiet: bool = False) -> Plan:

@@ -11,7 +11,7 @@ import typer
 
 from tuning.cli import options as option
 from tuning.cli.app import app
-from tuning.errors import UsageError
+from tuning.errors import UsageError, printable
 
 WrittenFile = Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="File to write.")]
 _WHERE = "oci:DIR, dir:DIR, hf://ORG/NAME or an image in a registry."
@@ -44,6 +44,7 @@ def init(
     _check_free(file)
     model = model or _answer("Model (preset, org/model or folder)", "--model", None, yes)
     data = data or [_answer("Data (file, URL, folder or ORG/NAME)", "--data", None, yes)]
+    model, data = _seen_from(file, model), [_seen_from(file, each) for each in data]
     default = f"oci:{builder.name_of(model, tuple(data)).rpartition('-')[0]}-adapter"
     where = where or _answer(f"Where to put the adapter ({_WHERE[:-1]})", "--where", default, yes)
     here = device.detect()
@@ -60,6 +61,12 @@ def init(
         _CLUSTER,
     ]
     _write(file, writer.text([value], comments))
+
+
+def _seen_from(file: Path, name: str) -> str:
+    """A name as the YAML `file` has to say it: a file or folder of this machine from its folder."""
+    here = file.parent == Path() or "://" in name or not Path(name).exists()
+    return name if here else str(Path(name).absolute())
 
 
 def _why(method: str) -> str:
@@ -103,8 +110,8 @@ def import_(
         config, data=tuple(data or ()), output=where or "oci:adapter", beside=beside
     )
     for note in notes:
-        print(f"note: {note}", file=sys.stderr)
-    head = [f"Translated from {config.name} by `tuning import`.", *notes, _CLUSTER]
+        print(printable(f"note: {note}"), file=sys.stderr)
+    head = [f"Translated from {config.name} by `tuning import`.", *map(printable, notes), _CLUSTER]
     text = writer.text(documents, head)
     if file is None:
         print(text, end="")

@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlencode
+from urllib.parse import quote, urlencode
 
 from tuning.errors import Problem, SpecError
 from tuning.spec import assignments, builder, documents, keys, reader, urls
@@ -59,6 +59,8 @@ def translate(
             continue
         _translate(name, each, table["keys"].get(name), found)
     found.data += data or _data(value, table, found, path.parent)
+    if not found.method:
+        found.notes.append(table["without_method"])
     if not found.model:
         found.refuse(path.name, "names no base model", "add its base model, and import it again")
     if not found.data and not found.problems:
@@ -201,7 +203,7 @@ def _place(path: str, config: Any, split: Any, revision: Any, found: Translation
         found.notes.append(f"split {split}: all of its rows are used")
         split = split.partition("[")[0]
     chosen = {"config": config, "split": None if split == "train" else split}
-    query = urlencode({k: str(v) for k, v in chosen.items() if v})
+    query = urlencode({k: str(v) for k, v in chosen.items() if v}, quote_via=quote, safe="+")
     url = f"hf://datasets/{path}{at}" + (f"?{query}" if query else "")
     return url if at or query else path
 

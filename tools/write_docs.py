@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import cli_page
 import error_codes
 import fit_page
 import keys_page
@@ -25,6 +26,7 @@ def generated() -> dict[Path, str]:
         ROOT / "docs" / "config-keys.md": keys_page.markdown(),
         ROOT / "configs" / "deploy" / "crd" / "workspaces.kaito.sh.yaml": crd.text(),
         ROOT / "docs" / "operator-options.md": options_page.markdown(),
+        ROOT / "docs" / "cli.md": cli_page.markdown(),
         ROOT / "docs" / "errors.md": error_codes.page(),
         ROOT / "docs" / "fit.md": fit_page.markdown(),
         ROOT / "docs" / "models.md": models_page.markdown(),

@@ -78,7 +78,7 @@ def test_the_plan_as_json_is_a_whole_recipe(workspace):
     ("arguments", "code", "text"),
     [
         (["plan", "-f", "absent.yaml"], 11, "absent.yaml"),
-        (["plan"], 2, "--file"),
+        (["plan"], 2, "-f FILE"),
         (["plan", "-f", "FILE", "--sideways"], 2, "No such option: --sideways"),
         (["dance"], 2, "No such command 'dance'"),
         (["plan", "-f", "FILE", "--instance", "Standard_NC6s_v33"], 11, "Standard_NC6s_v3"),

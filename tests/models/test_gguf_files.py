@@ -331,7 +331,7 @@ def test_the_command_on_the_bundled_model(tmp_path, tiny_base):
     again = tuning(*command)
     assert again.returncode == 11 and "IMAGE-103" in again.stderr
     both = tuning(*command, "--merged", "--with-base")
-    assert both.returncode == 2 and "USE-105" in both.stderr
+    assert both.returncode == 2 and "USE-110" in both.stderr
 
 
 def test_a_tensor_without_a_name_is_refused(tiny_base, tmp_path):

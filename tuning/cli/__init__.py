@@ -10,6 +10,7 @@ from tuning.cli import jobs as _jobs  # noqa: F401
 from tuning.cli import adapters as _adapters  # noqa: F401
 from tuning.cli import serving as _serving  # noqa: F401
 from tuning.cli import evaluation as _evaluation  # noqa: F401
+from tuning.cli import documents as _documents  # noqa: F401
 from tuning.cli import about as _about  # noqa: F401
 from tuning.cli.app import app, main
 

@@ -22,9 +22,11 @@ def pull(
     policy: option.PolicyFile = None,
     ca: option.CaFile = None,
     insecure: option.Insecure = False,
+    as_json: option.Json = False,
 ) -> None:
     """Fetch an adapter image, verify it, and write its PEFT folder."""
     from tuning import adapter
+    from tuning.cli import tables
     from tuning.console import Console
     from tuning.oci import delivery
 
@@ -38,7 +40,10 @@ def pull(
         base_model = 'AutoModelForCausalLM.from_pretrained("BASE_FOLDER")'
         console.say("Its base was a local folder, which the image does not name. To load it:")
         console.say(f'  PeftModel.from_pretrained({base_model}, "{folder}")')
-    print(f"{digest} {folder}")
+    if as_json:
+        tables.print_json({"digest": digest, "folder": str(folder)})
+    else:
+        print(f"{digest} {folder}")
 
 
 @app.command()
@@ -118,6 +123,7 @@ def merge(
     policy: option.PolicyFile = None,
     ca: option.CaFile = None,
     insecure: option.Insecure = False,
+    as_json: option.Json = False,
 ) -> None:
     """Put base and adapter together into one full model: a folder, or a model image."""
     from tuning.console import Console
@@ -137,7 +143,7 @@ def merge(
         access=access,
         console=Console(),
     )
-    print(reference)
+    _print_reference(reference, as_json=as_json)
 
 
 export = typer.Typer(help="Write an adapter for other programs.", no_args_is_help=True)
@@ -175,7 +181,7 @@ def export_gguf(
 
     if merged and with_base:
         what, change = "does not go with --merged, which holds the base", "leave one of both out"
-        raise UsageError.at("USE-105", "--with-base", what, change)
+        raise UsageError.at("USE-110", "--with-base", what, change)
     option.silence_libraries()
     access = option.access_of(key, policy, pull_secret=pull_secret, ca=ca, insecure=insecure)
     for path in whole_models.exported(
@@ -204,6 +210,7 @@ def package_model(
     policy: option.PolicyFile = None,
     ca: option.CaFile = None,
     insecure: option.Insecure = False,
+    as_json: option.Json = False,
 ) -> None:
     """Store a base model as an OCI image, for `--base-model oci://IMAGE` and image volumes."""
     from tuning.console import Console
@@ -221,4 +228,13 @@ def package_model(
         access=access,
         console=Console(),
     )
-    print(reference)
+    _print_reference(reference, as_json=as_json)
+
+
+def _print_reference(reference: str, *, as_json: bool) -> None:
+    from tuning.cli import tables
+
+    if as_json:
+        tables.print_json({"reference": reference})
+    else:
+        print(reference)

@@ -33,6 +33,7 @@ app = typer.Typer(
 )
 
 
+COMPLETE = "_TUNING_COMPLETE"  # what a shell's completion script sets
 _CTRL_C = 130
 
 
@@ -59,6 +60,10 @@ def main() -> int:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     signal.signal(signal.SIGTERM, _interrupt)  # so that scratch folders are removed
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of optional kernels
+    if COMPLETE in os.environ:
+        from typer._completion_classes import completion_init
+
+        completion_init()
     try:
         code = app(standalone_mode=False)  # typer returns the code of Exit and of Ctrl-C
         if isinstance(code, int) and code:

@@ -27,7 +27,7 @@ Dataset = Annotated[
 File = Annotated[
     Path | None,
     typer.Option(
-        "-f", "--file", metavar="FILE", help="Workspace YAML (kaito.sh), for MODEL and DATA."
+        "-f", "--file", metavar="FILE", help="Workspace YAML (kaito.sh), in place of them."
     ),
 ]
 BaseModel = Annotated[

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from tuning.errors import SpecError
 from tuning.spec import config, documents, keys
@@ -45,7 +45,7 @@ def read(texts: tuple[str, ...], findings: Findings) -> list[Assignment]:
 
 
 def _key(name: str, path: tuple[str, int], findings: Findings) -> Key | None:
-    """The key that `name` or SECTION.NAME means; among sections, the one where it has an effect."""
+    """The key that `name` or SECTION.NAME means; of several sections, where it has most effect."""
     sections = keys.sections()
     section, _, bare = name.rpartition(".")
     if section and section not in sections:
@@ -53,16 +53,10 @@ def _key(name: str, path: tuple[str, int], findings: Findings) -> Key | None:
         return None
     rows = [sections[section]] if section else list(sections.values())
     named = [each[bare] for each in rows if bare in each]
-    effective = [key for key in named if key.use in ("honoured", "translated")]
-    candidates = effective or named
-    if not candidates:
+    if not named:
         findings.add("SPEC-111", path, "unknown key", config.nearest_key(section, bare))
         return None
-    if len({(key.use, key.setting, key.text) for key in candidates}) > 1:
-        choices = " or ".join(f"{key.section}.{bare}" for key in candidates)
-        findings.add("SPEC-109", path, "is a key of several sections", f"write {choices}")
-        return None
-    return candidates[0]
+    return min(named, key=lambda key: get_args(keys.Use).index(key.use))
 
 
 def _value(key: Key, text: str) -> Any:

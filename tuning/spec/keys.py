@@ -114,8 +114,13 @@ def _key(section: str, name: str, use: Use, text: str, row: dict[str, Any]) -> K
 
 @cache
 def _table() -> dict[str, Any]:
-    installed = _PACKAGE / "configs" / "keys.yaml"  # in a wheel
-    path = installed if installed.exists() else _PACKAGE.parent / "configs" / "keys.yaml"
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    table: dict[str, Any] = yaml.load(path.read_bytes(), Loader=loader)  # noqa: S506 a safe loader
+    table: dict[str, Any] = data("keys.yaml")
     return table
+
+
+def data(name: str) -> Any:
+    """The content of the YAML or JSON file `name` of `configs/`."""
+    installed = _PACKAGE / "configs"  # in a wheel
+    path = (installed if installed.exists() else _PACKAGE.parent / "configs") / name
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    return yaml.load(path.read_bytes(), Loader=loader)  # noqa: S506 a safe loader

@@ -6,7 +6,7 @@ import contextlib
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from tuning.errors import Problem, SpecError
 from tuning.spec import assignments, builder, configmap, documents, places, rules, shape, writer
@@ -137,6 +137,11 @@ def _read(
     notes = _notes_on_others([d for d in everything if d not in (document, config.document)])
     notes += [n for each in (command_line, findings, *config.findings) for n in each.notes]
     return _spec(workspace, document, config, overrides, notes)
+
+
+def read(values: list[dict[str, Any]], *, beside: Path, overrides: Overrides) -> Spec:
+    """The Workspace among the documents `values`, which a command made. Raises SpecError."""
+    return _read([Document(value) for value in values], "the file", overrides, beside)
 
 
 def _replace_method(document: Document, method: str) -> None:

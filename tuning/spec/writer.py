@@ -30,8 +30,13 @@ def dump(spec: Spec) -> str:
     with their queries: write it where only the user can read it.
     """
     overrides = [f"{name}={value!r}" for name, value in asdict(spec.overrides).items() if value]
-    head = f"# the command line also said: {', '.join(overrides)}\n" if overrides else ""
-    parts = [spec.document] if spec.config is None else [spec.document, spec.config]
+    head = [f"the command line also said: {', '.join(overrides)}"] if overrides else []
+    return text([spec.document] if spec.config is None else [spec.document, spec.config], head)
+
+
+def text(parts: list[dict[str, Any]], comments: list[str]) -> str:
+    """A YAML file of the documents `parts`, after a head of comments."""
+    head = "".join(f"# {' '.join(each.split())}\n" for each in comments)
     return head + yaml.dump_all(
         parts, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1 << 20
     )

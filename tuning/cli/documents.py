@@ -1,0 +1,160 @@
+"""The commands that write or describe a Workspace YAML: init, import, schema."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tuning.cli import options as option
+from tuning.cli.app import app
+from tuning.errors import UsageError, printable
+
+WrittenFile = Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="File to write.")]
+_WHERE = "oci:DIR, dir:DIR, hf://ORG/NAME or an image in a registry."
+_CLUSTER = (
+    "To run it on a cluster: data and output must be in places that a Job sees (https://, s3://, "
+    "gs://, az://, hf://, or a volumeSource; an image in a registry)."
+)
+
+
+@app.command()
+def init(
+    file: WrittenFile = Path("workspace.yaml"),
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Preset, org/model of the hub, or folder."),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(metavar="DATA", help="File, URL, folder, or ORG/NAME; repeatable."),
+    ] = None,
+    where: Annotated[str | None, typer.Option(metavar="WHERE", help=_WHERE)] = None,
+    method: option.TuningMethod = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Ask nothing; take the defaults.")] = False,
+) -> None:
+    """Ask for model, data and output, look at the machine, and write a Workspace YAML."""
+    from tuning import spec as specs
+    from tuning.plan import device
+    from tuning.spec import builder, reader, writer
+
+    _check_free(file)
+    model = model or _answer("Model (preset, org/model or folder)", "--model", None, yes)
+    data = data or [_answer("Data (file, URL, folder or ORG/NAME)", "--data", None, yes)]
+    model, data = _seen_from(file, model), [_seen_from(file, each) for each in data]
+    default = f"oci:{builder.name_of(model, tuple(data)).rpartition('-')[0]}-adapter"
+    where = where or _answer(f"Where to put the adapter ({_WHERE[:-1]})", "--where", default, yes)
+    here = device.detect()
+    chosen = method or ("qlora" if here.kind == "cuda" else "lora")
+    value = builder.workspace(model, tuple(data), where, method=chosen)
+    reader.read([json.loads(json.dumps(value))], beside=file.parent, overrides=specs.Overrides())
+    comments = [
+        "Which model, which data, where to push: see docs/config-keys.md for what can be set.",
+        f"tuning plan -f {file}   what would be done on this machine, and why",
+        f"tuning run -f {file}    do it; the same command again goes on",
+        f"This machine: {here}.",
+        *([] if method else [_why(chosen)]),
+        "Local folders and files are seen from this file's folder.",
+        _CLUSTER,
+    ]
+    _write(file, writer.text([value], comments))
+
+
+def _seen_from(file: Path, name: str) -> str:
+    """A name as the YAML `file` has to say it: a file or folder of this machine from its folder."""
+    here = file.parent == Path() or "://" in name or not Path(name).exists()
+    return name if here else str(Path(name).absolute())
+
+
+def _why(method: str) -> str:
+    if method == "qlora":
+        return "method qlora: a 4-bit base, which takes a quarter of the memory; or lora: 16 bits."
+    return "method lora: a 16-bit base; or qlora: 4 bits, which takes a quarter of the memory."
+
+
+def _answer(question: str, flag: str, default: str | None, yes: bool) -> str:
+    """What the user answers; without a terminal, or with --yes, the default. Raises UsageError."""
+    if not yes and sys.stdin.isatty():
+        return str(typer.prompt(question, default=default, err=True))
+    if default is None:
+        what = "is not given, and there is nobody to ask"
+        raise UsageError.at("USE-106", flag, what, f"give {flag}, or use a terminal without --yes")
+    return default
+
+
+@app.command("import")
+def import_(
+    config: Annotated[Path, typer.Argument(help="Config of axolotl or LLaMA-Factory.")],
+    file: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", metavar="FILE", help="File to write [default: stdout]."),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(metavar="DATA", help="Data instead of the config's; repeatable."),
+    ] = None,
+    where: Annotated[
+        str | None, typer.Option(metavar="WHERE", help=f"{_WHERE[:-1]} [default: oci:adapter].")
+    ] = None,
+) -> None:
+    """Translate a config of axolotl or LLaMA-Factory, with notes on what differs."""
+    from tuning.spec import imports, writer
+
+    if file is not None:
+        _check_free(file)
+    beside = file.parent if file else Path()
+    documents, notes = imports.translate(
+        config, data=tuple(data or ()), output=where or "oci:adapter", beside=beside
+    )
+    for note in notes:
+        print(printable(f"note: {note}"), file=sys.stderr)
+    head = [f"Translated from {config.name} by `tuning import`.", *map(printable, notes), _CLUSTER]
+    text = writer.text(documents, head)
+    if file is None:
+        print(text, end="")
+    else:
+        _write(file, text)
+
+
+def _check_free(file: Path) -> None:
+    if file.exists():
+        what, change = "exists already, and is not overwritten", "give another name with -o"
+        raise UsageError.at("USE-107", str(file), what, change)
+
+
+def _write(file: Path, text: str) -> None:
+    from tuning import files
+
+    try:
+        files.write(file, text)
+    except OSError as error:
+        what = f"cannot be written: {(error.strerror or 'refused').lower()}"
+        raise UsageError.at("USE-107", str(file), what, "give a file in another folder") from None
+    print(file)
+    print(f"next: tuning plan -f {file}", file=sys.stderr)
+
+
+@app.command()
+def schema(
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="workspace, config or plan.")
+    ] = "workspace",
+) -> None:
+    """Print a JSON schema: of a Workspace YAML, of its settings, or of `plan --json`."""
+    from tuning import spec as specs
+    from tuning.cli import tables
+    from tuning.spec import keys
+    from tuning.spec.schema import config_schema
+
+    schemas: dict[str, Any] = {
+        "workspace": specs.json_schema,
+        "config": config_schema,
+        "plan": lambda: keys.data("plan.schema.json"),
+    }
+    if name not in schemas:
+        what, change = "is no schema", f"name {', '.join(schemas)}"
+        raise UsageError.at("USE-108", name, what, change)
+    tables.print_json(schemas[name]())

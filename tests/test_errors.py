@@ -1,6 +1,8 @@
 """Errors: one line each, all of them, nothing secret."""
 
 import difflib
+import re
+from pathlib import Path
 
 import error_codes
 import pytest
@@ -120,3 +122,11 @@ def test_no_text_of_others_commands_the_terminal(words):
 def test_text_of_all_languages_stays(words):
     """Only what cannot be printed is escaped."""
     assert words == errors.printable(words)
+
+
+def test_a_code_stands_once_in_the_table() -> None:
+    """YAML would silently keep the second of two entries, and a code would mean two things."""
+    text = (Path(__file__).parents[1] / "configs" / "errors.yaml").read_text()
+    codes = re.findall(r"^([A-Z]+-\d+):", text, re.M)
+
+    assert sorted(set(codes)) == sorted(codes)

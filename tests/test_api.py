@@ -115,6 +115,9 @@ def test_a_run_that_the_callback_stops_goes_on(job: tuning.Spec, tmp_path: Path)
     folder = tuning.pull(result.references[0], tmp_path / "pulled", quiet=True)
 
     assert [1, 2, 3, 4] == [step for step, _ in steps]
+    steps.clear()
+    again = tuning.run(job, run_dir=tmp_path / "run", on_step=keep, quiet=True)
+    assert result == again and 4 == len(steps)  # nothing is trained, all is told
     assert tuple(steps) == result.losses
     assert result.digest.startswith("sha256:") and result.report.is_file()
     weights = "adapter_model.safetensors"

@@ -13,7 +13,7 @@ from typing import Any
 
 from tuning import files, process, threads
 from tuning.console import Console
-from tuning.pipeline import endings, memory_kills
+from tuning.pipeline import endings, memory_kills, outcome
 from tuning.pipeline.journal import Journal
 from tuning.pipeline.options import Options
 from tuning.plan import device
@@ -46,7 +46,8 @@ class Run:
     stop: threading.Event
     phase: str = "start"
     prewarmed: process.Prewarmed | None = None  # the training child, while it loads its libraries
-    raised: Exception | None = None  # by the caller's on_step, which stops the run
+    steps: outcome.Follower | None = None  # what the caller's on_step has got
+    raised: Exception | None = None  # by that on_step, which stops the run
     start: Start | None = None  # the adapter to go on from
     datasets: tuple[Pinned, ...] = ()  # of the hub, among the data
 

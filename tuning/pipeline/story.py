@@ -56,6 +56,9 @@ def execute(spec: Spec, options: Options, console: Console) -> Summary:
         except Exception as error:
             known = _record_failure(run, error)
             raise run.raised or known from error
+        training.give_steps(run)  # those of an earlier start, if nothing was trained
+        if run.raised:
+            raise run.raised
         outcome.write_termination(_success(summary, run.folder))
         return summary
 

@@ -210,13 +210,12 @@ def _watched(run: Run, report: Report) -> Callable[[], None]:
     names = ("metrics.jsonl", "checkpoints", "adapter", f"log/{run.phase}.log")
     paths = [run.folder / name for name in names]
     before = outcome.metrics_state(run.folder)  # of an earlier start: steps that may be redone
-    follower = outcome.Follower(run.folder)
 
     def tick() -> None:
         now, progress = time.monotonic(), outcome.progress(run.folder)
         if progress is not None and outcome.metrics_state(run.folder) != before:
             _report_step(progress, report)
-            _give(run, follower)
+            give_steps(run)
         changed = [path.stat().st_mtime_ns for path in paths if path.exists()]
         dog.observe(changed, step=progress["step"] if progress else None, now=now)
         if (silence := dog.silence(now)) is not None:
@@ -225,12 +224,13 @@ def _watched(run: Run, report: Report) -> Callable[[], None]:
     return tick
 
 
-def _give(run: Run, follower: outcome.Follower) -> None:
+def give_steps(run: Run) -> None:
     """Give new records to the caller's on_step; an exception of it stops the run, state saved."""
     if run.options.on_step is None or run.raised:
         return
+    run.steps = run.steps or outcome.Follower(run.folder)
     try:
-        for record in follower.new():
+        for record in run.steps.new():
             run.options.on_step(record)
     except Exception as error:
         run.raised = error

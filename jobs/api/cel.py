@@ -107,6 +107,11 @@ RULES: dict[Path, tuple[Rule, ...]] = {
             "!has(self.image) || has(self.imagePushSecret)",
             "Must specify imagePushSecret with destination image",
         ),
+        Rule(
+            "!has(self.image) || !(self.image.startsWith('oci:') || "
+            "self.image.startsWith('dir:') || self.image.startsWith('hf://'))",
+            "output.image must be in a registry, such as registry.example.com/name:tag",
+        ),
     ),
     ("inference",): (
         Rule("has(self.preset) == has(oldSelf.preset)", "field cannot be unset/set if it was set"),

@@ -81,6 +81,9 @@ REFUSED = [
     ("tuning.output", ..., "tuning.output"),
     ("tuning.output", {}, "Exactly one of Volume or Image"),
     ("tuning.output", {"image": "r.example.com/a:1"}, "Must specify imagePushSecret"),
+    ("tuning.output.image", "oci:adapter", "must be in a registry"),
+    ("tuning.output.image", "hf://org/name", "must be in a registry"),
+    ("tuning.input.urls", ["rows.jsonl"], "must use HTTP or HTTPS, hf, s3, gs or az"),
     *[("tuning.input.urls", [url], "loopback, private") for url in (
         "http://localhost/x", "https://LOCALHOST:80/", "https://a.localhost", "http://127.0.0.1",
         "http://10.1.2.3/", "http://192.168.0.1", "http://172.20.0.1/", "http://169.254.169.254/",

@@ -114,7 +114,7 @@ def _read(
         rules.check(
             workspace,
             findings,
-            own_input=bool(overrides.data) or not needs_data,
+            own_input=bool(overrides.data) or not (needs_data or document.at("tuning", "input")),
             own_output=overrides.output is not None,
             allow_hosts=overrides.allow_hosts,
             here=beside is not None,

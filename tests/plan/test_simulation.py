@@ -88,3 +88,11 @@ def test_without_torch_a_model_nobody_knows_is_placed_with_care(plan: Any) -> No
     )
     why = "it could not be simulated, since torch is not installed here: the safe choice"
     assert why == found["reasons"]["checkpointing"]
+
+
+def test_another_version_of_the_code_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was remembered by one version is not the answer of another, which may adapt more."""
+    before = simulation._key({"model_type": "llama"}, [])
+    monkeypatch.setattr(simulation, "_code", lambda: "another version")
+
+    assert before != simulation._key({"model_type": "llama"}, [])

@@ -29,7 +29,10 @@ STATE_SPACE = re.compile(r"mamba|rglru|ssm|rwkv|xlstm|delta", re.IGNORECASE)
 # by their output. By the class that holds them; `make sweep` finds such layers.
 READ_DIRECTLY = dict.fromkeys(
     ("DogeAttention", "MambaMixer", "FalconMambaMixer", "JambaMambaMixer"), frozenset({"dt_proj"})
-)
+) | {
+    # which also clips the weight in place: of packed weights it would clip the bytes
+    "Gemma3nTextAltUp": frozenset({"prediction_coefs", "correction_coefs"})
+}
 UNUSED = re.compile(r"encoder_attn|crossattention|cross_attn", re.IGNORECASE)
 INDEXER = re.compile(r"\.(indexer|compressor)\.")
 OWN_ADAPTERS = re.compile(r"adapter_list\.")

@@ -2,7 +2,7 @@
 
 The child builds the model without memory, says how it is adapted, and simulates its steps. That
 needs torch, no GPU and no weights, and takes some seconds. What it finds depends on the model's
-shape and the libraries, and is kept in the user's cache under a hash of both.
+shape, the libraries and this project's code, and is kept in the user's cache under a hash of them.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from tuning.plan.verdict import Verdict
 
 log = logging.getLogger(__name__)
 
-FORMAT = 3  # of what is remembered
+# What decides an answer, beside the libraries: another version may adapt another part of a model.
+CODE = ("models/*.py", "training/simulate/*.py", "plan/*.py", "presets/*.py")
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes")
 _NO_SHAPE = ("_name_or_path", "transformers_version", "max_position_embeddings", "rope_scaling")
 
@@ -49,16 +51,16 @@ def examine(
     begin: Callable[[], None] = lambda: None,
     stop: Callable[[], bool] = lambda: False,
     keep_open: tuple[int, ...] = (),
-    cache: Path | None = None,
+    kept_in: Path | None = None,
 ) -> Examined:
     """How the model whose config.json is `config` is adapted, and what `memory.predict` needs.
 
-    `begin` is called when the child is started. `cache` None is the user's own. Raises Impossible.
+    `begin` is called when the child is started. `kept_in` None is the user's own cache. Raises Impossible.
     """
     asked = [asdict(variant.stored) for variant in variants]
     if importlib.util.find_spec("torch") is None:
         raise Impossible("torch is not installed here")
-    kept = (cache or files.cache_folder() / "memory") / f"{_key(config, asked)}.json"
+    kept = (kept_in or files.cache_folder() / "memory") / f"{_key(config, asked)}.json"
     if kept.is_file():
         with suppress(ValueError, KeyError, TypeError):
             return _examined(files.read_json(kept))
@@ -93,4 +95,12 @@ def _examined(answer: dict[str, Any]) -> Examined:
 def _key(config: dict[str, Any], variants: list[dict[str, Any]]) -> str:
     shape = {name: value for name, value in config.items() if name not in _NO_SHAPE}
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
-    return files.digest(files.canonical([FORMAT, shape, variants, versions]))[:32]
+    return files.digest(files.canonical([_code(), shape, variants, versions]))[:32]
+
+
+@cache
+def _code() -> str:
+    """The hash of our own files that decide an answer."""
+    package = Path(__file__).parents[1]
+    paths = sorted(path for pattern in CODE for path in package.glob(pattern))
+    return files.digest(b"".join(path.read_bytes() for path in paths))

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from tuning.plan import simulation
+
 WORKSPACE = """
 apiVersion: kaito.sh/v1beta1
 kind: Workspace

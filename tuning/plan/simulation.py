@@ -55,7 +55,8 @@ def examine(
 ) -> Examined:
     """How the model whose config.json is `config` is adapted, and what `memory.predict` needs.
 
-    `begin` is called when the child is started. `kept_in` None is the user's own cache. Raises Impossible.
+    `begin` is called when the child is started. `kept_in` None is the user's own cache. Raises
+    Impossible.
     """
     asked = [asdict(variant.stored) for variant in variants]
     if importlib.util.find_spec("torch") is None:

@@ -36,6 +36,16 @@ from tuning.training.memory_errors import is_out_of_memory, release
 from tuning.training.progress import Over, Progress, Saves, Watch, diverged, finite
 
 
+def _name_backbone(model: Any) -> None:
+    """Let `base_model`, whose hidden states trl makes the loss of, be the layers of `model`.
+
+    transformers names another attribute for Llama 4, which is not there: then it is all of `model`.
+    """
+    own = getattr(model, "model", None)
+    if model.base_model is model and isinstance(own, transformers.PreTrainedModel):
+        model.base_model_prefix = "model"
+
+
 class Exact(SFTTrainer):  # type: ignore[misc]
     """Trains a model with LoRA layers on tokenised rows, and goes on after any kill."""
 
@@ -76,6 +86,7 @@ class Exact(SFTTrainer):  # type: ignore[misc]
         packed = getattr(base, "is_loaded_in_4bit", False)
         if packed:  # trl would make the adapter bfloat16
             base.is_loaded_in_4bit = False
+        _name_backbone(base)
         super().__init__(
             model=tuned,
             args=arguments,

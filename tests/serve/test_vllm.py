@@ -205,6 +205,7 @@ def test_an_adapter_is_pulled_by_its_image_name(
         for missing in (f"{started.host}/team/none:1", f"{started.host}/other/a:1", foreign):
             with pytest.raises(urllib.error.HTTPError) as caught:
                 said(url, missing)
+            caught.value.close()
             assert caught.value.code == 404
     log = (tmp_path / "log").read_text()
     assert "REG-123" in log and "MODEL-207" in log

@@ -4,5 +4,6 @@
                |                      |          |
            middleware             tokenizer   sampling, detokenizer
 
-`adapter_specs`, `options`, `listening`, `rendering` and `schema` need no torch.
+`adapter_specs`, `options`, `listening`, `rendering` and `schema` need no torch, nor do
+`lora_images` and `vllm_plugin`, by which vLLM, not this server, pulls adapters.
 """

@@ -63,11 +63,8 @@ class Builder:
         given = [f"--build-arg={key}={value}" for key, value in arguments.items()]
         self._run("build", "--target", target, "-t", name, *given, *self.build_options, str(ROOT))
         if self.program == "docker":  # whether a registry has TLS is for its daemon to know
-            self._run("push", "--quiet", name)
-            told = self._run("image", "inspect", "--format={{json .RepoDigests}}", name, read=True)
-            repository = name.rpartition(":")[0]
-            (found,) = {d for d in json.loads(told) if d.rpartition("@")[0] == repository}
-            return str(found.rpartition("@")[2])
+            told = self._run("push", name, read=True)
+            return re.findall(r"digest: (sha256:[0-9a-f]{64})", told)[-1]
         with tempfile.TemporaryDirectory() as folder:
             note = Path(folder) / "digest"
             plain = ["--tls-verify=false"] if self.insecure else []
@@ -83,10 +80,8 @@ class Builder:
 
     def _run(self, verb: str, *arguments: str, read: bool = False) -> str:
         command = [self.program, *self.options, verb, *arguments]
-        done = subprocess.run(
-            command, check=True, text=True, stdout=subprocess.PIPE if read else None
-        )
-        return done.stdout or ""
+        piped = subprocess.PIPE if read else None
+        return subprocess.run(command, check=True, text=True, stdout=piped).stdout or ""
 
 
 def sign(name: str, key: str, insecure: bool, options: Sequence[str]) -> None:

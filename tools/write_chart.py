@@ -133,7 +133,7 @@ def _deployment() -> str:
     text = _base("deployment")
     for old, new in (
         (r"replicas: \d+ #.*", "replicas: {{ .Values.replicas }}"),
-        ("image: tuning-operator\n", "image: {{ quote .Values.image }}\n"),
+        ("image: tuning-operator #.*", "image: {{ quote .Values.image }}"),
         ("(?<=  template:\n    metadata:\n)", SUM),
         ("(?<=    spec:\n)(?=      serviceAccountName)", PULL),
     ):

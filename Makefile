@@ -87,9 +87,10 @@ kernel-counts: install  ## count the kernels of a training step again: tests/fak
 test-vllm: install  ## vLLM on a processor, with what the operator renders (3.5 GB into ~/.cache)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m vllm tests/serve/test_vllm.py $(PYTEST)
 
-test-clients: install  ## lm-eval, guidellm, openai (Python, npm), litellm, langchain, llm, MLflow, W&B (3 GB into ~/.cache)
+test-clients: install  ## lm-eval, guidellm, openai (Python, npm), litellm, langchain, llm, MLflow, W&B, Helm, checkov (3 GB into ~/.cache)
 	@command -v npm >/dev/null || { echo "npm is needed: apt-get install nodejs npm"; exit 1; }
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m clients tests/serve/test_clients.py tests/trackers $(PYTEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m clients tests/serve/test_clients.py tests/trackers \
+	  tests/jobs/test_deploy_clients.py $(PYTEST)
 
 test-bed: system  ## build the API servers for the cluster tests, once, into ~/.cache (root, 10 minutes)
 	@apt-get update -qq && DEBIAN_FRONTEND=noninteractive \

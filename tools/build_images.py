@@ -113,6 +113,7 @@ def write(
     own = deploy / "options.yaml"
     source = own if own.exists() else DEPLOY / "base" / "options.yaml"
     options = yaml.safe_load(source.read_text(encoding="utf-8")) or {}
+    below = yaml.safe_load((deploy / "kustomization.yaml").read_text(encoding="utf-8"))
     name, _, digest = operator.partition("@")
     kustomization: dict[str, Any] = {
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
@@ -122,7 +123,7 @@ def write(
         "configMapGenerator": [
             {
                 "name": "tuning-operator",
-                "namespace": "tuning-system",
+                "namespace": below.get("namespace", "tuning-system"),
                 "behavior": "merge",
                 "files": ["options.yaml"],
             }

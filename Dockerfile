@@ -1,12 +1,11 @@
-# Two images from one tree:
+# Two images from one tree, which `make images` builds and pushes:
 #   engine    what a Job runs (python -m tuning), with torch for CUDA        docker build --target engine .
 #   operator  what watches Workspaces (python -m jobs), without torch        docker build --target operator .
 #
 # BASE is any Debian with Python 3.11 or newer and pip; in production name it with its digest. Torch's
 # wheels bring CUDA's libraries along, so that the base needs none. TORCH_INDEX is the build of torch: cu130,
 # cu126 (Volta and older cards, drivers before 580) or cpu. An engine for each of configs/engines.yaml serves
-# every GPU: --build-arg TORCH_INDEX=cu126 -t tuning:VERSION-cu126, and so on; the operator's option `images`
-# names them.
+# every GPU; the operator's option `images` names them.
 ARG BASE=docker.io/library/python:3.11-slim-bookworm
 
 FROM ${BASE} AS python

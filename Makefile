@@ -10,6 +10,8 @@ TORCH_INDEX ?= auto
 # Of the GPU suite: whatever has the packages
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 EXTRAS ?= train,serve,cluster,dev
+# `make images` needs PyYAML and no more.
+IMAGES_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,build/tools/bin/python)
 # tool:package. Only what is missing is installed: kubectl, say, may come from another archive, whose
 # package and Debian's refuse to stand side by side.
 # podman and containerd are not among them: large, and what they read is proven where they are.
@@ -20,7 +22,7 @@ BED_PACKAGES := etcd-server containerd runc containernetworking-plugins busybox-
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-bed test-cluster test-gpu test-images test-clients test-vllm \
+.PHONY: help install demo test test-bed test-cluster test-gpu images test-images test-clients test-vllm \
   slow soak coefficients kernel-counts lint fix lock site system clean docs
 
 help:  ## this list
@@ -85,10 +87,10 @@ kernel-counts: install  ## count the kernels of a training step again: tests/fak
 test-vllm: install  ## vLLM on a processor, with what the operator renders (3.5 GB into ~/.cache)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m vllm tests/serve/test_vllm.py $(PYTEST)
 
-test-clients: install  ## lm-eval, guidellm, openai (Python, npm), litellm, langchain, llm, llama.cpp, MLflow, W&B (3 GB into ~/.cache)
+test-clients: install  ## lm-eval, guidellm, openai (Python, npm), litellm, langchain, llm, llama.cpp, MLflow, W&B, Helm, checkov (3 GB into ~/.cache)
 	@command -v npm >/dev/null || { echo "npm is needed: apt-get install nodejs npm"; exit 1; }
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m clients tests/serve/test_clients.py tests/trackers \
-	  tests/models/test_llama_cpp.py $(PYTEST)
+	  tests/models/test_llama_cpp.py tests/jobs/test_deploy_clients.py $(PYTEST)
 
 test-bed: system  ## build the API servers for the cluster tests, once, into ~/.cache (root, 10 minutes)
 	@apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
@@ -105,11 +107,24 @@ test-cluster: install  ## the operator on a real API server, with real pods (20 
 	  printf '\n===== SKIPPED: the cluster tests cannot run here =====\n%s\n\n' "$$reasons"; \
 	fi
 
-test-images: install test-bed  ## build both images with buildah (ENGINES="cpu cu126": one engine each); one runs the other's Job
+test-images: install test-bed  ## `make images` with buildah, on a base of Debian's packages; one runs the other's Job
 	@DEBIAN_FRONTEND=noninteractive \
 	  apt-get install -y -qq --no-install-recommends buildah mmdebstrap >/dev/null
-	ENGINES="$(ENGINES)" tests/cluster/build-images.sh
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'cluster and soak' -rs tests/cluster $(PYTEST)
+	ENGINES="$(ENGINES)" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'cluster and soak' -rs tests/cluster $(PYTEST)
+
+images: $(IMAGES_PYTHON)  ## build and push both images, then: kubectl apply -k build/deploy (REGISTRY=registry.example.com/team)
+	@test -n "$(REGISTRY)" \
+	  || { echo "Say where to: make images REGISTRY=registry.example.com/team"; exit 2; }
+	$(IMAGES_PYTHON) tools/build_images.py "$(REGISTRY)" $(addprefix --engine=,$(ENGINES)) \
+	  $(if $(TAG),--tag="$(TAG)") $(if $(KEY),--key="$(KEY)") $(if $(INSECURE),--insecure) \
+	  $(if $(PULL_SECRET),--pull-secret="$(PULL_SECRET)") $(if $(DEPLOY),--deploy="$(DEPLOY)") \
+	  $(if $(BUILDER),--builder="$(BUILDER)") $(addprefix --build-option=--build-arg=BASE=,$(BASE)) \
+	  $(addprefix --sign-option=,$(SIGN_OPTIONS)) $(addprefix --build-option=,$(BUILD_OPTIONS)) \
+	  $(addprefix --builder-option=,$(BUILDER_OPTIONS))
+
+build/tools/bin/python:
+	@$(PYTHON) -m venv build/tools
+	@build/tools/bin/pip install --quiet -c constraints.txt pyyaml
 
 lint: install  ## ruff, mypy --strict, import contracts
 	$(BIN)/ruff check .

@@ -13,6 +13,7 @@ import models_page
 import options_page
 import plan_schema
 import presets_page
+import write_chart
 
 from jobs.api import crd
 from tuning import files, spec
@@ -33,10 +34,11 @@ def generated() -> dict[Path, str]:
         ROOT / "docs" / "presets.md": presets_page.markdown(),
         ROOT / "configs" / "plan.schema.json": json.dumps(plan_schema.schema(), indent=2) + "\n",
         ROOT / "configs" / "workspace.schema.json": json.dumps(spec.json_schema(), indent=2) + "\n",
+        **write_chart.written(),
     }
 
 
 if __name__ == "__main__":
     for path, text in generated().items():
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         files.write(path, text)

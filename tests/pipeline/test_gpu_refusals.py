@@ -3,6 +3,7 @@
 import os
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import commands
 import fake_driver
@@ -12,6 +13,7 @@ from gpu_machines import MACHINES
 from tuning.console import Console
 from tuning.pipeline import Options
 from tuning.pipeline.run import Run
+from tuning.spec import Destination
 
 ROOT = Path(__file__).parents[2]
 
@@ -65,7 +67,8 @@ def test_segments_do_not_grow_where_the_driver_cannot_map_them(kind, grows, tmp_
     monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
     fake_driver.install(MACHINES[kind][0], tmp_path, monkeypatch)
     monkeypatch.setattr("tuning.plan.torch_build.installed", lambda: None)
-    run = Run(None, Options(run_dir=tmp_path), Console(), None, threading.Event())
+    spec = SimpleNamespace(destination=Destination())
+    run = Run(spec, Options(run_dir=tmp_path), Console(), None, threading.Event())
 
     assert ({} if grows else {"PYTORCH_ALLOC_CONF": "expandable_segments:False"}) == (
         run._allocator()

@@ -107,8 +107,10 @@ def _name(spec: Spec, facts: presets.Facts | None) -> str:
         return preset.hub_id if preset else model
     try:
         preset = presets.find(spec.preset)
-    except SpecError:  # called as the folder is
-        preset = None
+    except SpecError:
+        if spec.overrides.base_model:  # somebody wrote it, with an error
+            raise
+        preset = None  # called as the folder is
     if preset is None:
         return spec.preset
     if _shape(facts) == _shape(preset.facts):

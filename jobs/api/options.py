@@ -108,6 +108,16 @@ class Storage(_Part):
         return self.model_copy(update=shared)
 
 
+class Prometheus(_Part):
+    """Who may read the metrics of Jobs and servers, beside the operator."""
+
+    namespace: str | None = None
+    """Namespace of Prometheus. If set, the network policies of Jobs let its pods in at port 8080,
+    which also shows the run's report, and those of servers at port 5000; nobody otherwise."""
+    pod_labels: dict[str, str] = Field({"app.kubernetes.io/name": "prometheus"}, min_length=1)
+    """Labels of Prometheus' pods in that namespace."""
+
+
 class ClusterPolicy(_Part):
     """What Workspaces may use of the cluster: the section `cluster` of the policy file."""
 
@@ -183,6 +193,8 @@ class Options(_Part):
     """PriorityClass of these pods; the cluster's default if not set."""
     operator_namespace: str = "tuning-system"
     """Namespace of the operator: only its pods may read a Job's progress."""
+    prometheus: Prometheus = Prometheus()
+    """Who may read the metrics of Jobs and servers, beside the operator."""
     allow_host_path: bool = False
     """Whether a Workspace may name a folder of the node as its volume."""
     user_id: int = Field(10001, ge=1)

@@ -16,7 +16,8 @@ from jobs.api.kinds import CLAIM, DEPLOYMENT, SERVICE, WORKSPACE, Object
 from jobs.controller import preflight
 from jobs.controller.decide import REQUEUE_SECONDS, Decision, decide
 from jobs.desired import names
-from jobs.observed.conditions import SUMMARY
+from jobs.observed.conditions import FAILED, SUMMARY
+from jobs.observed.nodes import Nodes, nodes_of
 from jobs.observed.observe import Context, observe
 from jobs.observed.phase import node_attempts, refusal
 from jobs.observed.phases import Observed, Phase, after_deadline
@@ -30,6 +31,9 @@ class Result:
     requeue_after: float | None = None  # seconds; None: wait for an event
     state: str | None = None  # of the Workspace; None: it is gone, or not ours
     has_work: bool = False  # the next reconcile has something to do, not only to check
+    failure: str = ""  # reason of a failure that this reconcile has recorded
+    exit_code: int | None = None  # of the engine, if it failed
+    nodes: Nodes | None = None  # provisioned
 
 
 def reconcile(
@@ -49,10 +53,24 @@ def reconcile(
     decision = decide(observed, context.options)
     refused = act(context, observed, decision)
     state = (decision.status or observed.recorded).get("state")
+    phase = refused or decision.phase
+    found = replace(_failure(observed, phase), state=state, nodes=nodes_of(observed, phase))
     if refused:
-        return Result(REQUEUE_SECONDS[refused.name], state)
-    has_ended = decision.phase.name in ENDED and decision.requeue_after is not None
-    return Result(decision.requeue_after, state, has_work=has_ended and not observed.serving)
+        return replace(found, requeue_after=REQUEUE_SECONDS[refused.name])
+    has_ended = phase.name in ENDED and decision.requeue_after is not None
+    has_work = has_ended and not observed.serving
+    return replace(found, requeue_after=decision.requeue_after, has_work=has_work)
+
+
+def _failure(observed: Observed, phase: Phase) -> Result:
+    """The failure in the new status, if it was not in the stored one."""
+    if phase.name not in (*FAILED, "unready"):
+        return Result()
+    stored, meta = observed.recorded, observed.workspace["metadata"]
+    before = (stored.get("failure") or {}).get("reason")
+    if before == phase.cause.reason and stored.get("observedGeneration") == meta["generation"]:
+        return Result()
+    return Result(failure=phase.cause.reason or "Failed", exit_code=phase.cause.code)
 
 
 def act(context: Context, observed: Observed, decision: Decision) -> Phase | None:

@@ -125,27 +125,33 @@ def _refused(context: Context, observed: Observed, error: ApiError) -> Phase:
     if error.status == 429 or error.status >= 500:
         new = status(observed, phase, options)
     with contextlib.suppress(ApiError):
-        cluster.replace_status(WORKSPACE, observed.workspace, new)
+        _write_status(cluster, observed.workspace, new)
     raise error
 
 
 def _store_status(cluster: Cluster, workspace: Object, new: Object) -> Object | None:
-    """The Workspace with the status `new`, and an event per transition; None if it is gone."""
-    recorded = workspace.get("status") or {}
-    if new == recorded:
+    """The Workspace with the status `new`, written if it differs; None if it is gone."""
+    if new == (workspace.get("status") or {}):
         return workspace
+    return _write_status(cluster, workspace, new)
+
+
+def _write_status(cluster: Cluster, workspace: Object, new: Object) -> Object | None:
+    """The Workspace with the status `new`, and an event per transition; None if it is gone. A stale
+    Workspace is a conflict, so that no transition is reported twice."""
     stored = cluster.replace_status(WORKSPACE, workspace, new)
     if stored is None:
         return None
     if "revision" in new and "revision" not in (stored.get("status") or {}):
         raise preflight.foreign_crd()  # before anything is created that the status cannot record
-    for kind, reason, note in _transitions(recorded, new):
+    for kind, reason, note in _transitions(workspace.get("status") or {}, new):
         cluster.event(workspace, kind=kind, reason=reason, note=note)
     return stored
 
 
 def _transitions(old: Object, new: Object) -> list[tuple[Literal["Normal", "Warning"], str, str]]:
-    """(type, reason, note) of an event for each condition that changed."""
+    """(type, reason, note) of an event for each condition that changed; if none did, for a changed
+    state."""
     before = {c["type"]: (c["status"], c["reason"]) for c in old.get("conditions") or []}
     events: list[tuple[Literal["Normal", "Warning"], str, str]] = []
     notes = set()
@@ -160,4 +166,9 @@ def _transitions(old: Object, new: Object) -> list[tuple[Literal["Normal", "Warn
         notes.add(each["message"])
         is_bad = new.get("state") in ("Failed", "NotReady") and each["status"] == "False"
         events.append(("Warning" if is_bad else "Normal", each["reason"], each["message"]))
-    return events
+    if events or not old.get("state") or old["state"] == new.get("state"):
+        return events
+    is_bad = new.get("state") in ("Failed", "NotReady")
+    ready = next(c for c in new["conditions"] if c["type"] == "Ready")
+    note = ready["message"] or f"the Workspace is {new['state']}"
+    return [("Warning" if is_bad else "Normal", ready["reason"], note)]

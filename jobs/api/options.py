@@ -14,7 +14,9 @@ from pydantic.alias_generators import to_camel
 from tuning import presets
 from tuning.errors import Problem, SpecError
 from tuning.network.policy import Policy
+from tuning.plan import prices
 from tuning.plan.device import Device
+from tuning.plan.prices import Prices
 from tuning.spec import policy_file
 
 DAY = 24 * 3600
@@ -201,6 +203,8 @@ class Options(_Part):
     """User and group of the Job."""
     cluster: ClusterPolicy = ClusterPolicy()
     """What Workspaces may use of the cluster; the section `cluster` of --policy replaces it."""
+    prices: Prices = Prices()
+    """What machines cost; the section `prices` of --policy replaces it."""
     policy: str | None = None
     """Text of the policy file for Jobs; set from --policy."""
     policy_files: dict[str, str] = {}
@@ -250,8 +254,9 @@ def with_policy(options: Options, path: Path) -> Options:
     if problems:
         raise SpecError(problems)
     update: dict[str, Any] = {"policy": text, "policy_files": contents}
-    if cluster.model_fields_set:
-        update["cluster"] = cluster
+    for name, part in (("cluster", cluster), ("prices", prices.load(path))):
+        if part.model_fields_set:
+            update[name] = part
     return options.model_copy(update=update)
 
 

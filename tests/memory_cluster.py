@@ -43,6 +43,7 @@ class Memory(Cluster):
         self.refused: dict[Kind, ApiError] = {}
         self.rehearsed: dict[Kind, ApiError] = {}  # the same in a dry run
         self.uids = itertools.count(1)
+        self.events: list[tuple[str, str, str]] = []  # type, reason, note
 
     def stamp(self) -> str:
         return objects.format_time(self.now)
@@ -107,7 +108,7 @@ class Memory(Cluster):
                 del self.stored[key]
 
     def event(self, about: Object, *, kind: str, reason: str, note: str) -> None:
-        """Nobody reads them here."""
+        self.events.append((kind, reason, note))
 
 
 class Scene:

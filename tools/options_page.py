@@ -81,4 +81,4 @@ def _values(kind: Any) -> str:
         return f"list of {_values(get_args(kind)[0])}s"
     if args := [each for each in get_args(kind) if each is not type(None)]:
         return "map" if get_origin(kind) is dict else _values(args[0])
-    return {str: "text", int: "number", bool: "`true`, `false`"}[kind]
+    return {str: "text", int: "number", float: "number", bool: "`true`, `false`"}[kind]

@@ -45,6 +45,10 @@ def schema() -> dict[str, Any]:
             "additionalProperties": False,
             "description": "of all GPUs together, padding counted; seconds of training",
         },
+        "cost": {
+            "anyOf": [_cost(), {"type": "null"}],
+            "description": "of all machines, where the policy file has a price for them",
+        },
     }
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -54,6 +58,17 @@ def schema() -> dict[str, Any]:
         "required": list(properties),
         "additionalProperties": False,
         "$defs": definitions,
+    }
+
+
+def _cost() -> dict[str, Any]:
+    names = ("currency", "per_hour", "total", "per_million_tokens")
+    amounts = {"currency": {"type": "string"}, "per_hour": {"type": "number"}}
+    return {
+        "type": "object",
+        "properties": dict.fromkeys(names, NUMBER) | amounts,
+        "required": list(names),
+        "additionalProperties": False,
     }
 
 

@@ -33,7 +33,7 @@ from tuning.oci.delivery import BRIEF, Access
 from tuning.oci.policy import Trust
 from tuning.pipeline import Options, outcome, report
 from tuning.pipeline.preview import summarise
-from tuning.plan import Plan, device
+from tuning.plan import Plan, device, prices
 from tuning.spec import Spec
 from tuning.trackers import place
 
@@ -156,10 +156,15 @@ def plan(spec: Spec | Where, *, logins: Logins = NONE, quiet: bool = False) -> P
     place.refuse(spec, None, None, here=False)
     here = device.detect()
     if plans.is_enough(spec, here) and not spec.settings.start_adapter:
-        return plans.draft(spec, here=here)
-    token = pipeline.read_token(logins.hub_token_file)
-    access = replace(_options(spec, logins).access, patience=BRIEF)
-    return pipeline.draft(spec, here=here, token=token, access=access, console=Console(quiet=quiet))
+        decided = plans.draft(spec, here=here)
+    else:
+        token = pipeline.read_token(logins.hub_token_file)
+        access = replace(_options(spec, logins).access, patience=BRIEF)
+        console = Console(quiet=quiet)
+        decided = pipeline.draft(spec, here=here, token=token, access=access, console=console)
+    if file := logins.policy_file:
+        decided = prices.load(file).priced(decided, spec, source=file.name)
+    return decided
 
 
 def check(spec: Spec | Where, *, logins: Logins = NONE) -> list[str]:

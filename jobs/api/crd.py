@@ -214,6 +214,7 @@ STATUS = _object(
         peakMemoryBytes=_whole("Predicted peak of GPU memory."),
         runVolume=_text("Name of the run directory's claim, or emptyDir."),
         rank=_whole("Rank of the adapter."),
+        cost=_text("Expected cost of the training, where the policy has a price."),
     ),
     progress=_object(
         "Progress of the training.",
@@ -250,4 +251,12 @@ STATUS = _object(
     targetNodeCount=_whole("Desired number of nodes."),
     workerNodes=_list("Nodes in use.", {"type": "string"}),
     nodeAttempts=_whole("Nodes requested for this revision."),
+    cost=_object(
+        "What provisioned nodes have cost so far, where the policy has a price.",
+        text=_text("Amount, currency and hours."),
+        amount=_number("Amount of money."),
+        currency=_text("Code of the currency."),
+        nodeHours=_number("Hours of all nodes together, from their launch."),
+        countedUntil={"type": "string", "format": "date-time", "description": "Last count."},
+    ),
 )

@@ -14,7 +14,9 @@ from pydantic.alias_generators import to_camel
 from tuning import presets
 from tuning.errors import Problem, SpecError
 from tuning.network.policy import Policy
+from tuning.plan import prices
 from tuning.plan.device import Device
+from tuning.plan.prices import Prices
 from tuning.spec import policy_file
 
 DAY = 24 * 3600
@@ -108,6 +110,16 @@ class Storage(_Part):
         return self.model_copy(update=shared)
 
 
+class Prometheus(_Part):
+    """Who may read the metrics of Jobs and servers, beside the operator."""
+
+    namespace: str | None = None
+    """Namespace of Prometheus. If set, the network policies of Jobs let its pods in at port 8080,
+    which also shows the run's report, and those of servers at port 5000; nobody otherwise."""
+    pod_labels: dict[str, str] = Field({"app.kubernetes.io/name": "prometheus"}, min_length=1)
+    """Labels of Prometheus' pods in that namespace."""
+
+
 class ClusterPolicy(_Part):
     """What Workspaces may use of the cluster: the section `cluster` of the policy file."""
 
@@ -183,12 +195,16 @@ class Options(_Part):
     """PriorityClass of these pods; the cluster's default if not set."""
     operator_namespace: str = "tuning-system"
     """Namespace of the operator: only its pods may read a Job's progress."""
+    prometheus: Prometheus = Prometheus()
+    """Who may read the metrics of Jobs and servers, beside the operator."""
     allow_host_path: bool = False
     """Whether a Workspace may name a folder of the node as its volume."""
     user_id: int = Field(10001, ge=1)
     """User and group of the Job."""
     cluster: ClusterPolicy = ClusterPolicy()
     """What Workspaces may use of the cluster; the section `cluster` of --policy replaces it."""
+    prices: Prices = Prices()
+    """What machines cost; the section `prices` of --policy replaces it."""
     policy: str | None = None
     """Text of the policy file for Jobs; set from --policy."""
     policy_files: dict[str, str] = {}
@@ -238,8 +254,9 @@ def with_policy(options: Options, path: Path) -> Options:
     if problems:
         raise SpecError(problems)
     update: dict[str, Any] = {"policy": text, "policy_files": contents}
-    if cluster.model_fields_set:
-        update["cluster"] = cluster
+    for name, part in (("cluster", cluster), ("prices", prices.load(path))):
+        if part.model_fields_set:
+            update[name] = part
     return options.model_copy(update=update)
 
 

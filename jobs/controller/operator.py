@@ -122,7 +122,7 @@ class Operator:
 
     def _lead(self, stop: threading.Event) -> None:
         self.metrics.leading.set(1)
-        self.queue = Queue(group_of=lambda key: key[0])
+        self.queue = Queue(group_of=lambda key: key[0], on_wait=self.metrics.waited.observe)
         namespaces: tuple[str | None, ...] = self._options.namespaces or (None,)
         self._watches = [
             Watch(
@@ -195,5 +195,5 @@ class Operator:
             interval = _RECHECK_SHARE * self._mean_seconds / self._setup.workers
             seconds = max(seconds, max(_RECHECK_SECONDS, interval) * len(self.queue))
         self.queue.done(key, requeue_after=seconds)
-        self.metrics.set_state(key, result.state)
+        self.metrics.count(key, result)
         return "done"

@@ -5,13 +5,22 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from tuning.errors import SpecError, redact
+from tuning.errors import REASONS, SpecError, redact
+
+if TYPE_CHECKING:  # they load the client of Kubernetes, which `render` does not need
+    from jobs.controller.reconcile import Result
+    from jobs.controller.watch import Key
+    from jobs.observed.nodes import Nodes
+
+RESULTS = ("done", "not leading", "conflict", "api error", "error")  # of a reconcile
+_SECONDS = (0.005, 0.02, 0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 300)  # that a Workspace waits
 
 
 class Metrics:
@@ -22,22 +31,71 @@ class Metrics:
         self.reconciles = Counter(
             "tuning_operator_reconciles", "Reconciles by result", ["result"], registry=self.registry
         )
+        for result in RESULTS:  # so that the first error is an increase, too
+            self.reconciles.labels(result)
         self.seconds = Histogram(
             "tuning_operator_reconcile_seconds", "Time of a reconcile", registry=self.registry
         )
         self.queued = Gauge(
             "tuning_operator_queue_length", "Workspaces to reconcile", registry=self.registry
         )
-        self._states: dict[Hashable, str] = {}
+        self.waited = Histogram(
+            "tuning_operator_queue_seconds",
+            "Time from when a Workspace is due until a worker takes it",
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self._states: dict[Key, str] = {}
+        self._nodes: dict[Key, Nodes] = {}
         self._lock = threading.Lock()
         self.workspaces = Gauge(
             "tuning_operator_workspaces", "Workspaces by state", ["state"], registry=self.registry
+        )
+        self.failures = Counter(
+            "tuning_operator_workspace_failures",
+            "Workspaces that failed, by the reason in their status",
+            ["reason"],
+            registry=self.registry,
+        )
+        self.nodes = Gauge(
+            "tuning_operator_nodes",
+            "Provisioned nodes by use: works, waits, or kept (by keep-node)",
+            ["namespace", "workspace", "instance_type", "use"],
+            registry=self.registry,
+        )
+        self.node_seconds = Counter(
+            "tuning_operator_node_seconds",
+            "Time of provisioned nodes since their launch",
+            ["instance_type"],
+            registry=self.registry,
         )
         self.leading = Gauge(
             "tuning_operator_leading", "1 for the replica that writes", registry=self.registry
         )
 
-    def set_state(self, key: Hashable, state: str | None) -> None:
+    def count(self, key: Key, result: Result) -> None:
+        """Count what a reconcile has found."""
+        if result.failure:
+            self.failures.labels(known_reason(result.failure, result.exit_code)).inc()
+        self._count_state(key, result.state)
+        self._count_nodes(key, result.nodes)
+
+    def _count_nodes(self, key: Key, nodes: Nodes | None) -> None:
+        """The time since the last reconcile of the same nodes; this replica saw no earlier one."""
+        with self._lock:
+            before = self._nodes.pop(key, None)
+            if nodes:
+                self._nodes[key] = nodes
+                self.node_seconds.labels(nodes.instance_type).inc(
+                    nodes.seconds(before.now if before else nodes.now)
+                )
+            if before and (nodes is None or nodes.use != before.use):
+                self.nodes.remove(*key, before.instance_type, before.use)
+            if nodes:
+                labels = (*key, nodes.instance_type, nodes.use)
+                self.nodes.labels(*labels).set(len(nodes.launched))
+
+    def _count_state(self, key: Key, state: str | None) -> None:
         """Count a Workspace under its state; None: it is gone."""
         with self._lock:
             before = self._states.pop(key, None)
@@ -52,7 +110,17 @@ class Metrics:
         """Forget all Workspaces: another replica counts them now."""
         with self._lock:
             self._states.clear()
+            self._nodes.clear()
         self.workspaces.clear()
+        self.nodes.clear()
+
+
+def known_reason(reason: str, exit_code: int | None) -> str:
+    """`reason`, or that of the exit code: what a pod reports may be any text, and each would be a
+    time series of its own."""
+    if exit_code is None or reason in ("PodEvicted", *REASONS.values()):
+        return reason
+    return REASONS.get(exit_code, "Killed")
 
 
 @contextmanager

@@ -23,18 +23,21 @@ MIN_BACKOFF, MAX_BACKOFF = 0.5, 60.0  # seconds
 
 
 class Queue(Generic[T]):
-    """Keys to reconcile, and when. `group_of` is the group that waits for a key."""
+    """Keys to reconcile, and when. `group_of` is the group that waits for a key; `on_wait` is given
+    the seconds between the time when a key was due and its turn."""
 
     def __init__(
         self,
         group_of: Callable[[T], Hashable] = lambda key: None,
         clock: Callable[[], float] = time.monotonic,
+        on_wait: Callable[[float], object] = lambda seconds: None,
     ) -> None:
-        self._group_of, self._clock = group_of, clock
+        self._group_of, self._clock, self._on_wait = group_of, clock, on_wait
         self._due: dict[T, float] = {}
         self._heap: list[tuple[float, int, T]] = []  # may contain outdated entries
         self._first: dict[Hashable, deque[T]] = {}  # group -> its keys; in the order of turns
-        self._urgent: set[T] = set()  # the keys of `_first`, and those added as first while busy
+        # The keys of `_first`, and those added as first while busy; since when.
+        self._urgent: dict[T, float] = {}
         self._busy: set[T] = set()
         self._failures: dict[T, int] = {}
         self._changed = threading.Condition()
@@ -98,8 +101,9 @@ class Queue(Generic[T]):
         """Add `key` again if it was added while it was busy, or is due at a time."""
         self._busy.discard(key)
         if key in self._urgent:
-            self._urgent.discard(key)
+            since = self._urgent.pop(key)
             self._add_first(key)
+            self._urgent[key] = since
         waiting = self._due.pop(key, None)
         for each in (waiting, due):
             if each is not None:
@@ -108,7 +112,7 @@ class Queue(Generic[T]):
     def _add_first(self, key: T) -> None:
         if key in self._urgent:
             return
-        self._urgent.add(key)
+        self._urgent[key] = self._clock()
         if key not in self._busy:
             self._first.setdefault(self._group_of(key), deque()).append(key)
             self._changed.notify()
@@ -120,8 +124,9 @@ class Queue(Generic[T]):
             del self._first[group]
             if keys:
                 self._first[group] = keys
-            self._urgent.discard(key)
+            since = self._urgent.pop(key)
             self._due.pop(key, None)
+            self._on_wait(self._clock() - since)
             return key
         return None
 
@@ -138,6 +143,7 @@ class Queue(Generic[T]):
                 return None, wait
             heapq.heappop(self._heap)
             del self._due[key]
+            self._on_wait(self._clock() - due)
             return key, None
         return None, None
 

@@ -16,7 +16,8 @@ from jobs.api.kinds import CLAIM, DEPLOYMENT, SERVICE, WORKSPACE, Object
 from jobs.controller import preflight
 from jobs.controller.decide import REQUEUE_SECONDS, Decision, decide
 from jobs.desired import names
-from jobs.observed.conditions import SUMMARY
+from jobs.observed.conditions import FAILED, SUMMARY
+from jobs.observed.nodes import Nodes, nodes_of
 from jobs.observed.observe import Context, observe
 from jobs.observed.phase import node_attempts, refusal
 from jobs.observed.phases import Observed, Phase, after_deadline
@@ -30,6 +31,9 @@ class Result:
     requeue_after: float | None = None  # seconds; None: wait for an event
     state: str | None = None  # of the Workspace; None: it is gone, or not ours
     has_work: bool = False  # the next reconcile has something to do, not only to check
+    failure: str = ""  # reason of a failure that this reconcile has recorded
+    exit_code: int | None = None  # of the engine, if it failed
+    nodes: Nodes | None = None  # provisioned
 
 
 def reconcile(
@@ -49,10 +53,24 @@ def reconcile(
     decision = decide(observed, context.options)
     refused = act(context, observed, decision)
     state = (decision.status or observed.recorded).get("state")
+    phase = refused or decision.phase
+    found = replace(_failure(observed, phase), state=state, nodes=nodes_of(observed, phase))
     if refused:
-        return Result(REQUEUE_SECONDS[refused.name], state)
-    has_ended = decision.phase.name in ENDED and decision.requeue_after is not None
-    return Result(decision.requeue_after, state, has_work=has_ended and not observed.serving)
+        return replace(found, requeue_after=REQUEUE_SECONDS[refused.name])
+    has_ended = phase.name in ENDED and decision.requeue_after is not None
+    has_work = has_ended and not observed.serving
+    return replace(found, requeue_after=decision.requeue_after, has_work=has_work)
+
+
+def _failure(observed: Observed, phase: Phase) -> Result:
+    """The failure in the new status, if it was not in the stored one."""
+    if phase.name not in (*FAILED, "unready"):
+        return Result()
+    stored, meta = observed.recorded, observed.workspace["metadata"]
+    before = (stored.get("failure") or {}).get("reason")
+    if before == phase.cause.reason and stored.get("observedGeneration") == meta["generation"]:
+        return Result()
+    return Result(failure=phase.cause.reason or "Failed", exit_code=phase.cause.code)
 
 
 def act(context: Context, observed: Observed, decision: Decision) -> Phase | None:
@@ -107,27 +125,33 @@ def _refused(context: Context, observed: Observed, error: ApiError) -> Phase:
     if error.status == 429 or error.status >= 500:
         new = status(observed, phase, options)
     with contextlib.suppress(ApiError):
-        cluster.replace_status(WORKSPACE, observed.workspace, new)
+        _write_status(cluster, observed.workspace, new)
     raise error
 
 
 def _store_status(cluster: Cluster, workspace: Object, new: Object) -> Object | None:
-    """The Workspace with the status `new`, and an event per transition; None if it is gone."""
-    recorded = workspace.get("status") or {}
-    if new == recorded:
+    """The Workspace with the status `new`, written if it differs; None if it is gone."""
+    if new == (workspace.get("status") or {}):
         return workspace
+    return _write_status(cluster, workspace, new)
+
+
+def _write_status(cluster: Cluster, workspace: Object, new: Object) -> Object | None:
+    """The Workspace with the status `new`, and an event per transition; None if it is gone. A stale
+    Workspace is a conflict, so that no transition is reported twice."""
     stored = cluster.replace_status(WORKSPACE, workspace, new)
     if stored is None:
         return None
     if "revision" in new and "revision" not in (stored.get("status") or {}):
         raise preflight.foreign_crd()  # before anything is created that the status cannot record
-    for kind, reason, note in _transitions(recorded, new):
+    for kind, reason, note in _transitions(workspace.get("status") or {}, new):
         cluster.event(workspace, kind=kind, reason=reason, note=note)
     return stored
 
 
 def _transitions(old: Object, new: Object) -> list[tuple[Literal["Normal", "Warning"], str, str]]:
-    """(type, reason, note) of an event for each condition that changed."""
+    """(type, reason, note) of an event for each condition that changed; if none did, for a changed
+    state."""
     before = {c["type"]: (c["status"], c["reason"]) for c in old.get("conditions") or []}
     events: list[tuple[Literal["Normal", "Warning"], str, str]] = []
     notes = set()
@@ -142,4 +166,9 @@ def _transitions(old: Object, new: Object) -> list[tuple[Literal["Normal", "Warn
         notes.add(each["message"])
         is_bad = new.get("state") in ("Failed", "NotReady") and each["status"] == "False"
         events.append(("Warning" if is_bad else "Normal", each["reason"], each["message"]))
-    return events
+    if events or not old.get("state") or old["state"] == new.get("state"):
+        return events
+    is_bad = new.get("state") in ("Failed", "NotReady")
+    ready = next(c for c in new["conditions"] if c["type"] == "Ready")
+    note = ready["message"] or f"the Workspace is {new['state']}"
+    return [("Warning" if is_bad else "Normal", ready["reason"], note)]

@@ -125,12 +125,13 @@ def run_claim(workspace: Object, desired: Desired, options: Options) -> Object:
 
 
 def network_policy(workspace: Object, desired: Desired, options: Options) -> Object:
-    """In: the operator, to the progress port. Out: DNS, and the ports of data, hub, registries,
-    trackers. Pods of one Job reach each other on all ports: collective communication uses any."""
+    """In: the operator and Prometheus, to the progress port. Out: DNS, and the ports of data, hub,
+    registries, trackers. Pods of one Job reach each other on all ports: collective communication
+    uses any."""
     assert desired.spec is not None
     spec = _policy_spec(
         {WORKSPACE_LABEL: workspace["metadata"]["name"]},
-        {"from": [_operator(options)], "ports": [{"protocol": "TCP", "port": pod.PORT}]},
+        {"from": _readers(options), "ports": [{"protocol": "TCP", "port": pod.PORT}]},
         _ports(desired.spec),
         options,
     )
@@ -148,7 +149,7 @@ def server_policy(workspace: Object, desired: Desired, options: Options) -> Obje
     assert server is not None
     ingress: Object = {"ports": [{"protocol": "TCP", "port": server_manifests.PORT}]}
     if not server.key_secret:
-        ingress["from"] = [{"podSelector": {}}, _operator(options)]
+        ingress["from"] = [{"podSelector": {}}, *_readers(options)]
     ports = _registry_ports(each.image for each in server.adapters)
     spec = _policy_spec(names.server_labels(workspace), ingress, ports, options)
     return names.owned_object(workspace, NETWORK_POLICY, workspace["metadata"]["name"], spec)
@@ -184,9 +185,12 @@ def _namespace(name: str) -> Object:
     return {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": name}}}
 
 
-def _operator(options: Options) -> Object:
-    pods = {"podSelector": {"matchLabels": {"app.kubernetes.io/name": "tuning-operator"}}}
-    return _namespace(options.operator_namespace) | pods
+def _readers(options: Options) -> list[Object]:
+    """The pods that read progress and metrics: the operator's, and Prometheus' if it is named."""
+    readers = [(options.operator_namespace, {"app.kubernetes.io/name": "tuning-operator"})]
+    if options.prometheus.namespace:
+        readers.append((options.prometheus.namespace, options.prometheus.pod_labels))
+    return [_namespace(name) | {"podSelector": {"matchLabels": labels}} for name, labels in readers]
 
 
 def _ports(spec: Spec) -> set[int]:

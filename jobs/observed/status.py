@@ -9,10 +9,12 @@ from jobs.api.kinds import Kind, Object
 from jobs.api.options import Options
 from jobs.desired import names
 from jobs.observed import conditions, group, objects
+from jobs.observed.nodes import cost_of
 from jobs.observed.objects import Cause, format_time
 from jobs.observed.phase import missing_nodes, node_attempts, zone
 from jobs.observed.phases import Observed, Phase, PhaseName
 from tuning.plan import Plan
+from tuning.spec import Spec
 
 # Phases in which the run has ended: the node is released next.
 ENDED: tuple[PhaseName, ...] = ("succeeded", "failed", "stuck", "unprovisioned")
@@ -21,6 +23,12 @@ _UNTIL_CREATED = ("provisioning", "queued", "deploying", "starting")  # phases o
 
 def status(observed: Observed, phase: Phase, options: Options) -> Object:
     """The whole new status: fields that it does not contain are removed from the stored one."""
+    fields = _status(observed, phase, options)
+    fields.pop("cost", None)
+    return fields | _without_empty({"cost": cost_of(observed, phase, options)})
+
+
+def _status(observed: Observed, phase: Phase, options: Options) -> Object:
     stored, name = observed.recorded, phase.name
     if observed.serving:
         return _server_status(observed, phase, options)
@@ -33,7 +41,7 @@ def status(observed: Observed, phase: Phase, options: Options) -> Object:
         "revision": observed.desired.revision,
         "targetNodeCount": observed.desired.nodes,
         "outputs": stored.get("outputs"),
-        "plan": _plan(observed),
+        "plan": _plan(observed, options),
         "progress": _progress(observed, stored.get("progress") if same else None),
         "trackers": _trackers(observed, stored.get("trackers") if same else None),
         "zone": zone(observed),
@@ -173,7 +181,7 @@ def _result(observed: Observed, outputs: list[str]) -> Object:
     }
 
 
-def _plan(observed: Observed) -> Object:
+def _plan(observed: Observed, options: Options) -> Object:
     """Summary of the plan, as far as it is known before the data is read."""
     desired = observed.desired
     run_volume = names.claim_name(observed.workspace)
@@ -189,6 +197,7 @@ def _plan(observed: Observed) -> Object:
             "baseModel": f"{plan.recipe.base_model}@{plan.recipe.base_revision}",
             "device": str(plan.device),
             "peakMemoryBytes": plan.fit.memory.total if plan.fit else None,
+            "cost": _expected_cost(plan, desired.spec, options),
             # of an adapter to go on from, only the Job reads it
             "rank": None if desired.spec.settings.start_adapter else plan.recipe.rank,
         }
@@ -197,6 +206,11 @@ def _plan(observed: Observed) -> Object:
         if desired.plan_unknown:
             fields["summary"] = f"PlanUnknown: {desired.plan_unknown}; the Job decides"
     return {key: value for key, value in fields.items() if value}
+
+
+def _expected_cost(plan: Plan, spec: Spec, options: Options) -> str | None:
+    priced = options.prices.priced(plan, spec, source="the policy")
+    return priced.cost and f"{priced.cost}: {priced.reasons['cost']}"
 
 
 def _summary(plan: Plan) -> str:

@@ -128,6 +128,37 @@ def test_an_old_view_of_a_workspace_changes_nothing(world: World) -> None:
     assert [] == [job for job in others if not job["metadata"].get("deletionTimestamp")]
 
 
+def test_a_replayed_reconcile_repeats_no_event(world: World) -> None:
+    """Each change has one event, also where a slower replica decides the same from an old view."""
+    views = [world.apply(workspace("phi", world.namespace))]
+    world.step("phi")
+    pod = world.pod("phi")
+    views += [world.get("phi")]
+    world.run(pod)
+    world.state("phi", "Running")
+    views += [world.get("phi")]
+    world.end(pod, 0, SUCCESS)
+    world.state("phi", "Succeeded")
+
+    def events() -> list[tuple[str, str, str]]:
+        found = world.api.find(EVENT, world.namespace)
+        return sorted(
+            (event["type"], event["reason"], event["note"])
+            for event in found
+            if event["regarding"]["kind"] == "Workspace"
+        )
+
+    before = events()
+    assert 1 == len([r for _, r, _ in before if r == "WorkspaceTuningJobStatusStarted"])
+    assert 1 == len([r for _, r, _ in before if r == "workspaceSucceeded"])
+    assert len(before) == len(set(before))
+    for view in views:
+        with pytest.raises(ApiError, match="409"):
+            reconcile(world.context(), world.namespace, "phi", from_event=copy.deepcopy(view))
+    world.step("phi", times=3)
+    assert before == events()
+
+
 def test_the_server_itself_calls_a_version_too_old(api: Cluster, world: World) -> None:
     """A watch from the beginning of time: 410, as its client expects it."""
     world.apply(workspace("phi", world.namespace))

@@ -125,7 +125,7 @@ def plan(
     import tuning.plan as plans
     from tuning.cli import tables
     from tuning.data import eval_tasks
-    from tuning.plan import device
+    from tuning.plan import device, prices
     from tuning.trackers import place
 
     spec = option.spec_of(
@@ -152,6 +152,8 @@ def plan(
         access = option.access_of(None, policy, pull_secret=pull_secret, ca=ca, insecure=insecure)
         token = pipeline.read_token(hub_token_file)
         decided = pipeline.draft(spec, here=here, token=token, access=access, console=Console())
+    if policy:
+        decided = prices.load(policy).priced(decided, spec, source=policy.name)
     if as_json:
         tables.print_json(decided.to_json())
         return

@@ -204,6 +204,7 @@ def plan_table(plan: Plan) -> rich.table.Table:
         "threads": placement.threads,
         "speed": plan.tokens_per_second and f"{plan.tokens_per_second:,.0f} tokens/s",
         "time": _time(plan),
+        "cost": plan.cost,
     }
     return table(
         ("what", "value", "why"),

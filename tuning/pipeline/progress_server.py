@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from tuning import files
 from tuning.errors import SpecError
 from tuning.network import own_host
 from tuning.pipeline import outcome, report, tracking
@@ -28,6 +29,7 @@ GAUGES = {
     "tokens_per_second": "real tokens trained a second",
     "eta_seconds": "seconds until the last step",
     "memory_bytes": "peak memory of the training process",
+    "planned_memory_bytes": "peak memory that was planned for it",
 }
 
 
@@ -112,7 +114,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 shown = (now or {}) | ({"trackers": links} if links else {})
                 self._send(json.dumps(shown), "application/json")
             case "/metrics":
-                self._send(metrics(now or {}), "text/plain; version=0.0.4")
+                values = (now or {}) | planned(self.run_folder)
+                self._send(metrics(values), "text/plain; version=0.0.4")
             case "/":
                 page = report.served(self.run_folder, name=self.run_name)
                 self._send(page, "text/html; charset=utf-8")
@@ -132,8 +135,16 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         """Log nothing: it is polled every few seconds."""
 
 
+def planned(run: Path) -> dict[str, Any]:
+    """What the run directory's plan says of the values in GAUGES; empty before there is one."""
+    with contextlib.suppress(OSError, ValueError):
+        memory = files.read_json(run / "plan.json").get("memory") or {}
+        return {"planned_memory_bytes": memory.get("allocated")}
+    return {}
+
+
 def metrics(now: dict[str, Any]) -> str:
-    """One progress record in Prometheus' text format."""
+    """A progress record, and what was planned, in Prometheus' text format."""
     lines = []
     for name, meaning in GAUGES.items():
         if isinstance(value := now.get(name), int | float):

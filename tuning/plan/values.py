@@ -157,6 +157,14 @@ class Lengths:
 
 
 @dataclass(frozen=True)
+class Price:
+    """Of an hour of one machine."""
+
+    per_hour: float
+    currency: str
+
+
+@dataclass(frozen=True)
 class Plan:
     """A recipe, a placement, and the reason of each number.
 
@@ -171,6 +179,7 @@ class Plan:
     lengths: Lengths | None = None
     rows: int | None = None  # training rows after packing
     fit: Fit | None = None  # its memory and speed, where they can be predicted
+    price: Price | None = None  # of a machine, where the administrator's policy names one
 
     @property
     def seconds(self) -> float | None:
@@ -188,6 +197,22 @@ class Plan:
             return None
         ranks = self.placement.ranks
         return ranks * (DDP_EFFICIENCY if ranks > 1 else 1.0) / self.fit.seconds_per_token
+
+    @property
+    def hours(self) -> float | None:
+        """Predicted hours of training; of a draft, those of a million tokens."""
+        if self.seconds is not None:
+            return self.seconds / 3600
+        return 1e6 / self.tokens_per_second / 3600 if self.tokens_per_second else None
+
+    @property
+    def cost(self) -> str | None:
+        """What the machines cost in `hours`; None without a price."""
+        if self.price is None or self.hours is None:
+            return None
+        amount = self.hours * self.placement.nodes * self.price.per_hour
+        unit = "" if self.seconds is not None else " for each million tokens"
+        return f"{amount:,.2f} {self.price.currency}{unit}"
 
     def predicted(self) -> dict[str, Any]:
         """Predictions to compare a run with; None where unknown.
@@ -214,7 +239,21 @@ class Plan:
             "rows": self.rows,
             "memory": _memory_json(self),
             "speed": {"tokens_per_second": self.tokens_per_second, "seconds": self.seconds},
+            "cost": _cost_json(self),
         }
+
+
+def _cost_json(plan: Plan) -> dict[str, Any] | None:
+    if plan.price is None or plan.hours is None:
+        return None
+    hourly = plan.placement.nodes * plan.price.per_hour
+    speed = plan.tokens_per_second
+    return {
+        "currency": plan.price.currency,
+        "per_hour": hourly,
+        "total": None if plan.seconds is None else hourly * plan.seconds / 3600,
+        "per_million_tokens": hourly * 1e6 / speed / 3600 if speed else None,
+    }
 
 
 def _memory_json(plan: Plan) -> dict[str, Any] | None:

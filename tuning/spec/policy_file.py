@@ -3,6 +3,7 @@
 data: ...       # where data may come from: network
 registry: ...   # how registries are reached, and which images are trusted: oci
 cluster: ...    # what Workspaces may use of a cluster: the operator, and nobody else
+prices: ...     # what an hour of each instance type costs: plan
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from tuning.errors import Problem, SpecError
 from tuning.spec import documents
 from tuning.spec.findings import did_you_mean
 
-SECTIONS = ("data", "registry", "cluster")
+SECTIONS = ("data", "registry", "cluster", "prices")
 Model = TypeVar("Model", bound=BaseModel)
 
 

@@ -16,7 +16,8 @@ IMAGES_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,build/tools/bin/py
 # package and Debian's refuse to stand side by side.
 # podman and containerd are not among them: large, and what they read is proven where they are.
 TEST_TOOLS := g++:g++ docker-registry:docker-registry htpasswd:apache2-utils skopeo:skopeo \
-  umoci:umoci kubectl:kubernetes-client curl:curl chromium:chromium lua5.4:lua5.4
+  umoci:umoci kubectl:kubernetes-client curl:curl chromium:chromium lua5.4:lua5.4 \
+  promtool:prometheus
 BED_PACKAGES := etcd-server containerd runc containernetworking-plugins busybox-static iptables \
   iproute2 openssl curl
 export PIP_DISABLE_PIP_VERSION_CHECK := 1

@@ -17,7 +17,8 @@ from commands import tuning, workspace
 
 from tuning import presets
 
-KINDS = ("bert", "deepseek_v3", "xlnet")  # an encoder; experts; out of reach, so refused
+# an encoder; experts; a class that misnames its layers; out of reach, so refused
+KINDS = ("bert", "deepseek_v3", "llama4_text", "xlnet")
 ROWS = [json.dumps(row) for row in tiny_models.message_rows(16)]
 
 
@@ -54,7 +55,8 @@ def same(name: str, method: str, folder: Path) -> None:
             what: int(n.replace(",", "")) for n, what in re.findall(r"([\d,]+) (pro|exp)", said)
         }
         stacks = covered["expected"] - counts.get("pro", 0)  # one tensor holds a layer's experts
-        assert stacks == 0 if "exp" not in counts else 0 < stacks <= counts["exp"], said
+        assert counts.get("exp", 0) == covered["matrices"], said
+        assert (stacks > 0) == ("exp" in counts), said
     assert method == "lora" or covered["quantised"] > 0.5
 
 
@@ -64,7 +66,7 @@ def test_a_class_of_each_kind(name: str, tmp_path: Path) -> None:
     same(name, "lora", tmp_path)
 
 
-@pytest.mark.parametrize("name", ["qwen3_5_text"])  # recurrent
+@pytest.mark.parametrize("name", ["qwen3_5_text", "gemma3n_text"])  # recurrent; reads weights
 def test_a_class_of_each_kind_in_4_bits(name: str, tmp_path: Path) -> None:
     """The same with packed weights, experts included."""
     same(name, "qlora", tmp_path)

@@ -8,7 +8,7 @@
 
 `tuning` itself has these names. Each function does what the command of the same name does and
 raises what it prints: a `TuningError` with its code, place, fact and remedy. None needs torch in
-this process.
+this process, and rooms are imported where they are needed, so that `plan` starts at once.
 """
 
 from __future__ import annotations
@@ -20,22 +20,20 @@ from dataclasses import dataclass, field, replace
 from importlib import import_module
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tuning.plan as plans
-from tuning import pipeline
 from tuning import spec as specs
 from tuning.console import Console
+from tuning.data import eval_tasks
 from tuning.errors import TuningError, UsageError
 from tuning.network.policy import Policy
-from tuning.oci import delivery
-from tuning.oci.delivery import BRIEF, Access
-from tuning.oci.policy import Trust
-from tuning.pipeline import Options, outcome, report
-from tuning.pipeline.preview import summarise
 from tuning.plan import Plan, device, prices
 from tuning.spec import Spec
 from tuning.trackers import place
+
+if TYPE_CHECKING:
+    from tuning.pipeline import Options
 
 __all__ = [
     "LiveChart",
@@ -102,6 +100,8 @@ class LiveChart:
         now, is_last = time.monotonic(), record["step"] == record.get("steps")
         if now - self._drawn < 1 and not is_last:
             return
+        from tuning.pipeline import report
+
         notebook: Any = import_module("IPython.display")
         self._drawn, drawn = now, notebook.HTML(report.figure(self._records))
         if self._display is None:  # as it stays outside of a notebook
@@ -154,26 +154,32 @@ def plan(spec: Spec | Where, *, logins: Logins = NONE, quiet: bool = False) -> P
     """
     spec = _spec(spec)
     place.refuse(spec, None, None, here=False)
+    eval_tasks.refuse_names(spec.evaluate)
     here = device.detect()
     if plans.is_enough(spec, here) and not spec.settings.start_adapter:
         decided = plans.draft(spec, here=here)
     else:
-        token = pipeline.read_token(logins.hub_token_file)
-        access = replace(_options(spec, logins).access, patience=BRIEF)
-        console = Console(quiet=quiet)
+        from tuning import pipeline
+        from tuning.oci.delivery import BRIEF
+
+        options, console = _options(spec, logins), Console(quiet=quiet)
+        access = replace(options.access, patience=BRIEF)
+        token = pipeline.read_token(access.hub_token_file)
         decided = pipeline.draft(spec, here=here, token=token, access=access, console=console)
     if file := logins.policy_file:
         decided = prices.load(file).priced(decided, spec, source=file.name)
     return decided
 
 
-def check(spec: Spec | Where, *, logins: Logins = NONE) -> list[str]:
+def check(spec: Spec | Where, *, logins: Logins = NONE, quiet: bool = False) -> list[str]:
     """A line for each part that passed: model, plan, data, destination. Nothing is downloaded.
 
     Raises one TuningError with all problems.
     """
+    from tuning import pipeline
+
     spec = _spec(spec)
-    return list(pipeline.check(spec, _options(spec, logins), Console(quiet=True)))
+    return list(pipeline.check(spec, _options(spec, logins), Console(quiet=quiet)))
 
 
 def preview(
@@ -189,6 +195,9 @@ def preview(
     Fetches data and tokenizer; `run` in the same run directory goes on from there. Raises
     DataError and what a run raises before it trains.
     """
+    from tuning import pipeline
+    from tuning.pipeline.preview import summarise
+
     spec = _spec(spec)
     options = _options(spec, logins, run_dir)
     return summarise(pipeline.prepare(spec, options, Console(quiet=quiet)), rows=rows)
@@ -211,6 +220,8 @@ def run(
     state saved, and is raised here. `ask` are questions for base and tuned model at the end.
     `run_dir` is `runs/<name>` by default. Raises TuningError; Stopped after an interrupt.
     """
+    from tuning import pipeline
+
     spec = _spec(spec)
     options = _options(spec, logins, run_dir)
     options = replace(options, questions=tuple(ask), ranks=ranks, on_step=on_step)
@@ -243,12 +254,15 @@ def pull(
     `base` refuses an adapter of another base model; each of `keys` (cosign, PEM) is a required
     signature. Raises RefusedError, TransientError or SpecError.
     """
-    policy = logins.policy_file
-    trust = Trust.load(policy) if policy else Trust()
-    if keys:
-        trust = replace(trust, signatures="require", keys=tuple(keys))
-    access = Access(
-        pull_secret=logins.pull_secret, ca=logins.ca, insecure=logins.insecure, trust=trust
+    from tuning.oci import delivery
+    from tuning.oci.policy import Trust
+
+    access = delivery.Access(
+        pull_secret=logins.pull_secret,
+        ca=logins.ca,
+        insecure=logins.insecure,
+        trust=Trust.of(logins.policy_file, keys),
+        patience=delivery.BRIEF,
     )
     delivery.pull(image, Path(folder), access=access, console=Console(quiet=quiet), base=base)
     return Path(folder)
@@ -259,11 +273,15 @@ def _spec(spec: Spec | Where) -> Spec:
 
 
 def _options(spec: Spec, logins: Logins, run_dir: Where | None = None) -> Options:
+    from tuning import pipeline
+
     folder = Path(run_dir) if run_dir is not None else None
     return pipeline.gather(spec, run_dir=folder, **vars(logins))
 
 
 def _series(run_dir: Path, name: str) -> tuple[tuple[int, float], ...]:
     """The values `name` of metrics.jsonl by step."""
+    from tuning.pipeline import outcome
+
     records = outcome.records(run_dir)
     return tuple((r["step"], r[name]) for r in records if isinstance(r.get(name), float))

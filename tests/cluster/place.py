@@ -290,28 +290,9 @@ class Place:
              f"docker://{self.registry}/team/{tag}"], text=True)  # fmt: skip
         return str(json.loads(shown)["Digest"])
 
-    def apply(
-        self,
-        tag: str,
-        *,
-        secret: str = "push",
-        steps: int = 12,
-        config: str = "demo-config",
-        arguments: str = "",
-        instance: str | None = None,
-        count: int = 1,
-    ) -> None:
-        """Apply the example Workspace, as a user would."""
-        written = self.documents(
-            tag,
-            secret=secret,
-            steps=steps,
-            config=config,
-            arguments=arguments,
-            instance=instance,
-            count=count,
-        )
-        self.kubectl("apply", "-f", "-", text=written)
+    def apply(self, tag: str, **changes: Any) -> None:
+        """Apply the example Workspace with `changes`, as a user would."""
+        self.kubectl("apply", "-f", "-", text=self.documents(tag, **changes))
 
     def documents(
         self,

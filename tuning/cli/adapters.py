@@ -30,9 +30,6 @@ def pull(
     from tuning.console import Console
     from tuning.oci import delivery
 
-    if delivery.named_folder(image):
-        what, change = "is a folder, which is not pulled", "use it as it is, or name an image"
-        raise UsageError.at("REG-107", image, what, change)
     access = option.access_of(key, policy, pull_secret=pull_secret, ca=ca, insecure=insecure)
     console = Console()
     digest = delivery.pull(image, folder, access=access, console=console, base=base)

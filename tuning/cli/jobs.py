@@ -122,11 +122,8 @@ def plan(
     A model that is not among the presets is looked up at the hub and simulated, which takes a few
     seconds and torch.
     """
-    import tuning.plan as plans
+    from tuning import api
     from tuning.cli import tables
-    from tuning.data import eval_tasks
-    from tuning.plan import device, prices
-    from tuning.trackers import place
 
     spec = option.spec_of(
         model,
@@ -140,20 +137,14 @@ def plan(
         assigned,
         needs_data=False,
     )
-    place.refuse(spec, None, None, here=False)
-    eval_tasks.refuse_names(spec.evaluate)
-    here = device.detect()
-    if plans.is_enough(spec, here) and not spec.settings.start_adapter:
-        decided = plans.draft(spec, here=here)
-    else:
-        from tuning import pipeline
-        from tuning.console import Console
-
-        access = option.access_of(None, policy, pull_secret=pull_secret, ca=ca, insecure=insecure)
-        token = pipeline.read_token(hub_token_file)
-        decided = pipeline.draft(spec, here=here, token=token, access=access, console=Console())
-    if policy:
-        decided = prices.load(policy).priced(decided, spec, source=policy.name)
+    logins = api.Logins(
+        pull_secret=pull_secret,
+        hub_token_file=hub_token_file,
+        policy_file=policy,
+        ca=ca,
+        insecure=insecure,
+    )
+    decided = api.plan(spec, logins=logins)
     if as_json:
         tables.print_json(decided.to_json())
         return
@@ -185,9 +176,8 @@ def check(
     as_json: option.Json = False,
 ) -> None:
     """Check spec, base access, data and push rights in seconds; nothing is downloaded or left."""
-    from tuning import pipeline
+    from tuning import api
     from tuning.cli import tables
-    from tuning.console import Console
 
     spec = option.spec_of(
         model,
@@ -202,8 +192,7 @@ def check(
         allow_host=allow_host,
         policy=policy,
     )
-    options = pipeline.gather(
-        spec,
+    logins = api.Logins(
         push_secret=push_secret,
         pull_secret=pull_secret,
         hub_token_file=hub_token_file,
@@ -212,12 +201,11 @@ def check(
         ca=ca,
         insecure=insecure,
     )
-    passed = pipeline.check(spec, options, Console())
+    passed = api.check(spec, logins=logins)
     if as_json:
-        tables.print_json({"passed": list(passed)})
-        return
-    for line in passed:
-        print(line)
+        tables.print_json({"passed": passed})
+    else:
+        print("\n".join(passed))
 
 
 @app.command()
@@ -247,11 +235,9 @@ def preview(
 
     Fetches the data and the tokenizer, no weights; `run` in the same directory goes on from there.
     """
-    from tuning import pipeline
+    from tuning import api
     from tuning.cli import preview as previews
     from tuning.cli import tables
-    from tuning.console import Console
-    from tuning.pipeline.preview import summarise
 
     spec = option.spec_of(
         model,
@@ -267,9 +253,7 @@ def preview(
         policy=policy,
         run_dir=run_dir,
     )
-    options = pipeline.gather(
-        spec,
-        run_dir=run_dir,
+    logins = api.Logins(
         push_secret=push_secret,
         pull_secret=pull_secret,
         hub_token_file=hub_token_file,
@@ -279,7 +263,7 @@ def preview(
         ca=ca,
         insecure=insecure,
     )
-    content = summarise(pipeline.prepare(spec, options, Console()), rows=rows)
+    content = api.preview(spec, rows=rows, run_dir=run_dir, logins=logins)
     if as_json:
         tables.print_json(content)
     else:

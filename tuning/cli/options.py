@@ -258,15 +258,10 @@ def access_of(key: list[Path] | None, policy: Path | None, **more: Any) -> Acces
     A user waits: a registry that does not answer is given up after a minute, unless `patience`
     says otherwise.
     """
-    from dataclasses import replace
-
     from tuning.oci.delivery import BRIEF, Access
     from tuning.oci.policy import Trust
 
-    trust = Trust.load(policy) if policy else Trust()
-    if key:
-        trust = replace(trust, signatures="require", keys=tuple(key))
-    return Access(trust=trust, **{"patience": BRIEF} | more)
+    return Access(trust=Trust.of(policy, key or ()), **{"patience": BRIEF} | more)
 
 
 def spec_of(

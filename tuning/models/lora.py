@@ -38,6 +38,7 @@ class Coverage:
     expected: tuple[str, ...]  # full names of the projections and expert parameters to adapt
     adapted: tuple[str, ...]  # full names of those that have a LoRA layer
     quantised: float | None  # share of the adaptable weights held in 4 bits; None without 4-bit
+    matrices: int  # of experts that are adapted: a parameter holds those of a layer
     trainable: int  # numbers that are trained
     total: int  # numbers of the base model, unpacked
 
@@ -46,6 +47,7 @@ class Coverage:
         return {
             "expected": len(self.expected),
             "adapted": len(self.adapted),
+            "matrices": self.matrices,
             "names": sorted({name.rpartition(".")[2] for name in self.adapted}),
             "quantised": self.quantised,
         }
@@ -142,7 +144,8 @@ def adapt(
             fact = f"only {quantised:.1%} of its layers' weights could be packed in 4 bits"
             raise SpecError.at("MODEL-114", model.config.model_type, fact, "use method lora")
     trainable = sum(p.numel() for p in peft_model.parameters() if p.requires_grad)
-    return peft_model, Coverage(expected, adapted, quantised, trainable, total)
+    matrices = sum(found.sizes.get(name, 0) for name in adapted)
+    return peft_model, Coverage(expected, adapted, quantised, matrices, trainable, total)
 
 
 def put(model: Any, options: dict[str, Any], chosen: Iterable[str]) -> PeftModel:

@@ -56,7 +56,12 @@ class Survey:
     experts: tuple[str, ...]  # parameters [experts, inputs, outputs] or [experts, outputs, inputs]
     left: dict[str, str] = field(default_factory=dict)  # with the reason; no norms, no biases
     numbers: dict[str, int] = field(default_factory=dict)  # how many, of each name in all three
-    matrices: int = 0  # of all experts together
+    sizes: dict[str, int] = field(default_factory=dict)  # of `experts`: matrices in each
+
+    @property
+    def matrices(self) -> int:
+        """Matrices of all experts together."""
+        return sum(self.sizes.values())
 
     @property
     def adaptable(self) -> tuple[str, ...]:
@@ -85,7 +90,7 @@ def plain_linears() -> None:
 
 def survey(model: torch.nn.Module) -> Survey:
     """What of `model`, on any device and packed or not, is adapted and what is left."""
-    linears, experts, left, numbers, matrices = [], [], {}, {}, 0
+    linears, experts, left, numbers, sizes = [], [], {}, {}, {}
     for path, module in _modules(model):
         if _is_linear(module):
             numbers[path] = _size(module)
@@ -99,10 +104,10 @@ def survey(model: torch.nn.Module) -> Survey:
             numbers[full] = parameter.numel()
             if _is_expert(module, parameter) and REPEATED.search(full) and not TOWER.search(full):
                 experts.append(full)
-                matrices += parameter.shape[0]
+                sizes[full] = int(parameter.shape[0])
             elif parameter.ndim >= 2 and not _is_bias(module, name, parameter):
                 left[full] = _reason(full, module)
-    return Survey(tuple(linears), tuple(experts), left, numbers, matrices)
+    return Survey(tuple(linears), tuple(experts), left, numbers, sizes)
 
 
 def _modules(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:

@@ -330,6 +330,9 @@ def pull(
     It is validated, and must be for the base model `base` (a preset or org/model), if given. Raises
     SpecError, RefusedError or TransientError; then there is no `target`.
     """
+    if named_folder(name):
+        what, change = "is a folder, which is not pulled", "use it as it is, or name an image"
+        raise UsageError.at("REG-107", name, what, change)
     with files.making(target) as folder:
         if name.startswith("oci:"):
             access.approve_folder(name)

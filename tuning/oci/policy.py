@@ -18,8 +18,8 @@ Missing values of an identity come from the environment, where the clouds' webho
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -56,6 +56,12 @@ class Trust:
     def load(cls, path: Path) -> Trust:
         """The section `registry` of the policy file at `path`. Raises SpecError."""
         return policy_file.section(path, "registry", _Section).trust(path)
+
+    @classmethod
+    def of(cls, path: Path | None, keys: Sequence[Path] = ()) -> Trust:
+        """That of the policy file at `path`, if any; each of `keys` is a required signature."""
+        trust = cls.load(path) if path else cls()
+        return replace(trust, signatures="require", keys=tuple(keys)) if keys else trust
 
     def host(self, registry: str) -> Host:
         """How `registry` is reached; a name counts before a pattern."""

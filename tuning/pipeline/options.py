@@ -82,7 +82,7 @@ def gather(
             ca=ca,
             insecure=insecure,
             hub_token_file=token,
-            trust=Trust.load(policy_file) if policy_file else Trust(),
+            trust=Trust.of(policy_file),
         ),
         policy=policy.with_hosts(allow_hosts),
         data_secrets=secret(JOB_DATA_SECRET if JOB_DATA_SECRET.is_dir() else None, "data"),

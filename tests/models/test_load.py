@@ -61,7 +61,7 @@ def test_every_architecture_trains_whole(
 
     names = PROJECTIONS[family]
     quantised = 1.0 if method == "qlora" else None
-    whole = {"expected": 2 * len(names), "adapted": 2 * len(names), "names": names}
+    whole = {"expected": 2 * len(names), "adapted": 2 * len(names), "names": names, "matrices": 0}
     assert whole | {"quantised": quantised} == result["covered"]
 
     made = adapter.inspect(tmp_path / "adapter")

@@ -246,7 +246,7 @@ def test_statements_of_several_writers_stay_beside_each_other(started, run):
 
     def attach(number: int) -> str:
         to = remote(started.host, run)
-        to.patience = registry.Patience(tries=50, total=30, first=0.01)
+        to.patience = registry.Patience(total=30, first=0.5)  # three tries of a 500
         return registry.attach(to, subject, b"%d" % number, media_type="x/y", annotations={})
 
     one_by_one = {attach(number) for number in range(3)}

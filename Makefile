@@ -127,11 +127,12 @@ build/tools/bin/python:
 	@$(PYTHON) -m venv build/tools
 	@build/tools/bin/pip install --quiet -c constraints.txt pyyaml
 
-lint: install  ## ruff, mypy --strict, import contracts
+lint: install  ## ruff, mypy --strict, import contracts, undeclared imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+	$(BIN)/deptry . tests tools --no-ansi
 
 fix: install  ## let ruff mend what it can
 	$(BIN)/ruff check --fix .

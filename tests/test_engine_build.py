@@ -40,6 +40,36 @@ def test_make_install_asks_the_driver_that_is_there(kind, tmp_path, monkeypatch,
     assert ("NVIDIA B200" in capsys.readouterr().out) == (build == "cpu")
 
 
+@pytest.mark.parametrize(
+    ("build", "machine", "there", "expected"),
+    [
+        ("cu130", "x86_64", ["2.13.0+cpu", "2.13.0"], ["torch===2.13.0"]),
+        ("cu130", "x86_64", ["2.13.0+cu130", "2.13.0"], ["torch===2.13.0+cu130"]),
+        ("cpu", "x86_64", ["2.13.0"], ["torch===2.13.0+cpu", "--index-url"]),
+        ("cu126", "x86_64", ["2.13.0"], ["torch===2.13.0+cu126", "--index-url"]),
+        ("cu130", "aarch64", ["2.13.0"], ["torch===2.13.0+cu130", "--index-url"]),
+    ],
+)
+def test_a_mirror_of_pypi_is_enough_for_the_build_that_pypi_has(
+    build, machine, there, expected, monkeypatch, capfd
+):
+    """And never serves another: pytorch.org's index is asked where no source has the build."""
+    calls: list[tuple[str, ...]] = []
+
+    def pip(*arguments: str) -> bool:
+        calls.append(arguments)
+        return arguments[-1].partition("===")[2] in there or "--index-url" in arguments
+
+    monkeypatch.setattr(install_torch, "pip", pip)
+    monkeypatch.setattr(install_torch, "installed", lambda: None)
+    monkeypatch.setattr(install_torch.platform, "machine", lambda: machine)
+    monkeypatch.setattr(install_torch.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(install_torch.sys, "argv", ["", "2.13.0", build])
+
+    assert 0 == install_torch.main()
+    assert tuple(expected) == calls[-1][: len(expected)]
+
+
 def test_the_engine_looks_where_gke_mounts_the_driver():
     """And asks NVIDIA's container toolkit for CUDA, not only for nvidia-smi."""
     _, stage = (ROOT / "Dockerfile").read_text().split("FROM python AS engine")

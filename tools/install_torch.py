@@ -2,9 +2,10 @@
 
 torch goes first and alone, so that no other package can pull another build: on Linux a plain
 `pip install torch` brings gigabytes of CUDA, wanted or not. Configured package sources are asked
-before pytorch.org's own index; macOS has one build only. `auto` is the newest build that runs on
-this machine's GPUs with their driver, cpu where there is none; nothing is installed yet that could
-read YAML.
+before pytorch.org's own index. PyPI's wheel is one of the builds without its name, and enough where
+only a mirror of PyPI can be reached; macOS has one build only. `auto` is the newest build that runs
+on this machine's GPUs with their driver, cpu where there is none; nothing is installed yet that
+could read YAML.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 INDEX = "https://download.pytorch.org/whl/"
 PYPI = "https://pypi.org/simple"  # what torch itself depends on
 BUILDS = ("cpu", "cu126", "cu130")
+ON_PYPI = "cu130"  # what torch/version.py of PyPI's 2.13.0 says, for Linux on x86-64
 ROOT = Path(__file__).parents[1]
 ENGINES = ROOT / "configs" / "engines.yaml"
 
@@ -67,6 +69,14 @@ def pip(*arguments: str) -> bool:
     return subprocess.run(command, check=False, stdout=quiet, stderr=quiet).returncode == 0
 
 
+def names(version: str, build: str) -> list[str]:
+    """What a package index may call this build, best first."""
+    if platform.system() == "Darwin":
+        return [version]
+    plain = build == ON_PYPI and (platform.system(), platform.machine()) == ("Linux", "x86_64")
+    return [f"{version}+{build}", *([version] if plain else [])]
+
+
 def main() -> int:
     """Install, or say in one line why not."""
     version, build = sys.argv[1:3]
@@ -75,14 +85,18 @@ def main() -> int:
     if build not in BUILDS:
         print(f"TORCH_INDEX={build}: choose one of {', '.join(BUILDS)}", file=sys.stderr)
         return 2
-    wanted = version if platform.system() == "Darwin" else f"{version}+{build}"
-    if installed() == wanted:
+    wanted, *others = names(version, build)
+    if installed() in (wanted, *others):
         return 0
     print(f"Installing torch {wanted} ...", flush=True)
-    requirement = f"torch=={wanted}"
-    known = pip("-qqq", "--no-deps", "--dry-run", requirement)
-    sources = [] if known else ["--index-url", INDEX + build, "--extra-index-url", PYPI]
-    if pip(requirement, *sources):
+    # `===` is the exact text: `==2.13.0` would be satisfied by 2.13.0+cpu
+    for name in (wanted, *others):
+        if pip("-qqq", "--no-deps", "--dry-run", f"torch==={name}"):
+            done = pip(f"torch==={name}")
+            break
+    else:
+        done = pip(f"torch==={wanted}", "--index-url", INDEX + build, "--extra-index-url", PYPI)
+    if done:
         return 0
     print(
         f"torch {wanted} could not be installed. Change: check the network, or choose another "

@@ -66,7 +66,7 @@ slow: install  ## the tests that take minutes: the memory formula against simula
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow $(PYTEST)
 
 sweep: install  ## every class of models that transformers knows, planned and run (two hours)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m sweep tests/test_sweep.py $(PYTEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m sweep tests/test_sweep.py tests/training/test_own_head.py $(PYTEST)
 
 soak: install system  ## kills, bit rot, broken downloads, servers under load: make soak N=50 (hours)
 	SOAK=$(N) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak tests/pipeline/test_kills.py \

@@ -21,6 +21,7 @@ import torch
 import transformers
 import yaml
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from trl.trainer.utils import add_fused_lm_head
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -32,14 +33,16 @@ from tuning.models import four_bit, lora  # noqa: E402
 from tuning.models.kernels import apart, whole  # noqa: E402
 from tuning.models.load import load_base  # noqa: E402
 from tuning.models.survey import survey  # noqa: E402
-from tuning.plan.backends import FUSED, VARLEN  # noqa: E402
+from tuning.plan.backends import FUSED, HEAD, VARLEN  # noqa: E402
 from tuning.presets import Class  # noqa: E402
+from tuning.training import own_head, trainer  # noqa: E402
 from tuning.training.simulate.child import judge  # noqa: E402
 
 TABLE = ROOT / "configs" / "classes.yaml"
 HEADING = "# Measured on tiny models by tools/write_classes.py; see there. By model_type.\n"
 IDS = torch.arange(5, 53).reshape(2, 24)
 NF4 = {"type": "nf4", "double": True, "compute": "float32"}
+SAME = 1e-4  # of the spread of log-probabilities
 LEAK = 1e-4  # of the largest logit: later words must change nothing
 
 
@@ -93,21 +96,27 @@ def _packed(base: Any) -> str:
 
 
 def _settled(folder: Path) -> dict[str, Any]:
-    """The attention and packing with which a run computes what transformers does."""
+    """The attention, packing and head with which a run computes what transformers does."""
     base = load_base(folder, precision="float32", quantisation=None, device="cpu")
     plain = apart.plain(base)
     tuned = lora.put(base, {"r": 8, "task_type": "CAUSAL_LM"}, survey(base).adaptable)
     for parameter in tuned.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    trainer.name_backbone(base)
+    add_fused_lm_head(base)
+    own = own_head.differs(tuned, torch.float32, SAME)
+    kernels = [kernel for kernel in FUSED if not own or kernel != HEAD]
+    found = {"own_head": True} if own else {}
     for packing in (True, False):
         for way in (VARLEN, plain) if packing else (plain,):
             try:
-                whole.replace(tuned, FUSED, way, precision=torch.float32, packing=packing)
+                whole.replace(tuned, kernels, way, precision=torch.float32, packing=packing)
             except (SpecError, *apart.FAILURES) as error:  # it has no such attention
                 logging.debug("%s: %s", way, error)
             else:
-                return {"attention": base.config._attn_implementation, "packing": packing}
+                attention = base.config._attn_implementation
+                return {"attention": attention, "packing": packing} | found
     return {"refused": "computes another loss with our attention than without it"}
 
 

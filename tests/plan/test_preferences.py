@@ -135,3 +135,31 @@ def test_other_objectives_are_refused_with_a_pointer(name):
 
     assert "use one of sft, dpo, kto" in error.value.change
     assert "https://huggingface.co/docs/trl" in error.value.change
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_a_head_of_its_own_kind_is_not_compared_by_trls(kind):
+    """The plan refuses pairs for it, keeps no one-pass head, and sizes all of its logits."""
+    job = spec()
+    known = plan.known_base(job)
+    base = replace(known, config=known.config | {"model_type": kind})
+    if kind == "bert":
+        with pytest.raises(SpecError, match="PLAN-123"):
+            plan.make(job, base, H100, lengths=PAIRS, versions={})
+    else:
+        plan.make(job, base, H100, lengths=PAIRS, versions={})
+    taught = plan.make(job, base, H100, lengths=replace(PAIRS, objective="sft"), versions={})
+
+    assert (kind == "llama") == ("head" in taught.placement.kernels)
+    assert (kind == "bert") == ("model's own head" in taught.reasons["kernels"])
+
+
+def test_kept_logits_are_in_the_estimate():
+    """A head of its own kind has logits of every token in memory, not of a tile of them."""
+    model = sizing.model(plan.known_base(spec()).facts)
+    sizes = [
+        sizing.smallest(model, demand(micro_batch=8, **each), H100.gpu).memory.total
+        for each in ({"compares": True}, {"own_head": True})
+    ]
+    vocabulary, tokens = 128_256, 8 * 1024 - 4096
+    assert sizes[1] - sizes[0] >= 2 * vocabulary * tokens

@@ -147,6 +147,7 @@ class Backend:
 
     attention: str
     kernels: tuple[str, ...]
+    own_head: bool = False  # the loss is of the model's own logits, all of which are kept
 
     @property
     def sized_as(self) -> Literal["varlen", "sdpa"]:

@@ -133,6 +133,13 @@ def packing(spec: Spec, base: Base, lengths: Lengths) -> Packing:
 def row_shape(spec: Spec, base: Base, lengths: Lengths | None, pick: Pick) -> tuple[bool, int]:
     """Whether rows are packed, and how many tokens a training row holds at most."""
     if objective := chosen_objective(spec.settings, lengths, pick):
+        if base.kind is not None and base.kind.own_head:
+            raise SpecError.at(
+                "PLAN-123",
+                base.name,
+                f"has an output layer of its own kind, which {objective} does not score",
+                "choose another base model, or train on the good answers: objective: sft",
+            )
         packing = _unpacked(spec.settings, objective, pick)
     else:
         packing = _packing(spec.settings.packing, base, pick)

@@ -271,9 +271,12 @@ def _backend(
         reasons=reasons,
         kind=base.kind,
     )
-    if recipe.objective is None or backends.HEAD not in backend.kernels:
+    own = base.kind is not None and base.kind.own_head
+    backend = replace(backend, own_head=own)
+    if not (own or recipe.objective) or backends.HEAD not in backend.kernels:
         return backend
-    reasons["kernels"] += "; log-probabilities of answers by trl's head"
+    what = "loss by the model's own head" if own else "log-probabilities of answers by trl's head"
+    reasons["kernels"] += f"; {what}"
     return replace(backend, kernels=tuple(k for k in backend.kernels if k != backends.HEAD))
 
 
@@ -301,6 +304,7 @@ def _demand(
         length=recipe.max_length,
         answers=recipe.answers,
         compares=recipe.objective is not None,
+        own_head=backend.own_head,
         rows=rows,
         layout=layout,
         network=device.network,

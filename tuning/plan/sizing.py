@@ -58,6 +58,7 @@ class Demand:
     new_tokens: bool = False  # rows of the embeddings are trained
     answers: int = 1  # sequences of a row: the two of a pair pass through the model together
     compares: bool = False  # answers, whose log-probabilities trl's head computes
+    own_head: bool = False  # logits of all tokens are kept
 
     def layouts(self, ranks: int, nodes: int) -> list[Layout]:
         """How `ranks` on `nodes` machines may hold the model."""
@@ -144,7 +145,7 @@ def _place(
         facts=base.facts,
         repacks=demand.repacks,
         new_tokens=demand.new_tokens,
-        tile=TILE_ROWS if demand.compares else None,
+        tile=tokens if demand.own_head else TILE_ROWS if demand.compares else None,
     )
     seconds = _seconds(base, demand, gpu, micro_batch, checkpointing)
     return Fit(micro_batch, checkpointing, estimate, seconds, demand.layout)

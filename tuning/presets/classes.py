@@ -23,6 +23,7 @@ class Class:
     refused: str = ""  # why it cannot be trained; empty where it can
     four_bit: str = ""  # why it cannot be trained in 4 bits, where it can in 16
     unmeasured: str = ""  # why nothing is known of it
+    own_head: bool = False  # its logits are more than the last hidden states by its output layer
     reach: str = ""  # what LoRA reaches of its default config, and what is left
     share: float = 1.0  # of the weights of its layers, there
 

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from tuning.errors import SpecError
 from tuning.plan import Recipe
 from tuning.training import checkpoint
 from tuning.training.batches import FILLER, IGNORED, NOTED, ROW, Numbered
@@ -103,6 +104,14 @@ class Preferring(Exact):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
+        objective = self.recipe.objective
+        if self.own_head:
+            raise SpecError.at(
+                "MODEL-121",
+                self.recipe.base_model,
+                f"has an output layer of its own kind, which {objective} does not score",
+                "choose another base model, or train on the good answers: objective: sft",
+            )
         count = len(self.train_dataset) - (self.ranks.count > 1)  # the filler
         parts, self.counts = [self.train_dataset.select(range(count))], [count]
         if self.eval_dataset is not None:

@@ -27,7 +27,7 @@ from tuning.models import shards
 from tuning.models.kernels import head, heap
 from tuning.plan import Recipe
 from tuning.plan.backends import VARLEN
-from tuning.training import checkpoint
+from tuning.training import checkpoint, own_head
 from tuning.training.batches import IGNORED, NOTED, ROW, Numbered, Order, filled, numbered
 from tuning.training.checkpoint import Checkpoint
 from tuning.training.distributed import Ranks
@@ -36,7 +36,7 @@ from tuning.training.memory_errors import is_out_of_memory, release
 from tuning.training.progress import Over, Progress, Saves, Watch, diverged, finite
 
 
-def _name_backbone(model: Any) -> None:
+def name_backbone(model: Any) -> None:
     """Let `base_model`, whose hidden states trl makes the loss of, be the layers of `model`.
 
     transformers names another attribute for Llama 4, which is not there: then it is all of `model`.
@@ -86,7 +86,7 @@ class Exact(SFTTrainer):  # type: ignore[misc]
         packed = getattr(base, "is_loaded_in_4bit", False)
         if packed:  # trl would make the adapter bfloat16
             base.is_loaded_in_4bit = False
-        _name_backbone(base)
+        name_backbone(base)
         super().__init__(
             model=tuned,
             args=arguments,
@@ -106,6 +106,8 @@ class Exact(SFTTrainer):  # type: ignore[misc]
         self._eval_sums: list[torch.Tensor] = []  # (summed loss, labelled tokens) by batch
         if self.one_pass:
             head.install(base)
+        precision = getattr(torch, recipe.precision)
+        self.own_head = not self.one_pass and own_head.needed(self.model, precision)
         by_document = base.config._attn_implementation == VARLEN
         self.data_collator: Any = Numbered(self.data_collator, by_document=by_document)
         self.half = recipe.precision == "float16"
@@ -279,20 +281,24 @@ class Exact(SFTTrainer):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """trl's loss, or the same from the one-pass head: summed over labelled tokens, divided."""
+        """trl's loss, or the same by the one-pass head or the model's own: summed, divided."""
         if self.filler:  # through the model all the same: the ranks add up their gradients
             self.filler = False
             return 0.0 * self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
         evaluating = num_items_in_batch is None and not model.training
         count = (inputs["labels"][:, 1:] != IGNORED).sum()
-        if not self.one_pass:
+        if not self.one_pass and not self.own_head:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             loss = result[0] if isinstance(result, tuple) else result
         else:
             labels, divisor = inputs.pop("labels"), count
             if num_items_in_batch is not None:  # of the whole step, on all ranks
                 divisor = torch.as_tensor(num_items_in_batch) / self.accelerator.num_processes
-            result = loss = model(**inputs, scored=labels) / divisor.clamp(min=1)
+            if self.one_pass:
+                summed = model(**inputs, scored=labels)
+            else:
+                summed = own_head.loss(model(**inputs, use_cache=False).logits, labels)
+            result = loss = summed / divisor.clamp(min=1)
         if evaluating:
             summed = torch.where(count > 0, loss.detach().double() * count, 0.0)
             sums = torch.stack([summed, count.double()])

@@ -19,6 +19,7 @@ import torch
 from peft.utils.other import TrainableTokensWrapper
 from torch.autograd.function import once_differentiable
 
+from tuning import presets
 from tuning.models import shards
 from tuning.plan.coefficients import FUSED_TILE_ROWS
 
@@ -127,6 +128,9 @@ def suits(base: Any) -> bool:
     head = base.get_output_embeddings()
     if isinstance(head, TrainableTokensWrapper):
         head = head.token_adapter.get_base_layer()
+    kind = presets.class_of(base.config.to_dict())
+    if kind is not None and kind.own_head:
+        return False
     text = base.config.get_text_config()
     changed = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
     return (

@@ -118,6 +118,13 @@ def _apart(theirs: torch.Tensor, ours: torch.Tensor) -> float:
     return float((ours - theirs).norm() / theirs.norm().clamp(min=1e-30))
 
 
+def documents(tuned: Any) -> torch.Tensor:
+    """Two documents of random tokens, the same ones each time."""
+    vocabulary = tuned.get_base_model().config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(vocabulary, (2, LENGTH), generator=generator).to(tuned.device)
+
+
 def _results(tuned: Any, precision: torch.dtype, *, packed: bool, size: float = SIZE) -> Results:
     """The summed loss of two documents, and its gradients by the trained weights, as one vector.
 
@@ -126,8 +133,7 @@ def _results(tuned: Any, precision: torch.dtype, *, packed: bool, size: float = 
     """
     base, training = tuned.get_base_model(), tuned.training
     generator = torch.Generator().manual_seed(0)
-    vocabulary = base.config.get_text_config().vocab_size
-    documents = torch.randint(vocabulary, (2, LENGTH), generator=generator).to(tuned.device)
+    tokens = documents(tuned)
     weights = [w for w in tuned.parameters() if w.requires_grad]
     adapters = [m for m in tuned.modules() if isinstance(m, LoraLayer)]
     b = [part.weight for layer in adapters for part in layer.lora_B.values()]
@@ -137,7 +143,7 @@ def _results(tuned: Any, precision: torch.dtype, *, packed: bool, size: float = 
             parity.random_weights(b, generator, size),
             torch.autocast(tuned.device.type, precision, enabled=precision != torch.float32),
         ):
-            loss = _loss(tuned, documents, packed=packed, one_pass=base.one_pass)
+            loss = _loss(tuned, tokens, packed=packed, one_pass=base.one_pass)
             gradients = shards.gradients(loss, weights)
     finally:
         tuned.train(training)

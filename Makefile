@@ -63,9 +63,10 @@ demo: install  ## set-up and the main job on the bundled model, no GPU and no ac
 test: install system  ## set-up and every test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST)
 
-test-light:  ## what needs no torch, of spec and presets (PYTHON=python3.13)
+test-light:  ## of spec and presets what needs neither torch nor peft (PYTHON=python3.13)
 	@$(MAKE) --no-print-directory install EXTRAS=cluster,dev
-	$(BIN)/python -m pytest tests/spec tests/presets $(PYTEST)
+	$(BIN)/python -m pytest tests/spec tests/presets --ignore=tests/presets/test_presets.py \
+	  -k 'not libraries' $(PYTEST)
 
 slow: install  ## the tests that take minutes: the memory formula against simulation, everywhere
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow $(PYTEST)

@@ -2,10 +2,11 @@
 #   engine    what a Job runs (python -m tuning), with torch for CUDA        docker build --target engine .
 #   operator  what watches Workspaces (python -m jobs), without torch        docker build --target operator .
 #
-# BASE is any Debian with Python 3.11 or newer and pip; in production name it with its digest. Torch's
-# wheels bring CUDA's libraries along, so that the base needs none. TORCH_INDEX is the build of torch: cu130,
-# cu126 (Volta and older cards, drivers before 580) or cpu. An engine for each of configs/engines.yaml serves
-# every GPU; the operator's option `images` names them.
+# BASE is any Debian with Python 3.11 or newer and pip, as NAME:TAG or NAME@DIGEST: `make images` builds on
+# the digest that the tag has then, and notes both as labels of the image. Torch's wheels bring CUDA's
+# libraries along, so that the base needs none. TORCH_INDEX is the build of torch: cu130, cu126 (Volta and
+# older cards, drivers before 580) or cpu. An engine for each of configs/engines.yaml serves every GPU; the
+# operator's option `images` names them. Each archive but torch's has its hash in constraints.txt.
 ARG BASE=docker.io/library/python:3.11-slim-bookworm
 
 FROM ${BASE} AS python
@@ -13,18 +14,20 @@ ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_
     PATH=/opt/venv/bin:$PATH
 RUN python3 -m venv /opt/venv
 COPY constraints.txt pyproject.toml README.md CHANGELOG.md LICENSE /src/
-COPY tools /src/tools
+COPY tools/install_locked.py /src/tools/
 WORKDIR /src
 
 FROM python AS wheel
+RUN python tools/install_locked.py build
 COPY tuning /src/tuning
 COPY jobs /src/jobs
 COPY configs /src/configs
-RUN pip wheel --quiet --no-deps --wheel-dir /wheels .
+RUN pip wheel --quiet --no-deps --no-build-isolation --wheel-dir /wheels .
 
 FROM python AS operator
+RUN python tools/install_locked.py cluster
 COPY --from=wheel /wheels /wheels
-RUN pip install --quiet -c constraints.txt "$(echo /wheels/tuning-*.whl)[cluster]" \
+RUN pip install --quiet --no-deps /wheels/tuning-*.whl \
     && pip check && python -m jobs --help >/dev/null && rm -rf /wheels
 WORKDIR /
 USER 10001:10001
@@ -45,9 +48,11 @@ RUN command -v gcc >/dev/null || { apt-get update -qq \
     && apt-get install -y -qq --no-install-recommends gcc libc6-dev \
     && rm -rf /var/lib/apt/lists/*; }
 # Torch first and in a layer of its own: it is nine tenths of the image and changes least.
+COPY tools/install_torch.py /src/tools/
 RUN python tools/install_torch.py ${TORCH} ${TORCH_INDEX}
+RUN python tools/install_locked.py ${EXTRAS}
 COPY --from=wheel /wheels /wheels
-RUN pip install --quiet -c constraints.txt "$(echo /wheels/tuning-*.whl)[${EXTRAS}]" \
+RUN pip install --quiet --no-deps /wheels/tuning-*.whl \
     && pip check && python -m tuning --help >/dev/null && rm -rf /wheels
 WORKDIR /
 USER 10001:10001

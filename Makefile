@@ -10,7 +10,7 @@ TORCH_INDEX ?= auto
 # Of the GPU suite: whatever has the packages
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 EXTRAS ?= train,serve,cluster,dev
-# `make images` needs PyYAML and no more.
+# `make images` needs no more than the base dependencies.
 IMAGES_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,build/tools/bin/python)
 # tool:package. Only what is missing is installed: kubectl, say, may come from another archive, whose
 # package and Debian's refuse to stand side by side.
@@ -23,8 +23,8 @@ BED_PACKAGES := etcd-server containerd runc containernetworking-plugins busybox-
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-bed test-cluster test-gpu images test-images test-clients test-vllm \
-  slow soak coefficients kernel-counts lint fix lock site system clean docs
+.PHONY: help install demo test test-light test-bed test-cluster test-gpu images test-images test-clients test-vllm \
+  slow soak coefficients kernel-counts lint fix lock dist sbom site system clean docs
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 20
@@ -39,7 +39,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt Makefile
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@case ",$(EXTRAS)," in *,train,*) \
 	  $(BIN)/python tools/install_torch.py $(TORCH) $(TORCH_INDEX);; esac
-	$(BIN)/pip install --quiet -c constraints.txt -e '.$(if $(EXTRAS),[$(EXTRAS)])'
+	$(BIN)/python tools/install_locked.py $(EXTRAS),build
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 
 system:  ## what tests need from the system: docker-registry, skopeo, kubectl, chromium, lua, ...
@@ -61,6 +62,11 @@ demo: install  ## set-up and the main job on the bundled model, no GPU and no ac
 
 test: install system  ## set-up and every test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST)
+
+test-light:  ## of spec and presets what needs neither torch nor peft (PYTHON=python3.13)
+	@$(MAKE) --no-print-directory install EXTRAS=cluster,dev
+	$(BIN)/python -m pytest tests/spec tests/presets --ignore=tests/presets/test_presets.py \
+	  -k 'not libraries' $(PYTEST)
 
 slow: install  ## the tests that take minutes: the memory formula against simulation, everywhere
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m slow $(PYTEST)
@@ -91,7 +97,7 @@ test-vllm: install  ## vLLM on a processor, with what the operator renders (3.5 
 test-clients: install  ## lm-eval, guidellm, openai (Python, npm), litellm, langchain, llm, llama.cpp, MLflow, W&B, Helm, checkov (3 GB into ~/.cache)
 	@command -v npm >/dev/null || { echo "npm is needed: apt-get install nodejs npm"; exit 1; }
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m clients tests/serve/test_clients.py tests/trackers \
-	  tests/models/test_llama_cpp.py tests/jobs/test_deploy_clients.py $(PYTEST)
+	  tests/models/test_llama_cpp.py tests/jobs/test_deploy_clients.py tests/test_workflows.py $(PYTEST)
 
 test-bed: system  ## build the API servers for the cluster tests, once, into ~/.cache (root, 10 minutes)
 	@apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
@@ -119,13 +125,13 @@ images: $(IMAGES_PYTHON)  ## build and push both images, then: kubectl apply -k 
 	$(IMAGES_PYTHON) tools/build_images.py "$(REGISTRY)" $(addprefix --engine=,$(ENGINES)) \
 	  $(if $(TAG),--tag="$(TAG)") $(if $(KEY),--key="$(KEY)") $(if $(INSECURE),--insecure) \
 	  $(if $(PULL_SECRET),--pull-secret="$(PULL_SECRET)") $(if $(DEPLOY),--deploy="$(DEPLOY)") \
-	  $(if $(BUILDER),--builder="$(BUILDER)") $(addprefix --build-option=--build-arg=BASE=,$(BASE)) \
+	  $(if $(BUILDER),--builder="$(BUILDER)") $(if $(BASE),--base="$(BASE)") \
 	  $(addprefix --sign-option=,$(SIGN_OPTIONS)) $(addprefix --build-option=,$(BUILD_OPTIONS)) \
 	  $(addprefix --builder-option=,$(BUILDER_OPTIONS))
 
 build/tools/bin/python:
 	@$(PYTHON) -m venv build/tools
-	@build/tools/bin/pip install --quiet -c constraints.txt pyyaml
+	@build/tools/bin/python tools/install_locked.py
 
 lint: install  ## ruff, mypy --strict, import contracts, undeclared imports
 	$(BIN)/ruff check .
@@ -149,12 +155,31 @@ site:  ## the pages of docs/ as a site, in build/site; a link that leads nowhere
 	  $(SITE)/bin/pip install --quiet 'mkdocs-material>=9.8,<10'; }
 	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build --quiet
 
-lock:  ## refresh constraints.txt: newest versions that pyproject.toml allows
-	rm -rf build/lock && $(PYTHON) -m venv build/lock
-	build/lock/bin/python tools/install_torch.py $(TORCH) cpu
-	build/lock/bin/pip install --quiet -e '.[train,serve,cluster,wandb,gguf,dev]'
-	build/lock/bin/pip freeze --exclude-editable | sed 's/+cpu//' > constraints.txt
-	rm -rf build/lock
+RELEASE := build/release
+$(RELEASE)/bin/python:
+	@$(PYTHON) -m venv $(RELEASE)
+	@$@ tools/install_locked.py release,build
+
+dist: $(RELEASE)/bin/python  ## wheel and source archive, in dist/
+	rm -rf dist && $(RELEASE)/bin/python -m build --no-isolation --outdir dist .
+
+# What each image has beside its base: the same files, locked, in an environment of their own.
+sbom: $(RELEASE)/bin/python  ## CycloneDX lists of what the images install, in build/sbom (TORCH_INDEX=cpu)
+	@test -f dist/*.whl || $(MAKE) --no-print-directory dist
+	set -e; for pair in operator:cluster engine:train,serve,wandb; do list=build/sbom/$${pair%:*}; \
+	  $(PYTHON) -m venv --clear $$list; \
+	  test $${pair%:*} = operator || $$list/bin/python tools/install_torch.py $(TORCH) $(TORCH_INDEX); \
+	  $$list/bin/python tools/install_locked.py $${pair#*:}; \
+	  $$list/bin/pip install --quiet --no-deps dist/*.whl; \
+	  $(RELEASE)/bin/cyclonedx-py environment --pyproject pyproject.toml --mc-type application \
+	    --output-reproducible --output-file $$list.cdx.json $$list/bin/python; \
+	  rm -rf $$list; done
+
+# For every Python and processor that PyPI has archives for; of torch the hashes of PyPI's builds.
+lock: $(RELEASE)/bin/python  ## refresh constraints.txt, with hashes: newest versions that pyproject.toml allows
+	$(RELEASE)/bin/uv pip compile --quiet --upgrade --universal --python-version 3.11 --no-header \
+	  --no-annotate --generate-hashes --all-extras --group build --group release pyproject.toml \
+	  --output-file constraints.txt
 
 clean:  ## remove the environment and everything built
 	rm -rf $(VENV) build dist runs

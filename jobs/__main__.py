@@ -17,8 +17,7 @@ import yaml
 from jobs.api import crd as crds
 from jobs.api import options as option_files
 from jobs.api.options import Options
-from jobs.controller import probes
-from tuning.errors import TuningError
+from tuning.errors import TuningError, not_installed
 
 app = typer.Typer(
     help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
@@ -44,7 +43,7 @@ def run(
 ) -> None:
     """Reconcile Workspaces until SIGTERM."""
     from jobs.api import client
-    from jobs.controller import preflight
+    from jobs.controller import preflight, probes
     from jobs.controller.operator import Operator, Setup
 
     handler = logging.StreamHandler(sys.stderr)
@@ -107,6 +106,10 @@ def main() -> None:
     """Run a command; a TuningError is printed without a traceback and sets the exit code."""
     try:
         app()
+    except ModuleNotFoundError as error:
+        known = not_installed(error)
+        sys.stderr.write(f"{known}\n")
+        sys.exit(known.exit_code)
     except TuningError as error:
         sys.stderr.write(f"{error}\n")
         sys.exit(error.exit_code)

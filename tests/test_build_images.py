@@ -13,6 +13,7 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from registries import Registry, tool
 
 from jobs.api.options import Options
 
@@ -25,6 +26,7 @@ digest=sha256:$(echo "$*" | sha256sum | head -c 64)
 case "$*" in push*) echo "1: digest: $digest size: 1";; esac
 for word; do case $word in --digestfile=*) echo "$digest" > "${word#*=}";; esac; done
 """
+BASE = f"sha256:{'b' * 64}"
 DIGEST = st.from_regex("sha256:[0-9a-f]{64}", fullmatch=True)
 needs_kubectl = pytest.mark.skipif(not shutil.which("kubectl"), reason="kubectl is not installed")
 
@@ -73,7 +75,7 @@ def test_the_first_builder_that_works_builds_pushes_and_signs(
     key.touch()
     out = tmp_path / "deploy"
     engines = ["--engine=cu126", "--engine=cu130"]
-    more = [f"--key={key}", "--insecure", f"--out={out}", "--build-option=--build-arg=BASE=b@x"]
+    more = [f"--key={key}", "--insecure", f"--out={out}", f"--base=r.example.com/b:1@{BASE}"]
     assert 0 == build_images.main(["localhost:5000/team", "--tag=1", *engines, *more])
 
     lines = called(tmp_path)
@@ -82,7 +84,9 @@ def test_the_first_builder_that_works_builds_pushes_and_signs(
         line.split("--target ")[1].split()[0] for line in builds
     ]
     assert ["cu126", "cu130"] == [line.split("TORCH_INDEX=")[1].split()[0] for line in builds[1:]]
-    assert all("--build-arg=BASE=b@x" in line for line in builds)
+    assert all(f"--build-arg=BASE=r.example.com/b@{BASE}" in line for line in builds)
+    assert all(f"image.base.digest={BASE}" in line for line in builds)
+    assert all("image.base.name=r.example.com/b:1 " in line for line in builds)
     pushes = [line for line in lines if line.startswith(f"{there} push ")]
     assert [there != "docker"] * 3 == ["--tls-verify=false" in line for line in pushes]
     signed = [line.split()[-1] for line in lines if line.startswith("cosign sign ")]
@@ -98,9 +102,50 @@ def test_a_build_that_fails_leaves_no_kustomization(
     """Nor names images that are not in the registry."""
     monkeypatch.setenv("FAILS", "--target engine")
     out = tmp_path / "deploy"
-    told = build_images.main(["r.example.com/team", "--engine=cpu", f"--out={out}"])
+    told = build_images.main(
+        ["r.example.com/team", "--engine=cpu", f"--out={out}", f"--base=b@{BASE}"]
+    )
     assert "docker build --target ... failed with exit code 3; nothing was written" == told
     assert not out.exists()
+
+
+@pytest.mark.registry
+@pytest.mark.parametrize("form", ["oci", "v2s2"])
+def test_all_images_stand_on_the_digest_that_the_base_has_now(
+    form: str, tools: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As its registry tells, in a manifest of OCI or Docker; a tag that moved is another base."""
+    umoci, layout = [tool("umoci")], tmp_path / "layout"
+    subprocess.run([*umoci, "init", "--layout", layout], check=True, capture_output=True)
+    known = []
+    with Registry(tmp_path) as registry:
+        base = f"{registry.host}/library/debian:12"
+        for name in ("first", "second"):
+            image = ["--image", f"{layout}:{name}"]
+            subprocess.run([*umoci, "new", *image], check=True, capture_output=True)
+            note = ["--config.label", f"which={name}"]
+            subprocess.run([*umoci, "config", *image, *note], check=True, capture_output=True)
+            copy = [tool("skopeo"), "copy", "--format", form, "--dest-tls-verify=false"]
+            copy += [f"oci:{layout}:{name}", f"docker://{base}"]
+            subprocess.run(copy, check=True, capture_output=True)
+            shown = [tool("skopeo"), "inspect", "--tls-verify=false", "--format={{.Digest}}"]
+            known.append(subprocess.check_output([*shown, f"docker://{base}"], text=True).strip())
+
+            asked = [f"{registry.host}/team", "--engine=cpu", "--insecure", f"--base={base}"]
+            assert 0 == build_images.main([*asked, f"--out={tmp_path}/out"])
+            builds = [line for line in called(tmp_path) if line.startswith("docker build ")][-2:]
+            told = [line.split("org.opencontainers.image.base.")[1:] for line in builds]
+            assert [[f"name={base} --label=", f"digest={known[-1]}"]] * 2 == [
+                [first, second.split()[0]] for first, second in told
+            ]
+            pinned = f"BASE={registry.host}/library/debian@{known[-1]} "
+            assert all(pinned in line for line in builds)
+    assert known[0] != known[1]
+
+    count = len(called(tmp_path))
+    wrong = build_images.main([*asked, f"--out={tmp_path}/out"])
+    assert isinstance(wrong, str) and base in wrong and "BASE=NAME@sha256:" in wrong
+    assert ["docker version"] == called(tmp_path)[count:]  # the registry is gone: nothing is built
 
 
 def rendered(folder: Path) -> list[dict[str, Any]]:

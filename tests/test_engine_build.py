@@ -67,7 +67,26 @@ def test_a_mirror_of_pypi_is_enough_for_the_build_that_pypi_has(
     monkeypatch.setattr(install_torch.sys, "argv", ["", "2.13.0", build])
 
     assert 0 == install_torch.main()
-    assert tuple(expected) == calls[-1][: len(expected)]
+    last = calls[-1]
+    assert (expected[0], expected[1:]) == (last[-1], [e for e in last if e == "--index-url"])
+    assert "--no-deps" in last  # its libraries next, and what is locked from the lock
+
+
+def test_cuda_comes_with_its_build_and_all_else_from_the_lock():
+    """What torch for CUDA needs, of both kinds; nothing of another build is in the lock."""
+    locked = ["filelock", "typing-extensions>=4.10.0", "sympy>=1.13.3", "jinja2", "setuptools>=77"]
+    cuda = [
+        'cuda-toolkit[cublas,cudart]==13.0.3; platform_system == "Linux"',
+        'nvidia-cudnn-cu13==9.20.0.48; platform_system == "Linux"',
+        'nvidia-cusparselt-cu12==0.7.1; platform_system == "Linux"',
+        'triton==3.7.1; platform_system == "Linux"',
+    ]
+    extra = ['optree>=0.13.0; extra == "optree"']
+    assert cuda == install_torch.libraries([*locked, *cuda, *extra])
+    lock = install_torch.locked(install_torch.LOCK.read_text())
+    assert not [name for name in lock if name.startswith(("nvidia-", "cuda-", "triton"))]
+    version = re.findall("TORCH := (.*)", (ROOT / "Makefile").read_text())[0]
+    assert f"torch=={version} " in lock["torch"]
 
 
 def test_the_engine_looks_where_gke_mounts_the_driver():

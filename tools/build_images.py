@@ -5,6 +5,7 @@
 
 Run by `make images`. docker, podman and buildah are asked in this order, and the first that works
 is used. The operator goes first: it takes a minute, and shows whether the registry takes a push.
+All stand on one base: the digest that its tag has at the start, which each image names in a label.
 """
 
 from __future__ import annotations
@@ -18,13 +19,19 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # `make images` needs no installed project
+
+from tuning.errors import TuningError  # noqa: E402
+from tuning.oci import registry  # noqa: E402
+from tuning.oci.access import Access  # noqa: E402
+
 DEPLOY = ROOT / "configs" / "deploy"
 # Whether each can build here: of docker, its daemon has to answer.
 BUILDERS = {"docker": ["version"], "podman": ["info"], "buildah": ["info"]}
@@ -36,6 +43,31 @@ _TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,100}")
 def engines() -> list[str]:
     """The builds of torch for GPUs, oldest CUDA first."""
     return list(yaml.safe_load((ROOT / "configs" / "engines.yaml").read_text(encoding="utf-8")))
+
+
+def base_image() -> str:
+    """The base that the Dockerfile names."""
+    text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    return str(re.findall(r"^ARG BASE=(\S+)", text, re.M)[0])
+
+
+def on_base(base: str, insecure: bool) -> list[str]:
+    """Options of a build on `base` by its digest, and the labels of OCI's image-spec that say so.
+
+    A name with a digest is taken as it is; localhost/NAME, a builder's own image, has none. Raises
+    TuningError for a base that its registry does not show.
+    """
+    name, at, digest = base.partition("@")
+    if base.startswith("localhost/") and not at:
+        print(f"BASE {base} is of no registry: the images will not name its digest")
+        return [f"--build-arg=BASE={base}"]
+    if not at:
+        patience = registry.Patience(tries=3)  # a person waits
+        remote = Access(insecure=insecure, patience=patience).remote(base, secret=None)
+        digest, _ = remote.persist(lambda: registry.resolve(remote))
+    bare = re.sub(r":[^:/]+$", "", name)
+    label = "--label=org.opencontainers.image.base"
+    return [f"--build-arg=BASE={bare}@{digest}", f"{label}.name={name}", f"{label}.digest={digest}"]
 
 
 def version() -> str:
@@ -178,6 +210,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("registry", help="where images go: registry.example.com/team")
+    add("--base", default=base_image(), help="what the images stand on: NAME:TAG or NAME@DIGEST")
     add("--tag", default=version(), help="their tag; an engine's ends with its build of torch")
     add("--engine", action="append", help="build of torch; repeat for several")
     add("--key", help="sign with this key of cosign: a file, or the address of a KMS")
@@ -188,7 +221,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", type=Path, default=ROOT / "build" / "deploy", help="folder of the kustomization")
     add("--builder", choices=BUILDERS, help="instead of the first that works")
     add("--builder-option", action="append", default=[], help="of each command: --root=DIR")
-    add("--build-option", action="append", default=[], help="of each build: --build-arg=BASE=...")
+    add("--build-option", action="append", default=[], help="of each build: --network=host")
     return parser
 
 
@@ -203,6 +236,12 @@ def main(arguments: Sequence[str] | None = None) -> str | int:
     if not builder:
         asked = told.builder or ", ".join(BUILDERS)
         return f"No builder works here ({asked}): start docker, or install podman or buildah"
+    try:  # a registry without TLS is the one that was told of, no other
+        ours = told.base.partition("/")[0] == told.registry.partition("/")[0]
+        based = on_base(told.base, told.insecure and ours)
+    except TuningError as error:
+        return f"BASE {told.base} has no known digest: {error}\nOr name it: BASE=NAME@sha256:..."
+    builder = replace(builder, build_options=(*based, *builder.build_options))
     operator = f"{told.registry}/tuning-operator"
     images = [("operator", operator, told.tag, dict[str, str]())]
     for engine in told.engine:

@@ -1,11 +1,13 @@
 """Install the pinned torch, in the build asked for: `install_torch.py VERSION auto|cpu|cu126|...`.
 
 torch goes first and alone, so that no other package can pull another build: on Linux a plain
-`pip install torch` brings gigabytes of CUDA, wanted or not. Configured package sources are asked
-before pytorch.org's own index. PyPI's wheel is one of the builds without its name, and enough where
-only a mirror of PyPI can be reached; macOS has one build only. `auto` is the newest build that runs
-on this machine's GPUs with their driver, cpu where there is none; nothing is installed yet that
-could read YAML.
+`pip install torch` brings gigabytes of CUDA, wanted or not. With it come CUDA's libraries, in the
+versions that this build names; all else that it needs is in the lock (install_locked.py). The lock
+has no hash of builds that are not on PyPI: pip compares torch with the hash that its index gives.
+Configured package sources are asked before pytorch.org's own index. PyPI's wheel is one of the
+builds without its name, and enough where only a mirror of PyPI can be reached; macOS has one build
+only. `auto` is the newest build that runs on this machine's GPUs with their driver, cpu where there
+is none; nothing is installed yet that could read YAML.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from install_locked import LOCK, locked
 
 INDEX = "https://download.pytorch.org/whl/"
 PYPI = "https://pypi.org/simple"  # what torch itself depends on
@@ -77,6 +81,13 @@ def names(version: str, build: str) -> list[str]:
     return [f"{version}+{build}", *([version] if plain else [])]
 
 
+def libraries(asked: list[str]) -> list[str]:
+    """Of what a torch says it needs, what belongs to its build: all that the lock does not have."""
+    known = locked(LOCK.read_text(encoding="utf-8"))
+    named = {each: re.split(r"[^\w.-]", each, maxsplit=1)[0].lower() for each in asked}
+    return [each for each in asked if named[each] not in known and "extra ==" not in each]
+
+
 def main() -> int:
     """Install, or say in one line why not."""
     version, build = sys.argv[1:3]
@@ -90,14 +101,13 @@ def main() -> int:
         return 0
     print(f"Installing torch {wanted} ...", flush=True)
     # `===` is the exact text: `==2.13.0` would be satisfied by 2.13.0+cpu
-    for name in (wanted, *others):
-        if pip("-qqq", "--no-deps", "--dry-run", f"torch==={name}"):
-            done = pip(f"torch==={name}")
-            break
-    else:
-        done = pip(f"torch==={wanted}", "--index-url", INDEX + build, "--extra-index-url", PYPI)
-    if done:
-        return 0
+    there = (n for n in (wanted, *others) if pip("-qqq", "--no-deps", "--dry-run", f"torch==={n}"))
+    name = next(there, None)
+    sources = [] if name else ["--index-url", INDEX + build, "--extra-index-url", PYPI]
+    if pip(*sources, "--no-deps", f"torch==={name or wanted}"):
+        own = libraries(importlib.metadata.requires("torch") or [])
+        if not own or pip(*sources, *own):
+            return 0
     print(
         f"torch {wanted} could not be installed. Change: check the network, or choose another "
         f"build with make install TORCH_INDEX={'|'.join(BUILDS)}.",

@@ -107,6 +107,24 @@ class UsageError(TuningError):
     exit_code = 2
 
 
+# The extra of a library that is not of `train`, by what is imported
+_EXTRAS = {
+    **dict.fromkeys(("starlette", "uvicorn", "h11"), "serve"),
+    **dict.fromkeys(("kubernetes", "prometheus_client"), "cluster"),
+    "gguf": "gguf",
+}
+
+
+def not_installed(error: ModuleNotFoundError) -> UsageError:
+    """What to tell of a library that a command needs; a missing module of ours is a bug."""
+    name = (error.name or "tuning").partition(".")[0]
+    if name in ("tuning", "jobs"):
+        raise error
+    what = f"this command needs {name}, which is not installed"
+    change = f"pip install 'tuning[{_EXTRAS.get(name, 'train')}]', or make install"
+    return UsageError.at("USE-102", "", what, change)
+
+
 class DataError(TuningError):
     """The data is unusable: the same data will fail again."""
 

@@ -23,8 +23,9 @@ def make_images(registry: str, folder: Path, *engines: str) -> None:
     with tempfile.TemporaryDirectory(dir=CACHE, prefix="storage.") as store:
         builder = storage(Path(store))
         make_base(builder)
-        build = ["--network=host", "--build-arg=BASE=localhost/base", *_pip(Path(store))]
+        build = ["--network=host", *_pip(Path(store))]
         command = [sys.executable, str(ROOT / "tools/build_images.py"), registry, "--insecure"]
+        command += ["--base=localhost/base"]
         command += ["--builder=buildah", f"--out={folder}"]
         command += [f"--engine={each}" for each in engines]
         command += [f"--builder-option={each}" for each in builder]

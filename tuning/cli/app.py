@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 import tuning
-from tuning.errors import Stopped, TuningError, UsageError
+from tuning.errors import Stopped, TuningError, UsageError, not_installed
 
 app = typer.Typer(
     name="tuning",
@@ -75,13 +75,7 @@ def main() -> int:
     except typer.TyperException as error:
         return _refused(UsageError.at("USE-101", "", error.format_message(), "see --help"))
     except ModuleNotFoundError as error:
-        if (error.name or "tuning").partition(".")[0] == "tuning":
-            raise
-        what = f"this command needs {error.name}, which is not installed"
-        change = "pip install 'tuning[train]', or make install"
-        if error.name == "gguf":
-            change = "pip install 'tuning[gguf]'"
-        return _refused(UsageError.at("USE-102", "", what, change))
+        return _refused(not_installed(error))
     except SystemExit as end:  # rich and click end the process when a reader closes our output
         broken = isinstance(end.__context__, BrokenPipeError)
         return 0 if broken else end.code if isinstance(end.code, int) else 1

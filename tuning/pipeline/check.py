@@ -6,14 +6,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tuning.plan as plan
 from tuning.console import Console
 from tuning.data import formats
-from tuning.data.first_rows import FirstRows, check_file, check_head
 from tuning.data.problems import mixed_shapes
-from tuning.data.tokenizer import load_tokenizer
-from tuning.data.vocabulary import Vocabulary, embedding_rows
 from tuning.errors import DataError, SpecError
 from tuning.network.policy import load_headers
 from tuning.network.retry import Patience
@@ -28,8 +26,13 @@ from tuning.sources.local import File
 from tuning.spec import Settings, Spec, mixture
 from tuning.trackers import place
 
-# Part of the mixture, name and size of a file, and what its rows are
-CheckedFile = tuple[int, str, int | None, FirstRows]
+# What reads rows comes late: a plan, which the base install can make, imports this room as well.
+if TYPE_CHECKING:
+    from tuning.data.first_rows import FirstRows
+    from tuning.data.vocabulary import Vocabulary
+
+    # Part of the mixture, name and size of a file, and what its rows are
+    CheckedFile = tuple[int, str, int | None, FirstRows]
 
 
 def check(spec: Spec, options: Options, console: Console) -> Iterator[str]:
@@ -65,6 +68,8 @@ def _check_tokens(spec: Spec) -> None:
     """Raise SpecError for new tokens that do not suit the tokenizer, where that is at hand."""
     folder, s = Path(spec.base_model or ""), spec.settings
     if s.new_tokens and spec.base_model and folder.is_dir():
+        from tuning.data.tokenizer import load_tokenizer
+
         load_tokenizer(folder, s.new_tokens, s.chat_template)
 
 
@@ -136,6 +141,8 @@ def _first_rows(
 def _read(
     file: File | fetch.Seen, part: int, settings: Settings, vocabulary: Vocabulary
 ) -> CheckedFile:
+    from tuning.data.first_rows import check_file, check_head
+
     own = settings.sources[part] if settings.sources else settings
     names = (getattr(own, name) or getattr(settings, name) for name in mixture.COLUMNS)
     columns = replace(formats.Columns(*names), objective=settings.objective)
@@ -158,6 +165,8 @@ def _read(
 
 def _vocabulary(spec: Spec) -> Vocabulary:
     """The token ids that the base has rows for, where that is known without the network."""
+    from tuning.data.vocabulary import Vocabulary, embedding_rows
+
     folder = Path(spec.base_model) if spec.base_model else None
     if folder and folder.is_dir():
         return Vocabulary(

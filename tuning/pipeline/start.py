@@ -18,7 +18,6 @@ import tuning.plan as plan
 from tuning import adapter as adapters
 from tuning import files
 from tuning.adapter import Adapter
-from tuning.data.tokenizer import added_by
 from tuning.errors import Problem, SpecError
 from tuning.oci import delivery, inspection
 from tuning.oci.access import Access
@@ -66,6 +65,8 @@ def fetch(run: Run, model: base.Base, known: plan.Base) -> Start | None:
     if problems:
         raise SpecError(problems)
     recipe = _recipe(found.folder)
+    from tuning.data.tokenizer import added_by  # which the base install has not
+
     tokens = [text for text, _ in added_by(found).values()]
     if len(tokens) != len(found.token_ids):
         what = "trains rows of tokens that its tokenizer.json does not add"

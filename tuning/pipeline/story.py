@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
@@ -41,8 +42,10 @@ T = TypeVar("T")
 def execute(spec: Spec, options: Options, console: Console) -> Summary:
     """Run `spec` in `options.run_dir` from the first phase that its journal does not hold.
 
-    Raises the error that ended the run, once it is in the journal and the termination log.
+    Raises the error that ended the run, once it is in the journal and the termination log, and
+    ModuleNotFoundError at once where the extra `train` is not installed.
     """
+    _need("torch", "transformers", "pyarrow")
     with (
         stop_on_signal() as stop,
         journal.opened(options.run_dir) as opened,
@@ -61,6 +64,13 @@ def execute(spec: Spec, options: Options, console: Console) -> Summary:
             raise run.raised
         outcome.write_termination(_success(summary, run.folder))
         return summary
+
+
+def _need(*names: str) -> None:
+    """Miss a library of the children here, where it can be told, not in their logs."""
+    for name in names:
+        if find_spec(name) is None:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
 def _phases(run: Run) -> Summary:
@@ -138,6 +148,7 @@ def prepare(spec: Spec, options: Options, console: Console) -> Prepared:
 
     `execute` in the same run directory does not repeat it. Raises what a run would.
     """
+    _need("transformers", "pyarrow")
     with stop_on_signal() as stop, journal.opened(options.run_dir) as opened:
         run = Run(spec, options, console, opened, stop)
         try:

@@ -7,9 +7,12 @@
 
 The same random Llama, the same 2,000 chat rows, about the same tokens an optimizer step: `trl` is
 `plain_trl.py` with its defaults, `trl packed` the same with packing, `ours` is `python -m tuning
-run` to the finished image. CPU-seconds are those of the whole process tree, imports and all; a real
-token is one that is no padding. Contenders take turns, forwards and backwards, and a ratio is
-between neighbours. Every run appends to `results/cpu_compare.jsonl`.
+run` to the finished image. trl's default is bfloat16, also on a processor without instructions for
+it: there, `trl packed float32` is a contender, too. CPU-seconds are those of the whole process
+tree, imports and all; a real token is one that is no padding. Contenders take turns, forwards and
+backwards, and a ratio is between neighbours. Of memory that processes share each has its part, so
+that others with the same libraries in memory make all contenders look smaller: leave none running.
+Every run appends to `results/cpu_compare.jsonl`.
 """
 
 from __future__ import annotations
@@ -41,6 +44,8 @@ sys.path.insert(0, str(HERE.parent / "tests"))
 
 import tiny_models  # noqa: E402  # it is no package
 
+from tuning.plan import device  # noqa: E402
+
 RESULTS = HERE / "results" / "cpu_compare.jsonl"
 ROWS, LENGTH, STEPS = 2000, 1024, 30
 SHAPES: dict[str, dict[str, int]] = {
@@ -61,7 +66,8 @@ SHAPES: dict[str, dict[str, int]] = {
         "vocab_size": 8192,
     },
 }
-CONTENDERS = ("trl", "trl packed", "ours")
+BF16 = device.cpu().bf16  # whether this processor has instructions for bfloat16
+CONTENDERS = ("trl", "trl packed", *(() if BF16 else ("trl packed float32",)), "ours")
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets")
 WORKSPACE = """apiVersion: kaito.sh/v1beta1
 kind: Workspace
@@ -131,8 +137,8 @@ def chats() -> Iterator[dict[str, Any]]:
 def command(contender: str, model: Path, rows: Path, out: Path, *, equal: bool) -> list[str]:
     """The command line of one run."""
     if contender != "ours":
-        options = ["--packing", str(LENGTH)] if contender == "trl packed" else []
-        options += ["--float32"] if equal else []
+        options = ["--packing", str(LENGTH)] if "packed" in contender else []
+        options += ["--float32"] if equal or "float32" in contender else []
         script = str(HERE / "plain_trl.py")
         return [sys.executable, script, str(model), str(rows), str(out), str(STEPS), *options]
     text = WORKSPACE.replace("STEPS", str(STEPS)).replace("DTYPE", "float32" if equal else "")
@@ -330,6 +336,7 @@ def about() -> dict[str, Any]:
         "machine": f"{os.cpu_count()} x {model}, Python {platform.python_version()}",
         "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
         "steps": STEPS,
+        "bf16": BF16,
     }
 
 

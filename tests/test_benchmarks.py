@@ -95,6 +95,16 @@ def test_ratios_are_between_neighbours() -> None:
     assert found["first_step"] == [0.5, 0.5, 0.5]
 
 
+def test_trl_packs_in_the_precision_of_its_contender(tmp_path: Path) -> None:
+    """Its default is bfloat16; float32 is another contender, and both get rows of one length."""
+    default, exact = (
+        cpu_compare.command(name, tmp_path, tmp_path, tmp_path / "out", equal=False)
+        for name in ("trl packed", "trl packed float32")
+    )
+    assert [*default, "--float32"] == exact
+    assert "--packing" in default
+
+
 def test_the_page_is_current() -> None:
     """`make docs` would write docs/speed.md again as it is."""
     assert speed_page.PAGE.read_text() == speed_page.markdown()

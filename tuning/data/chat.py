@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from transformers.utils.chat_template_utils import render_jinja_template
-
 from tuning.data import generation_blocks, template_layout, turn_ends
 from tuning.data.chat_rewrites import (
     reasoning_split,
@@ -273,6 +271,9 @@ class ChatTemplate:
         self, messages: list[Message], tools: list[Any] | None
     ) -> tuple[str, Spans]:
         """The text, and the spans inside the template's own `{% generation %}` markers."""
+        # here, since a run's parent imports this module and renders nothing
+        from transformers.utils.chat_template_utils import render_jinja_template
+
         try:
             (text,), (spans,) = render_jinja_template(
                 [messages],

@@ -6,9 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from tuning.data.sniff import CHUNK, FileType
 
 PART_BYTES = 16 << 20  # a part takes seconds to read, and a process one second to start
@@ -58,6 +55,9 @@ def _lines(path: Path, size: int, part_bytes: int) -> Iterator[Part]:
 
 
 def _row_groups(path: Path, size: int, part_bytes: int) -> list[Part]:
+    import pyarrow as pa  # here, since a run's parent imports this module and reads no parquet
+    import pyarrow.parquet as pq
+
     try:
         metadata = pq.read_metadata(path)
     except (pa.ArrowException, OSError):

@@ -86,6 +86,12 @@ def _phases(run: Run) -> Summary:
     run.note(run.spec.notes)
 
     preparing.validate(run)
+    with run.prewarm_training() as run.prewarmed:  # libraries take longer than all before a step
+        return _validated(run, inputs)
+
+
+def _validated(run: Run, inputs: str) -> Summary:
+    """The phases of a run whose spec this device can train."""
     model = preparing.base_model(run)
     known = preparing.check(run, model)
     data = preparing.fetch_data(run)
@@ -93,10 +99,7 @@ def _phases(run: Run) -> Summary:
         run.spec, run.options.evaluate, run.folder / "data" / "files" / "image"
     )
     evaluating.note_trained(run, data)
-    with (
-        weights.background_download(run, model) as download,
-        run.prewarm_training() as run.prewarmed,
-    ):
+    with weights.background_download(run, model) as download:
         preparing.check_questions(run, download.tokenizer)
         rows = preparing.tokenise(run, data, download.tokenizer, model)
         decided, packed = preparing.decide(run, rows, data, known)

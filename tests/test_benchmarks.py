@@ -115,7 +115,8 @@ def test_the_table_says_gains_and_shares(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_peers_train_the_same_rows(tmp_path: Path) -> None:
     """trl in a process of its own has a speed; what is not installed says so."""
-    trl, absent = gpu_peers.compare(PHI, DRY, gpu_peers.pythons([]))
+    pythons = gpu_peers.pythons([f"trl={sys.executable}"])
+    absent, trl = gpu_peers.compare(PHI, DRY, pythons)
     (nowhere,) = gpu_peers.compare(PHI, DRY, {"unsloth": str(tmp_path / "python")})
 
     assert trl["tokens_per_second"] > 0 and trl["limit_share"] > 0

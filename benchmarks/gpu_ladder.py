@@ -37,7 +37,7 @@ from benchmarks.gpu_plan import LLAMA, PHI, Case, write
 from benchmarks.gpu_rungs import CARD, DRY, PRESETS, Rung, Sizes, about, apart, ladder, plans
 from tuning import presets
 from tuning.plan.backends import BY_OFFSETS, LORA
-from tuning.plan.coefficients import Variant
+from tuning.plan.coefficients import Coefficients, Variant
 from tuning.plan.speed import seconds_per_token
 from tuning.training.simulate import coefficients
 
@@ -141,10 +141,11 @@ def memory(sizes: Sizes, path: Path, seconds: float, peers: list[str]) -> None:
         for again in (True, False)
         for count in ((2048, 8192, 32768) if cuda else (64, 128))
     ]
-    budget = SMALL_CARD if cuda else 64 << 20
-    long = longest(
-        next(c for c in every if c.preset == LLAMA and c.variant.method == "qlora"), budget
-    )
+    case = next(c for c in every if c.preset == LLAMA and c.variant.method == "qlora")
+    known = coefficients(gpu_plan.shape(case), variants=[case.variant])
+    dry = gpu_plan.estimate(replace(case, rows=1, length=128), known).total
+    budget = SMALL_CARD if cuda else dry
+    long = longest(case, known, budget)
     write(path, {"kind": "longest", "budget": budget, "tokens": long.length})
     print(f"longest row of {budget / 2**30:.3g} GiB: {long.length:,} tokens", flush=True)
     print(json.dumps(gpu_plan.run((long, *every), path, seconds=seconds - 80)))
@@ -152,9 +153,8 @@ def memory(sizes: Sizes, path: Path, seconds: float, peers: list[str]) -> None:
         gpu_start.first_steps(sizes, path)
 
 
-def longest(case: Case, budget: int) -> Case:
+def longest(case: Case, known: Coefficients, budget: int) -> Case:
     """The case with one row, as long as the memory estimate lets a card of `budget` bytes have."""
-    known = coefficients(gpu_plan.shape(case), variants=[case.variant])
     found = replace(case, rows=1, length=64)
     for step in (64 << n for n in range(12, -1, -1)):  # the estimate grows with the length
         longer = replace(found, length=found.length + step)

@@ -27,6 +27,7 @@ from benchmarks import (
 )
 from benchmarks.gpu_plan import LLAMA, PHI
 from benchmarks.gpu_rungs import DRY, Rung
+from tuning.training.simulate import coefficients
 
 RUNGS = {rung.name: rung for rung in gpu_rungs.ladder("lora")}
 QUANTISED = {f"4 bits, {rung.name}": rung for rung in gpu_rungs.ladder("qlora")}
@@ -126,12 +127,13 @@ def test_peers_train_the_same_rows(tmp_path: Path) -> None:
 def test_the_longest_row_is_the_plans() -> None:
     """One block of 64 tokens more would not fit the budget."""
     case = replace(gpu_plan.dry_cases()[0], rows=1, length=320)
-    budget = gpu_plan.foretell((case,))[case].total
+    known = coefficients(gpu_plan.shape(case), variants=[case.variant])
+    budget = gpu_plan.estimate(case, known).total
 
-    found = gpu_ladder.longest(case, budget)
+    found = gpu_ladder.longest(case, known, budget)
 
     more = replace(found, length=found.length + 64)
-    said = gpu_plan.foretell((found, more))
+    said = {each: gpu_plan.estimate(each, known) for each in (found, more)}
     assert found.length >= 320
     assert said[found].total <= budget < said[more].total
 

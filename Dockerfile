@@ -38,6 +38,7 @@ FROM python AS engine
 ARG TORCH=2.13.0
 ARG TORCH_INDEX=cu130
 # wandb lets a Job report to W&B; MLflow and TensorBoard need nothing. Trackio: ...,trackio
+# For Hopper and Blackwell with long documents: ...,attention (flash-attn-4, 110 MB, not measured here yet)
 ARG EXTRAS=train,serve,wandb
 # NVIDIA's driver comes from the machine: the container toolkit reads the last two variables; GKE mounts it
 # into /usr/local/nvidia, where neither the shell nor the loader looks by itself.

@@ -37,6 +37,7 @@ from peft import LoraConfig, get_peft_model
 from trl.trainer.utils import add_fused_lm_head
 
 from tuning import presets
+from tuning.errors import SpecError
 from tuning.models.kernels import attention, fuse, head
 from tuning.models.survey import survey
 from tuning.plan import memory
@@ -131,22 +132,24 @@ def foretell(cases: tuple[Case, ...]) -> dict[Case, MemoryEstimate]:
     for preset in dict.fromkeys(case.preset for case in cases):
         some = [case for case in cases if case.preset == preset]
         known[preset] = coefficients(shape(some[0]), variants=[case.variant for case in some])
-    return {
-        case: memory.predict(
-            known[case.preset],
-            method=case.variant.method,
-            rank=case.rank,
-            tokens=case.tokens,
-            rows=case.rows,
-            checkpointing=case.variant.checkpointing,
-            precision=case.variant.precision,
-            dropout=0.05 if case.variant.dropout else 0.0,
-            attention=case.variant.attention,
-            device=case.variant.device,
-            fused=case.variant.fused,
-        )
-        for case in cases
-    }
+    return {case: estimate(case, known[case.preset]) for case in cases}
+
+
+def estimate(case: Case, known: Coefficients) -> MemoryEstimate:
+    """The ledger of a case from the coefficients of its model."""
+    return memory.predict(
+        known,
+        method=case.variant.method,
+        rank=case.rank,
+        tokens=case.tokens,
+        rows=case.rows,
+        checkpointing=case.variant.checkpointing,
+        precision=case.variant.precision,
+        dropout=0.05 if case.variant.dropout else 0.0,
+        attention=case.variant.attention,
+        device=case.variant.device,
+        fused=case.variant.fused,
+    )
 
 
 def foretold_speed(case: Case) -> float | None:
@@ -171,8 +174,10 @@ def foretold_speed(case: Case) -> float | None:
 
 def card() -> presets.Gpu | None:
     """This machine's GPU in the table of GPUs, if it is there."""
-    name = torch.cuda.get_device_name()
-    return next((g for g in presets.gpus() if g.name.split("-")[0] in name.split()), None)
+    try:
+        return presets.gpu(torch.cuda.get_device_name())
+    except SpecError:
+        return None
 
 
 # Measure.

@@ -1,6 +1,6 @@
-"""Writes docs/speed.md from the newest results of `cpu_compare.py`: part of `make docs`.
+"""Writes docs/speed.md from the newest results of `cpu_compare` and `gpu_ladder`: `make docs`.
 
-python benchmarks/speed_page.py
+python -m benchmarks.speed_page
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+
+from benchmarks import gpu_table
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "cpu_compare.jsonl"
@@ -84,11 +86,13 @@ def markdown() -> str:
             f"{same['first_five']:.1e} over the first five steps and {same['all']:.1e} over all "
             f"{same['steps']} ({same['date']}).\n"
         )
+    found_on_gpu = gpu_table.records(RESULTS.with_name("gpu_ladder.jsonl"))
     return TEMPLATE.read_text().format(
         steps=compared[0]["steps"] if compared else 30,
         pairs=len(compared[0]["loads"]) // len(compared[0]["medians"]) if compared else 5,
         compare="".join(map(table, compared)),
         equal=equal,
+        gpu=gpu_table.table(found_on_gpu) if found_on_gpu else "Not measured yet.\n",
     )
 
 

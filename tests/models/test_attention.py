@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from tuning.errors import SpecError
-from tuning.models.kernels import apart, attention
+from tuning.models.kernels import apart, attention, whole
 from tuning.models.load import load_base
 from tuning.plan.backends import VARLEN
 from tuning.training.batches import NOTED, Numbered
@@ -176,6 +176,34 @@ def test_attention_that_leaks_is_left_for_one_that_does_not(tiny_base: Build) ->
     assert base.config._attn_implementation == "sdpa"
     assert apart.settle(tuned, VARLEN, precision=torch.float32) == VARLEN
     assert apart.settle(tuned, "leaky", precision=torch.float32, packing=False) == "sdpa"
+
+
+class DslError(Exception):
+    """Not an error that torch raises, as a package's compiler has them."""
+
+
+@pytest.mark.parametrize("missing", [True, False])
+def test_after_a_package_comes_torchs_own_kernel(
+    missing: bool, tiny_base: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A flash-attn that is not there, or whose kernels fail, leaves packed rows by document."""
+
+    def failing(*arguments: Any, **options: Any) -> Any:
+        raise DslError
+
+    base = load(tiny_base("llama"), "sdpa")
+    tuned = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    if not missing:
+        monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "flash_attention_4", failing)
+        monkeypatch.setattr(
+            base,
+            "set_attn_implementation",
+            lambda name: setattr(base.config, "_attn_implementation", name),
+        )
+
+    whole.replace(tuned, (), "flash_attention_4", precision=torch.float32, packing=True)
+
+    assert base.config._attn_implementation == VARLEN
 
 
 @pytest.mark.parametrize(

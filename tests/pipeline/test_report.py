@@ -50,6 +50,7 @@ TRAINED = {
     "peak_memory_bytes": 3 << 30,
     "tokens_per_second": 812.0,
     "seconds": 90.0,
+    "calibrated": {"tokens_per_second": 900.0},
     "eval_loss_before": 2.0,
     "eval_loss_after": 1.0,
     "answers": [{"question": "QUESTION?", "base": "OLD ANSWER", "tuned": "NEW ANSWER"}],
@@ -165,6 +166,7 @@ def test_plan_and_measurement_stand_side_by_side(run: Run) -> None:
     page = run.page()
     assert cells(page, "peak memory") == ["2.0 GiB", "3.0 GiB", "+50.0 %"]
     assert cells(page, "tokens/s") == ["1,000", "812", "-18.8 %"]
+    assert cells(page, "tokens/s, calibrated") == ["900", "812", "-9.8 %"]
     assert cells(page, "training time") == ["1 min 40 s", "1 min 30 s", "-10.0 %"]
     assert cells(page, "adapter") == ["not predicted", "not measured", ""]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from tuning.spec import Settings
 
 H200 = Device("cuda", "H200", 1, 140 << 30, bf16=True, capability=(9, 0))
 A100 = replace(H200, name="A100", capability=(8, 0))
+B200 = replace(H200, name="B200", capability=(10, 0))
 V100 = replace(H200, name="V100", capability=(7, 0), bf16=False)
 CPU = Device("cpu", "CPU", 1, 16 << 30, bf16=True)
 ALL = ("flash-attn-4", "flash-attn-3", "flash-attn")
@@ -53,7 +55,11 @@ LLAMA = facts("llama-3.1-8b-instruct")
         (replace(LLAMA, softcap=True), H200, "bfloat16", ALL, "2.13.0", "eager", "capped scores"),
         (replace(LLAMA, sinks=True), CPU, "bfloat16", ALL, "2.13.0", "eager", "attention sinks"),
         (replace(LLAMA, head_dim=512), H200, "bfloat16", ALL, "2.13.0", "sdpa", "heads of 512"),
-        (replace(LLAMA, head_dim=256), H200, "bfloat16", ALL, "2.13.0", "flash_attention_3", ""),
+        (replace(LLAMA, head_dim=256), H200, "bfloat16", ALL, "2.13.0", "flash_attention_4", ""),
+        (replace(LLAMA, head_dim=256), B200, "bfloat16", ALL, "2.13.0", "flash_attention_2", ""),
+        (LLAMA, B200, "bfloat16", ALL[1:], "2.13.0", "flash_attention_2", "suits this card"),
+        (LLAMA, H200, "bfloat16", (), "2.13.0", "torch_varlen", "flash-attn-4 .* not installed"),
+        (LLAMA, A100, "bfloat16", (), "2.13.0", "torch_varlen", "document separately$"),
     ],
 )
 def test_attention(
@@ -70,6 +76,20 @@ def test_attention(
 
     assert name == found.name
     assert re.search(why, found.reason)
+
+
+def test_a_name_without_kernels_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyPI's flash-attn-3 is version 0.0.0, and empty."""
+    versions = {"torch": "2.13.0", "flash-attn-3": "0.0.0", "flash-attn": "2.8.3"}
+
+    def version(package: str) -> str:
+        if package in versions:
+            return versions[package]
+        raise importlib.metadata.PackageNotFoundError
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+
+    assert backends.installed() == {"torch": "2.13.0", "flash-attn": "2.8.3"}
 
 
 def test_kernels() -> None:

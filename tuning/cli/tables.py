@@ -249,6 +249,8 @@ def summary_lines(summary: Summary) -> list[str]:
     speed = f"{t['tokens_per_second']:,.0f} tokens/s, {duration(t['seconds'])} of training"
     if predicted := summary.planned["tokens_per_second"]:
         speed += f"; planned {predicted:,.0f}"
+    if calibrated := t.get("calibrated"):
+        speed += f"; {calibrated['tokens_per_second']:,.0f} by the rates measured at the start"
     chat = [python(), "-m", "tuning", "chat", "--base", summary.base, "--adapter", folder]
     lines = [
         (

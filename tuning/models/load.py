@@ -25,7 +25,7 @@ from tuning.models import (
     start_adapter,
     unpacked,
 )
-from tuning.models.kernels import whole
+from tuning.models.kernels import apart, whole
 from tuning.models.lora import Coverage, adapt
 from tuning.models.shards import Split
 from tuning.models.survey import plain_linears
@@ -262,7 +262,7 @@ def load_for_training(
         precision=recipe.precision,
         quantisation=recipe.quantisation if recipe.method == "qlora" else None,
         device=placement.device,
-        attention=placement.attention,
+        attention=apart.ways(placement.attention)[-1],  # a package's is tried on the loaded model
         cache=_packed_folder(base, recipe, packed_root),
         finite_only=True,
         split=split,

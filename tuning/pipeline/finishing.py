@@ -279,6 +279,7 @@ def _append_record(path: Path, decided: Plan, training: Value) -> None:
         "placement": asdict(decided.placement),
         "versions": recipe.versions,
         "planned": decided.predicted(),
+        "calibrated": training.get("calibrated"),
         "measured": {
             "peak_bytes": training["peak_memory_bytes"],
             "tokens_per_second": training["tokens_per_second"],

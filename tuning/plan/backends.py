@@ -18,12 +18,17 @@ from tuning.spec import Settings
 
 VARLEN = "torch_varlen"  # a name with "flash" in it would be taken for a kernel to download
 VARLEN_TORCH = (2, 11)  # the first torch whose variable-length kernel has a window
-# transformers' name -> package, lowest and highest major compute capability, widest head
-FLASH = {
-    "flash_attention_4": ("flash-attn-4", 9, 10, 128),
-    "flash_attention_3": ("flash-attn-3", 9, 9, 256),
-    "flash_attention_2": ("flash-attn", 8, 99, 256),
+# transformers' name -> package, and its widest head by the major compute capabilities that it has
+# kernels for, the fastest first. torch's registry (`activate_flash_attention_impl`, FA3 and FA4)
+# runs the same two packages and is not used: torch 2.13 takes two values from a private function
+# of flash-attn-4 that gives more since 4.0.0b20.
+FLASH: dict[str, tuple[str, dict[int, int]]] = {
+    "flash_attention_4": ("flash-attn-4", {9: 256, 10: 128}),
+    "flash_attention_3": ("flash-attn-3", {9: 256}),
+    "flash_attention_2": ("flash-attn", dict.fromkeys(range(8, 13), 256)),
 }
+PLACEHOLDER = "0.0.0"  # flash-attn-3 on PyPI: a name without kernels
+HOPPER = "flash_attention_4"  # for Hopper and Blackwell
 BY_OFFSETS = frozenset({*FLASH, VARLEN})  # see where documents begin, and need no mask
 
 LORA, MLP, NORM, HEAD, LIGER = "lora", "mlp", "norm", "head", "liger"
@@ -42,12 +47,12 @@ class Choice:
 def installed() -> dict[str, str]:
     """Version of each installed package that matters here."""
     versions = {}
-    for package in ("torch", LIGER_PACKAGE, *(package for package, *_ in FLASH.values())):
+    for package in ("torch", LIGER_PACKAGE, *(package for package, _ in FLASH.values())):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return versions
+    return {name: version for name, version in versions.items() if version != PLACEHOLDER}
 
 
 def attention(
@@ -84,13 +89,21 @@ def attention(
     if precision == "float32" or capability < (8, 0):
         why = "float32" if precision == "float32" else "compute capability below 8.0"
         return Choice("sdpa", f"flash kernels need 16 bits on an Ampere or newer card: {why}")
-    for name, (package, lowest, highest, width) in FLASH.items():
-        if package in packages and lowest <= capability[0] <= highest and facts.head_dim <= width:
+    fitting = {
+        name: package
+        for name, (package, widths) in FLASH.items()
+        if facts.head_dim <= widths.get(capability[0], 0)
+    }
+    for name, package in fitting.items():
+        if package in packages:
             return Choice(name, f"{package} is installed and suits this card")
     if facts.head_dim > 256:
         return Choice("sdpa", f"heads of {facts.head_dim} are wider than flash kernels take")
     if varlen:
-        return Choice(VARLEN, "torch's own flash kernel, each document separately")
+        why = "torch's own flash kernel, each document separately"
+        if HOPPER in fitting:
+            why += f"; {fitting[HOPPER]} has one written for this card, and is not installed"
+        return Choice(VARLEN, why)
     return Choice("flex_attention", f"torch {torch} has no variable-length kernel with a window")
 
 

@@ -3,11 +3,12 @@
 A frozen weight of N numbers costs 2N operations forward and 2N backward, and no third pass for its
 own gradient. Around the matrix products go attention, elementwise operators (bound by memory) and,
 in QLoRA, unpacking. Each has one efficiency below. None of them has been measured by this project;
-the run itself replaces the prediction by what it sees.
+a run measures the rates of its card (`training.calibration`) and what it reaches in all.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 from tuning.presets import Facts, Gpu
@@ -20,7 +21,7 @@ ATTENTION = 330 / 989
 # Of bandwidth: large copies reach 0.9 (4.3 of an H200's 4.8 TB/s); eager operators 0.7 to 0.85 of
 # that.
 COPY = 0.90
-ELEMENTWISE = COPY * 0.80
+ELEMENTWISE = 0.80  # of a copy's
 
 # Bytes that eager transformers and peft move for each element and token, forward and backward:
 # counted from their operators.
@@ -39,9 +40,26 @@ KERNELS, KERNELS_AGAIN, LAUNCH = 250, 400, 6e-6
 FUSED_KERNELS = 0.5  # of them
 
 
+@dataclass(frozen=True)
+class Rates:
+    """What a card sustains, in a second."""
+
+    products: float  # operations of matrix products of a model's shapes
+    attention: float  # operations of attention, forward and backward, of what it must compute
+    copied: float  # bytes read and written by a large copy
+
+    @classmethod
+    def of(cls, gpu: Gpu | None, precision: str) -> Rates | None:
+        """Assumed from a card's datasheet; None for one without rates for `precision`."""
+        flops = gpu and (gpu.bf16_flops if precision == "bfloat16" else gpu.fp16_flops)
+        if gpu is None or not flops or gpu.bandwidth is None or precision == "float32":
+            return None
+        return cls(flops * GEMM, flops * ATTENTION, gpu.bandwidth * COPY)
+
+
 def seconds_per_token(
     facts: Facts,
-    gpu: Gpu | None,
+    gpu: Gpu | Rates | None,
     *,
     method: Literal["lora", "qlora"],
     checkpointing: bool,
@@ -56,27 +74,27 @@ def seconds_per_token(
 
     `effective_length` is what a token's attention spans: sum(len^2) / sum(len) over the documents
     of packed rows with varlen attention, and the row's length with any other. `fused`: with the
-    kernels of `models.kernels`. None where there is nothing to go by: no GPU, a card without a rate
-    for `precision`.
+    kernels of `models.kernels`. `gpu` may be the rates that were measured on it. None where there
+    is nothing to go by: no GPU, a card without a rate for `precision`.
     """
-    rate = None if gpu is None else gpu.bf16_flops if precision == "bfloat16" else gpu.fp16_flops
-    if gpu is None or rate is None or gpu.bandwidth is None or precision == "float32":
+    rates = gpu if isinstance(gpu, Rates) else Rates.of(gpu, precision)
+    if rates is None:
         return None
-    products = _products(facts, rank=rank, checkpointing=checkpointing, fused=fused) / (rate * GEMM)
+    products = _products(facts, rank=rank, checkpointing=checkpointing, fused=fused)
     spans = _spans(facts, effective_length) * (
         1 if attention == "varlen" else 2
     )  # masked, not left
-    scores = spans * facts.queries * (9 if checkpointing else 7) / (rate * ATTENTION)
+    scores = spans * facts.queries * (9 if checkpointing else 7)
     again = 1 + (FORWARD_SHARE if checkpointing else 0.0)
-    moved = _moved(facts, fused=fused) * again / (gpu.bandwidth * ELEMENTWISE)
+    moved = _moved(facts, fused=fused) * again / ELEMENTWISE
     unpacked = 0.0
     if method == "qlora":
         passes = 3 if checkpointing else 2
-        bytes_ = UNPACK_BYTES * passes * facts.packed
-        unpacked = bytes_ / tokens / (gpu.bandwidth * COPY)
+        unpacked = UNPACK_BYTES * passes * facts.packed / tokens
+    computed = products / rates.products + scores / rates.attention
     kernels = (KERNELS_AGAIN if checkpointing else KERNELS) * (FUSED_KERNELS if fused else 1.0)
     launched = facts.layers * kernels * LAUNCH / tokens
-    return max(products + scores + moved + unpacked, launched)
+    return max(computed + (moved + unpacked) / rates.copied, launched)
 
 
 def operations_per_token(facts: Facts, *, effective_length: float, rank: int = 16) -> float:

@@ -29,7 +29,7 @@ from tuning.models.kernels import heap
 from tuning.models.load import DTYPES, load_for_training, load_tokenizer
 from tuning.plan import Placement, Recipe, placement_from_json, recipe_from_json
 from tuning.plan.backends import BY_OFFSETS
-from tuning.training import afterwards, checkpoint, distributed, finish
+from tuning.training import afterwards, calibration, checkpoint, distributed, finish
 from tuning.training.arguments import sft_config
 from tuning.training.interruption import Interruption
 from tuning.training.memory_errors import is_out_of_memory
@@ -151,6 +151,11 @@ def _run(request: Request, stop: Interruption, ranks: distributed.Ranks) -> dict
         split=ranks.split(placement),
     )
     loaded = time.monotonic()
+    calibrated = None
+    if placement.device == "cuda" and ranks.first:
+        calibrated = calibration.calibrate(
+            tuned, recipe, placement, rows, base=request.base, run=request.run
+        )
     loop = _trainer(request, stop, ranks, tuned, tokenizer, rows)
     with stop.held():
         loop.fit(resumed)
@@ -177,6 +182,7 @@ def _run(request: Request, stop: Interruption, ranks: distributed.Ranks) -> dict
             "answers": [],
             "ends": _other_ends(tuned, tokenizer),
             "resumed_from": resumed.step if resumed else None,
+            "calibrated": calibrated,
         }
         _write_trained(request, result)
     what = "the loss on the held-out rows was not measured after training"

@@ -13,25 +13,25 @@ import torch
 
 from tuning.errors import SpecError
 from tuning.models.kernels import attention
+from tuning.plan.backends import FLASH, VARLEN
 
 logger = logging.getLogger(__name__)
 
 LENGTH = 16  # tokens of a document
-FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError)
 LEAK = 0.1  # of what a word of its own changes: words before a document must change nothing
 DRIFT = 0.05  # relative: kernels of 16 bits differ by a few thousandths, a wrong mask by tenths
 
 
 def settle(model: Any, name: str, *, precision: torch.dtype, packing: bool = True) -> str:
-    """The attention that trains packed rows: `name` if it keeps documents apart, else sdpa.
+    """The attention that trains packed rows: the first of `ways` that keeps documents apart.
 
-    Raises SpecError if neither does, unless there is no `packing`: then sdpa gets padded rows.
+    Raises SpecError if none does, unless there is no `packing`: then sdpa gets padded rows.
     """
     base = model.get_base_model()
-    for way in dict.fromkeys((name, plain(base))):
-        if base.config._attn_implementation != way:
-            base.set_attn_implementation(way)
-        if way == plain(base) and not packing:
+    library = plain(base)
+    for way in dict.fromkeys((*ways(name), library)):
+        if way == library and not packing:
+            attend(base, way)
             return way
         found = fault(model, way, precision)
         if found is None:
@@ -42,6 +42,17 @@ def settle(model: Any, name: str, *, precision: torch.dtype, packing: bool = Tru
     raise SpecError.at("MODEL-116", "packing", what, "set packing: false")
 
 
+def ways(name: str) -> tuple[str, ...]:
+    """`name`, and torch's own kernel after that of a package."""
+    return (name, VARLEN) if name in FLASH else (name,)
+
+
+def attend(base: Any, name: str) -> None:
+    """Have the loaded model `base` compute with the attention `name`."""
+    if base.config._attn_implementation != name:
+        base.set_attn_implementation(name)
+
+
 def plain(base: Any) -> str:
     """The library's own attention of a loaded model: sdpa, or eager where its class has no sdpa."""
     eager = base.config._attn_implementation == "eager" or not getattr(base, "_supports_sdpa", True)
@@ -49,11 +60,15 @@ def plain(base: Any) -> str:
 
 
 def fault(model: Any, name: str, precision: torch.dtype) -> str | None:
-    """What is wrong with packed rows under the attention `name`; None if nothing is."""
+    """What is wrong with packed rows under the attention `name`; None if nothing is.
+
+    The model has it afterwards, unless it cannot: a package's kernels fail in ways of their own.
+    """
     first, other, second = (torch.arange(n * LENGTH, (n + 1) * LENGTH) for n in range(3))
     training = model.training
     model.eval()
     try:
+        attend(model.get_base_model(), name)
         packed, again = (
             _logits(model, [start, second], name, precision)[LENGTH:] for start in (first, other)
         )
@@ -62,10 +77,10 @@ def fault(model: Any, name: str, precision: torch.dtype) -> str | None:
             _logits(model.train(), [second], name, precision)
         model.eval()
         touched = _logits(model, [torch.cat([first[:1], second[1:]])], name, precision)
-    except FAILURES as error:
+    except Exception as error:
         if is_of_card(error):
             raise  # no other attention mends it
-        return f"packed rows fail ({type(error).__name__}: {str(error).splitlines()[0]})"
+        return f"packed rows fail ({type(error).__name__}: {(str(error).splitlines() or [''])[0]})"
     finally:
         model.train(training)
     moved = (touched - alone)[1:].norm()  # by a word of its own

@@ -53,7 +53,7 @@ def replace(
     expected: Results = []
     allowed: list[float] = []
     if kernels or name != plain:
-        _attend(base, plain)
+        apart.attend(base, plain)
         expected = _results(tuned, precision, packed=False)
         nearly = _results(tuned, precision, packed=False, size=SIZE * (1 + ROUNDING[precision]))
         allowed = [
@@ -61,7 +61,8 @@ def replace(
         ]
     logger.info("fused kernels: %s", fuse.fuse(tuned, kernels) or "none")
     one_pass = HEAD in kernels and head.suits(base)
-    ways = [(name, True, one_pass), (name, True, False), (name, False, False)]
+    less = [(True, one_pass), (True, False), (False, False)]
+    ways = [(way, *which) for which in less for way in apart.ways(name)]
     for way, fused, scores in dict.fromkeys([*ways, (plain, False, False)]):
         base.one_pass = scores
         if not fused:
@@ -69,7 +70,7 @@ def replace(
         if packing or way in BY_OFFSETS:
             apart.settle(tuned, way, precision=precision, packing=packing)
         else:
-            _attend(base, way)
+            apart.attend(base, way)
         if not expected or _agrees(tuned, precision, expected, allowed, packing=packing):
             return
         parts = [f"{way} attention", "fused kernels" * fused, "the one-pass head" * scores]
@@ -83,11 +84,6 @@ def replace(
     )
 
 
-def _attend(base: Any, name: str) -> None:
-    if base.config._attn_implementation != name:
-        base.set_attn_implementation(name)
-
-
 def _agrees(
     tuned: Any,
     precision: torch.dtype,
@@ -98,7 +94,7 @@ def _agrees(
 ) -> bool:
     try:
         found = _results(tuned, precision, packed=packing)
-    except apart.FAILURES as error:
+    except Exception as error:
         if apart.is_of_card(error):
             raise
         logger.warning("%s: %s", type(error).__name__, error)

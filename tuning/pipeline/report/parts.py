@@ -158,13 +158,18 @@ def _compared(record: Record) -> Iterator[tuple[str, ...]]:
     unmeasured = "not measured" if trained else "not finished" if last else "not trained"
     peak = trained.get("peak_memory_bytes") or last.get("memory_bytes")
     rate = trained.get("tokens_per_second") or last.get("tokens_per_second")
+    # the speed that rates give which were measured on the card before the first step
+    calibrated = (trained.get("calibrated") or {}).get("tokens_per_second")
     values = (
         ("peak memory", memory.get("allocated"), peak, size, unplanned),
         ("tokens/s", speed.get("tokens_per_second"), rate, "{:,.0f}".format, unplanned),
+        ("tokens/s, calibrated", calibrated, rate, "{:,.0f}".format, ""),
         ("training time", speed.get("seconds"), trained.get("seconds"), duration, unplanned),
         ("adapter", None, _adapter_bytes(record) if trained else None, size, "not predicted"),
     )
     for name, planned, measured, form, why in values:
+        if not (planned or why):
+            continue
         off = f"{100 * (measured - planned) / planned:+.1f} %" if planned and measured else ""
         yield (
             name,

@@ -29,6 +29,7 @@ class Spy(TorchDispatchMode):
         super().__init__()
         self.kernels: dict[str, Counter[str]] = {}
         self.waits: dict[str, Counter[str]] = {}
+        self.ahead: dict[str, Counter[str]] = {}  # copies to the device that nothing waits for
         self.strays: dict[str, Counter[str]] = {}  # operators that made a tensor on the CPU
         self.phase, self.backward = "loop", False
 
@@ -46,7 +47,10 @@ class Spy(TorchDispatchMode):
         if "cuda" in before and name in WAITING:
             self._note(self.waits, name)
         if name in ("_to_copy", "copy_") and "cpu" in before | after and "cuda" in before | after:
-            self._note(self.waits, "host to device" if "cuda" in after else "device to host")
+            ahead = (kwargs or {}).get("non_blocking") or (name == "copy_" and True in args[2:])
+            way = "host to device" if "cuda" in after else "device to host"
+            # what the host need not wait for, since the source is pinned
+            self._note(self.ahead if ahead and "cuda" in after else self.waits, way)
         if any(t.device.type == "cpu" and t.dim() for t in _tensors(out)):
             self._note(self.strays, name)
         return out

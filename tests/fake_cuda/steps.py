@@ -206,5 +206,6 @@ def _record(loop: Watched, spy: Spy, gradients: dict[str, str]) -> dict[str, Any
         "states": dict(Counter(states)),
         "kernels": {phase: dict(sorted(c.items())) for phase, c in spy.kernels.items()},
         "waits": {phase: dict(c) for phase, c in spy.waits.items()},
+        "ahead": {phase: dict(c) for phase, c in spy.ahead.items()},
         "strays": {phase: dict(c) for phase, c in spy.strays.items() if phase != "loop"},
     }

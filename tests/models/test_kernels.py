@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -10,79 +9,35 @@ from typing import Any
 import architectures
 import pytest
 import tiny_models
-import tiny_runs
 import torch
 import transformers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from peft import get_peft_model_state_dict
+from tiny_steps import Step, adapted, away, furthest, step
 from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
-from tuning.models.kernels import fuse, head, heap, norm
+from tuning.models.kernels import fuse, head, heap, linear, norm
 from tuning.models.load import DTYPES, load_base
-from tuning.models.lora import adapt
 from tuning.plan import backends
 
 Build = Callable[..., Path]
 DENSE = sorted(set(tiny_models.FAMILIES) - {"gptoss", "qwen3moe"})
-# LoRA layers, MLPs and norms of two decoder layers
+# LoRA layers, MLPs, norms and rotary positions of two decoder layers
 COUNTS = {
-    "phi3": (8, 2, 5),
-    "phi3-longrope": (8, 2, 5),
-    "phi4-mini": (8, 2, 5),
-    "llama": (14, 2, 5),
-    "mistral": (14, 2, 5),
-    "ministral3": (14, 2, 5),
-    "qwen2": (14, 2, 5),
-    "qwen3": (14, 2, 9),
-    "gemma3": (14, 2, 13),
-    "falcon": (8, 2, 0),
-    "falcon-new": (8, 2, 0),
-    "phi2": (12, 2, 0),
+    "phi3": (8, 2, 5, 2),
+    "phi3-longrope": (8, 2, 5, 2),
+    "phi4-mini": (8, 2, 5, 2),
+    "llama": (14, 2, 5, 2),
+    "mistral": (14, 2, 5, 2),
+    "ministral3": (14, 2, 5, 2),
+    "qwen2": (14, 2, 5, 2),
+    "qwen3": (14, 2, 9, 2),
+    "gemma3": (14, 2, 13, 2),
+    "falcon": (8, 2, 0, 2),
+    "falcon-new": (8, 2, 0, 2),
+    "phi2": (12, 2, 0, 2),
 }
-Step = tuple[torch.Tensor, dict[str, torch.Tensor]]
-
-
-def adapted(folder: Path, *, method: str, precision: str, **changes: Any) -> Any:
-    """A tiny model with LoRA layers that do something, in training."""
-    packing = tiny_runs.NF4 | {"compute": precision} if method == "qlora" else None
-    recipe = tiny_runs.recipe(
-        **{"method": method, "precision": precision, "dropout": 0.0, "quantisation": packing}
-        | changes
-    )
-    base = load_base(folder, precision=precision, quantisation=packing, device="cpu")
-    tuned, _ = adapt(base, recipe)
-    draw = torch.Generator().manual_seed(0)
-    for parameter in tuned.parameters():
-        if parameter.requires_grad:
-            parameter.data.normal_(std=0.05, generator=draw)
-    tuned.enable_input_require_grads()
-    return tuned.train()
-
-
-def step(tuned: Any, precision: str) -> Step:
-    """Logits, and gradients by name, of a forward and a backward."""
-    draw = torch.Generator().manual_seed(1)
-    ids = torch.randint(5, 200, (2, 40), generator=draw)
-    vocabulary = tuned.config.get_text_config().vocab_size
-    weights = torch.randn(2, 40, vocabulary, generator=draw)
-    tuned.zero_grad()
-    dtype = DTYPES[precision]
-    plain = dtype == torch.float32
-    with contextlib.nullcontext() if plain else torch.autocast("cpu", dtype):
-        logits = tuned(input_ids=ids, use_cache=False).logits.float()
-    (logits * weights).sum().backward()
-    grads = {n: p.grad.clone() for n, p in tuned.named_parameters() if p.grad is not None}
-    return logits.detach(), grads
-
-
-def away(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Relative distance."""
-    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
-
-
-def furthest(found: Step, expected: Step) -> float:
-    """The largest of logits and all gradients."""
-    assert found[1].keys() == expected[1].keys()
-    return max(away(found[0], expected[0]), *(away(found[1][n], g) for n, g in expected[1].items()))
 
 
 def gradients(made: Step, names: Iterable[str]) -> torch.Tensor:
@@ -143,6 +98,85 @@ def test_checkpointing_changes_nothing(tiny_base: Build) -> None:
     assert all(torch.equal(found[1][name], grad) for name, grad in expected[1].items())
 
 
+@pytest.mark.parametrize(
+    ("family", "unpacked"), [("llama", 2 * (7 + 6 + 7)), ("phi2", 2 * (6 + 5 + 6))]
+)
+def test_layers_run_again_stop_before_what_nothing_needs(
+    family: str, unpacked: int, tiny_base: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last product of an MLP is not computed again: its packed weight is unpacked twice."""
+    tuned = adapted(tiny_base(family), method="qlora", precision="float32")
+    fuse.fuse(tuned, backends.FUSED)
+    tuned.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    calls: list[Any] = []
+    own = linear.weight
+    monkeypatch.setattr(linear, "weight", lambda *given: calls.append(given) or own(*given))
+
+    step(tuned, "float32")
+
+    assert len(calls) == unpacked
+
+
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    tokens=st.integers(1, 12),
+    width=st.integers(1, 24),
+    inner=st.integers(1, 24),
+    ranks=st.tuples(*[st.integers(1, 5)] * 3),
+    scales=st.tuples(*[st.sampled_from([0.5, 1.7, 2.0])] * 3),
+    activation=st.sampled_from(sorted(linear.ACTIVATIONS)),
+    shape=st.sampled_from(["two", "one", "plain"]),
+    biased=st.booleans(),
+    input_needs=st.booleans(),
+    seed=st.integers(0, 1 << 16),
+)
+def test_any_mlp_is_what_its_formula_gives(
+    tokens: int,
+    width: int,
+    inner: int,
+    ranks: tuple[int, int, int],
+    scales: tuple[float, float, float],
+    activation: str,
+    shape: str,
+    biased: bool,
+    input_needs: bool,
+    seed: int,
+) -> None:
+    """In float32, of any sizes, ranks and scales: output and every gradient."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def projection(number: int, inputs: int, outputs: int) -> linear.Projection:
+        base = torch.nn.Linear(inputs, outputs, bias=biased).requires_grad_(False)
+        for own in base.parameters():
+            own.normal_(std=0.5, generator=draw)
+        a, b = (
+            torch.randn(size, generator=draw).requires_grad_()
+            for size in ((ranks[number], inputs), (outputs, ranks[number]))
+        )
+        return linear.Projection(base, a, b, scales[number])
+
+    def plain(x: torch.Tensor, part: linear.Projection) -> torch.Tensor:
+        return part.base(x) + part.scale * (x @ part.a.t()) @ part.b.t()
+
+    outs = {"two": (inner, inner), "one": (2 * inner,), "plain": (inner,)}[shape]
+    wide = tuple(projection(n, width, size) for n, size in enumerate(outs))
+    kernel = linear.ACTIVATIONS[activation]
+    parts = linear.Mlp(wide, projection(2, inner, width), kernel, shape != "plain")
+    x = torch.randn(tokens, width, generator=draw).requires_grad_(input_needs)
+    made = [plain(x, part) for part in wide]
+    gate, up = (made[0].chunk(2, dim=-1) if shape == "one" else made) if parts.gated else made * 2
+    active = kernel.forward(gate)
+    expected = plain(active * up if parts.gated else active, parts.down)
+
+    found = linear.mlp(x, parts, dtype=torch.float32)
+
+    grad = torch.randn(expected.shape, generator=draw)
+    trained = [t for part in (*wide, parts.down) for t in (part.a, part.b)] + [x] * input_needs
+    theirs, ours = (torch.autograd.grad(out, trained, grad) for out in (expected, found))
+    for one, other in zip([found, *ours], [expected, *theirs], strict=True):
+        assert (one - other).norm() <= 1e-5 * other.norm() + 1e-5
+
+
 def test_peft_still_works(tiny_base: Build) -> None:
     """Names, switching off, merging and taking out are those of an unfused model."""
     plain = adapted(tiny_base("llama"), method="lora", precision="float32").eval()
@@ -176,7 +210,7 @@ def test_what_a_kernel_does_not_cover_stays_peft_s(
     """With dropout or DoRA no LoRA layer is touched."""
     tuned = adapted(tiny_base("llama"), method="lora", precision="float32", **changes)
 
-    assert (0, 0, 5) == tuple(fuse.fuse(tuned, backends.FUSED).counts.values())
+    assert (0, 0, 5, 2) == tuple(fuse.fuse(tuned, backends.FUSED).counts.values())
 
 
 def test_fewer_targets_fuse_what_there_is(tiny_base: Build) -> None:
@@ -185,7 +219,7 @@ def test_fewer_targets_fuse_what_there_is(tiny_base: Build) -> None:
     tuned = adapted(tiny_base("llama"), method="lora", precision="float32", **changes)
     expected = step(tuned, "float32")
 
-    assert (4, 0, 5) == tuple(fuse.fuse(tuned, backends.FUSED).counts.values())
+    assert (4, 0, 5, 2) == tuple(fuse.fuse(tuned, backends.FUSED).counts.values())
     assert furthest(step(tuned, "float32"), expected) < 3e-6
 
 

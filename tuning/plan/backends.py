@@ -31,8 +31,8 @@ PLACEHOLDER = "0.0.0"  # flash-attn-3 on PyPI: a name without kernels
 HOPPER = "flash_attention_4"  # for Hopper and Blackwell
 BY_OFFSETS = frozenset({*FLASH, VARLEN})  # see where documents begin, and need no mask
 
-LORA, MLP, NORM, HEAD, LIGER = "lora", "mlp", "norm", "head", "liger"
-FUSED = (LORA, MLP, NORM, HEAD)  # what needs no other package
+LORA, MLP, NORM, ROTARY, HEAD, LIGER = "lora", "mlp", "norm", "rotary", "head", "liger"
+FUSED = (LORA, MLP, NORM, ROTARY, HEAD)  # what needs no other package
 LIGER_PACKAGE = "liger-kernel"
 
 
@@ -146,7 +146,7 @@ def kernels(
     chosen: tuple[str, ...] = FUSED
     reasons = ["one pass instead of many"]
     if dropout or dora:
-        chosen = (NORM, HEAD)
+        chosen = (NORM, ROTARY, HEAD)
         reasons.append(f"LoRA stays peft's own with {'dropout' if dropout else 'DoRA'}")
     if device.kind == "cuda" and LIGER_PACKAGE in packages:
         chosen = (*chosen, LIGER)

@@ -163,9 +163,12 @@ def predict(
     step = moments[peak]
     if device == "cuda":
         step["activations"] += WORKSPACE_BYTES
+    resident = shared.resident(weights, optimizer=adapters * _states(optimizer))
+    if fused and precision != "float32" and not dropout and layout.shards == 1:
+        resident["adapters"] += adapters // 2  # their 16-bit copies: `models.kernels.shadows`
     return MemoryEstimate(
         **step,
-        **shared.resident(weights, optimizer=adapters * _states(optimizer)),
+        **resident,
         constants=constants,
         context=_outside(device, layout) + (repacked(coefficients) if repacks else 0),
         slack=round(SLACK * sum(step.values())),

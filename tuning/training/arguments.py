@@ -56,6 +56,7 @@ def sft_config(
         max_length=recipe.max_length if recipe.packing else None,
         dataset_kwargs={"skip_prepare_dataset": True},
         dataloader_pin_memory=placement.device == "cuda",
+        accelerator_config={"non_blocking": placement.device == "cuda"},
         logging_steps=1,
         logging_nan_inf_filter=False,
         report_to="none",

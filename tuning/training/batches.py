@@ -14,12 +14,20 @@ import datasets
 import numpy as np
 import torch
 
+from tuning.models.kernels import head
 from tuning.models.kernels.attention import without_mask
 
 ROW = "row"
 FILLER = -1  # in the place of a row's number
 IGNORED = -100
-NOTED = ("weight", "rows", "tokens", "filler")  # what a micro-batch holds beside the model's inputs
+PLACES = "places"  # of the labelled tokens, found before they are on a GPU
+NOTED = (
+    "weight",
+    "rows",
+    "tokens",
+    "filler",
+    PLACES,
+)  # what a micro-batch holds beside the model's inputs
 
 
 def numbered(rows: datasets.Dataset, *, ranks: int) -> datasets.Dataset:
@@ -98,4 +106,5 @@ class Numbered:
         rows = [numbers[n] for n in real]
         # first, for the Trainer takes the first tensor's length for the number of rows
         weight = {"weight": torch.ones(len(examples))}
+        made[PLACES] = head.labelled(made["labels"])
         return {**weight, **made, "rows": rows, "tokens": tokens, "filler": not real}

@@ -28,7 +28,7 @@ from tuning.models.kernels import head, heap
 from tuning.plan import Recipe
 from tuning.plan.backends import VARLEN
 from tuning.training import checkpoint, own_head
-from tuning.training.batches import IGNORED, NOTED, ROW, Numbered, Order, filled, numbered
+from tuning.training.batches import IGNORED, NOTED, PLACES, ROW, Numbered, Order, filled, numbered
 from tuning.training.checkpoint import Checkpoint
 from tuning.training.distributed import Ranks
 from tuning.training.evaluation import Best
@@ -286,7 +286,7 @@ class Exact(SFTTrainer):  # type: ignore[misc]
             self.filler = False
             return 0.0 * self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
         evaluating = num_items_in_batch is None and not model.training
-        count = (inputs["labels"][:, 1:] != IGNORED).sum()
+        count, places = (inputs["labels"][:, 1:] != IGNORED).sum(), inputs.pop(PLACES, None)
         if not self.one_pass and not self.own_head:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             loss = result[0] if isinstance(result, tuple) else result
@@ -295,7 +295,7 @@ class Exact(SFTTrainer):  # type: ignore[misc]
             if num_items_in_batch is not None:  # of the whole step, on all ranks
                 divisor = torch.as_tensor(num_items_in_batch) / self.accelerator.num_processes
             if self.one_pass:
-                summed = model(**inputs, scored=labels)
+                summed = model(**inputs, scored=labels, places=places)
             else:
                 summed = own_head.loss(model(**inputs, use_cache=False).logits, labels)
             result = loss = summed / divisor.clamp(min=1)
@@ -356,7 +356,8 @@ class Exact(SFTTrainer):  # type: ignore[misc]
         if self.saves.asked():
             self.save_last(checkpoint.capture_random())
             self.saves.check()
-        model_inputs = {name: value for name, value in inputs.items() if name not in NOTED}
+        noted = set(NOTED) - {PLACES}
+        model_inputs = {name: value for name, value in inputs.items() if name not in noted}
         return super().prediction_step(model, model_inputs, *args, **kwargs)
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
@@ -375,14 +376,16 @@ class Exact(SFTTrainer):  # type: ignore[misc]
             self._unscale()
         norm = super()._get_grad_norm(model, grad_norm)
         norm = shards.whole(norm) if torch.is_tensor(norm) else norm
-        loss = float(self.loss_so_far)
+        # the host waits for the step here: both numbers come in one copy
+        both = [torch.as_tensor(n, device=self.args.device) for n in (self.loss_so_far, norm)]
+        loss, norm = torch.stack([number.detach().double() for number in both]).tolist()
         if not math.isfinite(loss):
             raise diverged("TRAIN-130", f"the loss became {loss}", self)
         # a scaled gradient overflows now and then; the scaler skips the step and scales less
         skips = self.half and self.accelerator.scaler.get_scale() > 1
-        self.overflowed = not math.isfinite(float(norm))
+        self.overflowed = not math.isfinite(norm)
         if self.overflowed and not skips:
-            raise diverged("TRAIN-130", f"the gradient's norm became {float(norm)}", self)
+            raise diverged("TRAIN-130", f"the gradient's norm became {norm}", self)
         return norm
 
     def _unscale(self) -> None:

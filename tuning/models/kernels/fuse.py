@@ -21,9 +21,9 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 from tuning.models import shards
-from tuning.models.kernels import experts, linear, mixtures, norm, parity
+from tuning.models.kernels import experts, linear, mixtures, norm, parity, rotary, shadows
 from tuning.models.kernels.linear import Projection
-from tuning.plan.backends import LIGER, LORA, MLP, NORM
+from tuning.plan.backends import LIGER, LORA, MLP, NORM, ROTARY
 
 ADAPTER = "default"
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -47,6 +47,7 @@ NORMS = {
     "GemmaRMSNorm": True,
     "Gemma3RMSNorm": True,
 }
+OURS = (LORA, MLP, NORM, ROTARY)  # those that are put into modules here
 ACTIVATION_NAMES = ("act_fn", "activation_fn", "act")
 
 
@@ -54,7 +55,7 @@ ACTIVATION_NAMES = ("act_fn", "activation_fn", "act")
 class Fused:
     """How many modules each kernel was put into, by its name."""
 
-    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys((LORA, MLP, NORM), 0))
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(OURS, 0))
     refused: dict[str, int] = field(default_factory=dict)  # by kernel and class of the module
 
     def __str__(self) -> str:
@@ -86,6 +87,10 @@ def fuse(tuned: torch.nn.Module, kernels: Collection[str]) -> Fused:
             fused.note(LORA, module, mixtures.fuse(module, ADAPTER, _plain))
         if NORM in kernels:
             fused.note(NORM, module, _fuse_norm(module))
+        if ROTARY in kernels and not fused.counts.get(LIGER):
+            fused.note(ROTARY, module, _fuse_rotary(module))
+    if LORA in kernels:
+        shadows.keep(tuned, list(_trained_together(tuned)))
     return fused
 
 
@@ -128,6 +133,18 @@ def _norm_forward(epsilon: float, lifted: bool) -> Callable[..., Any]:
         return norm.rms_norm(x, self.weight, epsilon, lifted=lifted)
 
     return forward
+
+
+def _fuse_rotary(module: Any) -> int | None:
+    """Fuse `module` if it calls a rotary function of the usual parameters; None if parity fails."""
+    own, width = rotary.function_of(module), getattr(module, "head_dim", None)
+    if own is None or "forward" in vars(module) or not isinstance(width, int) or width % 4:
+        return 0
+    if not rotary.same(own, width):
+        return None
+    kind: Any = type(module)
+    module.forward = types.MethodType(rotary.forward_of(kind), module)
+    return 1
 
 
 def _suits(layer: Any) -> bool:
@@ -260,6 +277,20 @@ def _input_of(layer: Any) -> torch.Tensor:
     dtype = base.compute_dtype if isinstance(base, bnb.nn.Linear4bit) else base.weight.dtype
     empty: torch.Tensor = a.new_empty(base.in_features, dtype=dtype or a.dtype)
     return empty
+
+
+def _trained_together(
+    tuned: torch.nn.Module,
+) -> Iterator[tuple[list[torch.Tensor], torch.dtype]]:
+    """Each A of the layers that kernels compute, those of the same input together, and each B."""
+    for parent in tuned.modules():
+        suited: dict[str, Any] = {n: layer for n, layer in parent.named_children() if _suits(layer)}
+        for group in _groups(suited):
+            layers = [suited[name] for name in group]
+            dtype = _input_of(layers[0]).dtype
+            yield [layer.lora_A[ADAPTER].weight for layer in layers], dtype
+            for layer in layers:
+                yield [layer.lora_B[ADAPTER].weight], dtype
 
 
 def _groups(names: Collection[str]) -> Iterator[tuple[str, ...]]:

@@ -91,31 +91,39 @@ def _score(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return (normaliser - logits.gather(-1, targets[:, None]).float()).sum(), probabilities
 
 
+def labelled(labels: Tensor) -> Tensor:
+    """Where `labels` [rows, length], without each row's first and laid end to end, have one."""
+    return (labels[:, 1:].reshape(-1) != IGNORED).nonzero()[:, 0]
+
+
 def loss(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
     *,
+    places: Tensor | None = None,
     ids: Tensor | None = None,
     rows: Tensor | None = None,
 ) -> Tensor:
     """Summed loss of `labels` [rows, length] given the tokens before them.
 
     `hidden` is [rows, length, width], `weight` [vocabulary, width]. The trained `rows` [tokens,
-    width] replace those of the tokens `ids` in the frozen weight. Labels of -100 do not count. In
-    the type of autocast where that is on, summed in float32.
+    width] replace those of the tokens `ids` in the frozen weight. Labels of -100 do not count;
+    `places` says where the others are, as the function of that name gives it, or the host waits to
+    know. In the type of autocast where that is on, summed in float32.
     """
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     targets = labels[:, 1:].reshape(-1)
-    scored = (targets != IGNORED).nonzero()[:, 0]
+    if places is None:
+        places = labelled(labels)
     width = hidden.shape[-1]
     total: Tensor = _Loss.apply(  # type: ignore[no-untyped-call]
-        hidden[:, :-1].reshape(-1, width).index_select(0, scored).to(dtype),
+        hidden[:, :-1].reshape(-1, width).index_select(0, places).to(dtype),
         weight.to(dtype),
         None if bias is None else bias.to(dtype),
-        targets.index_select(0, scored),
+        targets.index_select(0, places),
         FUSED_TILE_ROWS.get(kind, FUSED_TILE_ROWS["cuda"]),
         ids,
         None if rows is None else rows.to(weight.dtype).to(dtype),
@@ -155,10 +163,16 @@ def installed(base: Any) -> Iterator[None]:
 
 
 def install(base: Any) -> None:
-    """Let `base(..., scored=labels)` return the summed loss; any other call is what it was."""
+    """Let `base(..., scored=labels, places=None)` return `loss`; other calls are what they were."""
     forward = base.forward
 
-    def scoring(self: Any, *args: Any, scored: Tensor | None = None, **inputs: Any) -> Any:
+    def scoring(
+        self: Any,
+        *args: Any,
+        scored: Tensor | None = None,
+        places: Tensor | None = None,
+        **inputs: Any,
+    ) -> Any:
         if scored is None:
             return forward(*args, **inputs)
         inputs.pop("labels", None)  # peft hands None on
@@ -171,7 +185,7 @@ def install(base: Any) -> None:
             trained = {"ids": ids, "rows": tokens.trainable_tokens_delta[adapter]}
             head = tokens.get_base_layer()
         with shards.gathered(head):
-            return loss(hidden, head.weight, head.bias, scored, **trained)
+            return loss(hidden, head.weight, head.bias, scored, places=places, **trained)
 
     # `generate` asks the signature which inputs the model takes
     scoring.__signature__ = inspect.signature(type(base).forward)  # type: ignore[attr-defined]

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from tuning.models.kernels import shadows
+
 Tensor = torch.Tensor
 
 
@@ -83,26 +85,43 @@ def state(base: Any) -> Any:
     return getattr(base.weight, "quant_state", None) or base.quant_state
 
 
+def _product(a: Tensor, b: Tensor, scale: float, *, out: Tensor | None = None) -> Tensor:
+    """scale * a b in one pass, for matrices."""
+    out = a.new_empty(a.shape[0], b.shape[1]) if out is None else out
+    return out.addmm_(a, b, beta=0, alpha=scale)
+
+
+def _summed(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a b in `dtype`: on a GPU in float32 right from the sums of 16-bit factors."""
+    if a.dtype == dtype or a.device.type != "cuda" or dtype != torch.float32:
+        return (a @ b).to(dtype)
+    out = a.new_empty(a.shape[0], b.shape[1], dtype=dtype)
+    return torch.mm(a, b, out_dtype=dtype, out=out)
+
+
 def _down(x: Tensor, parts: Sequence[Projection]) -> Tensor:
-    """x A^T of all parts side by side: [tokens, sum of ranks]. Reads x once."""
-    return x @ _all_a(parts, x.dtype).t()
+    """scale * x A^T of all parts side by side: [tokens, sum of ranks]. Reads x once."""
+    low = _product(x, _all_a(parts, x.dtype).t(), parts[0].scale)
+    ranks = [len(part.a) for part in parts]
+    for part, piece in zip(parts, torch.split(low, ranks, dim=1), strict=True):
+        if part.scale != parts[0].scale:
+            piece.mul_(part.scale / parts[0].scale)
+    return low
 
 
 def _all_a(parts: Sequence[Projection], dtype: torch.dtype) -> Tensor:
-    if len(parts) == 1:
-        return parts[0].a.to(dtype)
-    return torch.cat([part.a.to(dtype) for part in parts])
+    return shadows.stacked([part.a for part in parts], dtype)
 
 
 def _up(x: Tensor, low: Tensor, part: Projection) -> Tensor:
-    """The part's output for x [tokens, inputs], given low = x A^T."""
+    """The part's output for x [tokens, inputs], given low = scale * x A^T."""
     bias = None if part.base.bias is None else part.base.bias.to(x.dtype)
     out = F.linear(x, weight(part.base, x.dtype), bias)
-    return out.addmm_(low, part.b.to(x.dtype).t(), alpha=part.scale)
+    return out.addmm_(low, shadows.of(part.b, x.dtype).t())
 
 
 def _forward(x: Tensor, parts: Sequence[Projection]) -> tuple[list[Tensor], Tensor]:
-    """Outputs of all parts, and x A^T of all, for x [tokens, inputs]."""
+    """Outputs of all parts, and scale * x A^T of all, for x [tokens, inputs]."""
     low = _down(x, parts)
     ranks = [len(part.a) for part in parts]
     pieces = zip(parts, torch.split(low, ranks, dim=1), strict=True)
@@ -114,18 +133,15 @@ def _backward(
 ) -> tuple[Tensor | None, list[Tensor]]:
     """Gradients of x (if `needed`) and of each part's A and B, in their types."""
     ranks = [len(part.a) for part in parts]
-    into_low = [
-        (grad @ part.b.to(x.dtype)).mul_(part.scale)
-        for grad, part in zip(grads, parts, strict=True)
-    ]
-    together = into_low[0] if len(parts) == 1 else torch.cat(into_low, dim=1)
-    of_a = torch.split(together.t() @ x, ranks)
+    together = torch.empty_like(low)
+    for grad, part, into in zip(grads, parts, torch.split(together, ranks, dim=1), strict=True):
+        _product(grad, shadows.of(part.b, x.dtype), part.scale, out=into)
+    of_a = torch.split(_summed(together.t(), x, parts[0].a.dtype), ranks)
     adapters: list[Tensor] = []
     for grad, part, piece, a in zip(
         grads, parts, torch.split(low, ranks, dim=1), of_a, strict=True
     ):
-        of_b = (grad.t() @ piece).mul_(part.scale)
-        adapters += [a.to(part.a.dtype), of_b.to(part.b.dtype)]
+        adapters += [a.to(part.a.dtype), _summed(grad.t(), piece, part.b.dtype)]
     if not needed:
         return None, adapters
     into_x = grads[0] @ weight(parts[0].base, x.dtype)
@@ -171,35 +187,58 @@ class Mlp:
     gated: bool
 
 
-class _Mlp(torch.autograd.Function):
-    """A whole MLP. Keeps x, the outputs of the wide projections and two low-rank tensors."""
+class _Wide(torch.autograd.Function):
+    """What goes into `down`. Keeps x, the outputs of the wide projections and x A^T.
+
+    `called` gets the context, for the backward of `_Narrow`, which makes the gradients of those
+    outputs while it has the activation, and leaves them in `context.grads`.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mlp: Mlp, *adapters: Tensor) -> Any:
+    def forward(ctx: Any, x: Tensor, mlp: Mlp, called: list[Any], *adapters: Tensor) -> Any:
         with torch.autocast(x.device.type, enabled=False):
             outs, low = _forward(x, mlp.wide)
             active = mlp.activation.forward(_halves(mlp, outs)[0])
             inner = active.mul_(_halves(mlp, outs)[1]) if mlp.gated else active
-            (out,), low_down = _forward(inner, (mlp.down,))
-        ctx.save_for_backward(x, low, low_down, *outs)
-        ctx.mlp = mlp
+        ctx.save_for_backward(x, low, *outs)
+        ctx.mlp, ctx.grads = mlp, []
+        called.append(ctx)
+        return inner
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        (x, low, *grads), ctx.grads = ctx.grads, []
+        into_x, adapters = _backward(grads, x, low, ctx.mlp.wide, needed=ctx.needs_input_grad[0])
+        return into_x, None, None, *adapters
+
+
+class _Narrow(torch.autograd.Function):
+    """`down`, which keeps nothing: where layers are run again, that ends before its product."""
+
+    @staticmethod
+    def forward(ctx: Any, inner: Tensor, called: list[Any], *adapters: Tensor) -> Any:
+        ctx.wide = called.pop()
+        with torch.autocast(inner.device.type, enabled=False):
+            (out,), _ = _forward(inner, (ctx.wide.mlp.down,))
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, low, low_down, *outs = ctx.saved_tensors
-        mlp: Mlp = ctx.mlp
+        x, low, *outs = ctx.wide.saved_tensors
+        mlp: Mlp = ctx.wide.mlp
         gate, up = _halves(mlp, outs)
         active = mlp.activation.forward(gate)
         inner = active * up if mlp.gated else active
+        low_down = _down(inner, (mlp.down,))
         into_inner, of_down = _backward(grads, inner, low_down, (mlp.down,), needed=True)
         assert into_inner is not None
         del inner
         wide = _into_wide(mlp, outs, active, into_inner)
-        del active, into_inner
-        into_x, of_wide = _backward(wide, x, low, mlp.wide, needed=ctx.needs_input_grad[0])
-        return into_x, None, *of_wide, *of_down
+        ctx.wide.grads = [x, low, *wide]
+        # of the shape that autograd expects; `_Wide` reads its own
+        return wide[0][:, : gate.shape[1]], None, *of_down
 
 
 def _halves(mlp: Mlp, outs: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -233,7 +272,10 @@ def _into_wide(mlp: Mlp, outs: Sequence[Tensor], active: Tensor, grad: Tensor) -
 
 def mlp(x: Tensor, parts: Mlp, *, dtype: torch.dtype) -> Tensor:
     """The MLP's output for `x` [..., inputs], computed in `dtype`."""
-    adapters = [t for part in (*parts.wide, parts.down) for t in (part.a, part.b)]
-    flat = x.reshape(-1, x.shape[-1]).to(dtype)
-    out: Tensor = _Mlp.apply(flat, parts, *adapters)  # type: ignore[no-untyped-call]
+    adapters = [t for part in parts.wide for t in (part.a, part.b)]
+    flat, called = x.reshape(-1, x.shape[-1]).to(dtype), list[Any]()
+    inner = _Wide.apply(flat, parts, called, *adapters)  # type: ignore[no-untyped-call]
+    out: Tensor = _Narrow.apply(  # type: ignore[no-untyped-call]
+        inner, called, parts.down.a, parts.down.b
+    )
     return out.view(*x.shape[:-1], -1)

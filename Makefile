@@ -139,7 +139,7 @@ fix: install  ## let ruff mend what it can
 
 docs: install  ## write the files that are generated from the code
 	$(BIN)/python tools/write_docs.py
-	$(BIN)/python benchmarks/speed_page.py
+	$(BIN)/python -m benchmarks.speed_page
 
 # mkdocs-material is maintained until May 2027; Zensical, by the same people, reads the same mkdocs.yml.
 SITE = $${XDG_CACHE_HOME:-$$HOME/.cache}/tuning-site

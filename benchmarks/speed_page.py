@@ -1,6 +1,6 @@
-"""Writes docs/speed.md from the newest results of `cpu_compare.py`: part of `make docs`.
+"""Writes docs/speed.md from the newest results of the benchmarks: part of `make docs`.
 
-python benchmarks/speed_page.py
+python -m benchmarks.speed_page
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+
+from benchmarks import longest_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "cpu_compare.jsonl"
@@ -83,6 +85,7 @@ def markdown() -> str:
         pairs=len(compared[0]["loads"]) // 3 if compared else 5,
         compare="".join(map(table, compared)),
         equal=equal,
+        longest=longest_rows.table(json.loads(longest_rows.RESULTS.read_text().splitlines()[-1])),
     )
 
 

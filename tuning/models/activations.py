@@ -147,7 +147,7 @@ class Offload:
             target.copy_(source)
             return None
         computing = torch.cuda.current_stream(device.device)
-        self._stream = self._stream or torch.cuda.Stream(device.device)
+        self._stream = self._stream or torch.cuda.Stream(device.device)  # type: ignore[no-untyped-call]
         self._stream.wait_stream(computing)
         with torch.cuda.stream(self._stream), torch.no_grad():
             target.copy_(source, non_blocking=True)
@@ -205,7 +205,7 @@ class _Keep(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
         return grad
 
 
@@ -227,7 +227,7 @@ class _Tiled(torch.autograd.Function):
         return _in_tiles(forward, x)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
         (x,) = ctx.keep.saved_tensors
         grad_x = torch.empty_like(x)
         sums: list[torch.Tensor | None] = [None] * len(ctx.weights)

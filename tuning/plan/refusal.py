@@ -88,7 +88,7 @@ def _longest(model: Model, demand: Demand, device: Device) -> tuple[str, str] | 
 
 def _host_short(model: Model, demand: Demand, device: Device) -> str:
     """That host memory is too small for what the GPUs cannot hold, if so."""
-    least = _smallest(model, demand, device)[0]
+    least = min(_smallest(model, demand, device, None), key=lambda fit: fit.memory.total)
     if device.host_bytes is None or least.fits_host(device.host_bytes):
         return ""
     return (
@@ -99,17 +99,19 @@ def _host_short(model: Model, demand: Demand, device: Device) -> str:
 
 def _least(model: Model, demand: Demand, device: Device) -> Fit:
     """The placement of the least memory on a GPU of `device`, with enough host memory if any."""
-    every = _smallest(model, demand, device)
+    every = _smallest(model, demand, device, device.host_bytes)
     return next((fit for fit in every if fit.fits_host(device.host_bytes)), every[0])
 
 
-def _smallest(model: Model, demand: Demand, device: Device) -> list[Fit]:
-    """The smallest placement of each layout, that of the least memory on a GPU first."""
+def _smallest(model: Model, demand: Demand, device: Device, host: int | None) -> list[Fit]:
+    """The smallest placement of each layout, that of the least memory on a GPU first.
+
+    One for which `host` bytes of host memory are enough, if there is any.
+    """
     layout = demand.layout
     every = demand.layouts(layout.ranks, layout.nodes)
     if device.kind == "cuda":
         every += [replace(each, offload=True) for each in every if each.shards > 1]
-    host = device.host_bytes
     fits = [sizing.smallest(model, demand, device.gpu, [each], host_bytes=host) for each in every]
     return sorted(fits, key=lambda fit: fit.memory.total)
 

@@ -130,19 +130,20 @@ def placements(
     base: Model,
     demand: Demand,
     gpu: presets.Gpu | None,
-    level: Sequence[Activations],
+    level: Sequence[Activations] | None = None,
     *,
     free_bytes: int | None = None,
 ) -> Iterator[Fit]:
     """The candidate placements that keep what a `level` says, whether they fit or not.
 
+    The first of the demand's levels if not given.
     With `free_bytes` of a GPU, also those that recompute only so many layers that they fit. Raises
     memory.Unknown.
     """
     sizes = [n for n in range(1, demand.rows + 1) if demand.rows % n == 0]
     sizes = [n for n in sizes if n == 1 or n * demand.answers * demand.length <= MAX_TOKENS]
     for micro_batch in [demand.micro_batch] if demand.micro_batch else sizes:
-        fits = [_place(base, demand, gpu, micro_batch, kept) for kept in level]
+        fits = [_place(base, demand, gpu, micro_batch, kept) for kept in level or demand.levels[0]]
         yield from fits
         if free_bytes is not None and len(fits) == 2:
             yield from _between(base, *fits, free_bytes=free_bytes)

@@ -34,7 +34,7 @@ def test_a_run_interrupted_and_resumed_gives_the_same_bytes(
         return tiny_runs.request(tmp_path / name, tiny_base("llama"), recipe, placed, count=27)
 
     expected = train.work(request("plain", FAST))
-    signal_at(2, 1)
+    signal_at(1, 1)
     with pytest.raises(Stopped):
         train.work(request("other", placement))
     found = train.work(request("other", placement))

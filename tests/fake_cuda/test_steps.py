@@ -93,20 +93,20 @@ OFFLOADED = ("llama", "qwen3moe", "gemma3-vision")
 @pytest.mark.parametrize("family", OFFLOADED)
 @pytest.mark.parametrize("tiled", [False, True])
 def test_offloaded_inputs_cross_once_each_way(family: str, tiled: bool, worker: Worker) -> None:
-    """To the host in the forward of both layers, back in the backward but that of the last.
+    """To the host in the forward, back in the backward: not the embeddings, nor the last layer's.
 
     The layers wait for nothing else, and make nothing else on the host; the loss is that without.
     """
     way = ways.usual(family)
     found = worker.call("steps.offloaded", tiled=tiled, **asdict(way))
 
-    assert {"device to host": 2, "host to device": 1} == found["waits"].pop("layers")
-    assert {"layers": {"empty_like": 2, "copy_": 2}} == found.pop("strays")
+    assert {"device to host": 1} == found["waits"].pop("layers")
+    assert {"layers": {"empty_like": 1, "copy_": 1}} == found.pop("strays")
     plain = record(worker, way)
     assert plain["loss"] == pytest.approx(found["loss"], rel=0 if not tiled else 1e-5)
     check(found | {"strays": {}}, way)
     if not tiled:
-        layers, copies = plain["kernels"]["layers"], {"copy_": 3}
+        layers, copies = plain["kernels"]["layers"], {"copy_": 1}
         more = {name: layers.get(name, 0) + count for name, count in copies.items()}
         assert layers | more == found["kernels"]["layers"]
 

@@ -96,6 +96,8 @@ class Offload:
         def run(function: Any, hidden: torch.Tensor, *rest: Any, **options: Any) -> Any:
             if first:
                 self._above = None
+            if hidden.is_leaf and hidden.requires_grad:  # autograd holds it in any case
+                return checkpoint(function, hidden, *rest, **options)
             # by storage: torch may pack another tensor object of the same memory
             storage = hidden.untyped_storage()._cdata
 

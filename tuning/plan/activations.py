@@ -6,7 +6,7 @@ layers and compute the rest again. What lies between and beyond follows:
 - *Some layers recomputed.* The last layers keep their activations. At every moment bytes are linear
   in how many do, so the peak is convex in it, and the line between none and all lies above it.
 - *Inputs in host memory.* At most HELD inputs [tokens, hidden] are on the GPU: that of the layer
-  which computes, and one that is copied.
+  which computes, one that is copied, and the embeddings, which autograd holds as a leaf.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 TILES = 4  # parts that an MLP's tokens are computed in
-HELD = 2  # layer inputs on the device at once, of those that are offloaded
+HELD = 3  # layer inputs on the device at once, of those that are offloaded
 
 
 @dataclass(frozen=True)

@@ -131,7 +131,7 @@ def test_a_tile_is_computed_twice_and_recomputed_layers_skip_it(tiny_base: Build
 
 
 def test_inputs_of_layers_are_held_on_the_host_only_until_their_backward(tiny_base: Build) -> None:
-    """One tensor a layer but the first; on the device at most that which is used and one that is copied."""
+    """One tensor a layer but the first, whose input stays: embeddings."""
     folder = tiny_base("llama", num_hidden_layers=6)
     tuned = adapted(folder, INPUTS)
     made: list[weakref.ref[torch.Tensor]] = []

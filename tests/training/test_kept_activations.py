@@ -59,14 +59,14 @@ def simulated(tokens: int, kept: Activations) -> Trace:
 
 @pytest.mark.parametrize("kept", [INPUTS, OFFLOADED, TILED], ids=lambda kept: kept.text)
 def test_a_step_takes_what_is_said(kept: Activations) -> None:
-    """Never less; more by two inputs of a layer at the most, beside rounding."""
+    """Less by 1 % at the most (slack is 3 %); more by two inputs of a layer at the most, beside rounding."""
     tokens = 6144
     trace, estimate = simulated(tokens, kept), said(tokens, kept)
 
     one = tokens * HIDDEN * 2
     step = estimate.step - memory.WORKSPACE_BYTES
-    assert 0.998 * trace.peak <= step <= 1.02 * trace.peak + 2 * one * kept.offload
-    assert trace.host == (one,) * (LAYERS - 1) * kept.offload  # embeddings stay
+    assert 0.99 * trace.peak <= step <= 1.02 * trace.peak + 2 * one * kept.offload
+    assert trace.host == (one,) * ((LAYERS - 1) * kept.offload)  # embeddings stay
     assert estimate.host == kept.offload * on_host(LAYERS, tokens, HIDDEN, 2) >= sum(trace.host)
 
 

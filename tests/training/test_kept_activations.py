@@ -59,7 +59,7 @@ def simulated(tokens: int, kept: Activations) -> Trace:
 
 @pytest.mark.parametrize("kept", [INPUTS, OFFLOADED, TILED], ids=lambda kept: kept.text)
 def test_a_step_takes_what_is_said(kept: Activations) -> None:
-    """Less by 1 % at the most (slack is 3 %); more by two inputs of a layer at the most, beside rounding."""
+    """Less by 1 % at most, where slack is 3 %; more by two inputs of a layer at most."""
     tokens = 6144
     trace, estimate = simulated(tokens, kept), said(tokens, kept)
 

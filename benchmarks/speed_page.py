@@ -1,4 +1,4 @@
-"""Writes docs/speed.md from the newest results of `cpu_compare` and `gpu_ladder`: `make docs`.
+"""Writes docs/speed.md from the newest results of the benchmarks: part of `make docs`.
 
 python -m benchmarks.speed_page
 """
@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks import gpu_table
+from benchmarks import gpu_table, longest_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "cpu_compare.jsonl"
@@ -93,6 +93,7 @@ def markdown() -> str:
         compare="".join(map(table, compared)),
         equal=equal,
         gpu=gpu_table.table(found_on_gpu) if found_on_gpu else "Not measured yet.\n",
+        longest=longest_rows.table(json.loads(longest_rows.RESULTS.read_text().splitlines()[-1])),
     )
 
 

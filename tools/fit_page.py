@@ -60,6 +60,7 @@ def _cell(
         packed=preset.facts.packing_safe,
         device="cuda",
         span=2048.0,
+        offloads=False,  # how much host memory there is depends on the machine
     )
     fit = best(Model(preset.facts, coefficients), demand, gpu, free_bytes=gpu.memory_bytes)
     if fit is None:

@@ -112,7 +112,7 @@ def _settled(folder: Path) -> dict[str, Any]:
         for way in (VARLEN, plain) if packing else (plain,):
             try:
                 whole.replace(tuned, kernels, way, precision=torch.float32, packing=packing)
-            except (SpecError, *apart.FAILURES) as error:  # it has no such attention
+            except Exception as error:  # it has no such attention
                 logging.debug("%s: %s", way, error)
             else:
                 attention = base.config._attn_implementation

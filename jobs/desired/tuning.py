@@ -121,8 +121,9 @@ class Desired:
 
     @property
     def memory_bytes(self) -> int:
-        """Memory request of the Job: a process a GPU, and weights on their way there."""
+        """Memory request of the Job: a process a GPU, weights on their way there, what stays."""
         need = (2 + 4 * self.gpus) * GIB + int(1.2 * (self.weights_bytes or 12 * GIB))
+        need += self.plan.fit.host_bytes if self.plan and self.plan.fit else 0
         if self.instance and self.instance.ram_bytes:
             return min(need, int(0.7 * self.instance.ram_bytes))
         return need

@@ -86,9 +86,17 @@ def step(device: Device, **choices: Any) -> dict[str, Any]:
     Kernels and waits are those of the decoder layers, of the rest of the micro-batch, and of the
     loop around it with the optimizer.
     """
-    way = Way(**choices)
+    return _step(device, Way(**choices), {})
+
+
+def offloaded(device: Device, tiled: bool, **choices: Any) -> dict[str, Any]:
+    """The same with the layers' inputs in host memory."""
+    return _step(device, Way(**choices), {"activation_offloading": True, "tiled_mlp": tiled})
+
+
+def _step(device: Device, way: Way, kept: dict[str, bool]) -> dict[str, Any]:
     device.become(Card(way.card, CARDS[way.card]))
-    loop, spy = _trainer(way)
+    loop, spy = _trainer(way, kept)
     watch_gradients = _gradients(loop)
     with spy:
         loop.train()
@@ -106,7 +114,7 @@ def _attention(way: Way, config: dict[str, Any]) -> tuple[str, bool]:
     return chosen, safe and chosen != "eager"
 
 
-def _trainer(way: Way) -> tuple[Watched, Spy]:
+def _trainer(way: Way, kept: dict[str, bool]) -> tuple[Watched, Spy]:
     folder = base(way.family)
     config = transformers.AutoConfig.from_pretrained(folder).to_dict()
     attention, packing = _attention(way, config)
@@ -124,6 +132,7 @@ def _trainer(way: Way) -> tuple[Watched, Spy]:
         checkpointing=way.checkpointing,
         attention=attention,
         kernels=backends.FUSED if way.fused else (),
+        **kept,
     )
     model = load_base(
         folder,
@@ -146,6 +155,7 @@ def _trainer(way: Way) -> tuple[Watched, Spy]:
         held_out=None,
         recipe=recipe,
         arguments=sft_config(recipe, placement, run, by_offsets=by_offsets),
+        activations=placement.activations,
         metrics=run / "metrics.jsonl",
         saves=Saves(
             run / "checkpoints", seconds=600, steps=None, asked=lambda: False, check=lambda: None

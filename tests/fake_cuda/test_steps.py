@@ -87,6 +87,30 @@ def test_a_step_runs_the_kernels_that_it_did(way: Way, worker: Worker) -> None:
     )
 
 
+OFFLOADED = ("llama", "qwen3moe", "gemma3-vision")
+
+
+@pytest.mark.parametrize("family", OFFLOADED)
+@pytest.mark.parametrize("tiled", [False, True])
+def test_offloaded_inputs_cross_once_each_way(family: str, tiled: bool, worker: Worker) -> None:
+    """To the host in the forward, back in the backward: not the embeddings, nor the last layer's.
+
+    The layers wait for nothing else, and make nothing else on the host; the loss is that without.
+    """
+    way = ways.usual(family)
+    found = worker.call("steps.offloaded", tiled=tiled, **asdict(way))
+
+    assert {"device to host": 1} == found["waits"].pop("layers")
+    assert {"layers": {"empty_like": 1, "copy_": 1}} == found.pop("strays")
+    plain = record(worker, way)
+    assert plain["loss"] == pytest.approx(found["loss"], rel=0 if not tiled else 1e-5)
+    check(found | {"strays": {}}, way)
+    if not tiled:
+        layers, copies = plain["kernels"]["layers"], {"copy_": 1}
+        more = {name: layers.get(name, 0) + count for name, count in copies.items()}
+        assert layers | more == found["kernels"]["layers"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("way", [way for way in EVERY if way not in CHOSEN], ids=lambda w: w.name)
 def test_every_way_stays_on_the_device(way: Way, worker: Worker) -> None:

@@ -233,7 +233,7 @@ def test_a_batch_that_the_user_set_is_kept_by_placement():
 
 def test_less_memory_at_a_time_is_the_same_recipe():
     """Half the rows at once, down to one, then checkpointing; the global batch never changes."""
-    placed = plan.Placement("cuda", 1, 6, 2, False, "sdpa")
+    placed = plan.Placement("cpu", 1, 6, 2, False, "sdpa")
 
     ways = plan.fallbacks(placed)
 

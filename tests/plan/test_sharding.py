@@ -227,7 +227,8 @@ def test_a_set_of_machines_is_named_where_no_single_one_does(
     taken = drafted(preset, name, count=int(count), **short)
     assert not taken.placement.offload
     try:  # one machine less does not, unless host memory helps
-        assert drafted(preset, name, count=int(count) - 1, **short).placement.offload
+        placed = drafted(preset, name, count=int(count) - 1, **short).placement
+        assert placed.offload or placed.activation_offloading
     except SpecError as error:
         assert "PLAN-120" in str(error)
 
@@ -242,7 +243,7 @@ def test_a_single_machine_is_named_first() -> None:
     ("preset", "instance", "method", "length"),
     [
         (LLAMA, "p4d.24xlarge", "lora", 131072),
-        ("llama-3.1-8b-instruct", "g5.48xlarge", "lora", 120000),
+        ("llama-3.1-8b-instruct", "g4dn.12xlarge", "lora", 120000),
         ("llama-3.1-8b-instruct", "Standard_NV36ads_A10_v5", "qlora", 131072),
         (MIXTURE, "p5.48xlarge", "lora", 65536),
     ],
@@ -270,7 +271,7 @@ def test_rows_that_no_gpu_holds_are_refused_with_the_arithmetic(
     [
         ("fsdp: no_shard", "fsdp"),
         ("gradient_checkpointing: false, max_length: 8192", "gradient_checkpointing"),
-        ("per_device_train_batch_size: 64", "per_device_train_batch_size"),
+        ("per_device_train_batch_size: 256", "per_device_train_batch_size"),
     ],
 )
 def test_a_setting_in_the_way_is_named(arguments: str, key: str) -> None:

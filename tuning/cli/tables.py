@@ -198,7 +198,8 @@ def plan_table(plan: Plan) -> rich.table.Table:
         "ranks": placement.ranks if placement.ranks > 1 else None,
         "shards": placement.text if placement.ranks > 1 else None,
         "micro_batch": placement.micro_batch,
-        "checkpointing": "on" if placement.checkpointing else "off",
+        "checkpointing": placement.activations.text,
+        "activation_offloading": "on" if placement.activation_offloading else None,
         "attention": placement.attention,
         "kernels": ", ".join(placement.kernels) or None,
         "threads": placement.threads,
@@ -235,8 +236,8 @@ def memory_table(plan: Plan) -> rich.table.Table | None:
     rows = [(name, f"{count / 2**30:.2f}") for name, count in terms if count]
     rows.append(("total", f"{plan.fit.memory.total / 2**30:.2f}"))
     rows.append(("free on the GPU", f"{plan.device.rank_bytes / 2**30:.2f}"))
-    if plan.placement.offload:
-        rows.append(("shares in a machine's host memory", f"{plan.fit.host_bytes / 2**30:.2f}"))
+    if plan.fit.host_bytes:
+        rows.append(("in a machine's host memory", f"{plan.fit.host_bytes / 2**30:.2f}"))
     return table(("memory at the peak", "GiB"), rows)
 
 

@@ -19,11 +19,11 @@ from tuning.plan.base import (
     refuse_unsupported,
 )
 from tuning.plan.choices import Packing, packing
+from tuning.plan.fallbacks import fallbacks
 from tuning.plan.make import draft, freeze, is_enough, make, resume, split_seed
 from tuning.plan.placing import (
     SMALL_ON_CPU,
     disk_bytes,
-    fallbacks,
     place,
     variants,
     wants_simulation,

@@ -34,6 +34,7 @@ class Variant:
     device: Literal["cuda", "cpu"] = "cuda"
     single_row: bool = False  # some models run other operators on a batch of one row
     fused: bool = False  # one-pass head, and fused LoRA unless there is dropout
+    tiled: bool = False  # MLPs compute a share of the tokens at a time
 
     @property
     def tile(self) -> int:
@@ -102,7 +103,8 @@ def to_json(coefficients: Coefficients) -> dict[str, Any]:
     """JSON for `from_json`; coefficients of zero are left out."""
     record = {field.name: getattr(coefficients, field.name) for field in fields(coefficients)}
     entries = [
-        asdict(variant) | {"moments": [_moment_to_json(moment) for moment in moments]}
+        {k: v for k, v in asdict(variant).items() if v or k != "tiled"}  # of a later version
+        | {"moments": [_moment_to_json(moment) for moment in moments]}
         for variant, moments in coefficients.moments.items()
     ]
     return record | {"moments": entries}

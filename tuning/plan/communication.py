@@ -12,12 +12,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tuning.plan.sharding import Shared
-from tuning.plan.speed import COPY
+from tuning.plan.speed import COPY, HOST_LINK
 from tuning.presets import Gpu
 
 # Where the tables know no better: PCIe 3.0 x16, one way, and a usual machine's network.
 LINK, NETWORK = 16e9, 10e9 / 8
-HOST_LINK = 12e9  # bytes a second between a GPU and host memory by PCIe 3.0 x16, as copies reach it
 # Shares of a datasheet's rate that NCCL's large collectives are reported to reach.
 LINK_SHARE, NETWORK_SHARE = 0.75, 0.7
 COPIES = 2  # a gathered byte is read from the buffer and written into its weight

@@ -12,10 +12,12 @@ part of each, and at a moment the whole of what is computed with (`sharding`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
+from tuning.plan.activations import off_device, on_host
 from tuning.plan.coefficients import (
     KINDS,
     Attention,
@@ -63,7 +65,7 @@ class MemoryEstimate:
     moment: str  # of the peak
     gathered: int = 0  # whole layers, and the output layer, of a shared copy
     buffers: int = 0  # what FSDP2 gathers and reduces in
-    host: int = 0  # of this rank's shares, in host memory
+    host: int = 0  # of this rank in host memory: its shares, and layer inputs
 
     @property
     def terms(self) -> dict[str, int]:
@@ -79,6 +81,13 @@ class MemoryEstimate:
     def allocated(self) -> int:
         """Bytes as `torch.cuda.max_memory_allocated` counts them."""
         return self.total - self.context - self.slack
+
+    def towards(self, other: MemoryEstimate, share: float) -> MemoryEstimate:
+        """What lies that `share` of the way to `other`, at its moment."""
+        names = (field.name for field in fields(self) if field.name != "moment")
+        ends = {name: (getattr(self, name), getattr(other, name)) for name in names}
+        between = {name: math.ceil(a + share * (b - a)) for name, (a, b) in ends.items()}
+        return MemoryEstimate(**between, moment=other.moment)
 
     @property
     def step(self) -> int:
@@ -124,6 +133,8 @@ def predict(
     repacks: bool = False,
     new_tokens: bool = False,
     tile: int | None = None,
+    offload: bool = False,
+    tiled: bool = False,
 ) -> MemoryEstimate:
     """Memory of one process that trains micro-batches of `tokens` tokens. Raises Unknown.
 
@@ -131,12 +142,22 @@ def predict(
     padding included. `accumulating`: gradients of an earlier micro-batch are in memory. `layout`:
     how several ranks hold the model; `facts` tell what of it they can share. `fused`: with
     `models.kernels`. `repacks`: the CPU library copies 16-bit weights (see `repacked`). `tile`:
-    tokens scored at once, if not the usual number. Fewer `targets` (names of projections) take
+    tokens scored at once, if not the usual number. `offload`, `tiled`: with checkpointing, see
+    `activations`. Fewer `targets` (names of projections) take
     fewer adapters, and all activations: an upper bound.
     """
     variant = _stored(
         coefficients,
-        Variant(method, precision, attention, checkpointing, dropout > 0, device, fused=fused),
+        Variant(
+            method,
+            precision,
+            attention,
+            checkpointing,
+            dropout > 0,
+            device,
+            fused=fused,
+            tiled=tiled,
+        ),
         rows=rows,
     )
     adapters = lora_bytes(coefficients, rank, targets)
@@ -155,6 +176,14 @@ def predict(
     sizes = measures(tokens=tokens, rows=rows, rank=rank, tile=tile or variant.tile)
     earlier = {"gradients": adapters} if accumulating else {}
     moments = {m.name: m.at(sizes) | earlier for m in coefficients.moments[variant]}
+    pinned = 0
+    if offload:
+        if facts is None:
+            raise Unknown("the width of a layer's input is not known")
+        inputs = (coefficients.layers, tokens, facts.hidden, 4 if precision == "float32" else 2)
+        for name, kinds in moments.items():
+            kinds["activations"] -= off_device(name, *inputs)
+        pinned = on_host(*inputs)
     moments["optimizer step"] = dict.fromkeys(KINDS, 0) | {"gradients": adapters}
     for name, kinds in moments.items():
         kinds["gradients"] = shared.gradients(kinds["gradients"])
@@ -166,6 +195,7 @@ def predict(
     resident = shared.resident(weights, optimizer=adapters * _states(optimizer))
     if fused and precision != "float32" and not dropout and layout.shards == 1:
         resident["adapters"] += adapters // 2  # their 16-bit copies: `models.kernels.shadows`
+    resident["host"] += pinned
     return MemoryEstimate(
         **step,
         **resident,
@@ -186,7 +216,9 @@ def _outside(device: Literal["cuda", "cpu"], layout: Layout) -> int:
 def _stored(coefficients: Coefficients, variant: Variant, *, rows: int) -> Variant:
     """The variant with coefficients for a step of `variant`. Raises Unknown."""
     variant = variant.stored
-    if variant not in coefficients.moments:  # simulated before there were kernels, which take less
+    if (
+        variant not in coefficients.moments and not variant.tiled
+    ):  # simulated before there were kernels, which take less
         variant = replace(variant, fused=False)
     single = replace(variant, single_row=True)
     if rows == 1 and single in coefficients.moments:

@@ -7,10 +7,12 @@ from dataclasses import replace
 
 from tuning.errors import SpecError
 from tuning.plan import backends, choices, memory, refusal, sharding, sizing
+from tuning.plan.activations import ALL, INPUTS, Activations
 from tuning.plan.base import Base
 from tuning.plan.choices import batch
 from tuning.plan.coefficients import Variant
 from tuning.plan.device import Device
+from tuning.plan.fallbacks import divisor
 from tuning.plan.sharding import Layout, layouts
 from tuning.plan.sizing import Fit
 from tuning.plan.values import Lengths, Placement, Recipe
@@ -41,19 +43,22 @@ def place(
     layout, whole = Layout(ranks, nodes), _whole_only(recipe, base, settings)
     if settings.sharding is not None:
         (layout,) = layouts(ranks, nodes, settings.sharding)
-    micro_batch, checkpointing, fit = _unsized(recipe, settings, share, reasons), False, None
+    _refuse_offload(settings)
+    micro_batch, kept, fit = _unsized(recipe, settings, share, reasons), ALL, None
     backend = _backend(recipe, base, device, settings, reasons)
     if model is not None:
         demand = _demand(recipe, settings, lengths, device, backend, layout=layout, whole=whole)
         fit = _fit(model, demand, base, device, micro_batch, reasons)
-        micro_batch, checkpointing, layout = fit.micro_batch, fit.checkpointing, fit.layout
+        micro_batch, kept, layout = fit.micro_batch, fit.activations, fit.layout
     elif device.kind == "cuda":
-        checkpointing = True
+        kept = INPUTS
         unsized = base.unsized or "this model's memory is unknown"
         reasons["checkpointing"] = f"{unsized}: the safe choice"
     if settings.checkpointing is not None:
-        checkpointing = settings.checkpointing
+        kept = kept if kept.checkpointing == settings.checkpointing else INPUTS
         reasons["checkpointing"] = "set in the config"
+    if settings.activation_offloading is not None:
+        kept = _forced(kept, device, reasons) if settings.activation_offloading else kept
     if ranks > 1 and settings.sharding is not None:
         reasons["shards"] = "set in the config (fsdp)"
     elif ranks > 1 and whole:
@@ -63,15 +68,39 @@ def place(
         ranks=ranks,
         micro_batch=micro_batch,
         accumulation=share // micro_batch,
-        checkpointing=checkpointing,
+        checkpointing=kept.checkpointing,
         attention=backend.attention,
         kernels=backend.kernels,
         threads=_threads(base, device, reasons),
         nodes=nodes,
         shards=layout.shards,
         offload=layout.offload,
+        recomputed_layers=kept.recomputed,
+        activation_offloading=kept.offload,
+        tiled_mlp=kept.tiled,
     )
     return placement, fit
+
+
+def _refuse_offload(settings: Settings) -> None:
+    """Raise SpecError where inputs of layers are to be offloaded, and all else to be kept."""
+    if settings.activation_offloading and settings.checkpointing is False:
+        raise SpecError.at(
+            "PLAN-150",
+            "TrainingArguments.activation_offloading",
+            "is true, and gradient_checkpointing false: only inputs of checkpointed layers go to "
+            "host memory",
+            "leave out gradient_checkpointing, or activation_offloading",
+        )
+
+
+def _forced(kept: Activations, device: Device, reasons: dict[str, str]) -> Activations:
+    """`kept` with layer inputs in host memory, as the config says."""
+    if device.kind == "cpu":
+        reasons["checkpointing"] += "; activation_offloading is for GPUs"
+        return kept
+    reasons["activation_offloading"] = "set in the config"
+    return replace(kept, checkpointing=True, recomputed=None, offload=True)
 
 
 def _fit(
@@ -106,8 +135,14 @@ def _fit(
         without = replace(demand, layout=fit.layout, checkpointing=False, micro_batch=None)
         larger = sizing.smallest(model, without, device.gpu).fits(free, device.host_bytes)
         reasons["checkpointing"] = "nothing smaller would fit"
+        if fit.activations.recomputed is not None:
+            reasons["checkpointing"] = "the last layers keep theirs, as many as fit: faster"
         if larger and demand.checkpointing is None:
             reasons["checkpointing"] = "with it more rows fit at once, which is faster"
+    if fit.activations.offload:
+        reasons["activation_offloading"] = (
+            f"nothing faster fits: layer inputs in {fit.host_bytes / 2**30:.1f} GiB of host memory"
+        )
     if fit.layout.ranks > 1:
         reasons["shards"] = _why_shared(model, demand, device, fit)
     return fit
@@ -176,33 +211,20 @@ def variants(spec: Spec, base: Base, device: Device) -> list[Variant]:
         reasons={},
         kind=base.kind,
     )
-    return [
-        Variant(
-            spec.method,
-            precision,  # type: ignore[arg-type]
-            backend.sized_as,
-            checkpointing,
-            dropout > 0,
-            device.kind,
-            fused=bool(backend.kernels),
-        )
-        for checkpointing in (False, True)
-    ]
-
-
-def fallbacks(placement: Placement) -> list[Placement]:
-    """`placement`, then those of less memory: half the rows each time, then checkpointing.
-
-    The global batch, and so the run id, stays the same.
-    """
-    placements = [placement]
-    rows = placement.micro_batch * placement.accumulation
-    while (last := placements[-1]).micro_batch > 1:
-        fewer = _divisor(rows, last.micro_batch // 2)
-        placements.append(replace(last, micro_batch=fewer, accumulation=rows // fewer))
-    if not placement.checkpointing:
-        placements.append(replace(placements[-1], checkpointing=True))
-    return placements
+    usual = Variant(
+        spec.method,
+        precision,  # type: ignore[arg-type]
+        backend.sized_as,
+        False,
+        dropout > 0,
+        device.kind,
+        fused=bool(backend.kernels),
+    )
+    found = [usual, replace(usual, checkpointing=True)]
+    dense = base.facts is None or not base.facts.experts
+    if device.kind == "cuda" and dense and usual.fused and not usual.dropout:
+        found.append(replace(usual, checkpointing=True, tiled=True))
+    return found
 
 
 def disk_bytes(recipe: Recipe, base: Base) -> int:
@@ -250,12 +272,12 @@ def _unsized(recipe: Recipe, settings: Settings, share: int, reasons: dict[str, 
     """The micro-batch before memory is considered, or where it is unknown."""
     if settings.micro_batch:
         reasons["micro_batch"] = "set in the config"
-        return _divisor(share, settings.micro_batch)
+        return divisor(share, settings.micro_batch)
     if recipe.packing:
         reasons["micro_batch"] = "a packed row is full as it is"
         return 1
     reasons["micro_batch"] = "a few rows at once, with little padding"
-    return _divisor(share, 4)
+    return divisor(share, 4)
 
 
 def _backend(
@@ -315,8 +337,9 @@ def _demand(
         device=device.kind,
         repacks=device.kind == "cpu" and device.bf16 and recipe.precision != "float32",
         span=lengths.mean if lengths else float(recipe.max_length),
-        micro_batch=_divisor(rows, settings.micro_batch) if settings.micro_batch else None,
+        micro_batch=divisor(rows, settings.micro_batch) if settings.micro_batch else None,
         checkpointing=settings.checkpointing,
+        offloads=settings.activation_offloading,
     )
 
 
@@ -352,8 +375,3 @@ def shortened(
             )
             recipe = replace(recipe, global_batch=rows)
     return recipe
-
-
-def _divisor(number: int, at_most: int) -> int:
-    """The largest divisor of `number` up to `at_most`."""
-    return next(n for n in range(min(number, max(1, at_most)), 0, -1) if number % n == 0)

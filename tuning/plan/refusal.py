@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from tuning import presets
 from tuning.errors import SpecError
-from tuning.plan import memory, sizing
+from tuning.plan import machines, memory, sizing
 from tuning.plan.base import Base
 from tuning.plan.device import Device
 from tuning.plan.sizing import HEADROOM, Demand, Fit, Model
@@ -33,6 +33,7 @@ def of(model: Model, demand: Demand, base: Base, device: Device) -> SpecError:
     left_out = {
         "per_device_train_batch_size": replace(demand, micro_batch=None),
         "gradient_checkpointing": replace(demand, checkpointing=None),
+        "activation_offloading": replace(demand, offloads=None),
         "fsdp": replace(demand, sharding=None),
     }
     changes = [
@@ -49,8 +50,8 @@ def of(model: Model, demand: Demand, base: Base, device: Device) -> SpecError:
     if demand.method == "lora" and _fits(model, replace(demand, method="qlora"), device):
         changes.append("use method qlora, which fits here")
     cloud = next((m.cloud for m in presets.instances() if m.name == device.origin), None)
-    if machines := sizing.smallest_machines(model, demand, cloud=cloud):
-        changes.append(_use(*machines))
+    if enough := machines.smallest_machines(model, demand, cloud=cloud):
+        changes.append(_use(*enough))
     change = ", or ".join(changes)
     if not change:
         change = "choose a smaller model: no known machines hold this one on their GPUs"
@@ -67,7 +68,9 @@ def _longest(model: Model, demand: Demand, device: Device) -> tuple[str, str] | 
     """What a token of a row costs and which rows fit, and what to change; None where none does."""
     least = _least(model, demand, device)
     shared = replace(demand, layout=least.layout)
-    row = sizing.longest(model, shared, device.gpu, free_bytes=device.rank_bytes)
+    row = sizing.longest(
+        model, shared, device.gpu, free_bytes=device.rank_bytes, host_bytes=device.host_bytes
+    )
     if not SHORTEST <= row < demand.length:
         return None
     one, fitting = (
@@ -85,27 +88,31 @@ def _longest(model: Model, demand: Demand, device: Device) -> tuple[str, str] | 
 
 def _host_short(model: Model, demand: Demand, device: Device) -> str:
     """That host memory is too small for what the GPUs cannot hold, if so."""
-    least = _smallest(model, demand, device)[0]
+    least = min(_smallest(model, demand, device, None), key=lambda fit: fit.memory.total)
     if device.host_bytes is None or least.fits_host(device.host_bytes):
         return ""
     return (
-        f"; with their shares in host memory it takes {least.memory.total / GIB:.1f} GiB, and of a "
+        f"; with a part in host memory it takes {least.memory.total / GIB:.1f} GiB, and of a "
         f"machine's host memory {least.host_bytes / GIB:.1f} of {device.host_bytes / GIB:.1f} GiB"
     )
 
 
 def _least(model: Model, demand: Demand, device: Device) -> Fit:
-    """The placement of the least memory on a GPU of `device`, with enough host memory."""
-    return next(fit for fit in _smallest(model, demand, device) if fit.fits_host(device.host_bytes))
+    """The placement of the least memory on a GPU of `device`, with enough host memory if any."""
+    every = _smallest(model, demand, device, device.host_bytes)
+    return next((fit for fit in every if fit.fits_host(device.host_bytes)), every[0])
 
 
-def _smallest(model: Model, demand: Demand, device: Device) -> list[Fit]:
-    """The smallest placement of each layout, that of the least memory on a GPU first."""
+def _smallest(model: Model, demand: Demand, device: Device, host: int | None) -> list[Fit]:
+    """The smallest placement of each layout, that of the least memory on a GPU first.
+
+    One for which `host` bytes of host memory are enough, if there is any.
+    """
     layout = demand.layout
     every = demand.layouts(layout.ranks, layout.nodes)
     if device.kind == "cuda":
         every += [replace(each, offload=True) for each in every if each.shards > 1]
-    fits = [sizing.smallest(model, demand, device.gpu, [each]) for each in every]
+    fits = [sizing.smallest(model, demand, device.gpu, [each], host_bytes=host) for each in every]
     return sorted(fits, key=lambda fit: fit.memory.total)
 
 

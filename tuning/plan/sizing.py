@@ -1,4 +1,4 @@
-"""Candidate placements: how ranks hold the model, micro-batch, checkpointing; the smallest machine.
+"""Candidate placements: layout of ranks, micro-batch, activations kept.
 
 Of the candidates whose memory estimate fits, the fastest by the roofline is taken. A share of the
 GPU is kept free, since memory is a hard limit; speed only ranks.
@@ -13,12 +13,14 @@ from typing import Literal
 
 from tuning import presets
 from tuning.plan import communication, memory, sharding
+from tuning.plan.activations import ALL, INPUTS, OFFLOADED, TILED, Activations, on_host
 from tuning.plan.coefficients import (
     TILE_ROWS,
     Attention,
     Coefficients,
     Method,
     Precision,
+    Variant,
     preset_coefficients,
 )
 from tuning.plan.memory import MemoryEstimate
@@ -27,7 +29,6 @@ from tuning.plan.speed import seconds_per_token
 from tuning.spec import Sharding
 
 HEADROOM = 0.04  # share of a GPU's memory kept free for what the estimate does not count
-MOST_MACHINES, ENDLESS = 16, 4096  # of a set that is suggested, and more than any has
 HOST_SHARE = 0.8  # of host memory, for shares that lie there
 MAX_TOKENS = 16_384  # of a micro-batch; matrix products gain nothing beyond
 
@@ -51,6 +52,7 @@ class Demand:
     span: float  # tokens that a token's attention spans
     micro_batch: int | None = None  # set by the user
     checkpointing: bool | None = None  # set by the user
+    offloads: bool | None = None  # set by the user: layer inputs in host memory
     layout: Layout = ALONE  # how the GPUs hold the model
     network: float | None = None  # bytes a second between two machines
     sharding: Sharding | None = None  # set by the user
@@ -60,12 +62,20 @@ class Demand:
     compares: bool = False  # answers, whose log-probabilities trl's head computes
     own_head: bool = False  # logits of all tokens are kept
 
+    fused: bool = False  # with the kernels of `tuning.models.kernels`
+    repacks: bool = False  # a CPU whose library copies 16-bit weights into its own layout
+
     def layouts(self, ranks: int, nodes: int) -> list[Layout]:
         """How `ranks` on `nodes` machines may hold the model."""
         return layouts(ranks, nodes, "no_shard" if self.whole else self.sharding)
 
-    fused: bool = False  # with the kernels of `tuning.models.kernels`
-    repacks: bool = False  # a CPU whose library copies 16-bit weights into its own layout
+    @property
+    def levels(self) -> list[tuple[Activations, ...]]:
+        """What may be kept of the activations: each level only where nothing before it fits."""
+        plain = tuple(k for k in (ALL, INPUTS) if self.checkpointing in (None, k.checkpointing))
+        if self.device == "cpu" or self.offloads is False or self.checkpointing is False:
+            return [plain]
+        return [*([plain] if self.offloads is None else []), (OFFLOADED,), (TILED,)]
 
 
 @dataclass(frozen=True)
@@ -73,14 +83,20 @@ class Fit:
     """A candidate placement with its memory and speed."""
 
     micro_batch: int
-    checkpointing: bool
+    activations: Activations
     memory: MemoryEstimate
     seconds_per_token: float | None
     layout: Layout = ALONE
+    inputs_bytes: int | None = None  # of one row: host memory of a rank that offloads them
+
+    @property
+    def checkpointing(self) -> bool:
+        """Whether activations of layers are computed again."""
+        return self.activations.checkpointing
 
     @property
     def host_bytes(self) -> int:
-        """Bytes of host memory that the ranks of a machine take for their shares."""
+        """Bytes of host memory that the ranks of a machine take for shares and layer inputs."""
         return self.memory.host * self.layout.each
 
     def fits(self, free_bytes: int, host_bytes: int | None = None) -> bool:
@@ -88,7 +104,7 @@ class Fit:
         return self.memory.total <= free_bytes * (1 - HEADROOM) and self.fits_host(host_bytes)
 
     def fits_host(self, host_bytes: int | None) -> bool:
-        """Whether its shares fit `host_bytes` of a machine; None: not known, so yes."""
+        """Whether what lies there fits `host_bytes` of a machine; None: not known, so yes."""
         return host_bytes is None or self.host_bytes <= host_bytes * HOST_SHARE
 
 
@@ -111,18 +127,56 @@ def model(facts: presets.Facts | None) -> Model | None:
     return None
 
 
-def placements(base: Model, demand: Demand, gpu: presets.Gpu | None) -> Iterator[Fit]:
-    """All candidate placements, whether they fit or not. Raises memory.Unknown."""
+def placements(
+    base: Model,
+    demand: Demand,
+    gpu: presets.Gpu | None,
+    level: Sequence[Activations] | None = None,
+    *,
+    free_bytes: int | None = None,
+) -> Iterator[Fit]:
+    """The candidate placements that keep what a `level` says, whether they fit or not.
+
+    The first of the demand's levels if not given.
+    With `free_bytes` of a GPU, also those that recompute only so many layers that they fit. Raises
+    memory.Unknown.
+    """
     sizes = [n for n in range(1, demand.rows + 1) if demand.rows % n == 0]
     sizes = [n for n in sizes if n == 1 or n * demand.answers * demand.length <= MAX_TOKENS]
     for micro_batch in [demand.micro_batch] if demand.micro_batch else sizes:
-        for checkpointing in (False, True):
-            if demand.checkpointing in (None, checkpointing):
-                yield _place(base, demand, gpu, micro_batch, checkpointing)
+        fits = [_place(base, demand, gpu, micro_batch, kept) for kept in level or demand.levels[0]]
+        yield from fits
+        if free_bytes is not None and len(fits) == 2:
+            yield from _between(base, *fits, free_bytes=free_bytes)
+
+
+def _between(base: Model, keeping: Fit, recomputing: Fit, *, free_bytes: int) -> Iterator[Fit]:
+    """The placement that keeps the activations of as many layers as fit, if not of none or all."""
+    layers, free = base.coefficients.layers, free_bytes * (1 - HEADROOM)
+    most, least = keeping.memory.total, recomputing.memory.total
+    if least > free or most <= free:
+        return
+    for kept in range(int(layers * (free - least) / (most - least)), 0, -1):
+        share = kept / layers
+        fit = Fit(
+            keeping.micro_batch,
+            Activations(True, layers - kept),
+            recomputing.memory.towards(keeping.memory, share),
+            _along(recomputing.seconds_per_token, keeping.seconds_per_token, share),
+            keeping.layout,
+            keeping.inputs_bytes,
+        )
+        if fit.memory.total <= free:  # terms are rounded up
+            yield fit
+            return
+
+
+def _along(start: float | None, end: float | None, share: float) -> float | None:
+    return None if start is None or end is None else start + share * (end - start)
 
 
 def _place(
-    base: Model, demand: Demand, gpu: presets.Gpu | None, micro_batch: int, checkpointing: bool
+    base: Model, demand: Demand, gpu: presets.Gpu | None, micro_batch: int, kept: Activations
 ) -> Fit:
     tokens = micro_batch * demand.answers * demand.length
     estimate = memory.predict(
@@ -130,7 +184,9 @@ def _place(
         method=demand.method,
         rank=demand.rank,
         tokens=tokens,
-        checkpointing=checkpointing,
+        checkpointing=kept.checkpointing,
+        offload=kept.offload,
+        tiled=kept.tiled,
         precision=demand.precision,
         optimizer=demand.optimizer,
         dropout=demand.dropout,
@@ -147,12 +203,16 @@ def _place(
         new_tokens=demand.new_tokens,
         tile=tokens if demand.own_head else TILE_ROWS if demand.compares else None,
     )
-    seconds = _seconds(base, demand, gpu, micro_batch, checkpointing)
-    return Fit(micro_batch, checkpointing, estimate, seconds, demand.layout)
+    seconds = _seconds(base, demand, gpu, micro_batch, kept)
+    inputs = None
+    if base.facts is not None:
+        width = 4 if demand.precision == "float32" else 2
+        inputs = on_host(base.coefficients.layers, tokens // micro_batch, base.facts.hidden, width)
+    return Fit(micro_batch, kept, estimate, seconds, demand.layout, inputs)
 
 
 def _seconds(
-    base: Model, demand: Demand, gpu: presets.Gpu | None, micro_batch: int, checkpointing: bool
+    base: Model, demand: Demand, gpu: presets.Gpu | None, micro_batch: int, kept: Activations
 ) -> float | None:
     """Seconds of a GPU for each token, with what it waits for others; None where not known."""
     if base.facts is None:
@@ -162,7 +222,9 @@ def _seconds(
         base.facts,
         gpu,
         method=demand.method,
-        checkpointing=checkpointing,
+        checkpointing=kept.checkpointing,
+        offload=kept.offload,
+        tiled=kept.tiled,
         tokens=tokens,
         effective_length=demand.span if demand.attention == "varlen" else tokens,
         rank=demand.rank,
@@ -176,7 +238,7 @@ def _seconds(
         alone * tokens,
         shared(base, demand),
         communication.Links.of(gpu, demand.network),
-        checkpointing=checkpointing,
+        checkpointing=kept.checkpointing,
         accumulation=max(1, demand.rows // micro_batch),
         bandwidth=gpu.bandwidth,
     )
@@ -216,23 +278,36 @@ def best(
 ) -> Fit | None:
     """The fastest placement that fits `free_bytes` of one GPU, or None.
 
-    Of the demand's layout, or of any of `layouts`: with shares in host memory only as a last
-    resort.
+    Of the demand's layout, or of any of `layouts`: with layer inputs in host memory only where
+    nothing else fits, and with shares there as a last resort.
     """
     every = layouts or (demand.layout,)
-    for offload in (False, True):
+    for offload, level in itertools.product((False, True), _levels(base, demand)):
         fitting = [
             fit
             for layout in every
             if layout.shards > 1 or not offload
             for fit in placements(
-                base, replace(demand, layout=replace(layout, offload=offload)), gpu
+                base,
+                replace(demand, layout=replace(layout, offload=offload)),
+                gpu,
+                level,
+                free_bytes=free_bytes,
             )
             if fit.fits(free_bytes, host_bytes)
         ]
         if fitting:
             return min(fitting, key=_slowness)
     return None
+
+
+def _levels(base: Model, demand: Demand) -> list[tuple[Activations, ...]]:
+    """Those of the demand's levels that are known of the model."""
+    wanted = Variant(demand.method, demand.precision, demand.attention, fused=True, tiled=True)
+    usual = demand.fused and not demand.dropout and demand.device == "cuda"
+    tiled = usual and wanted.stored in base.coefficients.moments
+    levels = [level for level in demand.levels if base.facts or not level[0].offload]
+    return [level for level in levels if tiled or not level[0].tiled] or [(INPUTS,)]
 
 
 def first(base: Model, demand: Demand, micro_batch: int, *, free_bytes: int) -> Fit | None:
@@ -242,26 +317,41 @@ def first(base: Model, demand: Demand, micro_batch: int, *, free_bytes: int) -> 
     """
     sizes = [n for n in range(micro_batch, 0, -1) if demand.rows % n == 0]
     for size in [demand.micro_batch] if demand.micro_batch else sizes:
-        for checkpointing in (False, True):
-            if demand.checkpointing in (None, checkpointing):
-                fit = _place(base, demand, None, size, checkpointing)
-                if fit.fits(free_bytes):
-                    return fit
+        for kept in demand.levels[0]:
+            fit = _place(base, demand, None, size, kept)
+            if fit.fits(free_bytes):
+                return fit
     return None
 
 
 def smallest(
-    base: Model, demand: Demand, gpu: presets.Gpu | None, layouts: Sequence[Layout] = ()
+    base: Model,
+    demand: Demand,
+    gpu: presets.Gpu | None,
+    layouts: Sequence[Layout] = (),
+    *,
+    host_bytes: int | None = None,
 ) -> Fit:
-    """The placement that takes the least memory, of the demand's layout or any of `layouts`."""
+    """The placement that takes the least memory, of the demand's layout or any of `layouts`.
+
+    One for which `host_bytes` of the machine are enough, if there is any.
+    """
     every = [replace(demand, layout=layout) for layout in layouts or (demand.layout,)]
+    levels = _levels(base, demand)
     return min(
-        (fit for each in every for fit in placements(base, each, gpu)),
-        key=lambda fit: fit.memory.total,
+        (fit for each in every for level in levels for fit in placements(base, each, gpu, level)),
+        key=lambda fit: (not fit.fits_host(host_bytes), fit.memory.total),
     )
 
 
-def longest(base: Model, demand: Demand, gpu: presets.Gpu | None, *, free_bytes: int) -> int:
+def longest(
+    base: Model,
+    demand: Demand,
+    gpu: presets.Gpu | None,
+    *,
+    free_bytes: int,
+    host_bytes: int | None = None,
+) -> int:
     """The longest row in tokens, of up to the demand's, that fits the demand's layout.
 
     A multiple of 64, or 0.
@@ -270,7 +360,7 @@ def longest(base: Model, demand: Demand, gpu: presets.Gpu | None, *, free_bytes:
 
     def fits(blocks: int) -> bool:
         shorter = replace(demand, length=64 * blocks, span=min(demand.span, 64.0 * blocks))
-        return smallest(base, shorter, gpu).fits(free_bytes)
+        return smallest(base, shorter, gpu, host_bytes=host_bytes).fits(free_bytes, host_bytes)
 
     low, high = 0, demand.length // 64 + 1  # fits, does not fit
     while high - low > 1:
@@ -279,46 +369,8 @@ def longest(base: Model, demand: Demand, gpu: presets.Gpu | None, *, free_bytes:
     return 64 * low
 
 
-def _slowness(fit: Fit) -> tuple[float, int, bool, int]:
+def _slowness(fit: Fit) -> tuple[float, int, bool, int, bool]:
     """Sort key: slowest last; of unknown speed, shares and checkpointing last, small batches."""
     speed = fit.seconds_per_token or 0.0
-    return speed, fit.layout.shards, fit.checkpointing, -fit.micro_batch
-
-
-def smallest_machines(
-    base: Model, demand: Demand, *, cloud: str | None = None
-) -> tuple[presets.Instance, int] | None:
-    """The machine type, and how many, with the least GPU memory that fits the demand.
-
-    One machine where that does, else as few of them; of `cloud` if it has any. Their GPUs hold the
-    model whole or all together, without host memory.
-    """
-    offered = [m for m in presets.instances() if not m.retired]
-    offered = [m for m in offered if presets.gpu_support(m.gpu, demand.method).supported]
-    offered = sorted(offered, key=lambda m: (m.memory_bytes * m.gpus, m.gpus, m.vcpus or 0, m.name))
-    hopeful = [m for m in offered if _fits_machines(base, demand, m.gpu, m.gpus, ENDLESS)]
-    for clouds in ((cloud,), {m.cloud for m in hopeful}):
-        of_them = [machine for machine in hopeful if machine.cloud in clouds]
-        for count, machine in itertools.product(range(1, MOST_MACHINES + 1), of_them):
-            if _fits_machines(base, demand, machine.gpu, machine.gpus, count):
-                return machine, count
-    return None
-
-
-def _fits_machines(base: Model, demand: Demand, gpu: presets.Gpu, gpus: int, count: int) -> bool:
-    """Whether `count` machines hold the demand's model: whole on each GPU, or on all together.
-
-    Cards without bfloat16 are sized with float16, as a run on them would be.
-    """
-    there = replace(
-        demand,
-        precision="bfloat16" if gpu.bf16 else "float16",
-        attention=demand.attention if gpu.bf16 else "sdpa",
-        micro_batch=demand.micro_batch or 1,
-    )
-    every = demand.layouts(gpus * count, count)
-    try:
-        least = smallest(base, there, None, (every[0], every[-1]))
-    except memory.Unknown:
-        return False
-    return least.fits(gpu.memory_bytes)
+    kept = fit.activations
+    return speed, fit.layout.shards, kept.checkpointing, -fit.micro_batch, kept.recomputed is None

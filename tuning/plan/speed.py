@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from tuning.plan.activations import TILES
 from tuning.presets import Facts, Gpu
 
 # Shares of the datasheet's rates. An H200 sustains about 790 of its 989 TFLOP/s in large bf16
@@ -21,6 +22,7 @@ ATTENTION = 330 / 989
 # Of bandwidth: large copies reach 0.9 (4.3 of an H200's 4.8 TB/s); eager operators 0.7 to 0.85 of
 # that.
 COPY = 0.90
+HOST_LINK = 12e9  # bytes a second between a GPU and host memory by PCIe 3.0 x16, as copies reach it
 ELEMENTWISE = 0.80  # of a copy's
 
 # Bytes that eager transformers and peft move for each element and token, forward and backward:
@@ -31,6 +33,9 @@ ACTIVATION_BYTES = 26  # gate, product and their gradients, an element of the ML
 ADAPTER_BYTES = 25  # scale, add and accumulate, an element of a projection's output
 # The same with `tuning.models.kernels`: fewer passes, but the MLP's activation is computed again.
 FUSED_NORM_BYTES, FUSED_ACTIVATION_BYTES, FUSED_ADAPTER_BYTES = 12, 38, 8
+OFFLOAD_SHARE = (
+    0.02  # of a step, for copies to host memory that share the bus; reported as 1 to 2 %
+)
 FORWARD_SHARE = 1 / 3  # of those bytes; checkpointing moves them again
 
 UNPACK_BYTES = 2.56  # a packed weight and pass: half a byte and its constants in, two bytes out
@@ -65,17 +70,20 @@ def seconds_per_token(
     checkpointing: bool,
     tokens: int,
     effective_length: float,
+    offload: bool = False,
+    tiled: bool = False,
     rank: int = 16,
     precision: str = "bfloat16",
     attention: str = "varlen",
     fused: bool = False,
 ) -> float | None:
-    """Seconds of one GPU for each token of a micro-batch of `tokens`, padding counted as tokens.
+    """Seconds of one GPU for each token of a micro-batch of `tokens` tokens, padding counted.
 
     `effective_length` is what a token's attention spans: sum(len^2) / sum(len) over the documents
     of packed rows with varlen attention, and the row's length with any other. `fused`: with the
-    kernels of `models.kernels`. `gpu` may be the rates that were measured on it. None where there
-    is nothing to go by: no GPU, a card without a rate for `precision`.
+    kernels of `models.kernels`. `offload`, `tiled`: see `activations`. `gpu` may be the rates that
+    were measured on it. None where there is nothing to go by: no GPU, a card without a rate for
+    `precision`.
     """
     rates = gpu if isinstance(gpu, Rates) else Rates.of(gpu, precision)
     if rates is None:
@@ -90,11 +98,30 @@ def seconds_per_token(
     unpacked = 0.0
     if method == "qlora":
         passes = 3 if checkpointing else 2
-        unpacked = UNPACK_BYTES * passes * facts.packed / tokens
+        read = UNPACK_BYTES * passes * facts.packed
+        if tiled:
+            read += UNPACK_BYTES * passes * (TILES - 1) * _wide(facts)
+        unpacked = read / tokens
     computed = products / rates.products + scores / rates.attention
     kernels = (KERNELS_AGAIN if checkpointing else KERNELS) * (FUSED_KERNELS if fused else 1.0)
     launched = facts.layers * kernels * LAUNCH / tokens
-    return max(computed + (moved + unpacked) / rates.copied, launched)
+    alone = max(computed + (moved + unpacked) / rates.copied, launched)
+    return alone if not offload else _copied(alone, facts)
+
+
+def _copied(alone: float, facts: Facts) -> float:
+    """`alone`, with each layer's input of 16 bits copied out in the forward, back in the backward.
+
+    Each goes on while a layer computes, so the slower of both counts.
+    """
+    copy, forward = 2 * facts.hidden * facts.layers / HOST_LINK, alone / 3  # and twice as long back
+    return max(forward, copy) + max(alone - forward, copy) + OFFLOAD_SHARE * alone
+
+
+def _wide(facts: Facts) -> int:
+    """Numbers of the weights of dense MLPs, which are those as wide as one."""
+    wide = (facts.intermediate, 2 * facts.intermediate)
+    return sum(m.elements for m in facts.matrices if m.inputs in wide or m.outputs in wide)
 
 
 def operations_per_token(facts: Facts, *, effective_length: float, rank: int = 16) -> float:

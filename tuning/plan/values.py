@@ -6,9 +6,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from tuning import files
+from tuning.plan.activations import Activations
 from tuning.plan.device import Device
 from tuning.plan.sharding import Layout
-from tuning.plan.sizing import Fit
+from tuning.plan.sizing import HOST_SHARE, Fit
 
 # fields that records hold only if set
 LATER = (
@@ -128,6 +129,15 @@ class Placement:
     nodes: int = 1  # machines, each with ranks / nodes processes
     shards: int = 1  # ranks that share one copy of base, adapters and optimizer (FSDP2)
     offload: bool = False  # shards and optimizer lie in host memory
+    recomputed_layers: int | None = None  # with checkpointing, of the first so many; None: of all
+    activation_offloading: bool = False  # inputs of checkpointed layers lie in host memory
+    tiled_mlp: bool = False  # MLPs compute a share of the tokens at a time
+
+    @property
+    def activations(self) -> Activations:
+        """What is kept of the layers' activations."""
+        recomputed, offload = self.recomputed_layers, self.activation_offloading
+        return Activations(self.checkpointing, recomputed, offload, self.tiled_mlp)
 
     @property
     def text(self) -> str:
@@ -180,6 +190,16 @@ class Plan:
     rows: int | None = None  # training rows after packing
     fit: Fit | None = None  # its memory and speed, where they can be predicted
     price: Price | None = None  # of a machine, where the administrator's policy names one
+
+    @property
+    def offloads(self) -> bool:
+        """Whether the host has memory for the layers' inputs of one row on each GPU."""
+        if self.device.kind == "cpu" or self.fit is None or self.fit.inputs_bytes is None:
+            return False
+        if self.fit.activations.offload or self.device.host_bytes is None:
+            return True
+        inputs = self.fit.layout.each * self.fit.inputs_bytes
+        return self.fit.host_bytes + inputs <= self.device.host_bytes * HOST_SHARE
 
     @property
     def seconds(self) -> float | None:

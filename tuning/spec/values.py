@@ -68,6 +68,7 @@ class Settings:
     packing: bool | None = None
     train_on: Literal["assistant", "all"] | None = None
     checkpointing: bool | None = None
+    activation_offloading: bool | None = None
     sharding: Sharding | None = None  # fsdp
     fused: bool | None = None  # fused_kernels
     save_steps: int | None = None

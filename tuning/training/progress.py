@@ -14,6 +14,7 @@ import torch
 import transformers
 
 from tuning.errors import DivergedError
+from tuning.models.activations import arrange
 from tuning.training import checkpoint
 
 if TYPE_CHECKING:
@@ -63,7 +64,8 @@ class Watch(transformers.TrainerCallback):  # type: ignore[misc]
         self.epoch_step = 0  # at which the epoch began, or the resumed part of it
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the clocks, and make up for an evaluation that was interrupted."""
+        """Arrange activations, start the clocks, make up for an evaluation that was interrupted."""
+        arrange(self.trainer.model, self.trainer.activations)  # now that checkpointing is enabled
         self.begun = self.saved = time.monotonic()
         progress = self.trainer.progress
         self.seconds_before, self.tokens_before = progress.seconds, progress.tokens

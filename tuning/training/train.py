@@ -258,6 +258,7 @@ def _trainer(
         recipe=recipe,
         arguments=sft_config(recipe, placement, request.run, by_offsets=by_offsets),
         ranks=ranks,
+        activations=placement.activations,
         metrics=request.run / "metrics.jsonl",
         saves=Saves(
             request.run / "checkpoints",

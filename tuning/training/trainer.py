@@ -26,6 +26,7 @@ from trl import SFTConfig, SFTTrainer
 from tuning.models import shards
 from tuning.models.kernels import head, heap
 from tuning.plan import Recipe
+from tuning.plan.activations import ALL, Activations
 from tuning.plan.backends import VARLEN
 from tuning.training import checkpoint, own_head
 from tuning.training.batches import IGNORED, NOTED, PLACES, ROW, Numbered, Order, filled, numbered
@@ -61,15 +62,15 @@ class Exact(SFTTrainer):  # type: ignore[misc]
         metrics: Path,
         saves: Saves,
         ranks: Ranks | None = None,
+        activations: Activations = ALL,
     ) -> None:
         self.ranks = ranks or Ranks()
         self.recipe, self.saves, self.metrics = recipe, saves, metrics
+        self.activations = activations
         self.progress = Progress()
         self.rows: list[int] = []  # of the current optimizer step
         self.loss_so_far: torch.Tensor | float = 0.0  # of the current optimizer step
-        self.step_sums: torch.Tensor | float = (
-            0.0  # of the current step, where answers are compared
-        )
+        self.step_sums: torch.Tensor | float = 0.0  # the same where answers are compared
         self.held_out: dict[str, float | None] = {}  # the last evaluation, beside its loss
         self.tokens_so_far = 0  # of the current optimizer step
         self.filler = False  # the current micro-batch only fills a rank's turn

@@ -2,6 +2,7 @@
 
     python -m tuning.training.simulate --write [preset ...]   make configs/memory/, or files of it
     python -m tuning.training.simulate --check [preset ...]   files that differ from what it makes
+    python -m tuning.training.simulate --write --missing      add the coefficients that files lack
     python -m tuning.training.simulate FOLDER                 print that of a model's config.json
 
 How it is adapted (`verdict`), its `facts` where there is no closed form of them
@@ -19,7 +20,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ import transformers
 
 from tuning import files
 from tuning.plan import verdict
-from tuning.plan.coefficients import Coefficients, Variant, to_json
+from tuning.plan.coefficients import Coefficients, Variant, from_json, to_json
 from tuning.presets import CONFIGS
 from tuning.presets.config import facts, families
 from tuning.presets.load import entries
@@ -59,24 +60,36 @@ def variants(config: dict[str, Any]) -> tuple[Variant, ...]:
     ways = [("lora", "bfloat16", "sdpa"), ("qlora", "bfloat16", "sdpa")]
     if shape is not None and shape.packing_safe:
         ways += [(method, precision, "varlen") for method, precision, _ in ways]
-    return tuple(
+    found = [
         Variant(*way, checkpointing, dropout, fused=fused)  # type: ignore[arg-type]
         for way, checkpointing, dropout, fused in itertools.product(
             ways, (True, False), (False, True), (False, True)
         )
-    )
+    ]
+    if shape is not None and not shape.experts:  # the longest rows, on cards of today
+        tiled = [way for way in ways if way[2] == "varlen"]
+        found += [Variant(*way, fused=True, tiled=True) for way in tiled]  # type: ignore[arg-type]
+    return tuple(found)
 
 
-def text(config: dict[str, Any], kept: dict[str, Any] | None = None) -> str:
+def text(
+    config: dict[str, Any], kept: dict[str, Any] | None = None, *, missing: bool = False
+) -> str:
     """What is found out about `config`, as the file holds it: an entry of its parts a line.
 
-    `kept`: a file's record, whose coefficients are taken instead of simulated again.
+    `kept`: a file's record, whose coefficients are taken instead of simulated again; those that are
+    `missing` there are simulated.
     """
     judged = judge(config)[0]
     if kept is None:
         found = to_json(simulate(config, variants(config), judged))
     else:
         found = {k.name: kept[k.name] for k in fields(Coefficients) if k.name in kept}
+    if missing and "moments" in found:
+        sized = from_json(found)
+        lacking = [v for v in variants(config) if v.stored not in sized.moments]
+        added = simulate(config, lacking, judged).moments if lacking else {}
+        found = to_json(replace(sized, moments=sized.moments | added))
     found["verdict"] = verdict.to_json(judged)
     if _counted(config):
         facts_ = count(config).to_json()  # whether it packs is known of its class
@@ -94,19 +107,22 @@ def _lines(value: Any) -> str:
     return json.dumps(value)
 
 
-def make(names: Iterable[str], *, quick: bool = False) -> Iterator[tuple[str, str]]:
+def make(
+    names: Iterable[str], *, quick: bool = False, missing: bool = False
+) -> Iterator[tuple[str, str]]:
     """Name and file of each preset in `names`, one by one."""
     known = configs()
     made: dict[bytes, str] = {}
     for name in names:
         key = files.canonical(_shape(known[name]))
-        if quick:
+        if quick or missing:
             path = FOLDER / f"{name}.json"
-            yield name, text(known[name], files.read_json(path) if path.is_file() else {})
+            kept = files.read_json(path) if path.is_file() else {}
+            yield name, text(known[name], kept, missing=missing)
         elif key not in made:
             logger.info("simulating %s", name)
             made[key] = text(known[name])
-        if not quick:
+        if not (quick or missing):
             yield name, made[key]
 
 
@@ -126,6 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--missing", action="store_true")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     warnings.filterwarnings("ignore")
@@ -136,7 +153,8 @@ def main(arguments: list[str] | None = None) -> int:
             sys.stdout.write(text(files.read_json(Path(folder) / "config.json")))
         return 0
     changed = []
-    for name, made in make(options.names or configs(), quick=options.quick):
+    every = make(options.names or configs(), quick=options.quick, missing=options.missing)
+    for name, made in every:
         path = FOLDER / f"{name}.json"
         if not path.is_file() or path.read_text(encoding="utf-8") != made:
             changed.append(name)

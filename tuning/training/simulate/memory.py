@@ -15,13 +15,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 COLUMNS = ("activations", "loss", "tile", "dequantisation", "gradients")
+HOST = "host"  # memory of the machine, not of the device
 BLOCK = 512  # bytes; the CUDA allocator rounds every tensor up to a multiple of this
 _kind: ContextVar[str] = ContextVar("kind", default="activations")
 
 
 @contextlib.contextmanager
 def kind(name: str) -> Iterator[None]:
-    """Whatever is allocated inside counts as `name`, one of COLUMNS."""
+    """Whatever is allocated inside counts as `name`: one of COLUMNS, or HOST."""
     token = _kind.set(name)
     try:
         yield
@@ -34,14 +35,16 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     `history` has one row an operator: the live bytes after it, by COLUMNS, first of tensors without
     a dimension of `rank` and then of those with one, which are proportional to it. Storages that
-    are there before (`ignored`) count nothing. Garbage collection is off inside, since a cycle
-    collected at one run and not at the next would make two histories differ.
+    are there before (`ignored`) count nothing, and those in host memory only in `host`. Garbage
+    collection is off inside, since a cycle collected at one run and not at the next would make two
+    histories differ.
     """
 
     def __init__(self, ignored: Iterable[torch.Tensor], *, rank: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.history: list[tuple[int, ...]] = []
         self.operators: list[str] = []  # the name of each
+        self.host: list[int] = []  # bytes of each storage of kind HOST
         self._rank = rank
         self._now = [0] * (2 * len(COLUMNS))
         self._ignored = {id(s): s for s in (t.untyped_storage() for t in ignored)}
@@ -76,6 +79,10 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if key in self._alive or key in self._ignored:
             return
         size = -(-storage.nbytes() // BLOCK) * BLOCK
+        if _kind.get() == HOST:
+            self.host.append(storage.nbytes())
+            self._ignored[key] = storage
+            return
         index = COLUMNS.index(_kind.get()) + len(COLUMNS) * (self._rank in tensor.shape)
 
         def freed(_: Any) -> None:

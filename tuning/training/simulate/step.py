@@ -17,13 +17,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.quantizers.base import get_keys_to_not_convert
 
-from tuning.models import lora
+from tuning.models import activations, lora
 from tuning.models.kernels import fuse
 from tuning.models.survey import REPEATED, plain_linears, survey
+from tuning.plan.activations import Activations
 from tuning.plan.backends import FUSED
 from tuning.plan.coefficients import Variant
 from tuning.training.simulate import standins
-from tuning.training.simulate.memory import LiveBytes
+from tuning.training.simulate.memory import HOST, LiveBytes, kind
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 ATTENTION = {"varlen": standins.VARLEN, "sdpa": "sdpa", "eager": "eager"}
@@ -60,6 +61,7 @@ class Trace:
 
     forward: Phase
     backward: Phase
+    host: tuple[int, ...] = ()  # bytes of each tensor in host memory
 
     @property
     def peak(self) -> int:
@@ -132,7 +134,7 @@ def _pack(model: Any, config: Any, compute: torch.dtype) -> None:
     model.is_loaded_in_4bit = True
 
 
-def adapt(model: Any, *, variant: Variant, rank: int) -> Any:
+def adapt(model: Any, *, variant: Variant, rank: int, kept: Activations) -> Any:
     """`model` with LoRA on every projection, ready to train; still on the meta device."""
     options = {"r": rank, "lora_dropout": 0.05 if variant.dropout else 0.0}
     with torch.device("meta"):
@@ -140,23 +142,39 @@ def adapt(model: Any, *, variant: Variant, rank: int) -> Any:
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    if variant.checkpointing:
+    if kept.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         adapted.enable_input_require_grads()
     if variant.fused:
         fuse.fuse(adapted, FUSED)
+    activations.arrange(adapted, kept, host=_on_host)
     return adapted.train()
 
 
+def _on_host(tensor: torch.Tensor) -> torch.Tensor:
+    with kind(HOST):
+        return torch.empty_like(tensor)
+
+
 class Stage:
-    """A model with fake tensors for weights, to run steps of several sizes on."""
+    """A model with fake tensors for weights, to run steps of several sizes on.
+
+    `kept` is what its layers keep of their activations; the variant's choice if not given.
+    """
 
     def __init__(
-        self, config: Any, *, variant: Variant, rank: int, layers: int | None = None
+        self,
+        config: Any,
+        *,
+        variant: Variant,
+        rank: int,
+        layers: int | None = None,
+        kept: Activations | None = None,
     ) -> None:
         self.variant, self.rank = variant, rank
+        kept = kept or Activations(variant.checkpointing, tiled=variant.tiled)
         self.model = adapt(
-            build(config, variant=variant, layers=layers), variant=variant, rank=rank
+            build(config, variant=variant, layers=layers), variant=variant, rank=rank, kept=kept
         )
         self._fake = FakeTensorMode(allow_non_fake_inputs=True)
         with self._fake:
@@ -191,6 +209,7 @@ class Stage:
         return Trace(
             Phase(names[:middle], history[:middle], second, middle - starts[-1]),
             Phase(names[middle:], history[middle:], below - middle, len(names) - grads[-1]),
+            tuple(live.host),
         )
 
 

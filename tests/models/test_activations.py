@@ -1,0 +1,170 @@
+"""Where activations lie changes no result: on the host, recomputed in part, MLPs in tiles."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_runs
+import torch
+
+from tuning.models import activations
+from tuning.models.kernels import fuse
+from tuning.models.load import load_base
+from tuning.models.lora import adapt
+from tuning.plan.activations import ALL, INPUTS, OFFLOADED, TILED, TILES, Activations
+from tuning.plan.backends import FUSED
+
+Build = Callable[..., Path]
+Step = tuple[torch.Tensor, dict[str, torch.Tensor]]
+SHAPES = ((2, 37), (1, 5), (3, 1))
+
+
+def adapted(
+    folder: Path, kept: Activations, *, method: str = "lora", fused: bool = True, **changes: Any
+) -> Any:
+    """A tiny model in float32 with LoRA layers that do something, in training."""
+    packing = tiny_runs.NF4 | {"compute": "float32"} if method == "qlora" else None
+    recipe = tiny_runs.recipe(
+        **{"method": method, "precision": "float32", "dropout": 0.0, "quantisation": packing}
+        | changes
+    )
+    base = load_base(folder, precision="float32", quantisation=packing, device="cpu")
+    tuned, _ = adapt(base, recipe)
+    draw = torch.Generator().manual_seed(0)
+    for parameter in tuned.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(std=0.05, generator=draw)
+    tuned.enable_input_require_grads()
+    if kept.checkpointing:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    if fused:
+        fuse.fuse(tuned, FUSED)
+    activations.arrange(tuned, kept)
+    return tuned.train()
+
+
+def step(tuned: Any, shape: tuple[int, int], seed: int = 1) -> Step:
+    """Loss and gradients of a step."""
+    tuned.zero_grad()
+    torch.manual_seed(seed)
+    ids = torch.randint(3, 200, shape)
+    loss = tuned(input_ids=ids, labels=ids, use_cache=False).logits.square().mean()
+    loss.backward()
+    return loss.detach(), {n: p.grad for n, p in tuned.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [
+        *(("llama", method) for method in ("lora", "qlora")),
+        *((family, "lora") for family in ("falcon", "gemma3", "gemma3-vision")),
+        ("qwen3moe", "qlora"),
+        ("gptoss", "lora"),
+    ],
+)
+def test_offload_and_selective_checkpointing_change_no_bit(
+    family: str, method: str, tiny_base: Build
+) -> None:
+    """Loss and all gradients, of dense models, mixtures and a text model with a tower."""
+    folder, options = tiny_base(family), {"method": method, "fused": family == "llama"}
+    plain = adapted(folder, INPUTS, **options)
+    expected = [step(plain, shape) for shape in SHAPES]
+
+    for kept in (OFFLOADED, Activations(True, 1), Activations(True, 0), ALL):
+        tuned = adapted(folder, kept, **options)
+        for shape, (loss, gradients) in zip(SHAPES, expected, strict=True):
+            found = step(tuned, shape)
+            assert torch.equal(loss, found[0]), kept
+            assert gradients.keys() == found[1].keys()
+            assert [] == [n for n, g in gradients.items() if not torch.equal(g, found[1][n])], kept
+
+
+def test_dropout_is_the_same_when_offloaded(tiny_base: Build) -> None:
+    """Random numbers are drawn again as they were."""
+    options = {"dropout": 0.3, "fused": False}
+    loss, gradients = step(adapted(tiny_base("llama"), INPUTS, **options), (2, 37))
+    for kept in (OFFLOADED, TILED):  # MLPs with dropout are left whole
+        found = step(adapted(tiny_base("llama"), kept, **options), (2, 37))
+        assert torch.equal(loss, found[0])
+        assert all(torch.equal(g, found[1][n]) for n, g in gradients.items())
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gemma3", "falcon", "phi2"])
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_a_tiled_mlp_gives_what_a_whole_one_does(
+    family: str, method: str, tiny_base: Build
+) -> None:
+    """To rounding: gradients of weights are added up in another order. Rows of any length."""
+    whole = adapted(tiny_base(family), INPUTS, method=method)
+    tiled = adapted(tiny_base(family), TILED, method=method)
+    assert 2 == sum(hasattr(m.forward, "func") for m in tiled.modules())
+
+    for number, shape in enumerate(SHAPES):
+        (loss, gradients), found = step(whole, shape, number), step(tiled, shape, number)
+        torch.testing.assert_close(loss, found[0], rtol=1e-5, atol=0)
+        most = max(float(gradient.abs().max()) for gradient in gradients.values())
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-5 * most)
+
+
+def test_a_tile_is_computed_twice_and_recomputed_layers_skip_it(tiny_base: Build) -> None:
+    """In the forward and in its own backward: as often as with checkpointing alone."""
+    tuned = adapted(tiny_base("llama"), TILED)
+    mlps = [module for module in tuned.modules() if hasattr(module.forward, "func")]
+    rows: list[int] = []
+    for module in mlps:
+        inner = module.forward.args[1]
+
+        def counted(x: torch.Tensor, inner: Any = inner) -> Any:
+            rows.append(x.shape[1])
+            return inner(x)
+
+        module.forward = type(module.forward)(module.forward.func, module, counted)
+    step(tuned, (2, 32))
+
+    assert [2 * 32 // TILES] * (2 * TILES * len(mlps)) == rows
+
+
+def test_inputs_of_layers_are_held_on_the_host_only_until_their_backward(tiny_base: Build) -> None:
+    """One tensor a layer but the first, whose input stays: embeddings."""
+    folder = tiny_base("llama", num_hidden_layers=6)
+    tuned = adapted(folder, INPUTS)
+    made: list[weakref.ref[torch.Tensor]] = []
+
+    def host(tensor: torch.Tensor) -> torch.Tensor:
+        copy = torch.empty_like(tensor)
+        made.append(weakref.ref(copy))
+        return copy
+
+    activations.arrange(tuned, OFFLOADED, host=host)
+    alive: list[int] = []
+    gc.disable()
+    try:
+        for layer in activations.decoder_layers(tuned):
+            layer.register_forward_hook(
+                lambda *_: alive.append(sum(each() is not None for each in made))
+            )
+        step(tuned, (1, 8))
+        # forward, and again from the last layer to the first: each copy goes with its layer
+        assert [0, 1, 2, 3, 4, 5] == alive[:6]
+        assert alive[6:] == sorted(alive[6:], reverse=True) or not alive[6:]
+        assert 0 == sum(each() is not None for each in made)
+    finally:
+        gc.enable()
+
+
+def test_two_forwards_before_their_backwards(tiny_base: Build) -> None:
+    """As KTO has them: each has its own inputs back."""
+    found = []
+    for kept in (INPUTS, OFFLOADED):
+        tuned = adapted(tiny_base("llama"), kept)
+        ids = torch.arange(3, 40)[None]
+        first, second = (tuned(input_ids=i, use_cache=False).logits for i in (ids, ids + 7))
+        (first.square().mean() - second.square().mean()).backward()
+        found.append({n: p.grad for n, p in tuned.named_parameters() if p.requires_grad})
+    assert all(torch.equal(gradient, found[1][name]) for name, gradient in found[0].items())

@@ -1,0 +1,136 @@
+"""What is kept of the activations: the order of ways, memory of GPU and host, words, fallbacks."""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+import tuning.plan as plan
+from benchmarks import longest_rows
+from tuning import presets
+from tuning.errors import SpecError
+from tuning.plan import Base, Lengths, sizing
+from tuning.plan.activations import ALL, INPUTS, OFFLOADED, TILED, Activations, on_host
+from tuning.plan.coefficients import preset_coefficients
+from tuning.plan.device import Device
+from tuning.spec import Destination, Settings, Source, Spec
+
+GIB = 1 << 30
+ROOT = Path(__file__).parents[2]
+PRESET = presets.find("llama-3.1-8b-instruct")
+MODEL = sizing.Model(PRESET.facts, preset_coefficients(PRESET.name))
+BASE = Base(PRESET.hub_id, PRESET.revision, PRESET.facts)
+DEMAND = replace(longest_rows.DEMAND, rank=16)
+CARD = presets.gpu("RTX-4090")
+
+
+def at(length, **changes):
+    return replace(DEMAND, length=length, span=float(length), **changes)
+
+
+def made(card_gib, length, host_gib=None, **settings):
+    spec = Spec(
+        name="t",
+        preset=PRESET.name,
+        method="qlora",
+        source=Source(urls=("https://h.example/d",)),
+        destination=Destination(image="r.example/x:1"),
+        settings=Settings(max_length=length, micro_batch=1, accumulation=1, **settings),
+    )
+    host = None if host_gib is None else host_gib * GIB
+    device = Device("cuda", "card", 1, card_gib * GIB, True, (8, 9), gpu=CARD, host_bytes=host)
+    lengths = Lengths(rows=100, tokens=100 * length, longest=length)
+    return plan.make(spec, BASE, device, lengths=lengths, versions={})
+
+
+def test_a_longer_row_takes_the_next_way_only_where_the_last_does_not_fit():
+    """All kept, some layers recomputed, all of them, inputs on the host, MLPs in tiles."""
+    order, seen = [ALL, Activations(True, 1), INPUTS, OFFLOADED, TILED], []
+    for length in range(1024, 150_000, 512):
+        fit = sizing.best(MODEL, at(length), CARD, free_bytes=24 * GIB)
+        if fit is None:
+            break
+        kept = fit.activations
+        seen.append(replace(kept, recomputed=None if kept.recomputed is None else 1))
+        assert fit.memory.total <= 24 * GIB * (1 - sizing.HEADROOM)
+    assert order == sorted(set(seen), key=order.index) and seen == sorted(seen, key=order.index)
+
+
+def test_as_few_layers_are_recomputed_as_fit_and_each_costs_time():
+    """One layer less would not fit; the time lies between that of none and of all."""
+    before = 0
+    for length in range(6_000, 31_000, 3_000):
+        keeping, all_of = (
+            next(iter(sizing.placements(MODEL, at(length), CARD, (kept,))))
+            for kept in (ALL, INPUTS)
+        )
+        fit = sizing.best(MODEL, at(length), CARD, free_bytes=24 * GIB)
+        recomputed = fit.activations.recomputed
+        assert recomputed is not None and recomputed >= before
+        before, free = recomputed, 24 * GIB * (1 - sizing.HEADROOM)
+        more = all_of.memory.towards(keeping.memory, (33 - recomputed) / 32)
+        assert fit.memory.total <= free < more.total
+        assert keeping.seconds_per_token < fit.seconds_per_token < all_of.seconds_per_token
+
+
+def test_pinned_memory_counts_against_the_machine():
+    """A machine without it gets shorter rows, and refuses what it cannot hold; the words say so."""
+    length = 60_000
+    taken = made(24, length)
+    assert taken.placement.activation_offloading and not taken.placement.tiled_mlp
+    pinned = on_host(32, length, 4096, 2)
+    assert pinned == taken.fit.host_bytes == taken.to_json()["memory"]["host"] == 16 * GIB
+    assert "16.0 GiB of host memory" in taken.reasons["activation_offloading"]
+    assert made(24, length, 20).placement == taken.placement
+    with pytest.raises(SpecError, match=r"PLAN-120 .*of a machine's host memory 16.0 of 19.9 GiB"):
+        made(24, length, 19.9)
+    assert made(24, 30_000, 1).placement.checkpointing
+
+
+def test_offload_costs_little_and_tiles_more():
+    """A few per cent, as others report, where a card computes longer than it copies."""
+    offloaded, tiled, inputs = (
+        next(iter(sizing.placements(MODEL, at(20_000), CARD, (kept,)))).seconds_per_token
+        for kept in (OFFLOADED, TILED, INPUTS)
+    )
+    assert 1.01 < offloaded / inputs < 1.04
+    assert offloaded < tiled < 1.1 * offloaded
+
+
+def test_the_config_decides_and_the_run_id_does_not_know():
+    """True takes it on a large card, false never; neither changes the recipe."""
+    free, forced = made(80, 4096), made(80, 4096, activation_offloading=True)
+
+    assert not free.placement.activation_offloading
+    assert forced.placement.activation_offloading and forced.placement.checkpointing
+    assert "set in the config" == forced.reasons["activation_offloading"]
+    assert forced.fit.host_bytes and asdict(free.recipe) == asdict(forced.recipe)
+    with pytest.raises(SpecError, match=r"PLAN-120 .*leave out TrainingArguments.activation_off"):
+        made(24, 60_000, activation_offloading=False)
+    with pytest.raises(SpecError, match="PLAN-150"):
+        made(80, 4096, activation_offloading=True, checkpointing=False)
+
+
+def test_out_of_memory_ends_with_host_memory_and_tiles():
+    """After fewer rows and all layers recomputed; not what the machine's memory cannot hold."""
+    placed = plan.Placement("cuda", 1, 2, 2, True, "sdpa", recomputed_layers=7)
+
+    ways = plan.fallbacks(placed, offload=True)
+    kept = [way.activations for way in ways]
+    assert [Activations(True, 7), INPUTS, INPUTS, OFFLOADED, TILED] == kept
+    assert [2, 2, 1, 1, 1] == [way.micro_batch for way in ways]
+    assert [] == plan.fallbacks(ways[-1], offload=True)[1:]
+    assert not any(way.activation_offloading for way in plan.fallbacks(placed))
+
+    assert made(24, 8192).offloads and not made(24, 8192, 1).offloads
+
+
+@pytest.mark.parametrize(("gib", "unsloth"), longest_rows.UNSLOTH.items())
+def test_rows_are_as_long_as_unsloths(gib, unsloth):
+    """Longer from 12 GB on with AdamW in float32, and everywhere with their 8-bit AdamW."""
+    row, fit = longest_rows.longest(gib)
+
+    assert row >= (unsloth if gib > 8 else 0.8 * unsloth)
+    assert fit.memory.total <= gib * GIB * (1 - sizing.HEADROOM)
+    eight_bit = replace(longest_rows.DEMAND, optimizer="adamw_8bit")
+    assert longest_rows.longest(gib, eight_bit)[0] > 1.5 * unsloth

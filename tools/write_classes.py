@@ -28,7 +28,6 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import architectures  # noqa: E402
 
-from tuning.errors import SpecError  # noqa: E402
 from tuning.models import four_bit, lora  # noqa: E402
 from tuning.models.kernels import apart, whole  # noqa: E402
 from tuning.models.load import load_base  # noqa: E402

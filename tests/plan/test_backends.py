@@ -98,7 +98,7 @@ def test_kernels() -> None:
     dropout, why = backends.kernels(CPU, dropout=0.1, dora=False, packages=("liger-kernel",))
     liger, _ = backends.kernels(H200, dropout=0.0, dora=False, packages=("liger-kernel",))
 
-    assert plain == ("lora", "mlp", "norm", "rotary", "head")
+    assert plain == ("lora", "copies", "mlp", "norm", "rotary", "head")
     assert (dropout, "peft's own with dropout" in why) == (("norm", "rotary", "head"), True)
     assert liger == (*plain, "liger")
 

@@ -127,7 +127,7 @@ def test_out_of_memory_ends_with_host_memory_and_tiles():
 
 @pytest.mark.parametrize(("gib", "unsloth"), longest_rows.UNSLOTH.items())
 def test_rows_are_as_long_as_unsloths(gib, unsloth):
-    """Longer from 12 GB on with AdamW in float32, and everywhere with their 8-bit AdamW."""
+    """Longer from 12 GB on with AdamW in float32, and everywhere with AdamW in 8 bits."""
     row, fit = longest_rows.longest(gib)
 
     assert row >= (unsloth if gib > 8 else 0.8 * unsloth)

@@ -32,7 +32,8 @@ HOPPER = "flash_attention_4"  # for Hopper and Blackwell
 BY_OFFSETS = frozenset({*FLASH, VARLEN})  # see where documents begin, and need no mask
 
 LORA, MLP, NORM, ROTARY, HEAD, LIGER = "lora", "mlp", "norm", "rotary", "head", "liger"
-FUSED = (LORA, MLP, NORM, ROTARY, HEAD)  # what needs no other package
+COPIES = "copies"  # of LORA's adapters in 16 bits, for two bytes a number
+FUSED = (LORA, COPIES, MLP, NORM, ROTARY, HEAD)  # what needs no other package
 LIGER_PACKAGE = "liger-kernel"
 
 
@@ -152,6 +153,11 @@ def kernels(
         chosen = (*chosen, LIGER)
         reasons.append("liger is installed, for norms and rotary positions")
     return chosen, "; ".join(reasons)
+
+
+def without_copies(kernels: Collection[str]) -> tuple[str, ...]:
+    """`kernels` where memory is short: each use casts an adapter again."""
+    return tuple(kernel for kernel in kernels if kernel != COPIES)
 
 
 @dataclass(frozen=True)

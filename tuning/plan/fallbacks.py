@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from tuning.plan.backends import without_copies
 from tuning.plan.values import Placement
 
 
@@ -24,7 +25,8 @@ def fallbacks(placement: Placement, *, offload: bool = False) -> list[Placement]
     if not placement.checkpointing:
         placements.append(replace(placements[-1], checkpointing=True))
     if offload and not placement.activation_offloading:
-        placements.append(replace(placements[-1], activation_offloading=True))
+        kernels = without_copies(placement.kernels)
+        placements.append(replace(placements[-1], activation_offloading=True, kernels=kernels))
     if placement.device == "cuda" and not placement.tiled_mlp:
         placements.append(replace(placements[-1], tiled_mlp=True))
     return placements

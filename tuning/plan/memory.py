@@ -193,7 +193,7 @@ def predict(
     if device == "cuda":
         step["activations"] += WORKSPACE_BYTES
     resident = shared.resident(weights, optimizer=adapters * _states(optimizer))
-    if fused and precision != "float32" and not dropout and layout.shards == 1:
+    if fused and precision != "float32" and not (dropout or offload) and layout.shards == 1:
         resident["adapters"] += adapters // 2  # their 16-bit copies: `models.kernels.shadows`
     resident["host"] += pinned
     return MemoryEstimate(

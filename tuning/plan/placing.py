@@ -70,7 +70,7 @@ def place(
         accumulation=share // micro_batch,
         checkpointing=kept.checkpointing,
         attention=backend.attention,
-        kernels=backend.kernels,
+        kernels=backends.without_copies(backend.kernels) if kept.offload else backend.kernels,
         threads=_threads(base, device, reasons),
         nodes=nodes,
         shards=layout.shards,

@@ -23,7 +23,7 @@ from peft.tuners.lora import LoraLayer
 from tuning.models import shards
 from tuning.models.kernels import experts, linear, mixtures, norm, parity, rotary, shadows
 from tuning.models.kernels.linear import Projection
-from tuning.plan.backends import LIGER, LORA, MLP, NORM, ROTARY
+from tuning.plan.backends import COPIES, LIGER, LORA, MLP, NORM, ROTARY
 
 ADAPTER = "default"
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -89,7 +89,7 @@ def fuse(tuned: torch.nn.Module, kernels: Collection[str]) -> Fused:
             fused.note(NORM, module, _fuse_norm(module))
         if ROTARY in kernels and not fused.counts.get(LIGER):
             fused.note(ROTARY, module, _fuse_rotary(module))
-    if LORA in kernels:
+    if LORA in kernels and COPIES in kernels:
         shadows.keep(tuned, list(_trained_together(tuned)))
     return fused
 

@@ -11,7 +11,9 @@ TORCH_INDEX ?= auto
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 EXTRAS ?= train,serve,cluster,dev
 # `make images` needs no more than the base dependencies.
-IMAGES_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,build/tools/bin/python)
+TOOLS := build/tools
+IMAGES_PYTHON := $(if $(wildcard $(VENV)/.installed),$(BIN)/python,$(TOOLS)/bin/python)
+IMAGES_READY := $(if $(wildcard $(VENV)/.installed),$(VENV)/.installed,$(TOOLS)/.installed)
 # tool:package. Only what is missing is installed: kubectl, say, may come from another archive, whose
 # package and Debian's refuse to stand side by side.
 # podman and containerd are not among them: large, and what they read is proven where they are.
@@ -64,8 +66,8 @@ test: install system  ## set-up and every test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST)
 
 test-light:  ## of spec and presets what needs neither torch nor peft (PYTHON=python3.13)
-	@$(MAKE) --no-print-directory install EXTRAS=cluster,dev
-	$(BIN)/python -m pytest tests/spec tests/presets --ignore=tests/presets/test_presets.py \
+	@$(MAKE) --no-print-directory install VENV=build/light EXTRAS=cluster,dev
+	build/light/bin/python -m pytest tests/spec tests/presets --ignore=tests/presets/test_presets.py \
 	  -k 'not libraries' $(PYTEST)
 
 slow: install  ## the tests that take minutes: the memory formula against simulation, everywhere
@@ -119,7 +121,7 @@ test-images: install test-bed  ## `make images` with buildah, on a base of Debia
 	  apt-get install -y -qq --no-install-recommends buildah mmdebstrap >/dev/null
 	ENGINES="$(ENGINES)" OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'cluster and soak' -rs tests/cluster $(PYTEST)
 
-images: $(IMAGES_PYTHON)  ## build and push both images, then: kubectl apply -k build/deploy (REGISTRY=registry.example.com/team)
+images: $(IMAGES_READY)  ## build and push both images, then: kubectl apply -k build/deploy (REGISTRY=registry.example.com/team)
 	@test -n "$(REGISTRY)" \
 	  || { echo "Say where to: make images REGISTRY=registry.example.com/team"; exit 2; }
 	$(IMAGES_PYTHON) tools/build_images.py "$(REGISTRY)" $(addprefix --engine=,$(ENGINES)) \
@@ -129,9 +131,11 @@ images: $(IMAGES_PYTHON)  ## build and push both images, then: kubectl apply -k 
 	  $(addprefix --sign-option=,$(SIGN_OPTIONS)) $(addprefix --build-option=,$(BUILD_OPTIONS)) \
 	  $(addprefix --builder-option=,$(BUILDER_OPTIONS))
 
-build/tools/bin/python:
-	@$(PYTHON) -m venv build/tools
-	@build/tools/bin/python tools/install_locked.py
+$(TOOLS)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import tomllib' || { echo "Python 3.11 or newer is needed: PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -m venv --clear $(TOOLS)
+	@$(TOOLS)/bin/python tools/install_locked.py
+	@touch $@
 
 lint: install  ## ruff, mypy --strict, import contracts, undeclared imports
 	$(BIN)/ruff check .
@@ -156,27 +160,29 @@ site:  ## the pages of docs/ as a site, in build/site; a link that leads nowhere
 	NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build --quiet
 
 RELEASE := build/release
-$(RELEASE)/bin/python:
-	@$(PYTHON) -m venv $(RELEASE)
-	@$@ tools/install_locked.py release,build
+$(RELEASE)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -m venv --clear $(RELEASE)
+	@$(RELEASE)/bin/python tools/install_locked.py release,build
+	@touch $@
 
-dist: $(RELEASE)/bin/python  ## wheel and source archive, in dist/
+dist: $(RELEASE)/.installed  ## wheel and source archive, in dist/
 	rm -rf dist && $(RELEASE)/bin/python -m build --no-isolation --outdir dist .
 
 # What each image has beside its base: the same files, locked, in an environment of their own.
-sbom: $(RELEASE)/bin/python  ## CycloneDX lists of what the images install, in build/sbom (TORCH_INDEX=cpu)
+sbom: $(RELEASE)/.installed  ## CycloneDX lists of what operator and engines install, in build/sbom (ENGINES="cu126 cu130")
 	@test -f dist/*.whl || $(MAKE) --no-print-directory dist
-	set -e; for pair in operator:cluster engine:train,serve,wandb; do list=build/sbom/$${pair%:*}; \
-	  $(PYTHON) -m venv --clear $$list; \
-	  test $${pair%:*} = operator || $$list/bin/python tools/install_torch.py $(TORCH) $(TORCH_INDEX); \
-	  $$list/bin/python tools/install_locked.py $${pair#*:}; \
+	set -e; for name in operator $(addprefix engine-,$(or $(ENGINES),cu126 cu130)); do list=build/sbom/$$name; \
+	  $(PYTHON) -m venv --clear $$list; extras=cluster; \
+	  case $$name in engine-*) extras=train,serve,wandb; \
+	    $$list/bin/python tools/install_torch.py $(TORCH) $${name#engine-};; esac; \
+	  $$list/bin/python tools/install_locked.py $$extras; \
 	  $$list/bin/pip install --quiet --no-deps dist/*.whl; \
 	  $(RELEASE)/bin/cyclonedx-py environment --pyproject pyproject.toml --mc-type application \
 	    --output-reproducible --output-file $$list.cdx.json $$list/bin/python; \
 	  rm -rf $$list; done
 
 # For every Python and processor that PyPI has archives for; of torch the hashes of PyPI's builds.
-lock: $(RELEASE)/bin/python  ## refresh constraints.txt, with hashes: newest versions that pyproject.toml allows
+lock: $(RELEASE)/.installed  ## refresh constraints.txt, with hashes: newest versions that pyproject.toml allows
 	$(RELEASE)/bin/uv pip compile --quiet --upgrade --universal --python-version 3.11 --no-header \
 	  --no-annotate --generate-hashes --all-extras --group build --group release pyproject.toml \
 	  --output-file constraints.txt

@@ -84,7 +84,8 @@ def test_cuda_comes_with_its_build_and_all_else_from_the_lock():
     extra = ['optree>=0.13.0; extra == "optree"']
     assert cuda == install_torch.libraries([*locked, *cuda, *extra])
     lock = install_torch.locked(install_torch.LOCK.read_text())
-    assert not [name for name in lock if name.startswith(("nvidia-", "cuda-", "triton"))]
+    known = {name for name in lock if name.startswith(("nvidia-", "cuda-", "triton"))}
+    assert not {name for name in known if "cutlass" not in name}  # flash-attn-4's compiler
     version = re.findall("TORCH := (.*)", (ROOT / "Makefile").read_text())[0]
     assert f"torch=={version} " in lock["torch"]
 

@@ -54,8 +54,8 @@ def base_image() -> str:
 def on_base(base: str, insecure: bool) -> list[str]:
     """Options of a build on `base` by its digest, and the labels of OCI's image-spec that say so.
 
-    A name with a digest is taken as it is; localhost/NAME, a builder's own image, has none. Raises
-    TuningError for a base that its registry does not show.
+    A name with a digest is taken as it is; localhost/NAME, a builder's own image, has none, nor has
+    what no registry shows: the builder may have it.
     """
     name, at, digest = base.partition("@")
     if base.startswith("localhost/") and not at:
@@ -64,7 +64,11 @@ def on_base(base: str, insecure: bool) -> list[str]:
     if not at:
         patience = registry.Patience(tries=3)  # a person waits
         remote = Access(insecure=insecure, patience=patience).remote(base, secret=None)
-        digest, _ = remote.persist(lambda: registry.resolve(remote))
+        try:
+            digest, _ = remote.persist(lambda: registry.resolve(remote))
+        except TuningError as error:
+            print(f"BASE {base}: the images will not name its digest, {error}", flush=True)
+            return [f"--build-arg=BASE={base}"]
     bare = re.sub(r":[^:/]+$", "", name)
     label = "--label=org.opencontainers.image.base"
     return [f"--build-arg=BASE={bare}@{digest}", f"{label}.name={name}", f"{label}.digest={digest}"]
@@ -236,11 +240,9 @@ def main(arguments: Sequence[str] | None = None) -> str | int:
     if not builder:
         asked = told.builder or ", ".join(BUILDERS)
         return f"No builder works here ({asked}): start docker, or install podman or buildah"
-    try:  # a registry without TLS is the one that was told of, no other
-        ours = told.base.partition("/")[0] == told.registry.partition("/")[0]
-        based = on_base(told.base, told.insecure and ours)
-    except TuningError as error:
-        return f"BASE {told.base} has no known digest: {error}\nOr name it: BASE=NAME@sha256:..."
+    # a registry without TLS is the one that was told of, no other
+    ours = told.base.partition("/")[0] == told.registry.partition("/")[0]
+    based = on_base(told.base, told.insecure and ours)
     builder = replace(builder, build_options=(*based, *builder.build_options))
     operator = f"{told.registry}/tuning-operator"
     images = [("operator", operator, told.tag, dict[str, str]())]

@@ -51,6 +51,12 @@ def pip(*arguments: str, asked: str, lock: Path | None = None) -> int:
         return subprocess.run(command, check=False).returncode
 
 
+def own_pip() -> int:
+    """Install the locked pip; 0 where it is there."""
+    own = locked(LOCK.read_text(encoding="utf-8"))["pip"]
+    return 0 if f"pip=={importlib.metadata.version('pip')} " in own else pip(asked=own)
+
+
 def main(arguments: Sequence[str]) -> int:
     """pip's exit code, which is not 0 if any archive has another hash."""
     names = [name for argument in arguments for name in argument.split(",") if name]
@@ -59,10 +65,7 @@ def main(arguments: Sequence[str]) -> int:
     except KeyError as error:
         print(f"pyproject.toml has no extra and no group {error}", file=sys.stderr)
         return 2
-    own = locked(LOCK.read_text(encoding="utf-8"))["pip"]
-    if f"pip=={importlib.metadata.version('pip')} " not in own and (failed := pip(asked=own)):
-        return failed
-    return pip(asked=asked, lock=LOCK)
+    return own_pip() or pip(asked=asked, lock=LOCK)
 
 
 if __name__ == "__main__":

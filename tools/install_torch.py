@@ -21,6 +21,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import install_locked
 from install_locked import LOCK, locked
 
 INDEX = "https://download.pytorch.org/whl/"
@@ -96,15 +97,19 @@ def main() -> int:
     if build not in BUILDS:
         print(f"TORCH_INDEX={build}: choose one of {', '.join(BUILDS)}", file=sys.stderr)
         return 2
+    if install_locked.own_pip():  # old ones know no --dry-run
+        return 1
     wanted, *others = names(version, build)
-    if installed() in (wanted, *others):
-        return 0
-    print(f"Installing torch {wanted} ...", flush=True)
-    # `===` is the exact text: `==2.13.0` would be satisfied by 2.13.0+cpu
-    there = (n for n in (wanted, *others) if pip("-qqq", "--no-deps", "--dry-run", f"torch==={n}"))
-    name = next(there, None)
-    sources = [] if name else ["--index-url", INDEX + build, "--extra-index-url", PYPI]
-    if pip(*sources, "--no-deps", f"torch==={name or wanted}"):
+    there = installed() in (wanted, *others)
+    sources: list[str] = []
+    if not there:
+        print(f"Installing torch {wanted} ...", flush=True)
+        # `===` is the exact text: `==2.13.0` would be satisfied by 2.13.0+cpu
+        search = ("-qqq", "--no-deps", "--dry-run")
+        name = next((n for n in (wanted, *others) if pip(*search, f"torch==={n}")), None)
+        sources = [] if name else ["--index-url", INDEX + build, "--extra-index-url", PYPI]
+        there = pip(*sources, "--no-deps", f"torch==={name or wanted}")
+    if there:  # its libraries may be missing still, where an installation was broken off
         own = libraries(importlib.metadata.requires("torch") or [])
         if not own or pip(*sources, *own):
             return 0

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import architectures
 import pytest
 import tiny_runs
 import torch
@@ -110,6 +111,27 @@ def test_a_tiled_mlp_gives_what_a_whole_one_does(
         most = max(float(gradient.abs().max()) for gradient in gradients.values())
         for name, gradient in gradients.items():
             torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-5 * most)
+
+
+def test_an_mlp_that_takes_more_than_the_hidden_states_stays_whole(tmp_path: Path) -> None:
+    """BLOOM's adds the residual itself: tiles would call it without."""
+    folder = architectures.write("bloom", tmp_path / "bloom")
+    whole, tiled = (step(adapted(folder, kept, fused=False), (2, 9)) for kept in (INPUTS, TILED))
+    assert torch.equal(whole[0], tiled[0])
+
+
+def test_a_strided_input_gets_its_gradient(tiny_base: Build) -> None:
+    """Rows that lie transposed in memory: the gradient is written where it is returned."""
+    tuned = adapted(tiny_base("llama"), TILED)
+    layer = tuned.get_base_model().model.layers[0]
+    x = torch.randn(5, 2, layer.mlp.gate_proj.in_features).transpose(0, 1)
+    found = []
+    for forward in (layer.mlp.forward, type(layer.mlp).forward.__get__(layer.mlp)):
+        leaf = x.detach().requires_grad_()
+        assert not leaf.is_contiguous()
+        forward(leaf).square().sum().backward()
+        found.append(leaf.grad)
+    assert torch.allclose(*found, rtol=1e-4, atol=1e-6) and found[0].any()
 
 
 def test_a_tile_is_computed_twice_and_recomputed_layers_skip_it(tiny_base: Build) -> None:

@@ -125,6 +125,32 @@ def test_out_of_memory_ends_with_host_memory_and_tiles():
     assert made(24, 8192).offloads and not made(24, 8192, 1).offloads
 
 
+def test_a_host_that_may_not_be_used_is_not_after_out_of_memory_either():
+    """`activation_offloading: false` holds for the ways that are tried then."""
+    free = made(24, 8192)
+    kept = made(24, 8192, activation_offloading=False)
+
+    assert free.offloads and not kept.offloads
+
+
+def test_layers_of_other_widths_are_recomputed_all_or_none():
+    """The line between both is an upper bound only if layers are alike."""
+    alike = {sizing._even(preset.facts) for preset in presets.all()}
+    preset = presets.find("gemma-4-e2b-instruct")
+    wide = {linear.layers for linear in preset.facts.linears}
+
+    assert {True, False} == alike and len(wide) > 1
+    assert sizing._even(PRESET.facts) and not sizing._even(preset.facts)
+
+
+def test_checkpointing_is_off_where_the_config_says_so(monkeypatch):
+    """Also for a model whose memory is not known, which is recomputed for safety else."""
+    monkeypatch.setattr(Base, "sized", lambda *_: None)
+    assert not made(24, 1024, checkpointing=False).placement.checkpointing
+    assert made(24, 1024, checkpointing=True).placement.checkpointing
+    assert made(24, 1024).placement.checkpointing
+
+
 @pytest.mark.parametrize(("gib", "unsloth"), longest_rows.UNSLOTH.items())
 def test_rows_are_as_long_as_unsloths(gib, unsloth):
     """Longer from 12 GB on with AdamW in float32, and everywhere with AdamW in 8 bits."""

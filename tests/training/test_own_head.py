@@ -11,7 +11,8 @@ import tiny_runs
 import torch
 
 from tuning import presets
-from tuning.errors import SpecError
+from tuning.errors import SpecError, Stopped
+from tuning.models.kernels import apart, whole
 from tuning.models.load import load_for_training
 from tuning.plan.backends import FUSED
 from tuning.training import own_head, train
@@ -99,3 +100,20 @@ def test_preferences_are_refused(tmp_path: Path) -> None:
     """trl's log-probabilities would be those of another model."""
     with pytest.raises(SpecError, match="MODEL-121"):
         loop_of("bert", tmp_path, objective="dpo", beta=0.1)
+
+
+def test_a_stop_is_no_difference(tmp_path: Path) -> None:
+    """A signal during the comparisons before the first step ends the run, and nothing else."""
+    loop = loop_of("llama", tmp_path, ())
+
+    def stopped(*_: Any) -> None:
+        raise Stopped.at("RUN-100", "run", "was stopped", "run the same command again")
+
+    loop.model.get_base_model().model.register_forward_pre_hook(stopped)
+    for compared in (
+        lambda: own_head.differs(loop.model, torch.float32, 1e-3),
+        lambda: apart.fault(loop.model, "sdpa", torch.float32),
+        lambda: whole._agrees(loop.model, torch.float32, [], [], packing=False),
+    ):
+        with pytest.raises(Stopped):
+            compared()

@@ -13,6 +13,7 @@ backward while the layer above it does. On a CPU the same code copies from host 
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -165,6 +166,8 @@ def _tile(layer: torch.nn.Module) -> None:
         names = {name for name, _ in module.named_children()}
         if any(isinstance(m, torch.nn.Dropout) and m.p for m in module.modules()):
             continue  # the second time it would drop others
+        if len(inspect.signature(type(module).forward).parameters) != 2:
+            continue  # it takes more than the hidden states
         if any({*wide, last} <= names for wide, (last, _) in WIDE.items()):
             module.forward = functools.partial(_tiled, module, module.forward)
 
@@ -231,7 +234,7 @@ class _Tiled(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         (x,) = ctx.keep.saved_tensors
-        grad_x = torch.empty_like(x)
+        grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
         sums: list[torch.Tensor | None] = [None] * len(ctx.weights)
         for tokens in _tokens(x):
             tile = x.flatten(0, -2)[None, tokens].detach().requires_grad_()

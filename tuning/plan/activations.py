@@ -3,8 +3,9 @@
 Coefficients are simulated for steps that keep all of them, and for steps that keep the inputs of
 layers and compute the rest again. What lies between and beyond follows:
 
-- *Some layers recomputed.* The last layers keep their activations. At every moment bytes are linear
-  in how many do, so the peak is convex in it, and the line between none and all lies above it.
+- *Some layers recomputed.* The last layers keep their activations. If layers are alike, bytes are
+  linear in how many do at every moment, so the peak is convex in it, and the line between none and
+  all lies above it.
 - *Inputs in host memory.* At most HELD inputs [tokens, hidden] are on the GPU: that of the layer
   which computes, one that is copied, and the embeddings, which autograd holds as a leaf.
 """

@@ -20,6 +20,7 @@ from typing import Literal
 from tuning.plan.activations import off_device, on_host
 from tuning.plan.coefficients import (
     KINDS,
+    SIZES,
     Attention,
     Coefficients,
     Method,
@@ -133,6 +134,7 @@ def predict(
     repacks: bool = False,
     new_tokens: bool = False,
     tile: int | None = None,
+    own_head: bool = False,
     offload: bool = False,
     tiled: bool = False,
 ) -> MemoryEstimate:
@@ -142,9 +144,9 @@ def predict(
     padding included. `accumulating`: gradients of an earlier micro-batch are in memory. `layout`:
     how several ranks hold the model; `facts` tell what of it they can share. `fused`: with
     `models.kernels`. `repacks`: the CPU library copies 16-bit weights (see `repacked`). `tile`:
-    tokens scored at once, if not the usual number. `offload`, `tiled`: with checkpointing, see
-    `activations`. Fewer `targets` (names of projections) take
-    fewer adapters, and all activations: an upper bound.
+    tokens scored at once, if not the usual number. `own_head`: the model's own logits are scored.
+    `offload`, `tiled`: with checkpointing, see `activations`. Fewer `targets` (names of
+    projections) take fewer adapters, and all activations: an upper bound.
     """
     variant = _stored(
         coefficients,
@@ -174,6 +176,9 @@ def predict(
         new_tokens=new_tokens,
     )
     sizes = measures(tokens=tokens, rows=rows, rank=rank, tile=tile or variant.tile)
+    if own_head:  # of every token logits, in float32 as well, and their gradient: twice a tile's
+        place = SIZES.index("tile")
+        sizes = (*sizes[:place], 2.0 * tokens, *sizes[place + 1 :])
     earlier = {"gradients": adapters} if accumulating else {}
     moments = {m.name: m.at(sizes) | earlier for m in coefficients.moments[variant]}
     pinned = 0

@@ -55,7 +55,8 @@ def place(
         unsized = base.unsized or "this model's memory is unknown"
         reasons["checkpointing"] = f"{unsized}: the safe choice"
     if settings.checkpointing is not None:
-        kept = kept if kept.checkpointing == settings.checkpointing else INPUTS
+        if kept.checkpointing != settings.checkpointing:
+            kept = INPUTS if settings.checkpointing else ALL
         reasons["checkpointing"] = "set in the config"
     if settings.activation_offloading is not None:
         kept = _forced(kept, device, reasons) if settings.activation_offloading else kept

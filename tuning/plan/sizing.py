@@ -146,8 +146,15 @@ def placements(
     for micro_batch in [demand.micro_batch] if demand.micro_batch else sizes:
         fits = [_place(base, demand, gpu, micro_batch, kept) for kept in level or demand.levels[0]]
         yield from fits
-        if free_bytes is not None and len(fits) == 2:
+        if free_bytes is not None and len(fits) == 2 and _even(base.facts):
             yield from _between(base, *fits, free_bytes=free_bytes)
+
+
+def _even(facts: presets.Facts | None) -> bool:
+    """Whether each layer has the same matrices, so that its activations are as large as others'."""
+    return facts is not None and all(
+        matrix.layers == facts.layers for matrix in (*facts.linears, *facts.experts)
+    )
 
 
 def _between(base: Model, keeping: Fit, recomputing: Fit, *, free_bytes: int) -> Iterator[Fit]:
@@ -201,11 +208,12 @@ def _place(
         facts=base.facts,
         repacks=demand.repacks,
         new_tokens=demand.new_tokens,
-        tile=tokens if demand.own_head else TILE_ROWS if demand.compares else None,
+        tile=TILE_ROWS if demand.compares else None,
+        own_head=demand.own_head,
     )
     seconds = _seconds(base, demand, gpu, micro_batch, kept)
     inputs = None
-    if base.facts is not None:
+    if base.facts is not None and demand.offloads is not False:
         width = 4 if demand.precision == "float32" else 2
         inputs = on_host(base.coefficients.layers, tokens // micro_batch, base.facts.hidden, width)
     return Fit(micro_batch, kept, estimate, seconds, demand.layout, inputs)

@@ -21,6 +21,7 @@ import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tuning import files
+from tuning.errors import Stopped
 from tuning.models.load import DTYPES
 from tuning.plan import Placement, Recipe
 from tuning.plan.backends import BY_OFFSETS
@@ -159,6 +160,8 @@ def calibrate(
     before = torch.cuda.max_memory_allocated() if placement.device == "cuda" else 0
     try:
         made = _measured(tuned.get_base_model(), recipe, placement, rows, base)
+    except Stopped:
+        raise
     except Exception as error:
         logger.warning("the card was not calibrated: %s: %s", type(error).__name__, error)
         return None
@@ -202,6 +205,8 @@ def _measured(
         rank=recipe.rank,
         attention="varlen" if by_offsets else "sdpa",
         fused=bool(placement.kernels),
+        offload=placement.activation_offloading,
+        tiled=placement.tiled_mlp,
     )
     assert seconds is not None
     ranks = placement.ranks * (DDP_EFFICIENCY if placement.ranks > 1 else 1.0)

@@ -14,6 +14,7 @@ import torch
 from torch.nn import functional
 
 from tuning import presets
+from tuning.errors import Stopped
 from tuning.models.kernels import apart, whole
 from tuning.training.batches import IGNORED
 
@@ -44,6 +45,8 @@ def differs(tuned: Any, precision: torch.dtype, tolerance: float) -> bool:
             logits = tuned(input_ids=ids, use_cache=False).logits[:, :-1].float()
             own = -functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
             theirs = tuned(input_ids=ids, labels=ids, fused_lm_head=True).log_probs.float()
+    except Stopped:
+        raise
     except Exception as error:
         if apart.is_of_card(error):
             raise

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tuning.errors import SpecError
+from tuning.errors import SpecError, Stopped
 from tuning.models.kernels import attention
 from tuning.plan.backends import FLASH, VARLEN
 
@@ -77,6 +77,8 @@ def fault(model: Any, name: str, precision: torch.dtype) -> str | None:
             _logits(model.train(), [second], name, precision)
         model.eval()
         touched = _logits(model, [torch.cat([first[:1], second[1:]])], name, precision)
+    except Stopped:
+        raise
     except Exception as error:
         if is_of_card(error):
             raise  # no other attention mends it

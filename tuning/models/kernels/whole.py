@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 
-from tuning.errors import SpecError
+from tuning.errors import SpecError, Stopped
 from tuning.models import shards
 from tuning.models.kernels import apart, attention, fuse, head, parity
 from tuning.plan.backends import BY_OFFSETS, HEAD
@@ -94,6 +94,8 @@ def _agrees(
 ) -> bool:
     try:
         found = _results(tuned, precision, packed=packing)
+    except Stopped:
+        raise
     except Exception as error:
         if apart.is_of_card(error):
             raise

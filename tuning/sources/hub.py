@@ -45,10 +45,10 @@ def read_token(path: Path | None) -> str | None:
 
 def quietly() -> None:
     """Silence the library's progress bars and warnings, which show signed URLs."""
-    import huggingface_hub
+    from huggingface_hub import utils
 
-    huggingface_hub.utils.disable_progress_bars()
-    huggingface_hub.utils.logging.set_verbosity_error()
+    utils.disable_progress_bars()
+    utils.logging.set_verbosity_error()
     hush()
 
 

@@ -12,16 +12,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-
 from benchmarks import gpu_plan
-from benchmarks.gpu_plan import PHI, Case, shape, write
-from benchmarks.gpu_rungs import TOKENIZER, Sizes
-from tuning.models.load import load_tokenizer
-from tuning.plan.coefficients import Variant
+from benchmarks.gpu_peers import save_base
+from benchmarks.gpu_plan import PHI, write
+from benchmarks.gpu_rungs import Sizes
 
 HERE = Path(__file__).resolve().parent
+SECONDS = 120  # a start may take: the part of the ladder has four minutes
 
 WORKSPACE = """apiVersion: kaito.sh/v1beta1
 kind: Workspace
@@ -52,13 +49,7 @@ def first_steps(sizes: Sizes, path: Path) -> None:
     preset = PHI
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "base"
-        config = gpu_plan.read(shape(Case(preset, Variant(device=sizes.device), 1, 1)))  # type: ignore[arg-type]
-        tokenizer = load_tokenizer(TOKENIZER)
-        with torch.device(sizes.device):
-            made = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        made.save_pretrained(base)
-        del made
-        tokenizer.save_pretrained(base)
+        save_base(preset, sizes, base)
         rows = Path(folder) / "rows.jsonl"
         rows.write_text("".join(json.dumps(chat(n)) + "\n" for n in range(200)))
         for number in (1, 2):
@@ -98,6 +89,8 @@ def first_step(base: Path, rows: Path, folder: Path, number: int) -> dict[str, A
         while child.poll() is None:
             if first is None and metrics.exists() and metrics.stat().st_size:
                 first = time.monotonic() - start
+            if time.monotonic() - start > SECONDS:
+                child.kill()
             time.sleep(0.05)
     if child.returncode:
         return {"error": (folder / f"log-{number}").read_text()[-500:]}

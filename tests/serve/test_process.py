@@ -236,11 +236,15 @@ def test_who_sends_or_reads_slowly_is_cut_off(start: Start) -> None:
 
 
 def test_time_is_limited(start: Start) -> None:
-    """An answer that takes too long ends as it is, and makes room."""
+    """An answer that takes too long ends as it is, and makes room; one that never began is told."""
     running = start(seconds=1.0)
     body = ASKED | {"max_tokens": 1900, "min_tokens": 1900}
 
-    status, answer, _ = running.ask("/v1/chat/completions", body)
+    for _ in range(20):  # on a busy machine the first token may take more than the second
+        status, answer, _ = running.ask("/v1/chat/completions", body)
+        if status == 200:
+            break
+        assert (503, "timeout") == (status, answer["error"]["code"])
 
     assert (200, "length") == (status, answer["choices"][0]["finish_reason"])
     assert 0 < answer["usage"]["completion_tokens"] < 1900

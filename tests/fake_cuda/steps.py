@@ -17,6 +17,7 @@ from fake_cuda.device import Card, Device
 from fake_cuda.spy import Spy
 from fake_cuda.ways import CARDS, Way
 
+from tuning.models import four_bit
 from tuning.models.kernels import whole
 from tuning.models.load import DTYPES, load_base
 from tuning.models.lora import adapt
@@ -132,6 +133,7 @@ def _trainer(way: Way, kept: dict[str, bool]) -> tuple[Watched, Spy]:
         checkpointing=way.checkpointing,
         attention=attention,
         kernels=backends.FUSED if way.fused else (),
+        float_constants=way.fused and way.method == "qlora",
         **kept,
     )
     model = load_base(
@@ -143,6 +145,8 @@ def _trainer(way: Way, kept: dict[str, bool]) -> tuple[Watched, Spy]:
         finite_only=True,
     )
     tuned, _ = adapt(model, recipe)
+    if placement.float_constants:
+        four_bit.unpack_constants(tuned)
     whole.replace(
         tuned, placement.kernels, attention, precision=DTYPES[way.precision], packing=packing
     )

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import tiny_runs
 import torch
+from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file, save_file
 
 from tuning import adapter
 from tuning.errors import SpecError
-from tuning.models import finite, load
+from tuning.models import finite, four_bit, load
 from tuning.models.load import device_for, load_base, load_for_training, read_config
 from tuning.models.lora import select
 from tuning.plan.device import Device
@@ -45,6 +46,29 @@ PROJECTIONS = {
 }
 EAGER = tiny_runs.placement(attention="eager")
 LEAKY = {"falcon", "falcon-new"}
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3moe"])
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+def test_constants_in_float32_are_the_same_numbers(
+    kind: str, precision: str, tiny_base: Build
+) -> None:
+    """Of linear layers and of experts: every logit keeps its bits, and nothing is in 8 bits."""
+    packing = tiny_runs.NF4 | {"compute": precision}
+    recipe = tiny_runs.recipe(method="qlora", quantisation=packing, precision=precision)
+    logits, nested = [], []
+    for wide in (False, True):
+        placement = tiny_runs.placement(float_constants=wide)
+        tuned, _, _ = load_for_training(tiny_base(kind), recipe=recipe, placement=placement)
+        modules = list(tuned.modules())
+        held = [m.weight.quant_state for m in modules if isinstance(m, Linear4bit)]
+        held += [state for m in modules for state in four_bit.states(m).values()]
+        nested.append({state.nested for state in held})
+        assert len(held) > 10 and (wide or all(state.state2 for state in held))
+        with torch.no_grad():
+            logits.append(tuned.eval()(input_ids=torch.arange(4, 20)[None]).logits)
+    assert [{True}, {False}] == nested
+    assert torch.equal(*logits)
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])

@@ -1,5 +1,6 @@
 """What is kept of the activations: the order of ways, memory of GPU and host, words, fallbacks."""
 
+import itertools
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -111,11 +112,36 @@ def test_the_config_decides_and_the_run_id_does_not_know():
         made(80, 4096, activation_offloading=True, checkpointing=False)
 
 
+def test_constants_are_unpacked_where_there_is_room():
+    """It never takes the place of anything, is told, and counted; single quantisation has none."""
+    bits = 0.5 - 8 / 64 - 32 / (64 * 256)  # of memory for a weight
+    for gib, length in itertools.product((8, 12, 24, 80), (512, 4096, 16_384)):
+        try:
+            planned = made(gib, length)
+        except SpecError:
+            continue
+        kept, limit = planned.placement.float_constants, gib * GIB * (1 - sizing.HEADROOM)
+        total = planned.fit.memory.total
+        more = MODEL.coefficients.packed * bits / 8
+        assert kept == ("constants" in planned.reasons)
+        assert total <= limit if kept else total + more * 1.01 > limit
+        assert planned.fit.memory.constants == pytest.approx(
+            MODEL.coefficients.packed / 8 * (0.5 if kept else 0.5 - bits), rel=0.01
+        )
+    assert made(80, 4096).placement.float_constants
+    assert not made(
+        80, 4096, double_quant=False
+    ).placement.float_constants
+
+
 def test_out_of_memory_ends_with_host_memory_and_tiles():
     """After fewer rows and all layers recomputed; not what the machine's memory cannot hold."""
     placed = plan.Placement("cuda", 1, 2, 2, True, "sdpa", recomputed_layers=7)
+    placed = replace(placed, float_constants=True)
 
     ways = plan.fallbacks(placed, offload=True)
+    assert [True, False, False, False, False] == [way.float_constants for way in ways]
+    assert 2 == len(plan.fallbacks(replace(ways[-1], float_constants=True)))
     kept = [way.activations for way in ways]
     assert [Activations(True, 7), INPUTS, INPUTS, OFFLOADED, TILED] == kept
     assert [2, 2, 1, 1, 1] == [way.micro_batch for way in ways]

@@ -22,7 +22,7 @@ from tuning.training.interruption import Interruption
 RECIPE = tiny_runs.recipe(precision="float32", dropout=0.0, max_length=64)
 # dense, GELU and norm; a cap of another name; a scale; as wide as no layer; plain; experts
 KINDS = ("bert", "recurrent_gemma", "granite", "rembert", "llama", "qwen3_moe")
-# transformers 5.x: what ProphetNet says of a row changes with the length of its batch, attended or not
+# transformers 5.x: what ProphetNet says of a row changes with the length of its batch
 BY_LENGTH = ("prophetnet",)
 
 

@@ -128,6 +128,21 @@ def read(module: Any, name: str) -> torch.Tensor:
     return whole
 
 
+def unpack_constants(model: torch.nn.Module) -> None:
+    """Hold the constants of all 4-bit blocks in float32, not packed in 8 bits again.
+
+    The weights stay the same numbers. Each time one is unpacked, two kernels fewer run, for 3 bits
+    more of memory for 8 weights.
+    """
+    for module in model.modules():
+        held = [module.weight.quant_state] if isinstance(module, Linear4bit) else []
+        for state in [*held, *states(module).values()]:
+            if state.nested:
+                constants = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset
+                state.absmax, state.nested = constants.float(), False
+                state.state2 = state.offset = None
+
+
 def packed(model: torch.nn.Module) -> Iterator[tuple[str, int]]:
     """Name, without peft's layers, and unpacked size of each packed weight."""
     for path, module in model.named_modules():

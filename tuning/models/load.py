@@ -275,6 +275,8 @@ def load_for_training(
     if start is not None:
         start_adapter.load(adapted, start, sha256=recipe.start_adapter)
     _settle_types(adapted)
+    if placement.float_constants:
+        four_bit.unpack_constants(adapted)
     if split is not None:
         shards.share_out(adapted, split)
     whole.replace(

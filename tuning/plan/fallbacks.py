@@ -11,13 +11,14 @@ from tuning.plan.values import Placement
 def fallbacks(placement: Placement, *, offload: bool = False) -> list[Placement]:
     """`placement`, then those of less memory.
 
-    All layers recomputed if some were, half the rows each time, checkpointing, on a GPU layer
-    inputs in host memory if there is enough for an `offload`, and MLPs in tiles. The global batch,
-    and so the run id, stays the same.
+    Constants as they are stored and all layers recomputed if some were, half the rows each time,
+    checkpointing, on a GPU layer inputs in host memory if there is enough for an `offload`, and
+    MLPs in tiles. The global batch, and so the run id, stays the same.
     """
     placements = [placement]
-    if placement.recomputed_layers is not None:
-        placements.append(replace(placement, recomputed_layers=None))
+    least = replace(placement, recomputed_layers=None, float_constants=False)
+    if least != placement:
+        placements.append(least)
     rows = placement.micro_batch * placement.accumulation
     while (last := placements[-1]).micro_batch > 1:
         fewer = divisor(rows, last.micro_batch // 2)

@@ -132,6 +132,7 @@ class Placement:
     recomputed_layers: int | None = None  # with checkpointing, of the first so many; None: of all
     activation_offloading: bool = False  # inputs of checkpointed layers lie in host memory
     tiled_mlp: bool = False  # MLPs compute a share of the tokens at a time
+    float_constants: bool = False  # those of 4-bit blocks lie in float32, not again in 8 bits
 
     @property
     def activations(self) -> Activations:

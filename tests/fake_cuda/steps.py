@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
 import tempfile
 from collections import Counter
 from functools import cache
@@ -31,7 +33,9 @@ from tuning.training.trainer import Exact
 
 @cache
 def _root() -> Path:
-    return Path(tempfile.mkdtemp(prefix="fake-cuda-"))
+    folder = Path(tempfile.mkdtemp(prefix="fake-cuda-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 @cache

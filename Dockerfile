@@ -27,7 +27,7 @@ RUN pip wheel --quiet --no-deps --no-build-isolation --wheel-dir /wheels .
 FROM python AS operator
 RUN python tools/install_locked.py cluster
 COPY --from=wheel /wheels /wheels
-RUN pip install --quiet --no-deps /wheels/tuning-*.whl \
+RUN pip install --quiet --no-deps /wheels/tuning_jobs-*.whl \
     && pip check && python -m jobs --help >/dev/null && rm -rf /wheels
 WORKDIR /
 USER 10001:10001
@@ -53,7 +53,7 @@ COPY tools/install_torch.py /src/tools/
 RUN python tools/install_torch.py ${TORCH} ${TORCH_INDEX}
 RUN python tools/install_locked.py ${EXTRAS}
 COPY --from=wheel /wheels /wheels
-RUN pip install --quiet --no-deps /wheels/tuning-*.whl \
+RUN pip install --quiet --no-deps /wheels/tuning_jobs-*.whl \
     && pip check && python -m tuning --help >/dev/null && rm -rf /wheels
 WORKDIR /
 USER 10001:10001

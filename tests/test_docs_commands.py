@@ -429,7 +429,7 @@ def test_pages_name_what_is_there() -> None:
         words = line.split()
         if words[0] == "make":
             wrong += [line for word in words[1:] if "=" not in word and word not in targets]
-        for name in re.findall(r"tuning\[(\w+)\]", line):
+        for name in re.findall(r"tuning-jobs\[([\w,]+)\]", line):
             wrong += [line] * (name not in project["optional-dependencies"])
         for name in re.findall(r"(?<!\S)((?:examples|configs|tests|tools)/[\w./-]+)", line):
             wrong += [f"{page.name}: {name}"] * (not (ROOT / name).exists())

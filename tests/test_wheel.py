@@ -47,7 +47,7 @@ CASES: list[tuple[list[str], int, str]] = [
 JOBS: list[tuple[list[str], int, str]] = [
     (["crd"], 0, "CustomResourceDefinition"),
     (["render", "-f", "cluster.yaml"], 0, "kind: Job"),
-    (["run"], 2, "pip install 'tuning[cluster]'"),
+    (["run"], 2, "pip install 'tuning-jobs[cluster]'"),
 ]
 
 
@@ -60,7 +60,7 @@ def env(tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run([sys.executable, "-m", "venv", folder / "env"], check=True)
     python = [str(folder / "env/bin/python")]
     subprocess.run([*python, ROOT / "tools/install_locked.py"], check=True)
-    (wheel,) = folder.glob("tuning-*.whl")
+    (wheel,) = folder.glob("tuning_jobs-*.whl")
     pip = [*python, "-m", "pip", "install", "--quiet", "--no-deps", str(wheel)]
     subprocess.run(pip, check=True)
     shutil.copytree(ROOT / "examples/tiny-model", folder / MODEL)
@@ -108,7 +108,7 @@ def test_each_command_works_or_names_the_extra_that_it_needs(env: Path) -> None:
     for package, cases in (("tuning", CASES), ("jobs", JOBS)):
         for arguments, code, word in cases:
             got, text = said(env, package, *arguments)
-            missing = "needs" not in word or "pip install 'tuning[" in text
+            missing = "needs" not in word or "pip install 'tuning-jobs[" in text
             if (got, True, True, False) != (code, word in text, missing, "Traceback" in text):
                 wrong.append(f"{package} {' '.join(arguments)}: {got} instead of {code}\n{text}")
     assert not wrong, "\n".join(wrong)

@@ -121,7 +121,7 @@ def not_installed(error: ModuleNotFoundError) -> UsageError:
     if name in ("tuning", "jobs"):
         raise error
     what = f"this command needs {name}, which is not installed"
-    change = f"pip install 'tuning[{_EXTRAS.get(name, 'train')}]', or make install"
+    change = f"pip install 'tuning-jobs[{_EXTRAS.get(name, 'train')}]', or make install"
     return UsageError.at("USE-102", "", what, change)
 
 

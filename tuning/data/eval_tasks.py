@@ -102,6 +102,6 @@ def lm_eval_python(given: Path | None, where: str = "--tasks") -> str:
         what = "tasks by name are lm-eval's, which is not installed"
         change = "pip install 'lm-eval[api]', or name the Python that has it with --lm-eval"
         if where != "--tasks":  # of `eval`, which alone has the option
-            change = "pip install 'tuning[eval]', or name a file of questions (.jsonl)"
+            change = "pip install 'tuning-jobs[eval]', or name a file of questions (.jsonl)"
         raise UsageError.at("SERVE-132", where, what, change)
     return sys.executable

@@ -81,7 +81,7 @@ def _problems(
 ) -> Iterator[Problem]:
     if name in PACKAGES and importlib.util.find_spec(name) is None:
         what = f"names {name}, whose package is not installed"
-        yield Problem("TRACK-101", KEY, what, f"pip install 'tuning[{name}]', or remove it")
+        yield Problem("TRACK-101", KEY, what, f"pip install 'tuning-jobs[{name}]', or remove it")
     try:
         where = place(spec, name, secrets)
     except SpecError as error:

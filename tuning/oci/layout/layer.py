@@ -96,7 +96,7 @@ def _zstd(raw: Any, where: str) -> _Zstd:
     try:
         import zstandard
     except ImportError:
-        what, change = "has a zstd layer", "install the extra: pip install 'tuning[train]'"
+        what, change = "has a zstd layer", "install the extra: pip install 'tuning-jobs[train]'"
         raise SpecError.at("IMAGE-104", where, what, change) from None
     stream = zstandard.ZstdDecompressor(max_window_size=1 << 27).stream_reader(
         raw, read_across_frames=True

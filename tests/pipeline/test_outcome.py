@@ -1,6 +1,8 @@
 """What a run says of itself."""
 
 import json
+from contextlib import suppress
+from pathlib import Path
 
 from tuning.errors import DataError, Problem
 from tuning.pipeline import outcome
@@ -37,3 +39,33 @@ def test_progress_is_the_last_complete_line(tmp_path):
     path.write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "loss": 2.0}\n{"step": 3, "lo')
 
     assert {"step": 2, "loss": 2.0} == outcome.progress(tmp_path)
+
+
+def test_each_run_of_a_directory_keeps_what_is_told_of_it(tmp_path, monkeypatch):
+    """Runs of other settings take turns, and a kill between any two moves costs nothing."""
+    told = tmp_path / "metrics.jsonl"
+    (tmp_path / "log").mkdir()
+
+    outcome.take_up(tmp_path, "a1")
+    told.write_text("a")
+    (tmp_path / "samples.jsonl").write_text("a")
+    outcome.take_up(tmp_path, "b2")
+    assert not told.exists() and not (tmp_path / "samples.jsonl").exists()
+    told.write_text("b")
+    move = Path.replace
+    for name in ("a1", "b2", "a1", "a1", "b2"):
+        for moves in range(3):
+            left = [True] * moves  # then it is killed
+
+            def dying(path, target, left=left):
+                if not left:
+                    raise KeyboardInterrupt
+                left.pop()
+                return move(path, target)
+
+            with monkeypatch.context() as patched, suppress(KeyboardInterrupt):
+                patched.setattr(Path, "replace", dying)
+                outcome.take_up(tmp_path, name)
+        outcome.take_up(tmp_path, name)
+        assert name[0] == told.read_text()
+        assert (name == "a1") == (tmp_path / "samples.jsonl").exists()

@@ -19,6 +19,7 @@ from tuning import files
 from tuning.errors import REASONS, RETRYABLE, TuningError
 
 TERMINATION_LIMIT = 4096
+TOLD = ("metrics.jsonl", "samples.jsonl", "evaluation.json")  # of one training, for people
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,28 @@ def failed(
         trackers=trackers or {},
         **({k: progress.get(k) for k in ("step", "steps", "loss")} if progress else {}),
     )
+
+
+def take_up(run: Path, run_id: str) -> None:
+    """Let what is told of a training in the run directory be that of the run `run_id`.
+
+    What an earlier run left there, of other settings or data, lies in `log/RUN_ID` until that one
+    is taken up again. May be stopped at any point, and called again.
+    """
+    mark, own = run / "log" / "told.json", run / "log" / run_id
+    try:
+        owner = str(files.read_json(mark)["run_id"])
+    except (OSError, ValueError, TypeError, LookupError):
+        owner = run_id
+    for name in TOLD:
+        if owner != run_id and owner.isalnum() and (run / name).exists():
+            (run / "log" / owner).mkdir(exist_ok=True)
+            (run / name).replace(run / "log" / owner / name)
+    mark.parent.mkdir(exist_ok=True)
+    files.write_json(mark, {"run_id": run_id})
+    for name in TOLD:
+        if (own / name).exists() and not (run / name).exists():
+            (own / name).replace(run / name)
 
 
 def progress(run: Path) -> dict[str, Any] | None:

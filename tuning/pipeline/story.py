@@ -104,6 +104,7 @@ def _validated(run: Run, inputs: str) -> Summary:
         rows = preparing.tokenise(run, data, download.tokenizer, model)
         decided, packed = preparing.decide(run, rows, data, known)
         recipe = decided.recipe
+        outcome.take_up(run.folder, recipe.run_id)
         is_trained = training.is_trained(run, recipe.run_id)
         with tracking.followed(
             run, recipe.to_json(), recipe.run_id, trained=is_trained

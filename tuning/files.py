@@ -30,6 +30,15 @@ def canonical(value: Any) -> bytes:
     ).encode()
 
 
+def is_utf8(text: str) -> bool:
+    """Whether a name or an argument is UTF-8; Python keeps other bytes as lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def digest(data: bytes) -> str:
     """The sha256 of `data` as 64 hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()

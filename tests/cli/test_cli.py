@@ -53,6 +53,14 @@ def test_what_needs_no_model_loads_no_torch(arguments, workspace):
     assert "[] 0" == done.stderr.strip().splitlines()[-1]
 
 
+def test_an_argument_that_is_not_utf_8_is_a_question_of_the_command_line():
+    """Whichever it is: it would fail later, in a file that has to be UTF-8."""
+    done = tuning("run", "examples/tiny-model", "x.csv", "-o", "oci:x", "--ask", "a\udcff")
+
+    assert 2 == done.returncode
+    assert "USE-111 a\\udcff: is not UTF-8" in done.stderr
+
+
 def test_the_plan_names_each_number_and_its_reason(workspace):
     """The table says what and why, for the machine that the file names."""
     done = tuning("plan", "-f", workspace)

@@ -281,6 +281,13 @@ BAD = {
         'rows under two keys, "train" and "validation"',
         "train.json",
     ),
+    "rows under a key of no known name": Bad(
+        b'{"data": [' + GOOD.strip() + b'],\n "part2": [' + GOOD.strip() + b"]}",
+        "DATA-249",
+        "train.json row 2",
+        'rows under two keys, "data" and "part2"',
+        "train.json",
+    ),
     "a negative token": Bad(
         lines({"input_ids": [-1, 5]}), "DATA-247", "line 1", "input_ids holds -1"
     ),

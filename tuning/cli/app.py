@@ -12,7 +12,8 @@ from typing import Annotated
 import typer
 
 import tuning
-from tuning.errors import Stopped, TuningError, UsageError, not_installed
+from tuning import files
+from tuning.errors import Problem, Stopped, TuningError, UsageError, not_installed
 
 app = typer.Typer(
     name="tuning",
@@ -35,6 +36,7 @@ app = typer.Typer(
 
 COMPLETE = "_TUNING_COMPLETE"  # what a shell's completion script sets
 _CTRL_C = 130
+_UTF8 = "write it in UTF-8; a file whose name is not has to be renamed"
 
 
 @app.callback()
@@ -64,6 +66,9 @@ def main() -> int:
         from typer._completion_classes import completion_init
 
         completion_init()
+    if wrong := [word for word in sys.argv[1:] if not files.is_utf8(word)]:
+        words = (Problem("USE-111", ascii(word)[1:-1], "is not UTF-8", _UTF8) for word in wrong)
+        return _refused(UsageError(words))
     try:
         code = app(standalone_mode=False)  # typer returns the code of Exit and of Ctrl-C
         if isinstance(code, int) and code:

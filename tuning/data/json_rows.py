@@ -135,6 +135,12 @@ def _json_problem(error: ValueError, *, cut: bool) -> tuple[str, str, str]:
     return "DATA-202", f"is not JSON: {quoted(str(error))}", "repair the line"
 
 
+def _holds_rows(key: str, value: Any) -> bool:
+    """Whether a key beside that of the rows holds rows as well."""
+    objects = isinstance(value, list) and value and all(isinstance(each, dict) for each in value)
+    return bool(objects or (key in _SPLITS and value))
+
+
 def _two_row_keys(one: str, other: str) -> _NotJson:
     what = f'holds rows under two keys, "{one}" and "{other}"'
     return _NotJson("DATA-249", what, "write the rows to train on into a file of their own")
@@ -264,7 +270,7 @@ def _wrapped(scanner: _Scanner) -> Iterator[Any]:
         else:
             value = scanner.value()
             rest.append((key, value))
-        if rows_key and (other := next((k for k, v in rest if k in _SPLITS and v), None)):
+        if rows_key and (other := next((k for k, v in rest if _holds_rows(k, v)), None)):
             raise _two_row_keys(rows_key, other)
         if not scanner.skip(",") and scanner.peek() != "}":
             if not scanner.peek():

@@ -134,6 +134,7 @@ def fetch_data(run: Run) -> list[Value]:
     if folder and not source.within and not source.urls:
         run.note(local.split_notes(Path(folder)))
     files_: list[Value] = done["files"]
+    run.note(local.copy_notes([local.File.from_json(each) for each in files_]))
     return files_
 
 

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -67,6 +67,9 @@ def listed(folder: Path) -> list[tuple[Path, str]]:
             what = "is a link that leads out of the folder"
             change = "put the file itself there"
             problems.append(Problem("FETCH-125", f"{folder}/{name}", what, change))
+        elif not files.is_utf8(name):
+            what = "has a name that is not UTF-8"
+            problems.append(Problem("FETCH-123", ascii(name)[1:-1], what, "rename it"))
         elif not path.is_file():
             log.info("%s: not a regular file, left out", path)
         elif _COMPANIONS.fullmatch(path.name):
@@ -121,6 +124,17 @@ def split_notes(folder: Path) -> list[str]:
     return [
         f"not trained, as other splits by their names: {shown} (train_test_split holds out rows of "
         "train; to train on one of them, name it in DatasetConfig.dataset_path)"
+    ]
+
+
+def copy_notes(verified: Sequence[File]) -> list[str]:
+    """A note for each file of the data that has the content of one before it."""
+    first: dict[str, File] = {}
+    pairs = [(file, first.setdefault(file.sha256, file)) for file in verified]
+    return [
+        f"{file.shown} has the same content as {before.shown}: its rows count twice"
+        for file, before in pairs
+        if file is not before
     ]
 
 

@@ -8,15 +8,19 @@ from pathlib import PurePosixPath
 
 _NAMES = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 _NAMES |= dict.fromkeys(("validation", "valid", "val", "dev", "eval", "evaluation"), "validation")
-# train.jsonl, train-00000-of-00002.parquet, train_0.csv, test_sft-00000-of-00001.parquet
-_FILE = re.compile(rf"({'|'.join(_NAMES)})(?:_(?:sft|gen))?(?:[-_.]?\d[\w-]*)?(?:\..*)?", re.I)
+_BETWEEN = re.compile(r"[-._ 0-9]+")  # words of a name, as `datasets` tells them apart
 
 
 def split_of(name: str) -> str | None:
-    """train, validation or test: what the file, or else its nearest folder, is called."""
+    """train, validation or test: a word in the name of the file, or else its nearest folder's name.
+
+    train.jsonl, test_sft-00000-of-00001.parquet and birds_test.csv, but not latest.csv; a name with
+    words of two splits (train_test.csv) is of none.
+    """
     path = PurePosixPath(name)
-    if match := _FILE.fullmatch(path.name):
-        return _NAMES[match[1].lower()]
+    words = {_NAMES[word] for word in _BETWEEN.split(path.name.lower()) if word in _NAMES}
+    if words:
+        return words.pop() if len(words) == 1 else None
     folders = (_NAMES.get(part.lower()) for part in reversed(path.parts[:-1]))
     return next((split for split in folders if split), None)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from tuning.data.formats.cells import from_json
 from tuning.data.formats.detect import (
     CONTEXT_COLUMNS,
     HISTORY_COLUMN,
@@ -18,7 +19,6 @@ from tuning.data.formats.values import (
     Pair,
     Row,
     Shape,
-    from_json,
     text_faults,
     type_name,
 )

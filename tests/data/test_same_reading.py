@@ -87,7 +87,7 @@ def outcome(encoder: Encoder, tmp_path_factory: pytest.TempPathFactory) -> Calla
         write(path, rows, kind)
         problems, collector = Problems(), Collector()
         file_encoder = FileEncoder(encoder, [NONE], problems, folder)
-        file_encoder.encode(Input(0, path, path.name, FileType(kind)), collector)  # type: ignore[arg-type]
+        file_encoder.encode(Input(0, path, path.name, FileType(kind)), collector)
         if len(problems):
             return None
         return [
@@ -285,7 +285,7 @@ def test_other_json_is_a_text(text: str, columns: tuple[str, ...]) -> None:
 
     example = to_example(row, detect(row, NONE))
 
-    assert text == getattr(example, "chosen", example).completion  # type: ignore[attr-defined]
+    assert text == getattr(example, "chosen", example).completion
 
 
 @pytest.mark.parametrize(
@@ -315,9 +315,9 @@ def test_a_list_of_texts_is_no_text(columns: tuple[str, ...]) -> None:
     several, one = row | {columns[-1]: ["Ada", "Ada L."]}, row | {columns[-1]: ["Ada"]}
 
     with pytest.raises(BadRow, match="is a list of 2 texts"):
-        to_example(several | {"id": 1}, detect(row, NONE))
+        to_example(several, detect(row, NONE))
     assert to_example(row | {columns[-1]: "Ada"}, detect(row, NONE)) == to_example(
-        one | {"id": 1}, detect(row, NONE)
+        one, detect(row, NONE)
     )
 
 
@@ -339,8 +339,8 @@ def test_a_preference_keeps_its_prompt(prompt: Any, before: list[Any], expected:
 
     example = to_example(row, detect(row, NONE))
 
-    assert [*expected, ANSWER] == example.chosen.messages  # type: ignore[union-attr]
-    assert [*expected, OTHER] == example.rejected.messages  # type: ignore[union-attr]
+    assert [*expected, ANSWER] == example.chosen.messages
+    assert [*expected, OTHER] == example.rejected.messages
 
 
 @pytest.mark.parametrize(
@@ -367,7 +367,7 @@ def test_the_input_of_an_instruction_is_part_of_a_preference_s_prompt() -> None:
 
     example = to_example(row, detect(row, NONE))
 
-    assert "Add.\n\n2 + 2" == example.chosen.messages[0]["content"]  # type: ignore[union-attr]
+    assert "Add.\n\n2 + 2" == example.chosen.messages[0]["content"]
 
 
 def test_answers_that_only_a_mask_tells_apart_are_the_same() -> None:
@@ -390,7 +390,7 @@ def test_a_system_column_beside_another_system_message_is_refused(at: int) -> No
 
     assert ["DATA-226"] == [fault.code for fault in error.value.faults]
     row["system"] = "Be short."
-    assert turns == to_example(row, detect(row, NONE)).messages  # type: ignore[union-attr]
+    assert turns == to_example(row, detect(row, NONE)).messages
 
 
 def test_a_rated_answer_that_is_masked_rates_no_other() -> None:
@@ -418,7 +418,7 @@ def test_every_way_to_write_a_call_is_one_call(call: Row) -> None:
     turns = [USER, {"role": "assistant", "tool_calls": [call]}]
     row = {"messages": turns}
 
-    (read,) = to_example(row, detect(row, NONE)).messages[1]["tool_calls"]  # type: ignore[union-attr]
+    (read,) = to_example(row, detect(row, NONE)).messages[1]["tool_calls"]
 
     assert CALLED == read["function"]
 
@@ -490,8 +490,8 @@ def test_masks_of_tokens_hide_what_they_mark(key: str) -> None:
     row = {"input_ids": [5, 6, 7, 8], key: [0, 1, 1, 0]}
     labels = {"labels": [-100, -100, 7, 8]}
 
-    assert (1, 3) == to_example(row, detect(row, NONE)).trained  # type: ignore[union-attr]
-    assert (2, 3) == to_example(row | labels, detect(row, NONE)).trained  # type: ignore[union-attr]
+    assert (1, 3) == to_example(row, detect(row, NONE)).trained
+    assert (2, 3) == to_example(row | labels, detect(row, NONE)).trained
     with pytest.raises(BadRow, match=key):
         to_example(row | {key: [0, 1]}, detect(row, NONE))
 
@@ -511,3 +511,48 @@ def test_a_mask_key_that_may_mean_either_is_refused(key: str) -> None:
 
     with pytest.raises(BadRow, match=f"{key} does not say"):
         to_example(row, detect(row, NONE))
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"prompt": "2 + 2 =", "completion": "4"}, "2 + 2 ="),
+        ({"chosen": "2 + 2 = 4", "rejected": "2 + 2 = 5"}, "2 + 2 ="),
+        ({"question": "2?", "answer": "4"}, "### Instruction:\n2?\n\n### Response:\n"),
+    ],
+)
+def test_a_system_column_is_never_lost(row: Row, prompt: str) -> None:
+    """Of a prompt for a model without a chat template it is the beginning."""
+    row = row | {"system": "Be short."}
+
+    example = to_example(row, detect(row, NONE))
+    pair = getattr(example, "chosen", example)
+
+    assert ("Be short.", f"Be short.\n\n{prompt}") == (pair.system, pair.bare)
+
+
+def test_a_system_column_beside_a_rendered_prompt_is_refused(
+    outcome: Callable[..., Outcome],
+) -> None:
+    """No template is applied that would show it."""
+    row = {"prompt": ASKED, "completion": "one"}
+
+    assert outcome([row])
+    assert outcome([row | {"system": "Be short."}]) is None
+
+
+def test_the_mix_is_found_in_parts_of_a_file_as_well(base: Path, tmp_path: Path) -> None:
+    """Parts that are read side by side decide alike, or the file is refused."""
+    turns: Row = {"prompt": [USER], "completion": [ANSWER]}
+    rows: list[Row] = [turns] * 1500
+    rows += [{"prompt": ASKED, "completion": "one"}] * 600
+    rows += [turns] * 600
+    rows += [{"prompt": "Two?", "completion": "two"}] * 600
+    path = tmp_path / "a.jsonl"
+    write(path, rows, "jsonl")
+    request = {"step": "tokenise", "files": [{"path": str(path), "shown": "a.jsonl"}]}
+    request |= {"base": str(base), "out": str(tmp_path / "out"), "settings": {}}
+
+    for parts in ({"processes": 1}, {"processes": 2, "part_bytes": 100_000}):
+        with pytest.raises(DataError, match="DATA-214"):
+            work(request | parts)

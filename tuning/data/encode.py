@@ -144,6 +144,12 @@ class Encoder:
         if isinstance(example, Text):
             return _Text(example.text, [(0, len(example.text))], is_bare=True)
         if isinstance(example, Pair) and not self.pairs_are_chats:
+            if self._template and example.raw and example.system.strip():
+                return Fault(
+                    "DATA-226",
+                    "a column holds a system message, and the prompts are rendered already",
+                    "render it into the prompt, and remove the column",
+                )
             if self._template and example.raw and not self._is_rendered(example):
                 return Fault(
                     "DATA-214",

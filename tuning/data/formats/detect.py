@@ -183,7 +183,8 @@ def unused(row: Row, shape: Shape) -> list[str]:
         used |= {"labels", "attention_mask", "token_type_ids", "position_ids", *TOKEN_MASKS}
     elif "text" not in (shape.name, shape.answer):
         used.add(first_nonempty(row, SYSTEM_COLUMNS) or "")
-    if "alpaca" in (shape.name, shape.answer):
+    asked = dict(shape.columns).get("prompt")
+    if "alpaca" in (shape.name, shape.answer) and asked not in chats:
         used |= {first_nonempty(row, CONTEXT_COLUMNS) or "", HISTORY_COLUMN}
     ignored = [  # a table's own columns, such as its index, begin with two underscores
         name

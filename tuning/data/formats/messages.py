@@ -199,7 +199,8 @@ def required_text(row: Row, column: str, code: str, *, empty: bool = False) -> s
     if value is None:
         raise BadRow.of("DATA-220", f"{column} is null", "write a text, or remove the row")
     if isinstance(value, list):
-        if len(value) > 1 and all(isinstance(part, str) for part in value):
+        plain = any(isinstance(part, str) for part in value)
+        if len(value) > 1 and plain and all(isinstance(part, (str, Mapping)) for part in value):
             what = f"{column} is a list of {len(value)} texts: several answers, or parts of one"
             raise BadRow.of("DATA-221", what, "choose one of them, or join them into one text")
         value, faults = text_of_parts(value, column)

@@ -16,7 +16,7 @@ from tuning.data.formats.messages import (
     required_text,
     trained_turns,
 )
-from tuning.data.formats.pairs import pair
+from tuning.data.formats.pairs import bare_prompt, pair
 from tuning.data.formats.values import (
     BadRow,
     Conversation,
@@ -110,7 +110,11 @@ def _texts(
         for column, text in zip(columns, texts, strict=True):
             if not text[len(shared) :].strip():
                 raise BadRow([SAME] if texts[0] == texts[1] else _empty(f"the end of {column}", ""))
-        chosen, rejected = (Pair(shared, t[len(shared) :], shared, raw=True) for t in texts)
+        system, faults = read_system(row)
+        if faults:
+            raise BadRow(faults)
+        bare = bare_prompt(shared, system)
+        chosen, rejected = (Pair(shared, t[len(shared) :], bare, system, raw=True) for t in texts)
     if chosen == rejected or sides[0].strip() == sides[1].strip():
         raise BadRow([SAME])
     return Preference(chosen, rejected)

@@ -126,12 +126,16 @@ class Encoder:
     def decide_pairs(self, examples: Sequence[Plain]) -> None:
         """Decide by the first raw pairs whether pairs are rendered already.
 
-        They are if most prompts begin with special tokens; then no template is applied.
+        They are if most prompts begin with special tokens; then no template is applied, and a
+        prompt without is a fault. Otherwise one with is, since a turn may hold no special token.
         """
         raw = [example for example in examples if isinstance(example, Pair) and example.raw]
         if raw and self.raw_pairs is None:
-            rendered = sum(pair.prompt.lstrip().startswith(self._special) for pair in raw)
+            rendered = sum(map(self._is_rendered, raw))
             self.raw_pairs = rendered > len(raw) / 2
+
+    def _is_rendered(self, pair: Pair) -> bool:
+        return pair.prompt.lstrip().startswith(self._special)
 
     def _without_template(self, example: Plain) -> _Text | Encoded | Fault | None:
         """An example that needs no chat template; None if it needs one."""
@@ -140,6 +144,19 @@ class Encoder:
         if isinstance(example, Text):
             return _Text(example.text, [(0, len(example.text))], is_bare=True)
         if isinstance(example, Pair) and not self.pairs_are_chats:
+            if self._template and example.raw and example.system.strip():
+                return Fault(
+                    "DATA-226",
+                    "a column holds a system message, and the prompts are rendered already",
+                    "render it into the prompt, and remove the column",
+                )
+            if self._template and example.raw and not self._is_rendered(example):
+                return Fault(
+                    "DATA-214",
+                    "the prompt begins with no special token, but the first prompts are rendered "
+                    "as chats already",
+                    "render all prompts, or none: then the chat template is applied to each",
+                )
             text = example.bare + example.completion
             return _Text(text, [(0 if self._all else len(example.bare), len(text))], is_bare=True)
         if self._template is None:

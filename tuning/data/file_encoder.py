@@ -6,7 +6,7 @@ import contextlib
 import gc
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,9 @@ from tuning.data.formats import (
     Shape,
     detect,
     documents,
+    example_of,
+    left_out,
     objective_of,
-    quoted,
-    to_example,
     unused,
 )
 from tuning.data.formats.preferences import SAME, SIDES
@@ -110,6 +110,7 @@ class FileEncoder:
             statistics.seen += len(batch.rows)
             if shape is None:
                 break
+            statistics.notes.update(dict.fromkeys(batch.notes, 0))
             self._write(input, shape, _only(batch, chosen), writer, statistics)
         self.raw_pairs[input.part] = self.encoder.raw_pairs
         if not statistics.seen and not part and len(self.problems) == problems_before:
@@ -145,9 +146,6 @@ class FileEncoder:
             if self._objective(other.shape, part) != objective:
                 self.problems.extend([mixed_shapes(where, shape, other.place, other.shape)])
                 return None
-        if ignored := unused(batch.rows[0], shape):
-            shown_columns = ", ".join(map(quoted, ignored[:12]))
-            self.statistics.notes[f"not read: the columns {shown_columns}"] += 0
         return shape
 
     def _source(self, input: Input, part: Part | None) -> Source:
@@ -172,7 +170,7 @@ class FileEncoder:
     def _write(
         self, input: Input, shape: Shape, batch: Batch, writer: Any, statistics: Statistics
     ) -> None:
-        places, examples = self._examples(input, shape, batch)
+        places, examples = self._examples(input, shape, batch, statistics)
         kept: list[Encoded] = []
         kept_places: list[int] = []
         good: list[bool] = []
@@ -230,26 +228,31 @@ class FileEncoder:
         return rows
 
     def _examples(
-        self, input: Input, shape: Shape, batch: Batch
+        self, input: Input, shape: Shape, batch: Batch, statistics: Statistics
     ) -> tuple[list[int], list[Example]]:
         places: list[int] = []
         examples: list[Example] = []
         for place, row in zip(batch.places, batch.rows, strict=True):
             try:
-                examples.append(to_example(row, shape))
-                places.append(place)
+                example = example_of(row, shape, self.columns[input.part])
+                statistics.unread.update(unused(row, shape))
             except BadRow as bad:
                 self._add_faults(bad.faults, f"{input.shown} {batch.unit} {place}", input.part)
+                continue
+            if why := left_out(row, shape):
+                statistics.dropped[why] += 1
+            else:
+                examples.append(example)
+                places.append(place)
         return places, examples
 
     def decide_pairs(self, input: Input, shape: Shape, batch: Batch) -> None:
         """Decide by these rows how pairs of their part are rendered; adds no problems."""
         silent = FileEncoder(self.encoder, self.columns, Problems(), self.scratch, first=self.first)
         self.encoder.raw_pairs = self.raw_pairs.get(input.part)
-        places, examples = silent._examples(input, shape, batch)
-        objective = self._objective(shape, input.part)
-        rows = silent._documents(places, examples, objective, Statistics())
-        self.encoder.decide_pairs([each for _, answers, _ in rows for each in answers])
+        _, examples = silent._examples(input, shape, batch, Statistics())
+        rows = [row for example in examples for row in documents(example, "kto")]  # bad ones, too
+        self.encoder.decide_pairs([each for answers, _ in rows for each in answers])
         self.raw_pairs[input.part] = self.encoder.raw_pairs
 
     def _objective(self, shape: Shape, part: int) -> Objective:
@@ -266,7 +269,9 @@ def _only(batch: Batch, chosen: Any) -> Batch:
         for number, (place, index) in enumerate(zip(batch.places, at, strict=True))
         if index < len(chosen) and chosen[index] == place
     ]
-    return Batch(batch.unit, [batch.places[n] for n in kept], [batch.rows[n] for n in kept])
+    return replace(
+        batch, places=[batch.places[n] for n in kept], rows=[batch.rows[n] for n in kept]
+    )
 
 
 @contextlib.contextmanager

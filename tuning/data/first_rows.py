@@ -21,9 +21,10 @@ from tuning.data.formats import (
     Shape,
     detect,
     documents,
+    example_of,
+    left_out,
     objective_of,
     quoted,
-    to_example,
     unused,
 )
 from tuning.data.problems import Problems
@@ -40,7 +41,7 @@ class FirstRows:
 
     format: str
     shape: Shape | None = None
-    unused: tuple[str, ...] = ()  # columns of the first row that are not read
+    unused: tuple[str, ...] = ()  # columns of the first rows that are not read
 
     def __str__(self) -> str:
         if self.shape is None:
@@ -119,17 +120,20 @@ def _check_rows(
     columns: Columns,
     vocabulary: Vocabulary | None,
 ) -> tuple[Shape | None, tuple[str, ...]]:
-    """The shape of the first row, and its ignored columns. Raises DataError."""
+    """The shape of the first rows, and their ignored columns. Raises DataError."""
     shape: Shape | None = None
-    ignored: tuple[str, ...] = ()
+    ignored: dict[str, None] = {}
     for batch in islice(batches, 1):
         examples: list[tuple[int, Plain]] = []
         for place, row in zip(batch.places, batch.rows, strict=True):
             try:
                 if shape is None:
                     shape = detect(row, columns)
-                    ignored = tuple(unused(row, shape))
-                made = documents(to_example(row, shape), objective_of(shape, columns.objective))
+                example = example_of(row, shape, columns)
+                ignored |= dict.fromkeys(unused(row, shape))
+                if left_out(row, shape):
+                    continue
+                made = documents(example, objective_of(shape, columns.objective))
                 examples += [(place, each) for answers, _ in made for each in answers]
             except BadRow as bad:
                 for fault in bad.faults:
@@ -141,4 +145,4 @@ def _check_rows(
             if wrong:
                 source.bad(f"{batch.unit} {place}", wrong.code, wrong.what, wrong.change)
     source.problems.raise_all()
-    return shape, ignored
+    return shape, tuple(ignored)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 from tuning.data import sniff
 from tuning.data.formats import quoted, type_name
+from tuning.data.formats.cells import DECODER, NotJson, unique
 from tuning.data.source import (
     BATCH_ROWS,
     MAX_LINE,
@@ -25,42 +25,22 @@ MAX_DEPTH = 100
 _SPLITS = ("validation", "valid", "val", "test", "eval", "dev")
 
 
-class _NotJson(ValueError):
-    """JSON that Python's parser accepts and we reject: `args` are code, what, change."""
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        counts = Counter(key for key, _ in pairs)
-        duplicate = next(key for key, count in counts.items() if count > 1)
-        raise _NotJson("DATA-208", f"the key {quoted(duplicate)} appears twice", "keep one")
-    return value
-
-
-def _constant(name: str) -> Any:
-    raise _NotJson("DATA-206", f"{name} is not a JSON value", "write null, or a number")
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_constant)
-
-
 def _parse(line: str) -> dict[str, Any]:
-    """The object in `line`. Raises ValueError, or its subclass _NotJson."""
+    """The object in `line`. Raises ValueError, or its subclass NotJson."""
     try:
-        value = _DECODER.decode(line)
+        value = DECODER.decode(line)
     except RecursionError:
         raise _too_deep() from None
     if not isinstance(value, dict):
         what = f"is {type_name(value)}, not an object"
-        raise _NotJson("DATA-209", what, 'write one object per row: {"messages": [...]}')
+        raise NotJson("DATA-209", what, 'write one object per row: {"messages": [...]}')
     if line.count("[") + line.count("{") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
         raise _too_deep()
     return value
 
 
-def _too_deep() -> _NotJson:
-    return _NotJson("DATA-210", f"is nested more than {MAX_DEPTH} levels deep", "write it flat")
+def _too_deep() -> NotJson:
+    return NotJson("DATA-210", f"is nested more than {MAX_DEPTH} levels deep", "write it flat")
 
 
 def _depth(value: Any) -> int:
@@ -101,7 +81,7 @@ def one_a_line(source: Source) -> Iterator[Batch]:
                 text = text.removeprefix("\ufeff")  # of files that were joined
                 if text and not text.isspace():
                     if len(line) > MAX_LINE:
-                        raise _NotJson(
+                        raise NotJson(
                             "DATA-211",
                             f"is longer than {MAX_LINE >> 20} MiB",
                             "split the row, or check that the file has one row per line",
@@ -119,7 +99,7 @@ def one_a_line(source: Source) -> Iterator[Batch]:
 
 
 def _json_problem(error: ValueError, *, cut: bool) -> tuple[str, str, str]:
-    if isinstance(error, _NotJson):
+    if isinstance(error, NotJson):
         code, what, change = error.args
         return code, what, change
     if isinstance(error, UnicodeDecodeError):
@@ -141,9 +121,9 @@ def _holds_rows(key: str, value: Any) -> bool:
     return bool(objects or (key in _SPLITS and value))
 
 
-def _two_row_keys(one: str, other: str) -> _NotJson:
+def _two_row_keys(one: str, other: str) -> NotJson:
     what = f'holds rows under two keys, "{one}" and "{other}"'
-    return _NotJson("DATA-249", what, "write the rows to train on into a file of their own")
+    return NotJson("DATA-249", what, "write the rows to train on into a file of their own")
 
 
 class _Scanner:
@@ -191,7 +171,7 @@ class _Scanner:
         self.peek()
         while True:
             try:
-                value, end = _DECODER.raw_decode(self._text, self._at)
+                value, end = DECODER.raw_decode(self._text, self._at)
                 if end < len(self._text) or self.ended or isinstance(value, (dict, list, str)):
                     self._at = end
                     return value
@@ -201,7 +181,7 @@ class _Scanner:
                 if self.ended:
                     raise
                 if len(self._text) - self._at > MAX_LINE:
-                    raise _NotJson(
+                    raise NotJson(
                         "DATA-211", f"is longer than {MAX_LINE >> 20} MiB, or damaged", "repair it"
                     ) from None
             self._more()
@@ -237,7 +217,7 @@ def _elements(scanner: _Scanner) -> Iterator[Any]:
     elif scanner.peek() == "{":
         yield from _wrapped(scanner)
     if scanner.peek():
-        raise _NotJson("DATA-202", "more follows after the end of the rows", "remove it")
+        raise NotJson("DATA-202", "more follows after the end of the rows", "remove it")
 
 
 def _array(scanner: _Scanner) -> Iterator[Any]:
@@ -249,8 +229,8 @@ def _array(scanner: _Scanner) -> Iterator[Any]:
             return
         if not scanner.skip(","):
             if scanner.ended and not scanner.peek():
-                raise _NotJson("DATA-203", "the file ends in the middle", "download it again")
-            raise _NotJson("DATA-202", "is not followed by a comma or ]", "repair the array")
+                raise NotJson("DATA-203", "the file ends in the middle", "download it again")
+            raise NotJson("DATA-202", "is not followed by a comma or ]", "repair the array")
 
 
 def _wrapped(scanner: _Scanner) -> Iterator[Any]:
@@ -261,7 +241,7 @@ def _wrapped(scanner: _Scanner) -> Iterator[Any]:
     while not scanner.skip("}"):
         key = scanner.value()
         if not isinstance(key, str) or not scanner.skip(":"):
-            raise _NotJson("DATA-202", "is not an object: a key is missing", "repair it")
+            raise NotJson("DATA-202", "is not an object: a key is missing", "repair it")
         if key in sniff.WRAPPERS and scanner.skip("["):
             if rows_key:
                 raise _two_row_keys(rows_key, key)
@@ -274,9 +254,9 @@ def _wrapped(scanner: _Scanner) -> Iterator[Any]:
             raise _two_row_keys(rows_key, other)
         if not scanner.skip(",") and scanner.peek() != "}":
             if not scanner.peek():
-                raise _NotJson("DATA-203", "the file ends in the middle", "download it again")
-            raise _NotJson("DATA-202", "is not an object: a comma is missing", "repair it")
+                raise NotJson("DATA-203", "the file ends in the middle", "download it again")
+            raise NotJson("DATA-202", "is not an object: a comma is missing", "repair it")
     if not rows_key:
-        yield _unique(rest)
+        yield unique(rest)
         while scanner.peek() == "{":  # pretty-printed objects
             yield scanner.value()

@@ -109,6 +109,7 @@ def _concatenate(
     """Concatenate rows, statistics and problems in the order of parts."""
     by_file: dict[int, Statistics] = {}
     problems: dict[int, int] = {}
+    raw_pairs = dict(file_encoder.raw_pairs)  # decided by each process where the first rows do not
     for number, (input, _) in enumerate(parts):
         result = results[number]
         statistics = Statistics.from_json(result["statistics"])
@@ -116,6 +117,16 @@ def _concatenate(
         by_file.setdefault(input.number, Statistics()).add(statistics)
         file_encoder.problems.extend(Problem(*fields) for fields in result["problems"])
         problems[input.number] = problems.get(input.number, 0) + len(result["problems"])
+        if (raw := result["raw_pairs"]) is not None:
+            if raw_pairs.get(input.part) is None:
+                raw_pairs[input.part] = raw
+            elif raw_pairs[input.part] != raw:
+                file_encoder.problems.add(
+                    "DATA-214",
+                    input.shown,
+                    "holds prompts that are rendered as chats, and prompts that are not",
+                    "render all prompts, or none: then the chat template is applied to each",
+                )
         path = _rows_path(file_encoder.scratch, number)
         with pa.OSFile(str(path)) as file, pa.ipc.open_file(file) as rows:
             for batch in range(rows.num_record_batches):
@@ -175,4 +186,8 @@ def _encode_part(description: dict[str, Any], shared: FileEncoder) -> dict[str, 
         statistics, _ = file_encoder.encode(input, writer, part=part, known=known)
     for text, count in shared.encoder.notes.items():
         statistics.notes[text] += count - notes_before.get(text, 0)
-    return {"statistics": statistics.to_json(), "problems": file_encoder.problems.to_json()}
+    return {
+        "statistics": statistics.to_json(),
+        "problems": file_encoder.problems.to_json(),
+        "raw_pairs": file_encoder.raw_pairs.get(input.part),
+    }

@@ -17,6 +17,11 @@ from tuning.data.formats import KNOWN_COLUMNS, UNREAD, quoted
 from tuning.data.source import BATCH_BYTES, BATCH_ROWS, Batch, Source
 from tuning.errors import DataError
 
+_NULLS = (
+    "arguments of tool calls that are null in the table are left out, since a struct has the keys "
+    "of all rows: write arguments as JSON text to keep them"
+)
+
 
 def batches(source: Source) -> Iterator[Batch]:
     """The rows of `source`. Adds a problem for each unreadable row, and for a file that is cut.
@@ -107,12 +112,15 @@ def _batches(
             read = small.schema.names
             unread = dict.fromkeys((name for name in names if name not in read), UNREAD)
             rows = small.to_pylist()
+            lost: set[str] = set()
             if tools := [field.name for field in small.schema if _holds_tools(field)]:
                 for row in rows:
                     row |= {
-                        name: _without_nulls(row[name], inside=name == "tools") for name in tools
+                        name: _without_nulls(row[name], lost, inside=name == "tools")
+                        for name in tools
                     }
-            yield Batch("row", places, [row | unread for row in rows] if unread else rows)
+            notes = (_NULLS,) if "arguments" in lost else ()
+            yield Batch("row", places, [row | unread for row in rows] if unread else rows, notes)
 
 
 def _measure(file: pq.ParquetFile, groups: list[int], used: list[str]) -> tuple[int, int]:
@@ -149,19 +157,22 @@ def _holds_tools(field: pa.Field) -> bool:
     return pa.types.is_nested(field.type) and (field.name == "tools" or "_call" in str(field.type))
 
 
-def _without_nulls(value: Any, *, inside: bool = False) -> Any:
-    """`value` without nulls `inside` of tools and calls.
+def _without_nulls(value: Any, lost: set[str], *, inside: bool = False, key: str = "") -> Any:
+    """`value`, which stands under `key`, without nulls `inside` of tools and calls.
 
-    A struct has the keys of all rows: each tool gets the arguments of all others, as nulls.
+    A struct has the keys of all rows: each tool gets the arguments of all others, as nulls. Adds
+    the keys of objects that had nulls to `lost`.
     """
     if isinstance(value, list):
-        return [_without_nulls(each, inside=inside) for each in value]
+        return [_without_nulls(each, lost, inside=inside, key=key) for each in value]
     if not isinstance(value, dict):
         return value
     calls = ("tool_calls", "function_call", "function")
+    if inside and None in value.values():
+        lost.add(key)
     return {
-        key: _without_nulls(each, inside=inside or key in calls)
-        for key, each in value.items()
+        name: _without_nulls(each, lost, inside=inside or name in calls, key=name)
+        for name, each in value.items()
         if not (inside and each is None)
     }
 

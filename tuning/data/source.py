@@ -24,6 +24,7 @@ class Batch:
     unit: str  # "line" or "row"
     places: list[int]
     rows: list[dict[str, Any]]
+    notes: tuple[str, ...] = ()  # what reading them could not keep
 
 
 @dataclass(frozen=True)

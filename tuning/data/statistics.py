@@ -26,6 +26,7 @@ class Statistics:
     lengths: Counter[int] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
+    unread: Counter[str] = field(default_factory=Counter)  # columns and keys that look intentional
     samples: list[tuple[str, Encoded]] = field(default_factory=list)  # (place, row)
 
     def count(
@@ -46,7 +47,7 @@ class Statistics:
         """Add the statistics of the following rows."""
         for each in ("seen", "rows", "tokens", "trained"):
             setattr(self, each, getattr(self, each) + getattr(other, each))
-        for each in ("lengths", "dropped", "notes"):
+        for each in ("lengths", "dropped", "notes", "unread"):
             getattr(self, each).update(getattr(other, each))
         self.samples += other.samples[: MAX_SAMPLES - len(self.samples)]
 
@@ -83,6 +84,7 @@ class Statistics:
                 "lengths": Counter(dict(record["lengths"])),
                 "dropped": Counter(record["dropped"]),
                 "notes": Counter(record["notes"]),
+                "unread": Counter(record["unread"]),
                 "samples": [
                     (place, Encoded(ids, trained)) for place, ids, trained in record["samples"]
                 ],

@@ -16,7 +16,7 @@ from tuning import files
 from tuning.data import mixture, parallel, parts, sniff
 from tuning.data.encode import Encoded, Encoder
 from tuning.data.file_encoder import FileEncoder, Input, KnownShape, from_request, open_writer
-from tuning.data.formats import Objective, Shape, objective_of
+from tuning.data.formats import Objective, Shape, objective_of, quoted
 from tuning.data.preview import preview_tokens
 from tuning.data.problems import Problems
 from tuning.data.read_progress import ReadProgress
@@ -174,6 +174,9 @@ class _Tokenisation:
         counted = Counter(statistics.notes)
         counted.update(self.file_encoder.encoder.notes)
         notes = [f"{text} ({n} rows)" if n else text for text, n in sorted(counted.items())]
+        if unread := list(statistics.unread.items()):
+            columns = ", ".join(f"{quoted(name)} ({n} rows)" for name, n in unread[:12])
+            notes.append(f"not read: the columns {columns}")
         notes += [f"{n} rows left out: {why}" for why, n in sorted(statistics.dropped.items())]
         rows_per_file: Counter[str] = Counter()
         for file in encoded:

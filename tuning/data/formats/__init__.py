@@ -14,10 +14,13 @@ once. Shapes, the last two of them detected first:
     text                text
     preference          chosen and rejected answers, with or without a column of their prompt
     rated               prompt, completion and label (good or not)
+
+Each row of a file is detected by itself and must be of the file's shape (`example_of`).
 """
 
 from tuning.data.formats.detect import KNOWN_COLUMNS, detect, unused
-from tuning.data.formats.example import to_example
+from tuning.data.formats.example import example_of, to_example
+from tuning.data.formats.masks import left_out
 from tuning.data.formats.values import (
     UNREAD,
     BadRow,
@@ -60,6 +63,8 @@ __all__ = [
     "Tokens",
     "detect",
     "documents",
+    "example_of",
+    "left_out",
     "objective_of",
     "quoted",
     "texts_in",

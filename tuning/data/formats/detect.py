@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
-from tuning.data.formats.masks import MASK_KEYS
+from tuning.data.formats.cells import holds_chat, is_truth, text_or_turns, turns_of
+from tuning.data.formats.masks import MASK_KEYS, ROW_MASKS, TOKEN_MASKS, row_mask
 from tuning.data.formats.values import (
     EMPTY_VALUES,
     BadRow,
@@ -16,7 +18,6 @@ from tuning.data.formats.values import (
     Row,
     Shape,
     quoted,
-    turns_of,
 )
 
 MESSAGE_COLUMNS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat")
@@ -53,9 +54,12 @@ KNOWN_COLUMNS = LEADING_COLUMNS | {
     "labels",
     "attention_mask",
     "label",
+    *ROW_MASKS,
+    *TOKEN_MASKS,
     *(name for pair in PREFERENCES for name in pair),
 }
 CARRIED = ("tool_calls", "tool_call_id", "name", "reasoning_content", "thinking", "reasoning")
+_MAY_BE_CHATS = ("prompt", "completion", "chosen", "rejected")
 MESSAGE_KEYS = {"role", "content", "from", "value", "function_call", *MASK_KEYS, *CARRIED}
 
 
@@ -116,20 +120,19 @@ def _compared(row: Row, options: Columns) -> Shape | None:
     asked = options.objective
     if options.named and asked in (None, "sft"):  # the good column is named
         return None
-    for pair in PREFERENCES:
-        if set(pair) <= row.keys():
-            return _preference_shape(row, options, *pair)
+    sides, misspelled = _sides(tuple(row))
+    if sides:
+        return _preference_shape(row, options, *sides)
     label = row.get("label")
-    triple = {"prompt", "completion", "label"} <= row.keys() and _is_rating(label)
+    triple = {"prompt", "completion", "label"} <= row.keys() and is_truth(label)
     if (triple and asked in (None, "sft")) or (asked == "kto" and "label" in row):
         rest = {name: value for name, value in row.items() if name != "label"}
         answer = detect(rest, replace(options, objective=None))
         columns = (*answer.columns, ("label", "label"))
         reason = f'{answer.reason}, and a column "label"'
         return Shape("rated", columns, reason, answer.required | {"label"}, answer.name)
-    spelled = {name.strip().lower(): name for name in row}
-    for name in (name for pair in PREFERENCES if set(pair) <= spelled.keys() for name in pair):
-        if fault := missing_column(row, "this row has no", name, near=spelled[name]):
+    for name, near in misspelled.items():
+        if fault := missing_column(row, "this row has no", name, near=near):
             raise BadRow([fault])
     if asked in ("dpo", "kto"):
         has = ", ".join(quoted(name) for name in list(row)[:12])
@@ -137,6 +140,17 @@ def _compared(row: Row, options: Columns) -> Shape | None:
         what = f"objective is {asked}, which needs {wanted}, and the columns are {has}"
         raise BadRow.of("DATA-263", what, "add them, or leave DatasetConfig.objective out")
     return None
+
+
+@lru_cache(maxsize=64)  # rows of a file have few sets of columns
+def _sides(names: tuple[str, ...]) -> tuple[tuple[str, str] | None, dict[str, str]]:
+    """The two columns of answers among `names`, and those that are written otherwise."""
+    for pair in PREFERENCES:
+        if {*pair} <= {*names}:
+            return pair, {}
+    spelled = {name.strip().lower(): name for name in names}
+    near = (pair for pair in PREFERENCES if {*pair} <= spelled.keys())
+    return None, {name: spelled[name] for name in next(near, ())}
 
 
 def _preference_shape(row: Row, options: Columns, chosen: str, rejected: str) -> Shape:
@@ -155,35 +169,39 @@ def _preference_shape(row: Row, options: Columns, chosen: str, rejected: str) ->
     return replace(_shape("preference", reason, **columns), answer=answer)
 
 
-def _is_rating(label: Any) -> bool:
-    return isinstance(label, (bool, int)) or label in ("true", "false")
-
-
 def unused(row: Row, shape: Shape) -> list[str]:
     """Ignored columns, and keys of messages, that look intentional."""
-    used = {column for _, column in shape.columns}
-    chats = [column for use, column in shape.columns if use == "messages"]
-    if shape.name == "prompt-completion" and not isinstance(row.get("prompt"), str):
-        chats = ["prompt", "completion"]
-    if shape.name in ("preference", "rated"):
-        columns = ("chosen", "rejected", "prompt", "completion")
-        chats = [n for use, n in shape.columns if use in columns and _is_chat(row.get(n))] + chats
+    used = {column for _, column in shape.columns} | row_mask(row, shape).keys()
+    chats = [
+        column
+        for use, column in shape.columns
+        if use == "messages" or (use in _MAY_BE_CHATS and holds_chat(row.get(column), column))
+    ]
     if chats:
         used.add("tools")
     if shape.name == "tokens":
-        used |= {"labels", "attention_mask", "token_type_ids", "position_ids"}
+        used |= {"labels", "attention_mask", "token_type_ids", "position_ids", *TOKEN_MASKS}
     elif "text" not in (shape.name, shape.answer):
         used.add(first_nonempty(row, SYSTEM_COLUMNS) or "")
-    if "alpaca" in (shape.name, shape.answer):
+    asked = dict(shape.columns).get("prompt")
+    if "alpaca" in (shape.name, shape.answer) and asked not in chats:
         used |= {first_nonempty(row, CONTEXT_COLUMNS) or "", HISTORY_COLUMN}
-    used |= {name for name in row if name.startswith("__")}  # a table's own, such as its index
-    ignored = [name for name, value in row.items() if name not in used and not _is_empty(value)]
+    ignored = [  # a table's own columns, such as its index, begin with two underscores
+        name
+        for name, value in row.items()
+        if name not in used and not name.startswith("__") and not _is_empty(value)
+    ]
     for column in chats:
-        turns = turns_of(row.get(column))
+        turns = text_or_turns(row.get(column), column)
         mappings = turns if isinstance(turns, list) else ()
-        items = [each for turn in mappings if isinstance(turn, Mapping) for each in turn.items()]
-        keys = dict.fromkeys(key for key, value in items if not _is_empty(value))
-        ignored += [f"{column}[].{key}" for key in keys if key not in MESSAGE_KEYS]
+        keys = dict.fromkeys(
+            key
+            for turn in mappings
+            if isinstance(turn, Mapping) and not MESSAGE_KEYS.issuperset(turn)
+            for key, value in turn.items()
+            if key not in MESSAGE_KEYS and not _is_empty(value)
+        )
+        ignored += [f"{column}[].{key}" for key in keys]
     return ignored
 
 

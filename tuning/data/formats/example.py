@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from tuning.data.formats.cells import holds_chat
 from tuning.data.formats.detect import detect, missing_column
+from tuning.data.formats.masks import TOKEN_MASKS
 from tuning.data.formats.messages import conversation, prompt_messages, required_text
 from tuning.data.formats.pairs import pair
 from tuning.data.formats.preferences import is_good, preference
@@ -25,6 +27,19 @@ from tuning.data.formats.values import (
 )
 
 
+def example_of(row: Row, shape: Shape, options: Columns) -> Example:
+    """The training example in `row` of a file of `shape`. Raises BadRow with all its faults.
+
+    A row that by itself would be read otherwise is refused, so that no order of the rows decides
+    what is trained of one: it may bring a rating, another prompt, or another kind of answer.
+    """
+    example = to_example(row, shape)
+    own = detect(row, options)
+    if (own.name, own.columns, own.answer) != (shape.name, shape.columns, shape.answer):
+        raise BadRow([_other_shape(own, shape)])
+    return example
+
+
 def to_example(row: Row, shape: Shape) -> Example:
     """The training example in `row` of `shape`. Raises BadRow with all faults of the row."""
     for column in shape.required:
@@ -42,7 +57,10 @@ def to_example(row: Row, shape: Shape) -> Example:
         return preference(row, shape)
     if shape.name == "rated":
         return _rated(row, shape)
-    if shape.name == "prompt-completion" and not isinstance(row["prompt"], str):
+    if shape.name == "prompt-completion" and (
+        not isinstance(row["prompt"], str)
+        or any(holds_chat(row[column], column) for column in ("prompt", "completion"))
+    ):
         return prompt_messages(row)
     return pair(row, shape)
 
@@ -53,7 +71,8 @@ def _rated(row: Row, shape: Shape) -> Rated:
     answer = to_example(row, replace(shape, name=shape.answer))
     good = is_good(row, shape)
     if isinstance(answer, Conversation):
-        answer = replace(answer, trained=answer.trained[-1:])
+        last = len(answer.messages) - 1  # if a mask key excludes it, no other one is rated
+        answer = replace(answer, trained=(last,) if last in answer.trained else ())
     assert not isinstance(answer, (Preference, Rated))
     return Rated(answer, good)
 
@@ -68,15 +87,24 @@ def _column_fault(row: Row, shape: Shape, column: str) -> Fault:
         missing = missing_column(row, "this row has no", column)
         assert missing is not None
         return missing
+    return _other_shape(other, shape)
+
+
+def _other_shape(other: Shape, shape: Shape) -> Fault:
+    what = f"the row is of shape {other.name} ({other.reason}), but the data began as {shape.name}"
+    if other.name == shape.name:
+        what += f" ({shape.reason})"
     return Fault(
         "DATA-214",
-        f"the row is of shape {other.name} ({other.reason}), but the data began as {shape.name}",
-        "train on one shape at a time: give every row the same columns",
+        what,
+        "train on one shape at a time: fill the same columns in every row, or name them in "
+        "DatasetConfig (messages_column, context_column, response_column, objective)",
     )
 
 
 def _tokens(row: Row) -> Tokens:
     ids, labels = row["input_ids"], row.get("labels")
+    masks = {name: row[name] for name in TOKEN_MASKS if row.get(name) is not None}
     for name, value in (("input_ids", ids), ("labels", labels)):
         if value is None and name == "labels":
             continue
@@ -86,6 +114,8 @@ def _tokens(row: Row) -> Tokens:
     if labels is not None and len(labels) != len(ids):
         what = f"labels has {len(labels)} entries and input_ids {len(ids)}"
         raise BadRow.of("DATA-247", what, "give each token one label: itself, or -100 for no loss")
+    if masks:
+        labels = _masked(ids, ids if labels is None else labels, masks)
     if (mask := row.get("attention_mask")) is not None:
         first, last = _unmasked(mask, len(ids))
         ids, labels = ids[first:last], labels[first:last] if labels is not None else None
@@ -108,12 +138,24 @@ def _tokens(row: Row) -> Tokens:
     return Tokens(ids, tuple([*flat, len(ids)] if inside else flat))
 
 
-def _unmasked(mask: Any, size: int) -> tuple[int, int]:
-    """Where the tokens without padding begin and end. Raises BadRow."""
+def _masked(ids: list[int], labels: list[int], masks: dict[str, Any]) -> list[int]:
+    """`labels` without those that one of `masks` hides, as trl has them. Raises BadRow."""
+    for name, mask in masks.items():
+        _check_mask(mask, name, len(ids))
+        labels = [label if kept else -100 for label, kept in zip(labels, mask, strict=True)]
+    return labels
+
+
+def _check_mask(mask: Any, name: str, size: int) -> None:
     is_mask = isinstance(mask, list) and all(type(each) in (int, bool) for each in mask)
     if not is_mask or len(mask) != size or not {*mask} <= {0, 1}:
-        what = f"attention_mask is not a list of {size} zeros and ones, as many as input_ids"
+        what = f"{name} is not a list of {size} zeros and ones, as many as input_ids"
         raise BadRow.of("DATA-247", what, "give each token one, or remove the column")
+
+
+def _unmasked(mask: Any, size: int) -> tuple[int, int]:
+    """Where the tokens without padding begin and end. Raises BadRow."""
+    _check_mask(mask, "attention_mask", size)
     if 1 not in mask:
         return 0, 0
     first, last = mask.index(1), size - mask[::-1].index(1)

@@ -1,14 +1,31 @@
-"""Mask keys of messages and content parts: whether a turn is trained."""
+"""Mask keys of rows, messages and content parts: whether they are trained."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from tuning.data.formats.values import Fault, quoted, type_name
+from tuning.data.formats.cells import truth
+from tuning.data.formats.values import Fault, Row, Shape, quoted, type_name
 
-MASK_KEYS = ("weight", "train", "training", "train_on_turn")  # OpenAI, Axolotl
+ROW_MASKS = ("weight", "train", "training", "train_on_turn")  # OpenAI, Axolotl
+MASK_KEYS = (*ROW_MASKS, "loss", "loss_weight")  # ms-swift; of a row they may be measurements
+UNCLEAR_KEYS = ("mask", "masked", "loss_mask")  # 1 is trained for some, hidden for others
+TOKEN_MASKS = ("completion_mask", "assistant_masks", "loss_mask")  # trl: 1 is trained
 UNTRAINED = "untrained"  # marks an assistant message until its conversation is complete
+
+
+def row_mask(row: Row, shape: Shape) -> dict[str, bool]:
+    """The mask keys of a whole row, each with whether the row is trained."""
+    used = {column for _, column in shape.columns}
+    read = {key: truth(row[key]) for key in ROW_MASKS if key in row and key not in used}
+    return {key: value for key, value in read.items() if value is not None}
+
+
+def left_out(row: Row, shape: Shape) -> str | None:
+    """Why a whole row is not trained: the mask key that says so; None if it is."""
+    hidden = (key for key, trained in row_mask(row, shape).items() if not trained)
+    return next((f"{key} says that they are not trained" for key in hidden), None)
 
 
 def is_untrained(turn: Mapping[str, Any], role: str, where: str, parts: Any) -> tuple[bool, Any]:
@@ -40,6 +57,10 @@ def is_untrained(turn: Mapping[str, Any], role: str, where: str, parts: Any) -> 
 def _mask(holder: Mapping[str, Any], where: str, faults: list[Fault]) -> bool | None:
     """The mask in `holder`; None without one. Appends to `faults`."""
     masks: dict[str, bool] = {}
+    for key in UNCLEAR_KEYS:
+        if holder.get(key) is not None:
+            what = f"{where}.{key} does not say whether what it marks is trained"
+            faults.append(Fault("DATA-255", what, "write weight: 0 for a turn that is not trained"))
     for key in MASK_KEYS:
         if (value := holder.get(key)) is None:
             continue

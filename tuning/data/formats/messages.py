@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
+from tuning.data.formats.cells import (
+    PRINTED,
+    ROLE,
+    ROLES,
+    SHAREGPT_ROLE,
+    from_json,
+    text_or_turns,
+    turns_of,
+)
 from tuning.data.formats.detect import CARRIED, SYSTEM_COLUMNS, first_nonempty
 from tuning.data.formats.masks import UNTRAINED, is_untrained
 from tuning.data.formats.values import (
@@ -13,37 +21,24 @@ from tuning.data.formats.values import (
     Conversation,
     Fault,
     Row,
-    from_json,
     quoted,
     text_faults,
     texts_in,
-    turns_of,
     type_name,
 )
 
-ROLES = ("system", "user", "assistant", "tool")
-_ROLE = {role: role for role in ROLES} | {"developer": "system", "function": "tool"}
-_SHAREGPT_ROLE = _ROLE | {
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "function_call": "assistant",
-    "function_response": "tool",
-    "observation": "tool",
-}
 _PLAIN = {"role", "content"}
-_PRINTED = re.compile(r"\s*\[\s*\{\s*'")  # [{'role': ...
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 def conversation(row: Row, column: str, *, sharegpt: bool) -> Conversation:
     """The conversation in `column` of `row`. Raises BadRow with all faults."""
     turns = turns_of(row[column])
+    if isinstance(turns, str) and not PRINTED.match(turns):
+        text_or_turns(turns, column)  # says what is wrong with JSON
     if not isinstance(turns, list):
         what, change = "not a list of messages", 'write [{"role": ..., "content": ...}, ...]'
-        if isinstance(turns, str) and _PRINTED.match(turns):
+        if isinstance(turns, str) and PRINTED.match(turns):
             what, change = "Python's print of a list, not JSON", "write it with json.dumps"
         raise BadRow.of("DATA-216", f"{column} is {type_name(turns)}, {what}", change)
     messages, faults = read_messages(turns, column, sharegpt=sharegpt)
@@ -51,9 +46,9 @@ def conversation(row: Row, column: str, *, sharegpt: bool) -> Conversation:
         faults = order_faults(messages, column)
     tools, tool_faults = read_tools(row)
     system, system_faults = read_system(row)
-    if faults := [*faults, *tool_faults, *system_faults]:
+    faults = [*faults, *tool_faults, *system_faults] or prepend_system(messages, system)
+    if faults:
         raise BadRow(faults)
-    prepend_system(messages, system)
     return Conversation(messages, trained_turns(messages), tools)
 
 
@@ -68,12 +63,16 @@ def read_system(row: Row) -> tuple[str, list[Fault]]:
         return "", list(bad.faults)
 
 
-def prepend_system(messages: list[dict[str, Any]], system: str) -> bool:
-    """Insert a system message, unless there is none or the conversation has its own."""
-    if not system.strip() or messages[0]["role"] == "system":
-        return False
+def prepend_system(messages: list[dict[str, Any]], system: str) -> list[Fault]:
+    """Insert a system message, unless the conversation has the same; the fault of another one."""
+    own = [message["content"] for message in messages if message["role"] == "system"]
+    if not system.strip() or own == [system]:
+        return []
+    if own:
+        what = "a column holds a system message, and the conversation another one"
+        return [Fault("DATA-226", what, "join the two into one at the beginning")]
     messages.insert(0, {"role": "system", "content": system})
-    return True
+    return []
 
 
 def read_messages(
@@ -117,7 +116,7 @@ def _message(
         what = f"{where} is a from/value turn, but the data began with role/content turns"
         return {}, [Fault("DATA-214", what, "write all conversations in one of the two ways")]
     faults: list[Fault] = []
-    roles = _SHAREGPT_ROLE if sharegpt else _ROLE
+    roles = SHAREGPT_ROLE if sharegpt else ROLE
     written_role = turn.get(role_key)
     role = roles.get(written_role, "") if isinstance(written_role, str) else ""
     if written_role is None:
@@ -127,18 +126,21 @@ def _message(
         allowed = ", ".join(("human", "gpt", *ROLES) if sharegpt else ROLES)
         what = f"{where}.{role_key} is {quoted(written_role)}; allowed: {allowed}"
         faults.append(Fault("DATA-207", what, "change the role"))
-    calls, wrong = _calls(turn, where, sharegpt=sharegpt)
-    faults += wrong
+    calls, wrong_calls = _calls(turn, where, sharegpt=sharegpt)
+    faults += wrong_calls
+    if calls and role != "assistant":
+        what = f"{where} calls a tool, but its role is {role or 'unknown'}"
+        faults.append(Fault("DATA-216", what, "write the call into an assistant turn"))
     if calls and written_role == "function_call":
         turn = {key: value for key, value in turn.items() if key != content_key}
         turn[content_key] = None
     content = turn.get(content_key)
-    if content is None and calls and role == "assistant":
+    if content is None and (calls or wrong_calls) and role == "assistant":
         text: str = ""
     else:
         text, wrong = _content(turn, content_key, where)
         faults += wrong
-        if not wrong and role == "assistant" and not text.strip() and not calls:
+        if not (wrong or wrong_calls or calls) and role == "assistant" and not text.strip():
             what = f"{where}.{content_key} of the assistant is empty"
             faults.append(Fault("DATA-225", what, "write the answer, or remove the conversation"))
     message: dict[str, Any] = {"role": role, "content": text}
@@ -197,6 +199,10 @@ def required_text(row: Row, column: str, code: str, *, empty: bool = False) -> s
     if value is None:
         raise BadRow.of("DATA-220", f"{column} is null", "write a text, or remove the row")
     if isinstance(value, list):
+        plain = any(isinstance(part, str) for part in value)
+        if len(value) > 1 and plain and all(isinstance(part, (str, Mapping)) for part in value):
+            what = f"{column} is a list of {len(value)} texts: several answers, or parts of one"
+            raise BadRow.of("DATA-221", what, "choose one of them, or join them into one text")
         value, faults = text_of_parts(value, column)
         if faults:
             raise BadRow(faults)
@@ -228,34 +234,48 @@ def text_of_parts(parts: list[Any], where: str) -> tuple[str, list[Fault]]:
 def _calls(turn: Mapping[str, Any], where: str, *, sharegpt: bool) -> tuple[list[Any], list[Fault]]:
     """A turn's tool calls with their arguments as objects, which is what chat templates print.
 
-    Also reads older forms: OpenAI's `function_call`, and a ShareGPT turn of that name.
+    Also reads calls without the object `function` around name and arguments, OpenAI's older
+    `function_call`, and a ShareGPT turn of that name.
     """
-    key, bare = "tool_calls", False
+    key = "tool_calls"
     calls = from_json(turn.get(key))
     if not calls and sharegpt and turn.get("from") == "function_call":
-        key, calls, bare = "value", from_json(turn.get("value")), True
+        key, calls = "value", from_json(turn.get("value"))
     elif not calls and not sharegpt and turn.get("function_call"):
-        key, calls, bare = "function_call", from_json(turn["function_call"]), True
+        key, calls = "function_call", from_json(turn["function_call"])
     if not calls:
         return [], []
-    fixed: list[Any] = []
-    faults: list[Fault] = []
-    for call in map(from_json, calls if isinstance(calls, list) else [calls]):
-        if bare and not (isinstance(call, Mapping) and isinstance(call.get("name"), str)):
-            change = 'write {"name": "...", "arguments": {...}}'
-            return [], [Fault("DATA-216", f"{where}.{key} is not a function call", change)]
-        call = {"type": "function", "function": call} if bare else call
-        if isinstance(call, Mapping) and isinstance(call.get("function"), Mapping):
-            function = dict(call["function"])
-            arguments = function.get("arguments")
-            if isinstance(arguments, str):
-                function["arguments"] = from_json(arguments) if arguments.strip() else {}
-            if isinstance(function.get("arguments"), str):
-                what = f"{where}.{key} has arguments that are not JSON: {quoted(arguments)}"
-                faults.append(Fault("DATA-216", what, 'write {"name": value, ...}'))
-            call = {k: v for k, v in call.items() if v is not None} | {"function": function}
-        fixed.append(call)
-    return fixed, faults
+    read = [
+        _call(call, f"{where}.{key}") for call in (calls if isinstance(calls, list) else [calls])
+    ]
+    faults = [each for each in read if isinstance(each, Fault)]
+    return ([], faults[:1]) if faults else (read, [])
+
+
+def _call(written: Any, where: str) -> dict[str, Any] | Fault:
+    """One call as {"type": "function", "function": {"name": ..., "arguments": {...}}}."""
+    call = from_json(written)
+    change = 'write {"name": "...", "arguments": {...}}'
+    if not isinstance(call, Mapping):
+        return Fault("DATA-216", f"{where} is not a function call: {quoted(written)}", change)
+    call = {key: value for key, value in call.items() if value is not None}
+    function = from_json(call.get("function", call))
+    name = function.get("name") if isinstance(function, Mapping) else None
+    if not isinstance(name, str) or not name.strip():
+        return Fault("DATA-216", f"{where} is not a function call with a name", change)
+    if "function" not in call:  # its keys stand in the call itself
+        function = {k: v for k, v in call.items() if k not in ("id", "index", "type")}
+        call = {"type": "function", **{k: call[k] for k in ("id", "index") if k in call}}
+    arguments = function.get("arguments")
+    if arguments is None and (others := function.keys() - {"name", "arguments"}):
+        what = f"{where} has no arguments, and {', '.join(map(quoted, sorted(others)))} beside name"
+        return Fault("DATA-216", what, change)
+    if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
+        arguments = {}
+    if not isinstance(from_json(arguments), Mapping):
+        what = f"{where} has arguments that are not a JSON object: {quoted(arguments)}"
+        return Fault("DATA-216", what, 'write {"name": value, ...}, each name once, and no NaN')
+    return call | {"function": {**function, "arguments": from_json(arguments)}}
 
 
 def order_faults(messages: list[dict[str, Any]], column: str) -> list[Fault]:
@@ -315,7 +335,7 @@ def prompt_messages(row: Row) -> Conversation:
     faults: list[Fault] = []
     prompts = 0
     for column in ("prompt", "completion"):
-        turns = from_json(row[column])
+        turns = text_or_turns(row[column], column)
         if not isinstance(turns, list):
             what = f"{column} is {type_name(turns)}; prompt and completion are of different kinds"
             raise BadRow.of("DATA-221", what, "write both as texts, or both as lists of messages")
@@ -328,7 +348,9 @@ def prompt_messages(row: Row) -> Conversation:
         faults = order_faults(messages, "prompt + completion")
     tools, tool_faults = read_tools(row)
     system, system_faults = read_system(row)
-    if faults := [*faults, *tool_faults, *system_faults]:
+    size = len(messages)
+    faults = [*faults, *tool_faults, *system_faults] or prepend_system(messages, system)
+    if faults:
         raise BadRow(faults)
-    prompts += prepend_system(messages, system)
+    prompts += len(messages) - size
     return Conversation(messages, tuple(i for i in trained_turns(messages) if i >= prompts), tools)

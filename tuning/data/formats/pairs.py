@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from tuning.data.formats.cells import from_json
 from tuning.data.formats.detect import (
     CONTEXT_COLUMNS,
     HISTORY_COLUMN,
@@ -18,7 +19,6 @@ from tuning.data.formats.values import (
     Pair,
     Row,
     Shape,
-    from_json,
     text_faults,
     type_name,
 )
@@ -59,8 +59,9 @@ def pair(row: Row, shape: Shape) -> Pair | Conversation:
     if earlier:
         return _continued(earlier, Pair(prompt, values["completion"], prompt, system))
     if shape.name == "prompt-completion":
-        return Pair(prompt, values["completion"], prompt, system, raw=True)
-    return Pair(prompt, values["completion"], _bare(prompt, system), system)
+        return Pair(prompt, values["completion"], bare_prompt(prompt, system), system, raw=True)
+    bare = bare_prompt(_instruction(prompt), system)
+    return Pair(prompt, values["completion"], bare, system)
 
 
 def _history_faults(earlier: Any) -> list[Fault]:
@@ -95,7 +96,11 @@ def _continued(earlier: list[list[str]], last_pair: Pair) -> Conversation:
     return Conversation(turns, trained)
 
 
-def _bare(prompt: str, system: str) -> str:
+def bare_prompt(prompt: str, system: str) -> str:
+    """The prompt for a model without a chat template: `system`, if there is one, before it."""
+    return f"{system}\n\n{prompt}" if system.strip() else prompt
+
+
+def _instruction(prompt: str) -> str:
     """The prompt in the Alpaca format, the most common one without a chat template."""
-    head = f"{system}\n\n" if system else ""
-    return f"{head}### Instruction:\n{prompt}\n\n### Response:\n"
+    return f"### Instruction:\n{prompt}\n\n### Response:\n"

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from tuning.data.formats.cells import text_or_turns, truth
 from tuning.data.formats.messages import (
     order_faults,
     prepend_system,
@@ -15,7 +16,7 @@ from tuning.data.formats.messages import (
     required_text,
     trained_turns,
 )
-from tuning.data.formats.pairs import pair
+from tuning.data.formats.pairs import bare_prompt, pair
 from tuning.data.formats.values import (
     BadRow,
     Conversation,
@@ -25,7 +26,6 @@ from tuning.data.formats.values import (
     Row,
     Shape,
     quoted,
-    turns_of,
     type_name,
 )
 
@@ -45,10 +45,11 @@ SAME = Fault(
 def preference(row: Row, shape: Shape) -> Preference:
     """The two answers in `row`, with the prompt that they share. Raises BadRow."""
     columns = [shape.column(side) for side in SIDES]
-    sides = [_turns(row[column]) for column in columns]
+    sides = [text_or_turns(row[column], column) for column in columns]
     if faults := [f for c, side in zip(columns, sides, strict=True) for f in _empty(c, side)]:
         raise BadRow(faults)
-    prompt = _turns(row.get(dict(shape.columns).get("prompt", "")))
+    asked = dict(shape.columns).get("prompt")
+    prompt = text_or_turns(row.get(asked), asked) if asked else None
     if all(isinstance(side, str) for side in sides):
         if isinstance(prompt, list):
             sides = [[{"role": "assistant", "content": side}] for side in sides]
@@ -60,26 +61,19 @@ def preference(row: Row, shape: Shape) -> Preference:
         kinds = " and ".join(type_name(side) for side in sides)
         what = f"{columns[0]} and {columns[1]} are {kinds}"
         raise BadRow.of("DATA-221", what, "write both as texts, or both as lists of messages")
-    return _chats(row, prompt, dict(zip(columns, sides, strict=True)))
+    opening, faults = _opening(row, shape, prompt)
+    return _chats(row, opening, dict(zip(columns, sides, strict=True)), faults)
 
 
 def is_good(row: Row, shape: Shape) -> bool:
     """Whether the answer in `row` is rated good. Raises BadRow."""
     label = row[shape.column("label")]
-    named = {"true": True, "false": False, "1": True, "0": False}
-    good = named.get(label.strip().lower()) if isinstance(label, str) else label
-    if isinstance(good, (bool, int, float)) and good in (0, 1):
-        return bool(good)
-    what = f"label is {quoted(label)}, neither true (a good answer) nor false"
-    change = "write true or false, or rename the column if it says something else"
-    raise BadRow.of("DATA-261", what, change)
-
-
-def _turns(value: Any) -> Any:
-    """A list of turns, of one turn too; else `value`."""
-    value = turns_of(value)
-    is_turn = isinstance(value, Mapping) and {"role", "from"} & value.keys()
-    return [value] if is_turn else value
+    good = truth(label)
+    if good is None:
+        what = f"label is {quoted(label)}, neither true (a good answer) nor false"
+        change = "write true or false, or rename the column if it says something else"
+        raise BadRow.of("DATA-261", what, change)
+    return good
 
 
 def _empty(column: str, value: Any) -> list[Fault]:
@@ -116,7 +110,11 @@ def _texts(
         for column, text in zip(columns, texts, strict=True):
             if not text[len(shared) :].strip():
                 raise BadRow([SAME] if texts[0] == texts[1] else _empty(f"the end of {column}", ""))
-        chosen, rejected = (Pair(shared, t[len(shared) :], shared, raw=True) for t in texts)
+        system, faults = read_system(row)
+        if faults:
+            raise BadRow(faults)
+        bare = bare_prompt(shared, system)
+        chosen, rejected = (Pair(shared, t[len(shared) :], bare, system, raw=True) for t in texts)
     if chosen == rejected or sides[0].strip() == sides[1].strip():
         raise BadRow([SAME])
     return Preference(chosen, rejected)
@@ -128,28 +126,51 @@ def _last_answer(example: Pair | Conversation) -> Pair | Conversation:
     return example
 
 
-def _chats(row: Row, prompt: Any, sides: Mapping[str, Any]) -> Preference:
+def _chats(
+    row: Row, opening: Messages, sides: Mapping[str, Any], faults: list[Fault]
+) -> Preference:
     """Answers that are messages, behind their prompt; where they differ, answers begin."""
-    opening, faults = _opening(prompt)
     whole: list[Messages] = []
     for column, value in sides.items():
         messages, wrong = read_messages(value, column, sharegpt=_is_sharegpt(value))
         if not wrong:
-            if messages[0]["role"] not in ("user", "system"):
-                messages = [*opening, *messages]
-            wrong = order_faults(messages, column)
+            messages, wrong = _prompted(opening, messages, column)
         whole.append(messages)
-        faults += wrong
+        faults = [*faults, *(wrong or order_faults(messages, column))]
     tools, tool_faults = read_tools(row)
     system, system_faults = read_system(row)
-    if faults := [*faults, *tool_faults, *system_faults]:
-        raise BadRow(list(dict.fromkeys(faults)))
+    faults = [*faults, *tool_faults, *system_faults]
     for messages in whole:
-        prepend_system(messages, system)
+        if not faults:
+            faults = prepend_system(messages, system)
+    if faults:
+        raise BadRow(list(dict.fromkeys(faults)))
+    trained = [trained_turns(messages) for messages in whole]
     start = _first_difference(*whole)
     return Preference(
-        *(Conversation(m, tuple(n for n in trained_turns(m) if n >= start), tools) for m in whole)
+        *(
+            Conversation(messages, tuple(n for n in own if n >= start), tools)
+            for messages, own in zip(whole, trained, strict=True)
+        )
     )
+
+
+def _prompted(opening: Messages, messages: Messages, column: str) -> tuple[Messages, list[Fault]]:
+    """The messages of an answer behind their prompt `opening`, none of which is lost or doubled."""
+    if messages[0]["role"] not in ("user", "system"):
+        return [*opening, *messages], []
+    head = [each for each in opening[:1] if each["role"] == "system"]
+    asked = opening[len(head) :]
+    said, words = ([(m["role"], m["content"].strip()) for m in each] for each in (messages, asked))
+    size = len(words)
+    repeats = any(said[at : at + size] == words for at in range(len(said) - size))
+    if repeats and head and messages[0]["role"] != "system":
+        return [*head, *messages], []
+    if repeats and (not head or messages[0] == head[0]):
+        return messages, []
+    what = f"{column} begins with a turn of the {messages[0]['role']}, and does not hold the prompt"
+    change = "begin both answers with their prompt, or write the answers alone, or leave one out"
+    return messages, [Fault("DATA-260", what, change)]
 
 
 def _first_difference(chosen: Messages, rejected: Messages) -> int:
@@ -171,13 +192,18 @@ def _first_difference(chosen: Messages, rejected: Messages) -> int:
     raise BadRow.of("DATA-260", what, change)
 
 
-def _opening(prompt: Any) -> tuple[Messages, list[Fault]]:
-    """The messages of a prompt, which may be a text."""
+def _opening(row: Row, shape: Shape, prompt: Any) -> tuple[Messages, list[Fault]]:
+    """The messages of a prompt, which may be a text, with the context of an Alpaca row."""
     if isinstance(prompt, list) and prompt:
-        return read_messages(prompt, "prompt", sharegpt=_is_sharegpt(prompt))
-    if isinstance(prompt, str) and prompt.strip():
+        return read_messages(prompt, shape.column("prompt"), sharegpt=_is_sharegpt(prompt))
+    if not isinstance(prompt, str) or not prompt.strip():
+        return [], []
+    if shape.answer != "alpaca":
         return [{"role": "user", "content": prompt}], []
-    return [], []
+    uses = (("prompt", shape.column("prompt")), ("completion", "completion"))
+    asked = pair({**row, "completion": "-"}, Shape("alpaca", uses, ""))
+    whole = asked.as_conversation() if isinstance(asked, Pair) else asked
+    return whole.messages[:-1], []
 
 
 def _is_sharegpt(turns: list[Any]) -> bool:

@@ -216,27 +216,6 @@ def text_faults(text: str, where: str) -> list[Fault]:
     return []
 
 
-def from_json(value: Any) -> Any:
-    """`value`; parsed if it is text that holds a JSON array or object, as in CSV files."""
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
-        try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
-            return value
-    return value
-
-
-def turns_of(value: Any) -> Any:
-    """The list of turns in a cell: JSON text, or the struct of lists that `datasets` may hold."""
-    value = from_json(value)
-    if not isinstance(value, Mapping) or not value:
-        return value
-    columns = list(value.values())
-    if not all(isinstance(each, list) and len(each) == len(columns[0]) for each in columns):
-        return value
-    return [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
-
-
 def texts_in(value: Any) -> Iterator[str]:
     """Every text in `value`, at any depth, keys included."""
     stack = [value]

@@ -129,9 +129,7 @@ def test_constants_are_unpacked_where_there_is_room():
             MODEL.coefficients.packed / 8 * (0.5 if kept else 0.5 - bits), rel=0.01
         )
     assert made(80, 4096).placement.float_constants
-    assert not made(
-        80, 4096, double_quant=False
-    ).placement.float_constants
+    assert not made(80, 4096, double_quant=False).placement.float_constants
 
 
 def test_out_of_memory_ends_with_host_memory_and_tiles():

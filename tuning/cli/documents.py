@@ -39,12 +39,12 @@ def init(
     """Ask for model, data and output, look at the machine, and write a Workspace YAML."""
     from tuning import spec as specs
     from tuning.plan import device
-    from tuning.spec import builder, reader, writer
+    from tuning.spec import builder, places, reader, writer
 
     _check_free(file)
     model = model or _answer("Model (preset, org/model or folder)", "--model", None, yes)
     data = data or [_answer("Data (file, URL, folder or ORG/NAME)", "--data", None, yes)]
-    model, data = _seen_from(file, model), [_seen_from(file, each) for each in data]
+    model, *data = (places.named_from(file.parent, each) for each in (model, *data))
     default = f"oci:{builder.name_of(model, tuple(data)).rpartition('-')[0]}-adapter"
     where = where or _answer(f"Where to put the adapter ({_WHERE[:-1]})", "--where", default, yes)
     here = device.detect()
@@ -61,12 +61,6 @@ def init(
         _CLUSTER,
     ]
     _write(file, writer.text([value], comments))
-
-
-def _seen_from(file: Path, name: str) -> str:
-    """A name as the YAML `file` has to say it: a file or folder of this machine from its folder."""
-    here = file.parent == Path() or "://" in name or not Path(name).exists()
-    return name if here else str(Path(name).absolute())
 
 
 def _why(method: str) -> str:

@@ -12,7 +12,12 @@ from tuning.spec.documents import Document
 from tuning.spec.findings import Findings, did_you_mean, shorten, shown
 from tuning.spec.keys import Key, same
 
-_LISTS = ("names", "numbers")  # written with commas: target_modules=q_proj,v_proj
+LISTS = (
+    "names",
+    "numbers",
+    "tokens",
+    "trackers",
+)  # written with commas: target_modules=q_proj,v_proj
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ def _value(key: Key, text: str) -> Any:
     value = inner[0].at("value") if inner else None
     if inner and (inner[0].findings.in_order() or inner[0].value.keys() != {"value"}):
         raise SpecError([])
-    if key.type in _LISTS and isinstance(value, str) and "," in value:
+    if key.type in LISTS and isinstance(value, str) and "," in value:
         return [each.strip() for each in items_of(value)]
     return value
 

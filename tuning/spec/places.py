@@ -59,6 +59,15 @@ def _localised(data: Any, beside: Path) -> Any:
     return str(path.absolute()) if fields.is_here(str(path)) else urls.of_data(data, beside) or data
 
 
+def named_from(beside: Path, name: str) -> str:
+    """`name` of the command line as a document in `beside` has to say it: what is a file or folder
+    of this machine becomes a whole path, unless `beside` is the working directory.
+    """
+    if beside == Path() or "://" in name or not fields.is_here(name):
+        return name
+    return str(Path(name).absolute())
+
+
 def _seen_from(folder: Path, text: str) -> Path:
     try:
         return folder / Path(text).expanduser()

@@ -277,7 +277,6 @@ def spec_of(
     *,
     allow_host: list[str] | None = None,
     policy: Path | None = None,
-    run_dir: Path | None = None,
     needs_data: bool = True,
 ) -> Spec:
     """The spec of MODEL and DATA, or in `file` with what the command line replaces.
@@ -304,7 +303,7 @@ def spec_of(
     if file is not None:
         return specs.load(file, overrides=overrides)
     return specs.from_command_line(
-        str(model), tuple(dataset or ()), overrides=overrides, folder=run_dir, needs_data=needs_data
+        str(model), tuple(dataset or ()), overrides=overrides, needs_data=needs_data
     )
 
 

@@ -25,6 +25,8 @@ def check(overrides: Overrides, findings: Findings) -> None:
             findings.add(
                 "SPEC-109", ("--data", i), "is not a file name", "name a file, a folder or a URL"
             )
+        else:
+            fields.check_data_folder(item, ("--data", i), findings)
     if sum(fields.is_folder(item) for item in overrides.data if not urls.of_data(item)) > 1:
         change = "give one folder; files and URLs may stand beside it"
         findings.add("SPEC-109", ("--data",), "names several folders", change)

@@ -42,6 +42,7 @@ WITHOUT_A_FILE = [
         "--set r",
         "give --method qlora",
     ),
+    ("input.urls[0] https://a.io/b.csv", "check it", "DATA https://a.io/b.csv", "check it"),
     ("tuning.preset.name", "see README.md", "MODEL", "see README.md"),
     ("resource.instanceType (line 4)", "name tuning.method: lora", "--instance", ...),
 ]
@@ -78,6 +79,10 @@ def test_a_file_keeps_its_places_but_for_what_the_command_replaced(tmp_path: Pat
     problems = [Problem("P", f"TrainingArguments.{key}", "", "") for key in ("max_length", "seed")]
     found = words.told(SpecError(problems)).problems
     assert ["--set max_length", "TrainingArguments.seed"] == [each.where for each in found]
+
+    where = "ConfigMap settings: training_config.LoraConfig.r (line 4)"
+    (own,) = words.told(SpecError([Problem("P", where, "in ConfigMap 'settings'", "")])).problems
+    assert (where, "in ConfigMap 'settings'") == (own.where, own.what)
 
     (refused,) = refusals(None, file=workspace(tmp_path / "w.yaml"), instance="H100")
     assert "SPEC-304 --instance: " in refused

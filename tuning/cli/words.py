@@ -8,7 +8,7 @@ with a file may have replaced some: `--set max_length`.
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from tuning.errors import Problem, TuningError
@@ -16,7 +16,16 @@ from tuning.errors import Problem, TuningError
 if TYPE_CHECKING:
     from tuning.spec import Overrides
 
-_options: dict[str, str] = {}  # place -> the option of this command for it
+
+@dataclass
+class _Given:
+    """What the command line of this process has."""
+
+    options: dict[str, str] = field(default_factory=dict)  # place -> the option for it
+    has_file: bool = True
+
+
+_given = _Given()
 _GIVE = ("set", "write")
 _ONE_LINE = {
     "tuning.preset.name": "MODEL",
@@ -31,6 +40,7 @@ _PLACE = re.compile(
     r"(?:\.[a-z]\w*)+)(?:(?P<to> to |: ?)(?P<value>\d[\w.+-]*|[\w-]+(?=$|[,;.)]))?)?"
 )
 _WITHIN = re.compile(r" in (?P<section>[A-Z]\w+)(?::| (?=\()) ?(?P<names>.*)", re.S)
+_URL = re.compile(r"^(?:tuning\.)?input\.urls\[\d+\]")
 _CONFIG_MAP = re.compile(r"^(?:ConfigMap \S+: )?training_config\.")
 
 
@@ -39,17 +49,15 @@ def remember(overrides: Overrides, *, has_file: bool) -> None:
     from tuning.spec import keys
 
     assigned = {text.partition("=")[0].strip().rpartition(".")[2] for text in overrides.set}
-    _options.clear()
-    _options.update(
-        {
-            f"{section}.{name}": f"--set {name}"
-            for section, rows in keys.sections().items()
-            for name in rows
-            if not has_file or name in assigned
-        }
-    )
+    _given.has_file = has_file
+    _given.options = {
+        f"{section}.{name}": f"--set {name}"
+        for section, rows in keys.sections().items()
+        for name in rows
+        if not has_file or name in assigned
+    }
     if not has_file:
-        _options.update(_ONE_LINE)
+        _given.options |= _ONE_LINE
         return
     given = {
         "tuning.preset.name": overrides.base_model and "--base-model",
@@ -58,25 +66,27 @@ def remember(overrides: Overrides, *, has_file: bool) -> None:
         "tuning.output.image": overrides.output and "-o",
         "resource.instanceType": overrides.instance and "--instance",
     }
-    _options.update({place: str(option) for place, option in given.items() if option})
+    _given.options |= {place: str(option) for place, option in given.items() if option}
 
 
 def told(error: TuningError) -> TuningError:
     """`error` with the options of this command in the place of what they stand for."""
-    if _options:
+    if _given.options:
         error.problems = tuple(map(_problem, error.problems))
     return error
 
 
 def _problem(problem: Problem) -> Problem:
-    place = _CONFIG_MAP.sub("", problem.where)
-    option = _options.get(place.partition(" (line")[0])
-    what = problem.what
-    if "tuning.method" in _options:  # there is no such ConfigMap
+    where, what = problem.where, problem.what
+    if not _given.has_file:  # so there is no ConfigMap that anybody wrote
+        where = _CONFIG_MAP.sub("", where)
         what = re.sub(r" in ConfigMap '[^']*'", "", what)
+    inner = _CONFIG_MAP.sub("", where).partition(" (line")[0]
+    if "tuning.input" in _given.options:
+        where = _URL.sub(_given.options["tuning.input"], where)
     return replace(
         problem,
-        where=option or problem.where,
+        where=_given.options.get(inner, where),
         what=_PLACE.sub(_option, what),
         change=_WITHIN.sub(_named, _PLACE.sub(_option, problem.change)),
     )
@@ -85,7 +95,7 @@ def _problem(problem: Problem) -> Problem:
 def _option(found: re.Match[str]) -> str:
     """`set SECTION.KEY to 4` -> `give --set KEY=4`; what is no option here stays as it is."""
     verb, to, value = found["verb"], found["to"] or "", found["value"]
-    if (option := _options.get(found["place"])) is None:
+    if (option := _given.options.get(found["place"])) is None:
         return found[0]
     lead = "" if verb is None else "give " if verb in _GIVE else f"{verb} "
     if not option.startswith("--set"):
@@ -103,7 +113,7 @@ def _named(found: re.Match[str]) -> str:
     names = re.sub(
         r"\w+",
         lambda word: (
-            f"{option}=VALUE" if (option := _options.get(f"{section}.{word[0]}")) else word[0]
+            f"{option}=VALUE" if (option := _given.options.get(f"{section}.{word[0]}")) else word[0]
         ),
         found["names"],
     )

@@ -63,8 +63,8 @@ def test_the_page_alone_tells_the_shape(shown):
     """What it begins with is not said on the way to it."""
     folder, _, page = shown
 
-    assert "pair: it has the columns" in page
-    assert "it has the columns" not in (folder / "said").read_text()
+    assert "messages: it has a column" in page
+    assert "it has a column" not in (folder / "said").read_text()
 
 
 def test_the_page_shows_shape_rows_lengths_and_trained_tokens(shown):

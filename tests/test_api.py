@@ -17,6 +17,9 @@ from commands import good, workspace
 from commands import tuning as command
 
 import tuning
+from tuning import pipeline
+from tuning.cli import tables
+from tuning.console import Console
 
 NAMES = ["LiveChart", "Logins", "Result", "Spec", "TuningError"]
 NAMES += ["check", "load", "plan", "preview", "pull", "run"]
@@ -154,6 +157,31 @@ def test_without_a_file(job: tuning.Spec, tmp_path: Path, base: Path) -> None:
     assert (4, ["q_proj"]) == (recipe["steps"] or spec.settings.max_steps, recipe["targets"])
     with pytest.raises(tuning.TuningError, match="USE-109"):
         tuning.load(model=str(base))
+
+
+def test_without_an_output_the_image_stays_in_the_run_directory(
+    tmp_path: Path, base: Path, job: tuning.Spec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in one that is named. The report of the same run without its question says that it is
+    finished; with a folder as output, the summary names that folder."""
+    monkeypatch.chdir(tmp_path)
+    run, rows = Path("mine"), str(job.source.files[0])
+    settings = {"max_steps": 2, "learning_rate": 0.001}
+    spec = tuning.load(model=str(base), data=rows, settings=settings)
+    first = tuning.run(spec, run_dir=run, ask=["cat?"], quiet=True)
+    again = tuning.run(spec, run_dir=run, quiet=True)
+    report, written = again.report.read_text(), (run / "spec.yaml").read_text()
+    copied = tuning.load(model=str(base), data=rows, settings=settings, output="dir:copied")
+    summary = pipeline.execute(copied, pipeline.gather(copied, run_dir=run), Console(quiet=True))
+
+    assert (("oci:mine/image",), first.digest) == (first.references, again.digest)
+    assert not Path("runs").exists()
+    assert f"oci:{tmp_path / 'mine' / 'image'}" in written
+    assert "could not say why" not in report
+    said = "\n".join(tables.summary_lines(summary))
+    assert " in copied\n" in said
+    assert "--adapter copied" in said
+    assert "to push it" not in said
 
 
 def test_errors_are_those_of_the_command(tmp_path: Path) -> None:

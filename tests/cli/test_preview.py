@@ -54,7 +54,17 @@ def shown(tmp_path_factory):
     folder = tmp_path_factory.mktemp("preview")
     file = workspace(folder / "demo.yaml", settings={"max_steps": 3})
     command = ("-f", file, "--base-model", TINY, "--data", DEMO, "--run-dir", folder / "run")
-    return folder, command, good(tuning("preview", *command))
+    done = tuning("preview", *command)
+    (folder / "said").write_text(done.stderr)
+    return folder, command, good(done)
+
+
+def test_the_page_alone_tells_the_shape(shown):
+    """What it begins with is not said on the way to it."""
+    folder, _, page = shown
+
+    assert "messages: it has a column" in page
+    assert "it has a column" not in (folder / "said").read_text()
 
 
 def test_the_page_shows_shape_rows_lengths_and_trained_tokens(shown):

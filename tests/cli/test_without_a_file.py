@@ -85,8 +85,9 @@ def test_each_command_wants_a_model_or_a_file(command, tmp_path):
         (["org/model", "rows.jsonl", "--data", "x"], "USE-105", "in place of MODEL or DATA"),
         (["./gone", "rows.jsonl"], "SPEC-124", "is no folder here"),
         (["org/model", "gone.jsonl"], "SPEC-124", "neither a file or folder here"),
-        (["org/model", "rows.jsonl", "--set", "lr=1"], "SPEC-111", "TrainingArguments.learn"),
+        (["org/model", "rows.jsonl", "--set", "lr=1"], "SPEC-111", "use --set learning_rate=VALUE"),
         (["org/model", "rows.jsonl", "--method", "dora"], "SPEC-104", 'use "lora" or "qlora"'),
+        (["org/model", "rows.jsonl", "-o", "sftp:out"], "SPEC-109", "is no kind of place"),
         (["org/model", "rows.jsonl", "-o", "./out"], "SPEC-109", "write dir:./out"),
     ],
 )

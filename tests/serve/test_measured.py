@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from tuning.cli.evaluation import difference
 from tuning.data import eval_tasks
 from tuning.errors import DataError, UsageError
 from tuning.serve import evaluation
@@ -80,6 +81,25 @@ def test_every_wrong_line_of_a_file_of_questions_is_told(tmp_path: Path) -> None
             eval_tasks.read_questions(file, None)
     with pytest.raises(DataError, match="SERVE-131"):
         eval_tasks.read_questions(tmp_path / "none.jsonl", None)
+
+
+@pytest.mark.parametrize(
+    ("base", "tuned", "p"),
+    [("1100", "1010", 1.0), ("0" * 20, "1" * 14 + "0" * 6, 2 / 2**14), ("10000", "01111", 0.375)],
+)
+def test_a_difference_is_tested_on_the_pairs_that_differ(base: str, tuned: str, p: float) -> None:
+    """Twice the smaller tail of as many tosses of a coin; what the base alone answered has none."""
+    asked = [
+        Question("?", "yes", {"base": "yes" * int(b), "tuned": "yes" * int(t)}, task="t")
+        for b, t in zip(base, tuned, strict=True)
+    ]
+    (found,) = evaluation.differences([*asked, Question("?", "yes", {"base": "yes"}, task="u")])
+
+    assert found["p"] == pytest.approx(p)
+    only = found["only_base"], found["only_tuned"]
+    assert only[1] - only[0] == tuned.count("1") - base.count("1")
+    said = difference(found)
+    assert ("is larger than chance" in said) == (p < 0.05)
 
 
 def test_scores_are_told_task_by_task_for_programs() -> None:

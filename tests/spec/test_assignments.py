@@ -109,19 +109,19 @@ def test_a_template_of_kaito_gives_way(tmp_path: Path) -> None:
         ("target_modules=[q_proj, v_proj]", "target_modules", ("q_proj", "v_proj")),
         ("report_to=mlflow,wandb", "report_to", ("mlflow", "wandb")),
         ("run_name=a=b", "run_name", "a=b"),
-        ("max_steps=", "max_steps", None),
         ("max_steps=null", "max_steps", None),
         ("shuffle_dataset=false", "shuffle", False),
     ],
 )
 def test_values_are_read_as_yaml(assigned: str, setting: str, value: object) -> None:
-    """Lists may be written with commas; nothing means not set."""
+    """Lists may be written with commas; null means not set."""
     assert value == getattr(said(assigned).settings, setting)
 
 
 def test_all_problems_come_in_one_pass_with_what_was_written() -> None:
     """Unknown, ambiguous, not KEY=VALUE, of a wrong type; each with its remedy."""
     bad = ("max_stepz=4", "lr=1", "foo", "Training.x=3", "seed=many", "max_length=[", "beta={")
+    bad += ("learning_rate=", "run_name= ", "method=qlora")
     refused = "\n".join(refusals(*bad))
 
     for words in (
@@ -130,6 +130,9 @@ def test_all_problems_come_in_one_pass_with_what_was_written() -> None:
         "--set foo: ",
         '--set Training.x: unknown section. Change: did you mean "TrainingArguments"',
         '--set max_length: "[" is not a value',
+        "--set learning_rate: has no value",
+        "run_name=null for none",
+        "--set method: unknown key. Change: give --method",
         '--set beta: "{" is not a value',
         '--set seed: is "many", expected a whole number',
     ):

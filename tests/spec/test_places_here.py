@@ -146,8 +146,7 @@ def test_a_command_line_is_a_workspace(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     actual = spec.from_command_line("model", ("a.jsonl",), overrides=Overrides(method="qlora"))
 
-    run = tmp_path / "runs" / actual.name
-    assert ("qlora", Destination(layout=run / "image")) == (actual.method, actual.destination)
+    assert ("qlora", Destination()) == (actual.method, actual.destination)
     again = tmp_path / "spec.yaml"
     again.write_text(spec.dump(actual))
     read = spec.load(again)

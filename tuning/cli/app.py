@@ -13,6 +13,7 @@ import typer
 
 import tuning
 from tuning import files
+from tuning.cli import words
 from tuning.errors import Problem, Stopped, TuningError, UsageError, not_installed
 
 app = typer.Typer(
@@ -94,6 +95,7 @@ def main() -> int:
 
 def _refused(error: TuningError) -> int:
     """Print `error`, for a program on stdout as well; returns its exit code."""
+    error = words.told(error)
     print(error, file=sys.stderr)
     if "--json" in sys.argv[1:]:
         print(json.dumps({"error": error.report()}, indent=2, ensure_ascii=False))

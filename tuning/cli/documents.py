@@ -15,6 +15,10 @@ from tuning.errors import UsageError, printable
 
 WrittenFile = Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="File to write.")]
 _WHERE = "oci:DIR, dir:DIR, hf://ORG/NAME or an image in a registry."
+_PUSH = (
+    "imagePushSecret is the Secret with the registry's login on a cluster: write its name. Here, "
+    "docker's own login or --push-secret FILE is used."
+)
 _CLUSTER = (
     "To run it on a cluster: data and output must be in places that a Job sees (https://, s3://, "
     "gs://, az://, hf://, or a volumeSource; an image in a registry)."
@@ -39,34 +43,30 @@ def init(
     """Ask for model, data and output, look at the machine, and write a Workspace YAML."""
     from tuning import spec as specs
     from tuning.plan import device
-    from tuning.spec import builder, reader, writer
+    from tuning.spec import builder, places, reader, writer
 
     _check_free(file)
     model = model or _answer("Model (preset, org/model or folder)", "--model", None, yes)
     data = data or [_answer("Data (file, URL, folder or ORG/NAME)", "--data", None, yes)]
-    model, data = _seen_from(file, model), [_seen_from(file, each) for each in data]
+    model, *data = (places.named_from(file.parent, each) for each in (model, *data))
     default = f"oci:{builder.name_of(model, tuple(data)).rpartition('-')[0]}-adapter"
     where = where or _answer(f"Where to put the adapter ({_WHERE[:-1]})", "--where", default, yes)
+    _check_where(where)
     here = device.detect()
     chosen = method or ("qlora" if here.kind == "cuda" else "lora")
     value = builder.workspace(model, tuple(data), where, method=chosen)
     reader.read([json.loads(json.dumps(value))], beside=file.parent, overrides=specs.Overrides())
     comments = [
         "Which model, which data, where to push: see docs/config-keys.md for what can be set.",
-        f"tuning plan -f {file}   what would be done on this machine, and why",
-        f"tuning run -f {file}    do it; the same command again goes on",
+        f"What would be done on this machine, and why: tuning plan -f {file}",
+        f"To do it, and to go on where it stopped: tuning run -f {file}",
         f"This machine: {here}.",
         *([] if method else [_why(chosen)]),
+        *([_PUSH] if "imagePushSecret" in value["tuning"]["output"] else []),
         "Local folders and files are seen from this file's folder.",
         _CLUSTER,
     ]
     _write(file, writer.text([value], comments))
-
-
-def _seen_from(file: Path, name: str) -> str:
-    """A name as the YAML `file` has to say it: a file or folder of this machine from its folder."""
-    here = file.parent == Path() or "://" in name or not Path(name).exists()
-    return name if here else str(Path(name).absolute())
 
 
 def _why(method: str) -> str:
@@ -105,6 +105,8 @@ def import_(
 
     if file is not None:
         _check_free(file)
+    if where is not None:
+        _check_where(where)
     beside = file.parent if file else Path()
     documents, notes = imports.translate(
         config, data=tuple(data or ()), output=where or "oci:adapter", beside=beside
@@ -119,7 +121,22 @@ def import_(
         _write(file, text)
 
 
+def _check_where(where: str) -> None:
+    """Raise SpecError for what is no place of an adapter."""
+    from tuning.errors import SpecError
+    from tuning.spec import fields
+    from tuning.spec.findings import Findings
+
+    findings = Findings({})
+    fields.check_output(where, ("--where",), findings)
+    if problems := findings.in_order():
+        raise SpecError(problems)
+
+
 def _check_free(file: Path) -> None:
+    if str(file).startswith(("oci:", "dir:", "hf:")):  # `run -o` means those
+        what, change = "is a place for the adapter, not a file", "give it with --where"
+        raise UsageError.at("USE-107", str(file), what, change)
     if file.exists():
         what, change = "exists already, and is not overwritten", "give another name with -o"
         raise UsageError.at("USE-107", str(file), what, change)

@@ -59,6 +59,7 @@ def evaluate(
     from tuning.cli import tables
     from tuning.console import Console
     from tuning.data import eval_tasks
+    from tuning.errors import printable
     from tuning.oci import delivery
     from tuning.serve import evaluation
 
@@ -87,8 +88,19 @@ def evaluate(
         tables.print_json(record)
         return
     tables.display(_table(record))
+    for each in record["differences"]:
+        print(printable(difference(each)))
     if asked:
         tables.display(_answers(record["asked"]))
+
+
+def difference(of: dict[str, Any]) -> str:
+    """Whether what one task says of base and adapter is more than chance, at 5 %."""
+    larger = "is larger" if of["p"] < 0.05 else "is not larger"
+    counts = f"the adapter alone is right on {of['only_tuned']:,}, the base on {of['only_base']:,}"
+    return (
+        f"{of['task']}: the difference {larger} than chance ({counts}; McNemar p = {of['p']:.2g})"
+    )
 
 
 def _table(record: dict[str, Any]) -> rich.table.Table:

@@ -64,7 +64,6 @@ def run(
         assigned,
         allow_host=allow_host,
         policy=policy,
-        run_dir=run_dir,
     )
     options = pipeline.gather(
         spec,
@@ -251,7 +250,6 @@ def preview(
         assigned,
         allow_host=allow_host,
         policy=policy,
-        run_dir=run_dir,
     )
     logins = api.Logins(
         push_secret=push_secret,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from tuning.errors import Problem
     from tuning.oci.delivery import Access
     from tuning.pipeline import Machines
     from tuning.spec import Spec
@@ -277,7 +278,6 @@ def spec_of(
     *,
     allow_host: list[str] | None = None,
     policy: Path | None = None,
-    run_dir: Path | None = None,
     needs_data: bool = True,
 ) -> Spec:
     """The spec of MODEL and DATA, or in `file` with what the command line replaces.
@@ -285,6 +285,8 @@ def spec_of(
     The policy file may allow hosts too. Raises UsageError for neither or both, SpecError.
     """
     from tuning import spec as specs
+    from tuning.cli import words
+    from tuning.errors import SpecError
 
     _check_named(model, dataset, file, base_model, data, needs_data=needs_data)
     allowed = tuple(allow_host or ())
@@ -301,11 +303,33 @@ def spec_of(
         method=method,
         set=tuple(assigned or ()),
     )
-    if file is not None:
-        return specs.load(file, overrides=overrides)
-    return specs.from_command_line(
-        str(model), tuple(dataset or ()), overrides=overrides, folder=run_dir, needs_data=needs_data
-    )
+    words.remember(overrides, has_file=file is not None)
+    problems = _unknown_instance(instance)
+    try:
+        if file is not None:
+            spec = specs.load(file, overrides=overrides)
+        else:
+            spec = specs.from_command_line(
+                str(model), tuple(dataset or ()), overrides=overrides, needs_data=needs_data
+            )
+    except SpecError as error:
+        raise SpecError([*problems, *error.problems]) from None
+    if problems:
+        raise SpecError(problems)
+    return spec
+
+
+def _unknown_instance(instance: str | None) -> tuple[Problem, ...]:
+    """The problem of --instance, told with those of the spec and not once they are mended."""
+    from tuning import presets
+    from tuning.errors import SpecError
+
+    try:
+        if instance:
+            presets.instance(instance)
+    except SpecError as error:
+        return error.problems
+    return ()
 
 
 def _check_named(

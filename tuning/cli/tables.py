@@ -247,7 +247,7 @@ def summary_lines(summary: Summary) -> list[str]:
     t = summary.training
     share = 100 * t["trainable"] / t["total"]
     answers = t.get("answers") or []
-    folder, where = str(summary.adapter), summary.references[0]
+    folder, where = summary.folder or summary.adapter, summary.references[0]
     speed = f"{t['tokens_per_second']:,.0f} tokens/s, {duration(t['seconds'])} of training"
     if predicted := summary.planned["tokens_per_second"]:
         speed += f"; planned {predicted:,.0f}"
@@ -268,7 +268,7 @@ def summary_lines(summary: Summary) -> list[str]:
         ("adapter", f"{size(summary.adapter_bytes)} in {folder}"),
         ("model", where) if where.startswith("hf://") else ("image", f"{where}@{summary.digest}"),
     ]
-    if where == f"oci:{Path(folder).parent / 'image'}":
+    if not summary.folder and where == f"oci:{Path(folder).parent / 'image'}":
         lines.append(("to push it", "the same command with -o REGISTRY/NAME:TAG"))
     if answers:
         first = answers[0]

@@ -37,6 +37,7 @@ class Summary:
     planned: Value  # peak_bytes, tokens_per_second, seconds; None where not predicted
     base_revision: str | None = None  # commit of the hub, or "sha256:..." of a local folder's files
     evaluation: Value | None = None  # what `evaluating.evaluate` returns
+    folder: str | None = None  # where the adapter's files were copied to (dir:DIR, a volume)
 
     def to_json(self) -> Value:
         """For `run --json` and the journal."""
@@ -213,7 +214,7 @@ def finish(
 ) -> Summary:
     """Write the report and the summary."""
     run.begin("finish")
-    adapter = run.folder / "adapter"
+    adapter, copied = run.folder / "adapter", run.spec.destination.folder
     summary = Summary(
         name=run.spec.name,
         run_id=decided.recipe.run_id,
@@ -225,6 +226,7 @@ def finish(
         planned=decided.predicted(),
         base_revision=decided.recipe.base_revision,
         evaluation=evaluation,
+        folder=str(copied) if copied else None,
         training=training
         | {
             f"eval_perplexity_{when}": None
@@ -233,11 +235,15 @@ def finish(
             for when in ("before", "after")
         },
     )
-    _report(run, decided, training)
     names = ("spec.yaml", "plan.json")
     written = [path for name in names if (path := run.folder / name).is_file()]
-    needs = PHASES[:-1]
-    run.journal.do("finish", inputs, summary.to_json, outputs=lambda _: written, needs=needs)
+    before = PHASES[:-1]
+
+    def work() -> Value:
+        _report(run, decided, training)  # the journal says by now that the adapter is delivered
+        return summary.to_json()
+
+    run.journal.do("finish", inputs, work, outputs=lambda _: written, needs=before, unless=before)
     return summary
 
 

@@ -103,14 +103,15 @@ class Journal:
         *,
         outputs: Callable[[Value], Iterable[Path]] = lambda _: (),
         needs: Iterable[str] = (),
+        unless: Collection[str] = (),
     ) -> Value:
         """The current value of `phase` under `key`, or else the value of `work`, recorded.
 
         `outputs` are the files that belong to the value: the phase is repeated if one is missing
         of them or of those that it left, and their digests are recorded. Raises Damaged before
-        work for an output of a phase that it `needs`.
+        work for an output of a phase that it `needs`. `unless` is that of `current`.
         """
-        value = self.current(phase, key)
+        value = self.current(phase, key, unless=unless)
         made = [self.folder / name for name in self.outputs(phase) or ()]
         if value is None or not all(path.exists() for path in (*made, *outputs(value))):
             self.verify(*needs)

@@ -208,7 +208,11 @@ def tokenise(run: Run, data: list[Value], tokenizer: Path, model: base.Base) -> 
 
     names = ("rows.arrow", "preview.json", "tokenised.json")
     outputs = [out / name for name in names]
-    done = run.journal.do("tokenise", key, work, outputs=lambda _: outputs)
+    return run.journal.do("tokenise", key, work, outputs=lambda _: outputs)
+
+
+def tell(run: Run, done: Value) -> None:
+    """Say what the tokenised rows `done` are; a preview has a page for it."""
     count = len(done.get("sources", ()))
     shape = f"{done['shape']['name']} ({done['shape']['reason']})"
     run.console.say(
@@ -217,7 +221,6 @@ def tokenise(run: Run, data: list[Value], tokenizer: Path, model: base.Base) -> 
         + (f"a mixture of {count}" if count else shape)
     )
     run.note(done["notes"])
-    return done
 
 
 def decide(run: Run, rows: Value, data: list[Value], known: plan.Base) -> tuple[Plan, Value]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -56,6 +57,10 @@ class Run:
         if destination.layout and destination.layout.absolute() == own:
             here = replace(destination, layout=None)  # nothing to deliver: it is made there
             self.spec = replace(self.spec, destination=here)
+        elif not destination.named:
+            document = copy.deepcopy(self.spec.document)
+            document["tuning"]["output"]["image"] = f"oci:{own}"
+            self.spec = replace(self.spec, document=document)
 
     @property
     def folder(self) -> Path:

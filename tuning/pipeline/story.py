@@ -102,6 +102,7 @@ def _validated(run: Run, inputs: str) -> Summary:
     with weights.background_download(run, model) as download:
         preparing.check_questions(run, download.tokenizer)
         rows = preparing.tokenise(run, data, download.tokenizer, model)
+        preparing.tell(run, rows)
         decided, packed = preparing.decide(run, rows, data, known)
         recipe = decided.recipe
         outcome.take_up(run.folder, recipe.run_id)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import tempfile
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from tuning import pipeline, presets
+from tuning import files, pipeline, presets
 from tuning.console import Console
 from tuning.errors import SpecError, UsageError
 from tuning.oci import delivery, model_image
@@ -30,6 +31,7 @@ def packaged(
     Raises SpecError, RefusedError or TransientError.
     """
     where = _destination(output, overwrite=overwrite, folders=False)
+    delivery.check(where, access)
     token = pipeline.read_token(token_file)
     preset = None if Path(model).is_dir() else presets.find(model)
     hub_id = preset.hub_id if preset else model
@@ -67,6 +69,8 @@ def merged(
     delivery.check(where, access)
     if where.layout and (where.layout / "index.json").exists():
         raise SpecError.at("MODEL-301", output, "already exists", "name a new folder")
+    if where.folder:
+        _check_new(where.folder)
     expected = None if any_base else model
     with (
         delivery.at_hand(adapter, access=access, console=console, base=expected) as folder,
@@ -107,6 +111,7 @@ def exported(
 
     Raises ModuleNotFoundError without the extra gguf, SpecError, RefusedError or TransientError.
     """
+    _check_new(output)
     from tuning.models.gguf_files import export  # seconds: torch
 
     expected = None if any_base else model
@@ -123,6 +128,16 @@ def exported(
             method=method,
             any_base=any_base,
         )
+
+
+def _check_new(folder: Path) -> None:
+    """Raise SpecError for a folder that `files.making` refuses, before anything is fetched."""
+    with suppress(_Unmade), files.making(folder):
+        raise _Unmade
+
+
+class _Unmade(Exception):
+    """Nothing was made."""
 
 
 def _destination(output: str, *, overwrite: bool = False, folders: bool = True) -> Destination:

@@ -128,7 +128,7 @@ def instance(name: str, *, where: str = "resource.instanceType") -> Instance:
         "SPEC-304",
         where,
         f'Unsupported instance type "{name}"',
-        f"{nearest(key, _spellings())}use one that `python -m tuning presets` lists",
+        f"{nearest(key, _spellings())}use one that `python -m tuning presets --instances` lists",
     )
 
 

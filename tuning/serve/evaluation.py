@@ -70,6 +70,7 @@ class Question:
     question: str
     answer: str
     replies: dict[str, str]
+    task: str = ""
 
     def right(self, model: str) -> bool:
         """Whether the words stand in the reply, as whole words, in any case."""
@@ -187,7 +188,7 @@ def measure(
             with console.work(f"Asking {name}", unit="answers") as report:
                 answers = ask(server, pairs, tokens=tokens, progress=report)
             found += scores(name, answers)
-            asked += answers
+            asked += [replace(each, task=name) for each in answers]
         if tasks.named:
             tokenizers = {BASE: base, TUNED: own}
             found += lm_eval(server, tasks, tokenizers=tokenizers)
@@ -230,6 +231,33 @@ def _share(task: str, model: str, right: int, count: int) -> Score:
     half = Z * math.sqrt(share * (1 - share) / count + width / (4 * count)) / (1 + width)
     low, high = min(share, max(0.0, middle - half)), max(share, min(1.0, middle + half))
     return Score(task, "right", model, share, low, high, count)
+
+
+def differences(asked: Sequence[Question]) -> list[dict[str, Any]]:
+    """How many questions of each task one model alone answered right, with McNemar's exact test.
+
+    Both answered the same questions, so those that tell the models apart are compared with tosses
+    of a coin (Q. McNemar, Psychometrika 12, 1947): p is the chance of a split as uneven.
+    """
+    found = []
+    for task in dict.fromkeys(each.task for each in asked):
+        mine = [(q.right(BASE), q.right(TUNED)) for q in asked if q.task == task and _both(q)]
+        base, tuned = mine.count((True, False)), mine.count((False, True))
+        if mine:
+            p = _sign_test(base, tuned)
+            found.append({"task": task, "only_base": base, "only_tuned": tuned, "p": p})
+    return found
+
+
+def _both(question: Question) -> bool:
+    return {BASE, TUNED} <= question.replies.keys()
+
+
+def _sign_test(one: int, other: int) -> float:
+    """The chance that of `one + other` tosses of a coin as few, or fewer, fall on one side."""
+    count = one + other
+    tail = sum(math.comb(count, k) for k in range(min(one, other) + 1))
+    return min(1.0, float(2 * tail / 2**count))
 
 
 def lm_eval(server: Server, tasks: Tasks, *, tokenizers: dict[str, Path]) -> list[Score]:
@@ -313,8 +341,8 @@ def record(
     found: Sequence[Score],
     asked: Sequence[Question],
 ) -> dict[str, Any]:
-    """What `evaluation.json` holds: names of base and adapter, scores by task and metric, and
-    every question with its replies. `folder` is the adapter's."""
+    """What `evaluation.json` holds: names of base and adapter, scores by task and metric, the
+    `differences`, and every question with its replies. `folder` is the adapter's."""
     tasks: dict[tuple[str, str], dict[str, Any]] = {}
     for score in found:
         entry = tasks.setdefault(
@@ -328,6 +356,7 @@ def record(
         "adapter": adapter,
         "adapter_sha256": files.digest_file(folder / WEIGHTS) if folder else None,
         "tasks": list(tasks.values()),
+        "differences": differences(asked),
         "asked": [asdict(question) for question in asked],
     }
 

@@ -12,7 +12,23 @@ from tuning.spec.documents import Document
 from tuning.spec.findings import Findings, did_you_mean, shorten, shown
 from tuning.spec.keys import Key, same
 
-_LISTS = ("names", "numbers")  # written with commas: target_modules=q_proj,v_proj
+LISTS = (
+    "names",
+    "numbers",
+    "tokens",
+    "trackers",
+)  # written with commas: target_modules=q_proj,v_proj
+
+
+# Options of the command line that people take for keys
+_OPTIONS = {
+    "method": "--method",
+    "instance": "--instance",
+    "instance_type": "--instance",
+    "output": "-o",
+    **dict.fromkeys(("model", "base_model", "preset"), "MODEL, or --base-model beside -f FILE"),
+    **dict.fromkeys(("data", "dataset", "datasets"), "DATA, or --data beside -f FILE"),
+}
 
 
 @dataclass(frozen=True)
@@ -34,6 +50,9 @@ def read(texts: tuple[str, ...], findings: Findings) -> list[Assignment]:
         if not equals or not name:
             what = f"{shown(text)} is not KEY=VALUE"
             findings.add("SPEC-109", path, what, "write it as in --set learning_rate=1e-4")
+        elif not value:
+            what = "has no value (a variable of the shell that is not set gives none)"
+            findings.add("SPEC-109", path, what, f"write a value, or {shorten(name)}=null for none")
         elif (key := _key(name, path, findings)) is not None:
             try:
                 assigned.append(Assignment(key, _value(key, value), findings.named[path]))
@@ -54,17 +73,19 @@ def _key(name: str, path: tuple[str, int], findings: Findings) -> Key | None:
     rows = [sections[section]] if section else list(sections.values())
     named = [each[bare] for each in rows if bare in each]
     if not named:
-        findings.add("SPEC-111", path, "unknown key", config.nearest_key(section, bare))
+        option = _OPTIONS.get(bare.lower())
+        change = f"give {option}" if option else config.nearest_key(section, bare)
+        findings.add("SPEC-111", path, "unknown key", change)
         return None
     return min(named, key=lambda key: get_args(keys.Use).index(key.use))
 
 
 def _value(key: Key, text: str) -> Any:
-    inner = documents.read(f"value: {text}", origin="--set") if text else []
-    value = inner[0].at("value") if inner else None
-    if inner and (inner[0].findings.in_order() or inner[0].value.keys() != {"value"}):
+    inner = documents.read(f"value: {text}", origin="--set")[0]
+    value = inner.at("value")
+    if inner.findings.in_order() or inner.value.keys() != {"value"}:
         raise SpecError([])
-    if key.type in _LISTS and isinstance(value, str) and "," in value:
+    if key.type in LISTS and isinstance(value, str) and "," in value:
         return [each.strip() for each in items_of(value)]
     return value
 

@@ -258,7 +258,8 @@ def _check_quantisation(section: Any, findings: Findings, name: str, method: Met
             return
     four, eight = flags["load_in_4bit"], flags["load_in_8bit"]
     if conflict := contradiction(method, four, eight, name):
-        findings.add("SPEC-108", path, *conflict)
+        named = [key for key, value in flags.items() if value is not None]
+        findings.add("SPEC-108", (*path, *named) if len(named) == 1 else path, *conflict)
     elif eight:
         key8 = keys.sections()["QuantizationConfig"]["load_in_8bit"]
         what = f"is not supported: {key8.text}"

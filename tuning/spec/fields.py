@@ -50,6 +50,7 @@ def check_preset(preset: Preset, path: Path, findings: Findings, *, here: bool =
     elif len(preset.name) > 200 or not re.fullmatch(rf"{_HUB_PART}(/{_HUB_PART})?", preset.name):
         what = f"Unsupported tuning preset name {shown(preset.name)}"
         change = "use a name that `python -m tuning presets` lists, or org/model of the hub"
+        change += ", or the path of a folder" if here else ""
         findings.add("SPEC-104", name, what, change)
     options = preset.preset_options
     if options and options.model_access_secret is not None:
@@ -90,12 +91,21 @@ def check_output(output: str, path: Path, findings: Findings) -> None:
             change = "write hf://ORG/NAME, or hf://ORG/NAME@BRANCH"
             findings.add("SPEC-109", path, what, change)
     elif not output.startswith(("oci:", "dir:")):
-        bare = ":" not in output and "@" not in output and "." not in output.partition("/")[0]
-        if output.startswith(("/", ".", "~")) or bare:
+        rest = output.partition("://")[2]
+        kind, colon, after = output.partition(":")
+        alone = "/" not in output.partition("@")[0]  # an image of Docker Hub, where none can push
+        unsaid = ":" not in output and "@" not in output and "." not in output.partition("/")[0]
+        bare = alone or unsaid
+        other = bool(rest) or (bool(colon) and "/" not in output)  # sftp://HOST/DIR, sftp:DIR
+        if output.startswith(("/", ".", "~")) or bare or other:
             what = f"{shown(output)} is not an image reference"
-            folder = shorten(output) or "FOLDER"
+            folder = "" if rest else shorten(after if other else output)
+            folder = folder or "FOLDER"
             change = f"write dir:{folder} for a plain folder, oci:{folder} for an image layout"
-            if bare and output:
+            if other:
+                what = f"{shown(output)} names no registry, and {shown(kind)} is no kind of place"
+                change += ", hf://ORG/NAME for the hub, registry.example.com/name:tag for an image"
+            elif bare and output:
                 what = f"{shown(output)} has no registry and no tag, and names no kind of folder"
                 change += f", docker.io/{folder}:TAG for Docker Hub"
             findings.add("SPEC-109", path, what, change)
@@ -113,6 +123,11 @@ def is_here(name: str) -> bool:
         return False
 
 
+def is_model(name: str) -> bool:
+    """Whether `name` is a folder of this machine with a model in it."""
+    return is_folder(name) and is_here(f"{name}/config.json")
+
+
 def is_folder(name: str) -> bool:
     """Whether `name` is a folder of this machine."""
     return is_here(name) and FilePath(name).is_dir()
@@ -124,6 +139,13 @@ _OTHER_NAMES = {
     "s3n": "s3://BUCKET/KEY",
     **dict.fromkeys(("abfs", "abfss", "adl", "wasb", "wasbs"), "az://CONTAINER/BLOB"),
 }
+
+
+def check_data_folder(name: str, path: Path, findings: Findings) -> None:
+    """A file or folder of this machine as data: no model's folder."""
+    if is_model(name):
+        what = f"{shown(name)} is the folder of a model, not of data"
+        findings.add("SPEC-124", path, what, "name a file or a folder with rows to train on")
 
 
 def check_url(
@@ -139,6 +161,7 @@ def check_url(
     `here`: on this machine, where the whole path of a file or a folder is one as well.
     """
     if here and url.startswith("/") and is_here(url):
+        check_data_folder(url, path, findings)
         return
     if _placeholder(url.partition("?")[0], path, findings, "the address of your data file"):
         return

@@ -1,21 +1,23 @@
 """A config of axolotl or LLaMA-Factory -> a Workspace and its settings.
 
 What becomes of each key is data: `configs/imports/*.yaml`. Every key of the input that is set is
-written, or noted with what becomes of it; what cannot be meant here stops the translation.
+written, or noted with what becomes of it; what cannot be meant here stops the translation. The
+order of its keys says nothing: they are taken in that of the table.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
 
 from tuning.errors import Problem, SpecError
-from tuning.spec import assignments, builder, documents, keys, reader, urls
-from tuning.spec.assignments import Assignment
+from tuning.spec import assignments, builder, documents, fields, keys, mixture, reader, urls
+from tuning.spec import places as places_
+from tuning.spec.assignments import LISTS, Assignment
 from tuning.spec.coercion import Invalid, coerce, items_of
 from tuning.spec.documents import Document
 from tuning.spec.findings import shown, spelled
@@ -54,11 +56,12 @@ def translate(
     value: dict[str, Any] = first.value if isinstance(first.value, dict) else {}
     table = _table_of(value, path.name)
     found = Translation(problems=first.findings.in_order())
-    for name, each in value.items():
-        if name == table["data"]:
-            continue
-        _translate(name, each, table["keys"].get(name), found)
-    found.data += data or _data(value, table, found, path.parent)
+    _translate_all({k: v for k, v in value.items() if k != table["data"]}, table["keys"], found)
+    if data:
+        found.data += data
+        _replaced(value, table, found)
+    else:
+        found.data += _data(value, table, found, path.parent, beside)
     if not found.method:
         found.notes.append(table["without_method"])
     if not found.model:
@@ -67,6 +70,7 @@ def translate(
         found.refuse(path.name, "names no data", "give --data FILE, a URL or ORG/NAME")
     if found.problems:
         raise SpecError(found.problems)
+    _see_from(beside, found)
     return _documents(found, output, beside), found.notes
 
 
@@ -77,6 +81,15 @@ def _table_of(value: dict[str, Any], origin: str) -> dict[str, Any]:
             return table
     what = "is no config of axolotl (base_model, datasets) or LLaMA-Factory (model_name_or_path)"
     raise SpecError.at(_CODE, origin, what, "name one of theirs; `tuning init` writes a new one")
+
+
+def _translate_all(
+    given: dict[Any, Any], rows: dict[str, Any], found: Translation, within: str = ""
+) -> None:
+    """Translate the keys in the order of the table: of two for one target, the later row counts."""
+    unknown = sorted(map(str, given.keys() - rows.keys()))
+    for name in [*(each for each in rows if each in given), *unknown]:
+        _translate(within + name, given.get(name), rows.get(name), found)
 
 
 def _translate(name: str, value: Any, row: dict[str, Any] | None, found: Translation) -> None:
@@ -142,31 +155,66 @@ def _assign(name: str, target: str, value: Any, found: Translation) -> None:
     except Invalid as error:
         found.notes.append(f"{name}: left out; {target} {error.what} ({error.change})")
         return
+    before = found.settings.get(target)
+    if before is not None and key.type in LISTS:
+        value = list(dict.fromkeys([*items_of(before.value), *items_of(value)]))
+    elif before is not None and not same(before.value, value):
+        other = f"not {shown(before.value)} by {before.written}"
+        found.notes.append(f"{name}: {target} is {shown(value)} by it, {other}")
     found.settings[target] = Assignment(key, value, name)
 
 
 def _data(
-    value: dict[str, Any], table: dict[str, Any], found: Translation, folder: Path
+    value: dict[str, Any], table: dict[str, Any], found: Translation, folder: Path, beside: Path
 ) -> list[str]:
-    """The places of the data: axolotl's list of datasets, or names in a dataset_info.json."""
+    """The places of the data: axolotl's list of datasets, or names in a dataset_info.json.
+
+    Columns of single datasets become those of parts of a mixture, of all alike those of the data.
+    """
     name = table["data"]
     named = value.get(name)
     if "datasets" not in table:
         return _listed_data(value, items_of(named) if named else [], found, folder)
-    places = []
+    places: list[str] = []
+    columns: list[dict[str, Any]] = []
     rows = table["datasets"]
     for i, each in enumerate(named if isinstance(named, list) else []):
         where = spelled((name, i))
         if not isinstance(each, dict) or not isinstance(each.get("path"), str):
             found.refuse(where, "has no path", "write `path:` with a file or ORG/NAME")
             continue
-        places.append(
-            _place(each["path"], each.get("name"), each.get("split"), each.get("revision"), found)
+        place = _place(
+            each["path"], each.get("name"), each.get("split"), each.get("revision"), found
         )
-        for key, inner in each.items():
-            if key not in rows:
-                _translate(f"{where}.{key}", inner, rows["keys"].get(key), found)
+        places.append(places_.named_from(beside, place))
+        own = Translation(notes=found.notes, problems=found.problems)
+        rest = {key: inner for key, inner in each.items() if key not in rows}
+        _translate_all(rest, rows["keys"], own, f"{where}.")
+        columns.append({key: one.value for key, one in own.settings.items()})
+    if all(each == columns[0] for each in columns):
+        for target, column in columns[0].items() if columns else ():
+            _assign(name, target, column, found)
+    else:
+        parts = [
+            {"path": _pattern(place)} | {target.partition(".")[2]: each for target, each in own}
+            for place, own in zip(places, map(dict.items, columns), strict=True)
+        ]
+        _assign(name, mixture.KEY, parts, found)
     return places
+
+
+def _pattern(place: str) -> str:
+    """What names the files of `place` in a mixture."""
+    if "://" in place or not fields.is_here(place):
+        return place
+    return f"{Path(place)}/*" if fields.is_folder(place) else str(Path(place))
+
+
+def _replaced(value: dict[str, Any], table: dict[str, Any], found: Translation) -> None:
+    """A note that data of the command line replaces the config's."""
+    if value.get(table["data"]):
+        columns = ", columns too" if "datasets" in table else ""
+        found.notes.append(f"{table['data']}: left out{columns}; --data is in its place")
 
 
 def _listed_data(
@@ -206,6 +254,16 @@ def _place(path: str, config: Any, split: Any, revision: Any, found: Translation
     query = urlencode({k: str(v) for k, v in chosen.items() if v}, quote_via=quote, safe="+")
     url = f"hf://datasets/{path}{at}" + (f"?{query}" if query else "")
     return url if at or query else path
+
+
+def _see_from(beside: Path, found: Translation) -> None:
+    """Say what is a file or folder of this machine as the documents in `beside` have to."""
+    found.model = places_.named_from(beside, found.model)
+    found.data = [places_.named_from(beside, each) for each in found.data]
+    for target in ("ModelConfig.start_adapter", "ModelConfig.chat_template"):
+        if (given := found.settings.get(target)) is not None:
+            value = places_.named_from(beside, str(given.value))
+            found.settings[target] = replace(given, value=value)
 
 
 def _documents(found: Translation, output: str, beside: Path) -> list[dict[str, Any]]:

@@ -25,6 +25,8 @@ def check(overrides: Overrides, findings: Findings) -> None:
             findings.add(
                 "SPEC-109", ("--data", i), "is not a file name", "name a file, a folder or a URL"
             )
+        else:
+            fields.check_data_folder(item, ("--data", i), findings)
     if sum(fields.is_folder(item) for item in overrides.data if not urls.of_data(item)) > 1:
         change = "give one folder; files and URLs may stand beside it"
         findings.add("SPEC-109", ("--data",), "names several folders", change)
@@ -57,6 +59,15 @@ def _localised(data: Any, beside: Path) -> Any:
         return data
     path = _seen_from(beside, data)
     return str(path.absolute()) if fields.is_here(str(path)) else urls.of_data(data, beside) or data
+
+
+def named_from(beside: Path, name: str) -> str:
+    """`name` of the command line as a document in `beside` has to say it: what is a file or folder
+    of this machine becomes a whole path, unless `beside` is the working directory.
+    """
+    if beside == Path() or "://" in name or not fields.is_here(name):
+        return name
+    return str(Path(name).absolute())
 
 
 def _seen_from(folder: Path, text: str) -> Path:

@@ -13,7 +13,7 @@ from tuning.spec import assignments, builder, configmap, documents, places, rule
 from tuning.spec.configmap import ConfigMap
 from tuning.spec.documents import Document
 from tuning.spec.findings import Findings, nearest, shown
-from tuning.spec.values import Overrides, Source, Spec
+from tuning.spec.values import Destination, Overrides, Source, Spec
 from tuning.spec.workspace import ANNOTATION, Workspace
 
 _NO_OVERRIDES = Overrides()
@@ -33,23 +33,25 @@ def from_command_line(
     data: tuple[str, ...],
     *,
     overrides: Overrides,
-    folder: Path | None = None,
     needs_data: bool = True,
 ) -> Spec:
     """The Workspace of a command line without a file: `tuning run MODEL DATA --output WHERE`.
 
-    Paths are seen from the working directory. Without an output, the image is that of the run
-    directory: `folder`, or runs/<name>. Raises SpecError with all problems.
+    Paths are seen from the working directory. Without an output, the image stays in the run
+    directory. Raises SpecError with all problems.
     """
-    run = folder or Path("runs") / builder.name_of(model, data)
-    output = overrides.output if overrides.output is not None else f"oci:{run / 'image'}"
-    value = builder.workspace(model, data, output, method=overrides.method or "lora")
+    output = overrides.output
+    own = f"oci:{Path('runs') / builder.name_of(model, data) / 'image'}"  # until a run names it
+    value = builder.workspace(
+        model, data, own if output is None else output, method=overrides.method or "lora"
+    )
     document = Document(value)
     named = document.findings.named
     named["tuning", "preset", "name"] = "MODEL"
     for i in range(len(data)):
         named["tuning", "input", "urls", i] = "DATA" if len(data) == 1 else f"DATA {i + 1}"
-    return _read([document], "the command line", overrides, Path(), needs_data=needs_data)
+    spec = _read([document], "the command line", overrides, Path(), needs_data=needs_data)
+    return replace(spec, destination=Destination()) if output is None else spec
 
 
 def read_file(path: Path) -> str:

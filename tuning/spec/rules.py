@@ -126,7 +126,9 @@ def _check_resource(resource: Resource, findings: Findings, *, tuning: bool) -> 
         findings.add("SPEC-118", ("resource", "partition"), what, "remove it")
     instance, path = resource.instance_type, ("resource", "instanceType")
     if instance is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", instance):
-        change = "write a name such as Standard_NC24ads_A100_v4 (`python -m tuning presets`)"
+        change = (
+            "write a name such as Standard_NC24ads_A100_v4 (`python -m tuning presets --instances`)"
+        )
         findings.add(
             "SPEC-104", path, f"is {shown(instance)}, which is not an instance type", change
         )

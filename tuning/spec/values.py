@@ -127,6 +127,11 @@ class Destination:
     earlier: tuple[str, ...] = ()  # digests of earlier outputs, which may be replaced
 
     @property
+    def named(self) -> bool:
+        """Whether it is a place of its own, not the run directory."""
+        return any((self.image, self.folder, self.layout, self.hub))
+
+    @property
     def form(self) -> tuple[str, ...]:
         """Non-default image options."""
         return (*(("index",) if self.index else ()), *filter(None, (self.base_image,)))

@@ -63,9 +63,9 @@ class Image:
         return tuple(dict.fromkeys((self.config, *self.layers)))
 
 
-def refused(where: str, what: str) -> RefusedError:
+def refused(where: str, what: str, change: str = "build or push the image again") -> RefusedError:
     """The error of an invalid image."""
-    return RefusedError.at("IMAGE-110", where, what, "build or push the image again")
+    return RefusedError.at("IMAGE-110", where, what, change)
 
 
 def parse_json(data: bytes, *, where: str) -> dict[str, Any]:
@@ -234,7 +234,7 @@ def _content(path: Path, where: str) -> bytes:
             return file.read(LARGEST_JSON + 1)
     except OSError:
         if not path.parent.exists():
-            raise refused(where, "does not exist") from None
+            raise refused(where, "does not exist", "correct the path") from None
         raise refused(where, f"is not an OCI image layout: it lacks {path.name}") from None
 
 

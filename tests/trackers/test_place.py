@@ -129,7 +129,7 @@ def test_a_package_that_is_not_installed_is_named_with_its_extra(
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     monkeypatch.setenv("WANDB_MODE", "offline")
 
-    with pytest.raises(SpecError, match=rf"TRACK-101 .*pip install 'tuning\[{name}\]'"):
+    with pytest.raises(SpecError, match=rf"TRACK-101 .*pip install 'tuning-jobs\[{name}\]'"):
         place.refuse(read(tmp_path, report_to=name), Policy(), None)
     assert [] == codes(read(tmp_path, report_to="tensorboard"))
 

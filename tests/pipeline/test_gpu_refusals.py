@@ -67,7 +67,7 @@ def test_segments_do_not_grow_where_the_driver_cannot_map_them(kind, grows, tmp_
     monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
     fake_driver.install(MACHINES[kind][0], tmp_path, monkeypatch)
     monkeypatch.setattr("tuning.plan.torch_build.installed", lambda: None)
-    spec = SimpleNamespace(destination=Destination())
+    spec = SimpleNamespace(destination=Destination(image="registry.example.com/a:1"))
     run = Run(spec, Options(run_dir=tmp_path), Console(), None, threading.Event())
 
     assert ({} if grows else {"PYTORCH_ALLOC_CONF": "expandable_segments:False"}) == (

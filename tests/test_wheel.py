@@ -98,7 +98,7 @@ def test_the_environment_is_complete_and_has_no_more_than_the_base_install(env: 
     assert (0, "No broken requirements found.\n") == said(env, "pip", "check")
     code, listed = said(env, "pip", "list", "--format=freeze")
     names = {line.partition("==")[0].lower() for line in listed.splitlines() if "==" in line}
-    assert code == 0 and {"tuning", "pydantic"} <= names
+    assert code == 0 and {"tuning-jobs", "pydantic"} <= names
     assert not {"torch", "transformers", "pytest", "hatchling", "kubernetes"} & names
 
 

@@ -13,6 +13,7 @@ from benchmarks import gpu_table, longest_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "cpu_compare.jsonl"
+KERNELS = ROOT / "tests" / "fake_cuda" / "kernels.json"
 PAGE = ROOT / "docs" / "speed.md"
 TEMPLATE = ROOT / "benchmarks" / "speed.template.md"
 TABLE = """
@@ -72,6 +73,13 @@ def span(ratio: list[float]) -> str:
     return f"**{middle:.2f}** ({lowest:.2f} to {highest:.2f})"
 
 
+def kernels(family: str) -> str:
+    """Kernels of a layer of its usual plan: the mean of the two that are counted."""
+    counts = json.loads(KERNELS.read_text())["counts"]
+    way = counts[f"{family} qlora H100 bfloat16 planned checkpointing fused"]
+    return f"{sum(way['layers'].values()) / 2:.1f}"
+
+
 def markdown() -> str:
     """The page."""
     lines = RESULTS.read_text().splitlines() if RESULTS.is_file() else []
@@ -93,6 +101,8 @@ def markdown() -> str:
         compare="".join(map(table, compared)),
         equal=equal,
         gpu=gpu_table.table(found_on_gpu) if found_on_gpu else "Not measured yet.\n",
+        llama_kernels=kernels("llama"),
+        phi3_kernels=kernels("phi3"),
         longest=longest_rows.table(json.loads(longest_rows.RESULTS.read_text().splitlines()[-1])),
     )
 

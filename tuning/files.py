@@ -176,6 +176,17 @@ def _nothing(name: str) -> bool:
     return name == "lost+found" or name.startswith(_MAKING)
 
 
+def refuse_taken(target: Path) -> None:
+    """Raise SpecError where a new folder cannot be: at a file, or a folder that holds something."""
+    free = not target.exists() or (
+        target.is_dir() and all(_nothing(p.name) for p in target.iterdir())
+    )
+    if not free:
+        raise SpecError.at(
+            "IMAGE-103", str(target.absolute()), "already exists", "name a new folder"
+        )
+
+
 @contextmanager
 def making(target: Path) -> Iterator[Path]:
     """A folder to be made, which becomes `target` when the block has ended well.
@@ -184,9 +195,8 @@ def making(target: Path) -> Iterator[Path]:
     what it is. Raises SpecError if `target` cannot become that.
     """
     target = target.absolute()
+    refuse_taken(target)
     there = target.is_dir()
-    if target.exists() and (not there or any(not _nothing(p.name) for p in target.iterdir())):
-        raise SpecError.at("IMAGE-103", str(target), "already exists", "name a new folder")
     try:
         if not there:
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -52,3 +52,12 @@ def test_commands_stand_at_the_end_of_their_lines() -> None:
     )
     assert "imagePushSecret is" in image
     assert not any("imagePushSecret" in line for line in lines)
+
+
+def test_a_folder_of_rows_may_hold_a_config() -> None:
+    """Only weights beside it make it a model's."""
+    Path("data").mkdir()
+    Path("data/config.json").write_text("{}")
+    Path("data/rows.csv").write_text("question,answer\n1,2\n")
+
+    assert "data" in written("w.yaml", data="data")

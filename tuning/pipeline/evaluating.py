@@ -150,7 +150,7 @@ def _heard(run: Run) -> Callable[[], None]:
 
 
 def _forget_others(run: Run) -> None:
-    """Remove the results of another adapter."""
+    """Remove the results of another adapter: of this run, trained again to other bytes, say."""
     path = run.folder / FILE
     with suppress(OSError, ValueError, LookupError, TypeError):
         of = files.read_json(path)["adapter_sha256"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -70,7 +69,7 @@ def merged(
     if where.layout and (where.layout / "index.json").exists():
         raise SpecError.at("MODEL-301", output, "already exists", "name a new folder")
     if where.folder:
-        _check_new(where.folder)
+        files.refuse_taken(where.folder)
     expected = None if any_base else model
     with (
         delivery.at_hand(adapter, access=access, console=console, base=expected) as folder,
@@ -111,7 +110,7 @@ def exported(
 
     Raises ModuleNotFoundError without the extra gguf, SpecError, RefusedError or TransientError.
     """
-    _check_new(output)
+    files.refuse_taken(output)  # before anything is fetched
     from tuning.models.gguf_files import export  # seconds: torch
 
     expected = None if any_base else model
@@ -128,16 +127,6 @@ def exported(
             method=method,
             any_base=any_base,
         )
-
-
-def _check_new(folder: Path) -> None:
-    """Raise SpecError for a folder that `files.making` refuses, before anything is fetched."""
-    with suppress(_Unmade), files.making(folder):
-        raise _Unmade
-
-
-class _Unmade(Exception):
-    """Nothing was made."""
 
 
 def _destination(output: str, *, overwrite: bool = False, folders: bool = True) -> Destination:

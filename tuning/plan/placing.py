@@ -159,13 +159,14 @@ def _with_constants(
 
     Two kernels fewer each time that a weight is unpacked. Only where each rank has the whole model.
     """
-    if device.kind == "cpu" or demand.method != "qlora" or fit.layout.shards > 1:
+    nested = demand.method == "qlora" and demand.double_quant
+    if device.kind == "cpu" or not nested or fit.layout.shards > 1:
         return fit, False
     _, constants = memory.weight_bytes(
         model.coefficients, method=demand.method, precision=demand.precision, double_quant=False
     )
     wide = replace(fit, memory=replace(fit.memory, constants=constants))
-    if not (demand.double_quant and wide.fits(device.rank_bytes, device.host_bytes)):
+    if not wide.fits(device.rank_bytes, device.host_bytes):
         return fit, False
     reasons["constants"] = "it fits; two kernels fewer for each weight that is unpacked"
     return wide, True

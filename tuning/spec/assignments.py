@@ -12,14 +12,8 @@ from tuning.spec.documents import Document
 from tuning.spec.findings import Findings, did_you_mean, shorten, shown
 from tuning.spec.keys import Key, same
 
-LISTS = (
-    "names",
-    "numbers",
-    "tokens",
-    "trackers",
-)  # written with commas: target_modules=q_proj,v_proj
-
-
+# Written with commas: target_modules=q_proj,v_proj
+LISTS = ("names", "numbers", "tokens", "trackers")
 # Options of the command line that people take for keys
 _OPTIONS = {
     "method": "--method",

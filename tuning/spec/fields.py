@@ -125,7 +125,8 @@ def is_here(name: str) -> bool:
 
 def is_model(name: str) -> bool:
     """Whether `name` is a folder of this machine with a model in it."""
-    return is_folder(name) and is_here(f"{name}/config.json")
+    weights = is_folder(name) and any(FilePath(name).glob("*.safetensors"))
+    return weights and is_here(f"{name}/config.json")
 
 
 def is_folder(name: str) -> bool:

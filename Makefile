@@ -66,8 +66,8 @@ test: install system  ## set-up and every test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST)
 
 test-light:  ## of spec and presets what needs neither torch nor peft (PYTHON=python3.13)
-	@$(MAKE) --no-print-directory install VENV=build/light EXTRAS=cluster,dev
-	build/light/bin/python -m pytest tests/spec tests/presets --ignore=tests/presets/test_presets.py \
+	@$(MAKE) --no-print-directory install VENV=build/light-$(notdir $(PYTHON)) EXTRAS=cluster,dev
+	build/light-$(notdir $(PYTHON))/bin/python -m pytest tests/spec tests/presets --ignore=tests/presets/test_presets.py \
 	  -k 'not libraries' $(PYTEST)
 
 slow: install  ## the tests that take minutes: the memory formula against simulation, everywhere

@@ -34,6 +34,12 @@ WITHOUT_A_FILE = [
         "name yours with --set messages_column=VALUE, or --set context_column=VALUE and "
         "--set response_column=VALUE",
     ),
+    (
+        "line 2",
+        "fill the columns, or name them in DatasetConfig (messages_column, objective)",
+        "line 2",
+        "fill the columns, or name them with --set messages_column=VALUE, --set objective=VALUE",
+    ),
     ("", "use LoraConfig.target_modules: all-linear", "", "use --set target_modules=all-linear"),
     ("", "leave out TrainingArguments.packing", "", "leave out --set packing"),
     (

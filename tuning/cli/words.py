@@ -117,4 +117,5 @@ def _named(found: re.Match[str]) -> str:
         ),
         found["names"],
     )
-    return found[0] if names == found["names"] else f" with {names}"
+    plain = re.sub(r"^\((.*)\)", r"\1", names)
+    return found[0] if names == found["names"] else f" with {plain}"

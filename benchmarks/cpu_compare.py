@@ -8,7 +8,7 @@
 The same random Llama, the same 2,000 chat rows, about the same tokens an optimizer step: `trl` is
 `plain_trl.py` with its defaults, `trl packed` the same with packing, `ours` is `python -m tuning
 run` to the finished image. trl's default is bfloat16, also on a processor without instructions for
-it: there, `trl packed float32` is a contender, too. CPU-seconds are those of the whole process
+it, where a run takes ten minutes: there its contenders compute in float32. CPU-seconds are those of the whole process
 tree, imports and all; a real token is one that is no padding. Contenders take turns, forwards and
 backwards, and a ratio is between neighbours. Of memory that processes share each has its part, so
 that others with the same libraries in memory make all contenders look smaller: leave none running.
@@ -67,7 +67,8 @@ SHAPES: dict[str, dict[str, int]] = {
     },
 }
 BF16 = device.cpu().bf16  # whether this processor has instructions for bfloat16
-CONTENDERS = ("trl", "trl packed", *(() if BF16 else ("trl packed float32",)), "ours")
+TRL = ("trl", "trl packed") if BF16 else ("trl float32", "trl packed float32")
+CONTENDERS = (*TRL, "ours")
 LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes", "datasets")
 WORKSPACE = """apiVersion: kaito.sh/v1beta1
 kind: Workspace

@@ -94,9 +94,9 @@ def step(device: Device, **choices: Any) -> dict[str, Any]:
     return _step(device, Way(**choices), {})
 
 
-def offloaded(device: Device, tiled: bool, **choices: Any) -> dict[str, Any]:
+def offloaded(device: Device, kept: dict[str, bool], **choices: Any) -> dict[str, Any]:
     """The same with the layers' inputs in host memory."""
-    return _step(device, Way(**choices), {"activation_offloading": True, "tiled_mlp": tiled})
+    return _step(device, Way(**choices), {"activation_offloading": True, **kept})
 
 
 def _step(device: Device, way: Way, kept: dict[str, bool]) -> dict[str, Any]:

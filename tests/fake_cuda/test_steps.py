@@ -98,7 +98,7 @@ def test_offloaded_inputs_cross_once_each_way(family: str, tiled: bool, worker: 
     The layers wait for nothing else, and make nothing else on the host; the loss is that without.
     """
     way = ways.usual(family)
-    found = worker.call("steps.offloaded", tiled=tiled, **asdict(way))
+    found = worker.call("steps.offloaded", kept={"tiled_mlp": tiled}, **asdict(way))
 
     assert {"device to host": 1} == found["waits"].pop("layers")
     assert {"layers": {"empty_like": 1, "copy_": 1}} == found.pop("strays")
@@ -109,6 +109,26 @@ def test_offloaded_inputs_cross_once_each_way(family: str, tiled: bool, worker: 
         layers, copies = plain["kernels"]["layers"], {"copy_": 1}
         more = {name: layers.get(name, 0) + count for name, count in copies.items()}
         assert layers | more == found["kernels"]["layers"]
+
+
+def test_embeddings_on_the_host_send_tokens_there_and_rows_back(worker: Worker) -> None:
+    """Both once a micro-batch, and the table once before the first; the kernels stay the same."""
+    choices = asdict(ways.usual("llama"))
+    before, after = (
+        worker.call("steps.offloaded", kept={"tiled_mlp": True, **more}, **choices)
+        for more in ({}, {"host_embeddings": True})
+    )
+
+    more = {"device to host": 1, "host to device": 1}
+    assert more == after["waits"].pop("rest") and "rest" not in before["waits"]
+    assert 1 == after["waits"]["loop"].pop("device to host") - before["waits"]["loop"].pop(
+        "device to host"
+    )
+    assert after["waits"] == before["waits"] and after["off_device"] == []
+    assert {"_to_copy", "embedding"} == set(after["strays"].pop("rest"))
+    assert after["strays"] == before["strays"] and after["loss"] == before["loss"]
+    assert after["kernels"]["layers"] == before["kernels"]["layers"]
+    assert "embedding" not in after["kernels"]["rest"]
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from tuning.models import activations
 from tuning.models.kernels import fuse
 from tuning.models.load import load_base
 from tuning.models.lora import adapt
-from tuning.plan.activations import ALL, INPUTS, OFFLOADED, TILED, TILES, Activations
+from tuning.plan.activations import ALL, INPUTS, LOOKED_UP, OFFLOADED, TILED, TILES, Activations
 from tuning.plan.backends import FUSED
 
 Build = Callable[..., Path]
@@ -83,6 +83,31 @@ def test_offload_and_selective_checkpointing_change_no_bit(
             assert torch.equal(loss, found[0]), kept
             assert gradients.keys() == found[1].keys()
             assert [] == [n for n, g in gradients.items() if not torch.equal(g, found[1][n])], kept
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_embeddings_on_the_host_change_no_bit(tied: bool, tiny_base: Build) -> None:
+    """They are no parameter any more, so that none of the model's is on the host; tied ones stay."""
+    folder = tiny_base("llama", tie_word_embeddings=tied)
+    before, after = (adapted(folder, kept) for kept in (TILED, LOOKED_UP))
+    (loss, gradients), found = step(before, (2, 37)), step(after, (2, 37))
+
+    embedding = after.get_input_embeddings()
+    assert tied == isinstance(embedding.weight, torch.nn.Parameter)
+    assert torch.equal(before.get_input_embeddings().weight, embedding.weight)
+    names = [{name for name, _ in tuned.named_parameters()} for tuned in (before, after)]
+    lost = {"base_model.model.model.embed_tokens.weight"}
+    assert names[0] - names[1] == (set() if tied else lost)
+    assert torch.equal(loss, found[0])
+    assert all(torch.equal(g, found[1][n]) for n, g in gradients.items())
+
+
+def test_embeddings_that_are_trained_stay(tiny_base: Build) -> None:
+    """As those of new tokens are."""
+    tuned = adapted(tiny_base("llama", tie_word_embeddings=False), INPUTS)
+    tuned.get_input_embeddings().weight.requires_grad_()
+    activations.arrange(tuned, LOOKED_UP)
+    assert isinstance(tuned.get_input_embeddings().weight, torch.nn.Parameter)
 
 
 def test_dropout_is_the_same_when_offloaded(tiny_base: Build) -> None:

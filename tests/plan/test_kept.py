@@ -11,7 +11,7 @@ from benchmarks import longest_rows
 from tuning import presets
 from tuning.errors import SpecError
 from tuning.plan import Base, Lengths, sizing
-from tuning.plan.activations import ALL, INPUTS, OFFLOADED, TILED, Activations, on_host
+from tuning.plan.activations import ALL, INPUTS, LOOKED_UP, OFFLOADED, TILED, Activations, on_host
 from tuning.plan.coefficients import preset_coefficients
 from tuning.plan.device import Device
 from tuning.spec import Destination, Settings, Source, Spec
@@ -45,8 +45,8 @@ def made(card_gib, length, host_gib=None, **settings):
 
 
 def test_a_longer_row_takes_the_next_way_only_where_the_last_does_not_fit():
-    """All kept, some layers recomputed, all of them, inputs on the host, MLPs in tiles."""
-    order, seen = [ALL, Activations(True, 1), INPUTS, OFFLOADED, TILED], []
+    """All kept, some layers recomputed, all, inputs on the host, MLPs in tiles, embeddings there."""
+    order, seen = [ALL, Activations(True, 1), INPUTS, OFFLOADED, TILED, LOOKED_UP], []
     for length in range(1024, 150_000, 512):
         fit = sizing.best(MODEL, at(length), CARD, free_bytes=24 * GIB)
         if fit is None:
@@ -83,7 +83,7 @@ def test_pinned_memory_counts_against_the_machine():
     assert pinned == taken.fit.host_bytes == taken.to_json()["memory"]["host"] == 16 * GIB
     assert "16.0 GiB of host memory" in taken.reasons["activation_offloading"]
     assert made(24, length, 20).placement == taken.placement
-    with pytest.raises(SpecError, match=r"PLAN-120 .*of a machine's host memory 16.0 of 19.9 GiB"):
+    with pytest.raises(SpecError, match=r"PLAN-120 .*of a machine's host memory 17.0 of 19.9 GiB"):
         made(24, length, 19.9)
     assert made(24, 30_000, 1).placement.checkpointing
 
@@ -145,8 +145,37 @@ def test_out_of_memory_ends_with_host_memory_and_tiles():
     assert [2, 2, 1, 1, 1] == [way.micro_batch for way in ways]
     assert [] == plan.fallbacks(ways[-1], offload=True)[1:]
     assert not any(way.activation_offloading for way in plan.fallbacks(placed))
+    assert [*ways, replace(ways[-1], host_embeddings=True)] == plan.fallbacks(
+        placed, offload=True, looks_up=True
+    )
 
     assert made(24, 8192).offloads and not made(24, 8192, 1).offloads
+    assert made(24, 8192).looks_up and not made(24, 8192, 1).looks_up
+
+
+def test_embeddings_are_looked_up_on_the_host_only_if_nothing_else_needs_them():
+    """Their bytes go from one side to the other; not those of an output layer or of new tokens."""
+    free = 8 * GIB
+    longest = sizing.longest(MODEL, at(1 << 20), CARD, free_bytes=free)
+    tiled = next(iter(sizing.placements(MODEL, at(longest), CARD, (TILED,))))
+    fit = sizing.best(MODEL, at(longest), CARD, free_bytes=free)
+
+    assert LOOKED_UP == fit.activations and not tiled.fits(free)
+    moved = 128_256 * 4096 * 2
+    assert moved == tiled.memory.weights - fit.memory.weights
+    assert moved == fit.memory.host - tiled.memory.host
+    assert not sizing.best(MODEL, at(longest), CARD, free_bytes=free, host_bytes=moved)
+    planned = made(8, longest)
+    assert planned.placement.host_embeddings
+    assert "layer inputs and embeddings in" in planned.reasons["activation_offloading"]
+    assert "input embeddings in host memory" in planned.placement.activations.text
+
+    for model, demand in (
+        (MODEL, at(longest, new_tokens=True)),
+        (replace(MODEL, facts=replace(MODEL.facts, tied=True)), at(longest)),
+    ):
+        assert not sizing.best(model, demand, CARD, free_bytes=free)
+        assert sizing.longest(model, demand, CARD, free_bytes=free) < longest
 
 
 def test_a_host_that_may_not_be_used_is_not_after_out_of_memory_either():

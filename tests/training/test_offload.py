@@ -20,6 +20,7 @@ FAST = tiny_runs.placement(attention=VARLEN, kernels=FUSED, checkpointing=True)
 WAYS = (
     replace(FAST, activation_offloading=True),
     replace(FAST, recomputed_layers=1),
+    replace(FAST, activation_offloading=True, host_embeddings=True),
 )
 
 

@@ -1,7 +1,8 @@
 """What a training step keeps of the decoder layers' activations, and where.
 
 Everything; the input of a layer, from which its activations are computed again (checkpointing); or
-that input in pinned host memory (offload). An MLP can be computed a share of the tokens at a time.
+that input in pinned host memory (offload). An MLP can be computed a share of the tokens at a time,
+and the input embeddings can be looked up in host memory.
 
 Checkpointing is torch's, set up by transformers. Its own `offload` copies on the stream that
 computes, which then waits; trl's `OffloadActivations` takes all that is saved, and empties the
@@ -32,6 +33,8 @@ def arrange(model: torch.nn.Module, kept: Activations, *, host: Host | None = No
     `host` makes the tensor in host memory for one on the device; pinned if not given.
     """
     layers = decoder_layers(model)
+    if kept.host_embeddings:
+        _look_up_on_host(model)
     if kept.tiled:
         for layer in layers:
             _tile(layer)
@@ -57,6 +60,29 @@ def decoder_layers(model: torch.nn.Module) -> list[Any]:
         if REPEATED.search(f"{name}.") and not inside:
             found[name] = module
     return list(found.values())
+
+
+# Input embeddings in host memory.
+
+
+def _look_up_on_host(model: Any) -> None:
+    """Take the input embeddings off the device, unless they are trained or the output layer's, too.
+
+    The host waits for the tokens of each micro-batch, which it has copied to the device before.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if type(embedding) is not torch.nn.Embedding or embedding.weight.requires_grad:
+        return
+    if head is None or getattr(head, "weight", None) is embedding.weight:
+        return
+    table = embedding.weight.detach().cpu()
+    del embedding.weight  # a parameter: models take the device of their first for their own
+    embedding.weight = table
+
+    def forward(ids: torch.Tensor) -> torch.Tensor:
+        return torch.nn.Embedding.forward(embedding, ids.cpu()).to(ids.device)
+
+    embedding.forward = forward
 
 
 # Layer inputs in host memory.

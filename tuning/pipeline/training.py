@@ -124,7 +124,9 @@ def _fitting(run: Run, request: Value, decided: Plan, report: Report) -> Value:
     Out of memory is the child's OutOfMemoryError, or a SIGKILL that the kernel counts as one. The
     journal counts both, so that a later start tries the next placement. The run id stays.
     """
-    placements = plan.fallbacks(decided.placement, offload=decided.offloads)
+    placements = plan.fallbacks(
+        decided.placement, offload=decided.offloads, looks_up=decided.looks_up
+    )
     key = key_of(decided.recipe.run_id, asdict(placements[0]), decided.device.name)
     failures = sum((r["event"], r["key"]) == ("oom", key) for r in run.journal.records)
     first = min(failures, len(placements) - 1)
@@ -248,4 +250,5 @@ def _shape(placement: plan.Placement) -> str:
         checkpointing += f" of {placement.recomputed_layers} layers"
     checkpointing += ", layer inputs in host memory" if placement.activation_offloading else ""
     checkpointing += ", MLPs in tiles" if placement.tiled_mlp else ""
+    checkpointing += ", input embeddings there, too" if placement.host_embeddings else ""
     return f"{placement.micro_batch} x {placement.accumulation} rows{checkpointing}"

@@ -1,4 +1,4 @@
-"""What a step keeps of the decoder layers' activations: the choices, their bytes and their time.
+"""What a step keeps on a GPU beside the layers' weights: the choices, their bytes and their time.
 
 Coefficients are simulated for steps that keep all of them, and for steps that keep the inputs of
 layers and compute the rest again. What lies between and beyond follows:
@@ -8,6 +8,8 @@ layers and compute the rest again. What lies between and beyond follows:
   all lies above it.
 - *Inputs in host memory.* At most HELD inputs [tokens, hidden] are on the GPU: that of the layer
   which computes, one that is copied, and the embeddings, which autograd holds as a leaf.
+- *Input embeddings in host memory.* The rows of a step's tokens are looked up there. Only where they
+  are frozen and not the output layer's weights, too.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ class Activations:
     recomputed: int | None = None  # of the first so many layers; None: of all
     offload: bool = False  # in host memory
     tiled: bool = False  # MLPs are computed in TILES parts
+    host_embeddings: bool = False  # the input embeddings lie in host memory
 
     @property
     def text(self) -> str:
@@ -34,13 +37,15 @@ class Activations:
             return "off"
         words = "on" if self.recomputed is None else f"of the first {self.recomputed} layers"
         words += ", inputs in host memory" if self.offload else ""
-        return words + (", MLPs in tiles" if self.tiled else "")
+        words += ", MLPs in tiles" if self.tiled else ""
+        return words + (", input embeddings in host memory" if self.host_embeddings else "")
 
 
 ALL = Activations()
 INPUTS = Activations(True)
 OFFLOADED = Activations(True, offload=True)
 TILED = Activations(True, offload=True, tiled=True)
+LOOKED_UP = Activations(True, offload=True, tiled=True, host_embeddings=True)
 
 
 def on_host(layers: int, tokens: int, hidden: int, width: int) -> int:

@@ -8,12 +8,15 @@ from tuning.plan.backends import without_copies
 from tuning.plan.values import Placement
 
 
-def fallbacks(placement: Placement, *, offload: bool = False) -> list[Placement]:
+def fallbacks(
+    placement: Placement, *, offload: bool = False, looks_up: bool = False
+) -> list[Placement]:
     """`placement`, then those of less memory.
 
     Constants as they are stored and all layers recomputed if some were, half the rows each time,
-    checkpointing, on a GPU layer inputs in host memory if there is enough for an `offload`, and
-    MLPs in tiles. The global batch, and so the run id, stays the same.
+    checkpointing, on a GPU layer inputs in host memory if there is enough for an `offload`, MLPs in
+    tiles, and input embeddings in host memory if the model `looks_up` no more than them. The global
+    batch, and so the run id, stays the same.
     """
     placements = [placement]
     least = replace(placement, recomputed_layers=None, float_constants=False)
@@ -30,6 +33,8 @@ def fallbacks(placement: Placement, *, offload: bool = False) -> list[Placement]
         placements.append(replace(placements[-1], activation_offloading=True, kernels=kernels))
     if placement.device == "cuda" and not placement.tiled_mlp:
         placements.append(replace(placements[-1], tiled_mlp=True))
+    if looks_up and placement.device == "cuda" and not placement.host_embeddings:
+        placements.append(replace(placements[-1], host_embeddings=True))
     return placements
 
 

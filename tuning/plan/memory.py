@@ -137,6 +137,7 @@ def predict(
     own_head: bool = False,
     offload: bool = False,
     tiled: bool = False,
+    host_embeddings: bool = False,
 ) -> MemoryEstimate:
     """Memory of one process that trains micro-batches of `tokens` tokens. Raises Unknown.
 
@@ -145,7 +146,7 @@ def predict(
     how several ranks hold the model; `facts` tell what of it they can share. `fused`: with
     `models.kernels`. `repacks`: the CPU library copies 16-bit weights (see `repacked`). `tile`:
     tokens scored at once, if not the usual number. `own_head`: the model's own logits are scored.
-    `offload`, `tiled`: with checkpointing, see `activations`. Fewer `targets` (names of
+    `offload`, `tiled`, `host_embeddings`: see `activations`. Fewer `targets` (names of
     projections) take fewer adapters, and all activations: an upper bound.
     """
     variant = _stored(
@@ -201,6 +202,10 @@ def predict(
     if fused and precision != "float32" and not (dropout or offload) and layout.shards == 1:
         resident["adapters"] += adapters // 2  # their 16-bit copies: `models.kernels.shadows`
     resident["host"] += pinned
+    if host_embeddings:
+        looked_up = embedding_bytes(facts, precision)
+        resident["weights"] -= looked_up
+        resident["host"] += looked_up
     return MemoryEstimate(
         **step,
         **resident,
@@ -246,6 +251,13 @@ def weight_bytes(
     unpacked = coefficients.kept + coefficients.packed - packed
     constants = _constants(packed, coefficients.packed_modules, double_quant) if packed else 0
     return unpacked * width + -(-packed // 2) + coefficients.buffers, constants
+
+
+def embedding_bytes(facts: Facts | None, precision: Precision) -> int:
+    """Bytes of the input embeddings, which are never packed. Raises Unknown."""
+    if facts is None:
+        raise Unknown("the size of the embeddings is not known")
+    return facts.vocab * facts.hidden * (4 if precision == "float32" else 2)
 
 
 def lora_bytes(coefficients: Coefficients, rank: int, targets: Iterable[str] | None) -> int:

@@ -81,6 +81,7 @@ def place(
         recomputed_layers=kept.recomputed,
         activation_offloading=kept.offload,
         tiled_mlp=kept.tiled,
+        host_embeddings=kept.host_embeddings,
         float_constants=wide,
     )
     return placement, fit
@@ -144,8 +145,9 @@ def _fit(
         if larger and demand.checkpointing is None:
             reasons["checkpointing"] = "with it more rows fit at once, which is faster"
     if fit.activations.offload:
+        what = "layer inputs" + (" and embeddings" if fit.activations.host_embeddings else "")
         reasons["activation_offloading"] = (
-            f"nothing faster fits: layer inputs in {fit.host_bytes / 2**30:.1f} GiB of host memory"
+            f"nothing faster fits: {what} in {fit.host_bytes / 2**30:.1f} GiB of host memory"
         )
     if fit.layout.ranks > 1:
         reasons["shards"] = _why_shared(model, demand, device, fit)

@@ -13,7 +13,7 @@ from typing import Literal
 
 from tuning import presets
 from tuning.plan import communication, memory, sharding
-from tuning.plan.activations import ALL, INPUTS, OFFLOADED, TILED, Activations, on_host
+from tuning.plan.activations import ALL, INPUTS, LOOKED_UP, OFFLOADED, TILED, Activations, on_host
 from tuning.plan.coefficients import (
     TILE_ROWS,
     Attention,
@@ -75,7 +75,7 @@ class Demand:
         plain = tuple(k for k in (ALL, INPUTS) if self.checkpointing in (None, k.checkpointing))
         if self.device == "cpu" or self.offloads is False or self.checkpointing is False:
             return [plain]
-        return [*([plain] if self.offloads is None else []), (OFFLOADED,), (TILED,)]
+        return [*([plain] if self.offloads is None else []), (OFFLOADED,), (TILED,), (LOOKED_UP,)]
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,7 @@ class Fit:
     seconds_per_token: float | None
     layout: Layout = ALONE
     inputs_bytes: int | None = None  # of one row: host memory of a rank that offloads them
+    apart: bool = False  # the input embeddings can lie in host memory
 
     @property
     def checkpointing(self) -> bool:
@@ -172,6 +173,7 @@ def _between(base: Model, keeping: Fit, recomputing: Fit, *, free_bytes: int) ->
             _along(recomputing.seconds_per_token, keeping.seconds_per_token, share),
             keeping.layout,
             keeping.inputs_bytes,
+            keeping.apart,
         )
         if fit.memory.total <= free:  # terms are rounded up
             yield fit
@@ -194,6 +196,7 @@ def _place(
         checkpointing=kept.checkpointing,
         offload=kept.offload,
         tiled=kept.tiled,
+        host_embeddings=kept.host_embeddings,
         precision=demand.precision,
         optimizer=demand.optimizer,
         dropout=demand.dropout,
@@ -216,7 +219,13 @@ def _place(
     if base.facts is not None and demand.offloads is not False:
         width = 4 if demand.precision == "float32" else 2
         inputs = on_host(base.coefficients.layers, tokens // micro_batch, base.facts.hidden, width)
-    return Fit(micro_batch, kept, estimate, seconds, demand.layout, inputs)
+    apart = demand.layout.shards == 1 and _apart(base, demand)
+    return Fit(micro_batch, kept, estimate, seconds, demand.layout, inputs, apart)
+
+
+def _apart(base: Model, demand: Demand) -> bool:
+    """Whether the input embeddings are frozen, and not the output layer's weights, too."""
+    return base.facts is not None and not (base.facts.tied or demand.new_tokens)
 
 
 def _seconds(
@@ -294,6 +303,7 @@ def best(
         fitting = [
             fit
             for layout in every
+            if layout.shards == 1 or not level[0].host_embeddings
             if layout.shards > 1 or not offload
             for fit in placements(
                 base,
@@ -310,12 +320,16 @@ def best(
 
 
 def _levels(base: Model, demand: Demand) -> list[tuple[Activations, ...]]:
-    """Those of the demand's levels that are known of the model."""
+    """Those of the demand's levels that the model can have and whose memory is known."""
     wanted = Variant(demand.method, demand.precision, demand.attention, fused=True, tiled=True)
     usual = demand.fused and not demand.dropout and demand.device == "cuda"
     tiled = usual and wanted.stored in base.coefficients.moments
     levels = [level for level in demand.levels if base.facts or not level[0].offload]
-    return [level for level in levels if tiled or not level[0].tiled] or [(INPUTS,)]
+    apart = _apart(base, demand)
+    levels = [level for level in levels if apart or not level[0].host_embeddings]
+    if not tiled:
+        levels = [(replace(level[0], tiled=False), *level[1:]) for level in levels]
+    return list(dict.fromkeys(levels)) or [(INPUTS,)]
 
 
 def first(base: Model, demand: Demand, micro_batch: int, *, free_bytes: int) -> Fit | None:
@@ -347,7 +361,13 @@ def smallest(
     every = [replace(demand, layout=layout) for layout in layouts or (demand.layout,)]
     levels = _levels(base, demand)
     return min(
-        (fit for each in every for level in levels for fit in placements(base, each, gpu, level)),
+        (
+            fit
+            for each in every
+            for level in levels
+            if each.layout.shards == 1 or not level[0].host_embeddings
+            for fit in placements(base, each, gpu, level)
+        ),
         key=lambda fit: (not fit.fits_host(host_bytes), fit.memory.total),
     )
 

@@ -132,13 +132,19 @@ class Placement:
     recomputed_layers: int | None = None  # with checkpointing, of the first so many; None: of all
     activation_offloading: bool = False  # inputs of checkpointed layers lie in host memory
     tiled_mlp: bool = False  # MLPs compute a share of the tokens at a time
+    host_embeddings: bool = False  # input embeddings lie in host memory, if the output has its own
     float_constants: bool = False  # those of 4-bit blocks lie in float32, not again in 8 bits
 
     @property
     def activations(self) -> Activations:
         """What is kept of the layers' activations."""
-        recomputed, offload = self.recomputed_layers, self.activation_offloading
-        return Activations(self.checkpointing, recomputed, offload, self.tiled_mlp)
+        return Activations(
+            self.checkpointing,
+            self.recomputed_layers,
+            self.activation_offloading,
+            self.tiled_mlp,
+            self.host_embeddings,
+        )
 
     @property
     def text(self) -> str:
@@ -201,6 +207,11 @@ class Plan:
             return True
         inputs = self.fit.layout.each * self.fit.inputs_bytes
         return self.fit.host_bytes + inputs <= self.device.host_bytes * HOST_SHARE
+
+    @property
+    def looks_up(self) -> bool:
+        """Whether the input embeddings could lie there, too."""
+        return self.offloads and self.fit is not None and self.fit.apart
 
     @property
     def seconds(self) -> float | None:

@@ -138,6 +138,7 @@ def _trainer(way: Way, kept: dict[str, bool]) -> tuple[Watched, Spy]:
         attention=attention,
         kernels=backends.FUSED if way.fused else (),
         float_constants=way.fused and way.method == "qlora",
+        unpacked_layer=way.fused and way.method == "qlora" and not kept.get("tiled_mlp"),
         **kept,
     )
     model = load_base(

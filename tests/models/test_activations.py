@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import architectures
+import bitsandbytes as bnb
 import pytest
 import tiny_runs
 import torch
 
 from tuning.models import activations
-from tuning.models.kernels import fuse
+from tuning.models.kernels import fuse, linear
 from tuning.models.load import load_base
 from tuning.models.lora import adapt
 from tuning.plan.activations import ALL, INPUTS, LOOKED_UP, OFFLOADED, TILED, TILES, Activations
@@ -85,9 +86,60 @@ def test_offload_and_selective_checkpointing_change_no_bit(
             assert [] == [n for n, g in gradients.items() if not torch.equal(g, found[1][n])], kept
 
 
+@pytest.mark.parametrize("family", ["llama", "phi3", "gemma3"])
+def test_a_weight_that_is_kept_is_unpacked_twice_and_changes_no_bit(
+    family: str, tiny_base: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the forward, which forgets it, and in the layer's second one; not for the backward.
+
+    An MLP's last weight is not used in the second forward, unless a norm comes after it: then its
+    own backward unpacks it.
+    """
+    folder, keeping = tiny_base(family), Activations(True, unpacked=True)
+    before, after = (adapted(folder, kept, method="qlora") for kept in (INPUTS, keeping))
+    made: list[weakref.ref[torch.Tensor]] = []
+    own = bnb.functional.dequantize_4bit
+
+    def counted(*args: Any, **options: Any) -> torch.Tensor:
+        whole = own(*args, **options)
+        made.append(weakref.ref(whole))
+        return whole
+
+    monkeypatch.setattr(bnb.functional, "dequantize_4bit", counted)
+    loss, gradients = step(before, (2, 37))
+    times = len(made)
+    made.clear()
+    alive: list[int] = []
+    after.get_output_embeddings().register_forward_hook(
+        lambda *_: alive.append(sum(each() is not None for each in made))
+    )
+    found = step(after, (2, 37))
+
+    packed, last = sum(map(_packed, after.modules())), len(activations.decoder_layers(after))
+    normed = family == "gemma3"
+    assert 3 * packed - (0 if normed else last) == times
+    assert 2 * packed + (last if normed else 0) == len(made)
+    assert [0] == alive and not any(each() is not None for each in made)
+    assert torch.equal(loss, found[0])
+    assert [] == [n for n, g in gradients.items() if not torch.equal(g, found[1][n])]
+
+
+def test_layers_that_keep_their_activations_keep_no_unpacked_weight(tiny_base: Build) -> None:
+    """They would all be alive at once."""
+    tuned = adapted(tiny_base("llama"), Activations(True, 1, unpacked=True), method="qlora")
+    first, second = activations.decoder_layers(tuned)
+    for layer, keeps in ((first, True), (second, False)):
+        found = {getattr(m, linear.KEEPS, False) for m in layer.modules() if _packed(m)}
+        assert {keeps} == found
+
+
+def _packed(module: Any) -> bool:
+    return isinstance(module, bnb.nn.Linear4bit)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_embeddings_on_the_host_change_no_bit(tied: bool, tiny_base: Build) -> None:
-    """They are no parameter any more, so that none of the model's is on the host; tied ones stay."""
+    """They are no parameter any more: all of those are on the device. Tied ones stay."""
     folder = tiny_base("llama", tie_word_embeddings=tied)
     before, after = (adapted(folder, kept) for kept in (TILED, LOOKED_UP))
     (loss, gradients), found = step(before, (2, 37)), step(after, (2, 37))

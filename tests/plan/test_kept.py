@@ -45,7 +45,7 @@ def made(card_gib, length, host_gib=None, **settings):
 
 
 def test_a_longer_row_takes_the_next_way_only_where_the_last_does_not_fit():
-    """All kept, some layers recomputed, all, inputs on the host, MLPs in tiles, embeddings there."""
+    """All kept, some layers recomputed, all; on the host inputs; MLPs in tiles; embeddings."""
     order, seen = [ALL, Activations(True, 1), INPUTS, OFFLOADED, TILED, LOOKED_UP], []
     for length in range(1024, 150_000, 512):
         fit = sizing.best(MODEL, at(length), CARD, free_bytes=24 * GIB)
@@ -132,16 +132,38 @@ def test_constants_are_unpacked_where_there_is_room():
     assert not made(80, 4096, double_quant=False).placement.float_constants
 
 
+def test_a_layers_weights_stay_unpacked_where_there_is_room():
+    """Only where it is computed again and packed; it takes the place of nothing, and is counted."""
+    layer = MODEL.coefficients.packed // 32 * 2
+    for gib, length in itertools.product((8, 12, 24), (512, 2048, 8192, 16_384, 60_000)):
+        try:
+            planned = made(gib, length)
+        except SpecError:
+            continue
+        kept, fit = planned.placement.activations, planned.fit
+        limit = gib * GIB * (1 - sizing.HEADROOM)
+        assert kept.unpacked == planned.placement.unpacked_layer
+        assert kept.unpacked == ("unpacked_layer" in planned.reasons)
+        assert fit.memory.total <= limit
+        if kept.unpacked:
+            assert kept.checkpointing and not kept.tiled and fit.memory.dequantisation >= layer
+        elif kept.checkpointing and not kept.tiled:
+            assert fit.memory.total + layer > limit
+    assert made(24, 16_384).placement.unpacked_layer
+    assert not made(80, 2048).placement.unpacked_layer
+
+
 def test_out_of_memory_ends_with_host_memory_and_tiles():
     """After fewer rows and all layers recomputed; not what the machine's memory cannot hold."""
     placed = plan.Placement("cuda", 1, 2, 2, True, "sdpa", recomputed_layers=7)
-    placed = replace(placed, float_constants=True)
+    placed = replace(placed, float_constants=True, unpacked_layer=True)
 
     ways = plan.fallbacks(placed, offload=True)
     assert [True, False, False, False, False] == [way.float_constants for way in ways]
+    assert [True, False, False, False, False] == [way.unpacked_layer for way in ways]
     assert 2 == len(plan.fallbacks(replace(ways[-1], float_constants=True)))
     kept = [way.activations for way in ways]
-    assert [Activations(True, 7), INPUTS, INPUTS, OFFLOADED, TILED] == kept
+    assert [Activations(True, 7, unpacked=True), INPUTS, INPUTS, OFFLOADED, TILED] == kept
     assert [2, 2, 1, 1, 1] == [way.micro_batch for way in ways]
     assert [] == plan.fallbacks(ways[-1], offload=True)[1:]
     assert not any(way.activation_offloading for way in plan.fallbacks(placed))
@@ -188,12 +210,12 @@ def test_a_host_that_may_not_be_used_is_not_after_out_of_memory_either():
 
 def test_layers_of_other_widths_are_recomputed_all_or_none():
     """The line between both is an upper bound only if layers are alike."""
-    alike = {sizing._even(preset.facts) for preset in presets.all()}
+    alike = {sizing.even(preset.facts) for preset in presets.all()}
     preset = presets.find("gemma-4-e2b-instruct")
     wide = {linear.layers for linear in preset.facts.linears}
 
     assert {True, False} == alike and len(wide) > 1
-    assert sizing._even(PRESET.facts) and not sizing._even(preset.facts)
+    assert sizing.even(PRESET.facts) and not sizing.even(preset.facts)
 
 
 def test_checkpointing_is_off_where_the_config_says_so(monkeypatch):

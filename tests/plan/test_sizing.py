@@ -128,7 +128,7 @@ def test_lora_that_does_not_fit_is_told_of_qlora():
 
 def test_rows_are_shortened_only_where_the_user_left_their_length_open():
     """A small card gets shorter rows and says why; a set length is kept and refused instead."""
-    tight = replace(plan.device_of("Standard_NV36ads_A10_v5"), memory_bytes=int(4.2 * 2**30))
+    tight = replace(plan.device_of("Standard_NV36ads_A10_v5"), memory_bytes=int(4.0 * 2**30))
     lengths = plan.Lengths(rows=1000, tokens=2_000_000, longest=8000)
     spec = Spec(
         name="t",

@@ -22,8 +22,8 @@ from tuning.training.interruption import Interruption
 RECIPE = tiny_runs.recipe(precision="float32", dropout=0.0, max_length=64)
 # dense, GELU and norm; a cap of another name; a scale; as wide as no layer; plain; experts
 KINDS = ("bert", "recurrent_gemma", "granite", "rembert", "llama", "qwen3_moe")
-# What these say of a row changes with the length of its batch: ProphetNet in transformers 5.x; sparse
-# attention where scores tie, as half of a random indexer's are 0
+# What these say of a row changes with the length of its batch: ProphetNet in transformers 5.x;
+# sparse attention where scores tie, as half of a random indexer's are 0
 BY_LENGTH = ("prophetnet", "deepseek_v32", "dots3_note_text", "hy_v4")
 
 

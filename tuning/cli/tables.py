@@ -202,6 +202,7 @@ def plan_table(plan: Plan) -> rich.table.Table:
         "activation_offloading": "on" if placement.activation_offloading else None,
         "attention": placement.attention,
         "kernels": ", ".join(placement.kernels) or None,
+        "unpacked_layer": "kept until its backward" if placement.unpacked_layer else None,
         "constants": "unpacked to float32" if placement.float_constants else None,
         "threads": placement.threads,
         "speed": plan.tokens_per_second and f"{plan.tokens_per_second:,.0f} tokens/s",

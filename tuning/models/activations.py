@@ -19,10 +19,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from torch.autograd.graph import saved_tensors_hooks
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tuning.models.kernels.fuse import WIDE
+from tuning.models.kernels.linear import KEEPS
 from tuning.models.survey import REPEATED, TOWER
 from tuning.plan.activations import TILES, Activations
 
@@ -40,8 +42,13 @@ def arrange(model: torch.nn.Module, kept: Activations, *, host: Host | None = No
             _tile(layer)
     if not kept.checkpointing:
         return
-    for layer in layers[len(layers) if kept.recomputed is None else kept.recomputed :]:
+    again = len(layers) if kept.recomputed is None else kept.recomputed
+    for layer in layers[again:]:
         layer.gradient_checkpointing = False
+    for layer in layers[:again]:
+        for module in layer.modules():
+            if isinstance(module, Linear4bit):
+                setattr(module, KEEPS, kept.unpacked)
     if kept.offload:
         offload = Offload(host or pinned)
         for number, layer in enumerate(layers):
@@ -70,8 +77,10 @@ def _look_up_on_host(model: Any) -> None:
 
     The host waits for the tokens of each micro-batch, which it has copied to the device before.
     """
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if type(embedding) is not torch.nn.Embedding or embedding.weight.requires_grad:
+    embedding: Any = model.get_input_embeddings()
+    head = model.get_output_embeddings()
+    kind = type(embedding)
+    if kind is not torch.nn.Embedding or embedding.weight.requires_grad:
         return
     if head is None or getattr(head, "weight", None) is embedding.weight:
         return
@@ -80,7 +89,7 @@ def _look_up_on_host(model: Any) -> None:
     embedding.weight = table
 
     def forward(ids: torch.Tensor) -> torch.Tensor:
-        return torch.nn.Embedding.forward(embedding, ids.cpu()).to(ids.device)
+        return torch.nn.functional.embedding(ids.cpu(), table).to(ids.device)
 
     embedding.forward = forward
 

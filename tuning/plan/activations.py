@@ -8,8 +8,8 @@ layers and compute the rest again. What lies between and beyond follows:
   all lies above it.
 - *Inputs in host memory.* At most HELD inputs [tokens, hidden] are on the GPU: that of the layer
   which computes, one that is copied, and the embeddings, which autograd holds as a leaf.
-- *Input embeddings in host memory.* The rows of a step's tokens are looked up there. Only where they
-  are frozen and not the output layer's weights, too.
+- *Input embeddings in host memory.* The rows of a step's tokens are looked up there. Only where
+  they are frozen and not the output layer's weights, too.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ class Activations:
     offload: bool = False  # in host memory
     tiled: bool = False  # MLPs are computed in TILES parts
     host_embeddings: bool = False  # the input embeddings lie in host memory
+    unpacked: bool = False  # 4-bit weights of a layer that is computed again, until its backward
 
     @property
     def text(self) -> str:

@@ -13,13 +13,13 @@ def fallbacks(
 ) -> list[Placement]:
     """`placement`, then those of less memory.
 
-    Constants as they are stored and all layers recomputed if some were, half the rows each time,
-    checkpointing, on a GPU layer inputs in host memory if there is enough for an `offload`, MLPs in
-    tiles, and input embeddings in host memory if the model `looks_up` no more than them. The global
-    batch, and so the run id, stays the same.
+    4-bit weights unpacked each time, constants as they are stored and all layers recomputed if some
+    were, half the rows each time, checkpointing, on a GPU layer inputs in host memory if there is
+    enough for an `offload`, MLPs in tiles, and input embeddings in host memory if those are only
+    `looks_up`. The global batch, and so the run id, stays the same.
     """
     placements = [placement]
-    least = replace(placement, recomputed_layers=None, float_constants=False)
+    least = replace(placement, recomputed_layers=None, unpacked_layer=False, float_constants=False)
     if least != placement:
         placements.append(least)
     rows = placement.micro_batch * placement.accumulation

@@ -253,6 +253,11 @@ def weight_bytes(
     return unpacked * width + -(-packed // 2) + coefficients.buffers, constants
 
 
+def unpacked_bytes(coefficients: Coefficients, precision: Precision) -> int:
+    """Bytes of one layer's packed weights once they are unpacked, where layers are alike."""
+    return coefficients.packed // coefficients.layers * (4 if precision == "float32" else 2)
+
+
 def embedding_bytes(facts: Facts | None, precision: Precision) -> int:
     """Bytes of the input embeddings, which are never packed. Raises Unknown."""
     if facts is None:

@@ -51,6 +51,7 @@ def place(
         demand = _demand(recipe, settings, lengths, device, backend, layout=layout, whole=whole)
         fit = _fit(model, demand, base, device, micro_batch, reasons)
         fit, wide = _with_constants(fit, model, demand, device, reasons)
+        fit = _with_unpacked(fit, model, demand, device, reasons)
         micro_batch, kept, layout = fit.micro_batch, fit.activations, fit.layout
     elif device.kind == "cuda":
         kept = INPUTS
@@ -82,6 +83,7 @@ def place(
         activation_offloading=kept.offload,
         tiled_mlp=kept.tiled,
         host_embeddings=kept.host_embeddings,
+        unpacked_layer=kept.unpacked,
         float_constants=wide,
     )
     return placement, fit
@@ -172,6 +174,28 @@ def _with_constants(
         return fit, False
     reasons["constants"] = "it fits; two kernels fewer for each weight that is unpacked"
     return wide, True
+
+
+def _with_unpacked(
+    fit: Fit, model: sizing.Model, demand: sizing.Demand, device: Device, reasons: dict[str, str]
+) -> Fit:
+    """`fit` with 4-bit weights of a recomputed layer kept for its backward, if they fit.
+
+    Of dense layers that are alike, on ranks that have the whole model, without tiles: those unpack
+    for each tile.
+    """
+    kept, facts = fit.activations, model.facts
+    again = demand.method == "qlora" and demand.fused and kept.checkpointing and not kept.tiled
+    alike = facts is not None and not facts.experts and sizing.even(facts)
+    if device.kind == "cpu" or not (again and alike) or fit.layout.shards > 1:
+        return fit
+    layer = memory.unpacked_bytes(model.coefficients, demand.precision)
+    more = replace(fit.memory, dequantisation=fit.memory.dequantisation + layer)
+    longer = replace(fit, memory=more, activations=replace(kept, unpacked=True))
+    if not longer.fits(device.rank_bytes, device.host_bytes):
+        return fit
+    reasons["unpacked_layer"] = "it fits; each is unpacked twice a step, not three times"
+    return longer
 
 
 def _whole_only(recipe: Recipe, base: Base, settings: Settings) -> str:

@@ -147,11 +147,11 @@ def placements(
     for micro_batch in [demand.micro_batch] if demand.micro_batch else sizes:
         fits = [_place(base, demand, gpu, micro_batch, kept) for kept in level or demand.levels[0]]
         yield from fits
-        if free_bytes is not None and len(fits) == 2 and _even(base.facts):
+        if free_bytes is not None and len(fits) == 2 and even(base.facts):
             yield from _between(base, *fits, free_bytes=free_bytes)
 
 
-def _even(facts: presets.Facts | None) -> bool:
+def even(facts: presets.Facts | None) -> bool:
     """Whether each layer has the same matrices, so that its activations are as large as others'."""
     return facts is not None and all(
         matrix.layers == facts.layers for matrix in (*facts.linears, *facts.experts)

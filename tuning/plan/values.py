@@ -133,6 +133,7 @@ class Placement:
     activation_offloading: bool = False  # inputs of checkpointed layers lie in host memory
     tiled_mlp: bool = False  # MLPs compute a share of the tokens at a time
     host_embeddings: bool = False  # input embeddings lie in host memory, if the output has its own
+    unpacked_layer: bool = False  # 4-bit weights of a recomputed layer, until its backward
     float_constants: bool = False  # those of 4-bit blocks lie in float32, not again in 8 bits
 
     @property
@@ -144,6 +145,7 @@ class Placement:
             self.activation_offloading,
             self.tiled_mlp,
             self.host_embeddings,
+            self.unpacked_layer,
         )
 
     @property

@@ -4,7 +4,9 @@ peft computes base, A, B, scale and sum one after the other and lets autograd ke
 Here the low-rank part is added into the base's output by `addmm`, projections of the same input
 share its reads and its one saved copy, and an MLP keeps the outputs of its first projections only:
 the activation is computed again in the backward. Frozen weights get no gradient, packed ones are
-unpacked for a product and forgotten. Without dropout that is peft's result, with fewer roundings.
+unpacked for a product and forgotten. In layers that are computed again they can be saved for the
+backward: what their first forward saves is forgotten. Without dropout that is peft's result, with
+fewer roundings.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from tuning.models.kernels import shadows
 
 Tensor = torch.Tensor
+KEEPS = "keeps_unpacked"  # attribute of 4-bit layers whose unpacked weight is saved
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,11 @@ class Projection:
     a: Tensor  # [rank, inputs]
     b: Tensor  # [outputs, rank]
     scale: float
+
+    @property
+    def keeps(self) -> bool:
+        """Whether the unpacked weight is saved for the backward."""
+        return bool(getattr(self.base, KEEPS, False))
 
 
 @dataclass(frozen=True)
@@ -113,25 +121,38 @@ def _all_a(parts: Sequence[Projection], dtype: torch.dtype) -> Tensor:
     return shadows.stacked([part.a for part in parts], dtype)
 
 
-def _up(x: Tensor, low: Tensor, part: Projection) -> Tensor:
-    """The part's output for x [tokens, inputs], given low = scale * x A^T."""
+def _up(x: Tensor, low: Tensor, part: Projection) -> tuple[Tensor, Tensor | None]:
+    """The part's output for x [tokens, inputs], given low = scale * x A^T; its weight, if kept."""
     bias = None if part.base.bias is None else part.base.bias.to(x.dtype)
-    out = F.linear(x, weight(part.base, x.dtype), bias)
-    return out.addmm_(low, shadows.of(part.b, x.dtype).t())
+    whole = weight(part.base, x.dtype)
+    out = F.linear(x, whole, bias).addmm_(low, shadows.of(part.b, x.dtype).t())
+    return out, whole if part.keeps else None
 
 
-def _forward(x: Tensor, parts: Sequence[Projection]) -> tuple[list[Tensor], Tensor]:
-    """Outputs of all parts, and scale * x A^T of all, for x [tokens, inputs]."""
+def _forward(
+    x: Tensor, parts: Sequence[Projection]
+) -> tuple[list[Tensor], Tensor, list[Tensor | None]]:
+    """Outputs of all parts for x [tokens, inputs], scale * x A^T of all, weights that are kept."""
     low = _down(x, parts)
     ranks = [len(part.a) for part in parts]
     pieces = zip(parts, torch.split(low, ranks, dim=1), strict=True)
-    return [_up(x, piece, part) for part, piece in pieces], low
+    made = [_up(x, piece, part) for part, piece in pieces]
+    return [out for out, _ in made], low, [whole for _, whole in made]
 
 
 def _backward(
-    grads: Sequence[Tensor], x: Tensor, low: Tensor, parts: Sequence[Projection], *, needed: bool
+    grads: Sequence[Tensor],
+    x: Tensor,
+    low: Tensor,
+    parts: Sequence[Projection],
+    unpacked: Sequence[Tensor | None] | None = None,
+    *,
+    needed: bool,
 ) -> tuple[Tensor | None, list[Tensor]]:
-    """Gradients of x (if `needed`) and of each part's A and B, in their types."""
+    """Gradients of x (if `needed`) and of each part's A and B, in their types.
+
+    `unpacked`: the parts' weights, where they were kept.
+    """
     ranks = [len(part.a) for part in parts]
     together = torch.empty_like(low)
     for grad, part, into in zip(grads, parts, torch.split(together, ranks, dim=1), strict=True):
@@ -144,10 +165,15 @@ def _backward(
         adapters += [a.to(part.a.dtype), _summed(grad.t(), piece, part.b.dtype)]
     if not needed:
         return None, adapters
-    into_x = grads[0] @ weight(parts[0].base, x.dtype)
-    for grad, part in zip(grads[1:], parts[1:], strict=True):
-        into_x.addmm_(grad, weight(part.base, x.dtype))
+    kept = unpacked or [None] * len(parts)
+    into_x = grads[0] @ _either(kept[0], parts[0].base, x.dtype)
+    for grad, whole, part in zip(grads[1:], kept[1:], parts[1:], strict=True):
+        into_x.addmm_(grad, _either(whole, part.base, x.dtype))
     return into_x.addmm_(together, _all_a(parts, x.dtype)), adapters
+
+
+def _either(whole: Tensor | None, base: torch.nn.Linear, dtype: torch.dtype) -> Tensor:
+    return weight(base, dtype) if whole is None else whole
 
 
 class _Linears(torch.autograd.Function):
@@ -156,16 +182,17 @@ class _Linears(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, parts: Any, *adapters: Tensor) -> Any:
         with torch.autocast(x.device.type, enabled=False):
-            outs, low = _forward(x, parts)
-        ctx.save_for_backward(x, low)
+            outs, low, unpacked = _forward(x, parts)
+        ctx.save_for_backward(x, low, *unpacked)
         ctx.parts = parts
         return tuple(outs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, low = ctx.saved_tensors
-        into_x, adapters = _backward(grads, x, low, ctx.parts, needed=ctx.needs_input_grad[0])
+        x, low, *unpacked = ctx.saved_tensors
+        needed = ctx.needs_input_grad[0]
+        into_x, adapters = _backward(grads, x, low, ctx.parts, unpacked, needed=needed)
         return into_x, None, *adapters
 
 
@@ -197,10 +224,10 @@ class _Wide(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, mlp: Mlp, called: list[Any], *adapters: Tensor) -> Any:
         with torch.autocast(x.device.type, enabled=False):
-            outs, low = _forward(x, mlp.wide)
+            outs, low, unpacked = _forward(x, mlp.wide)
             active = mlp.activation.forward(_halves(mlp, outs)[0])
             inner = active.mul_(_halves(mlp, outs)[1]) if mlp.gated else active
-        ctx.save_for_backward(x, low, *outs)
+        ctx.save_for_backward(x, low, *outs, *unpacked)
         ctx.mlp, ctx.grads = mlp, []
         called.append(ctx)
         return inner
@@ -208,8 +235,9 @@ class _Wide(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *_: Tensor) -> Any:
-        (x, low, *grads), ctx.grads = ctx.grads, []
-        into_x, adapters = _backward(grads, x, low, ctx.mlp.wide, needed=ctx.needs_input_grad[0])
+        (x, low, grads, unpacked), ctx.grads = ctx.grads, []
+        needed = ctx.needs_input_grad[0]
+        into_x, adapters = _backward(grads, x, low, ctx.mlp.wide, unpacked, needed=needed)
         return into_x, None, None, *adapters
 
 
@@ -220,14 +248,16 @@ class _Narrow(torch.autograd.Function):
     def forward(ctx: Any, inner: Tensor, called: list[Any], *adapters: Tensor) -> Any:
         ctx.wide = called.pop()
         with torch.autocast(inner.device.type, enabled=False):
-            (out,), _ = _forward(inner, (ctx.wide.mlp.down,))
+            (out,), *_ = _forward(inner, (ctx.wide.mlp.down,))
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, low, *outs = ctx.wide.saved_tensors
         mlp: Mlp = ctx.wide.mlp
+        x, low, *saved = ctx.wide.saved_tensors
+        outs, unpacked = saved[: len(mlp.wide)], saved[len(mlp.wide) :]
+        del saved
         gate, up = _halves(mlp, outs)
         active = mlp.activation.forward(gate)
         inner = active * up if mlp.gated else active
@@ -236,7 +266,7 @@ class _Narrow(torch.autograd.Function):
         assert into_inner is not None
         del inner
         wide = _into_wide(mlp, outs, active, into_inner)
-        ctx.wide.grads = [x, low, *wide]
+        ctx.wide.grads = [x, low, wide, unpacked]
         # of the shape that autograd expects; `_Wide` reads its own
         return wide[0][:, : gate.shape[1]], None, *of_down
 

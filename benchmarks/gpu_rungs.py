@@ -27,11 +27,12 @@ from trl import SFTConfig, SFTTrainer
 
 from benchmarks import gpu_plan
 from benchmarks.gpu_plan import LLAMA, PHI, Case, shape
+from tuning.models import four_bit
 from tuning.models.kernels import fuse, head
 from tuning.models.load import load_tokenizer
 from tuning.models.lora import adapt
 from tuning.plan import Placement, Recipe, backends
-from tuning.plan.backends import HEAD, LORA, MLP, NORM, VARLEN
+from tuning.plan.backends import FUSED, HEAD, LORA, MLP, NORM, VARLEN
 from tuning.plan.coefficients import Method, Variant
 from tuning.plan.speed import operations_per_token
 from tuning.presets.config import facts
@@ -79,6 +80,7 @@ class Rung:
     rank: int = 16
     upcast: bool = False  # norms, embeddings and head in float32, as k-bit preparation does it
     emptied: bool = False  # the allocator's cache, after each step
+    constants: bool = False  # those of 4-bit blocks are unpacked to float32
 
 
 def ladder(method: Method) -> tuple[Rung, ...]:
@@ -98,10 +100,11 @@ def ladder(method: Method) -> tuple[Rung, ...]:
     loss = replace(layers, name="one-pass loss", kernels=(*layers.kernels, HEAD))
     ways = [kaito, padded, packed]
     ways += [liger] * (backends.LIGER_PACKAGE in here)
-    ways += [varlen, free, norms, layers, loss]
+    best = replace(loss, name="all kernels", kernels=FUSED, constants=method == "qlora")
+    ways += [varlen, free, norms, layers, loss, best]
     for name, (package, _) in backends.FLASH.items():
         if package in here:
-            ways.append(replace(loss, name=package, attention=name))
+            ways.append(replace(best, name=package, attention=name))
             break
     return tuple(ways)
 
@@ -245,6 +248,7 @@ def recipe_of(rung: Rung, sizes: Sizes, *, long: bool) -> tuple[Recipe, Placemen
         checkpointing=rung.checkpointing,
         attention=rung.attention,
         kernels=rung.kernels,
+        float_constants=rung.constants,
     )
     return recipe, placement
 
@@ -266,6 +270,8 @@ def runner(base: Any, rung: Rung, sizes: Sizes, scratch: Path, rows: Any, *, lon
         )
     recipe, placement = recipe_of(rung, sizes, long=long)
     tuned, _ = adapt(base, recipe)
+    if placement.float_constants:
+        four_bit.unpack_constants(tuned)
     fuse.fuse(tuned, rung.kernels)
     base.one_pass = HEAD in rung.kernels and head.suits(base)
     base.config._attn_implementation = rung.attention

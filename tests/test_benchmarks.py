@@ -27,6 +27,9 @@ from benchmarks import (
 )
 from benchmarks.gpu_plan import LLAMA, PHI
 from benchmarks.gpu_rungs import DRY, Rung
+from tuning import plan
+from tuning.plan.coefficients import Method
+from tuning.spec import Destination, Source, Spec
 from tuning.training.simulate import coefficients
 
 RUNGS = {rung.name: rung for rung in gpu_rungs.ladder("lora")}
@@ -52,7 +55,8 @@ def one_thread() -> Any:
         (RUNGS["by document"], LLAMA, False),
         (RUNGS["norms"], PHI, True),
         (RUNGS["one-pass loss"], LLAMA, False),
-        (QUANTISED["4 bits, one-pass loss"], PHI, False),
+        (RUNGS["all kernels"], PHI, False),
+        (QUANTISED["4 bits, all kernels"], LLAMA, False),
     ],
 )
 def test_each_kind_of_rung_runs(rung: Rung, preset: str, long: bool) -> None:
@@ -81,6 +85,24 @@ def test_a_ladder_fits_its_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
             if value != vars(low)[name] and name not in ("name", "rows", "packed", "liger")
         }
         assert len(changed) <= 1 or high.name == "by document"  # our trainer, and its attention
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_the_last_rung_is_what_is_planned(method: Method) -> None:
+    """Kernels and constants of a run on the card that the ladder is for: no fewer are measured."""
+    rung = next(rung for rung in gpu_rungs.ladder(method) if rung.name == "all kernels")
+    spec = Spec(
+        name="t",
+        preset=LLAMA,
+        method=method,
+        source=Source(urls=("https://h.example/d",)),
+        destination=Destination(image="r.example/x:1"),
+    )
+    card = plan.device_of("Standard_ND96isr_H200_v5")
+    made = plan.make(spec, plan.known_base(spec), card, lengths=None, versions={}).placement
+
+    assert set(made.kernels) == set(rung.kernels) and made.float_constants == rung.constants
+    assert not made.checkpointing
 
 
 def test_the_table_says_gains_and_shares(tmp_path: Path) -> None:

@@ -348,6 +348,28 @@ def test_an_unknown_machine_names_the_nearest() -> None:
         presets.instance("nc6s_v4")
 
 
+@pytest.mark.parametrize("name", ["H100", "NVIDIA A100 80GB", "t4", "L40S"])
+def test_a_gpu_in_the_place_of_a_machine_names_machines_with_it(name: str) -> None:
+    """The smallest of each cloud that still sells one."""
+    with pytest.raises(SpecError) as refused:
+        presets.instance(name)
+    told = refused.value.problems[0].change
+    offered = told.removeprefix(f"{name} is a GPU, of ").partition(":")[0].split(", ")
+    machines = [presets.instance(each) for each in offered]
+
+    assert machines and not any(machine.retired for machine in machines)
+    assert len(machines) == len({machine.cloud for machine in machines})
+    assert all(name.split()[-2 if "80GB" in name else -1].upper() in m.gpu.name for m in machines)
+
+
+@pytest.mark.parametrize("name", ["4", "GPU", "RTX-4090", "Standard_NC25"])
+def test_what_is_no_clouds_gpu_names_none(name: str) -> None:
+    """A part of a name is none."""
+    with pytest.raises(SpecError) as refused:
+        presets.instance(name)
+    assert "is a GPU" not in refused.value.problems[0].change
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [

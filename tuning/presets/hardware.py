@@ -119,17 +119,33 @@ def gpu(name: str) -> Gpu:
 def instance(name: str, *, where: str = "resource.instanceType") -> Instance:
     """The machine type of this name, in any case, Azure's with or without `Standard_`.
 
-    Raises SpecError for one that is not in the table, with the nearest name.
+    Raises SpecError for one that is not in the table, with the nearest name, or with the machines
+    that have the GPU of that name.
     """
     key = name.strip().lower()
     if machine := _by_name().get(key):
         return machine
+    near = _machines_with(name.strip()) or nearest(key, _spellings())
     raise SpecError.at(
         "SPEC-304",
         where,
         f'Unsupported instance type "{name}"',
-        f"{nearest(key, _spellings())}use one that `python -m tuning presets --instances` lists",
+        f"{near}use one that `python -m tuning presets --instances` lists",
     )
+
+
+def _machines_with(gpu_name: str) -> str:
+    """In words, the machine with the fewest such GPUs of each cloud; empty if it is no GPU's name.
+
+    "H100" is every kind of H100.
+    """
+    asked = set(_product(gpu_name).split("-"))
+    named = (m for m in instances() if asked <= set(_product(m.gpu.name).split("-")))
+    found = [machine for machine in named if not machine.retired]
+    fewest: dict[str, str] = {}
+    for machine in sorted(found, key=lambda m: m.gpus):
+        fewest.setdefault(machine.cloud, machine.name)
+    return f"{gpu_name} is a GPU, of {', '.join(fewest.values())}: " if fewest else ""
 
 
 def engine_build(*capabilities: Capability, cuda: tuple[int, int] | None = None) -> str | None:

@@ -1,7 +1,9 @@
 """The command line without a YAML, and the commands that write one."""
 
+import contextlib
 import json
 import os
+import pty
 import subprocess
 import sys
 from pathlib import Path
@@ -154,6 +156,33 @@ def test_logins_come_from_the_environment_as_paths(rows, tmp_path):
     assert str(tmp_path / "absent") in done.stderr
     assert str(tmp_path / "absent") not in by_option.stderr
     assert str(rows) in by_option.stderr
+
+
+def test_init_asks_again_after_an_answer_that_no_document_can_have(rows, tmp_path):
+    """On a terminal; the error names the option, and what has been answered stays."""
+    master, terminal = pty.openpty()
+    command = [sys.executable, "-m", "tuning", "init"]
+    asked = subprocess.Popen(
+        command, stdin=terminal, stdout=terminal, stderr=terminal, cwd=tmp_path
+    )
+    os.close(terminal)
+    answers = ["qwen3-9b", "qwen3-8b", "absent.jsonl", "rows.jsonl", "Nowhere:x", "oci:here"]
+    said = ""
+    for answer in answers:
+        while not said.endswith(": "):
+            said += os.read(master, 4096).decode()
+        os.write(master, f"{answer}\n".encode())
+        said = said[:-1]
+    with contextlib.suppress(OSError):  # the other end of a terminal is gone
+        while more := os.read(master, 4096).decode():
+            said += more
+    os.close(master)
+
+    assert 0 == asked.wait(), said
+    for problem in ("SPEC-302 --model: ", "SPEC-124 --data: ", "SPEC-109 --where: "):
+        assert 1 == said.count(problem)
+    text = (tmp_path / "workspace.yaml").read_text()
+    assert "name: qwen3-8b" in text and "rows.jsonl" in text and "oci:here" in text
 
 
 def test_init_writes_what_plan_accepts_and_overwrites_nothing(rows, tmp_path):

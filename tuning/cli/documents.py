@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from tuning.cli import options as option
+from tuning.cli import words
 from tuning.cli.app import app
-from tuning.errors import UsageError, printable
+from tuning.errors import TuningError, UsageError, printable
 
 WrittenFile = Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="File to write.")]
 _WHERE = "oci:DIR, dir:DIR, hf://ORG/NAME or an image in a registry."
+_PLACES = {
+    "tuning.preset.name": "--model",
+    "tuning.input": "--data",
+    "tuning.method": "--method",
+    "tuning.output.image": "--where",
+}
 _PUSH = (
     "imagePushSecret is the Secret with the registry's login on a cluster: write its name. Here, "
     "docker's own login or --push-secret FILE is used."
@@ -41,21 +49,41 @@ def init(
     yes: Annotated[bool, typer.Option("--yes", help="Ask nothing; take the defaults.")] = False,
 ) -> None:
     """Ask for model, data and output, look at the machine, and write a Workspace YAML."""
+    from tuning import presets
     from tuning import spec as specs
     from tuning.plan import device
-    from tuning.spec import builder, places, reader, writer
+    from tuning.spec import builder, fields, places, reader, writer
 
+    def workspace(model: str, data: Sequence[str], where: str = "oci:adapter") -> dict[str, Any]:
+        """The document; raises SpecError where it could not be read."""
+        named, *rows = (places.named_from(file.parent, each) for each in (model, *data))
+        value = builder.workspace(named, tuple(rows), where, method=chosen)
+        read = json.loads(json.dumps(value))
+        reader.read([read], beside=file.parent, overrides=specs.Overrides())
+        if not fields.is_here(model):
+            presets.find(model, where="--model")
+        return value
+
+    words.options(_PLACES)
     _check_free(file)
-    model = model or _answer("Model (preset, org/model or folder)", "--model", None, yes)
-    data = data or [_answer("Data (file, URL, folder or ORG/NAME)", "--data", None, yes)]
-    model, *data = (places.named_from(file.parent, each) for each in (model, *data))
-    default = f"oci:{builder.name_of(model, tuple(data)).rpartition('-')[0]}-adapter"
-    where = where or _answer(f"Where to put the adapter ({_WHERE[:-1]})", "--where", default, yes)
-    _check_where(where)
     here = device.detect()
     chosen = method or ("qlora" if here.kind == "cuda" else "lora")
-    value = builder.workspace(model, tuple(data), where, method=chosen)
-    reader.read([json.loads(json.dumps(value))], beside=file.parent, overrides=specs.Overrides())
+    some = data or ["https://data.example/rows.jsonl"]
+    if model is None:
+        asked = "Model (preset, org/model or folder)"
+        model = _answer(asked, "--model", None, yes, lambda given: workspace(given, some))
+    elif data is None:
+        workspace(model, some)  # before the next question
+    named = places.named_from(file.parent, model)
+    if data is None:
+        asked = "Data (file, URL, folder or ORG/NAME)"
+        data = [_answer(asked, "--data", None, yes, lambda given: workspace(named, [given]))]
+    data = [places.named_from(file.parent, each) for each in data]
+    default = f"oci:{builder.name_of(named, tuple(data)).rpartition('-')[0]}-adapter"
+    asked = f"Where to put the adapter ({_WHERE[:-1]})"
+    where = where or _answer(asked, "--where", default, yes, _check_where)
+    _check_where(where)
+    value = workspace(named, data, where)
     comments = [
         "Which model, which data, where to push: see docs/config-keys.md for what can be set.",
         f"What would be done on this machine, and why: tuning plan -f {file}",
@@ -75,10 +103,23 @@ def _why(method: str) -> str:
     return "method lora: a 16-bit base; or qlora: 4 bits, which takes a quarter of the memory."
 
 
-def _answer(question: str, flag: str, default: str | None, yes: bool) -> str:
-    """What the user answers; without a terminal, or with --yes, the default. Raises UsageError."""
+def _answer(
+    question: str, flag: str, default: str | None, yes: bool, check: Callable[[str], object]
+) -> str:
+    """What the user answers, asked again until `check` raises no TuningError.
+
+    Without a terminal, or with --yes, the default. Raises UsageError.
+    """
+
+    def checked(given: str) -> str:
+        try:
+            check(given)
+        except TuningError as error:
+            raise typer.BadParameter(str(words.told(error))) from None
+        return given
+
     if not yes and sys.stdin.isatty():
-        return str(typer.prompt(question, default=default, err=True))
+        return str(typer.prompt(question, default=default, err=True, value_proc=checked))
     if default is None:
         what = "is not given, and there is nobody to ask"
         raise UsageError.at("USE-106", flag, what, f"give {flag}, or use a terminal without --yes")

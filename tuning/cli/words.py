@@ -8,6 +8,7 @@ with a file may have replaced some: `--set max_length`.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -67,6 +68,11 @@ def remember(overrides: Overrides, *, has_file: bool) -> None:
         "resource.instanceType": overrides.instance and "--instance",
     }
     _given.options |= {place: str(option) for place, option in given.items() if option}
+
+
+def options(places: Mapping[str, str]) -> None:
+    """Note that of a new document this command has an option for each of these places."""
+    _given.options = dict(places)
 
 
 def told(error: TuningError) -> TuningError:

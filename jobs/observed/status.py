@@ -35,6 +35,8 @@ def _status(observed: Observed, phase: Phase, options: Options) -> Object:
     if name == "finished":
         return _finished_status(observed)
     same = observed.is_recorded
+    # a pod on a lost node counts as running, and does not train with the others
+    all_run = name == "running" and not (observed.desired.nodes > 1 and group.lost(observed.pods))
     fields: Object = {
         "state": _state(observed, name),
         "ready": "True" if name == "succeeded" else "False",
@@ -45,7 +47,7 @@ def _status(observed: Observed, phase: Phase, options: Options) -> Object:
         "progress": _progress(observed, stored.get("progress") if same else None),
         "trackers": _trackers(observed, stored.get("trackers") if same else None),
         "zone": zone(observed),
-        "nodeAttempts": None if name == "running" else _node_attempts(observed, name, options),
+        "nodeAttempts": None if all_run else _node_attempts(observed, name, options),
         "workerNodes": _worker_nodes(observed),
     }
     if name in ("creating", "refused"):

@@ -606,6 +606,26 @@ MOVES: list[Callable[[Scene], object]] = [
 ]  # fmt: skip
 
 
+def test_a_pod_on_a_lost_node_gives_no_new_attempts() -> None:
+    """It still counts as running when the other starts: not as all of them."""
+    scene = Scene(count=2)
+    scene.with_node()
+    start(0)(scene)
+    for _ in range(2):
+        scene.look(300)
+        lose_claim(scene)
+    lose(0)(scene)
+    before = scene.status["nodeAttempts"]
+    start(1)(scene)
+    scene.look(5)
+
+    assert "Running" == scene.status["state"] and before > 1
+    assert before == scene.status["nodeAttempts"]
+    scene.owned(POD)[0]["status"]["conditions"].pop()
+    scene.look(5)
+    assert "nodeAttempts" not in scene.status
+
+
 @given(
     st.lists(
         st.tuples(st.sampled_from(MOVES), st.sampled_from([5, 60, 300]), st.integers(0, 2)),

@@ -46,14 +46,13 @@ def test_a_run_interrupted_and_resumed_gives_the_same_bytes(
 
 
 def test_two_ranks_offload(tiny_base: Base, tmp_path: Path) -> None:
-    """DDP adds up gradients as before; of tiled MLPs they are ready once."""
+    """DDP adds up gradients as before, those of tiled MLPs once."""
     recipe = tiny_runs.recipe(precision="float32", learning_rate=1e-3, dropout=0.0, steps=3)
     two = replace(FAST, ranks=2, micro_batch=1, accumulation=2)
-    kept = ({}, {"activation_offloading": True}, {"activation_offloading": True, "tiled_mlp": True})
-    plain, offloaded, tiled = (
+    kept = ({}, {"activation_offloading": True, "tiled_mlp": True})
+    plain, tiled = (
         ranks.train(tmp_path / str(number), tiny_base("llama"), replace(two, **way), recipe=recipe)
         for number, way in enumerate(kept)
     )
 
-    assert plain["loss_by_step"] == offloaded["loss_by_step"]
     assert plain["loss_by_step"] == pytest.approx(tiled["loss_by_step"], rel=1e-5)

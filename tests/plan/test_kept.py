@@ -151,6 +151,7 @@ def test_a_layers_weights_stay_unpacked_where_there_is_room():
             assert fit.memory.total + layer > limit
     assert made(24, 16_384).placement.unpacked_layer
     assert not made(80, 2048).placement.unpacked_layer
+    assert not made(24, 8192, dropout=0.1).placement.unpacked_layer
 
 
 def test_out_of_memory_ends_with_host_memory_and_tiles():

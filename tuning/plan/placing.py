@@ -51,7 +51,8 @@ def place(
         demand = _demand(recipe, settings, lengths, device, backend, layout=layout, whole=whole)
         fit = _fit(model, demand, base, device, micro_batch, reasons)
         fit, wide = _with_constants(fit, model, demand, device, reasons)
-        fit = _with_unpacked(fit, model, demand, device, reasons)
+        if backends.LORA in backend.kernels:
+            fit = _with_unpacked(fit, model, demand, device, reasons)
         micro_batch, kept, layout = fit.micro_batch, fit.activations, fit.layout
     elif device.kind == "cuda":
         kept = INPUTS
@@ -185,7 +186,7 @@ def _with_unpacked(
     for each tile.
     """
     kept, facts = fit.activations, model.facts
-    again = demand.method == "qlora" and demand.fused and kept.checkpointing and not kept.tiled
+    again = demand.method == "qlora" and kept.checkpointing and not kept.tiled
     alike = facts is not None and not facts.experts and sizing.even(facts)
     if device.kind == "cpu" or not (again and alike) or fit.layout.shards > 1:
         return fit

@@ -1,6 +1,8 @@
 """What is kept of the activations: the order of ways, memory of GPU and host, words, fallbacks."""
 
+import contextlib
 import itertools
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from tuning.plan import Base, Lengths, sizing
 from tuning.plan.activations import ALL, INPUTS, LOOKED_UP, OFFLOADED, TILED, Activations, on_host
 from tuning.plan.coefficients import preset_coefficients
 from tuning.plan.device import Device
+from tuning.plan.sharding import ALONE, Layout
 from tuning.spec import Destination, Settings, Source, Spec
 
 GIB = 1 << 30
@@ -29,15 +32,18 @@ def at(length, **changes):
     return replace(DEMAND, length=length, span=float(length), **changes)
 
 
+SPEC = Spec(
+    name="t",
+    preset=PRESET.name,
+    method="qlora",
+    source=Source(urls=("https://h.example/d",)),
+    destination=Destination(image="r.example/x:1"),
+)
+
+
 def made(card_gib, length, host_gib=None, **settings):
-    spec = Spec(
-        name="t",
-        preset=PRESET.name,
-        method="qlora",
-        source=Source(urls=("https://h.example/d",)),
-        destination=Destination(image="r.example/x:1"),
-        settings=Settings(max_length=length, micro_batch=1, accumulation=1, **settings),
-    )
+    chosen = Settings(max_length=length, micro_batch=1, accumulation=1, **settings)
+    spec = replace(SPEC, settings=chosen)
     host = None if host_gib is None else host_gib * GIB
     device = Device("cuda", "card", 1, card_gib * GIB, True, (8, 9), gpu=CARD, host_bytes=host)
     lengths = Lengths(rows=100, tokens=100 * length, longest=length)
@@ -199,6 +205,71 @@ def test_embeddings_are_looked_up_on_the_host_only_if_nothing_else_needs_them():
     ):
         assert not sizing.best(model, demand, CARD, free_bytes=free)
         assert sizing.longest(model, demand, CARD, free_bytes=free) < longest
+
+
+def test_ranks_that_each_hold_the_model_keep_their_embeddings():
+    """DDP holds on to every parameter that it has seen, also to those that are taken away."""
+    free, demand = 8 * GIB, at(4096, rows=2)
+    alone = sizing.longest(MODEL, at(1 << 20), CARD, free_bytes=free)
+    two = replace(demand, length=alone, span=float(alone), layout=Layout(2))
+    assert sizing.best(MODEL, replace(two, layout=ALONE), CARD, free_bytes=free)
+    assert not sizing.best(MODEL, two, CARD, free_bytes=free)
+
+
+def test_embeddings_need_their_host_memory_after_out_of_memory_too():
+    """Two tables of one place: the inputs of the layers lie there as well."""
+    length = 8192
+    inputs = on_host(32, length, 4096, 2) / GIB
+    needed = (inputs + 128_256 * 4096 * 2 / GIB) / sizing.HOST_SHARE
+    assert made(24, length, needed * 1.01).looks_up
+    less = made(24, length, needed * 0.99)
+    assert less.offloads and not less.looks_up
+
+
+@pytest.mark.parametrize("preset", ["qwen3-32b", "qwen2.5-32b-instruct", "llama-3.3-70b-instruct"])
+@pytest.mark.parametrize("machine", ["g6.2xlarge", "Standard_NC24ads_A100_v4", "g2-standard-48"])
+def test_no_other_layout_of_the_ranks_is_faster(preset, machine):
+    """Whatever has to lie in host memory for it: what is taken is as fast as what can be asked."""
+    facts = presets.find(preset)
+    spec = replace(SPEC, preset=preset, settings=Settings(max_length=1024))
+    base, lengths = Base(facts.hub_id, facts.revision, facts.facts), Lengths(10_000, 10**7, 2000)
+    speeds = {}
+    for sharding in (None, "no_shard", "full_shard"):
+        asked = replace(spec, settings=replace(spec.settings, sharding=sharding))
+        with contextlib.suppress(SpecError):
+            planned = plan.make(
+                asked, base, plan.device_of(machine, 2), lengths=lengths, versions={}
+            )
+            speeds[sharding] = planned.tokens_per_second
+            assert "-" not in planned.reasons["shards"].partition("%")[0]
+    if speeds:
+        assert speeds[None] >= 0.999 * max(speeds.values())
+
+
+def test_a_frozen_recipe_on_another_machine_has_the_reasons_of_its_own_placement():
+    """Nothing of the fresh plan's is left that is not so."""
+    small, large = made(8, 4096, 64), made(80, 2048)
+    frozen = plan.freeze(small, SPEC, rows=100, data=("x",)).recipe
+    again = plan.resume(large, frozen, BASE, SPEC, rows=100)
+
+    assert 4096 == again.recipe.max_length
+    assert "as this run began" == again.reasons["max_length"] == again.reasons["steps"]
+    for name, there in (
+        ("activation_offloading", again.placement.activation_offloading),
+        ("unpacked_layer", again.placement.unpacked_layer),
+        ("constants", again.placement.float_constants),
+    ):
+        assert there == (name in again.reasons)
+
+
+def test_a_machine_that_is_named_holds_what_is_asked_also_in_host_memory():
+    """With inputs of layers in host memory, as the config says."""
+    wanted = {"activation_offloading": True, "max_length": 100_000}
+    spec = replace(SPEC, method="lora", settings=Settings(**wanted))
+    with pytest.raises(SpecError, match="PLAN-120") as refused:
+        plan.make(spec, BASE, plan.device_of("g6.xlarge"), lengths=None, versions={})
+    named = re.search(r"use (\S+) \(\d+ x", str(refused.value))[1]
+    assert plan.make(spec, BASE, plan.device_of(named), lengths=None, versions={}).fit
 
 
 def test_a_host_that_may_not_be_used_is_not_after_out_of_memory_either():

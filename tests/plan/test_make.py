@@ -316,6 +316,51 @@ def test_an_unknown_family_is_judged_by_its_config(stored, supported):
             plan.refuse_unsupported(spec(), unknown, H100)
 
 
+@pytest.mark.parametrize(
+    ("preset", "attention"),
+    [
+        ("gpt-oss-20b", "torch_varlen"),
+        ("gpt-oss-20b", "sdpa"),
+        ("falcon-7b", "torch_varlen"),
+        ("falcon-7b", "flex_attention"),
+    ],
+)
+def test_an_attention_that_the_class_has_not_is_refused(preset, attention):
+    """A run would take another in silence, or fail once the weights are loaded."""
+    asked = spec("lora", preset, attention=attention)
+    with pytest.raises(SpecError, match=r"PLAN-112 ModelConfig.attn_implementation"):
+        plan.make(asked, plan.known_base(asked), H100, lengths=None, versions={})
+    assert plan.make(
+        replace(asked, settings=replace(asked.settings, attention="eager")),
+        plan.known_base(asked), H100, lengths=None, versions={},
+    ).placement.attention == "eager"  # fmt: skip
+
+
+def test_targets_that_are_all_excluded_are_refused():
+    """Nothing would be left to train."""
+    every = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj")
+    for chosen in (
+        {"exclude_modules": every},
+        {"target_modules": every[:1], "exclude_modules": every[:1]},
+    ):
+        asked = spec("lora", "llama-3.1-8b-instruct", **chosen)
+        with pytest.raises(SpecError, match=r"PLAN-111 .*leaves nothing"):
+            plan.make(asked, plan.known_base(asked), H100, lengths=None, versions={})
+
+
+def test_a_precision_without_coefficients_is_planned_as_an_unknown_size():
+    """float32 on a GPU is in no preset's table: a simulation is wanted, and no error raised."""
+    asked = spec("qlora", "llama-3.1-8b-instruct", dtype="float32")
+    known = plan.known_base(asked)
+    made = plan.make(asked, known, H100, lengths=None, versions={})
+
+    assert plan.wants_simulation(known, H100, asked)
+    assert made.fit is None and made.placement.checkpointing
+    assert "unknown" in made.reasons["checkpointing"]
+    usual = spec("qlora", "llama-3.1-8b-instruct")
+    assert not plan.wants_simulation(known, H100, usual)
+
+
 def test_a_base_that_is_unpacked_takes_the_memory_of_16_bits():
     """Its preset's numbers hold for it; those of a base with layers left in 16 bits do not."""
     fp8 = Base("org/fp8", "main", replace(PHI.facts, stored="fp8"))
@@ -324,4 +369,4 @@ def test_a_base_that_is_unpacked_takes_the_memory_of_16_bits():
 
     assert BASE.sized(H100).coefficients == fp8.sized(H100).coefficients
     assert mixed.sized(H100) is None
-    assert plan.wants_simulation(mixed, H100)
+    assert plan.wants_simulation(mixed, H100, spec())

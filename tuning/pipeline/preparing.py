@@ -35,7 +35,7 @@ def validate(run: Run) -> None:
     run.begin("judge")
     place.refuse(run.spec, run.options.policy, run.options.tracker_secrets)
     evaluating.tasks(run.spec, run.options.evaluate)
-    backends.refuse_unavailable(run.spec.settings.attention, run.device())
+    backends.refuse_missing(run.spec.settings.attention)
     try:
         known = plan.known_base(run.spec)
     except plan.Unknown:

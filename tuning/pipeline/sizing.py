@@ -60,7 +60,7 @@ def sized(
 ) -> plan.Base:
     """`known` with what an examination finds if no preset holds it, or with the reason why not."""
     refused = known.facts and not presets.support(known.facts, spec.method).supported
-    if not known.config or refused or not plan.wants_simulation(known, device):
+    if not known.config or refused or not plan.wants_simulation(known, device, spec):
         return known
     try:
         found = simulation.examine(

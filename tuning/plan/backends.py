@@ -11,7 +11,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
-from tuning.errors import SpecError
+from tuning.errors import Problem, SpecError
 from tuning.plan.device import Device
 from tuning.presets import Class, Facts
 from tuning.spec import Settings
@@ -121,18 +121,34 @@ def _of_class(kind: Class | None, device: Device, *, precision: str, torch: str)
     return Choice("sdpa", f"no other is verified for {kind.architecture} here")
 
 
-def refuse_unavailable(attention: str | None, device: Device) -> None:
-    """Raise SpecError for an attention of the config that this machine cannot run."""
-    if attention is None:
-        return
+LEAVE_OUT = "leave it out: the fastest that suits model and machine is chosen"
+
+
+def unsuited(
+    attention: str | None, device: Device, facts: Facts | None, kind: Class | None
+) -> Problem | None:
+    """Why an attention of the config cannot train this model on such a device; None if it can.
+
+    A run would take another, or fail once the weights are loaded.
+    """
     fact = ""
-    if attention in FLASH and FLASH[attention][0] not in installed():
-        fact = f"{attention} needs the package {FLASH[attention][0]}, which is not installed"
+    only_eager = (facts and (facts.softcap or facts.sinks)) or (kind and kind.attention == "eager")
+    if attention in (None, "eager"):
+        return None
+    if only_eager:
+        fact = f"{attention} cannot be used: this class of models has eager attention only"
+    elif attention != "sdpa" and kind and kind.attention == "sdpa":
+        fact = f"{attention} is not verified for {kind.architecture}, which has sdpa and eager"
     elif device.kind == "cpu" and (attention in FLASH or attention == "flex_attention"):
         fact = f"{attention} does not train on a CPU"
-    if fact:
-        change = "leave it out: the fastest that suits model and machine is chosen"
-        raise SpecError.at("PLAN-112", "ModelConfig.attn_implementation", fact, change)
+    return Problem("PLAN-112", "ModelConfig.attn_implementation", fact, LEAVE_OUT) if fact else None
+
+
+def refuse_missing(attention: str | None) -> None:
+    """Raise SpecError for an attention of the config whose package is not installed here."""
+    if attention in FLASH and FLASH[attention][0] not in installed():
+        fact = f"{attention} needs the package {FLASH[attention][0]}, which is not installed"
+        raise SpecError.at("PLAN-112", "ModelConfig.attn_implementation", fact, LEAVE_OUT)
 
 
 def kernels(

@@ -9,7 +9,7 @@ from typing import Any
 
 from tuning import files, presets
 from tuning.errors import Problem, SpecError
-from tuning.plan import device, gpu_problems, sizing, verdict
+from tuning.plan import backends, device, gpu_problems, sizing, verdict
 from tuning.plan.coefficients import Coefficients
 from tuning.plan.device import Device
 from tuning.plan.verdict import CHANGE_MODEL, Verdict
@@ -227,6 +227,8 @@ def refuse_unsupported(spec: Spec, base: Base, device: Device) -> None:
             )
         )
     problems += gpu_problems.problems(device, spec.method)
+    if problem := backends.unsuited(spec.settings.attention, device, base.facts, base.kind):
+        problems.append(problem)
     problems += _unknown_modules(spec, base)
     kind = base.facts.model_type if base.facts else base.config.get("model_type")
     if spec.settings.new_tokens and kind in BIASED_HEADS:
@@ -259,3 +261,8 @@ def _unknown_modules(spec: Spec, base: Base) -> Iterator[Problem]:
                 change = f"use some of {', '.join(known)}"
                 change += ", or leave it out: all are trained" if key == "target_modules" else ""
                 yield Problem("PLAN-111", f"LoraConfig.{key}", what, change)
+    targets = set(known) if s.target_modules is None else {*s.target_modules}
+    targets = set(known) if "all-linear" in targets else {t.rpartition(".")[2] for t in targets}
+    if targets & set(known) and targets <= set(s.exclude_modules or ()):
+        what = f"leaves nothing of {base.name} to train"
+        yield Problem("PLAN-111", "LoraConfig.exclude_modules", what, "exclude fewer of them")

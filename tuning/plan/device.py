@@ -146,7 +146,7 @@ def of_answer(answer: dict[str, Any], build: TorchBuild | None) -> Device:
         driver=answer["driver"],
         torch=build,
         virtual_memory=all(row["virtual_memory"] for row in rows),
-        host_bytes=_free_memory(),
+        host_bytes=0 if shared else _free_memory(),  # unified memory is counted once
     )
     if build is None or build.cuda:
         return gpus

@@ -223,17 +223,20 @@ def freeze(
 
 def resume(plan: Plan, recipe: Recipe, base: Base, spec: Spec, *, rows: int) -> Plan:
     """A plan that keeps the frozen `recipe` and places it on the device of `plan`."""
+    reasons = {name: why for name, why in plan.reasons.items() if name not in placing.REASONED}
+    changed = {n for n, value in vars(recipe).items() if value != getattr(plan.recipe, n)}
+    reasons |= dict.fromkeys(changed & reasons.keys() | {"steps"}, "as this run began")
     placement, fit = place(
-        recipe, base, plan.device, spec=spec, lengths=plan.lengths, reasons=plan.reasons
+        recipe, base, plan.device, spec=spec, lengths=plan.lengths, reasons=reasons
     )
-    return replace(plan, recipe=recipe, placement=placement, rows=rows, fit=fit)
+    return replace(plan, recipe=recipe, placement=placement, rows=rows, fit=fit, reasons=reasons)
 
 
 def is_enough(spec: Spec, here: Device) -> bool:
     """Whether presets and the base's folder suffice for a draft, without hub or simulation."""
     device = planned_device(spec, here)
     try:
-        return not placing.wants_simulation(known_base(spec), device)
+        return not placing.wants_simulation(known_base(spec), device, spec)
     except Unknown:
         return False
 

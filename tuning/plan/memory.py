@@ -223,6 +223,15 @@ def _outside(device: Literal["cuda", "cpu"], layout: Layout) -> int:
     return CONTEXT_BYTES + NCCL_BYTES * layout.process_groups
 
 
+def knows(coefficients: Coefficients, variant: Variant) -> bool:
+    """Whether steps of `variant` are known."""
+    try:
+        _stored(coefficients, variant, rows=2)
+    except Unknown:
+        return False
+    return True
+
+
 def _stored(coefficients: Coefficients, variant: Variant, *, rows: int) -> Variant:
     """The variant with coefficients for a step of `variant`. Raises Unknown."""
     variant = variant.stored

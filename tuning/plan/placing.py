@@ -19,6 +19,11 @@ from tuning.plan.values import Lengths, Placement, Recipe
 from tuning.spec import Settings, Spec
 
 SMALL_ON_CPU = 50 * 10**6  # parameters
+# what `place` gives reasons for; what is not among them is the recipe's
+REASONED = (
+    *("ranks", "shards", "micro_batch", "checkpointing", "activation_offloading", "unpacked_layer"),
+    *("constants", "attention", "kernels", "speed", "threads"),
+)
 SHORTEST = 512  # tokens of a row that is shortened to fit a GPU
 
 
@@ -47,8 +52,8 @@ def place(
     micro_batch, kept, fit = _unsized(recipe, settings, share, reasons), ALL, None
     wide = False
     backend = _backend(recipe, base, device, settings, reasons)
-    if model is not None:
-        demand = _demand(recipe, settings, lengths, device, backend, layout=layout, whole=whole)
+    demand = _demand(recipe, settings, lengths, device, backend, layout=layout, whole=whole)
+    if model is not None and sizing.knows(model, demand):
         fit = _fit(model, demand, base, device, micro_batch, reasons)
         fit, wide = _with_constants(fit, model, demand, device, reasons)
         if backends.LORA in backend.kernels:
@@ -105,7 +110,7 @@ def _refuse_offload(settings: Settings) -> None:
 def _forced(kept: Activations, device: Device, reasons: dict[str, str]) -> Activations:
     """`kept` with layer inputs in host memory, as the config says."""
     if device.kind == "cpu":
-        reasons["checkpointing"] += "; activation_offloading is for GPUs"
+        reasons["activation_offloading"] = "ignored: it is for GPUs"
         return kept
     reasons["activation_offloading"] = "set in the config"
     return replace(kept, checkpointing=True, recomputed=None, offload=True)
@@ -225,7 +230,9 @@ def _best(
 def _why_shared(model: sizing.Model, demand: sizing.Demand, device: Device, fit: Fit) -> str:
     """Why each GPU holds the whole model, or a part of it."""
     whole = replace(demand, layout=replace(fit.layout, shards=1, offload=False))
-    copy = sizing.best(model, whole, device.gpu, free_bytes=device.rank_bytes)
+    copy = sizing.best(
+        model, whole, device.gpu, free_bytes=device.rank_bytes, host_bytes=device.host_bytes
+    )
     if fit.layout.shards == 1:
         return "the whole model fits, and nothing of it is sent between them"
     if copy is None:
@@ -236,14 +243,19 @@ def _why_shared(model: sizing.Model, demand: sizing.Demand, device: Device, fit:
         return reason
     if copy.seconds_per_token and fit.seconds_per_token:
         gain = copy.seconds_per_token / fit.seconds_per_token - 1
-        return f"{gain:.0%} faster than whole copies, which leave less memory for rows"
+        if gain >= 0.005:
+            return f"{gain:.0%} faster than whole copies, which leave less memory for rows"
     return "it fits better than whole copies"
 
 
-def wants_simulation(base: Base, device: Device) -> bool:
-    """Whether only a simulation can tell whether the model fits `device`."""
+def wants_simulation(base: Base, device: Device, spec: Spec) -> bool:
+    """Whether only a simulation can tell whether what `spec` asks for fits `device`."""
     small = base.facts is not None and base.facts.parameters < SMALL_ON_CPU
-    return base.sized(device) is None and not (device.kind == "cpu" and small)
+    model = base.sized(device)
+    if model is None:
+        return not (device.kind == "cpu" and small)
+    plain = [variant for variant in variants(spec, base, device) if not variant.tiled]
+    return not all(memory.knows(model.coefficients, variant) for variant in plain)
 
 
 def variants(spec: Spec, base: Base, device: Device) -> list[Variant]:
@@ -415,11 +427,13 @@ def shortened(
             recipe, spec.settings, lengths, device, backend, layout=layout, whole=whole
         )
         demand = replace(demand, micro_batch=demand.micro_batch or 1)
+        if not sizing.knows(model, demand):
+            return recipe
         every = demand.layouts(ranks, nodes)
         if _best(model, demand, device, every) is not None:
             return recipe
         reasons["max_length"] = f"{original.max_length} would not fit the memory of {device.name}"
-        recipe = replace(recipe, max_length=recipe.max_length // 2)
+        recipe = replace(recipe, max_length=max(SHORTEST, recipe.max_length // 2))
         if spec.settings.micro_batch is None and spec.settings.accumulation is None:
             rows, reasons["global_batch"] = batch(
                 lengths, recipe.max_length, recipe.packing, device.ranks

@@ -47,7 +47,9 @@ def of(model: Model, demand: Demand, base: Base, device: Device) -> SpecError:
         words, change = row
         what += words
         changes.append(change)
-    if demand.method == "lora" and _fits(model, replace(demand, method="qlora"), device):
+    packs = device.gpu is None or presets.gpu_support(device.gpu, "qlora").supported
+    packed = replace(demand, method="qlora")
+    if demand.method == "lora" and packs and _fits(model, packed, device):
         changes.append("use method qlora, which fits here")
     cloud = next((m.cloud for m in presets.instances() if m.name == device.origin), None)
     if enough := machines.smallest_machines(model, demand, cloud=cloud):

@@ -6,7 +6,6 @@ GPU is kept free, since memory is a hard limit; speed only ranks.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -30,6 +29,7 @@ from tuning.spec import Sharding
 
 HEADROOM = 0.04  # share of a GPU's memory kept free for what the estimate does not count
 HOST_SHARE = 0.8  # of host memory, for shares that lie there
+SCALED = "gemma"  # families whose embeddings are multiplied as they are looked up
 MAX_TOKENS = 16_384  # of a micro-batch; matrix products gain nothing beyond
 
 
@@ -88,7 +88,7 @@ class Fit:
     seconds_per_token: float | None
     layout: Layout = ALONE
     inputs_bytes: int | None = None  # of one row: host memory of a rank that offloads them
-    apart: bool = False  # the input embeddings can lie in host memory
+    embedding_bytes: int | None = None  # of host memory that input embeddings could lie in
 
     @property
     def checkpointing(self) -> bool:
@@ -173,7 +173,7 @@ def _between(base: Model, keeping: Fit, recomputing: Fit, *, free_bytes: int) ->
             _along(recomputing.seconds_per_token, keeping.seconds_per_token, share),
             keeping.layout,
             keeping.inputs_bytes,
-            keeping.apart,
+            keeping.embedding_bytes,
         )
         if fit.memory.total <= free:  # terms are rounded up
             yield fit
@@ -219,13 +219,28 @@ def _place(
     if base.facts is not None and demand.offloads is not False:
         width = 4 if demand.precision == "float32" else 2
         inputs = on_host(base.coefficients.layers, tokens // micro_batch, base.facts.hidden, width)
-    apart = demand.layout.shards == 1 and _apart(base, demand)
-    return Fit(micro_batch, kept, estimate, seconds, demand.layout, inputs, apart)
+    looked_up = None
+    if demand.layout.ranks == 1 and _looks_up(base, demand):
+        looked_up = memory.embedding_bytes(base.facts, demand.precision)
+    return Fit(micro_batch, kept, estimate, seconds, demand.layout, inputs, looked_up)
 
 
-def _apart(base: Model, demand: Demand) -> bool:
-    """Whether the input embeddings are frozen, and not the output layer's weights, too."""
-    return base.facts is not None and not (base.facts.tied or demand.new_tokens)
+def _looks_up(base: Model, demand: Demand) -> bool:
+    """Whether the input embeddings are frozen, unscaled, and not the output layer's weights."""
+    facts = base.facts
+    if facts is None or facts.model_type.startswith(SCALED):
+        return False
+    return not (facts.tied or demand.new_tokens)
+
+
+def knows(base: Model, demand: Demand) -> bool:
+    """Whether there are coefficients for the demand's steps."""
+    try:
+        for kept in demand.levels[0]:
+            _place(base, demand, None, 1, kept)
+    except memory.Unknown:
+        return False
+    return True
 
 
 def _seconds(
@@ -295,27 +310,35 @@ def best(
 ) -> Fit | None:
     """The fastest placement that fits `free_bytes` of one GPU, or None.
 
-    Of the demand's layout, or of any of `layouts`: with layer inputs in host memory only where
-    nothing else fits, and with shares there as a last resort.
+    Of the demand's layout, or of any of `layouts`: in each with layer inputs in host memory only
+    where nothing else fits, and with shares there as a last resort. Where the speed is not known,
+    the layout that keeps the most on the GPU.
     """
-    every = layouts or (demand.layout,)
-    for offload, level in itertools.product((False, True), _levels(base, demand)):
-        fitting = [
-            fit
-            for layout in every
-            if layout.shards == 1 or not level[0].host_embeddings
-            if layout.shards > 1 or not offload
-            for fit in placements(
-                base,
-                replace(demand, layout=replace(layout, offload=offload)),
-                gpu,
-                level,
-                free_bytes=free_bytes,
-            )
-            if fit.fits(free_bytes, host_bytes)
+    every = [replace(demand, layout=layout) for layout in layouts or (demand.layout,)]
+    for offload in (False, True):
+        ways = [
+            replace(each, layout=replace(each.layout, offload=offload))
+            for each in every
+            if each.layout.shards > 1 or not offload
         ]
-        if fitting:
-            return min(fitting, key=_slowness)
+        fits = (_first_level(base, each, gpu, free_bytes, host_bytes) for each in ways)
+        if found := [fit for fit in fits if fit]:
+            return min(found, key=lambda each: (each[1].seconds_per_token or 0.0, each[0]))[1]
+    return None
+
+
+def _first_level(
+    base: Model, demand: Demand, gpu: presets.Gpu | None, free_bytes: int, host_bytes: int | None
+) -> tuple[tuple[int, tuple[float, int, bool, int, bool]], Fit] | None:
+    """The fastest placement of the demand's layout at the first level that fits.
+
+    With its sort key where speeds are unknown: the level's number first.
+    """
+    for number, level in enumerate(_levels(base, demand)):
+        every = placements(base, demand, gpu, level, free_bytes=free_bytes)
+        if fitting := [fit for fit in every if fit.fits(free_bytes, host_bytes)]:
+            fit = min(fitting, key=_slowness)
+            return (number, _slowness(fit)), fit
     return None
 
 
@@ -325,7 +348,7 @@ def _levels(base: Model, demand: Demand) -> list[tuple[Activations, ...]]:
     usual = demand.fused and not demand.dropout and demand.device == "cuda"
     tiled = usual and wanted.stored in base.coefficients.moments
     levels = [level for level in demand.levels if base.facts or not level[0].offload]
-    apart = _apart(base, demand)
+    apart = demand.layout.ranks == 1 and _looks_up(base, demand)  # DDP holds on to parameters
     levels = [level for level in levels if apart or not level[0].host_embeddings]
     if not tiled:
         levels = [(replace(level[0], tiled=False), *level[1:]) for level in levels]
@@ -359,13 +382,11 @@ def smallest(
     One for which `host_bytes` of the machine are enough, if there is any.
     """
     every = [replace(demand, layout=layout) for layout in layouts or (demand.layout,)]
-    levels = _levels(base, demand)
     return min(
         (
             fit
             for each in every
-            for level in levels
-            if each.layout.shards == 1 or not level[0].host_embeddings
+            for level in _levels(base, each)
             for fit in placements(base, each, gpu, level)
         ),
         key=lambda fit: (not fit.fits_host(host_bytes), fit.memory.total),

@@ -212,8 +212,14 @@ class Plan:
 
     @property
     def looks_up(self) -> bool:
-        """Whether the input embeddings could lie there, too."""
-        return self.offloads and self.fit is not None and self.fit.apart
+        """Whether the host has memory for the input embeddings besides."""
+        fit, host = self.fit, self.device.host_bytes
+        if not self.offloads or fit is None or fit.embedding_bytes is None:
+            return False
+        if fit.activations.host_embeddings or host is None:
+            return True
+        inputs = 0 if fit.activations.offload else fit.inputs_bytes or 0
+        return fit.host_bytes + inputs + fit.embedding_bytes <= host * HOST_SHARE
 
     @property
     def seconds(self) -> float | None:

@@ -77,7 +77,7 @@ def reach(name: str) -> dict[str, Any]:
     """What LoRA reaches of the class's default config, at its real size and without memory."""
     kind = next(k for k in MODEL_FOR_CAUSAL_LM_MAPPING if k.model_type == name)
     try:
-        found, _ = judge(kind().to_dict())
+        found, *_ = judge(kind().to_dict())
     except Exception as error:  # some have no default
         logging.debug("%s: %s", name, error)
         return {}

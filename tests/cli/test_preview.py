@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import architectures
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -355,6 +356,31 @@ class TestCheck:
         size = f"{DEMO.stat().st_size:,} bytes"
         reason = 'jsonl, messages: it has a column "messages" of role/content turns'
         assert f"data: {DEMO}, {size}, {reason}" in said.splitlines()
+
+    def test_what_the_rows_are_trained_for_decides_over_the_settings(self, tmp_path):
+        """Pairs are not packed: said before a run reads them all."""
+        rows = tmp_path / "pairs.jsonl"
+        pair = {"prompt": "How?", "chosen": "So.", "rejected": "Not so."}
+        rows.write_text(f"{json.dumps(pair)}\n" * 8)
+        words = ("check", TINY, rows, "-o", f"oci:{tmp_path / 'image'}")
+
+        good(tuning(*words))
+        refused = tuning(*words, "--set", "packing=true")
+        assert (11, True) == (refused.returncode, "PLAN-122 --set packing: " in refused.stderr)
+
+    @pytest.mark.parametrize(
+        ("setting", "code"),
+        [
+            ("target_modules=[conv1d]", "MODEL-110"),
+            ("exclude_modules=[experts]", "MODEL-110"),
+            ("layers_to_transform=[99]", "MODEL-111"),
+        ],
+    )
+    def test_names_are_looked_for_in_a_class_outside_the_tables_too(self, setting, code, tmp_path):
+        """Its projections are known once the class is built without weights, in seconds."""
+        base = architectures.write("mamba2", tmp_path / "mamba2")
+        done = tuning("check", base, DEMO, "-o", f"oci:{tmp_path / 'image'}", "--set", setting)
+        assert (11, True) == (done.returncode, f"{code} " in done.stderr), done.stderr
 
     def test_it_refuses_first_rows_that_cannot_be_trained(self, tmp_path):
         """Every file's bad rows in one pass, with the codes that a run would give."""

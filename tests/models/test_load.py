@@ -14,10 +14,16 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file, save_file
 
-from tuning import adapter
+from tuning import adapter, files
 from tuning.errors import SpecError
 from tuning.models import finite, four_bit, load
-from tuning.models.load import device_for, load_base, load_for_training, read_config
+from tuning.models.load import (
+    device_for,
+    load_base,
+    load_for_training,
+    load_tokenizer,
+    read_config,
+)
 from tuning.models.lora import select
 from tuning.plan.device import Device
 from tuning.plan.torch_build import TorchBuild
@@ -337,3 +343,33 @@ def test_a_gpu_without_kernels_is_refused_before_weights_are_loaded(
 
     with pytest.raises(SpecError, match=r"PLAN-116 .*cu126"):
         device_for(tiny_base("llama"))
+
+
+def test_a_tokenizer_without_end_and_padding_trains(tiny_base: Any, tmp_path: Path) -> None:
+    """trl wants the name of a token for what it masks; the image's tokenizer stays as it is."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base("llama"), base)
+    names = ("eos_token", "pad_token", "bos_token")
+    path = base / "tokenizer_config.json"
+    files.write_json(path, {k: v for k, v in files.read_json(path).items() if k not in names})
+    (base / "special_tokens_map.json").unlink(missing_ok=True)
+
+    recipe = tiny_runs.recipe(precision="float32", steps=2)
+    run = tmp_path / "run"
+    found = train.work(tiny_runs.request(run, base, recipe, tiny_runs.placement(), count=8))
+
+    assert 2 == found["steps"]
+    for kept in (load_tokenizer(base), load_tokenizer(run / "adapter")):
+        assert kept.eos_token is None and kept.pad_token is None
+
+
+def test_a_padding_token_beyond_the_vocabulary_is_the_folders_fault(
+    tiny_base: Any, tmp_path: Path
+) -> None:
+    """transformers asserts it while the model is built."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base("llama"), base)
+    path = base / "config.json"
+    files.write_json(path, files.read_json(path) | {"pad_token_id": 9999, "eos_token_id": 9999})
+    with pytest.raises(SpecError, match=r"MODEL-106 .*Padding_idx"):
+        load_base(base, precision="float32", quantisation=None, device="cpu")

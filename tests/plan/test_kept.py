@@ -151,6 +151,7 @@ def test_a_layers_weights_stay_unpacked_where_there_is_room():
         assert kept.unpacked == planned.placement.unpacked_layer
         assert kept.unpacked == ("unpacked_layer" in planned.reasons)
         assert fit.memory.total <= limit
+        assert f": {fit.memory.total / GIB:.1f} of {gib:.1f} GiB" in planned.reasons["micro_batch"]
         if kept.unpacked:
             assert kept.checkpointing and not kept.tiled and fit.memory.dequantisation >= layer
         elif kept.checkpointing and not kept.tiled:

@@ -157,7 +157,7 @@ def load_base(
     try:
         with shards.read_by_layer(split):
             model = reading.read(source, record, config, options)
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, OSError, AssertionError) as error:
         if attention and error.args == (attention,):  # Falcon has its own table of classes
             fact, change = f"has no {attention} attention", "leave attn_implementation out"
             raise SpecError.at("MODEL-107", config.model_type, fact, change) from error
@@ -257,6 +257,8 @@ def load_for_training(
     `split`: several ranks share the model.
     """
     tokenizer = load_tokenizer(base, chat_template=chat_template)
+    if tokenizer.pad_token is None and tokenizer.eos_token is None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)  # any: what it fills is masked
     model = load_base(
         base,
         precision=recipe.precision,

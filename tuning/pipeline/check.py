@@ -41,24 +41,39 @@ def check(spec: Spec, options: Options, console: Console) -> Iterator[str]:
     Raises one error with all problems.
     """
     access = replace(options.access, patience=delivery.QUICK)
+    drafts: list[Callable[[Spec], object]] = []
+    shapes: list[formats.Shape] = []
     passed = together(
-        lambda: _check_model(spec, options, access, console),
-        lambda: _check_data(spec, options, access),
+        lambda: _check_model(spec, options, access, console, drafts.append),
+        lambda: _check_data(spec, options, access, shapes.extend),
         lambda: _check_destination(spec, access),
         lambda: _check_trackers(spec, options),
         lambda: _check_evaluation(spec),
     )
+    for shape in shapes:  # what the rows are trained for decides over the model, too
+        objective = formats.objective_of(shape, spec.settings.objective)
+        for draft in drafts if objective != "sft" else ():
+            draft(replace(spec, settings=replace(spec.settings, objective=objective)))
     for lines in passed:
         yield from lines
 
 
-def _check_model(spec: Spec, options: Options, access: Access, console: Console) -> list[str]:
+def _check_model(
+    spec: Spec,
+    options: Options,
+    access: Access,
+    console: Console,
+    drafted: Callable[[Callable[[Spec], object]], None],
+) -> list[str]:
+    """The lines about the model; `drafted` gets what plans a spec for it."""
     here = plan.planned_device(spec)
     base = sizing.read_base(spec, access=access, token=read_token(options.access.hub_token_file))
     plan.refuse_unsupported(spec, base, here)
     spec = start.known(spec, base, access=access)
     _check_tokens(spec)
-    decided = plan.draft(spec, here=here, base=sizing.sized(spec, base, here, console=console))
+    sized = sizing.sized(spec, base, here, console=console)
+    decided = plan.draft(spec, here=here, base=sized)
+    drafted(partial(plan.draft, here=here, base=sized))
     name, _ = base_reference(spec)
     revision = "" if base.revision == name else f" at {base.revision[:19]}"
     return [f"model: {name}{revision}", f"plan: {_fit(decided)}"]
@@ -82,7 +97,13 @@ def _fit(decided: plan.Plan) -> str:
     return f"{batch} take {decided.fit.memory.total / 2**30:.1f} GiB on {decided.device}{held}"
 
 
-def _check_data(spec: Spec, options: Options, access: Access) -> list[str]:
+def _check_data(
+    spec: Spec,
+    options: Options,
+    access: Access,
+    shaped: Callable[[list[formats.Shape]], None],
+) -> list[str]:
+    """The lines about the data; `shaped` gets the shape of each part's rows."""
     source = spec.source
     if source.image and not source.urls:
         size = sum(blob.size for blob in access.look(source.image).layers)
@@ -107,6 +128,7 @@ def _check_data(spec: Spec, options: Options, access: Access) -> list[str]:
                 odd.append(mixed_shapes(shown, first.shape, *before))
     if odd:
         raise DataError(odd)
+    shaped([shape for _, shape in firsts.values()])
     notes = [note for each in pinned for note in each.notes()]
     notes += local.split_notes(Path(source.folder)) if source.folder and not source.within else []
     return [

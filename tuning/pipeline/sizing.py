@@ -66,6 +66,11 @@ def sized(
         found = simulation.examine(
             known.config,
             variants=plan.variants(spec, known, device),
+            chosen={
+                "targets": spec.settings.target_modules,
+                "exclude": spec.settings.exclude_modules or (),
+                "layers": spec.settings.layers,
+            },
             begin=lambda: console.say("Examining the model, which no table holds ..."),
             stop=stop,
             keep_open=keep_open,

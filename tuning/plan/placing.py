@@ -58,6 +58,7 @@ def place(
         fit, wide = _with_constants(fit, model, demand, device, reasons)
         if backends.LORA in backend.kernels:
             fit = _with_unpacked(fit, model, demand, device, reasons)
+        reasons["micro_batch"] = _taken(fit, model, demand, device)
         micro_batch, kept, layout = fit.micro_batch, fit.activations, fit.layout
     elif device.kind == "cuda":
         kept = INPUTS
@@ -128,21 +129,17 @@ def _fit(
     free = device.rank_bytes
     every = demand.layouts(demand.layout.ranks, demand.layout.nodes)
     if device.kind == "cuda":
-        fit, how = _best(model, demand, device, every), "the fastest that fits"
+        fit = _best(model, demand, device, every)
     else:
         ways = [replace(demand, layout=layout) for layout in every]
         fits = (sizing.first(model, way, micro_batch, free_bytes=free) for way in ways)
-        fit, how = next((fit for fit in fits if fit), None), "fits"
+        fit = next((fit for fit in fits if fit), None)
     if fit is None:
         raise refusal.of(model, demand, base, device)
     if fit.seconds_per_token is not None:
         reasons["speed"] = "a roofline from the card's datasheet; the run measures it"
         if device.nodes > 1 and device.network is None:
             reasons["speed"] += "; a network of 10 Gbit/s between the machines is assumed"
-    reasons["micro_batch"] = f"{how}: {fit.memory.total / 2**30:.1f} of {free / 2**30:.1f} GiB"
-    if demand.repacks:
-        copy = memory.repacked(model.coefficients) / 2**30
-        reasons["micro_batch"] += f", {copy:.1f} of it for a weight that oneDNN repacks"
     reasons["checkpointing"] = "it fits without; saves a third"
     if fit.checkpointing:
         without = replace(demand, layout=fit.layout, checkpointing=False, micro_batch=None)
@@ -160,6 +157,17 @@ def _fit(
     if fit.layout.ranks > 1:
         reasons["shards"] = _why_shared(model, demand, device, fit)
     return fit
+
+
+def _taken(fit: Fit, model: sizing.Model, demand: sizing.Demand, device: Device) -> str:
+    """What the placement takes of the device's memory, in words."""
+    how = "the fastest that fits" if device.kind == "cuda" else "fits"
+    taken, free = fit.memory.total / 2**30, device.rank_bytes / 2**30
+    words = f"{how}: {taken:.1f} of {free:.1f} GiB"
+    if demand.repacks:
+        copy = memory.repacked(model.coefficients) / 2**30
+        words += f", {copy:.1f} of it for a weight that oneDNN repacks"
+    return words
 
 
 def _with_constants(

@@ -11,11 +11,12 @@ import importlib.metadata
 import importlib.util
 import logging
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from tuning import files, process
@@ -48,6 +49,7 @@ def examine(
     config: dict[str, Any],
     *,
     variants: Iterable[Variant],
+    chosen: Mapping[str, Sequence[Any] | None] = MappingProxyType({}),
     begin: Callable[[], None] = lambda: None,
     stop: Callable[[], bool] = lambda: False,
     keep_open: tuple[int, ...] = (),
@@ -55,13 +57,15 @@ def examine(
 ) -> Examined:
     """How the model whose config.json is `config` is adapted, and what `memory.predict` needs.
 
-    `begin` is called when the child is started. `kept_in` None is the user's own cache. Raises
-    Impossible.
+    `chosen` are the recipe's targets, exclude and layers, if it has any. `begin` is called when the
+    child is started. `kept_in` None is the user's own cache. Raises Impossible, and SpecError for
+    what is chosen and not in the model.
     """
     asked = [asdict(variant.stored) for variant in variants]
+    picked = dict(chosen) if any(chosen.values()) else None
     if importlib.util.find_spec("torch") is None:
         raise Impossible("torch is not installed here")
-    kept = (kept_in or files.cache_folder() / "memory") / f"{_key(config, asked)}.json"
+    kept = (kept_in or files.cache_folder() / "memory") / f"{_key(config, asked, picked)}.json"
     if kept.is_file():
         with suppress(ValueError, KeyError, TypeError):
             return _examined(files.read_json(kept))
@@ -71,7 +75,7 @@ def examine(
             answer = process.run(
                 "training.simulate.child",
                 Path(scratch) / "simulate.json",
-                {"config": config, "variants": asked},
+                {"config": config, "variants": asked, "chosen": picked},
                 log=Path(scratch) / "log",
                 stop_asked=stop,
                 keep_open=keep_open,
@@ -93,10 +97,12 @@ def _examined(answer: dict[str, Any]) -> Examined:
     )
 
 
-def _key(config: dict[str, Any], variants: list[dict[str, Any]]) -> str:
+def _key(
+    config: dict[str, Any], variants: list[dict[str, Any]], picked: dict[str, Any] | None
+) -> str:
     shape = {name: value for name, value in config.items() if name not in _NO_SHAPE}
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
-    return files.digest(files.canonical([_code(), shape, variants, versions]))[:32]
+    return files.digest(files.canonical([_code(), shape, variants, picked, versions]))[:32]
 
 
 @cache

@@ -1,6 +1,7 @@
 """The child process that examines a model outside the presets: no weights, no memory.
 
-   {"config": {...}, "variants": [{...}]}    the model's config.json, fields of `Variant`
+   {"config": {...}, "variants": [{...}],    the model's config.json, fields of `Variant`
+    "chosen": {...} or null}                 targets, exclude and layers of the recipe
 -> {"verdict": {...},                        as `verdict.to_json` writes it
     "coefficients": {...} or null,           as `coefficients.to_json` writes them
     "unsized": "..."}                        why there are none
@@ -18,6 +19,7 @@ import torch
 import transformers
 
 from tuning import process
+from tuning.models.lora import select
 from tuning.models.survey import survey
 from tuning.plan import verdict
 from tuning.plan.coefficients import Coefficients, Variant, to_json
@@ -33,10 +35,12 @@ def work(request: dict[str, Any]) -> dict[str, Any]:
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     config = request["config"]
-    found, numbers = judge(config)
+    found, numbers, names = judge(config)
     answer: dict[str, Any] = {"verdict": verdict.to_json(found), "coefficients": None}
     if found.refused:
         return answer | {"unsized": found.refused}
+    if chosen := request.get("chosen"):  # raises SpecError for what a run would not find
+        select(names, **{key: value and tuple(value) for key, value in chosen.items()})
     variants = [Variant(**variant) for variant in request["variants"]]
     if numbers < SMALL_ON_CPU and all(variant.device == "cpu" for variant in variants):
         return answer | {"unsized": "is so small that any machine holds it"}
@@ -59,8 +63,8 @@ def simulate(config: dict[str, Any], variants: Iterable[Variant], found: Verdict
     return replace(sized, moments=moments)
 
 
-def judge(config: dict[str, Any]) -> tuple[verdict.Verdict, int]:
-    """How the model of `config` is adapted, and its size in numbers.
+def judge(config: dict[str, Any]) -> tuple[verdict.Verdict, int, tuple[str, ...]]:
+    """How the model of `config` is adapted, its size in numbers, and what LoRA can adapt in it.
 
     With transformers' own words if it builds no model of it.
     """
@@ -69,10 +73,11 @@ def judge(config: dict[str, Any]) -> tuple[verdict.Verdict, int]:
     except Exception as error:  # whatever a config or a model class may raise
         words = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         reason = f"cannot be built by transformers {transformers.__version__} ({words})"
-        return verdict.Verdict(0, 0, 0.0, refused=reason), 0
+        return verdict.Verdict(0, 0, 0.0, refused=reason), 0, ()
     offers = [name for name in ("sdpa", "eager") if name == "eager" or model._supports_sdpa]
     numbers = sum(parameter.numel() for parameter in model.parameters())
-    return survey(model).verdict(tuple(offers)), numbers
+    found = survey(model)
+    return found.verdict(tuple(offers)), numbers, tuple(found.adaptable)
 
 
 if __name__ == "__main__":

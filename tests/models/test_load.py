@@ -373,3 +373,18 @@ def test_a_padding_token_beyond_the_vocabulary_is_the_folders_fault(
     files.write_json(path, files.read_json(path) | {"pad_token_id": 9999, "eos_token_id": 9999})
     with pytest.raises(SpecError, match=r"MODEL-106 .*Padding_idx"):
         load_base(base, precision="float32", quantisation=None, device="cpu")
+
+
+def test_layers_that_the_config_does_not_have_are_told(tiny_base: Any, tmp_path: Path) -> None:
+    """transformers leaves them out: half of the model would be trained, and nobody told."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_base("llama"), base)
+    path = base / "config.json"
+    assert [] == load_base(base, precision="float32", quantisation=None, device="cpu").unread_layers
+    files.write_json(path, files.read_json(path) | {"num_hidden_layers": 1})
+    cut = load_base(base, precision="float32", quantisation=None, device="cpu")
+    assert [1] == cut.unread_layers
+    recipe = tiny_runs.recipe(precision="float32", steps=2)
+    run = tmp_path / "run"
+    found = train.work(tiny_runs.request(run, base, recipe, tiny_runs.placement(), count=4))
+    assert [1] == found["unread_layers"]

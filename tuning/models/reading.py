@@ -6,7 +6,7 @@ refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from tuning.errors import SpecError
 from tuning.models import shards, unpacked
+from tuning.models.survey import REPEATED, TOWER
 from tuning.presets import stored
 
 AGAIN = "fetch the model again, or name one whose weights fit its config.json"
@@ -26,7 +27,8 @@ AGAIN = "fetch the model again, or name one whose weights fit its config.json"
 def read(source: Path, record: Mapping[str, Any], config: Any, options: dict[str, Any]) -> Any:
     """The model whose weights lie in `source`, and are stored as its config.json `record` says.
 
-    `config` is what transformers made of that, `options` are its own. Raises SpecError if weights
+    `config` is what transformers made of that, `options` are its own. The model's `unread_layers`
+    are numbers of layers in the files that the config does not have. Raises SpecError if weights
     are missing or of another shape.
     """
     how = stored.of(record)
@@ -53,6 +55,7 @@ def read(source: Path, record: Mapping[str, Any], config: Any, options: dict[str
     if how == stored.FOUR_BIT:
         _as_published(model, options["dtype"])
     _refuse_incomplete(source, model, report)
+    model.unread_layers = _beyond(model, report["unexpected_keys"])
     return model
 
 
@@ -101,6 +104,17 @@ def _refuse_incomplete(source: Path, model: Any, report: Mapping[str, Any]) -> N
     if other:
         fact = f"has {len(other)} weights of another shape than its class, such as {other[0]}"
         raise SpecError.at("MODEL-119", str(source), fact, AGAIN)
+
+
+def _beyond(model: Any, unexpected: Iterable[str]) -> list[int]:
+    """Numbers of decoder layers that the files have beyond those of config.json.
+
+    Those that a class leaves out on purpose, to predict several tokens, are not `unexpected`.
+    """
+    layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    named = (REPEATED.search(name) for name in unexpected if not TOWER.search(name))
+    numbers = {int(found[1]) for found in named if found}
+    return sorted(number for number in numbers if layers is not None and number >= layers)
 
 
 def _misshapen(model: Any) -> Iterator[str]:

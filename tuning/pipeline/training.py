@@ -66,6 +66,13 @@ def train(
         with run.console.work("Training", unit="steps") as report:
             done = _fitting(run, request, decided, report)
         run.note(f"after training: {what}" for what in done.get("lost", ()))
+        if unread := done.get("unread_layers"):
+            run.note(
+                [
+                    f"the files of the base have {len(unread)} layers more than its config.json "
+                    f"(from {unread[0]} on): they were not loaded, and the adapter is without them"
+                ]
+            )
         if stopped := done.get("stopped"):
             run.note([f"stopped {model_card.stopped_text(stopped, recipe.steps)}"])
         if done.get("resumed_from"):

@@ -176,6 +176,7 @@ def _run(request: Request, stop: Interruption, ranks: distributed.Ranks) -> dict
             "attention": tuned.get_base_model().config._attn_implementation,
             "trainable": coverage.trainable,
             "total": coverage.total,
+            "unread_layers": tuned.get_base_model().unread_layers,
             "covered": coverage.to_json(),
             "adapter_sha256": finished.sha256,
             "peak_memory_bytes": peak_memory(placement.device),

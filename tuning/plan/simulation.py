@@ -98,7 +98,7 @@ def _examined(answer: dict[str, Any]) -> Examined:
 
 
 def _key(
-    config: dict[str, Any], variants: list[dict[str, Any]], picked: dict[str, Any] | None
+    config: dict[str, Any], variants: list[dict[str, Any]], picked: dict[str, Any] | None = None
 ) -> str:
     shape = {name: value for name, value in config.items() if name not in _NO_SHAPE}
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES}

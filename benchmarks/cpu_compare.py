@@ -8,11 +8,11 @@
 The same random Llama, the same 2,000 chat rows, about the same tokens an optimizer step: `trl` is
 `plain_trl.py` with its defaults, `trl packed` the same with packing, `ours` is `python -m tuning
 run` to the finished image. trl's default is bfloat16, also on a processor without instructions for
-it, where a run takes ten minutes: there its contenders compute in float32. CPU-seconds are those of
-the whole process tree, imports and all; a real token is one that is no padding. Contenders take
-turns, forwards and backwards, and a ratio is between neighbours. Of memory that processes share
-each has its part, so that others with the same libraries in memory make all contenders look
-smaller: leave none running.
+it, where that is slow: there its contenders compute in float32. CPU-seconds are those of the whole
+process tree, imports and all; a real token is one that is no padding. Contenders take turns,
+forwards and backwards, and a ratio is between neighbours. Of memory that processes share each has
+its part, so that others with the same libraries in memory make all contenders look smaller: leave
+none running.
 Every run appends to `results/cpu_compare.jsonl`.
 """
 

@@ -26,8 +26,8 @@ TABLE = """
 {laps}
 """
 NO_BF16 = """
-This processor has no instructions for bfloat16, which trl's script uses unasked and then takes ten
-minutes: *float32* is the same with `bf16=False`. Ours takes float32 here of itself.
+This processor has no instructions for bfloat16, which trl's script uses unasked, and slowly:
+*float32* is the same with `bf16=False`. Ours takes float32 here of itself.
 """
 SHAPES = {"tiny": "4 layers of 256, vocabulary 4,096", "small": "8 layers of 512, vocabulary 8,192"}
 

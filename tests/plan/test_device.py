@@ -264,3 +264,17 @@ def test_the_cpu_reports_memory_that_is_there():
 
     assert "cpu" == found.kind
     assert 2**28 < found.memory_bytes < 2**45
+
+
+def test_unified_memory_is_counted_once() -> None:
+    """What a GB10's GPU takes, its processor has not: nothing can lie in host memory besides."""
+    rows = [
+        {"name": "NVIDIA GB10", "capability": [12, 1], "total": 120 << 30, "free": None}
+        | {"integrated": integrated, "virtual_memory": True}
+        for integrated in (True, False)
+    ]
+    one, other = (
+        device.of_answer({"devices": [row], "driver": "580.142", "cuda": [13, 0]}, None)
+        for row in rows
+    )
+    assert 0 == one.host_bytes and other.host_bytes

@@ -336,6 +336,25 @@ def test_an_attention_that_the_class_has_not_is_refused(preset, attention):
     ).placement.attention == "eager"  # fmt: skip
 
 
+def test_offloading_on_a_cpu_is_ignored_and_said():
+    """Also of a model so small that its memory is not asked for."""
+    asked = spec("lora", activation_offloading=True)
+    tiny = replace(BASE, facts=replace(PHI.facts, parameters=10**6))
+    made = plan.make(asked, tiny, plan.device.cpu(), lengths=None, versions={})
+    assert "ignored: it is for GPUs" == made.reasons["activation_offloading"]
+    assert not made.placement.activation_offloading
+
+
+def test_packing_is_no_advice_for_a_card_that_cannot():
+    """bitsandbytes has no kernels for an M60."""
+    asked = spec("lora", "phi-4-mini-reasoning")
+    card = {"gpu": presets.gpu("M60"), "memory_bytes": 7 << 30, "capability": (7, 5)}
+    device = replace(plan.device_of("Standard_NC4as_T4_v3"), **card)
+    with pytest.raises(SpecError) as refused:
+        plan.make(asked, plan.known_base(asked), device, lengths=None, versions={})
+    assert "PLAN-120" in str(refused.value) and "use method qlora" not in str(refused.value)
+
+
 def test_targets_that_are_all_excluded_are_refused():
     """Nothing would be left to train."""
     every = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj")

@@ -174,6 +174,7 @@ def load_base(
         and source is base
         and split is None
         and not four_bit.has_experts(model)
+        and not model.unread_layers  # told at every start, which a cache could not
     ):
         packed.save(model, cache)
     return model

@@ -50,10 +50,9 @@ def check(spec: Spec, options: Options, console: Console) -> Iterator[str]:
         lambda: _check_trackers(spec, options),
         lambda: _check_evaluation(spec),
     )
-    for shape in shapes:  # what the rows are trained for decides over the model, too
-        objective = formats.objective_of(shape, spec.settings.objective)
-        for draft in drafts if objective != "sft" else ():
-            draft(replace(spec, settings=replace(spec.settings, objective=objective)))
+    if spec.settings.objective is None:  # what the rows are trained for decides over it, too
+        for objective in {formats.objective_of(shape, None) for shape in shapes} - {"sft"}:
+            drafts[0](replace(spec, settings=replace(spec.settings, objective=objective)))
     for lines in passed:
         yield from lines
 

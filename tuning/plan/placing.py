@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from tuning.errors import SpecError
-from tuning.plan import backends, choices, memory, refusal, sharding, sizing
+from tuning.plan import backends, choices, memory, refusal, sharding, sizing, spare
 from tuning.plan.activations import ALL, INPUTS, Activations
 from tuning.plan.base import Base
 from tuning.plan.choices import batch
@@ -55,9 +55,9 @@ def place(
     demand = _demand(recipe, settings, lengths, device, backend, layout=layout, whole=whole)
     if model is not None and sizing.knows(model, demand):
         fit = _fit(model, demand, base, device, micro_batch, reasons)
-        fit, wide = _with_constants(fit, model, demand, device, reasons)
+        fit, wide = spare.with_constants(fit, model, demand, device, reasons)
         if backends.LORA in backend.kernels:
-            fit = _with_unpacked(fit, model, demand, device, reasons)
+            fit = spare.with_unpacked(fit, model, demand, device, reasons)
         reasons["micro_batch"] = _taken(fit, model, demand, device)
         micro_batch, kept, layout = fit.micro_batch, fit.activations, fit.layout
     elif device.kind == "cuda":
@@ -168,48 +168,6 @@ def _taken(fit: Fit, model: sizing.Model, demand: sizing.Demand, device: Device)
         copy = memory.repacked(model.coefficients) / 2**30
         words += f", {copy:.1f} of it for a weight that oneDNN repacks"
     return words
-
-
-def _with_constants(
-    fit: Fit, model: sizing.Model, demand: sizing.Demand, device: Device, reasons: dict[str, str]
-) -> tuple[Fit, bool]:
-    """`fit` with the constants of 4-bit blocks in float32, if those fit too; and whether they do.
-
-    Two kernels fewer each time that a weight is unpacked. Only where each rank has the whole model.
-    """
-    nested = demand.method == "qlora" and demand.double_quant
-    if device.kind == "cpu" or not nested or fit.layout.shards > 1:
-        return fit, False
-    _, constants = memory.weight_bytes(
-        model.coefficients, method=demand.method, precision=demand.precision, double_quant=False
-    )
-    wide = replace(fit, memory=replace(fit.memory, constants=constants))
-    if not wide.fits(device.rank_bytes, device.host_bytes):
-        return fit, False
-    reasons["constants"] = "it fits; two kernels fewer for each weight that is unpacked"
-    return wide, True
-
-
-def _with_unpacked(
-    fit: Fit, model: sizing.Model, demand: sizing.Demand, device: Device, reasons: dict[str, str]
-) -> Fit:
-    """`fit` with 4-bit weights of a recomputed layer kept for its backward, if they fit.
-
-    Of dense layers that are alike, on ranks that have the whole model, without tiles: those unpack
-    for each tile.
-    """
-    kept, facts = fit.activations, model.facts
-    again = demand.method == "qlora" and kept.checkpointing and not kept.tiled
-    alike = facts is not None and not facts.experts and sizing.even(facts)
-    if device.kind == "cpu" or not (again and alike) or fit.layout.shards > 1:
-        return fit
-    layer = memory.unpacked_bytes(model.coefficients, demand.precision)
-    more = replace(fit.memory, dequantisation=fit.memory.dequantisation + layer)
-    longer = replace(fit, memory=more, activations=replace(kept, unpacked=True))
-    if not longer.fits(device.rank_bytes, device.host_bytes):
-        return fit
-    reasons["unpacked_layer"] = "it fits; each is unpacked twice a step, not three times"
-    return longer
 
 
 def _whole_only(recipe: Recipe, base: Base, settings: Settings) -> str:

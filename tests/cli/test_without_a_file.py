@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -113,6 +114,13 @@ def test_data_is_wanted_where_it_is_read(command, tmp_path):
     assert (2, "") == (done.returncode, done.stdout)
     assert "there is a MODEL, but no DATA" in done.stderr
     assert "tiny-model" in good(tuning("plan", TINY, cwd=tmp_path))
+
+
+def test_a_setting_that_is_ignored_is_said_in_the_table(tmp_path):
+    """Offloading is for GPUs: on a CPU its row says so."""
+    asked = ("--set", "activation_offloading=true")
+    said = good(tuning("plan", TINY, *asked, cwd=tmp_path, env=os.environ | {"COLUMNS": "160"}))
+    assert re.search(r"activation offloading +off +ignored: it is for GPUs", said)
 
 
 def test_no_command_is_a_question_not_a_mistake():

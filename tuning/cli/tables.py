@@ -167,6 +167,7 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> rich.table.
 def plan_table(plan: Plan) -> rich.table.Table:
     """Each decided value with its reason."""
     recipe, placement = plan.recipe, plan.placement
+    offloading = "on" if placement.activation_offloading else "off"
     values = {
         "method": recipe.method,
         "objective": recipe.objective or "sft",
@@ -199,7 +200,7 @@ def plan_table(plan: Plan) -> rich.table.Table:
         "shards": placement.text if placement.ranks > 1 else None,
         "micro_batch": placement.micro_batch,
         "checkpointing": placement.activations.text,
-        "activation_offloading": "on" if placement.activation_offloading else None,
+        "activation_offloading": offloading if "activation_offloading" in plan.reasons else None,
         "attention": placement.attention,
         "kernels": ", ".join(placement.kernels) or None,
         "unpacked_layer": "kept until its backward" if placement.unpacked_layer else None,

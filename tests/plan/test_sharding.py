@@ -267,6 +267,32 @@ def test_rows_that_no_gpu_holds_are_refused_with_the_arithmetic(
 
 
 @pytest.mark.parametrize(
+    ("preset", "instance", "method", "longest", "mean"),
+    [
+        ("llama-3.1-8b-instruct", "Standard_NC32_A16", "lora", 131072, 19228),
+        (LLAMA, "Standard_NC24s_v3", "lora", 16384, 4195),
+        ("phi-3-medium-128k-instruct", "Standard_ND40rs_v2", "lora", 131072, 42621),
+        ("llama-3.1-8b-instruct", "g4dn.xlarge", "qlora", 131072, 100000),
+    ],
+)
+def test_the_length_that_a_refusal_names_is_one_that_fits(
+    preset: str, instance: str, method: str, longest: int, mean: int
+) -> None:
+    """Also where shorter packed rows are more of them a step, whose gradients add up."""
+    device, base = plan.device_of(instance), plan.known_base(workspace(preset, instance))
+    read = plan.Lengths(1000, 1000 * mean, longest)
+
+    def made(arguments: str) -> plan.Plan:
+        parsed = workspace(preset, instance, method=method, arguments=arguments)
+        return plan.make(parsed, base, device, lengths=read, versions={})
+
+    with pytest.raises(SpecError, match="PLAN-120") as caught:
+        made(f"max_length: {longest}")
+    row = int(caught.value.problems[0].what.rpartition("rows of up to ")[2].split()[0])
+    assert row == made(f"max_length: {row}").recipe.max_length
+
+
+@pytest.mark.parametrize(
     ("arguments", "key"),
     [
         ("fsdp: no_shard", "fsdp"),

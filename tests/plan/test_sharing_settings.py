@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -90,7 +91,7 @@ def test_what_trains_with_whole_copies_only_is_not_shared(section: str, what: st
     for preset, instance in (("mistral-7b", "g5.48xlarge"), ("phi-4", "p5.48xlarge")):
         decided = asked(preset, instance)
         assert (8, 1) == (decided.placement.ranks, decided.placement.shards)
-        assert f"{what} trains only so" == decided.reasons["shards"]
+        assert f"the only way with {what}" == decided.reasons["shards"]
         assert 1 == asked(preset, instance, "no_shard").placement.shards
     with pytest.raises(SpecError, match="PLAN-120") as caught:
         asked(LLAMA, "p4d.24xlarge")
@@ -98,7 +99,19 @@ def test_what_trains_with_whole_copies_only_is_not_shared(section: str, what: st
     for fsdp in ("full_shard", "hybrid_shard"):
         with pytest.raises(SpecError, match=r"PLAN-119 .*no_shard") as caught:
             asked("phi-4", "p5.48xlarge", fsdp)
-        assert f"is {fsdp}, and {what} trains only" in str(caught.value)
+        assert f"is {fsdp}, but with {what} each GPU" in str(caught.value)
+
+
+def test_all_that_is_in_the_way_of_shares_is_named_at_once() -> None:
+    """Taking one of them away would lead to a refusal for the other."""
+    more = {"LoraConfig": {"use_dora": True}}
+    parsed = workspace(LLAMA, "p4d.24xlarge", more=more, arguments="optim: adafactor")
+    both = (
+        "DoRA (LoraConfig.use_dora) and the optimizer adafactor (TrainingArguments.optim): then "
+        "its GPUs share the model"
+    )
+    with pytest.raises(SpecError, match=re.escape(f"go without {both}")):
+        plan.draft(parsed, here=plan.device_of("p4d.24xlarge"))
 
 
 @pytest.mark.parametrize("kind", ["zamba", "zamba2"])
@@ -107,8 +120,9 @@ def test_classes_whose_layers_share_weights_are_not_shared(kind: str) -> None:
     facts = replace(presets.find(LLAMA).facts, model_type=kind)
     base = plan.Base("x/y", "r", facts, simulated=preset_coefficients(LLAMA))
     parsed = workspace(LLAMA, "p4d.24xlarge")
-    with pytest.raises(SpecError, match="PLAN-120"):
+    with pytest.raises(SpecError, match="PLAN-120") as caught:
         plan.make(parsed, base, plan.device_of("p4d.24xlarge"), lengths=None, versions={})
+    assert "go without" not in str(caught.value)  # nobody can go without the model's class
 
 
 def test_embeddings_with_new_tokens_stay_whole() -> None:

@@ -73,7 +73,7 @@ def place(
     if ranks > 1 and settings.sharding is not None:
         reasons["shards"] = "set in the config (fsdp)"
     elif ranks > 1 and whole:
-        reasons["shards"] = f"{whole} trains only so"
+        reasons["shards"] = f"the only way with {whole}"
     placement = Placement(
         device=device.kind,
         ranks=ranks,
@@ -178,7 +178,7 @@ def _whole_only(recipe: Recipe, base: Base, settings: Settings) -> str:
         raise SpecError.at(
             "PLAN-119",
             "TrainingArguments.fsdp",
-            f"is {settings.sharding}, and {whole} trains only with the whole model on each GPU",
+            f"is {settings.sharding}, but with {whole} each GPU holds the whole model",
             "set it to no_shard, or leave it out",
         )
     return whole

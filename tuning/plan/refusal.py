@@ -9,6 +9,7 @@ from tuning.errors import SpecError
 from tuning.plan import machines, memory, sizing
 from tuning.plan.base import Base
 from tuning.plan.device import Device
+from tuning.plan.sharding import SHARE_LAYERS
 from tuning.plan.sizing import HEADROOM, Demand, Fit, Model
 
 SHORTEST = 128  # tokens of a row that is worth a suggestion
@@ -41,7 +42,8 @@ def of(model: Model, demand: Demand, base: Base, device: Device) -> SpecError:
         for key, other in left_out.items()
         if other != demand and _fits(model, other, device)
     ]
-    if demand.whole and _fits(model, replace(demand, whole=""), device):
+    divides = model.facts is None or model.facts.model_type not in SHARE_LAYERS
+    if demand.whole and divides and _fits(model, replace(demand, whole=""), device):
         changes.append(f"go without {demand.whole}: then its GPUs share the model")
     if row := _longest(model, demand, device):
         words, change = row

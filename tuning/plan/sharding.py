@@ -69,12 +69,13 @@ SHARE_LAYERS = ("zamba", "zamba2")  # classes whose layers share weights, which 
 
 
 def whole_only(model_type: str | None, *, dora: bool, optimizer: str) -> str:
-    """What trains only with the whole model on each rank, if anything."""
-    if dora:
-        return "DoRA (LoraConfig.use_dora)"
-    if optimizer not in OPTIMIZERS:
-        return f"the optimizer {optimizer} (TrainingArguments.optim)"
-    return f"the class {model_type}" if model_type in SHARE_LAYERS else ""
+    """All that trains only with the whole model on each rank, if anything."""
+    obstacles = {
+        "DoRA (LoraConfig.use_dora)": dora,
+        f"the optimizer {optimizer} (TrainingArguments.optim)": optimizer not in OPTIMIZERS,
+        f"the class {model_type}": model_type in SHARE_LAYERS,
+    }
+    return " and ".join(name for name, there in obstacles.items() if there)
 
 
 def layouts(ranks: int, nodes: int, wanted: Sharding | None = None) -> list[Layout]:

@@ -403,9 +403,10 @@ def longest(
 ) -> int:
     """The longest row in tokens, of up to the demand's, that fits the demand's layout.
 
-    A multiple of 64, or 0.
+    A multiple of 64, or 0. Of packed rows that are shorter, a step has more.
     """
-    demand = replace(demand, micro_batch=demand.micro_batch or 1)
+    more = max(2, demand.rows) if demand.packed and not demand.micro_batch else demand.rows
+    demand = replace(demand, micro_batch=demand.micro_batch or 1, rows=more)
 
     def fits(blocks: int) -> bool:
         shorter = replace(demand, length=64 * blocks, span=min(demand.span, 64.0 * blocks))

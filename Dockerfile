@@ -44,10 +44,12 @@ ARG EXTRAS=train,serve,wandb
 # into /usr/local/nvidia, where neither the shell nor the loader looks by itself.
 ENV PATH=$PATH:/usr/local/nvidia/bin LD_LIBRARY_PATH=/usr/local/nvidia/lib64 \
     NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
-# Triton compiles its launchers when a kernel is first used.
-RUN command -v gcc >/dev/null || { apt-get update -qq \
+# Triton compiles its launchers when a kernel is first used: by a C compiler, with Python's headers.
+RUN HEADER=$(python -c "import sysconfig; print(sysconfig.get_path('include'))")/Python.h; \
+    if ! command -v gcc >/dev/null || ! test -f "$HEADER"; then apt-get update -qq \
     && apt-get install -y -qq --no-install-recommends gcc libc6-dev \
-    && rm -rf /var/lib/apt/lists/*; }
+       $(test -f "$HEADER" || echo python3-dev) \
+    && test -f "$HEADER" && rm -rf /var/lib/apt/lists/*; fi
 # Torch first and in a layer of its own: it is nine tenths of the image and changes least.
 COPY tools/install_torch.py /src/tools/
 RUN python tools/install_torch.py ${TORCH} ${TORCH_INDEX}

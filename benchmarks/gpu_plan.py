@@ -275,8 +275,8 @@ def step(tuned: Any, inputs: dict[str, Any], case: Case) -> None:
     loss.backward()
 
 
-def measure(base: Any, case: Case) -> dict[str, Any]:
-    """Peak bytes and tokens a second of the case."""
+def measure(base: Any, case: Case, *, before: int = 0) -> dict[str, Any]:
+    """Peak bytes and tokens a second of the case, without those allocated `before` the base."""
     gc.collect()  # the case before is in cycles
     tuned = adapt(base, case)
     trained = [p for p in tuned.parameters() if p.requires_grad]
@@ -295,7 +295,7 @@ def measure(base: Any, case: Case) -> dict[str, Any]:
     try:
         for _ in range(WARM):
             once()
-        found = _on_gpu(once, case) if cuda else _on_cpu(forward_and_backward)
+        found = _on_gpu(once, case, before) if cuda else _on_cpu(forward_and_backward)
     except torch.OutOfMemoryError as error:
         found = {"error": str(error).splitlines()[0]}
     optimizer.zero_grad()
@@ -306,7 +306,7 @@ def measure(base: Any, case: Case) -> dict[str, Any]:
     return found
 
 
-def _on_gpu(once: Any, case: Case) -> dict[str, Any]:
+def _on_gpu(once: Any, case: Case, before: int) -> dict[str, Any]:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
@@ -317,8 +317,8 @@ def _on_gpu(once: Any, case: Case) -> dict[str, Any]:
     free, whole = torch.cuda.mem_get_info()
     reserved = torch.cuda.memory_reserved()
     return {
-        "allocated": torch.cuda.max_memory_allocated(),
-        "reserved": torch.cuda.max_memory_reserved(),
+        "allocated": torch.cuda.max_memory_allocated() - before,
+        "reserved": torch.cuda.max_memory_reserved() - before,
         "context": whole - free - reserved,
         "tokens_per_second": case.tokens / seconds,
     }
@@ -375,16 +375,18 @@ def write(path: Path, record: dict[str, Any]) -> None:
         os.fsync(file.fileno())
 
 
-def groups(cases: tuple[Case, ...]) -> Iterator[tuple[Any, list[Case]]]:
-    """Cases that share a base model in memory, with the model."""
+def groups(cases: tuple[Case, ...]) -> Iterator[tuple[Any, list[Case], int]]:
+    """Cases that share a base model in memory, with the model, and what is allocated beside it."""
 
     def key(case: Case) -> tuple[str, str, str]:
         return case.preset, case.variant.method, case.variant.precision
 
     for _, some in itertools.groupby(sorted(cases, key=key), key=key):
         members = list(some)
+        gc.collect()  # of what ran before in this process
+        before = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
         base = make(members[0])
-        yield base, members
+        yield base, members, before
         del base
         if members[0].variant.device == "cuda":
             torch.cuda.empty_cache()
@@ -400,12 +402,12 @@ def run(cases: tuple[Case, ...], path: Path, *, seconds: float) -> dict[str, Any
         speed = foretold_speed(case)
         write(path, {"kind": "predicted", "case": asdict(case), "speed": speed} | record | about)
     print(f"predicted {len(foretold)} cases in {time.monotonic() - start:.0f} s", flush=True)
-    for base, members in groups(cases):
+    for base, members, before in groups(cases):
         for case in members:
             if time.monotonic() - start > seconds:
                 print("out of time, skipped:", case, flush=True)
                 continue
-            found, said = measure(base, case), foretold[case]
+            found, said = measure(base, case, before=before), foretold[case]
             error = compared(case, said, found)
             if error is not None:
                 errors.append(error)

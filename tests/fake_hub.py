@@ -55,6 +55,7 @@ class FakeHub:
     broken: Callable[[str, int], int | None] = lambda path, count: None
     stored: dict[str, bytes] = field(default_factory=dict)  # git LFS objects, before a commit
     loses: bytes = b""  # appended to each LFS object that comes
+    sent: int = 0  # bytes of files that were asked for
     cut_at: int | None = None  # each file on the CDN breaks off here the first time
 
     def __post_init__(self) -> None:
@@ -299,12 +300,14 @@ class _Exchange:
         self.send(404)
 
     def file(self, data: bytes, cut_at: int | None = None, **headers: Any) -> None:
-        match = re.fullmatch(r"bytes=(\d+)-", self.handler.headers.get("range") or "")
+        match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.handler.headers.get("range") or "")
         start = int(match[1]) if match else 0
+        end = min(len(data), int(match[2]) + 1) if match and match[2] else len(data)
         if match:
-            headers["Content_Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+            headers["Content_Range"] = f"bytes {start}-{end - 1}/{len(data)}"
         headers["Accept_Ranges"] = "bytes"
-        self.send(206 if match else 200, data[start:], cut_at=cut_at, **headers)
+        self.hub.sent += end - start
+        self.send(206 if match else 200, data[start:end], cut_at=cut_at, **headers)
 
     def json(self, value: Any) -> None:
         self.send(200, json.dumps(value).encode(), Content_Type="application/json")

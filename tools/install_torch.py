@@ -42,7 +42,9 @@ def installed() -> str | None:
 
 def suited(answer: dict[str, Any]) -> str:
     """The build for the machine whose driver gave this answer of tuning/plan/probe.py."""
-    engines = re.findall(r"^(cu\d+):.*?compiled: \[(.*?)\]", ENGINES.read_text(), re.M | re.S)
+    engines = re.findall(
+        r"^(cu\d+):\s+driver:.*?compiled: \[(.*?)\]", ENGINES.read_text(), re.M | re.S
+    )
     kinds = [tuple(card["capability"]) for card in answer["devices"]]
     fitting = ["cpu"]
     for build, listed in engines:

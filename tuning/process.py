@@ -29,7 +29,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from tuning import files
+from tuning import files, gpu_errors
 from tuning.errors import TransientError, TuningError, from_json
 from tuning.files import no_space, system_error
 
@@ -94,7 +94,7 @@ def serve(work: Callable[[dict[str, Any]], dict[str, Any]]) -> int:
         files.write_json(result, {"error": error.to_json()})
         return _leave(error.exit_code)
     except Exception as error:
-        failed = system_error(error)
+        failed = system_error(error) or gpu_errors.known(error)
         if failed is not None:
             traceback.print_exc()
             with contextlib.suppress(OSError):  # the result may not fit, either

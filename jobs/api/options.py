@@ -145,8 +145,8 @@ class Options(_Part):
     """The engine's image, best by digest: what every Job runs."""
     images: dict[Build, str] = {}
     """The engine's images by their build of torch (cu126, cu130). A Job gets the newest that has
-    kernels for the planned GPU and runs with the nodes' driver; `image` where none does, and where
-    the GPU is not known. Give only cu126 if the nodes' drivers are older than cu130 needs."""
+    kernels for the planned GPU and runs with the nodes' driver, the oldest where the driver is not
+    known; `image` where none does, and where the GPU is not known."""
     vllm_image: str | None = None
     """vLLM's image, for Workspaces with the annotation `kaito.sh/runtime: vllm`, best by digest;
     such Workspaces are refused if it is not set."""
@@ -212,11 +212,17 @@ class Options(_Part):
 
 
 def for_device(options: Options, device: Device | None) -> Options:
-    """`options` with the engine's image for `device`: the newest of `images` that runs there."""
+    """`options` with the engine's image for `device`: the newest of `images` that runs there.
+
+    Where the driver is not known, the oldest with kernels for the GPUs: it runs on more drivers.
+    """
     kinds = device.capabilities if device else ()
     builds = presets.engine_builds(*kinds, cuda=device.cuda) if device and kinds else []
     fitting = [options.images[build] for build in builds if build in options.images]
-    return options.model_copy(update={"image": fitting[-1]}) if fitting else options
+    if not fitting:
+        return options
+    image = fitting[-1] if device and device.cuda else fitting[0]
+    return options.model_copy(update={"image": image})
 
 
 def with_policy(options: Options, path: Path) -> Options:

@@ -7,7 +7,7 @@ NVIDIA's).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -202,7 +202,11 @@ def one_pass_head(sizes: Sizes) -> Record:
 
 
 def nf4(sizes: Sizes) -> Record:
-    """Weights packed on the CPU are those packed on the card, and unpack to the same numbers."""
+    """Weights packed on the CPU are those packed on the card, and unpack to the same numbers.
+
+    But for a few: the mean of all scales, which bitsandbytes takes off before it rounds them to
+    eight bits, is summed in another order, so that a scale in ten thousand may round the other way.
+    """
     torch.manual_seed(0)
     found = {}
     for dtype in (torch.bfloat16, torch.float16):
@@ -214,9 +218,26 @@ def nf4(sizes: Sizes) -> Record:
             )
             unpacked = bnb.functional.dequantize_4bit(values, state)
             packed.append([t.cpu() for t in (values, state.absmax, state.offset, unpacked)])
-        names = ("packed", "absmax", "offset", "unpacked")
-        found[str(dtype)] = {
-            name: float((a != b).float().mean()) for name, a, b in zip(names, *packed, strict=True)
-        }
-    assert all(not share for shares in found.values() for share in shares.values()), found
-    return {"share that differs": found}
+        found[str(dtype)] = differences = four_bit_differences(*packed)
+        for name, most in FOUR_BIT_DIFFERENCES.items():
+            assert differences[name] <= most, found
+    return {"differences": found}
+
+
+# Shares of codes and of numbers, and of the mean of the scales, relative.
+FOUR_BIT_DIFFERENCES = {"packed": 1e-4, "absmax": 1e-4, "offset": 1e-6, "unpacked": 1e-3}
+
+
+def four_bit_differences(
+    one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]
+) -> dict[str, float]:
+    """How two packings of the same weight differ: codes, scales, their mean, numbers unpacked.
+
+    A number that differs by no more than a rounding of its type counts as the same.
+    """
+    packed, absmax = (float((one[n] != other[n]).float().mean()) for n in (0, 1))
+    offset = float((one[2] - other[2]).abs() / other[2].abs())
+    a, b = one[3].float(), other[3].float()
+    rounding = 2 * torch.finfo(one[3].dtype).eps * b.abs()
+    unpacked = float(((a - b).abs() > rounding).float().mean())
+    return {"packed": packed, "absmax": absmax, "offset": offset, "unpacked": unpacked}

@@ -53,9 +53,9 @@ def images(found: list[dict[str, Any]]) -> set[str]:
     ("instance", "build"),
     [
         ("Standard_NC6s_v3", "cu126"),  # V100
-        ("Standard_NC4as_T4_v3", "cu130"),
-        ("Standard_NC24ads_A100_v4", "cu130"),
-        ("p5.48xlarge", "cu130"),
+        ("Standard_NC4as_T4_v3", "cu126"),  # whatever the driver of the node will be
+        ("p5.48xlarge", "cu126"),
+        ("p6-b200.48xlarge", "cu130"),  # the first with kernels for it
     ],
 )
 @pytest.mark.parametrize("serves", [False, True])
@@ -80,9 +80,11 @@ def test_render_shows_the_image_that_has_kernels_for_the_planned_gpu(
         ([H100 | driver("13.0")], IMAGES, IMAGES["cu130"]),
         ([H100 | driver("12.4")], IMAGES, IMAGES["cu126"]),
         ([H100 | older_driver("12.2")], IMAGES, IMAGES["cu126"]),
-        ([H100], IMAGES, IMAGES["cu130"]),  # the driver is not known
+        ([H100], IMAGES, IMAGES["cu126"]),  # the driver is not known
+        ([B200], IMAGES, IMAGES["cu130"]),
         ([MIG | driver("12.8")], IMAGES, IMAGES["cu126"]),
-        ([OTHER | compute("8.9")], IMAGES, IMAGES["cu130"]),
+        ([OTHER | compute("8.9")], IMAGES, IMAGES["cu126"]),
+        ([OTHER | compute("8.9") | driver("13.0")], IMAGES, IMAGES["cu130"]),
         ([OTHER | compute("7.0")], IMAGES, IMAGES["cu126"]),
         ([H100 | driver("13.0"), V100 | driver("13.0")], IMAGES, IMAGES["cu126"]),  # either node
         ([H100 | driver("13.0"), H100 | driver("12.8")], IMAGES, IMAGES["cu126"]),

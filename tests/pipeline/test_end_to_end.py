@@ -365,7 +365,7 @@ def test_check_tells_what_is_good_and_what_is_not(tmp_path, registry):
     said = good(tuning("check", *arguments, "--push-secret", secret))
     refused = tuning("check", *arguments, "--push-secret", wrong)
 
-    assert ["model", "plan", "data", "destination"] == [
+    assert ["model", "weights", "plan", "data", "destination"] == [
         line.partition(":")[0] for line in said.splitlines()
     ]
     assert 12 == refused.returncode

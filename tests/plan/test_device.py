@@ -94,6 +94,10 @@ def test_each_kind_of_machine_is_planned_as_what_it_is(kind, on):
         ("b200", CU126, ["10.0", "580.65.06", "TORCH_INDEX=cu130"]),
         ("gb10", CU126, ["12.1", "TORCH_INDEX=cu130"]),
         ("cards of which no build runs both", CU126, ["10.0", "CUDA_VISIBLE_DEVICES"]),
+        *(
+            ("v100", TorchBuild(f"2.13.0+cu{a}{b}", (a, b)), ["7.0", "TORCH_INDEX=cu126"])
+            for a, b in ((12, 8), (12, 9), (13, 2))
+        ),
         ("driver 550", TorchBuild("2.12.0", (13, 2)), ["needs CUDA 13.2", "TORCH_INDEX=cu126"]),
     ],
 )
@@ -105,6 +109,13 @@ def test_a_refusal_names_the_build_of_torch_or_the_driver_that_fits(kind, build,
     (problem,) = caught.value.problems
     assert all(word in str(problem) for word in words), str(problem)
     assert ("TORCH_INDEX" in str(problem)) == ("images.cu1" in str(problem))
+
+
+@pytest.mark.parametrize("cuda", [(11, 8), (14, 0)])
+def test_a_build_of_a_cuda_that_no_table_lists_is_not_judged(cuda, on):
+    """The card itself says whether there are kernels."""
+    here = on(dataclasses.replace(MACHINES["v100"][0], cuda=14000), TorchBuild("9", cuda))
+    assert plan.draft(spec_of(), here=here).device == here
 
 
 def test_a_build_of_a_newer_minor_version_runs_on_an_older_driver(on):

@@ -430,11 +430,16 @@ def test_each_capability_takes_the_newest_build_that_fits(
 def test_the_builds_are_those_of_the_pinned_torch() -> None:
     """torch itself says which capabilities each of its builds was compiled for."""
     tables = torch.cuda.PYTORCH_RELEASES_CODE_CC
+    for name, machines in tables.items():
+        cuda = (int(name.split(".")[0]), int(name.split(".")[1]))
+        found = presets.kernels(cuda) or ()
+        assert machines["x86_64"] == {10 * major + minor for major, minor in found}
     for engine in presets.engines():
         key = f"{engine.name[2:4]}.{engine.name[4:]}"
         compiled = {10 * major + minor for major, minor in engine.compiled}
 
         assert tables[key]["x86_64"] == compiled
+        assert presets.kernels((int(key[:2]), int(key[3:]))) == engine.compiled
         for gpu in presets.gpus():
             if gpu.capability is not None:
                 number = 10 * gpu.capability[0] + gpu.capability[1]

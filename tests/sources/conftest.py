@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 from fake_hub import FakeHub
+from huggingface_hub import constants
 
 
 @pytest.fixture
@@ -13,4 +14,5 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     """The hub that HF_ENDPOINT names."""
     with FakeHub() as server:
         monkeypatch.setenv("HF_ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # as tests of models set it
         yield server

@@ -18,7 +18,6 @@ OUT = [
     RuntimeError("CUDA driver error: out of memory"),
     RuntimeError("Triton Error [CUDA]: out of memory"),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-    RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
     RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
     RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate`"),
     RuntimeError("NCCL error in: ../NCCLUtils.cpp:77, unhandled cuda error (run with "
@@ -33,6 +32,8 @@ OTHER = [
     RuntimeError("CUDA error: uncorrectable ECC error encountered"),
     RuntimeError("out of resource: shared memory, Required: 147456, Hardware limit: 101376"),
     RuntimeError("NCCL error: unhandled cuda error (run with NCCL_DEBUG=INFO for details)"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"),
     RuntimeError("mat1 and mat2 shapes cannot be multiplied (4x8 and 4x8)"),
     ValueError("the column is called out of memory"),
 ]
@@ -55,14 +56,22 @@ def test_other_failures_of_a_card_are_not(error: Exception) -> None:
 
 
 @pytest.mark.parametrize(("free", "out"), [(1 << 28, True), (40 << 30, False)])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "NCCL error: unhandled cuda error",
+        "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_NOT_INITIALIZED",
+    ],
+)
 def test_an_error_without_a_reason_is_judged_by_the_card(
-    free: int, out: bool, monkeypatch: pytest.MonkeyPatch
+    text: str, free: int, out: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """NCCL says `unhandled cuda error` for many things: with no memory left it is that."""
+    """Libraries say so for many things: with no memory left it is that."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 80 << 30))
 
-    assert out is is_out_of_memory(RuntimeError("NCCL error: unhandled cuda error"))
+    assert out is is_out_of_memory(RuntimeError(text))
 
 
 def test_what_the_failed_step_held_is_freed_before_its_predecessor_is_saved() -> None:

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 import tuning
-from tuning import files
+from tuning import files, gpu_errors
 from tuning.cli import words
 from tuning.errors import Problem, Stopped, TuningError, UsageError, not_installed
 
@@ -90,6 +90,10 @@ def main() -> int:
     except BrokenPipeError:  # the reader of our output has closed it
         sys.stderr.close()
         return 0
+    except (RuntimeError, AssertionError) as error:
+        if (meaning := gpu_errors.known(error)) is None:
+            raise
+        return _refused(meaning)
     return 0
 
 

@@ -17,6 +17,7 @@ from tuning.data import csv_rows, json_rows, sniff
 from tuning.data.formats import (
     BadRow,
     Columns,
+    Conversation,
     Plain,
     Shape,
     detect,
@@ -42,6 +43,7 @@ class FirstRows:
     format: str
     shape: Shape | None = None
     unused: tuple[str, ...] = ()  # columns of the first rows that are not read
+    chats: bool = False  # some need a chat template
 
     def __str__(self) -> str:
         if self.shape is None:
@@ -107,11 +109,11 @@ def check_file(
     kind = sniff.sniff(path, shown, extension)
     with tempfile.TemporaryDirectory() as folder:
         source = Source(path, shown, kind, Problems(), Path(folder), columns.named)
-        shape, ignored = _check_rows(source, read.batches(source), columns, vocabulary)
+        shape, ignored, chats = _check_rows(source, read.batches(source), columns, vocabulary)
     if shape is None:
         raise DataError.at("DATA-201", shown, "holds no rows", "give a file with rows")
     name = f"{kind.format} in {kind.compression}" if kind.compression else kind.format
-    return FirstRows(name, shape, ignored)
+    return FirstRows(name, shape, ignored, chats)
 
 
 def _check_rows(
@@ -119,9 +121,13 @@ def _check_rows(
     batches: Iterator[Batch],
     columns: Columns,
     vocabulary: Vocabulary | None,
-) -> tuple[Shape | None, tuple[str, ...]]:
-    """The shape of the first rows, and their ignored columns. Raises DataError."""
+) -> tuple[Shape | None, tuple[str, ...], bool]:
+    """The shape of the first rows, their ignored columns, and whether some are conversations.
+
+    Raises DataError.
+    """
     shape: Shape | None = None
+    chats = False
     ignored: dict[str, None] = {}
     for batch in islice(batches, 1):
         examples: list[tuple[int, Plain]] = []
@@ -140,9 +146,10 @@ def _check_rows(
                     source.bad(f"{batch.unit} {place}", fault.code, fault.what, fault.change)
                 if shape is None:
                     break
+        chats = any(isinstance(example, Conversation) for _, example in examples)
         faults = (vocabulary or Vocabulary()).faults([each for _, each in examples])
         for (place, _), wrong in zip(examples, faults, strict=True):
             if wrong:
                 source.bad(f"{batch.unit} {place}", wrong.code, wrong.what, wrong.change)
     source.problems.raise_all()
-    return shape, tuple(ignored)
+    return shape, tuple(ignored), chats

@@ -227,13 +227,17 @@ def offered(config: Any, attention: str) -> str:
     return "eager" if lacks else attention
 
 
-def _packed_folder(base: Path, recipe: Recipe, root: Path | None) -> Path | None:
-    """Cache folder of the recipe's 4-bit weights; None if they are not cached."""
+def _packed_folder(base: Path, recipe: Recipe, root: Path | None, device: str) -> Path | None:
+    """Cache folder of the recipe's 4-bit weights; None if they are not cached.
+
+    By kind of device: each sums the scales in another order, so that a few codes differ.
+    """
     if root is None or recipe.quantisation is None or not packed.is_worthwhile(base):
         return None
     made_by = {
         "quantisation": recipe.quantisation,
         "precision": recipe.precision,
+        "device": device,
         "bitsandbytes": bitsandbytes.__version__,
         "transformers": transformers.__version__,
     }
@@ -266,7 +270,7 @@ def load_for_training(
         quantisation=recipe.quantisation if recipe.method == "qlora" else None,
         device=placement.device,
         attention=apart.ways(placement.attention)[-1],  # a package's is tried on the loaded model
-        cache=_packed_folder(base, recipe, packed_root),
+        cache=_packed_folder(base, recipe, packed_root, placement.device),
         finite_only=True,
         split=split,
     )

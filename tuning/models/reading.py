@@ -6,7 +6,9 @@ refused.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +36,11 @@ def read(source: Path, record: Mapping[str, Any], config: Any, options: dict[str
     how = stored.of(record)
     extra = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # looked at below
     auto = auto_class(config)
-    try:
+    with converted(str(source)):
         if how in stored.UNPACKED:
             device = "cuda" if "device_map" in options else "cpu"
             weights = unpacked.tensors(source, record, options["dtype"], device)
-            kind = _get_model_class(config, auto._model_mapping)
-            model, report = kind.from_pretrained(
+            model, report = model_class(config).from_pretrained(
                 None, config=config, state_dict=weights, **options, **extra
             )
             _name(model, source)
@@ -47,14 +48,9 @@ def read(source: Path, record: Mapping[str, Any], config: Any, options: dict[str
             model, report = auto.from_pretrained(
                 source, config=config, use_safetensors=True, **options, **extra
             )
-    except RuntimeError as error:
-        if "during automatic conversion of the weights" not in str(error):
-            raise
-        fact = "has weights that do not make those of its class"
-        raise SpecError.at("MODEL-119", str(source), fact, AGAIN) from error
     if how == stored.FOUR_BIT:
         _as_published(model, options["dtype"])
-    _refuse_incomplete(source, model, report)
+    refuse_incomplete(str(source), model, report)
     model.unread_layers = _beyond(model, report["unexpected_keys"])
     return model
 
@@ -65,6 +61,30 @@ def auto_class(config: Any) -> Any:
     if type(config) in causal:
         return transformers.AutoModelForCausalLM
     return transformers.AutoModelForImageTextToText
+
+
+@contextmanager
+def converted(source: str) -> Iterator[None]:
+    """Raise SpecError where weights, such as those of experts, do not make the class's own."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "during automatic conversion of the weights" not in str(error):
+            raise
+        fact = "has weights that do not make those of its class"
+        raise SpecError.at("MODEL-119", source, fact, AGAIN) from error
+
+
+def config_of(record: Mapping[str, Any]) -> Any:
+    """The transformers config of a parsed config.json, without how its weights are stored."""
+    fields = {k: v for k, v in record.items() if k not in ("quantization_config", "model_type")}
+    fields = transformers.PreTrainedConfig._decode_special_floats(copy.deepcopy(fields))
+    return transformers.CONFIG_MAPPING[record["model_type"]](**fields)
+
+
+def model_class(config: Any) -> Any:
+    """transformers' class for the models of `config`."""
+    return _get_model_class(config, auto_class(config)._model_mapping)
 
 
 def _name(model: Any, source: Path) -> None:
@@ -95,15 +115,16 @@ def _as_published(model: Any, precision: torch.dtype) -> None:
             shards.cast(parameter, precision)
 
 
-def _refuse_incomplete(source: Path, model: Any, report: Mapping[str, Any]) -> None:
+def refuse_incomplete(source: str, model: Any, report: Mapping[str, Any]) -> None:
+    """Raise SpecError for a `model` that transformers' `report` says was not loaded whole."""
     missing = sorted(report["missing_keys"])
     other = sorted({str(name) for name, *_ in report["mismatched_keys"]} | set(_misshapen(model)))
     if missing:
         fact = f"lacks {len(missing)} weights of its class, such as {missing[0]}"
-        raise SpecError.at("MODEL-119", str(source), fact, AGAIN)
+        raise SpecError.at("MODEL-119", source, fact, AGAIN)
     if other:
         fact = f"has {len(other)} weights of another shape than its class, such as {other[0]}"
-        raise SpecError.at("MODEL-119", str(source), fact, AGAIN)
+        raise SpecError.at("MODEL-119", source, fact, AGAIN)
 
 
 def _beyond(model: Any, unexpected: Iterable[str]) -> list[int]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import tuning.plan as plan
+from tuning import presets
 from tuning.console import Console
 from tuning.data import formats
 from tuning.data.problems import mixed_shapes
@@ -20,7 +22,7 @@ from tuning.oci.delivery import Access
 from tuning.pipeline import evaluating, mixing, sizing, start
 from tuning.pipeline.endings import together
 from tuning.pipeline.options import Options, base_reference
-from tuning.sources import fetch, hub_dataset, local, stores
+from tuning.sources import base, fetch, hub_dataset, local, stores, verify
 from tuning.sources.hub import read_token
 from tuning.sources.local import File
 from tuning.spec import Settings, Spec, mixture
@@ -40,42 +42,81 @@ def check(spec: Spec, options: Options, console: Console) -> Iterator[str]:
 
     Raises one error with all problems.
     """
-    access = replace(options.access, patience=delivery.QUICK)
-    drafts: list[Callable[[Spec], object]] = []
-    shapes: list[formats.Shape] = []
+    access, found = replace(options.access, patience=delivery.QUICK), _Found()
     passed = together(
-        lambda: _check_model(spec, options, access, console, drafts.append),
-        lambda: _check_data(spec, options, access, shapes.extend),
+        lambda: _check_model(spec, options, access, console, found),
+        lambda: _check_data(spec, options, access, found),
         lambda: _check_destination(spec, access),
         lambda: _check_trackers(spec, options),
         lambda: _check_evaluation(spec),
     )
+    _check_template(spec, found, read_token(options.access.hub_token_file))
     if spec.settings.objective is None:  # what the rows are trained for decides over it, too
-        for objective in {formats.objective_of(shape, None) for shape in shapes} - {"sft"}:
-            drafts[0](replace(spec, settings=replace(spec.settings, objective=objective)))
+        for objective in {formats.objective_of(shape, None) for shape in found.shapes} - {"sft"}:
+            found.draft(replace(spec, settings=replace(spec.settings, objective=objective)))
     for lines in passed:
         yield from lines
 
 
+@dataclass
+class _Found:
+    """What the parts of a check learn for others."""
+
+    draft: Callable[[Spec], object] = lambda spec: None  # makes the plan of a spec for the model
+    model: base.Base | None = None  # but of an image
+    shapes: list[formats.Shape] = field(default_factory=list)  # of the rows of each part
+    chats: str | None = None  # a file that holds conversations
+
+
 def _check_model(
-    spec: Spec,
-    options: Options,
-    access: Access,
-    console: Console,
-    drafted: Callable[[Callable[[Spec], object]], None],
+    spec: Spec, options: Options, access: Access, console: Console, found: _Found
 ) -> list[str]:
-    """The lines about the model; `drafted` gets what plans a spec for it."""
     here = plan.planned_device(spec)
-    base = sizing.read_base(spec, access=access, token=read_token(options.access.hub_token_file))
-    plan.refuse_unsupported(spec, base, here)
-    spec = start.known(spec, base, access=access)
+    token = read_token(options.access.hub_token_file)
+    known, found.model = sizing.read_base(spec, access=access, token=token)
+    plan.refuse_unsupported(spec, known, here)
+    spec = start.known(spec, known, access=access)
     _check_tokens(spec)
-    sized = sizing.sized(spec, base, here, console=console)
-    decided = plan.draft(spec, here=here, base=sized)
-    drafted(partial(plan.draft, here=here, base=sized))
+
+    def planned() -> list[str]:
+        sized = sizing.sized(spec, known, here, console=console)
+        found.draft = partial(plan.draft, here=here, base=sized)
+        return [f"plan: {_fit(plan.draft(spec, here=here, base=sized))}"]
+
     name, _ = base_reference(spec)
-    revision = "" if base.revision == name else f" at {base.revision[:19]}"
-    return [f"model: {name}{revision}", f"plan: {_fit(decided)}"]
+
+    def compared() -> list[str]:
+        if found.model is None:
+            return []
+        if found.model.folder is None and presets.find(spec.base_model or spec.preset):
+            return []  # known to be whole
+        count = sizing.compared(known, found.model, token=token, console=console)
+        return [f"weights: {count:,} tensors, all that its class has"] if count else []
+
+    revision = "" if known.revision == name else f" at {known.revision[:19]}"
+    lines = together(compared, planned)
+    return [f"model: {name}{revision}", *lines[0], *lines[1]]
+
+
+def _check_template(spec: Spec, found: _Found, token: str | None) -> None:
+    """Raise DataError for conversations, if the base is known to have no chat template."""
+    settings, model = spec.settings, found.model
+    if not found.chats or settings.chat_template or settings.start_adapter or model is None:
+        return
+    if base.companion(model, "chat_template.jinja", token=token):
+        return
+    config = base.companion(model, "tokenizer_config.json", token=token)
+    with suppress(ValueError):  # loading the tokenizer says more
+        if config and verify.json_object(config).get("chat_template"):
+            return
+    if model.folder is not None:
+        from tuning.data.tokenizer import load_tokenizer, own_template
+
+        if own_template(load_tokenizer(model.folder)):
+            return
+    what = "holds conversations, but the base model has no chat template"
+    change = "set ModelConfig.chat_template, or take the model's instruct variant"
+    raise DataError.at("DATA-244", found.chats, what, change)
 
 
 def _check_tokens(spec: Spec) -> None:
@@ -96,13 +137,7 @@ def _fit(decided: plan.Plan) -> str:
     return f"{batch} take {decided.fit.memory.total / 2**30:.1f} GiB on {decided.device}{held}"
 
 
-def _check_data(
-    spec: Spec,
-    options: Options,
-    access: Access,
-    shaped: Callable[[list[formats.Shape]], None],
-) -> list[str]:
-    """The lines about the data; `shaped` gets the shape of each part's rows."""
+def _check_data(spec: Spec, options: Options, access: Access, found: _Found) -> list[str]:
     source = spec.source
     if source.image and not source.urls:
         size = sum(blob.size for blob in access.look(source.image).layers)
@@ -127,7 +162,8 @@ def _check_data(
                 odd.append(mixed_shapes(shown, first.shape, *before))
     if odd:
         raise DataError(odd)
-    shaped([shape for _, shape in firsts.values()])
+    found.shapes = [shape for _, shape in firsts.values()]
+    found.chats = next((shown for _, shown, _, first in files if first.chats), None)
     notes = [note for each in pinned for note in each.notes()]
     notes += local.split_notes(Path(source.folder)) if source.folder and not source.within else []
     return [

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from tuning import files, process
+from tuning import files, gpu_errors, process
 from tuning.errors import Killed, Problem, Stopped, TransientError, TuningError
 
 T = TypeVar("T")
@@ -20,6 +20,7 @@ LOST = "TRAIN-141"  # a training child says so: another machine is gone
 def known(error: Exception, phase: str, folder: Path) -> TuningError:
     """`error` as a TuningError; the traceback of any other exception goes into `folder`."""
     known = error if isinstance(error, TuningError) else files.system_error(error, folder)
+    known = known or gpu_errors.known(error)
     if known is None:
         path = folder / "traceback.txt"
         with suppress(OSError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -14,8 +15,11 @@ from tuning.pipeline import start
 from tuning.pipeline.options import base_reference
 from tuning.plan import simulation
 from tuning.plan.device import Device
-from tuning.sources import base
+from tuning.presets import stored
+from tuning.sources import base, headers
 from tuning.spec import Spec
+
+log = logging.getLogger(__name__)
 
 
 def draft(
@@ -31,22 +35,47 @@ def draft(
         known = plan.known_base(spec)
     except plan.Unknown:
         console.say(f"Reading the config of {spec.base_model or spec.preset} ...")
-        known = read_base(spec, access=access or Access(), token=token)
+        known, _ = read_base(spec, access=access or Access(), token=token)
     spec = start.known(spec, known, access=access or Access())
     return plan.draft(spec, here=here, base=sized(spec, known, device, console=console))
 
 
-def read_base(spec: Spec, *, access: Access, token: str | None) -> plan.Base:
+def read_base(
+    spec: Spec, *, access: Access, token: str | None
+) -> tuple[plan.Base, base.Base | None]:
     """The base model of `spec` by the config.json in its folder, its image or at the hub.
 
-    Downloads no weights. Raises SpecError, RefusedError or TransientError.
+    With its files, but of an image's. Downloads no weights. Raises SpecError, RefusedError or
+    TransientError.
     """
     name, revision = base_reference(spec)
     if model_image.is_image(name):
-        return plan.base_of(spec, model_image.config(name, access=access), revision=name)
+        return plan.base_of(spec, model_image.config(name, access=access), revision=name), None
     resolved = base.resolve(name, revision=revision, token=token)
     config = base.check(resolved, token=token)
-    return plan.base_of(spec, config, revision=resolved.revision)
+    return plan.base_of(spec, config, revision=resolved.revision), resolved
+
+
+def compared(known: plan.Base, model: base.Base, *, token: str | None, console: Console) -> int:
+    """How many tensors the files of `model` have, which are all that its class has.
+
+    0 where that cannot be said: without torch, and of weights that are stored in 4 bits. Raises
+    SpecError, RefusedError or TransientError.
+    """
+    if stored.of(known.config) not in {stored.PLAIN, *stored.UNPACKED} or not simulation.possible():
+        return 0
+    tensors = headers.read(model, token=token)
+    try:
+        done = simulation.compare(
+            model.name,
+            known.config,
+            tensors,
+            begin=lambda: console.say("Comparing the headers of the weights with their class ..."),
+        )
+    except simulation.Impossible as reason:
+        log.info("%s: not compared with its class, since %s", known.name, reason)
+        return 0
+    return len(tensors) if done else 0
 
 
 def sized(

@@ -43,10 +43,12 @@ def _too_old(device: Device) -> Problem | None:
 
 def _no_kernels(device: Device) -> Problem | None:
     """The build has no code for one of the cards."""
-    engines = {engine.name: engine for engine in presets.engines()}
-    if device.torch is None or (installed := engines.get(device.torch.name)) is None:
+    if device.torch is None or device.torch.cuda is None:
         return None
-    lacking = [each for each in device.capabilities if not installed.runs_on(each)]
+    compiled = presets.kernels(device.torch.cuda)
+    if compiled is None:
+        return None
+    lacking = [each for each in device.capabilities if not presets.runs(compiled, each)]
     if not lacking:
         return None
     lowest = ".".join(map(str, lacking[0]))
@@ -58,6 +60,6 @@ def _no_kernels(device: Device) -> Problem | None:
     if device.engine:
         change = how_to_install(device.engine)
     elif newest:
-        driver = engines[newest].driver
+        driver = next(each.driver for each in presets.engines() if each.name == newest)
         change = f"update the driver to {driver} or newer, and {how_to_install(newest)}"
     return Problem("PLAN-116", device.name, what, change)

@@ -23,6 +23,7 @@ from tuning import files, process
 from tuning.plan import coefficients, verdict
 from tuning.plan.coefficients import Coefficients, Variant
 from tuning.plan.verdict import Verdict
+from tuning.safetensors import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -63,29 +64,63 @@ def examine(
     """
     asked = [asdict(variant.stored) for variant in variants]
     picked = dict(chosen) if any(chosen.values()) else None
-    if importlib.util.find_spec("torch") is None:
-        raise Impossible("torch is not installed here")
+    _require_torch()
     kept = (kept_in or files.cache_folder() / "memory") / f"{_key(config, asked, picked)}.json"
     if kept.is_file():
         with suppress(ValueError, KeyError, TypeError):
             return _examined(files.read_json(kept))
     begin()
+    request = {"config": config, "variants": asked, "chosen": picked}
+    answer = _ask("training.simulate.child", request, kept, stop_asked=stop, keep_open=keep_open)
+    return _examined(answer)
+
+
+def compare(
+    name: str,
+    config: dict[str, Any],
+    tensors: Mapping[str, Tensor],
+    *,
+    begin: Callable[[], None] = lambda: None,
+    kept_in: Path | None = None,
+) -> bool:
+    """Whether `tensors` are all weights of the class of `config`, where that can be said.
+
+    `name` is the model's, for messages; `begin` and `kept_in` as of `examine`. Raises SpecError for
+    weights that are missing or of another shape, and Impossible.
+    """
+    listed = {key: [tensor.dtype, list(tensor.shape)] for key, tensor in tensors.items()}
+    _require_torch()
+    kept = (kept_in or files.cache_folder() / "weights") / f"{_key(config, listed)}.json"
+    if kept.is_file():
+        with suppress(ValueError, KeyError):
+            return bool(files.read_json(kept)["compared"])
+    begin()
+    request = {"config": config, "name": name, "tensors": listed}
+    return bool(_ask("models.compare", request, kept)["compared"])
+
+
+def possible() -> bool:
+    """Whether the library that builds models is installed."""
+    return importlib.util.find_spec("torch") is not None
+
+
+def _require_torch() -> None:
+    if not possible():
+        raise Impossible("torch is not installed here")
+
+
+def _ask(child: str, request: dict[str, Any], kept: Path, **how: Any) -> dict[str, Any]:
+    """The answer of the module `child`, which is also written to `kept`."""
     with tempfile.TemporaryDirectory(prefix="tuning-") as scratch:
+        paths = (Path(scratch) / "simulate.json", Path(scratch) / "log")
         try:
-            answer = process.run(
-                "training.simulate.child",
-                Path(scratch) / "simulate.json",
-                {"config": config, "variants": asked, "chosen": picked},
-                log=Path(scratch) / "log",
-                stop_asked=stop,
-                keep_open=keep_open,
-            )
+            answer = process.run(child, paths[0], request, log=paths[1], **how)
         except process.ChildDied as died:
             raise Impossible(str(died)) from None
     with suppress(OSError):  # a read-only home is no reason not to plan
         kept.parent.mkdir(parents=True, exist_ok=True)
         files.write_json(kept, answer)
-    return _examined(answer)
+    return answer
 
 
 def _examined(answer: dict[str, Any]) -> Examined:
@@ -97,12 +132,10 @@ def _examined(answer: dict[str, Any]) -> Examined:
     )
 
 
-def _key(
-    config: dict[str, Any], variants: list[dict[str, Any]], picked: dict[str, Any] | None = None
-) -> str:
+def _key(config: dict[str, Any], *asked: Any) -> str:
     shape = {name: value for name, value in config.items() if name not in _NO_SHAPE}
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
-    return files.digest(files.canonical([_code(), shape, variants, picked, versions]))[:32]
+    return files.digest(files.canonical([_code(), shape, *asked, versions]))[:32]
 
 
 @cache

@@ -18,6 +18,8 @@ from tuning.presets.hardware import (
     gpus,
     instance,
     instances,
+    kernels,
+    runs,
 )
 from tuning.presets.load import CONFIGS
 from tuning.presets.models import Preset, all, find
@@ -45,5 +47,7 @@ __all__ = [
     "gpus",
     "instance",
     "instances",
+    "kernels",
+    "runs",
     "support",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -69,9 +69,8 @@ class Engine:
         return int(self.name[2:4])
 
     def runs_on(self, capability: Capability) -> bool:
-        """CUDA's rule: code for X.y runs on every X.z with z >= y, and on no other X."""
-        major, minor = capability
-        return any(major == have[0] and minor >= have[1] for have in self.compiled)
+        """Whether it has code for a GPU of this compute capability."""
+        return runs(self.compiled, capability)
 
 
 @cache
@@ -90,10 +89,29 @@ def instances() -> tuple[Instance, ...]:
     )
 
 
+def runs(compiled: Iterable[Capability], capability: Capability) -> bool:
+    """CUDA's rule: code for X.y runs on every X.z with z >= y, and on no other X."""
+    major, minor = capability
+    return any(major == have[0] and minor >= have[1] for have in compiled)
+
+
 @cache
 def engines() -> tuple[Engine, ...]:
     """Every supported build of torch, oldest CUDA first."""
-    return tuple(_engine(name, value) for name, value in table(CONFIGS / "engines.yaml").items())
+    rows = table(CONFIGS / "engines.yaml").items()
+    return tuple(_engine(name, value) for name, value in rows if "driver" in value)
+
+
+def kernels(cuda: tuple[int, int]) -> tuple[Capability, ...] | None:
+    """Compute capabilities with kernels in torch's build for this CUDA; None if not known.
+
+    Of a build that no table lists, what the next newer one of its major version has: each drops
+    old cards and no later one takes them up again.
+    """
+    rows = table(CONFIGS / "engines.yaml").items()
+    known = {(int(name[2:4]), int(name[4:])): row["compiled"] for name, row in rows}
+    newer = sorted(each for each in known if each[0] == cuda[0] and each >= cuda)
+    return tuple(map(_capability, known[newer[0]])) if newer else None
 
 
 def gpu(name: str) -> Gpu:

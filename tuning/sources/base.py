@@ -29,6 +29,8 @@ __all__ = [
     "Entry",
     "check",
     "check_room",
+    "companion",
+    "complete_folder",
     "fetch",
     "fetch_tokenizer",
     "resolve",
@@ -248,6 +250,35 @@ def missing(base: Base, cache: Path | None) -> list[Entry]:
     """The files of `base` that are not in the cache yet."""
     folder = _snapshot(base, cache)
     return [e for e in base.files if not (folder / e.name).is_file()]
+
+
+def companion(
+    base: Base, name: str, *, token: str | None, cache: Path | None = None
+) -> Path | None:
+    """The small file `name` of the model, fetched alone; None if it has none.
+
+    Raises as `check` does.
+    """
+    if name not in {entry.name for entry in base.files}:
+        return None
+    if base.folder is not None:
+        return base.folder / name
+    from huggingface_hub import hf_hub_download
+
+    where: dict[str, Any] = {"revision": base.revision, "endpoint": hub.endpoint()}
+    hub_id = str(base.hub_id)
+
+    def work() -> Path:
+        return Path(hf_hub_download(hub_id, name, cache_dir=cache, token=token or None, **where))
+
+    return hub.ask(work, hub_id, base.revision)
+
+
+def complete_folder(base: Base, cache: Path | None = None) -> Path | None:
+    """The folder with all files of `base`, if they are on this machine."""
+    if base.folder is not None:
+        return base.folder
+    return None if missing(base, cache) else _snapshot(base, cache)
 
 
 def _resolve_folder(name: str, folder: Path) -> Base:

@@ -10,14 +10,17 @@ import traceback
 import torch
 
 # What allocators and libraries say when memory is out: torch on both devices, the CUDA runtime and
-# driver, Triton, cuBLAS (whose handle cannot be made then), cuDNN, cuSOLVER, cuSPARSE, NCCL.
+# driver, Triton, cuBLAS, cuDNN, cuSOLVER, cuSPARSE, NCCL.
 _SAID = re.compile(
     r"out of memory|can't allocate memory|not enough memory|cudaErrorMemoryAllocation"
-    r"|_STATUS_ALLOC_FAILED|CUBLAS_STATUS_NOT_INITIALIZED|CUDNN_STATUS_NOT_INITIALIZED"
-    r"|Failed to CUDA (?:m|c)alloc",
+    r"|_STATUS_ALLOC_FAILED|Failed to CUDA (?:m|c)alloc",
     re.IGNORECASE,
 )
-_PERHAPS = re.compile(r"unhandled cuda error|unhandled system error|CUBLAS_STATUS_INTERNAL_ERROR")
+# A handle of cuBLAS or cuDNN cannot be made then, nor with another cuDNN or after a failed kernel.
+_PERHAPS = re.compile(
+    r"unhandled cuda error|unhandled system error"
+    r"|(?:CUBLAS|CUDNN)_STATUS_(?:NOT_INITIALIZED|INTERNAL_ERROR)"
+)
 FULL = 0.03  # of a GPU's memory that is free: what says no reason is taken for want of memory
 
 

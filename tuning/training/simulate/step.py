@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.quantizers.base import get_keys_to_not_convert
 
-from tuning.models import activations, lora
+from tuning.models import activations, lora, reading
 from tuning.models.kernels import fuse
 from tuning.models.survey import REPEATED, plain_linears, survey
 from tuning.plan.activations import Activations
@@ -71,11 +71,7 @@ class Trace:
 
 def read(config: Any) -> Any:
     """A transformers config of `config`: one already, or a parsed config.json."""
-    if not isinstance(config, Mapping):
-        return copy.deepcopy(config)
-    record = {k: v for k, v in config.items() if k not in ("quantization_config", "model_type")}
-    record = transformers.PreTrainedConfig._decode_special_floats(copy.deepcopy(record))
-    return transformers.CONFIG_MAPPING[config["model_type"]](**record)
+    return reading.config_of(config) if isinstance(config, Mapping) else copy.deepcopy(config)
 
 
 def build(config: Any, *, variant: Variant, layers: int | None = None) -> Any:

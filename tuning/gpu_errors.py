@@ -49,42 +49,29 @@ def known(error: BaseException) -> TuningError | None:
     return None
 
 
-# Words, the error, its code, what it means, what to do.
-_MEANINGS: tuple[tuple[re.Pattern[str], type[TuningError], str, str, str], ...] = (
-    (
-        _START,
-        SpecError,
-        "RUN-142",
-        "torch {torch} cannot start CUDA on this machine",
-        "look at the driver with nvidia-smi; `python -m tuning plan` names the build of torch that "
-        "runs on it",
-    ),
-    (
-        _KERNELS,
-        SpecError,
-        "RUN-143",
-        "torch {torch} or a library of it has no kernels for this GPU",
-        "install the build that docs/presets.md lists for it, or use another GPU: nothing of this "
-        "run is lost",
-    ),
-    (
-        _FAILED,
-        TransientError,
-        "RUN-144",
-        "the GPU, its driver or one of its libraries failed",
-        "look at nvidia-smi -q and dmesg (Xid) of that machine, then run the same command again, "
-        "on another GPU if this one is damaged; it goes on from the last checkpoint. If it fails "
-        "at the same step again, report it with the log",
-    ),
-)
-
-
 def _meaning(text: str) -> TuningError | None:
     line = next(filter(None, map(str.strip, text.splitlines())), "")[:200]
-    for words, kind, code, what, change in _MEANINGS:
-        if words.search(text):
-            return kind.at(code, "GPU", f"{what.format(torch=_version())} ({line})", change)
-    return None
+    if _START.search(text):
+        return SpecError.at(
+            "RUN-142",
+            "GPU",
+            f"torch {_version()} cannot start CUDA on this machine ({line})",
+            "look at the driver with nvidia-smi; `python -m tuning plan` names the build of torch "
+            "that runs on it",
+        )
+    if _KERNELS.search(text):
+        what = f"torch {_version()} or a library of it has no kernels for this GPU ({line})"
+        change = "install the build that docs/presets.md lists for it, or use another GPU"
+        return SpecError.at("RUN-143", "GPU", what, change)
+    if not _FAILED.search(text):
+        return None
+    what = f"the GPU, its driver or one of its libraries failed ({line})"
+    change = (
+        "look at nvidia-smi -q and dmesg (Xid) of that machine, then run the same command again, "
+        "on another GPU if this one is damaged; it goes on from the last checkpoint. If it fails "
+        "at the same step again, report it with the log"
+    )
+    return TransientError.at("RUN-144", "GPU", what, change)
 
 
 def _version() -> str:

@@ -1,7 +1,7 @@
 /* NVIDIA's driver as far as tuning/plan/probe.py asks it: libcuda.so.1 and libnvidia-ml.so.1 in one.
  * What it answers is in the file that FAKE_DRIVER names, a line each, fields parted by '|':
  *   driver|VERSION|CUDA|what cuInit returns|what nvmlInit returns
- *   gpu|NAME|UUID|MAJOR|MINOR|TOTAL MIB|FREE MIB, or -CODE of NVML|FREE MIB IN A CONTEXT|INTEGRATED|VMM
+ *   gpu|NAME|UUID|MAJOR|MINOR|TOTAL MIB|FREE MIB, or -CODE of NVML|FREE MIB IN A CONTEXT|INTEGRATED|VMM|MODE
  * CUDA_VISIBLE_DEVICES is read as the CUDA programming guide says: indices or (starts of) UUIDs, up to
  * the first that names no GPU. */
 #include <stdio.h>
@@ -11,7 +11,7 @@
 
 typedef struct {
   char name[128], uuid[64];
-  int major, minor, integrated, vmm, shown;
+  int major, minor, integrated, vmm, mode, shown;
   long long total, free, inside;
 } Gpu;
 static Gpu gpus[16];
@@ -25,8 +25,8 @@ static void load(void) {
   while (fgets(line, sizeof line, file)) {
     Gpu *g = &gpus[count];
     if (sscanf(line, "driver|%63[^|]|%d|%d|%d", version, &cuda, &init_code, &nvml_code) == 4) continue;
-    if (sscanf(line, "gpu|%127[^|]|%63[^|]|%d|%d|%lld|%lld|%lld|%d|%d", g->name, g->uuid, &g->major,
-               &g->minor, &g->total, &g->free, &g->inside, &g->integrated, &g->vmm) == 9) count++;
+    if (sscanf(line, "gpu|%127[^|]|%63[^|]|%d|%d|%lld|%lld|%lld|%d|%d|%d", g->name, g->uuid, &g->major,
+               &g->minor, &g->total, &g->free, &g->inside, &g->integrated, &g->vmm, &g->mode) == 10) count++;
   }
   fclose(file);
   char *list = getenv("CUDA_VISIBLE_DEVICES");
@@ -38,9 +38,14 @@ static void load(void) {
   strncpy(copy, list, sizeof copy - 1);
   for (char *part = strtok(copy, ","); part; part = strtok(NULL, ",")) {
     int index = -1;
-    if (strncmp(part, "GPU-", 4) && strncmp(part, "MIG-", 4)) index = atoi(part);
+    char *end;
+    if (strncmp(part, "GPU-", 4) && strncmp(part, "MIG-", 4)) {
+      index = (int)strtol(part, &end, 10);
+      if (end == part || *end) index = -1;
+    }
     else for (int i = 0; i < count; i++) if (!strncmp(gpus[i].uuid, part, strlen(part))) index = i;
     if (index < 0 || index >= count) return;
+    for (int i = 0; i < visible; i++) if (shown[i] == index) { visible = 0; return; }
     shown[visible++] = index;
   }
 }
@@ -52,7 +57,9 @@ int cuInit(unsigned flags) {
   return init_code ? init_code : visible ? 0 : 100;
 }
 int cuGetErrorString(int code, const char **text) {
-  *text = code == 100   ? "no CUDA-capable device is detected"
+  *text = code == 46    ? "CUDA-capable device(s) is/are busy or unavailable"
+          : code == 214 ? "uncorrectable ECC error encountered"
+          : code == 100   ? "no CUDA-capable device is detected"
           : code == 802 ? "system not yet initialized"
           : code == 803 ? "system has unsupported display driver / cuda driver combination"
           : code == 804 ? "forward compatibility was attempted on non supported HW"
@@ -75,7 +82,8 @@ int cuDeviceGetUuid_v2(unsigned char *out, int d) {
 }
 int cuDeviceGetAttribute(int *out, int attribute, int d) {
   *out = attribute == 75 ? gpus[d].major : attribute == 76 ? gpus[d].minor
-       : attribute == 18 ? gpus[d].integrated : attribute == 102 ? gpus[d].vmm : 0;
+       : attribute == 18 ? gpus[d].integrated : attribute == 102 ? gpus[d].vmm
+       : attribute == 20 ? gpus[d].mode : 0;
   return 0;
 }
 int cuDevicePrimaryCtxRetain(void **out, int d) {

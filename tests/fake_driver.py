@@ -26,6 +26,7 @@ class Card:
     integrated: bool = False
     virtual_memory: bool = True
     uuid: str = ""
+    mode: int = 0  # 2: for no process, 3: for one
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Machine:
             uuid = card.uuid or f"GPU-91a535d7-4157-249a-65e5-{number:012x}"
             free = card.total if card.free is None else card.free
             values = (*card.capability, card.total, free, card.inside)
-            flags = (int(card.integrated), int(card.virtual_memory))
+            flags = (int(card.integrated), int(card.virtual_memory), card.mode)
             lines.append("|".join(map(str, ("gpu", card.name, uuid, *values, *flags))))
         return "\n".join(lines) + "\n"
 

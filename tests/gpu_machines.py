@@ -128,7 +128,7 @@ BROKEN = {
     802: ("system not yet initialized (error 802)", "nvidia-fabricmanager"),
     803: ("unsupported display driver / cuda driver combination", "restart"),
     804: ("forward compatibility was attempted", "LD_LIBRARY_PATH"),
-    999: ("unknown error", "nvidia-smi"),
+    999: ("unknown error", "nvidia-modprobe"),
     -9: ("asking the driver ended", "dmesg"),
     -8: ("did not answer in", "dmesg"),
 }

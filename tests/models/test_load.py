@@ -339,7 +339,7 @@ def test_a_gpu_without_kernels_is_refused_before_weights_are_loaded(
     build = TorchBuild("2.13.0+cu130", (13, 0))
     card = Device("cuda", "V100", 1, 16 << 30, False, (7, 0), torch=build, kinds=((7, 0),))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(load, "detect", lambda: card)
+    monkeypatch.setattr(load, "detect", lambda most: card)
 
     with pytest.raises(SpecError, match=r"PLAN-116 .*cu126"):
         device_for(tiny_base("llama"))

@@ -13,6 +13,7 @@ from gpu_machines import MACHINES
 from tuning.console import Console
 from tuning.pipeline import Options
 from tuning.pipeline.run import Run
+from tuning.plan import device, torch_build
 from tuning.spec import Destination
 
 ROOT = Path(__file__).parents[2]
@@ -75,3 +76,38 @@ def test_segments_do_not_grow_where_the_driver_cannot_map_them(kind, grows, tmp_
     )
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:64")
     assert {} == run._allocator()
+
+
+@pytest.mark.parametrize(("kind", "asked"), [("a10 in use", 2), ("broken", 1)])
+def test_the_driver_is_asked_no_more_than_it_has_to_be(kind, asked, tmp_path, monkeypatch):
+    """Without its persistence daemon it takes seconds for each card; one that hangs, a minute."""
+    calls = []
+    ask = device._ask
+
+    def counted(waits):
+        calls.append(1)
+        return ask(waits)
+
+    machine = MACHINES.get(kind, (fake_driver.Machine("580.65.06", 13000, (), error=802), None))[0]
+    fake_driver.install(machine, tmp_path, monkeypatch)
+    monkeypatch.setattr(torch_build, "installed", lambda: None)
+    monkeypatch.setattr(device, "_ask", counted)
+    spec = SimpleNamespace(destination=Destination(folder=Path("out")))
+    run = Run(spec, Options(run_dir=tmp_path, ranks=1), Console(), None, threading.Event())
+    found = [run.device(), run.device(), run.device(again=True)]
+
+    assert asked == len(calls)
+    assert {"cuda" if asked == 2 else "cpu"} == {each.kind for each in found}
+    assert {1} == {each.count for each in found}
+
+
+def test_a_driver_that_takes_long_is_told(tmp_path, monkeypatch, capsys):
+    """Before the user thinks that the run hangs."""
+    monkeypatch.setattr(device, "SOON", 0.2)
+    monkeypatch.setattr(device, "PATIENCE", 1.0)
+    fake_driver.install(fake_driver.Machine("1", 13000, (), error=-8), tmp_path, monkeypatch)
+    spec = SimpleNamespace(destination=Destination(folder=Path("out")))
+    run = Run(spec, Options(run_dir=tmp_path), Console(), None, threading.Event())
+
+    assert "did not answer" in run.device().no_gpu
+    assert "Waiting for the GPU's driver ..." in capsys.readouterr().err

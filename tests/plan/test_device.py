@@ -10,13 +10,13 @@ import importlib.util
 
 import fake_driver
 import pytest
-from fake_driver import Card, Machine
-from gpu_machines import BROKEN, MACHINES, MIG, TWO
+from fake_driver import NOT_SUPPORTED, Card, Machine
+from gpu_machines import A10, A100, BROKEN, H100, MACHINES, MIG, T4, TWO
 
 import tuning.plan as plan
 from tuning import presets
 from tuning.errors import SpecError
-from tuning.plan import device, torch_build
+from tuning.plan import device, probe, torch_build
 from tuning.plan.torch_build import TorchBuild
 from tuning.spec import parse
 
@@ -195,6 +195,9 @@ def test_the_build_for_processors_leaves_the_gpu_alone(on):
         ("7", None),
         ("-1", None),
         ("", None),
+        ("0,0", None),
+        ("all", None),
+        ("none", None),
     ],
 )
 def test_cuda_visible_devices_is_obeyed(visible, names, on):
@@ -203,6 +206,136 @@ def test_cuda_visible_devices_is_obeyed(visible, names, on):
 
     assert (names or "cpu") == (here.name if here.kind == "cuda" else "cpu")
     assert ("CUDA_VISIBLE_DEVICES" in here.no_gpu) == (names is None)
+    assert ("name each once" in here.remedy) == (visible == "0,0")
+
+
+def gib(card: Card, free: float) -> Card:
+    """The card with so much free memory."""
+    return dataclasses.replace(card, free=int(free * 1024))
+
+
+GT_710 = Card("NVIDIA GeForce GT 710", (3, 5), 1998)
+GTX_1080 = Card("NVIDIA GeForce GTX 1080 Ti", (6, 1), 11162)
+RTX_4090 = Card("NVIDIA GeForce RTX 4090", (8, 9), 24080)
+DISPLAY = Card("NVIDIA DGX Display", (7, 5), 3911)
+
+
+@pytest.mark.parametrize(
+    ("cards", "visible", "keep"),
+    [
+        ([*[H100] * 3, gib(H100, 4.9), *[H100] * 4], None, "0,1,2,4,5,6,7"),
+        ([gib(H100, 2), H100], None, "1"),
+        ([*[A100] * 4, DISPLAY], None, "0,1,2,3"),
+        ([RTX_4090, GT_710], None, "0"),
+        ([RTX_4090, GTX_1080], None, "0"),
+        ([gib(H100, 2), H100], "1,0", "1,0 shows: 1"),
+        ([H100, H100], None, ""),
+        ([H100, gib(H100, 60)], None, ""),
+        ([gib(H100, 1), gib(H100, 2)], None, ""),
+        ([gib(H100, 1)], None, ""),
+    ],
+)
+def test_cards_that_are_in_the_way_are_named(cards, visible, keep, on):
+    """All GPUs count as the fullest, so that one that is taken, old or small costs the others."""
+    here = on(Machine("580.65.06", 13000, tuple(cards)), CU126, visible=visible)
+    if visible:  # number 1 is first, and free
+        assert ("CUDA_VISIBLE_DEVICES=1", "0 (H100-SXM5-80GB, 2.0 GiB" in here.odd) == (
+            here.without,
+            True,
+        )
+        return
+    assert here.without == (keep and f"CUDA_VISIBLE_DEVICES={keep}")
+    assert (here.without in str(here)) and len(cards) == here.count
+    if keep:  # following the advice leaves nothing to say
+        again = on(Machine("580.65.06", 13000, tuple(cards)), CU126, visible=keep)
+        assert "" == again.without and len(keep.split(",")) == again.count
+        asked = spec_of("phi-3-mini-4k-instruct")
+        plan.draft(asked, here=again)
+        try:
+            plan.draft(asked, here=here)
+        except SpecError as error:
+            assert f"set {here.without}" in str(error)
+
+
+def test_what_other_processes_hold_is_said_where_it_matters(on):
+    """How much is taken, and that ending it would do, before another machine is named."""
+    here = on(Machine("580.65.06", 13000, (gib(H100, 3),)))
+    assert "3.0 GiB free of 79.2" in str(here)
+    with pytest.raises(SpecError, match="PLAN-120") as caught:
+        plan.draft(spec_of(), here=here)
+    assert "76.2 GiB of the GPU are held by other processes" in str(caught.value)
+    assert "end what holds 76.2 GiB of the GPU: nvidia-smi shows it" in str(caught.value)
+    idle = on(Machine("580.65.06", 13000, (gib(H100, 78.9),)))
+    assert "free;" in str(idle)
+
+
+def test_fewer_ranks_than_gpus_are_planned_for_the_first_ones(on):
+    """Which are those that they train on."""
+    on(Machine("580.65.06", 13000, (gib(H100, 9), H100, T4)))
+    first, two = device.detect(1), device.detect(2)
+
+    assert (1, "H100-SXM5-80GB", 9) == (first.count, first.name, round(first.memory_bytes / 2**30))
+    assert (2, "H100-SXM5-80GB") == (two.count, two.name)
+
+
+@pytest.mark.parametrize(
+    ("card", "error", "remedy"),
+    [
+        (Card("NVIDIA A10", (8, 6), 22500, mode=3, inside=-46), "busy", "nvidia-smi -c DEFAULT"),
+        (Card("NVIDIA A10", (8, 6), 22500, mode=2, inside=-46), "busy", "nvidia-smi -c DEFAULT"),
+        (Card("NVIDIA A10", (8, 6), 22500, free=NOT_SUPPORTED, inside=-214), "ECC", "damaged"),
+    ],
+)
+def test_a_card_that_takes_no_process_is_not_planned_for(card, error, remedy, on):
+    """In exclusive mode beside another process, or with memory that fails: no GPU, with words."""
+    here = on(Machine("580.65.06", 13000, (H100, card)))
+    assert "cpu" == here.kind and error in here.no_gpu and "NVIDIA A10" in here.no_gpu
+    with pytest.raises(SpecError, match="PLAN-102") as caught:
+        plan.draft(spec_of(), here=here)
+    assert remedy in str(caught.value)
+
+
+def test_a_card_for_one_process_is_used_while_it_is_free(on):
+    """Exclusive mode alone is no reason."""
+    here = on(Machine("580.65.06", 13000, (dataclasses.replace(A10, mode=3, inside=22000),)))
+    assert ("cuda", "A10") == (here.kind, here.name)
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        ({"error": [100, "no device"], "denied": ["/dev/nvidia0"]}, ["may not open /dev/nvidia0"]),
+        ({"error": [304, "OS call failed"], "denied": ["/dev/nvidiactl"]}, ["group that owns"]),
+        ({"error": [100, "no device"], "denied": []}, ["though a GPU is there", "mig -cgi"]),
+        ({"error": [999, "unknown error"], "denied": []}, ["unknown error", "nvidia-modprobe"]),
+    ],
+)
+def test_why_a_driver_shows_no_gpu_that_is_there(answer, words):
+    """Permissions, MIG mode without an instance, half a driver."""
+    here = device.of_answer({"devices": [], "nodes": True} | answer, CU130)
+    text = f"{here.no_gpu} {here.remedy}"
+    assert all(word in text for word in words), text
+
+
+def test_devices_that_the_user_may_not_open_are_found(tmp_path, monkeypatch):
+    """Of the driver's alone; root may open all."""
+    for name in ("nvidiactl", "nvidia0", "nvidia1", "null"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(probe.os, "access", lambda path, mode: path.name != "nvidia1")
+    assert [str(tmp_path / "nvidia1")] == probe.denied(str(tmp_path))
+
+
+def test_where_mapping_fails_segments_do_not_grow(tmp_path):
+    """On WSL and Jetson boards, which say that they do."""
+
+    class Says:
+        def attribute(self, number, device):
+            return int(number == probe.VIRTUAL_MEMORY)
+
+    there = tmp_path / "dxg"
+    assert probe.segments_grow(Says(), 0, (str(there),))
+    there.touch()
+    assert not probe.segments_grow(Says(), 0, (str(there),))
 
 
 USED = {

@@ -52,7 +52,7 @@ def device_for(base: Path) -> str:
     """
     if not torch.cuda.is_available():
         return "cpu"
-    gpu_problems.refuse(detect())
+    gpu_problems.refuse(detect(1))
     need = ROOM + quantised.loaded_bytes(unpacked.paths(base), _record(base))
     free, _ = torch.cuda.mem_get_info()
     if need <= free:

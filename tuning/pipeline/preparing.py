@@ -230,7 +230,7 @@ def decide(run: Run, rows: Value, data: list[Value], known: plan.Base) -> tuple[
     """
     run.begin("plan")
     versions = {name: importlib.metadata.version(name) for name in RECIPE_LIBRARIES}
-    here = run.device()
+    here = run.device(again=True)
     going_on = run.start.sha256 if run.start else None
     decided = plan.make(
         run.spec, known, here, lengths=lengths(rows), versions=versions, start=going_on

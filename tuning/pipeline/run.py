@@ -51,6 +51,7 @@ class Run:
     raised: Exception | None = None  # by that on_step, which stops the run
     start: Start | None = None  # the adapter to go on from
     datasets: tuple[Pinned, ...] = ()  # of the hub, among the data
+    found: device.Device | None = None  # on this machine
 
     def __post_init__(self) -> None:
         destination, own = self.spec.destination, self.folder.absolute() / "image"
@@ -146,13 +147,22 @@ class Run:
         instead = "name a larger disk with --run-dir"
         files.require_space(self.folder, need, code="RUN-121", where=self.phase, instead=instead)
 
-    def device(self) -> device.Device:
-        """The device to train on, with as many GPUs (or processes on the CPU) as --ranks says."""
-        here, ranks = device.detect(), self.options.ranks
-        here = replace(here, nodes=self.options.machines.nodes)
-        if ranks is None or (here.kind == "cuda" and ranks >= here.count):
-            return here
-        return replace(here, count=ranks)
+    def device(self, *, again: bool = False) -> device.Device:
+        """The device to train on, with as many GPUs (or processes on the CPU) as --ranks says.
+
+        The driver is asked once, and `again` for the memory that is free by then.
+        """
+        ranks, nodes = self.options.ranks, self.options.machines.nodes
+        found = self.found
+        if found is None or (again and found.kind == "cuda"):
+            found = device.detect(
+                ranks, waits=lambda: self.console.say("Waiting for the GPU's driver ...")
+            )
+        elif found.kind == "cpu":
+            found = replace(found, memory_bytes=device.cpu().memory_bytes)
+        self.found = found
+        here = replace(found, nodes=nodes)
+        return here if ranks is None or here.kind == "cuda" else replace(here, count=ranks)
 
     def group(self, ranks: int, nodes: int) -> process.Group:
         """`ranks` processes on each of `nodes` machines."""

@@ -12,6 +12,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,9 @@ from tuning.presets import Gpu
 from tuning.presets.hardware import Capability
 
 PATIENCE = 60.0  # seconds; without its persistence daemon a driver starts eight cards in twenty
+SOON = 3.0  # seconds after which the user is told what is waited for
+ROOMY = 4 << 30  # bytes of a GPU with which training is worth while
+LITTLE = 0.05  # share of a GPU's free memory that others may hold without a word
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,9 @@ class Device:
     driver: str = ""  # its version
     torch: TorchBuild | None = None  # installed beside these GPUs
     virtual_memory: bool = True  # whether torch can grow its segments of GPU memory
+    total_bytes: int | None = None  # of each GPU, free or not
+    odd: str = ""  # GPUs without which the others could do more
+    without: str = ""  # what to set to leave them out
     no_gpu: str = ""  # of a CPU: why a GPU is not used, where there may be one
     remedy: str = ""  # what to do about it
     nodes: int = 1  # machines of this kind that train together; all other fields are of one
@@ -53,10 +60,15 @@ class Device:
 
     def __str__(self) -> str:
         size = f"{self.memory_bytes / 2**30:.1f} GiB free"
+        if self.taken_bytes:
+            size += f" of {(self.total_bytes or 0) / 2**30:.1f}"
         many = f"{self.count} x " if self.count > 1 else ""
         many = f"{self.nodes} machines, each {many}" if self.nodes > 1 else many
         notes = [self.origin, self.driver and f"driver {self.driver}"]
-        notes += [self.no_gpu and f"no GPU: {self.no_gpu}"]
+        notes += [
+            self.odd and f"{self.odd} unless you set {self.without}",
+            self.no_gpu and f"no GPU: {self.no_gpu}",
+        ]
         return f"{many}{self.name} ({size}; {', '.join(filter(None, notes))})"
 
     @property
@@ -70,6 +82,12 @@ class Device:
         return self.memory_bytes if self.kind == "cuda" else self.memory_bytes // self.count
 
     @property
+    def taken_bytes(self) -> int:
+        """What other processes hold of the fullest GPU, if it is more than a little."""
+        taken = (self.total_bytes or self.memory_bytes) - self.memory_bytes
+        return taken if taken > LITTLE * self.memory_bytes else 0
+
+    @property
     def engine(self) -> str | None:
         """The newest build of torch with kernels for its GPUs that the driver runs, if any."""
         kinds = self.capabilities
@@ -81,9 +99,12 @@ class Device:
         return self.kinds or ((self.capability,) if self.capability else ())
 
 
-def detect() -> Device:
-    """The GPUs here, else the CPU. GPUs of several kinds count as the weakest, and as many."""
-    return of_answer(_ask(), torch_build.installed())
+def detect(most: int | None = None, *, waits: Callable[[], None] = lambda: None) -> Device:
+    """The GPUs here, else the CPU. GPUs of several kinds count as the weakest, and as many.
+
+    No more GPUs than the first `most`. `waits` is called if the driver takes its time.
+    """
+    return of_answer(_ask(waits), torch_build.installed(), most)
 
 
 def cpu() -> Device:
@@ -98,7 +119,7 @@ def cpu() -> Device:
     )
 
 
-def _ask() -> dict[str, Any]:
+def _ask(waits: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """The answer of `probe.py`. A driver that does not answer is left behind, not waited for."""
     script = Path(__file__).with_name("probe.py")
     child = subprocess.Popen(
@@ -108,7 +129,11 @@ def _ask() -> dict[str, Any]:
         stderr=subprocess.DEVNULL,
     )
     try:
-        output, _ = child.communicate(timeout=PATIENCE)
+        try:
+            output, _ = child.communicate(timeout=SOON)
+        except subprocess.TimeoutExpired:
+            waits()
+            output, _ = child.communicate(timeout=PATIENCE - SOON)
         answer: dict[str, Any] = json.loads(output)
         return answer
     except subprocess.TimeoutExpired:
@@ -120,24 +145,30 @@ def _ask() -> dict[str, Any]:
         return {"devices": [], "error": [0, f"asking the driver ended with {child.returncode}"]}
 
 
-def of_answer(answer: dict[str, Any], build: TorchBuild | None) -> Device:
+def of_answer(answer: dict[str, Any], build: TorchBuild | None, most: int | None = None) -> Device:
     """The device that an answer of `probe.py` describes, with this build of torch installed.
 
-    Without a GPU, or with a build of torch for processors, the CPU, with the reason.
+    No more GPUs than the first `most`. Without a GPU, with one that does not work, or with a build
+    of torch for processors, the CPU, with the reason.
     """
-    rows = answer["devices"]
-    if not rows:
+    rows = answer["devices"][:most]
+    if not rows or answer.get("error"):
         what, change = _why_none(answer)
         return replace(cpu(), no_gpu=what, remedy=change)
     cards = [_card(row) for row in rows]
     weakest = min(cards, key=lambda card: (card.capability or (0, 0), card.bandwidth or 0.0))
     kinds = tuple(sorted({card.capability for card in cards if card.capability}))
     shared = any(row["integrated"] for row in rows)
+    fullest = min(rows, key=_free)
+    odd, without = _odd(rows, cards)
     gpus = Device(
         kind="cuda",
         name=" + ".join(sorted({card.name for card in cards})),
         count=len(rows),
-        memory_bytes=min([_free(row) for row in rows] + ([_free_memory()] if shared else [])),
+        memory_bytes=min([_free(fullest)] + ([_free_memory()] if shared else [])),
+        total_bytes=None if shared else int(fullest["total"]),
+        odd=odd,
+        without=without,
         bf16=weakest.bf16,
         capability=kinds[0],
         gpu=weakest,
@@ -153,6 +184,26 @@ def of_answer(answer: dict[str, Any], build: TorchBuild | None) -> Device:
     what = f"{gpus.name} is not used, since torch {build.version} is the build for processors"
     change = how_to_install(gpus.engine) if gpus.engine else "use a newer GPU, or a newer driver"
     return replace(cpu(), no_gpu=what, remedy=change)
+
+
+def _odd(rows: list[dict[str, Any]], cards: list[Gpu]) -> tuple[str, str]:
+    """GPUs without which the others have more memory together, since all count as the fullest.
+
+    And what to set to leave them out; both empty if there are none.
+    """
+    free = [_free(row) for row in rows]
+    best = max(sorted(set(free)), key=lambda least: least * sum(one >= least for one in free))
+    if best == min(free) or best < ROOMY:
+        return "", ""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    names = [name.strip() for name in visible.split(",")] if visible else list(map(str, range(64)))
+    out = ", ".join(
+        f"{names[n]} ({cards[n].name}, {free[n] / 2**30:.1f} GiB free)"
+        for n in range(len(rows))
+        if free[n] < best
+    )
+    keep = ",".join(names[n] for n in range(len(rows)) if free[n] >= best)
+    return f"all count as the fullest GPU, and {out} is in the way", f"CUDA_VISIBLE_DEVICES={keep}"
 
 
 def _card(row: dict[str, Any]) -> Gpu:
@@ -172,6 +223,9 @@ def _free(row: dict[str, Any]) -> int:
 
 # CUDA's error -> what to do about it here.
 _REMEDIES = {
+    46: "end the process that holds it, or allow several: nvidia-smi -c DEFAULT",
+    214: "look at nvidia-smi -q -d ECC: the card may be damaged; use another",
+    999: "load the module nvidia-uvm on the machine (nvidia-modprobe -u -c 0), or restart it",
     802: "start the service nvidia-fabricmanager, of the driver's version, on the machine",
     803: "restart the machine, or the container if the machine's driver was updated",
     804: "remove cuda-compat's folder from LD_LIBRARY_PATH: it does not run on this card",
@@ -191,8 +245,18 @@ def _why_none(answer: dict[str, Any]) -> tuple[str, str]:
         there = answer["nodes"]
         return ("a GPU is there, but not its driver's libcuda.so.1", _GIVE) if there else ("", "")
     if code == NO_DEVICE and visible is not None:
-        what = f"CUDA_VISIBLE_DEVICES={visible!r} shows none"
+        what, named = f"CUDA_VISIBLE_DEVICES={visible!r} shows none", visible.split(",")
+        if len(set(named)) < len(named):
+            return f"{what}, since it names a GPU twice", "name each once"
         return what, "unset it, or name GPUs that `nvidia-smi -L` lists"
+    if code in (NO_DEVICE, 304, 999) and (closed := answer.get("denied")):
+        what = f"this user may not open {closed[0]}"
+        change = f"add the user to the group that owns {closed[0]} (ls -l shows it), or run as root"
+        return what, change
+    if code == NO_DEVICE and answer.get("nodes"):
+        what = "NVIDIA's driver finds none, though a GPU is there"
+        change = "look at nvidia-smi: with MIG on, make an instance (nvidia-smi mig -cgi ID -C)"
+        return what, f"{change}, else restart the machine"
     if code == NO_DEVICE:
         return "NVIDIA's driver finds none", _GIVE
     change = "look at the driver with nvidia-smi and dmesg, and restart the machine"

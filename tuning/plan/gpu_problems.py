@@ -21,7 +21,7 @@ def problems(device: Device, method: Method) -> Iterator[Problem]:
     """Each reason, with the build of torch that fits, if one does."""
     if device.gpu and not (answer := presets.gpu_support(device.gpu, method)).supported:
         where = device.name if device.cuda else device.origin
-        yield Problem("PLAN-106", where, answer.reason, answer.change)
+        yield Problem("PLAN-106", where, answer.reason, _without(device, str(answer.change)))
     elif (reason := _too_old(device) or _no_kernels(device)) is not None:
         yield reason
 
@@ -62,4 +62,11 @@ def _no_kernels(device: Device) -> Problem | None:
     elif newest:
         driver = next(each.driver for each in presets.engines() if each.name == newest)
         change = f"update the driver to {driver} or newer, and {how_to_install(newest)}"
-    return Problem("PLAN-116", device.name, what, change)
+    return Problem("PLAN-116", device.name, what, _without(device, change))
+
+
+def _without(device: Device, change: str) -> str:
+    """`change`, or that GPUs which are in the way are left out."""
+    return (
+        f"set {device.without} to leave out the other GPUs, or {change}" if device.odd else change
+    )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import sys
 import uuid
 from ctypes import byref, c_char_p, c_int, c_size_t, c_ulonglong, c_void_p
@@ -20,7 +21,11 @@ from typing import Any
 # Errors of CUDA; the first stands for a libcuda that is not there.
 MISSING, OUT_OF_MEMORY, NO_DEVICE = -1, 2, 100
 # CUdevice_attribute of cuda.h
-MAJOR, MINOR, INTEGRATED, VIRTUAL_MEMORY = 75, 76, 18, 102
+MAJOR, MINOR, INTEGRATED, VIRTUAL_MEMORY, COMPUTE_MODE = 75, 76, 18, 102, 20
+# What a process has to read and write; each is there once its part of the driver is loaded.
+NODES = ("nvidiactl", "nvidia-uvm", "nvidia[0-9]*")
+# On WSL and on Jetson boards the driver says that segments of memory can grow, and mapping fails.
+NO_SEGMENTS = ("/dev/dxg", "/etc/nv_tegra_release")
 # Where drivers are mounted that the loader does not find by itself: GKE, WSL.
 PLACES = ("/usr/local/nvidia/lib64", "/usr/lib/wsl/lib")
 
@@ -52,12 +57,12 @@ class Cuda:
         self.call(name, byref(value), *arguments)
         return value.value
 
-    def flag(self, attribute: int, device: int) -> bool:
-        """An attribute of a device; older drivers do not know each."""
+    def attribute(self, number: int, device: int) -> int:
+        """An attribute of a device; 0 where an older driver does not know it."""
         try:
-            return bool(self.number("cuDeviceGetAttribute", attribute, device))
+            return self.number("cuDeviceGetAttribute", number, device)
         except CudaError:
-            return False
+            return 0
 
     def identity(self, device: int) -> str:
         """The UUID of a GPU, or of a MIG slice if the driver knows CUDA 11.4."""
@@ -66,15 +71,17 @@ class Cuda:
         self.call("cuDeviceGetUuid_v2" if newer else "cuDeviceGetUuid", raw, device)
         return str(uuid.UUID(bytes=bytes(raw)))
 
-    def free(self, device: int) -> int | None:
-        """Free bytes inside a context; None where there can be none."""
+    def free(self, device: int) -> int:
+        """Free bytes inside a context. Raises CudaError where there can be none."""
         context, free, total = c_void_p(), c_size_t(), c_size_t()
         try:
             self.call("cuDevicePrimaryCtxRetain", byref(context), device)
             self.call("cuCtxSetCurrent", context)
             self.call("cuMemGetInfo_v2", byref(free), byref(total))
         except CudaError as error:
-            return 0 if error.code == OUT_OF_MEMORY else None
+            if error.code == OUT_OF_MEMORY:
+                return 0
+            raise
         return free.value
 
 
@@ -112,6 +119,7 @@ def ask() -> dict[str, Any]:
     """The GPUs that CUDA sees, or the error that it answers."""
     answer: dict[str, Any] = {"devices": [], "driver": "", "cuda": None, "error": None}
     answer["nodes"] = any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()
+    answer["denied"] = denied()
     nvml = Nvml()
     answer["driver"] = nvml.version()
     try:
@@ -131,16 +139,31 @@ def ask() -> dict[str, Any]:
     return answer
 
 
+def denied(folder: str = "/dev") -> list[str]:
+    """The driver's devices that this user may not open."""
+    paths = (path for name in NODES for path in sorted(Path(folder).glob(name)))
+    return [str(path) for path in paths if not os.access(path, os.R_OK | os.W_OK)]
+
+
+def segments_grow(cuda: Cuda, device: int, exceptions: tuple[str, ...] = NO_SEGMENTS) -> bool:
+    """Whether segments of GPU memory can grow (CUDA's virtual memory management)."""
+    known = any(Path(path).exists() for path in exceptions)
+    return bool(cuda.attribute(VIRTUAL_MEMORY, device)) and not known
+
+
 def _describe(cuda: Cuda, nvml: Nvml, device: int) -> dict[str, Any]:
     name, total = ctypes.create_string_buffer(256), c_size_t()
     cuda.call("cuDeviceGetName", name, 256, device)
     cuda.call("cuDeviceTotalMem_v2", byref(total), device)
-    integrated = cuda.flag(INTEGRATED, device)
+    integrated = bool(cuda.attribute(INTEGRATED, device))
     free = None if integrated else nvml.free(cuda.identity(device))
-    if free is None and not integrated:
-        free = cuda.free(device)
-    # On WSL and on Jetson boards the driver says yes, and mapping fails.
-    odd = Path("/dev/dxg").exists() or Path("/etc/nv_tegra_release").exists()
+    if not integrated and (free is None or cuda.attribute(COMPUTE_MODE, device)):
+        try:  # a card may be for one process, or for none
+            inside = cuda.free(device)
+        except CudaError as error:
+            shown = name.value.decode(errors="replace")
+            raise CudaError(error.code, f"{error.text}: {shown}") from None
+        free = inside if free is None else free
     return {
         "name": name.value.decode(errors="replace"),
         "capability": [
@@ -149,7 +172,7 @@ def _describe(cuda: Cuda, nvml: Nvml, device: int) -> dict[str, Any]:
         "total": total.value,
         "free": free,  # None: not known, or the memory is the machine's
         "integrated": integrated,
-        "virtual_memory": cuda.flag(VIRTUAL_MEMORY, device) and not odd,
+        "virtual_memory": segments_grow(cuda, device),
     }
 
 

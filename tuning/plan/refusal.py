@@ -42,6 +42,14 @@ def of(model: Model, demand: Demand, base: Base, device: Device) -> SpecError:
         for key, other in left_out.items()
         if other != demand and _fits(model, other, device)
     ]
+    if device.without:
+        changes.append(f"set {device.without}: {device.odd}")
+    if device.taken_bytes and device.total_bytes:
+        empty = replace(device, memory_bytes=device.total_bytes)
+        held = f"{device.taken_bytes / GIB:.1f} GiB of the GPU"
+        what += f" ({held} are held by other processes)"
+        if _fits(model, demand, empty):
+            changes.append(f"end what holds {held}: nvidia-smi shows it")
     divides = model.facts is None or model.facts.model_type not in SHARE_LAYERS
     if demand.whole and divides and _fits(model, replace(demand, whole=""), device):
         changes.append(f"go without {demand.whole}: then its GPUs share the model")

@@ -195,7 +195,7 @@ def _make(options: Options, console: Console) -> Loaded:
     read_config(folder)  # validates it
     config = files.read_json(folder / "config.json")
     tokenizer = load_tokenizer(folder)
-    here = device.detect()
+    here = device.detect(1)  # it serves from the first GPU
     gpu_problems.refuse(here)
     base_renderer, adapter_renderer = Renderer(), Renderer()
     if template := own_template(tokenizer):

@@ -134,6 +134,8 @@ def _fit(decided: plan.Plan) -> str:
     if decided.fit is None:
         return f"{batch} on {decided.device}; the memory they take is not known"
     held = f"; {decided.placement.text}" if decided.placement.ranks > 1 else ""
+    if odd := decided.device.odd:
+        held += f"; {odd} unless you set {decided.device.without}"
     return f"{batch} take {decided.fit.memory.total / 2**30:.1f} GiB on {decided.device}{held}"
 
 

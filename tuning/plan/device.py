@@ -65,10 +65,7 @@ class Device:
         many = f"{self.count} x " if self.count > 1 else ""
         many = f"{self.nodes} machines, each {many}" if self.nodes > 1 else many
         notes = [self.origin, self.driver and f"driver {self.driver}"]
-        notes += [
-            self.odd and f"{self.odd} unless you set {self.without}",
-            self.no_gpu and f"no GPU: {self.no_gpu}",
-        ]
+        notes += [self.no_gpu and f"no GPU: {self.no_gpu}"]
         return f"{many}{self.name} ({size}; {', '.join(filter(None, notes))})"
 
     @property

@@ -43,10 +43,11 @@ def of(model: Model, demand: Demand, base: Base, device: Device) -> SpecError:
         if other != demand and _fits(model, other, device)
     ]
     if device.without:
-        changes.append(f"set {device.without}: {device.odd}")
+        changes.append(f"set {device.without} ({device.odd})")
     if device.taken_bytes and device.total_bytes:
         empty = replace(device, memory_bytes=device.total_bytes)
-        held = f"{device.taken_bytes / GIB:.1f} GiB of the GPU"
+        which = "fullest GPU" if device.count > 1 else "GPU"
+        held = f"{device.taken_bytes / GIB:.1f} GiB of the {which}"
         what += f" ({held} are held by other processes)"
         if _fits(model, demand, empty):
             changes.append(f"end what holds {held}: nvidia-smi shows it")

@@ -601,3 +601,14 @@ def test_weights_have_an_identity_wherever_they_lie(fake: FakeHub, tmp_path: Pat
     assert hub_model.weights == base.weights_of(cached) == base.weights_of(folder)
     assert hub_model.weights == base.resolve(str(folder), revision=None, token=None).weights
     assert hub_model.weights != base.weights_of(other)
+
+
+@pytest.mark.parametrize("names", [["model-00001-of-00002", "model-00002-of-00002"], ["weights"]])
+def test_weights_that_nothing_leads_to_are_refused(names: list[str], tmp_path: Path) -> None:
+    """transformers looks for one file's name, or for an index; others it does not find."""
+    files = {f"{name}.safetensors": WEIGHTS for name in names}
+    companions = {n: data for n, data in MODEL.items() if not n.endswith(".safetensors")}
+    folder = laid(tmp_path / "model", companions | files)
+
+    with pytest.raises(SpecError, match=r"BASE-106 .*model\.safetensors\.index\.json: is missing"):
+        base.resolve(str(folder), revision=None, token=None)

@@ -63,6 +63,10 @@ def needed(names: Iterable[str]) -> tuple[list[str], list[Problem]]:
         weights = [n for n in tensors if not n.startswith(("consolidated", "adapter_"))]
     required = sorted({name for name in top if name in COMPANIONS} | set(weights))
     problems = [] if weights else [_no_weights(top)]
+    if weights and SINGLE not in weights and INDEX not in top:
+        what = f"is missing, by which the weights are found: {weights[0][:80]} is not {SINGLE}"
+        change = f"download {INDEX}, too; a single file is to be called {SINGLE}"
+        problems.append(Problem("BASE-106", INDEX, what, change))
     if "config.json" not in top:
         problem = Problem("BASE-103", "", "has no config.json", "name a Hugging Face model")
         if ADAPTER in top:

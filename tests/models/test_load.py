@@ -388,3 +388,20 @@ def test_layers_that_the_config_does_not_have_are_told(tiny_base: Any, tmp_path:
     run = tmp_path / "run"
     found = train.work(tiny_runs.request(run, base, recipe, tiny_runs.placement(), count=4))
     assert [1] == found["unread_layers"]
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_second_output_layer_beside_a_tied_config_is_refused(
+    same: bool, tiny_base: Build, tmp_path: Path
+) -> None:
+    """What loads the adapter by config.json would use the embedding. An equal copy does no harm."""
+    base = Path(shutil.copytree(tiny_base("qwen2"), tmp_path / "base"))
+    held = load_file(base / "model.safetensors")
+    head = held["model.embed_tokens.weight"].clone()
+    held["lm_head.weight"] = head if same else torch.randn_like(head)
+    save_file(held, base / "model.safetensors", metadata={"format": "pt"})
+    if same:
+        assert load_base(base, precision="float32", quantisation=None, device="cpu")
+        return
+    with pytest.raises(SpecError, match=r"MODEL-119 .*tie_word_embeddings: true"):
+        load_base(base, precision="float32", quantisation=None, device="cpu")

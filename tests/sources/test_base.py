@@ -612,3 +612,43 @@ def test_weights_that_nothing_leads_to_are_refused(names: list[str], tmp_path: P
 
     with pytest.raises(SpecError, match=r"BASE-106 .*model\.safetensors\.index\.json: is missing"):
         base.resolve(str(folder), revision=None, token=None)
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ({"eos_token_id": "2"}, "eos_token_id is '2', no token's id"),
+        ({"eos_token_id": [2, "x"]}, "eos_token_id is [2, 'x'], no token's id"),
+        ({"pad_token_id": 1.5}, "pad_token_id is 1.5"),
+        ({"max_new_tokens": -1}, "max_new_tokens is -1, no positive number"),
+        ([], "is no JSON object"),
+        (None, "is no JSON"),
+        ({"eos_token_id": [2, 3], "bos_token_id": None, "max_length": 4096}, ""),
+    ],
+)
+def test_a_generation_config_that_cannot_be_used_is_named(
+    record: Any, words: str, tmp_path: Path
+) -> None:
+    """transformers reads it with the weights, and a run would end in its words."""
+    text = b'{"eos_token_id":' if record is None else json.dumps(record).encode()
+    folder = laid(tmp_path / "model", {**MODEL, "generation_config.json": text})
+    if not words:
+        assert base.resolve(str(folder), revision=None, token=None)
+        return
+    with pytest.raises(SpecError, match=r"BASE-103 .*generation_config\.json") as caught:
+        base.resolve(str(folder), revision=None, token=None)
+    assert words in str(caught.value) and "remove the file" in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["I8", "U8", "I64", "BOOL"])
+def test_weights_in_whole_numbers_need_to_say_what_they_are(kind: str, tmp_path: Path) -> None:
+    """Read as they are they would be other weights. Buffers of positions and masks may be so."""
+    size = 8 * {"I64": 8}.get(kind, 1)
+    weights = tensors({"model.embed_tokens.weight": (kind, [4, 2], bytes(size))})
+    folder = laid(tmp_path / "model", {**MODEL, "model.safetensors": weights})
+    with pytest.raises(SpecError, match=r"BASE-109 .*as whole numbers \(model.embed_tokens.weight"):
+        base.resolve(str(folder), revision=None, token=None)
+    for name in ("attn.bias", "embeddings.position_ids"):
+        buffer = tensors({name: (kind, [4, 2], bytes(size))})
+        other = laid(tmp_path / name, {**MODEL, "model.safetensors": buffer})
+        assert base.resolve(str(other), revision=None, token=None)

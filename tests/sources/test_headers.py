@@ -65,3 +65,12 @@ def test_headers_need_the_same_access_as_the_weights(fake: FakeHub, tmp_path: Pa
     assert headers.read(model, token=fake.token, cache=tmp_path)
     with pytest.raises(RefusedError, match="HUB-101"):
         headers.read(model, token=fake.outsider, cache=tmp_path)
+
+
+def test_only_what_the_index_leads_to_counts(fake: FakeHub, tmp_path: Path) -> None:
+    """A shard that it does not name is not loaded, here and at the hub."""
+    more = {"model-00003-of-00003.safetensors": save({"foo.weight": np.zeros((2, 2), np.float32)})}
+    fake.add("org/more", files() | more)
+    model = base.resolve("org/more", revision=None, token=None, cache=tmp_path)
+
+    assert set(NAMES) | {"lm_head.weight"} == set(headers.read(model, token=None, cache=tmp_path))

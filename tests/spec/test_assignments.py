@@ -139,6 +139,28 @@ def test_all_problems_come_in_one_pass_with_what_was_written() -> None:
         assert words in refused
 
 
+@pytest.mark.parametrize(
+    ("assigned", "words"),
+    [
+        (("max_length=64", "max_seq_length=128"), "max_seq_length: contradicts max_length"),
+        (("max_length=64", "max_length=128"), "max_length: is given twice, with two values"),
+        (("warmup_ratio=0.5", "warmup_steps=1"), "warmup_steps: contradicts warmup_ratio"),
+        (
+            ("assistant_only_loss=true", "completion_only_loss=false"),
+            "completion_only_loss: contradicts assistant_only_loss",
+        ),
+        (("fp16=true", "bf16=true"), "bf16: contradicts fp16, which asks for float16"),
+        (("ModelConfig.dtype=float16", "bf16=true"), "bf16: contradicts dtype"),
+    ],
+)
+def test_two_of_them_that_contradict_are_refused(assigned: tuple[str, ...], words: str) -> None:
+    """As in a ConfigMap: neither is dropped in silence. The same twice is no contradiction."""
+    (refused,) = refusals(*assigned)
+
+    assert "SPEC-108" in refused and words in refused
+    assert said(assigned[0], assigned[0]).settings == said(assigned[0]).settings
+
+
 def test_what_counts_as_not_set_is_noted() -> None:
     """Values of KAITO's templates do nothing, and the run says so."""
     (note,) = said("per_device_train_batch_size=1").notes

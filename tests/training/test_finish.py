@@ -95,3 +95,13 @@ def test_an_unfinished_adapter_is_not_put_in_place(
         put(tmp_path / "adapter", **changes)
 
     assert [] == list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("skipped", "code"), [(8, "TRAIN-134"), (7, "TRAIN-133")])
+def test_steps_that_were_all_skipped_are_the_reason(
+    skipped: int, code: str, tmp_path: Path
+) -> None:
+    """Of float16, whose scale was too high for all of them; otherwise the rows or the rate are."""
+    zero = {name: torch.zeros_like(each) for name, each in tensors().items()}
+    with pytest.raises(DivergedError, match=code):
+        put(tmp_path / "adapter", tensors=zero, skipped=skipped)

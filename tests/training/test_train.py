@@ -570,7 +570,7 @@ def test_the_learning_rate_waits_for_a_step_that_overflowed(
     monkeypatch.setattr(torch.amp, "GradScaler", partial(scaler, init_scale=2.0**19))
     asked = request(tmp_path / "run", tiny_base, "fp16")
 
-    train.work(asked)
+    result = train.work(asked)
 
     (newest,) = (tmp_path / "run" / "checkpoints").glob("*-*")
     history = json.loads((newest / "trainer_state.json").read_text())["log_history"]
@@ -580,6 +580,7 @@ def test_the_learning_rate_waits_for_a_step_that_overflowed(
     assert 0 < skipped < len(rates)
     assert len(rates) - skipped == state["scheduler"]["last_epoch"]
     assert [rates[0]] * int(skipped) == rates[: int(skipped)]
+    assert skipped == result["skipped_steps"] == state["progress"]["skipped"]
 
 
 def test_qlora_keeps_lora_weights_in_float32_in_bfloat16_too(

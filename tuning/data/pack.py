@@ -271,7 +271,10 @@ class _Packing:
         if self.policy == "refuse":
             shown = ", ".join(self._where(int(row)) for row in too_long[:20])
             what = f"{len(too_long)} rows are longer than {self.request['max_length']} tokens"
-            change = "shorten them, raise max_length, or choose split, truncate or drop"
+            change = (
+                "shorten them, raise TrainingArguments.max_length, or set "
+                "DatasetConfig.over_length to split, truncate or drop"
+            )
             raise DataError.at("DATA-229", "data", f"{what}: {shown}", change)
         keeps = self.policy in ("split", "truncate") or (
             self.policy == "auto" and any(self._is_text(int(row)) for row in too_long[:100])

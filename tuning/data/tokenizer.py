@@ -14,6 +14,8 @@ from tuning.data.chat import ChatTemplate
 from tuning.data.formats import quoted
 from tuning.errors import Problem, SpecError
 
+AGAIN = "repair it, or download it again"
+
 
 def load_tokenizer(base: Path, new_tokens: Sequence[str] = (), template: str | None = None) -> Any:
     """The tokenizer in the folder `base`, with `new_tokens` (see `add_tokens`). Raises SpecError.
@@ -27,17 +29,56 @@ def load_tokenizer(base: Path, new_tokens: Sequence[str] = (), template: str | N
             base, trust_remote_code=False, local_files_only=True
         )
     except Exception as error:  # the library raises whatever its parsers raise
-        raise SpecError.at(
-            "DATA-246",
-            "base model",
-            f"its tokenizer cannot be loaded ({type(error).__name__}: {str(error)[:200]})",
-            "take a base model with tokenizer.json",
-        ) from error
+        raise _unreadable(base, error) from error
     if not tokenizer.is_fast:
         what = f"its tokenizer ({type(tokenizer).__name__}) has no character offsets"
         raise SpecError.at("DATA-246", "base model", what, "take one with tokenizer.json")
+    settle_template(tokenizer, base)
     add_tokens(tokenizer, new_tokens, template)
     return tokenizer
+
+
+def _unreadable(base: Path, error: Exception) -> SpecError:
+    """The error for a tokenizer that transformers cannot load; it reads config.json as well."""
+    from transformers import AutoConfig, __version__
+
+    words = " ".join(str(error).split())[:200]
+    try:
+        if (base / "config.json").is_file():
+            AutoConfig.from_pretrained(base, trust_remote_code=False, local_files_only=True)
+    except Exception:
+        what = f"is refused by transformers {__version__}: {words}"
+        change = "repair it, or use the model's newest revision"
+        return SpecError.at("MODEL-103", f"{base / 'config.json'}", what, change)
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        path = base / name
+        try:
+            broken = path.is_file() and not isinstance(files.read_json(path), dict)
+        except (ValueError, RecursionError):
+            broken = True
+        if broken:
+            return SpecError.at("DATA-246", f"{path}", "is no JSON object", "download it again")
+    what = f"its tokenizer cannot be loaded ({type(error).__name__}: {words})"
+    change = "download its tokenizer's files again, or take a base model with tokenizer.json"
+    return SpecError.at("DATA-246", "base model", what, change)
+
+
+def settle_template(tokenizer: Any, base: Path) -> None:
+    """Leave `tokenizer` with one chat template, which is then also the one that it saves, or none.
+
+    Of several named ones that is `own_template`. A processor's (chat_template.json), of which a
+    tokenizer knows nothing, counts where there is no other. Raises SpecError if it is no text.
+    """
+    own, where = own_template(tokenizer), base / "tokenizer_config.json"
+    if own is None and (base / "chat_template.json").is_file():
+        where = base / "chat_template.json"
+        try:
+            own = files.read_json(where).get("chat_template")
+        except (ValueError, RecursionError, AttributeError):
+            raise SpecError.at("DATA-245", f"{where}", "is no JSON object", AGAIN) from None
+    if own is not None and not isinstance(own, str):
+        raise SpecError.at("DATA-245", f"{where}", "has a chat template that is no text", AGAIN)
+    tokenizer.chat_template = own or None
 
 
 def add_tokens(tokenizer: Any, tokens: Sequence[str], template: str | None = None) -> None:

@@ -40,11 +40,20 @@ def work(request: dict[str, Any]) -> dict[str, Any]:
 def compare(name: str, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bool:
     """Whether a checkpoint of `tensors` could be compared with the class of its config `record`.
 
-    Raises SpecError if it lacks weights of the class, or has some of another shape.
+    Raises SpecError if no model can be made of the config, if the checkpoint lacks weights of the
+    class, or has some of another shape.
     """
     plain_linears()
     try:
         config = reading.config_of(record)
+        with torch.device("meta"):
+            reading.auto_class(config).from_config(config, dtype=torch.float32)
+    except Exception as error:  # whatever a config or a class may raise for a value
+        words = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        fact = f"is refused by transformers {transformers.__version__}: {words}"
+        change = "repair it, or use the model's newest revision"
+        raise SpecError.at("MODEL-103", f"{name}/config.json", fact, change) from None
+    try:
         unpacked = quantised.weights(tensors, record)
         weights = {
             key: torch.empty(weight.shape if weight else tensors[key].shape, device="meta")

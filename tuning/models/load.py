@@ -14,6 +14,7 @@ from bitsandbytes.nn import Linear4bit
 from peft import PeftModel
 
 from tuning import files
+from tuning.data.tokenizer import settle_template
 from tuning.errors import SpecError
 from tuning.models import (
     finite,
@@ -80,9 +81,9 @@ def read_config(base: Path) -> Any:
     try:
         config = transformers.AutoConfig.from_pretrained(base, trust_remote_code=False)
         return causal(config)
-    except (ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # whatever its classes raise for a value
         fact = f"is refused by transformers {transformers.__version__}: {error}"
-        change = "use the model's newest revision"
+        change = "repair it, or use the model's newest revision"
         raise SpecError.at("MODEL-103", str(base / "config.json"), fact, change) from None
 
 
@@ -114,6 +115,7 @@ def load_tokenizer(base: Path, *, chat_template: str | None = None) -> Any:
         fact = f"has no tokenizer that transformers can load ({error})"
         change = "copy the model's tokenizer.json and tokenizer_config.json into it"
         raise SpecError.at("MODEL-104", str(base), fact, change) from None
+    settle_template(tokenizer, base)
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     return tokenizer

@@ -51,6 +51,7 @@ def read(source: Path, record: Mapping[str, Any], config: Any, options: dict[str
     if how == stored.FOUR_BIT:
         _as_published(model, options["dtype"])
     refuse_incomplete(str(source), model, report)
+    _refuse_untied(str(source), record, model)
     model.unread_layers = _beyond(model, report["unexpected_keys"])
     return model
 
@@ -125,6 +126,20 @@ def refuse_incomplete(source: str, model: Any, report: Mapping[str, Any]) -> Non
     if other:
         fact = f"has {len(other)} weights of another shape than its class, such as {other[0]}"
         raise SpecError.at("MODEL-119", source, fact, AGAIN)
+
+
+def _refuse_untied(source: str, record: Mapping[str, Any], model: Any) -> None:
+    """Refuse files with an output layer that config.json says is the embedding.
+
+    transformers would use both as they are, and what loads the adapter by config.json another one.
+    """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or record.get("tie_word_embeddings") is not True:
+        return
+    if head.weight is not embedding.weight and head.weight.shape == embedding.weight.shape:
+        fact = "has an output layer of its own, and config.json says tie_word_embeddings: true"
+        change = "set tie_word_embeddings to false there, or fetch the model's newest revision"
+        raise SpecError.at("MODEL-119", source, fact, change)
 
 
 def _beyond(model: Any, unexpected: Iterable[str]) -> list[int]:

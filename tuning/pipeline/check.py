@@ -101,7 +101,9 @@ def _check_model(
 def _check_template(spec: Spec, found: _Found, token: str | None) -> None:
     """Raise DataError for conversations, if the base is known to have no chat template."""
     settings, model = spec.settings, found.model
-    if not found.chats or settings.chat_template or settings.start_adapter or model is None:
+    if not found.chats or settings.chat_template or settings.start_adapter:
+        return
+    if model is None or model.folder:  # whose rows were rendered
         return
     if base.companion(model, "chat_template.jinja", token=token):
         return
@@ -109,11 +111,8 @@ def _check_template(spec: Spec, found: _Found, token: str | None) -> None:
     with suppress(ValueError):  # loading the tokenizer says more
         if config and verify.json_object(config).get("chat_template"):
             return
-    if model.folder is not None:
-        from tuning.data.tokenizer import load_tokenizer, own_template
-
-        if own_template(load_tokenizer(model.folder)):
-            return
+    if base.companion(model, "chat_template.json", token=token):
+        return
     what = "holds conversations, but the base model has no chat template"
     change = "set ModelConfig.chat_template, or take the model's instruct variant"
     raise DataError.at("DATA-244", found.chats, what, change)
@@ -227,12 +226,13 @@ def _vocabulary(spec: Spec) -> Vocabulary:
     from tuning.data.vocabulary import Vocabulary, embedding_rows
 
     folder = Path(spec.base_model) if spec.base_model else None
-    if folder and folder.is_dir():
+    if folder and folder.is_dir() and not spec.settings.start_adapter:  # it has its own template
         return Vocabulary(
             embedding_rows(folder),
             folder,
             spec.settings.chat_template,
             spec.settings.new_tokens or (),
+            spec.settings.train_on or "assistant",
         )
     try:
         base = plan.known_base(spec)

@@ -73,6 +73,13 @@ def train(
                     f"(from {unread[0]} on): they were not loaded, and the adapter is without them"
                 ]
             )
+        if skipped := done.get("skipped_steps"):
+            run.note(
+                [
+                    f"{skipped:,} of {recipe.steps:,} steps changed nothing: their float16 "
+                    "gradients overflowed, as the first ones do until the scale is found"
+                ]
+            )
         if stopped := done.get("stopped"):
             run.note([f"stopped {model_card.stopped_text(stopped, recipe.steps)}"])
         if done.get("resumed_from"):

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 from tuning import safetensors
 from tuning.errors import SpecError
 from tuning.safetensors import Tensor
-from tuning.sources import hub
-from tuning.sources.base import Base, complete_folder
+from tuning.sources import hub, verify
+from tuning.sources.base import Base, companion, complete_folder
 from tuning.threads import side_by_side
 
 AT_ONCE = 8
 
 
 def read(base: Base, *, token: str | None, cache: Path | None = None) -> dict[str, Tensor]:
-    """The tensors of all files of `base` by name; of a model of the hub by ranges of its files.
+    """The tensors of `base` by name, those that its index leads to if it has one.
+
+    Of a model of the hub by ranges of its files.
 
     `token` None falls back to the user's saved login. Raises SpecError, RefusedError or
     TransientError.
@@ -29,6 +32,12 @@ def read(base: Base, *, token: str | None, cache: Path | None = None) -> dict[st
         if isinstance(header, BaseException):
             raise header
         found |= header
+    if names != [verify.SINGLE] and (
+        index := companion(base, verify.INDEX, token=token, cache=cache)
+    ):
+        with suppress(ValueError):  # whoever verifies the files says more
+            named = verify.json_object(index).get("weight_map")
+            found = {n: each for n, each in found.items() if n in (named or found)}
     return found
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import threading
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ COMPANIONS = frozenset(
         "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
     }
 )  # fmt: skip
+GENERATION = "generation_config.json"
 _TOKENIZERS = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
     "sentencepiece.bpe.model", "tekken.json",
@@ -115,6 +116,7 @@ def verify(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         change = "download the file again"
         problems.append(Problem("BASE-103", "config.json", str(error), change))
+    problems += _generation_problems(folder / GENERATION)
     problems += _tensor_problems(folder, names, config)
     if problems:
         raise at(str(folder), problems)
@@ -166,6 +168,26 @@ def native(model_type: str) -> bool:
     return any(f'("{model_type}", ' in path.read_text() for path in paths if path.is_file())
 
 
+def _generation_problems(path: Path) -> Iterator[Problem]:
+    """What of generation_config.json, which transformers reads with the model, it cannot use."""
+    change = "repair the value, or remove the file: training needs none"
+    try:
+        record = json_object(path) if path.is_file() else {}
+    except ValueError as error:
+        yield Problem("BASE-103", GENERATION, str(error), change)
+        return
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
+        value = record.get(key)
+        ids = value if isinstance(value, list) else [value]
+        if not all(each is None or type(each) is int for each in ids):
+            yield Problem("BASE-103", GENERATION, f"{key} is {value!r:.80}, no token's id", change)
+    for key in ("max_new_tokens", "max_length"):
+        value = record.get(key)
+        if value is not None and (type(value) is not int or value < 1):
+            what = f"{key} is {value!r:.80}, no positive number"
+            yield Problem("BASE-103", GENERATION, what, change)
+
+
 def _tensor_problems(folder: Path, names: Collection[str], config: dict[str, Any]) -> list[Problem]:
     problems: list[Problem] = []
     where: dict[str, str] = {}  # tensor -> file
@@ -184,6 +206,14 @@ def _tensor_problems(folder: Path, names: Collection[str], config: dict[str, Any
     how = stored.of(config)
     kinds = {tensor.dtype for tensor in tensors.values()}
     if how == stored.PLAIN:
+        whole = [key for key, each in tensors.items() if _is_integer_weight(key, each)]
+        if whole:
+            kind = tensors[whole[0]].dtype.lower()
+            what = (
+                f"holds {len(whole)} weights as whole numbers ({whole[0][:80]}: {kind}), and "
+                "config.json has no quantization_config that says what they stand for"
+            )
+            problems.append(Problem("BASE-109", "*.safetensors", what, stored.remedy(kind)))
         for kind in sorted(k for k in kinds if k.startswith(("F8", "F4", "F6"))):
             reason = stored.refusal(kind.lower())
             problems.append(Problem("BASE-109", "*.safetensors", str(reason), stored.remedy(kind)))
@@ -196,6 +226,12 @@ def _tensor_problems(folder: Path, names: Collection[str], config: dict[str, Any
     if INDEX in names and not problems:
         problems += _index_problems(folder / INDEX, where, names)
     return problems
+
+
+def _is_integer_weight(name: str, tensor: safetensors.Tensor) -> bool:
+    """Whether it is a matrix that a class multiplies with; buffers may hold whole numbers."""
+    whole = tensor.dtype.startswith(("I", "U", "BOOL"))
+    return whole and name.endswith("weight") and len(tensor.shape) > 1
 
 
 def _index_problems(path: Path, where: dict[str, str], names: Collection[str]) -> list[Problem]:

@@ -50,11 +50,19 @@ def read(texts: tuple[str, ...], findings: Findings) -> list[Assignment]:
         elif (key := _key(name, path, findings)) is not None:
             try:
                 assigned.append(Assignment(key, _value(key, value), findings.named[path]))
+                _refuse_second(assigned, path, findings)
             except SpecError:
                 what = f"{shown(value)} is not a value"
                 change = "write it as in YAML, in quotes where it has : or # or brackets"
                 findings.add("SPEC-109", path, what, change)
     return assigned
+
+
+def _refuse_second(assigned: list[Assignment], path: tuple[str, int], findings: Findings) -> None:
+    """A finding if the last of `assigned` gives a key of another one another value."""
+    *others, last = assigned
+    if any(each.key == last.key and not same(each.value, last.value) for each in others):
+        findings.add("SPEC-108", path, "is given twice, with two values", "keep one of the two")
 
 
 def _key(name: str, path: tuple[str, int], findings: Findings) -> Key | None:
@@ -85,17 +93,21 @@ def _value(key: Key, text: str) -> Any:
 
 
 def apply(assigned: list[Assignment], content: Document) -> None:
-    """Write `assigned` into the sections of `content`, in the place of what sets the same."""
+    """Write `assigned` into the sections of `content`, in the place of what sets the same.
+
+    What two of them set otherwise stays a contradiction, as in a file.
+    """
     root = content.at(config.ROOT)
     if not isinstance(root, dict):
         return  # a problem of the file, which is reported as such
+    replaced = {each.key.setting for each in assigned} - {None}
+    for section, before in root.items():
+        known = keys.sections().get(section, {})
+        for name in list(before) if isinstance(before, dict) else ():
+            if name in known and known[name].setting in replaced:
+                del before[name]
     for each in assigned:
         key, path = each.key, (config.ROOT, each.key.section, each.key.name)
-        for section, before in root.items():
-            known = keys.sections().get(section, {})
-            for name in list(before) if isinstance(before, dict) and key.setting else ():
-                if name in known and known[name].setting == key.setting:
-                    del before[name]
         if not isinstance(rows := root.setdefault(key.section, {}) or {}, dict):
             continue  # likewise
         root[key.section] = rows | {key.name: each.value}

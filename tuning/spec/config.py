@@ -46,6 +46,7 @@ def read(
     _check_quantisation(root.get("QuantizationConfig"), findings, name, method)
     _drop_template_rank(chosen)
     _check_schedule(chosen)
+    _check_precision(chosen)
     _check_patience(chosen)
     if path := chosen.settings.get("chat_template"):
         chosen.settings["chat_template"] = _template(path, chosen, read_template)
@@ -192,6 +193,8 @@ def _read_key(key: Key, value: Any, path: Path, chosen: _Chosen) -> None:
     silent = any(same(value, each) for each in key.unset)
     if key.name == "output_dir":
         _check_output_dir(value, path, chosen.findings)
+    if key.name == "bf16" and value is True:
+        chosen.paths["bf16"] = path
     if key.use == "ignored":
         if not silent:
             chosen.findings.note(path, f"ignored, because {key.text}")
@@ -298,6 +301,13 @@ def _check_schedule(chosen: _Chosen) -> None:
         chosen.findings.add("SPEC-108", path, what, "use constant_with_warmup, or leave one out")
     if schedule == "cosine_with_restarts":
         chosen.findings.note(path, "has one cycle, so it is the same as cosine")
+
+
+def _check_precision(chosen: _Chosen) -> None:
+    """bf16 is the plan's choice anyway, but not beside another 16-bit type."""
+    if "bf16" in chosen.paths and chosen.settings.get("dtype") == "float16":
+        what = f"contradicts {chosen.paths['dtype'][-1]}, which asks for float16"
+        chosen.findings.add("SPEC-108", chosen.paths["bf16"], what, "keep one of the two")
 
 
 def _check_patience(chosen: _Chosen) -> None:

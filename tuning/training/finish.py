@@ -24,16 +24,19 @@ def finish(
     save_tokenizer: Callable[[Path], object],
     step: int,
     steps: int,
+    skipped: int = 0,
     stopped: bool = False,
 ) -> adapter.Adapter:
     """Write a trained adapter to `target` once it passes the finish gate.
+
+    `skipped` steps changed no weight, since their float16 gradient overflowed.
 
     The gate: all steps are done, or early stopping has `stopped` the training; every tensor is
     finite, at least one `lora_B` is not zero, and the written files read back as the adapter of
     `config`. On failure `target` is unchanged. The same tensors and config always give the same
     bytes. Raises DivergedError, SpecError, or TuningError for an unfinished training.
     """
-    _gate(tensors, step=step, steps=step if stopped else steps)
+    _gate(tensors, step=step, steps=step if stopped else steps, skipped=skipped)
     scratch = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
@@ -56,7 +59,7 @@ def finish(
     return adapter.inspect(target)
 
 
-def _gate(tensors: Mapping[str, torch.Tensor], *, step: int, steps: int) -> None:
+def _gate(tensors: Mapping[str, torch.Tensor], *, step: int, steps: int, skipped: int) -> None:
     if step != steps:
         what = f"training ended at step {step} of {steps}"
         raise TuningError.at("TRAIN-150", "adapter", what, "run the same command again")
@@ -69,6 +72,13 @@ def _gate(tensors: Mapping[str, torch.Tensor], *, step: int, steps: int) -> None
             "lower learning_rate, or inspect the rows of the last steps",
         )
     changed = any(tensor.any() for name, tensor in tensors.items() if ".lora_B." in name)
+    if steps > 0 and not changed and skipped == steps:
+        raise DivergedError.at(
+            "TRAIN-134",
+            "adapter",
+            f"the float16 gradients of all {steps} steps overflowed, so that no weight changed",
+            "train more steps: the first few find the scale; or set ModelConfig.dtype to float32",
+        )
     if steps > 0 and not changed:
         raise DivergedError.at(
             "TRAIN-133",

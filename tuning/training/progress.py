@@ -37,6 +37,7 @@ class Progress:
     best_loss: float | None = None
     better_step: int | None = None  # whose loss was the last that counts for early stopping
     waited: int = 0  # evaluations since
+    skipped: int = 0  # steps whose float16 gradient overflowed, after which no weight changed
 
 
 class Over(Exception):
@@ -114,6 +115,7 @@ class Watch(transformers.TrainerCallback):  # type: ignore[misc]
         trainer.first_step_at = trainer.first_step_at or now
         trainer.progress.tokens += round(trainer.ranks.sum(trainer.tokens_so_far)[0])
         trainer.progress.seconds = self.seconds_before + now - self.begun
+        trainer.progress.skipped += trainer.overflowed
         if saves.asked():
             control.should_training_stop = True
         late = trainer.ranks.from_first(now - self.saved >= saves.seconds)

@@ -289,6 +289,7 @@ def _finish(
         save_tokenizer=tokenizer.save_pretrained,
         step=loop.state.global_step,
         steps=request.recipe.steps,
+        skipped=loop.progress.skipped,
         stopped=loop.is_over,
     )
 
@@ -306,6 +307,7 @@ def _measured(loop: Exact, recipe: Recipe) -> dict[str, Any]:
     return {
         "stopped": stopped if step < recipe.steps else None,
         "steps": recipe.steps,
+        "skipped_steps": progress.skipped,
         "loss_first": losses[0] if losses else None,
         "loss_last": losses[-1] if losses else None,
         "loss_by_step": losses,

@@ -88,6 +88,23 @@ def test_packed_weights_are_compared_as_the_ones_they_stand_for(
     assert "MODEL-119" in str(refusal(record, less))
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"hidden_act": "bogus"},
+        {"rms_norm_eps": "1e-6"},
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},
+        {"num_attention_heads": 0},
+    ],
+)
+def test_a_config_of_which_no_model_can_be_made_is_named(
+    values: dict[str, Any], tiny_base: Build
+) -> None:
+    """Before the files are blamed, or the tokenizer that transformers loads by it."""
+    record, tensors = described(tiny_base("olmo2"))
+    assert "MODEL-103 org/model/config.json" in str(refusal(record | values, tensors))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "model_type",

@@ -15,6 +15,8 @@ from commands import good, tuning
 from fake_hub import FakeHub
 from safetensors.torch import load_file, save_file
 
+from tuning.models.load import load_tokenizer
+
 Build = Callable[..., Path]
 CHATS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 WEIGHT = "model.layers.1.mlp.up_proj.weight"
@@ -136,12 +138,6 @@ NOBODY += "{% endfor %}"
     ("file", "values", "words"),
     [
         ("config.json", {"hidden_act": "bogus"}, "MODEL-103 "),
-        ("config.json", {"rms_norm_eps": "1e-6"}, "MODEL-103 "),
-        (
-            "config.json",
-            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},
-            "MODEL-103 ",
-        ),
         ("tokenizer_config.json", "[]", "tokenizer_config.json: is no JSON object"),
         ("tokenizer_config.json", '{"a":', "tokenizer_config.json: is no JSON object"),
         ("tokenizer_config.json", {"chat_template": 5}, "has a chat template that is no text"),
@@ -188,9 +184,13 @@ def test_a_base_with_templates_elsewhere_is_trained_with_one(
     else:
         (base / "chat_template.json").write_text(json.dumps({"chat_template": text}))
     good(checked(base, tmp_path, cache=remembered))
-    out = tmp_path / "run"
-    steps = ("--set", "max_steps=1", "--set", "learning_rate=0.001", "--run-dir", out)
-    good(tuning("run", base, tmp_path / "rows.jsonl", "-o", f"dir:{tmp_path / 'o'}", *steps))
+    out = tmp_path / "o"
+    if kind == "folder":  # a whole run
+        steps = ("--set", "max_steps=1", "--set", "learning_rate=0.001", "--run-dir")
+        rows = tmp_path / "rows.jsonl"
+        good(tuning("run", base, rows, "-o", f"dir:{out}", *steps, tmp_path / "run"))
+    else:
+        load_tokenizer(base).save_pretrained(out)  # as training saves it
 
-    assert text == (tmp_path / "o" / "chat_template.jinja").read_text()
-    assert not (tmp_path / "o" / "additional_chat_templates").exists()
+    assert text == (out / "chat_template.jinja").read_text()
+    assert not (out / "additional_chat_templates").exists()

@@ -248,7 +248,7 @@ def test_what_was_not_simulated_is_unknown() -> None:
     """No guess for a variant without coefficients, and None for a preset without a file."""
     with pytest.raises(memory.Unknown, match="attention='eager'"):
         predict(MISTRAL, attention="eager")
-    assert preset_coefficients("gpt-oss-20b") is None  # whose file holds its facts only
+    assert preset_coefficients("qwen3.5-122b-a10b") is None  # whose file holds its facts only
     assert preset_coefficients("no-such-preset") is None
 
 

@@ -134,7 +134,8 @@ def _refuse_untied(source: str, record: Mapping[str, Any], model: Any) -> None:
     transformers would use both as they are, and what loads the adapter by config.json another one.
     """
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is None or record.get("tie_word_embeddings") is not True:
+    tied = record.get("tie_word_embeddings") is True and getattr(model, "_tied_weights_keys", None)
+    if head is None or not tied:
         return
     if head.weight is not embedding.weight and head.weight.shape == embedding.weight.shape:
         fact = "has an output layer of its own, and config.json says tie_word_embeddings: true"

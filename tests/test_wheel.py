@@ -37,7 +37,7 @@ CASES: list[tuple[list[str], int, str]] = [
     (["package-model", MODEL, "oci:model"], 0, "oci:model"),
     (["run", *HERE], 2, "needs torch"),
     (["preview", MODEL, DATA], 2, "needs transformers"),
-    (["check", MODEL, DATA, "--output", "oci:image"], 2, "needs tokenizers"),
+    (["check", MODEL, DATA, "--output", "oci:image"], 2, "needs pyarrow"),
     (["chat", "--base", MODEL], 2, "needs torch"),
     (["serve", "--base", MODEL], 2, "needs torch"),
     (["merge", "--base", MODEL, "--adapter", MODEL, "--output", "oci:out"], 2, "REG-104"),

@@ -641,15 +641,16 @@ def test_no_order_of_events_holds_idle_nodes(
     scene = Scene(count=2)
     scene.with_node()
     idle_since = scene.api.now
-    allowed = Options().nodes.launch_seconds + STUCK + SLACK + 300
+    pause = 30  # between two looks, so that each of both deadlines is seen so much later
+    allowed = Options().nodes.launch_seconds + STUCK + SLACK + 300 + 2 * pause
     for move, seconds, ready in moves:
         if scene.owned(JOB):
             move(scene)
         left = seconds
         while left > 0:
-            scene.look(min(left, 30))
+            scene.look(min(left, pause))
             scene.nodes_are_ready(ready)
-            left -= 30
+            left -= pause
             assert len(claims(scene)) <= 2
         live = objects.newest_each(tuple(scene.owned(POD)))
         runs = [pod for pod in live if objects.is_running(pod) and not objects.node_loss(pod)]

@@ -91,7 +91,9 @@ def _check_model(
         if found.model.folder is None and presets.find(spec.base_model or spec.preset):
             return []  # known to be whole
         count = sizing.compared(known, found.model, token=token, console=console)
-        return [f"weights: {count:,} tensors, all that its class has"] if count else []
+        if not count:
+            return ["weights: not compared with the base's class, which loading does"]
+        return [f"weights: {count:,} tensors, all that its class has"]
 
     revision = "" if known.revision == name else f" at {known.revision[:19]}"
     lines = together(compared, planned)
@@ -134,7 +136,7 @@ def _fit(decided: plan.Plan) -> str:
         return f"{batch} on {decided.device}; the memory they take is not known"
     held = f"; {decided.placement.text}" if decided.placement.ranks > 1 else ""
     if odd := decided.device.odd:
-        held += f"; {odd} unless you set {decided.device.without}"
+        held += f"; {odd}, unless you set {decided.device.without}"
     return f"{batch} take {decided.fit.memory.total / 2**30:.1f} GiB on {decided.device}{held}"
 
 

@@ -200,7 +200,7 @@ def _odd(rows: list[dict[str, Any]], cards: list[Gpu]) -> tuple[str, str]:
         if free[n] < best
     )
     keep = ",".join(names[n] for n in range(len(rows)) if free[n] >= best)
-    return f"all count as the fullest GPU, and {out} is in the way", f"CUDA_VISIBLE_DEVICES={keep}"
+    return f"all count as the fullest GPU; in the way: {out}", f"CUDA_VISIBLE_DEVICES={keep}"
 
 
 def _card(row: dict[str, Any]) -> Gpu:

@@ -295,7 +295,7 @@ def _ranks(rows: int, device: Device, reasons: dict[str, str]) -> tuple[int, int
             things = "GPUs" if device.kind == "cuda" else "processes"
             reasons["ranks"] = f"{device.ranks} {things} do not divide {rows} rows a step"
         if device.odd:
-            reasons["ranks"] += f"; {device.odd} unless you set {device.without}"
+            reasons["ranks"] += f"; {device.odd}, unless you set {device.without}"
     return ranks, nodes
 
 

@@ -150,21 +150,18 @@ def check(base: Base, *, token: str | None, cache: Path | None = None) -> dict[s
     """
     if base.folder is not None:
         return verify.verify(base.folder)
-    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
     hub_id = str(base.hub_id)
     where: dict[str, Any] = {"revision": base.revision, "endpoint": hub.endpoint()}
     large = max(base.files, key=lambda entry: entry.size).name
     url = hf_hub_url(hub_id, large, **where)
 
-    def work() -> Path:
-        if missing(base, cache):  # else the hub will not be needed
-            get_hf_file_metadata(url, token=token or None, timeout=15)
-        return Path(
-            hf_hub_download(hub_id, "config.json", cache_dir=cache, token=token or None, **where)
-        )
-
-    path = hub.ask(work, hub_id, base.revision)
+    if missing(base, cache):  # else the hub will not be needed
+        look = partial(get_hf_file_metadata, url, token=token or None, timeout=15)
+        hub.ask(look, hub_id, base.revision)
+    path = companion(base, "config.json", token=token, cache=cache)
+    assert path is not None  # `resolve` refuses a model without
     try:
         config = verify.json_object(path)
     except ValueError as error:
